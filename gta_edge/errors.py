@@ -1,0 +1,85 @@
+"""Every error that the package raises on purpose.
+
+    GtaEdgeError
+    ├── ConfigError       a model config that is malformed, inconsistent or not supported
+    ├── CheckpointError   a checkpoint directory that cannot be read, or does not fit its config
+    ├── ExportError       an export that could not be made or did not pass its check
+    ├── BundleError       a bundle that is damaged, too new, or not a bundle
+    ├── BackendError      a backend that is unknown, missing or failed
+    ├── EngineError       an engine that cannot be built, or was built for something else
+    ├── CapacityError     more tokens or memory asked for than there is
+    ├── InputError        ids, text or options that make no sense for this model
+    └── OutputError       a result that cannot be written where it was asked for
+
+A message is one line: what was found, what was expected, what to do next.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "BackendError",
+    "BundleError",
+    "CapacityError",
+    "CheckpointError",
+    "ConfigError",
+    "EngineError",
+    "ExportError",
+    "GtaEdgeError",
+    "InputError",
+    "OutputError",
+    "missing_extra",
+]
+
+
+class GtaEdgeError(Exception):
+    """Base of every error raised on purpose by gta_edge."""
+
+
+class ConfigError(GtaEdgeError):
+    """A model config is malformed, inconsistent or not supported."""
+
+
+class CheckpointError(GtaEdgeError):
+    """A checkpoint cannot be read, or its tensors do not fit its config."""
+
+
+class ExportError(GtaEdgeError):
+    """An export could not be made, or its result did not pass the check."""
+
+
+class BundleError(GtaEdgeError):
+    """A bundle is damaged, of a newer format, or not a bundle at all."""
+
+
+class BackendError(GtaEdgeError):
+    """A backend is unknown, not installed, or failed while running."""
+
+
+class EngineError(GtaEdgeError):
+    """An engine cannot be built, or does not fit this machine or bundle."""
+
+
+class CapacityError(GtaEdgeError):
+    """More tokens or memory were asked for than there is room for."""
+
+
+class InputError(GtaEdgeError):
+    """Token ids, text or options make no sense for this model."""
+
+
+class OutputError(GtaEdgeError):
+    """A result cannot be written where it was asked for."""
+
+
+def missing_extra(feature: str, extra: str, cause: ImportError) -> BackendError:
+    """Return the error for an optional dependency that is not installed.
+
+    Args:
+        feature: what needs it, as the subject of a sentence.
+        extra: name of the extra in ``pyproject.toml`` that brings it.
+        cause: the ImportError that showed it.
+    """
+    return BackendError(
+        f"{feature} needs the Python module {cause.name!r}, which is not installed; "
+        f"run: pip install 'gta-edge[{extra}]'"
+    )

@@ -1,0 +1,208 @@
+"""``gta::GroupedLatentAttention``, defined once: name, inputs, outputs, attributes, shape rules, meaning.
+
+The meaning is the ONNX function below, in standard operators of opset 24; every other implementation (torch,
+kernels) is tested against it and against the formula of arXiv 2506.17286. This module imports nothing heavy.
+
+With ``B`` rows, ``T`` new tokens, capacity ``S``, ``P`` positions in the tables, hidden size ``H``:
+
+    q, k   = rope(query), rope(key)             at positions past_length[b] + t
+    cache  = past with k and latent written at rows past_length[b] ... past_length[b] + T - 1
+    A_q    = softmax(q_q · present_key[k(q)]^T · scale), over cache rows s <= past_length[b] + t
+    Z_q    = A_q · present_latent[c(q)]          [T, d_l]
+    output = sigmoid(gate) * concat_q(tile(Z_q, e) + Z_q · value_decoder[q]),   e = H / (n_q · d_l)
+
+where ``k(q) = q // (n_q / n_k)`` and ``c(q) = q // (n_q / n_c)``. Query heads that share a cached head are rows of one
+matrix product, so the cache is read once per cached head and not once per query head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+__all__ = [
+    "ATTRIBUTES",
+    "BASELINE_FUNCTION",
+    "BASELINE_OP",
+    "DOMAIN",
+    "FUNCTION",
+    "INPUTS",
+    "OP",
+    "OPSET",
+    "OUTPUTS",
+    "VERSION",
+    "Sizes",
+    "attributes",
+    "output_shapes",
+]
+
+DOMAIN = "gta"
+VERSION = 1
+OPSET = 24
+"""Standard opset of the function body and of every graph that is written."""
+
+OP = "GroupedLatentAttention"
+INPUTS = (
+    "query",  # [B, T, n_q·d_k]   before RoPE
+    "key",  # [B, T, n_k·d_k]   before RoPE
+    "latent",  # [B, T, n_c·d_l]
+    "gate",  # [B, T, H]         before the sigmoid
+    "past_key",  # [B, n_k, S, d_k]  after RoPE
+    "past_latent",  # [B, n_c, S, d_l]
+    "past_length",  # int64 [B]
+    "cos",  # [P, d_k/2]
+    "sin",  # [P, d_k/2]
+    "value_decoder",  # [n_q, d_l, e·d_l]
+)
+OUTPUTS = ("output", "present_key", "present_latent")
+ATTRIBUTES = ("num_query_heads", "num_key_heads", "num_latent_heads", "scale", "plugin_namespace", "plugin_version")
+
+BASELINE_OP = "GroupedQueryAttention"
+"""The baselines' attention: a function while a graph is made, inlined to standard operators before it is written."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes that are fixed for a model, read off the attributes and the inputs' static dimensions."""
+
+    num_query_heads: int
+    num_key_heads: int
+    num_latent_heads: int
+    key_dim: int
+    latent_dim: int
+    hidden_size: int
+
+    def __post_init__(self) -> None:
+        for name in ("num_key_heads", "num_latent_heads"):
+            if getattr(self, name) < 1 or self.num_query_heads % getattr(self, name):
+                raise ValueError(f"num_query_heads {self.num_query_heads} is not a multiple of {name}")
+        if self.key_dim % 2:
+            raise ValueError(f"key_dim {self.key_dim} is not even")
+        if self.hidden_size % (self.num_query_heads * self.latent_dim):
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_query_heads {self.num_query_heads} "
+                f"times latent_dim {self.latent_dim}"
+            )
+
+
+def attributes(
+    num_query_heads: int, num_key_heads: int, num_latent_heads: int, scale: float
+) -> dict[str, int | float | str]:
+    """Return the node's attributes; the last two are how TensorRT before 10.10 finds the plugin."""
+    values = (num_query_heads, num_key_heads, num_latent_heads, scale, DOMAIN, str(VERSION))
+    return dict(zip(ATTRIBUTES, values, strict=True))
+
+
+def output_shapes(inputs: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
+    """Return the outputs' shapes: the gate's, and the two caches'."""
+    return {
+        "output": tuple(inputs["gate"]),
+        "present_key": tuple(inputs["past_key"]),
+        "present_latent": tuple(inputs["past_latent"]),
+    }
+
+
+# The two functions share their first part: RoPE, the append, and the attention proper with d_v = d_l or d_h.
+_ATTEND = """
+    queries = Constant <value_int: int = @num_query_heads> ()
+    keys = Constant <value_int: int = @num_key_heads> ()
+    values = Constant <value_int: int = @{value_heads}> ()
+    factor = Constant <value_float: float = @scale> ()
+    zero = Constant <value_int = 0> ()
+    one = Constant <value_int = 1> ()
+    first = Constant <value_ints = [0]> ()
+    second = Constant <value_ints = [1]> ()
+    last = Constant <value_ints = [-1]> ()
+    queries_1d = Unsqueeze (queries, first)
+    keys_1d = Unsqueeze (keys, first)
+    values_1d = Unsqueeze (values, first)
+
+    batch = Shape <start = 0, end = 1> (query)
+    tokens = Shape <start = 1, end = 2> (query)
+    tokens_scalar = Squeeze (tokens)
+    capacity = Shape <start = 2, end = 3> (past_key)
+    capacity_scalar = Squeeze (capacity)
+
+    steps = Range (zero, tokens_scalar, one)
+    lengths = Unsqueeze (past_length, second)
+    positions = Add (lengths, steps)
+    rotated_query = RotaryEmbedding <num_heads: int = @num_query_heads> (query, cos, sin, positions)
+    rotated_key = RotaryEmbedding <num_heads: int = @num_key_heads> (key, cos, sin, positions)
+
+    split = Concat <axis = 0> (first, first, keys_1d, last)
+    split_key = Reshape (rotated_key, split)
+    new_key = Transpose <perm = [0, 2, 1, 3]> (split_key)
+    split_v = Concat <axis = 0> (first, first, values_1d, last)
+    split_value = Reshape ({value}, split_v)
+    new_value = Transpose <perm = [0, 2, 1, 3]> (split_value)
+    present_key = TensorScatter <axis = -2> (past_key, new_key, past_length)
+    present_{value} = TensorScatter <axis = -2> (past_{value}, new_value, past_length)
+
+    scale_like = CastLike (factor, query)
+    scaled_query = Mul (rotated_query, scale_like)
+    split_q = Concat <axis = 0> (first, first, queries_1d, last)
+    split_query = Reshape (scaled_query, split_q)
+    heads_query = Transpose <perm = [0, 2, 1, 3]> (split_query)
+    key_width = Shape <start = 3, end = 4> (past_key)
+    grouped_by_key = Concat <axis = 0> (batch, keys_1d, last, key_width)
+    grouped_query = Reshape (heads_query, grouped_by_key)
+    key_columns = Transpose <perm = [0, 1, 3, 2]> (present_key)
+    grouped_scores = MatMul (grouped_query, key_columns)
+
+    cache_rows = Range (zero, capacity_scalar, one)
+    limits = Unsqueeze (positions, last)
+    visible = LessOrEqual (cache_rows, limits)
+    visible_heads = Unsqueeze (visible, second)
+    by_query = Concat <axis = 0> (batch, queries_1d, tokens, capacity)
+    scores = Reshape (grouped_scores, by_query)
+    scores_f32 = Cast <to = 1> (scores)
+    lowest = Constant <value_float = -3.4028234663852886e38> ()
+    masked = Where (visible_heads, scores_f32, lowest)
+    weights_f32 = Softmax <axis = -1> (masked)
+    weights = CastLike (weights_f32, query)
+    grouped_by_value = Concat <axis = 0> (batch, values_1d, last, capacity)
+    grouped_weights = Reshape (weights, grouped_by_value)
+    grouped_mix = MatMul (grouped_weights, present_{value})
+    value_width = Shape <start = 3, end = 4> (past_{value})
+    by_head = Concat <axis = 0> (batch, queries_1d, tokens, value_width)
+    mix = Reshape (grouped_mix, by_head)
+"""
+
+FUNCTION = (
+    f"""<domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>
+{OP}
+    <num_query_heads, num_key_heads, num_latent_heads, scale,
+     plugin_namespace: string = "{DOMAIN}", plugin_version: string = "{VERSION}">
+    ({", ".join(INPUTS)}) => ({", ".join(OUTPUTS)})
+{{"""
+    + _ATTEND.format(value="latent", value_heads="num_latent_heads")
+    + """
+    decoded = MatMul (mix, value_decoder)
+    tiles = Concat <axis = 0> (batch, queries_1d, tokens, last, value_width)
+    decoded_tiles = Reshape (decoded, tiles)
+    third_axis = Constant <value_ints = [3]> ()
+    mix_tile = Unsqueeze (mix, third_axis)
+    values_tiles = Add (decoded_tiles, mix_tile)
+    values_by_token = Transpose <perm = [0, 2, 1, 3, 4]> (values_tiles)
+    gate_shape = Shape (gate)
+    attended = Reshape (values_by_token, gate_shape)
+    open_gate = Sigmoid (gate)
+    output = Mul (open_gate, attended)
+}"""
+)
+"""The op's meaning, in ONNX's text form (``onnx.parser.parse_function`` reads it)."""
+
+BASELINE_FUNCTION = (
+    f"""<domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>
+{BASELINE_OP}
+    <num_query_heads, num_key_heads, scale>
+    (query, key, value, past_key, past_value, past_length, cos, sin) => (output, present_key, present_value)
+{{"""
+    + _ATTEND.format(value="value", value_heads="num_key_heads")
+    + """
+    mix_by_token = Transpose <perm = [0, 2, 1, 3]> (mix)
+    query_shape = Shape (query)
+    output = Reshape (mix_by_token, query_shape)
+}"""
+)
+"""Grouped-query attention (arXiv 2305.13245) over the same kind of cache, for the baselines."""

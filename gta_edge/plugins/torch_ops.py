@@ -1,0 +1,155 @@
+"""The attention ops in torch, registered as ``torch.ops.gta.*``; importing this module registers them.
+
+Each op exists twice, as torch's naming has it: the plain one returns new caches and can be exported; the one with a
+trailing underscore writes into the caches it is given and returns the output alone.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["grouped_latent_attention", "grouped_query_attention"]
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn pairs (i, i + d/2) of ``x`` [B, n, T, d] by the angles of ``cos``, ``sin`` [B, 1, T, d/2]."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+def _append(cache: Tensor, new: Tensor, positions: Tensor) -> None:
+    """Write ``new`` [B, n, T, d] into ``cache`` [B, n, S, d] at the rows ``positions`` [B, T]."""
+    cache.scatter_(2, positions[:, None, :, None].expand_as(new), new)
+
+
+def _attend(query: Tensor, key_cache: Tensor, value_cache: Tensor, positions: Tensor, scale: float) -> Tensor:
+    """Softmax attention of ``query`` [B, n_q, T, d_k] over both caches; returns [B, n_q, T, d_v].
+
+    A query at position p sees cache rows 0 to p. Scores and softmax are float32.
+    """
+    b, n_q, t, d_k = query.shape
+    n_k, s = key_cache.shape[1:3]
+    n_v, d_v = value_cache.shape[1], value_cache.shape[3]
+    # heads that share a cached head become rows of one product: [B, n_k, (n_q/n_k)·T, d_k] x [B, n_k, d_k, S]
+    scores = (query * scale).reshape(b, n_k, -1, d_k) @ key_cache.transpose(2, 3)
+    visible = torch.arange(s, device=query.device) <= positions[:, None, :, None]  # [B, 1, T, S]
+    weights = scores.reshape(b, n_q, t, s).float().masked_fill(~visible, torch.finfo(torch.float32).min).softmax(-1)
+    return (weights.to(query.dtype).reshape(b, n_v, -1, s) @ value_cache).reshape(b, n_q, t, d_v)
+
+
+@torch.library.custom_op("gta::grouped_latent_attention_", mutates_args=("past_key", "past_latent"))
+def grouped_latent_attention_(
+    query: Tensor,
+    key: Tensor,
+    latent: Tensor,
+    gate: Tensor,
+    past_key: Tensor,
+    past_latent: Tensor,
+    past_length: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    value_decoder: Tensor,
+    num_query_heads: int,
+    num_key_heads: int,
+    num_latent_heads: int,
+    scale: float,
+) -> Tensor:
+    """The op with its caches updated in place; shapes as in ``grouped_latent_attention.INPUTS``."""
+    b, t, hidden = gate.shape
+    positions = past_length[:, None] + torch.arange(t, device=gate.device)  # [B, T]
+    cos, sin = cos[positions][:, None], sin[positions][:, None]  # [B, 1, T, d_k/2]
+    q = _rotate(query.unflatten(2, (num_query_heads, -1)).transpose(1, 2), cos, sin)
+    k = _rotate(key.unflatten(2, (num_key_heads, -1)).transpose(1, 2), cos, sin)
+    _append(past_key, k, positions)
+    _append(past_latent, latent.unflatten(2, (num_latent_heads, -1)).transpose(1, 2), positions)
+    z = _attend(q, past_key, past_latent, positions, scale)  # [B, n_q, T, d_l]
+    values = z.repeat(1, 1, 1, hidden // (num_query_heads * z.shape[-1])) + z @ value_decoder
+    return torch.sigmoid(gate) * values.transpose(1, 2).reshape(b, t, hidden)
+
+
+@torch.library.custom_op("gta::grouped_latent_attention", mutates_args=())
+def grouped_latent_attention(
+    query: Tensor,
+    key: Tensor,
+    latent: Tensor,
+    gate: Tensor,
+    past_key: Tensor,
+    past_latent: Tensor,
+    past_length: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    value_decoder: Tensor,
+    num_query_heads: int,
+    num_key_heads: int,
+    num_latent_heads: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The op as a function: returns output, present_key, present_latent and leaves its inputs alone."""
+    present_key, present_latent = past_key.clone(), past_latent.clone()
+    heads = (num_query_heads, num_key_heads, num_latent_heads)
+    output = grouped_latent_attention_(
+        query, key, latent, gate, present_key, present_latent, past_length, cos, sin, value_decoder, *heads, scale
+    )
+    return output, present_key, present_latent
+
+
+@torch.library.custom_op("gta::grouped_query_attention_", mutates_args=("past_key", "past_value"))
+def grouped_query_attention_(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    past_key: Tensor,
+    past_value: Tensor,
+    past_length: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    num_query_heads: int,
+    num_key_heads: int,
+    scale: float,
+) -> Tensor:
+    """The baselines' attention with its caches updated in place."""
+    b, t, hidden = query.shape
+    positions = past_length[:, None] + torch.arange(t, device=query.device)
+    cos, sin = cos[positions][:, None], sin[positions][:, None]
+    q = _rotate(query.unflatten(2, (num_query_heads, -1)).transpose(1, 2), cos, sin)
+    k = _rotate(key.unflatten(2, (num_key_heads, -1)).transpose(1, 2), cos, sin)
+    _append(past_key, k, positions)
+    _append(past_value, value.unflatten(2, (num_key_heads, -1)).transpose(1, 2), positions)
+    return _attend(q, past_key, past_value, positions, scale).transpose(1, 2).reshape(b, t, hidden)
+
+
+@torch.library.custom_op("gta::grouped_query_attention", mutates_args=())
+def grouped_query_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    past_key: Tensor,
+    past_value: Tensor,
+    past_length: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    num_query_heads: int,
+    num_key_heads: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The baselines' attention as a function: returns output, present_key, present_value."""
+    present_key, present_value = past_key.clone(), past_value.clone()
+    output = grouped_query_attention_(
+        query, key, value, present_key, present_value, past_length, cos, sin, num_query_heads, num_key_heads, scale
+    )
+    return output, present_key, present_value
+
+
+@grouped_latent_attention.register_fake
+def _(  # shapes only, for export
+    query: Tensor, key: Tensor, latent: Tensor, gate: Tensor, past_key: Tensor, past_latent: Tensor, *_: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(gate), torch.empty_like(past_key), torch.empty_like(past_latent)
+
+
+@grouped_query_attention.register_fake
+def _(
+    query: Tensor, key: Tensor, value: Tensor, past_key: Tensor, past_value: Tensor, *_: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(query), torch.empty_like(past_key), torch.empty_like(past_value)

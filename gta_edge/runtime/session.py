@@ -1,0 +1,223 @@
+"""The one shape of every backend: a session holds a model and its cache, and appends tokens to it.
+
+What is the same everywhere lives here, in ``Session``: checking ids, prompts in chunks, rows of different length,
+the growth of the cache, and the bound ``past_length + T <= S <= P`` that every kernel relies on. A backend adds only
+how memory is held (``_resize``) and how one chunk is run (``_run``).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gta_edge.config import ModelConfig
+from gta_edge.errors import CapacityError, InputError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["CAPACITY_STEP", "CHUNK_SIZE", "Session"]
+
+Ids = npt.NDArray[np.int64]
+Logits = npt.NDArray[np.float32]
+
+CHUNK_SIZE = 512
+"""Tokens of a prompt that are run at once: bounds the memory of activations and scores."""
+
+CAPACITY_STEP = 256
+"""The cache grows in multiples of this many tokens, since attention costs as its capacity."""
+
+
+class Session(ABC):
+    """A model with a cache, ready to take tokens. Use it as a context manager, or call ``close``.
+
+    Args:
+        config: the model's sizes.
+        chunk_size: largest number of tokens per row that is run at once.
+        capacity_step: granularity in tokens of the cache's growth.
+
+    Rows of a batch may differ in length; the first ``forward`` on an empty cache sets their number.
+    """
+
+    backend: str
+    """Name of the backend, as ``--backend`` takes it."""
+
+    def __init__(
+        self, config: ModelConfig, *, chunk_size: int = CHUNK_SIZE, capacity_step: int = CAPACITY_STEP
+    ) -> None:
+        if chunk_size < 1 or capacity_step < 1:
+            raise InputError(f"chunk_size {chunk_size} and capacity_step {capacity_step} must be at least 1")
+        self.config = config
+        self.chunk_size = chunk_size
+        self.capacity_step = capacity_step
+        self._length: Ids = np.zeros(1, np.int64)
+        self._capacity = 0
+
+    # --- what a backend adds -----------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _resize(self, batch: int, capacity: int) -> None:
+        """Make room for ``[batch, n, capacity, d]`` in every layer, keeping what is there while the batch is the same.
+
+        New memory must hold finite values: rows beyond a length are weighted with zero, not skipped.
+        """
+
+    @abstractmethod
+    def _run(self, input_ids: Ids, past_length: Ids, logit_positions: Ids) -> Logits:
+        """Append ``input_ids`` [B, T] and return logits [B, M, V]; there is room for them."""
+
+    @property
+    @abstractmethod
+    def cache_bytes(self) -> int:
+        """Bytes that the cache occupies now, over all layers."""
+
+    def close(self) -> None:  # noqa: B027  a backend without resources has nothing to free
+        """Free what the session holds; it cannot be used afterwards."""
+
+    # --- what everyone uses ------------------------------------------------------------------------------------
+
+    @property
+    def length(self) -> Ids:
+        """Tokens in the cache, int64 [B], per row (a copy)."""
+        return self._length.copy()
+
+    @property
+    def capacity(self) -> int:
+        """Tokens per row that the cache has memory for now."""
+        return self._capacity
+
+    @property
+    def max_length(self) -> int:
+        """Tokens per row that the model has positions for (P)."""
+        return self.config.max_position_embeddings
+
+    def forward(self, ids: Any, *, lengths: Any = None, all_logits: bool = False) -> Logits:
+        """Append tokens to the cache and return logits.
+
+        Args:
+            ids: integers [B, T]; with ``lengths`` the rows are right-padded to T (padding must be valid ids too).
+            lengths: integers [B], 1 to T: how many tokens of each row are real; all by default.
+            all_logits: give logits for every position instead of each row's last real one.
+
+        Returns:
+            float32 [B, V], or [B, T, V] with ``all_logits``, where padded positions are zero.
+
+        Raises:
+            InputError: ids that are no integers, of another shape or outside the vocabulary; lengths outside 1 to T;
+                another number of rows than the cache holds.
+            CapacityError: a row, padding included, would pass the model's last position. The cache is unchanged.
+        """
+        ids = self._check_ids(ids)
+        batch, tokens = ids.shape
+        counts = self._check_lengths(lengths, batch, tokens)
+        past = self._past_for(batch)
+        chunks = self._plan(past, counts, tokens)
+
+        logits: Logits = np.zeros((batch, tokens, self.config.vocab_size) if all_logits else
+                                  (batch, self.config.vocab_size), np.float32)  # fmt: skip
+        for start, stop in chunks:
+            real = np.clip(counts - start, 0, stop - start)  # tokens of this chunk that count, per row
+            if all_logits:
+                positions = np.broadcast_to(np.arange(stop - start), (batch, stop - start))
+            else:
+                ends_here = (counts > start) & (counts <= stop)
+                positions = np.maximum(real - 1, 0)[:, None] if ends_here.any() else np.zeros((batch, 0), np.int64)
+            self._reserve(batch, int(past.max()) + stop - start)
+            part = self._run(ids[:, start:stop], past, np.ascontiguousarray(positions, np.int64))
+            if all_logits:
+                logits[:, start:stop] = np.where((positions < real[:, None])[:, :, None], part, np.float32(0))
+            elif part.shape[1]:
+                logits[ends_here] = part[ends_here, 0]
+            past = past + real
+            self._length = past
+        return logits
+
+    def truncate(self, length: Any) -> None:
+        """Forget all but the first ``length`` tokens of the cache: one number, or one per row.
+
+        Raises:
+            InputError: a length below 0 or above what the row holds.
+        """
+        wanted = np.asarray(length)
+        if wanted.dtype.kind not in "iu" or wanted.shape not in ((), self._length.shape):
+            raise InputError(
+                f"truncate got {length!r}; expected one whole number, or one for each of {len(self._length)} rows"
+            )
+        if (wanted < 0).any() or (wanted > self._length).any():
+            raise InputError(
+                f"cannot truncate to {wanted.tolist()}: the rows hold {self._length.tolist()} tokens; "
+                "expected numbers from 0 to those"
+            )
+        self._length = np.broadcast_to(wanted, self._length.shape).astype(np.int64)
+
+    def reset(self) -> None:
+        """Empty the cache; its memory stays for the next prompt."""
+        self._length = np.zeros_like(self._length)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # --- how -----------------------------------------------------------------------------------------------------
+
+    def _check_ids(self, ids: Any) -> Ids:
+        array = np.asarray(ids)
+        if array.ndim != 2 or 0 in array.shape or array.dtype.kind not in "iu":
+            raise InputError(
+                f"ids are {array.dtype} of shape {list(array.shape)}; expected integers [B, T] with at least one token"
+            )
+        outside = array[(array < 0) | (array >= self.config.vocab_size)]
+        if outside.size:
+            raise InputError(f"token id {int(outside[0])} is outside the vocabulary: 0 to {self.config.vocab_size - 1}")
+        return np.ascontiguousarray(array, np.int64)
+
+    @staticmethod
+    def _check_lengths(lengths: Any, batch: int, tokens: int) -> Ids:
+        if lengths is None:
+            return np.full(batch, tokens, np.int64)
+        array = np.asarray(lengths)
+        if array.shape != (batch,) or array.dtype.kind not in "iu":
+            raise InputError(f"lengths are {lengths!r}; expected {batch} whole numbers, one per row")
+        if (array < 1).any() or (array > tokens).any():
+            raise InputError(f"lengths are {array.tolist()}; expected 1 to {tokens}, the width of the ids")
+        return array.astype(np.int64)
+
+    def _past_for(self, batch: int) -> Ids:
+        if batch == len(self._length):
+            return self._length
+        if self._length.any():
+            raise InputError(
+                f"ids have {batch} rows and the cache holds {len(self._length)}; call reset() to start another batch"
+            )
+        return np.zeros(batch, np.int64)
+
+    def _plan(self, past: Ids, counts: Ids, tokens: int) -> list[tuple[int, int]]:
+        """Cut T into chunks and check every one of them against P, padding included, before any is run."""
+        chunks = [(start, min(start + self.chunk_size, tokens)) for start in range(0, tokens, self.chunk_size)]
+        for start, stop in chunks:
+            ends = past + np.minimum(counts, start) + (stop - start)
+            row = int(ends.argmax())
+            if ends[row] > self.max_length:
+                raise CapacityError(
+                    f"row {row} holds {int(past[row])} tokens and would reach {int(ends[row])} with the given ones, "
+                    f"padding included; the model has {self.max_length} positions: truncate, reset, or give fewer"
+                )
+        return chunks
+
+    def _reserve(self, batch: int, tokens: int) -> None:
+        """Grow the cache to hold ``tokens`` per row: in steps, larger ones as it grows, never past P."""
+        if batch == len(self._length) and tokens <= self._capacity:
+            return
+        step = self.capacity_step * max(1, tokens // (16 * self.capacity_step))
+        capacity = min(-(-tokens // step) * step, self.max_length)
+        self._resize(batch, capacity)
+        self._length = np.zeros(batch, np.int64) if batch != len(self._length) else self._length
+        self._capacity = capacity
