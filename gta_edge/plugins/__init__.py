@@ -1,0 +1,1 @@
+"""The ops of our own: what they mean, and their implementations."""

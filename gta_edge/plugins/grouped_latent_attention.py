@@ -22,8 +22,11 @@ from dataclasses import dataclass
 
 __all__ = [
     "ATTRIBUTES",
+    "BASELINE_ATTRIBUTES",
     "BASELINE_FUNCTION",
+    "BASELINE_INPUTS",
     "BASELINE_OP",
+    "BASELINE_OUTPUTS",
     "DOMAIN",
     "FUNCTION",
     "INPUTS",
@@ -59,6 +62,9 @@ ATTRIBUTES = ("num_query_heads", "num_key_heads", "num_latent_heads", "scale", "
 
 BASELINE_OP = "GroupedQueryAttention"
 """The baselines' attention: a function while a graph is made, inlined to standard operators before it is written."""
+BASELINE_INPUTS = ("query", "key", "value", "past_key", "past_value", "past_length", "cos", "sin")
+BASELINE_OUTPUTS = ("output", "present_key", "present_value")
+BASELINE_ATTRIBUTES = ("num_query_heads", "num_key_heads", "scale")
 
 
 @dataclass(frozen=True)
@@ -195,8 +201,8 @@ FUNCTION = (
 BASELINE_FUNCTION = (
     f"""<domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>
 {BASELINE_OP}
-    <num_query_heads, num_key_heads, scale>
-    (query, key, value, past_key, past_value, past_length, cos, sin) => (output, present_key, present_value)
+    <{", ".join(BASELINE_ATTRIBUTES)}>
+    ({", ".join(BASELINE_INPUTS)}) => ({", ".join(BASELINE_OUTPUTS)})
 {{"""
     + _ATTEND.format(value="value", value_heads="num_key_heads")
     + """

@@ -1,0 +1,242 @@
+"""The bundle: a directory that holds a model in ONNX with all that is needed to run it, and says what it holds.
+
+    model.onnx         the graph; model.onnx.data beside it, its weights
+    config.json        as in the checkpoint
+    gta_edge.json      the manifest: format version, precision, cache layout, size and hash of every file
+    tokenizer.json …   as in the checkpoint, if it has them
+
+A reader trusts nothing: a newer format, a file that is not as recorded, and a path that leads out of the directory
+are refused. Small files are hashed at every opening, large ones when their size or modification time changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from gta_edge.config import ModelConfig, read_config
+from gta_edge.errors import BundleError, ConfigError
+from gta_edge.files import plain_name
+from gta_edge.progress import Progress, silent
+
+__all__ = ["CONFIG", "FORMAT_VERSION", "MANIFEST", "MODEL", "WEIGHTS", "Bundle", "write_manifest"]
+
+FORMAT = "gta-edge-bundle"
+FORMAT_VERSION = 1
+MANIFEST = "gta_edge.json"
+MODEL = "model.onnx"
+WEIGHTS = "model.onnx.data"
+CONFIG = "config.json"
+
+_ALWAYS_HASHED_BYTES = 16 * 2**20
+_LARGEST_MANIFEST_BYTES = 2**20
+_BLOCK_BYTES = 2**22
+_REMEDY = "export the bundle again, or copy it anew"
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle whose files are as its manifest says.
+
+    Attributes:
+        directory: where it lies.
+        config: the model's sizes.
+        precision: what the weights are stored in: fp32, fp16 or bf16.
+        manifest: the content of ``gta_edge.json``.
+    """
+
+    directory: Path
+    config: ModelConfig
+    precision: str
+    manifest: Mapping[str, Any]
+
+    @property
+    def model_path(self) -> Path:
+        """The ONNX file."""
+        return self.directory / MODEL
+
+    @property
+    def file_bytes(self) -> dict[str, int]:
+        """Size in bytes of every file that the manifest lists."""
+        return {name: entry["bytes"] for name, entry in self.manifest["files"].items()}
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the file that holds the weights."""
+        return self.file_bytes.get(WEIGHTS, 0)
+
+    @classmethod
+    def open(cls, directory: str | Path, *, verify_hashes: bool = False, progress: Progress = silent) -> Bundle:
+        """Check a directory against its manifest.
+
+        Args:
+            directory: the bundle.
+            verify_hashes: hash the weights too, though their size and modification time are as recorded.
+            progress: told of bytes hashed.
+
+        Raises:
+            BundleError: no bundle, a newer format, or a file that is missing, changed or outside the directory.
+        """
+        directory = Path(directory)
+        manifest = _read_manifest(directory)
+        touched = [name for name in manifest["files"] if _check_file(directory, name, manifest, verify_hashes, progress)]
+        try:
+            config = read_config(directory / CONFIG)
+        except ConfigError as error:
+            raise BundleError(str(error)) from error
+        if manifest["cache"] != _cache_layout(config):
+            raise BundleError(
+                f"{directory / MANIFEST}: the cache layout {manifest['cache']} is not that of {CONFIG}, "
+                f"{_cache_layout(config)}; {_REMEDY}"
+            )
+        if touched:
+            _record_times(directory, manifest, touched)
+        return cls(directory, config, manifest["precision"], manifest)
+
+
+def write_manifest(
+    directory: Path, config: ModelConfig, precision: str, made_with: Mapping[str, str], progress: Progress = silent
+) -> None:
+    """Write the manifest of all files that lie in ``directory``, which makes it a bundle."""
+    names = sorted(path.name for path in directory.iterdir() if path.name != MANIFEST)
+    files = {
+        name: _times(directory / name) | {"sha256": _sha256(directory / name, progress)} for name in names
+    }
+    _store(
+        directory,
+        {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "architecture": config.architecture,
+            "precision": precision,
+            "cache": _cache_layout(config),
+            "made_with": dict(made_with),
+            "files": files,
+        },
+    )
+
+
+def _cache_layout(config: ModelConfig) -> list[dict[str, Any]]:
+    return [asdict(cache) | {"dtype": "float32"} for cache in config.caches]
+
+
+def _read_manifest(directory: Path) -> dict[str, Any]:
+    path = directory / MANIFEST
+    if not directory.is_dir():
+        found = "is a file" if directory.exists() else "does not exist"
+        raise BundleError(f"{directory} {found}; expected a bundle directory, as `gta-edge export` writes it")
+    try:
+        if path.stat().st_size > _LARGEST_MANIFEST_BYTES:
+            raise BundleError(f"{path}: has {path.stat().st_size} bytes, too many for a manifest; {_REMEDY}")
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        hint = "it looks like a checkpoint: run `gta-edge export` first" if (directory / CONFIG).exists() else _REMEDY
+        raise BundleError(f"{directory}: is not a bundle, it has no {MANIFEST}; {hint}") from error
+    except OSError as error:
+        raise BundleError(f"{path}: cannot be read ({error.strerror}); {_REMEDY}") from error
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{path}: is not valid JSON ({error}); {_REMEDY}") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise BundleError(f"{path}: is not the manifest of a bundle (no format {FORMAT!r}); {_REMEDY}")
+    version = manifest.get("format_version")
+    if not isinstance(version, int) or version < 1:
+        raise BundleError(f"{path}: format_version is {version!r}; expected 1 to {FORMAT_VERSION}; {_REMEDY}")
+    if version > FORMAT_VERSION:
+        raise BundleError(
+            f"{path}: format_version is {version}; this version of gta-edge reads up to {FORMAT_VERSION}: upgrade it"
+        )
+    if manifest.pop("sha256", None) != _digest(manifest):
+        raise BundleError(f"{path}: was changed after it was written; {_REMEDY}")
+    _check_fields(path, manifest)
+    return manifest
+
+
+def _check_fields(path: Path, manifest: dict[str, Any]) -> None:
+    """A checksum can be forged: what is used later must have the right type."""
+    from gta_edge.weights import PRECISIONS
+
+    files = manifest.get("files")
+    if manifest.get("precision") not in PRECISIONS:
+        raise BundleError(
+            f"{path}: precision is {manifest.get('precision')!r}; expected one of {', '.join(PRECISIONS)}; {_REMEDY}"
+        )
+    if not isinstance(files, dict) or not {MODEL, CONFIG} <= files.keys() or "cache" not in manifest:
+        raise BundleError(f"{path}: does not list {MODEL} and {CONFIG} with their cache layout; {_REMEDY}")
+    for name, entry in files.items():
+        if not plain_name(name):
+            raise BundleError(f"{path}: lists the file {name!r}, which is outside the directory; {_REMEDY}")
+        kinds = {"bytes": int, "mtime_ns": int, "sha256": str}
+        if not isinstance(entry, dict) or not all(isinstance(entry.get(key), kind) for key, kind in kinds.items()):
+            raise BundleError(f"{path}: the entry of {name} lacks bytes, mtime_ns or sha256; {_REMEDY}")
+
+
+def _check_file(
+    directory: Path, name: str, manifest: Mapping[str, Any], verify_hashes: bool, progress: Progress
+) -> bool:
+    """Check one file; tell whether its recorded time is out of date though its content is right."""
+    path, entry = directory / name, manifest["files"][name]
+    try:
+        if path.resolve(strict=True).parent != directory.resolve():
+            raise BundleError(f"{path}: is a link that leads out of the bundle; put the file itself there")
+        now = _times(path)
+        if not path.is_file():
+            raise BundleError(f"{path}: is not a regular file; {_REMEDY}")
+        if now["bytes"] != entry["bytes"]:
+            raise BundleError(f"{path}: has {now['bytes']} bytes, recorded were {entry['bytes']}; {_REMEDY}")
+        touched = now["mtime_ns"] != entry["mtime_ns"]
+        small = entry["bytes"] <= _ALWAYS_HASHED_BYTES
+        if (verify_hashes or touched or small) and _sha256(path, progress) != entry["sha256"]:
+            raise BundleError(f"{path}: its content is not what was written (SHA-256 differs); {_REMEDY}")
+    except FileNotFoundError as error:
+        raise BundleError(f"{path}: is missing; {_REMEDY}") from error
+    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, on older Pythons
+        raise BundleError(f"{path}: cannot be read ({error}); {_REMEDY}") from error
+    return touched and not small
+
+
+def _record_times(directory: Path, manifest: dict[str, Any], names: list[str]) -> None:
+    """Remember the times of large files found right after a copy, so that the next opening need not hash them."""
+    for name in names:
+        manifest["files"][name] |= _times(directory / name)
+    with suppress(OSError):  # a bundle on a read-only medium is hashed every time
+        _store(directory, manifest)
+
+
+def _store(directory: Path, manifest: Mapping[str, Any]) -> None:
+    text = json.dumps({**manifest, "sha256": _digest(manifest)}, indent=2) + "\n"
+    descriptor, temporary = tempfile.mkstemp(dir=directory, prefix=f".{MANIFEST}.")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(directory / MANIFEST)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _times(path: Path) -> dict[str, int]:
+    status = path.stat()
+    return {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
+
+
+def _sha256(path: Path, progress: Progress) -> str:
+    digest, total, done = hashlib.sha256(), path.stat().st_size, 0
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(_BLOCK_BYTES):
+            digest.update(block)
+            done += len(block)
+            if total > _ALWAYS_HASHED_BYTES:
+                progress(f"hashing {path.name}", done, total)
+    return digest.hexdigest()

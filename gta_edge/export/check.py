@@ -1,0 +1,86 @@
+"""The check of an export: the written file in plain ONNX Runtime against the PyTorch model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gta_edge.bundle import Bundle
+from gta_edge.checkpoint import Checkpoint
+from gta_edge.errors import ExportError, missing_extra
+from gta_edge.fidelity import Report, difference, probe
+from gta_edge.progress import Progress, silent
+from gta_edge.reference import compare_weights
+
+__all__ = ["check_export", "raise_if_failed"]
+
+_STEPS = 3
+
+
+def check_export(bundle: Bundle, checkpoint: Checkpoint, progress: Progress = silent) -> Report:
+    """Run prefill and decode in ONNX Runtime, none of our code between, and compare with PyTorch.
+
+    The two models are held one after the other, not together.
+
+    Raises:
+        ExportError: ONNX Runtime cannot load or run the file.
+        BackendError: ONNX Runtime is not installed.
+    """
+    ids, prefill = probe(bundle.config)
+    progress("checking against PyTorch", 0, _STEPS)
+    logits = _plain_logits(bundle, ids, prefill)
+    progress("checking against PyTorch", 1, _STEPS)
+    reference, quantisation = compare_weights(bundle, checkpoint, ids)
+    progress("checking against PyTorch", _STEPS, _STEPS)
+    return Report({"onnxruntime": difference(logits, reference)}, quantisation, bundle.precision)
+
+
+def _plain_logits(bundle: Bundle, ids: npt.NDArray[np.int64], prefill: int) -> npt.NDArray[np.float32]:
+    """Return logits [1, N, V] of a prompt and single tokens after it, caches handed from step to step as arrays."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise missing_extra("the check after an export", "ort", error) from error
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # copying the cache is meant here
+    try:
+        session = onnxruntime.InferenceSession(bundle.model_path, options, providers=["CPUExecutionProvider"])
+        return np.concatenate(list(_steps(session, bundle, ids, prefill)), axis=1)
+    except Exception as error:  # ONNX Runtime's errors have no common base
+        raise ExportError(
+            f"ONNX Runtime {onnxruntime.__version__} cannot run the exported model "
+            f"({str(error).splitlines()[0]}); it needs onnxruntime 1.25 or later"
+        ) from error
+
+
+def _steps(
+    session: Any, bundle: Bundle, ids: npt.NDArray[np.int64], prefill: int
+) -> Iterator[npt.NDArray[np.float32]]:
+    config = bundle.config
+    feeds = {
+        f"past_{cache.name}.{i}": np.zeros((1, cache.heads, ids.shape[1], cache.width), np.float32)
+        for i in range(config.num_hidden_layers)
+        for cache in config.caches
+    }
+    names = list(feeds)
+    bounds = [0, *range(prefill, ids.shape[1] + 1)]
+    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+        feeds["input_ids"] = ids[:, start:stop]
+        feeds["past_length"] = np.array([start])
+        feeds["logit_positions"] = np.arange(stop - start)[None]
+        logits, *presents = session.run(["logits", *(name.replace("past", "present") for name in names)], feeds)
+        feeds.update(zip(names, presents, strict=True))
+        yield logits
+
+
+def raise_if_failed(report: Report, bundle: Path) -> None:
+    """Turn a failed check into a failed export."""
+    if not report.passed:
+        raise ExportError(
+            f"{bundle}: the export does not agree with PyTorch ({'; '.join(report.failures)}); nothing was written: "
+            "check that the weights are finite, or export in a wider precision"
+        )

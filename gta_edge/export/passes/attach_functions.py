@@ -1,0 +1,40 @@
+"""Give the attention nodes their meaning: a model-local function, or standard operators in place."""
+
+from __future__ import annotations
+
+import onnx.parser
+import onnx_ir as ir
+from onnx_ir.passes.common import InlinePass
+
+from gta_edge.plugins import grouped_latent_attention as op
+
+__all__ = ["AttachFunctionsPass"]
+
+
+class AttachFunctionsPass(ir.passes.InPlacePass):
+    """Add the function of every op of ours that is used, and inline the baselines' one.
+
+    ``GroupedLatentAttention`` stays one node per layer, its function beside it, for engines with a kernel and
+    without. A baseline ends up in standard operators only.
+
+    Postcondition: every node of domain ``gta`` has its function in the model, and the standard opset is the one the
+    functions are written in.
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Attach to and inline in ``model``."""
+        used = {node.op_type for node in model.graph if node.domain == op.DOMAIN}
+        # what torch writes for opset 23 means the same in opset 24
+        model.graph.opset_imports[""] = op.OPSET
+        if op.OP in used:
+            _add(model, op.FUNCTION)
+        if op.BASELINE_OP in used:
+            _add(model, op.BASELINE_FUNCTION)
+            model = InlinePass()(model).model
+            model.graph.opset_imports.pop(op.DOMAIN, None)
+        return ir.passes.PassResult(model, modified=True)
+
+
+def _add(model: ir.Model, text: str) -> None:
+    function = ir.serde.deserialize_function(onnx.parser.parse_function(text))
+    model.functions[function.identifier()] = function

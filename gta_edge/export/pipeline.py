@@ -1,0 +1,133 @@
+"""Checkpoint to bundle: trace, passes, weights streamed through, manifest, check."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from gta_edge.bundle import CONFIG, MODEL, WEIGHTS, Bundle, write_manifest
+from gta_edge.checkpoint import Checkpoint
+from gta_edge.errors import CheckpointError, ExportError, InputError, missing_extra
+from gta_edge.fidelity import Report
+from gta_edge.files import new_directory
+from gta_edge.progress import Progress, silent
+from gta_edge.rope import rope_tables
+from gta_edge.version import __version__
+from gta_edge.weights import PRECISIONS
+
+__all__ = ["Export", "export"]
+
+_EMBEDDING = "model.embed_tokens.weight"
+_INLINE_BYTES = 1024  # smaller tensors stay in the graph's own file
+_MADE_WITH = ("torch", "onnx", "onnx-ir", "onnxscript")
+_OWN_PRECISION = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+
+
+@dataclass(frozen=True)
+class Export:
+    """A finished export.
+
+    Attributes:
+        bundle: what was written.
+        report: what the check found; None when it was left out.
+    """
+
+    bundle: Bundle
+    report: Report | None
+
+
+def export(
+    checkpoint: str | Path,
+    bundle: str | Path,
+    *,
+    precision: str | None = None,
+    verify: bool = True,
+    force: bool = False,
+    progress: Progress = silent,
+) -> Export:
+    """Write a bundle from a checkpoint in the published layout, and check it against PyTorch.
+
+    Weights are read, converted and written one tensor at a time; the model is never in memory as a whole, but for
+    the check.
+
+    Args:
+        checkpoint: directory with ``config.json`` and safetensors.
+        bundle: directory to make; it appears when it is complete and has passed the check.
+        precision: how matrices are stored, one of ``fp32``, ``fp16``, ``bf16``; the checkpoint's own by default.
+        verify: check the result (a few hundred tokens, prefill and decode).
+        force: replace an existing bundle.
+        progress: told of each step.
+
+    Raises:
+        InputError: unknown precision.
+        CheckpointError: the checkpoint cannot be read.
+        ExportError: the weights do not fit the precision, or the result does not agree with PyTorch.
+        OutputError: ``bundle`` exists or cannot be written.
+        BackendError: an extra is not installed.
+    """
+    source = Checkpoint.open(checkpoint)
+    if precision is None:
+        precision = _own_precision(source)
+    if precision not in PRECISIONS:
+        raise InputError(f"precision is {precision!r}; expected one of {', '.join(PRECISIONS)}")
+    with new_directory(bundle, force=force) as directory:
+        _write_model(source, directory, precision, progress)
+        for companion in (source.directory / CONFIG, *source.companions):
+            shutil.copyfile(companion, directory / companion.name)
+        made_with = {"gta-edge": __version__, "python": platform.python_version()}
+        made_with |= {name: version(name) for name in _MADE_WITH}
+        write_manifest(directory, source.config, precision, made_with, progress)
+        report = _check(directory, source, Path(bundle), progress) if verify else None
+    return Export(Bundle.open(bundle), report)
+
+
+def _own_precision(source: Checkpoint) -> str:
+    """Return the narrowest precision that holds every tensor of the checkpoint without loss."""
+    found = {source.dtype_of(name) for name in source.names}
+    return _OWN_PRECISION[found.pop()] if len(found) == 1 else "fp32"
+
+
+def _write_model(source: Checkpoint, directory: Path, precision: str, progress: Progress) -> None:
+    try:
+        import onnx
+        import onnx_ir as ir
+
+        from gta_edge.export.graph import prepare
+        from gta_edge.export.trace import trace
+    except ImportError as error:
+        raise missing_extra("export", "export", error) from error
+    config = source.config
+    cos, sin = rope_tables(config.key_width, config.rope_theta, config.rope_scaling, config.max_position_embeddings)
+
+    progress("tracing the model", 0, 1)
+    model = trace(config, source.biases)
+    model = prepare(model, _EMBEDDING, source.read, {"cos": cos, "sin": sin}, precision)
+    progress("tracing the model", 1, 1)
+
+    def wrote(tensor: Any, info: Any) -> None:
+        progress("writing weights", info.index + 1, info.total)
+
+    path = directory / MODEL
+    try:
+        ir.save(model, path, external_data=WEIGHTS, size_threshold_bytes=_INLINE_BYTES, callback=wrote)
+    except OverflowError as error:
+        raise ExportError(str(error)) from error
+    try:
+        onnx.checker.check_model(path, full_check=True)
+    except onnx.checker.ValidationError as error:
+        raise ExportError(f"the exported graph is not valid ONNX ({error}); please report this") from error
+
+
+def _check(directory: Path, source: Checkpoint, bundle: Path, progress: Progress) -> Report:
+    from gta_edge.export.check import check_export, raise_if_failed
+
+    try:
+        report = check_export(Bundle.open(directory), source, progress)
+    except CheckpointError as error:
+        raise ExportError(f"{bundle}: the exported weights are incomplete ({error})") from error
+    raise_if_failed(report, bundle)
+    return report

@@ -1,0 +1,129 @@
+"""From the PyTorch model to an ONNX graph, without weights.
+
+The model is traced on torch's meta device: shapes and names only, so a model of any size traces in seconds and in
+little memory. Weights are attached afterwards, by name.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Collection
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import onnxscript
+import torch
+
+from gta_edge.config import GTAConfig, ModelConfig
+from gta_edge.model import Decoder, empty_cache
+from gta_edge.plugins import grouped_latent_attention as op
+from gta_edge.plugins import torch_ops
+
+__all__ = ["interface_names", "trace"]
+
+_TORCH_OPSET = 23  # the newest that torch writes
+
+
+def interface_names(config: ModelConfig) -> tuple[list[str], list[str]]:
+    """Return the graph's input and output names, in order."""
+    caches = [f"{cache.name}.{i}" for i in range(config.num_hidden_layers) for cache in config.caches]
+    inputs = ["input_ids", "past_length", "logit_positions", *(f"past_{name}" for name in caches)]
+    return inputs, ["logits", *(f"present_{name}" for name in caches)]
+
+
+def trace(config: ModelConfig, biases: Collection[str]) -> ir.Model:
+    """Return the graph of a model: one attention node per layer, initializers named as in the checkpoint, no data.
+
+    Args:
+        config: the model's sizes.
+        biases: full names of the biases that the checkpoint has.
+    """
+    with torch.device("meta"):
+        model = Decoder(config, biases).eval().to("meta")
+        ids, lengths, positions = (torch.zeros(shape, dtype=torch.int64) for shape in ((2, 8), (2,), (2, 3)))
+        caches = empty_cache(config, 2, 16)
+    cache_axes = {0: "batch", 2: "capacity"}
+    axes = (
+        {0: "batch", 1: "tokens"},
+        {0: "batch"},
+        {0: "batch", 1: "positions"},
+        [(cache_axes, cache_axes)] * config.num_hidden_layers,
+    )
+    inputs, outputs = interface_names(config)
+    with _quiet():
+        program = torch.onnx.export(
+            model,
+            (ids, lengths, positions, caches),
+            dynamo=True,
+            dynamic_shapes=axes,
+            input_names=inputs,
+            output_names=outputs,
+            opset_version=_TORCH_OPSET,
+            custom_translation_table=_translations(config),
+            optimize=False,
+            verbose=False,
+        )
+    assert program is not None  # noqa: S101  dynamo=True returns one
+    return program.model
+
+
+def _translations(config: ModelConfig) -> dict[Callable[..., Any], Callable[..., Any]]:
+    """Map the torch op to one ONNX node."""
+    if isinstance(config, GTAConfig):
+        node = _onnx_op(op.OP, op.INPUTS, op.OUTPUTS, op.ATTRIBUTES)
+        count = len(op.INPUTS)
+
+        def latent(*arguments: Any) -> Any:
+            return node(*arguments[:count], **op.attributes(*arguments[count:]))
+
+        return {torch.ops.gta.grouped_latent_attention.default: latent}
+
+    inputs, names = op.BASELINE_INPUTS, op.BASELINE_ATTRIBUTES
+    baseline = _onnx_op(op.BASELINE_OP, inputs, op.BASELINE_OUTPUTS, names)
+
+    def query(*arguments: Any) -> Any:
+        return baseline(*arguments[: len(inputs)], **dict(zip(names, arguments[len(inputs) :], strict=True)))
+
+    return {torch.ops.gta.grouped_query_attention.default: query}
+
+
+def _onnx_op(
+    name: str, inputs: Collection[str], outputs: Collection[str], attributes: Collection[str]
+) -> Callable[..., Any]:
+    """Return a callable that adds a node of ours to the graph being traced."""
+    schema = onnx.defs.OpSchema
+    kinds = {"scale": schema.AttrType.FLOAT, "plugin_namespace": schema.AttrType.STRING}
+    kinds["plugin_version"] = schema.AttrType.STRING
+    return onnxscript.values.Op(  # type: ignore[no-any-return]
+        onnxscript.values.Opset(op.DOMAIN, op.VERSION),
+        name,
+        schema(
+            name,
+            op.DOMAIN,
+            op.VERSION,
+            inputs=[schema.FormalParameter(i, "tensor(int64)" if i == "past_length" else "T") for i in inputs],
+            outputs=[schema.FormalParameter(o, "T") for o in outputs],
+            type_constraints=[("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "")],
+            attributes=[schema.Attribute(a, kinds.get(a, schema.AttrType.INT)) for a in attributes],
+        ),
+    )
+
+
+class _quiet:  # noqa: N801  used as a statement
+    """Keep torch's notes about itself (missing torchvision, its own deprecations) from the user."""
+
+    def __enter__(self) -> None:
+        self._warnings = warnings.catch_warnings()
+        self._warnings.__enter__()
+        warnings.simplefilter("ignore")
+        self._level = logging.getLogger("torch.onnx").level
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+
+    def __exit__(self, *details: object) -> None:
+        logging.getLogger("torch.onnx").setLevel(self._level)
+        self._warnings.__exit__(None, None, None)
+
+
+assert torch_ops  # noqa: S101  imported to register the ops

@@ -1,0 +1,91 @@
+"""Which backends there are, and how one is made from a bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from gta_edge.bundle import Bundle
+from gta_edge.errors import BackendError, missing_extra
+from gta_edge.progress import Progress, silent
+from gta_edge.runtime.session import CHUNK_SIZE, Session
+from gta_edge.runtime.tokenizer import Tokenizer, end_token_ids
+
+__all__ = ["BACKENDS", "load", "open_session"]
+
+
+def _onnxruntime(bundle: Bundle, **options: Any) -> Session:
+    from gta_edge.runtime.onnxruntime import OnnxRuntimeSession
+
+    return OnnxRuntimeSession(bundle, **options)
+
+
+def _torch(bundle: Bundle, *, threads: int | None = None, **options: Any) -> Session:
+    try:
+        import torch
+
+        from gta_edge.reference import build_decoder
+        from gta_edge.runtime.torch import TorchSession
+        from gta_edge.weights import read_weights
+
+        weights = list(read_weights(bundle.model_path, bundle.config))
+    except ImportError as error:
+        raise missing_extra("the torch backend", "export", error) from error
+    if threads:
+        torch.set_num_threads(threads)
+    return TorchSession(build_decoder(bundle.config, weights), **options)
+
+
+BACKENDS: dict[str, Callable[..., Session]] = {"onnxruntime": _onnxruntime, "torch": _torch}
+"""By name, the fastest first: the order in which ``auto`` tries them."""
+
+
+def load(
+    bundle: str | Path,
+    backend: str = "auto",
+    *,
+    threads: int | None = None,
+    chunk_size: int = CHUNK_SIZE,
+    verify_hashes: bool = False,
+    progress: Progress = silent,
+) -> Session:
+    """Open a bundle and return a session that is ready to take tokens.
+
+    Args:
+        bundle: directory that ``export`` wrote.
+        backend: a name from ``BACKENDS``, or ``auto`` for the fastest that works; ``session.backend`` says which.
+        threads: threads for one operator; one per core by default.
+        chunk_size: tokens of a prompt that are run at once.
+        verify_hashes: hash the weights even if their size and time are as recorded.
+        progress: told of bytes hashed.
+
+    Raises:
+        BundleError: the bundle is damaged.
+        BackendError: the backend is unknown, not installed, or refuses the model.
+    """
+    opened = Bundle.open(bundle, verify_hashes=verify_hashes, progress=progress)
+    return open_session(opened, backend, threads=threads, chunk_size=chunk_size)
+
+
+def open_session(bundle: Bundle, backend: str = "auto", **options: Any) -> Session:
+    """Return a session for a bundle that is already open; otherwise as ``load``."""
+    if backend == "auto":
+        session = _first_that_works(bundle, options)
+    elif backend in BACKENDS:
+        session = BACKENDS[backend](bundle, **options)
+    else:
+        raise BackendError(f"no backend is called {backend!r}; there are {', '.join(BACKENDS)} and auto")
+    session.tokenizer = Tokenizer.load(bundle.directory)
+    session.end_token_ids = end_token_ids(bundle.directory, bundle.config)
+    return session
+
+
+def _first_that_works(bundle: Bundle, options: dict[str, Any]) -> Session:
+    reasons = []
+    for name, make in BACKENDS.items():
+        try:
+            return make(bundle, **options)
+        except BackendError as error:
+            reasons.append(f"{name}: {error}")
+    raise BackendError(f"no backend works here ({'; '.join(reasons)})")

@@ -1,0 +1,153 @@
+"""The `onnxruntime` backend: a bundle's graph on the CPU, the cache updated in place.
+
+Past input and present output of every layer are bound to one buffer of ours, so TensorScatter writes the new rows
+where they belong and no step copies the cache. ONNX Runtime logs "in-place optimization not activated" if that ever
+fails.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gta_edge.bundle import Bundle
+from gta_edge.errors import BackendError, CapacityError, missing_extra
+from gta_edge.runtime.session import Ids, Logits, Session
+
+__all__ = ["OnnxRuntimeSession"]
+
+_OLDEST_VERSION = (1, 25)  # the first with TensorScatter
+_DEVICE = ("cpu", 0)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """Buffers bound for one shape of step; decode binds once and then only fills them."""
+
+    binding: Any
+    input_ids: Ids
+    past_length: Ids
+    logit_positions: Ids
+    logits: Logits
+
+
+class OnnxRuntimeSession(Session):
+    """A bundle on ONNX Runtime's CPU provider.
+
+    Args:
+        bundle: the model.
+        threads: threads for one operator; None for one per core.
+        options: as ``Session`` takes them.
+
+    Raises:
+        BackendError: ONNX Runtime is missing, too old, or refuses the model.
+    """
+
+    backend = "onnxruntime"
+
+    def __init__(self, bundle: Bundle, *, threads: int | None = None, **options: Any) -> None:
+        super().__init__(bundle.config, **options)
+        self._runtime = _import()
+        settings = self._runtime.SessionOptions()
+        settings.intra_op_num_threads = threads or 0
+        try:
+            self._session = self._runtime.InferenceSession(
+                bundle.model_path, settings, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # ONNX Runtime's errors have no common base
+            raise BackendError(
+                f"{bundle.model_path}: ONNX Runtime {self._runtime.__version__} refuses the model "
+                f"({_first_line(error)}); export the bundle again"
+            ) from error
+        self._caches: dict[str, npt.NDArray[np.float32]] = {}
+        self._step: _Step | None = None
+
+    @property
+    def cache_bytes(self) -> int:
+        return sum(cache.nbytes for cache in self._caches.values())
+
+    def close(self) -> None:
+        self._step, self._caches, self._session = None, {}, None
+
+    def _resize(self, batch: int, capacity: int) -> None:
+        self._step = None  # it holds addresses of the old buffers
+        keep = batch == len(self._length)
+        try:
+            for i in range(self.config.num_hidden_layers):  # a layer at a time: never twice the whole cache
+                for cache in self.config.caches:
+                    name = f"{cache.name}.{i}"
+                    old = self._caches.pop(name, None)
+                    # zeroed: rows that are not visible get weight zero, and zero times garbage could be NaN
+                    new = np.zeros((batch, cache.heads, capacity, cache.width), np.float32)
+                    if keep and old is not None:
+                        new[:, :, : old.shape[2]] = old
+                    self._caches[name] = new
+        except MemoryError as error:
+            self._caches, self._capacity, self._length = {}, 0, np.zeros_like(self._length)
+            size = batch * capacity * self.config.cache_bytes_per_token()
+            raise CapacityError(
+                f"no memory for a cache of {size / 2**20:.0f} MiB ({batch} rows of {capacity} tokens); "
+                "the cache was emptied: use a shorter context or fewer rows"
+            ) from error
+
+    def _run(self, input_ids: Ids, past_length: Ids, logit_positions: Ids) -> Logits:
+        step = self._step
+        if step is None or (step.input_ids.shape, step.logit_positions.shape) != (
+            input_ids.shape,
+            logit_positions.shape,
+        ):
+            step = self._step = self._bind(input_ids.shape, logit_positions.shape[1])
+        step.input_ids[...] = input_ids
+        step.past_length[...] = past_length
+        step.logit_positions[...] = logit_positions
+        try:
+            self._session.run_with_iobinding(step.binding)
+        except Exception as error:
+            raise BackendError(f"ONNX Runtime failed in a step ({_first_line(error)}); please report this") from error
+        return step.logits.copy()
+
+    def _bind(self, shape: tuple[int, ...], positions: int) -> _Step:
+        """Bind buffers for steps of ``shape`` [B, T] with logits for ``positions`` of them."""
+        batch = shape[0]
+        step = _Step(
+            binding=self._session.io_binding(),
+            input_ids=np.zeros(shape, np.int64),
+            past_length=np.zeros(batch, np.int64),
+            logit_positions=np.zeros((batch, positions), np.int64),
+            logits=np.zeros((batch, positions, self.config.vocab_size), np.float32),
+        )
+        for name in ("input_ids", "past_length", "logit_positions"):
+            _bind(step.binding.bind_input, name, getattr(step, name))
+        if positions:
+            _bind(step.binding.bind_output, "logits", step.logits)
+        else:
+            step.binding.bind_output("logits", *_DEVICE)
+        for name, cache in self._caches.items():
+            _bind(step.binding.bind_input, f"past_{name}", cache)
+            _bind(step.binding.bind_output, f"present_{name}", cache)
+        return step
+
+
+def _bind(bind: Any, name: str, buffer: npt.NDArray[Any]) -> None:
+    bind(name, *_DEVICE, buffer.dtype.type, buffer.shape, buffer.ctypes.data)
+
+
+def _import() -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise missing_extra("the onnxruntime backend", "ort", error) from error
+    found = tuple(int(part) for part in onnxruntime.__version__.split(".")[:2])
+    if found < _OLDEST_VERSION:
+        raise BackendError(
+            f"ONNX Runtime {onnxruntime.__version__} is too old for opset 24; "
+            "run: pip install 'onnxruntime>=1.25' (it needs Python 3.11 or later)"
+        )
+    return onnxruntime
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
