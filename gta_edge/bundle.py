@@ -86,7 +86,9 @@ class Bundle:
         """
         directory = Path(directory)
         manifest = _read_manifest(directory)
-        touched = [name for name in manifest["files"] if _check_file(directory, name, manifest, verify_hashes, progress)]
+        touched = [
+            name for name in manifest["files"] if _check_file(directory, name, manifest, verify_hashes, progress)
+        ]
         try:
             config = read_config(directory / CONFIG)
         except ConfigError as error:
@@ -106,9 +108,7 @@ def write_manifest(
 ) -> None:
     """Write the manifest of all files that lie in ``directory``, which makes it a bundle."""
     names = sorted(path.name for path in directory.iterdir() if path.name != MANIFEST)
-    files = {
-        name: _times(directory / name) | {"sha256": _sha256(directory / name, progress)} for name in names
-    }
+    files = {name: _times(directory / name) | {"sha256": _sha256(directory / name, progress)} for name in names}
     _store(
         directory,
         {

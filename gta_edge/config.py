@@ -11,7 +11,7 @@ import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -64,17 +64,16 @@ class ModelConfig(ABC):
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
-    rope_scaling: RopeScaling = RopeScaling()
+    rope_scaling: RopeScaling = field(default_factory=RopeScaling)
     tie_word_embeddings: bool = False
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type == "int":
-                _check_size(field.name, value)
+        for entry in fields(self):
+            if entry.type == "int":
+                _check_size(entry.name, getattr(self, entry.name))
         if not (_is_number(self.rms_norm_eps) and 0 < self.rms_norm_eps < 1):
             raise ConfigError(f"rms_norm_eps is {self.rms_norm_eps!r}; expected a number between 0 and 1")
         if not (_is_number(self.rope_theta) and 1 < self.rope_theta < math.inf):

@@ -27,7 +27,6 @@ __all__ = [
     "GtaEdgeError",
     "InputError",
     "OutputError",
-    "missing_extra",
 ]
 
 
@@ -69,17 +68,3 @@ class InputError(GtaEdgeError):
 
 class OutputError(GtaEdgeError):
     """A result cannot be written where it was asked for."""
-
-
-def missing_extra(feature: str, extra: str, cause: ImportError) -> BackendError:
-    """Return the error for an optional dependency that is not installed.
-
-    Args:
-        feature: what needs it, as the subject of a sentence.
-        extra: name of the extra in ``pyproject.toml`` that brings it.
-        cause: the ImportError that showed it.
-    """
-    return BackendError(
-        f"{feature} needs the Python module {cause.name!r}, which is not installed; "
-        f"run: pip install 'gta-edge[{extra}]'"
-    )

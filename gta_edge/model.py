@@ -7,22 +7,27 @@ Llama (pre-norm RMSNorm, SwiGLU) but for the attention, which is one registered 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
-
-import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from gta_edge.config import GQAConfig, GTAConfig, ModelConfig
+from gta_edge.optional import optional
 from gta_edge.plugins import torch_ops
 from gta_edge.rope import rope_tables
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+    from torch.nn import functional
+else:
+    torch = optional("torch", "export")
+    Tensor, nn, functional = torch.Tensor, torch.nn, torch.nn.functional
+
 __all__ = ["Attention", "Cache", "Decoder", "empty_cache"]
 
-Cache = tuple[Tensor, Tensor]
+Cache: TypeAlias = "tuple[Tensor, Tensor]"
 """One layer's ``[B, n, S, d]`` caches: the key's, and the latent's or the value's."""
 
-Attention = Callable[..., tuple[Tensor, Tensor, Tensor]]
+Attention: TypeAlias = "Callable[..., tuple[Tensor, Tensor, Tensor]]"
 """An attention op, which takes projections, caches and tables, and returns output and both present caches."""
 
 
@@ -32,6 +37,13 @@ def _linear(module: str, inputs: int, outputs: int, biases: Collection[str]) -> 
 
 class LatentAttention(nn.Module):
     """Projections, value decoder and gate of grouped-head latent attention."""
+
+    q_proj: nn.Linear
+    k_proj: nn.Linear
+    v_proj: nn.Linear  # to the latent, which takes the value's place
+    g_proj: nn.Linear
+    v_b_proj: nn.Linear
+    o_proj: nn.Linear
 
     def __init__(self, config: GTAConfig, biases: Collection[str], attention: Attention | None) -> None:
         super().__init__()
@@ -58,6 +70,11 @@ class LatentAttention(nn.Module):
 
 class QueryAttention(nn.Module):
     """Projections of the baselines' grouped-query attention."""
+
+    q_proj: nn.Linear
+    k_proj: nn.Linear
+    v_proj: nn.Linear
+    o_proj: nn.Linear
 
     def __init__(self, config: GQAConfig, biases: Collection[str], attention: Attention | None) -> None:
         super().__init__()

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from gta_edge.bundle import Bundle
 from gta_edge.checkpoint import Checkpoint
@@ -15,7 +14,13 @@ from gta_edge.config import ModelConfig
 from gta_edge.errors import CheckpointError
 from gta_edge.fidelity import Difference, difference
 from gta_edge.model import Decoder, empty_cache
+from gta_edge.optional import optional
 from gta_edge.weights import read_weights
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = optional("torch", "export")
 
 __all__ = ["build_decoder", "compare_weights", "reference_logits"]
 
@@ -40,13 +45,13 @@ def build_decoder(config: ModelConfig, weights: Iterable[tuple[str, npt.NDArray[
     return model.eval().requires_grad_(False)
 
 
-@torch.inference_mode()
 def reference_logits(model: Decoder, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
     """Return float32 logits [B, T, V] of ``ids`` [B, T], in one pass from an empty cache."""
     batch, tokens = ids.shape
     positions = torch.arange(tokens).expand(batch, -1)
     caches = empty_cache(model.config, batch, tokens)
-    logits, _ = model(torch.from_numpy(ids), torch.zeros(batch, dtype=torch.int64), positions, caches)
+    with torch.inference_mode():
+        logits, _ = model(torch.from_numpy(ids), torch.zeros(batch, dtype=torch.int64), positions, caches)
     result: npt.NDArray[np.float32] = logits.numpy()
     return result
 

@@ -17,9 +17,13 @@ import numpy.typing as npt
 
 from gta_edge.config import ModelConfig
 from gta_edge.errors import BundleError
+from gta_edge.files import plain_name
+from gta_edge.optional import optional
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+else:
+    ir = optional("onnx_ir", "export")
 
 __all__ = ["PRECISIONS", "TRANSPOSED", "from_stored", "parameter_name", "read_weights", "stored_dtype", "to_stored"]
 
@@ -83,8 +87,6 @@ def read_weights(model_path: Path, config: ModelConfig) -> Iterator[tuple[str, n
     Raises:
         BundleError: the file cannot be read, or an initializer does not fit the config.
     """
-    import onnx_ir as ir
-
     try:
         model = ir.load(model_path)
     except Exception as error:  # the parser's errors have no common base
@@ -98,11 +100,11 @@ def read_weights(model_path: Path, config: ModelConfig) -> Iterator[tuple[str, n
 
 
 def _values(value: ir.Value, model_path: Path) -> Array:
-    import onnx_ir as ir
-
     tensor = value.const_value
     if tensor is None:
         raise BundleError(f"{model_path}: initializer {value.name} has no data; export the bundle again")
+    if isinstance(tensor, ir.ExternalTensor) and not plain_name(str(tensor.location)):
+        raise BundleError(f"{model_path}: {value.name} lies outside the bundle, in {tensor.location}; export it again")
     try:
         values: Array = tensor.numpy()
     except (OSError, ValueError) as error:

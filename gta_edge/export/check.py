@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,13 @@ import numpy.typing as npt
 
 from gta_edge.bundle import Bundle
 from gta_edge.checkpoint import Checkpoint
-from gta_edge.errors import ExportError, missing_extra
+from gta_edge.errors import ExportError
 from gta_edge.fidelity import Report, difference, probe
+from gta_edge.optional import optional
 from gta_edge.progress import Progress, silent
 from gta_edge.reference import compare_weights
+
+onnxruntime: Any = optional("onnxruntime", "ort")
 
 __all__ = ["check_export", "raise_if_failed"]
 
@@ -41,10 +45,6 @@ def check_export(bundle: Bundle, checkpoint: Checkpoint, progress: Progress = si
 
 def _plain_logits(bundle: Bundle, ids: npt.NDArray[np.int64], prefill: int) -> npt.NDArray[np.float32]:
     """Return logits [1, N, V] of a prompt and single tokens after it, caches handed from step to step as arrays."""
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise missing_extra("the check after an export", "ort", error) from error
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # copying the cache is meant here
     try:
@@ -57,18 +57,16 @@ def _plain_logits(bundle: Bundle, ids: npt.NDArray[np.int64], prefill: int) -> n
         ) from error
 
 
-def _steps(
-    session: Any, bundle: Bundle, ids: npt.NDArray[np.int64], prefill: int
-) -> Iterator[npt.NDArray[np.float32]]:
+def _steps(session: Any, bundle: Bundle, ids: npt.NDArray[np.int64], prefill: int) -> Iterator[npt.NDArray[np.float32]]:
     config = bundle.config
-    feeds = {
+    feeds: dict[str, npt.NDArray[Any]] = {
         f"past_{cache.name}.{i}": np.zeros((1, cache.heads, ids.shape[1], cache.width), np.float32)
         for i in range(config.num_hidden_layers)
         for cache in config.caches
     }
     names = list(feeds)
     bounds = [0, *range(prefill, ids.shape[1] + 1)]
-    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, stop in pairwise(bounds):
         feeds["input_ids"] = ids[:, start:stop]
         feeds["past_length"] = np.array([start])
         feeds["logit_positions"] = np.arange(stop - start)[None]

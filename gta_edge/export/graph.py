@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx_ir as ir
-from onnx_ir.passes import common
 
 from gta_edge.export.passes.attach_functions import AttachFunctionsPass
 from gta_edge.export.passes.fold_weight_views import FoldWeightViewsPass
 from gta_edge.export.passes.store_weights import StoreWeightsPass
 from gta_edge.export.passes.tie_head import TieHeadPass
+from gta_edge.optional import optional
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+else:
+    ir = optional("onnx_ir", "export")
 
 __all__ = ["prepare"]
 
@@ -34,6 +38,7 @@ def prepare(
         tables: arrays that are no parameters.
         precision: storage type of the matrices.
     """
+    common = ir.passes.common
     passes = ir.passes.Sequential(
         TieHeadPass(embedding),
         FoldWeightViewsPass(),

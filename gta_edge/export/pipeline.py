@@ -7,17 +7,27 @@ import shutil
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gta_edge.bundle import CONFIG, MODEL, WEIGHTS, Bundle, write_manifest
 from gta_edge.checkpoint import Checkpoint
-from gta_edge.errors import CheckpointError, ExportError, InputError, missing_extra
+from gta_edge.errors import CheckpointError, ExportError, InputError
+from gta_edge.export.check import check_export, raise_if_failed
+from gta_edge.export.graph import prepare
+from gta_edge.export.trace import trace
 from gta_edge.fidelity import Report
 from gta_edge.files import new_directory
+from gta_edge.optional import optional
 from gta_edge.progress import Progress, silent
 from gta_edge.rope import rope_tables
 from gta_edge.version import __version__
 from gta_edge.weights import PRECISIONS
+
+if TYPE_CHECKING:
+    import onnx
+    import onnx_ir as ir
+else:
+    onnx, ir = optional("onnx", "export"), optional("onnx_ir", "export")
 
 __all__ = ["Export", "export"]
 
@@ -92,14 +102,6 @@ def _own_precision(source: Checkpoint) -> str:
 
 
 def _write_model(source: Checkpoint, directory: Path, precision: str, progress: Progress) -> None:
-    try:
-        import onnx
-        import onnx_ir as ir
-
-        from gta_edge.export.graph import prepare
-        from gta_edge.export.trace import trace
-    except ImportError as error:
-        raise missing_extra("export", "export", error) from error
     config = source.config
     cos, sin = rope_tables(config.key_width, config.rope_theta, config.rope_scaling, config.max_position_embeddings)
 
@@ -123,8 +125,6 @@ def _write_model(source: Checkpoint, directory: Path, precision: str, progress: 
 
 
 def _check(directory: Path, source: Checkpoint, bundle: Path, progress: Progress) -> Report:
-    from gta_edge.export.check import check_export, raise_if_failed
-
     try:
         report = check_export(Bundle.open(directory), source, progress)
     except CheckpointError as error:

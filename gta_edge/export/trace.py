@@ -9,17 +9,20 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Collection
-from typing import Any
-
-import onnx
-import onnx_ir as ir
-import onnxscript
-import torch
+from typing import TYPE_CHECKING, Any
 
 from gta_edge.config import GTAConfig, ModelConfig
 from gta_edge.model import Decoder, empty_cache
+from gta_edge.optional import optional
 from gta_edge.plugins import grouped_latent_attention as op
-from gta_edge.plugins import torch_ops
+
+if TYPE_CHECKING:
+    import onnx
+    import onnx_ir as ir
+    import onnxscript
+    import torch
+else:
+    onnx, onnxscript, torch = (optional(name, "export") for name in ("onnx", "onnxscript", "torch"))
 
 __all__ = ["interface_names", "trace"]
 
@@ -96,7 +99,7 @@ def _onnx_op(
     schema = onnx.defs.OpSchema
     kinds = {"scale": schema.AttrType.FLOAT, "plugin_namespace": schema.AttrType.STRING}
     kinds["plugin_version"] = schema.AttrType.STRING
-    return onnxscript.values.Op(  # type: ignore[no-any-return]
+    return onnxscript.values.Op(
         onnxscript.values.Opset(op.DOMAIN, op.VERSION),
         name,
         schema(
@@ -124,6 +127,3 @@ class _quiet:  # noqa: N801  used as a statement
     def __exit__(self, *details: object) -> None:
         logging.getLogger("torch.onnx").setLevel(self._level)
         self._warnings.__exit__(None, None, None)
-
-
-assert torch_ops  # noqa: S101  imported to register the ops

@@ -6,16 +6,47 @@ trailing underscore writes into the caches it is given and returns the output al
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from gta_edge.optional import installed, optional
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = optional("torch", "export")
+    Tensor = torch.Tensor
 
 __all__ = ["grouped_latent_attention", "grouped_query_attention"]
+
+
+def _op(mutates: tuple[str, ...]) -> Callable[[Any], Any]:
+    """Register a function as ``torch.ops.gta.NAME``."""
+
+    def register(function: Callable[..., Any]) -> Any:
+        if not installed(torch):
+            return function
+        return torch.library.custom_op(f"gta::{function.__name__}", function, mutates_args=mutates)
+
+    return register
+
+
+def _fake_of(op: Any) -> Callable[[Any], Any]:
+    """Register how an op's outputs look, for tracing."""
+    return op.register_fake if installed(torch) else lambda function: function
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn pairs (i, i + d/2) of ``x`` [B, n, T, d] by the angles of ``cos``, ``sin`` [B, 1, T, d/2]."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+def _heads(x: Tensor, heads: int) -> Tensor:
+    """Return ``x`` [B, T, n·d] as [B, n, T, d]."""
+    b, t, _ = x.shape
+    return x.reshape(b, t, heads, -1).transpose(1, 2)
 
 
 def _append(cache: Tensor, new: Tensor, positions: Tensor) -> None:
@@ -38,7 +69,7 @@ def _attend(query: Tensor, key_cache: Tensor, value_cache: Tensor, positions: Te
     return (weights.to(query.dtype).reshape(b, n_v, -1, s) @ value_cache).reshape(b, n_q, t, d_v)
 
 
-@torch.library.custom_op("gta::grouped_latent_attention_", mutates_args=("past_key", "past_latent"))
+@_op(mutates=("past_key", "past_latent"))
 def grouped_latent_attention_(
     query: Tensor,
     key: Tensor,
@@ -59,16 +90,16 @@ def grouped_latent_attention_(
     b, t, hidden = gate.shape
     positions = past_length[:, None] + torch.arange(t, device=gate.device)  # [B, T]
     cos, sin = cos[positions][:, None], sin[positions][:, None]  # [B, 1, T, d_k/2]
-    q = _rotate(query.unflatten(2, (num_query_heads, -1)).transpose(1, 2), cos, sin)
-    k = _rotate(key.unflatten(2, (num_key_heads, -1)).transpose(1, 2), cos, sin)
+    q = _rotate(_heads(query, num_query_heads), cos, sin)
+    k = _rotate(_heads(key, num_key_heads), cos, sin)
     _append(past_key, k, positions)
-    _append(past_latent, latent.unflatten(2, (num_latent_heads, -1)).transpose(1, 2), positions)
+    _append(past_latent, _heads(latent, num_latent_heads), positions)
     z = _attend(q, past_key, past_latent, positions, scale)  # [B, n_q, T, d_l]
     values = z.repeat(1, 1, 1, hidden // (num_query_heads * z.shape[-1])) + z @ value_decoder
     return torch.sigmoid(gate) * values.transpose(1, 2).reshape(b, t, hidden)
 
 
-@torch.library.custom_op("gta::grouped_latent_attention", mutates_args=())
+@_op(mutates=())
 def grouped_latent_attention(
     query: Tensor,
     key: Tensor,
@@ -94,7 +125,7 @@ def grouped_latent_attention(
     return output, present_key, present_latent
 
 
-@torch.library.custom_op("gta::grouped_query_attention_", mutates_args=("past_key", "past_value"))
+@_op(mutates=("past_key", "past_value"))
 def grouped_query_attention_(
     query: Tensor,
     key: Tensor,
@@ -112,14 +143,14 @@ def grouped_query_attention_(
     b, t, hidden = query.shape
     positions = past_length[:, None] + torch.arange(t, device=query.device)
     cos, sin = cos[positions][:, None], sin[positions][:, None]
-    q = _rotate(query.unflatten(2, (num_query_heads, -1)).transpose(1, 2), cos, sin)
-    k = _rotate(key.unflatten(2, (num_key_heads, -1)).transpose(1, 2), cos, sin)
+    q = _rotate(_heads(query, num_query_heads), cos, sin)
+    k = _rotate(_heads(key, num_key_heads), cos, sin)
     _append(past_key, k, positions)
-    _append(past_value, value.unflatten(2, (num_key_heads, -1)).transpose(1, 2), positions)
+    _append(past_value, _heads(value, num_key_heads), positions)
     return _attend(q, past_key, past_value, positions, scale).transpose(1, 2).reshape(b, t, hidden)
 
 
-@torch.library.custom_op("gta::grouped_query_attention", mutates_args=())
+@_op(mutates=())
 def grouped_query_attention(
     query: Tensor,
     key: Tensor,
@@ -141,14 +172,14 @@ def grouped_query_attention(
     return output, present_key, present_value
 
 
-@grouped_latent_attention.register_fake
+@_fake_of(grouped_latent_attention)
 def _(  # shapes only, for export
     query: Tensor, key: Tensor, latent: Tensor, gate: Tensor, past_key: Tensor, past_latent: Tensor, *_: object
 ) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(gate), torch.empty_like(past_key), torch.empty_like(past_latent)
 
 
-@grouped_query_attention.register_fake
+@_fake_of(grouped_query_attention)
 def _(
     query: Tensor, key: Tensor, value: Tensor, past_key: Tensor, past_value: Tensor, *_: object
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gta_edge.bundle import Bundle
-from gta_edge.errors import BackendError, missing_extra
+from gta_edge.errors import BackendError
 from gta_edge.progress import Progress, silent
 from gta_edge.runtime.session import CHUNK_SIZE, Session
 from gta_edge.runtime.tokenizer import Tokenizer, end_token_ids
@@ -22,19 +22,12 @@ def _onnxruntime(bundle: Bundle, **options: Any) -> Session:
 
 
 def _torch(bundle: Bundle, *, threads: int | None = None, **options: Any) -> Session:
-    try:
-        import torch
+    from gta_edge.reference import build_decoder
+    from gta_edge.runtime.torch import TorchSession
+    from gta_edge.weights import read_weights
 
-        from gta_edge.reference import build_decoder
-        from gta_edge.runtime.torch import TorchSession
-        from gta_edge.weights import read_weights
-
-        weights = list(read_weights(bundle.model_path, bundle.config))
-    except ImportError as error:
-        raise missing_extra("the torch backend", "export", error) from error
-    if threads:
-        torch.set_num_threads(threads)
-    return TorchSession(build_decoder(bundle.config, weights), **options)
+    model = build_decoder(bundle.config, read_weights(bundle.model_path, bundle.config))
+    return TorchSession(model, threads=threads, **options)
 
 
 BACKENDS: dict[str, Callable[..., Session]] = {"onnxruntime": _onnxruntime, "torch": _torch}

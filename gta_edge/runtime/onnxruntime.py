@@ -14,8 +14,11 @@ import numpy as np
 import numpy.typing as npt
 
 from gta_edge.bundle import Bundle
-from gta_edge.errors import BackendError, CapacityError, missing_extra
+from gta_edge.errors import BackendError, CapacityError
+from gta_edge.optional import installed, optional
 from gta_edge.runtime.session import Ids, Logits, Session
+
+onnxruntime: Any = optional("onnxruntime", "ort")
 
 __all__ = ["OnnxRuntimeSession"]
 
@@ -50,16 +53,16 @@ class OnnxRuntimeSession(Session):
 
     def __init__(self, bundle: Bundle, *, threads: int | None = None, **options: Any) -> None:
         super().__init__(bundle.config, **options)
-        self._runtime = _import()
-        settings = self._runtime.SessionOptions()
+        _check_version()
+        settings = onnxruntime.SessionOptions()
         settings.intra_op_num_threads = threads or 0
         try:
-            self._session = self._runtime.InferenceSession(
+            self._session = onnxruntime.InferenceSession(
                 bundle.model_path, settings, providers=["CPUExecutionProvider"]
             )
         except Exception as error:  # ONNX Runtime's errors have no common base
             raise BackendError(
-                f"{bundle.model_path}: ONNX Runtime {self._runtime.__version__} refuses the model "
+                f"{bundle.model_path}: ONNX Runtime {onnxruntime.__version__} refuses the model "
                 f"({_first_line(error)}); export the bundle again"
             ) from error
         self._caches: dict[str, npt.NDArray[np.float32]] = {}
@@ -135,18 +138,13 @@ def _bind(bind: Any, name: str, buffer: npt.NDArray[Any]) -> None:
     bind(name, *_DEVICE, buffer.dtype.type, buffer.shape, buffer.ctypes.data)
 
 
-def _import() -> Any:
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise missing_extra("the onnxruntime backend", "ort", error) from error
-    found = tuple(int(part) for part in onnxruntime.__version__.split(".")[:2])
-    if found < _OLDEST_VERSION:
+def _check_version() -> None:
+    found = str(onnxruntime.__version__) if installed(onnxruntime) else onnxruntime()
+    if tuple(int(part) for part in found.split(".")[:2]) < _OLDEST_VERSION:
         raise BackendError(
-            f"ONNX Runtime {onnxruntime.__version__} is too old for opset 24; "
+            f"ONNX Runtime {found} is too old for opset 24; "
             "run: pip install 'onnxruntime>=1.25' (it needs Python 3.11 or later)"
         )
-    return onnxruntime
 
 
 def _first_line(error: Exception) -> str:

@@ -20,6 +20,8 @@ from gta_edge.errors import CapacityError, InputError
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+    from gta_edge.runtime.tokenizer import Tokenizer
+
 __all__ = ["CAPACITY_STEP", "CHUNK_SIZE", "Session"]
 
 Ids = npt.NDArray[np.int64]
@@ -52,6 +54,9 @@ class Session(ABC):
         if chunk_size < 1 or capacity_step < 1:
             raise InputError(f"chunk_size {chunk_size} and capacity_step {capacity_step} must be at least 1")
         self.config = config
+        # for text in and out; who loads a bundle sets them from its files
+        self.tokenizer: Tokenizer | None = None
+        self.end_token_ids: frozenset[int] = frozenset(config.eos_token_ids)
         self.chunk_size = chunk_size
         self.capacity_step = capacity_step
         self._length: Ids = np.zeros(1, np.int64)

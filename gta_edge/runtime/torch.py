@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from gta_edge.config import GTAConfig
 from gta_edge.model import Cache, Decoder, empty_cache
+from gta_edge.optional import optional
 from gta_edge.plugins import torch_ops
 from gta_edge.runtime.session import Ids, Logits, Session
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = optional("torch", "export")
 
 __all__ = ["TorchSession"]
 
@@ -29,16 +34,19 @@ class TorchSession(Session):
 
     Args:
         model: the model; its attention is switched to the in-place op.
+        threads: threads for one operator, for the whole process; None leaves torch's own choice.
         options: as ``Session`` takes them.
     """
 
     backend = "torch"
 
-    def __init__(self, model: Decoder, **options: Any) -> None:
+    def __init__(self, model: Decoder, *, threads: int | None = None, **options: Any) -> None:
         super().__init__(model.config, **options)
+        if threads:
+            torch.set_num_threads(threads)
         in_place = _latent_in_place if isinstance(model.config, GTAConfig) else _query_in_place
         for layer in model.model.layers:
-            layer.self_attn.attention = in_place
+            layer.self_attn.attention = in_place  # type: ignore[union-attr]  # torch types every module's child so
         self._model = model.eval()
         self._caches: list[Cache] = []
 
@@ -54,10 +62,10 @@ class TorchSession(Session):
         for i, layer in enumerate(old):  # a layer at a time: never twice the whole cache
             self._caches[i] = (_grown(layer[0], capacity), _grown(layer[1], capacity))
 
-    @torch.inference_mode()
     def _run(self, input_ids: Ids, past_length: Ids, logit_positions: Ids) -> Logits:
         inputs = (torch.from_numpy(np.ascontiguousarray(x)) for x in (input_ids, past_length, logit_positions))
-        logits, _ = self._model(*inputs, self._caches)
+        with torch.inference_mode():
+            logits, _ = self._model(*inputs, self._caches)
         result: Logits = logits.numpy()
         return result
 

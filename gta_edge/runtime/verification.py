@@ -10,9 +10,10 @@ import numpy.typing as npt
 
 from gta_edge.bundle import Bundle
 from gta_edge.checkpoint import Checkpoint
-from gta_edge.errors import BackendError, CheckpointError, missing_extra
+from gta_edge.errors import BackendError, CheckpointError
 from gta_edge.fidelity import Difference, Report, difference, probe
 from gta_edge.progress import Progress, silent
+from gta_edge.reference import compare_weights
 from gta_edge.runtime.backends import BACKENDS, open_session
 from gta_edge.runtime.session import Session
 
@@ -43,11 +44,9 @@ def verify(
     opened = Bundle.open(bundle, verify_hashes=verify_hashes, progress=progress)
     source = Checkpoint.open(checkpoint)
     if source.config.parameter_shapes() != opened.config.parameter_shapes():
-        raise CheckpointError(f"{checkpoint}: is another model than the one in {bundle}; give what it was exported from")
-    try:
-        from gta_edge.reference import compare_weights
-    except ImportError as error:
-        raise missing_extra("verify", "export", error) from error
+        raise CheckpointError(
+            f"{checkpoint}: is another model than the one in {bundle}; give what it was exported from"
+        )
 
     names = list(backends or BACKENDS)
     ids, prefill = probe(opened.config)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-import onnx.parser
-import onnx_ir as ir
-from onnx_ir.passes.common import InlinePass
+from typing import TYPE_CHECKING
 
+from gta_edge.optional import optional
 from gta_edge.plugins import grouped_latent_attention as op
+
+if TYPE_CHECKING:
+    import onnx
+    import onnx_ir as ir
+else:
+    onnx, ir = optional("onnx", "export"), optional("onnx_ir", "export")
 
 __all__ = ["AttachFunctionsPass"]
 
@@ -30,11 +35,13 @@ class AttachFunctionsPass(ir.passes.InPlacePass):
             _add(model, op.FUNCTION)
         if op.BASELINE_OP in used:
             _add(model, op.BASELINE_FUNCTION)
-            model = InlinePass()(model).model
+            model = ir.passes.common.InlinePass()(model).model
             model.graph.opset_imports.pop(op.DOMAIN, None)
         return ir.passes.PassResult(model, modified=True)
 
 
 def _add(model: ir.Model, text: str) -> None:
+    import onnx.parser
+
     function = ir.serde.deserialize_function(onnx.parser.parse_function(text))
     model.functions[function.identifier()] = function

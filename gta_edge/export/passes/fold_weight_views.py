@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
-import onnx_ir as ir
-
+from gta_edge.optional import optional
 from gta_edge.weights import TRANSPOSED
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+else:
+    ir = optional("onnx_ir", "export")
 
 __all__ = ["FoldWeightViewsPass"]
 

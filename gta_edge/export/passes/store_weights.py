@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx_ir as ir
 
+from gta_edge.optional import optional
 from gta_edge.weights import parameter_name, stored_dtype, to_stored
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+else:
+    ir = optional("onnx_ir", "export")
 
 __all__ = ["StoreWeightsPass"]
 
@@ -66,7 +71,7 @@ def _cast_uses(graph: ir.Graph, value: ir.Value) -> None:
     for node, index in list(value.uses()):
         if node.op_type == "Gather":
             rows = node.outputs[0]
-            rows.dtype = value.dtype
+            rows.type = value.type
             cast = _cast(rows, rows.shape)
             users = [use for use in rows.uses() if use[0] is not cast]
             graph.insert_after(node, cast)

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-import onnx_ir as ir
+from typing import TYPE_CHECKING
+
+from gta_edge.optional import optional
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+else:
+    ir = optional("onnx_ir", "export")
 
 __all__ = ["TieHeadPass"]
 
@@ -34,13 +41,13 @@ class TieHeadPass(ir.passes.InPlacePass):
     def _rewrite(graph: ir.Graph, product: ir.Node, transpose: ir.Node, table: ir.Value) -> None:
         x, logits = product.inputs[0], product.outputs[0]
         assert x is not None and table.shape is not None  # noqa: S101, PT018  the tracer gives both
-        vocabulary, hidden = table.shape
+        vocabulary, hidden = table.shape.numpy()
         positions = next(value for value in graph.inputs if value.name == "logit_positions")
 
         def constant(*numbers: int) -> ir.Node:
             return ir.node("Constant", [], attributes={"value_ints": list(numbers)})
 
-        rows_shape, width = constant(-1, int(hidden)), constant(int(vocabulary))
+        rows_shape, width = constant(-1, hidden), constant(vocabulary)
         rows = ir.node("Reshape", [x, rows_shape.outputs[0]])  # [B·M, H]
         scores = ir.node("Gemm", [rows.outputs[0], table], attributes={"transB": 1})  # [B·M, V]
         leading = ir.node("Shape", [positions])

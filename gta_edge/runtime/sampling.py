@@ -1,0 +1,196 @@
+"""From logits to one token: greedy, or a draw after temperature, top-k, top-p and min-p.
+
+What each option means, and their order, is that of transformers' logits processors: repetition penalty, temperature,
+top_k, top_p, min_p, then a draw from the softmax of what is left. All of it in float64, on the CPU.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gta_edge.errors import BackendError, InputError
+
+__all__ = ["Sampler", "Sampling"]
+
+Ids = npt.NDArray[np.int64]
+Logits = npt.NDArray[np.float32]
+Floats = npt.NDArray[np.float64]
+
+_LARGEST_SEED = 2**63 - 1
+_LARGEST_FLOAT = float(np.finfo(np.float64).max)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Args:
+        temperature: divides the logits; 0 is greedy. None is greedy too, unless top_k, top_p or min_p is given: then 1.
+        top_k: keep the k largest logits, and those equal to the k-th (arXiv 1805.04833).
+        top_p: keep the fewest tokens whose probabilities reach this sum, at least one (arXiv 1904.09751).
+        min_p: keep tokens at least this fraction as probable as the most probable one (arXiv 2407.01082).
+        repetition_penalty: divides positive and multiplies negative logits of the tokens seen so far, prompt included
+            (arXiv 1909.05858); greedy too.
+        seed: of the draws; None takes a new one.
+
+    Raises:
+        InputError: on construction, naming the first option that is out of range.
+    """
+
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        number, whole = (Real, "a number"), (Integral, "a whole number")
+        if self.temperature is not None:
+            _check("temperature", self.temperature, number, "from 0 up", lambda x: 0 <= x < math.inf)
+        if self.top_k is not None:
+            _check("top_k", self.top_k, whole, "from 1 up", lambda x: x >= 1)
+        if self.top_p is not None:
+            _check("top_p", self.top_p, number, "above 0 and at most 1", lambda x: 0 < x <= 1)
+        if self.min_p is not None:
+            _check("min_p", self.min_p, number, "from 0 to 1", lambda x: 0 <= x <= 1)
+        _check("repetition_penalty", self.repetition_penalty, number, "above 0", lambda x: 0 < x < math.inf)
+        if self.seed is not None:
+            _check("seed", self.seed, whole, f"from 0 to {_LARGEST_SEED}", lambda x: 0 <= x <= _LARGEST_SEED)
+
+    @property
+    def effective_temperature(self) -> float:
+        """The temperature that is used; 0 for greedy."""
+        if self.temperature is not None:
+            return float(self.temperature)
+        return 0.0 if self.top_k is None and self.top_p is None and self.min_p is None else 1.0
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the largest logit is taken, without a draw."""
+        return self.effective_temperature == 0
+
+
+def _check(name: str, value: Any, kind: tuple[type, str], allowed: str, is_allowed: Callable[[Any], bool]) -> None:
+    fits = isinstance(value, kind[0]) and not isinstance(value, bool)
+    try:
+        # float() refuses whole numbers that are beyond a float
+        fits = fits and is_allowed(value if kind[0] is Integral else float(value))
+    except OverflowError:
+        fits = False
+    if not fits:
+        raise InputError(f"{name} is {value!r}; expected {kind[1]} {allowed}")
+
+
+class Sampler:
+    """Chooses tokens as ``sampling`` says, with a random generator (PCG64) of its own.
+
+    Attributes:
+        sampling: the options.
+        seed: the seed in use, also where the options left it open: the same seed and logits give the same tokens.
+    """
+
+    def __init__(self, sampling: Sampling) -> None:
+        self.sampling = sampling
+        self.seed: int = secrets.randbits(63) if sampling.seed is None else int(sampling.seed)
+        self._random = np.random.Generator(np.random.PCG64(self.seed))
+
+    def sample(self, logits: Logits, ids: Ids) -> int:
+        """Choose the next token.
+
+        Args:
+            logits: float32 [V] of the last position; -inf rules a token out.
+            ids: int64 [N], every token so far, prompt included.
+
+        Raises:
+            BackendError: the logits hold NaN or +inf, or -inf only.
+        """
+        scores = self._scores(logits, ids)
+        if self.sampling.greedy:
+            return int(scores.argmax())
+        tokens, probabilities = self._candidates(scores)
+        cumulative = probabilities.cumsum()
+        drawn = cumulative.searchsorted(self._random.random() * cumulative[-1], side="right")
+        # rounding could lead past the last token that has a probability at all
+        last = cumulative.searchsorted(cumulative[-1], side="left")
+        return int(tokens[min(drawn, last)])
+
+    def probabilities(self, logits: Logits, ids: Ids) -> Floats:
+        """Return the distribution that ``sample`` draws from, float64 [V]; arguments and errors as there."""
+        scores = self._scores(logits, ids)
+        result = np.zeros(scores.shape, np.float64)
+        if self.sampling.greedy:
+            result[scores.argmax()] = 1
+        else:
+            tokens, probabilities = self._candidates(scores)
+            result[tokens] = probabilities / probabilities.sum()
+        return result
+
+    def _scores(self, logits: Logits, ids: Ids) -> npt.NDArray[Any]:
+        """Check the logits and apply the repetition penalty: [V], a new array where anything changes."""
+        top = int(logits.argmax())  # NaN counts as the largest
+        if not math.isfinite(logits[top]):
+            found = "NaN" if math.isnan(logits[top]) else str(float(logits[top]))
+            raise BackendError(
+                f"the model's logits hold {found} at token id {top}; expected finite numbers: "
+                "the weights are damaged, or too large for the type they are computed in; try another backend"
+            )
+        penalty = float(self.sampling.repetition_penalty)
+        if penalty == 1:
+            return logits
+        scores = logits.astype(np.float64)
+        seen = scores[ids]
+        with np.errstate(over="ignore"):
+            seen = np.where(seen < 0, seen * penalty, seen / penalty)
+        scores[ids] = np.clip(seen, -_LARGEST_FLOAT, _LARGEST_FLOAT)
+        return scores
+
+    def _candidates(self, scores: npt.NDArray[Any]) -> tuple[Ids, Floats]:
+        """Return the tokens that may be drawn, ascending, and their probabilities, which need not sum to 1."""
+        options = self.sampling
+        tokens = _top_k(scores, options.top_k)
+        kept = scores[tokens].astype(np.float64)
+        with np.errstate(over="ignore"):  # a tiny temperature makes -inf of everything but the largest
+            probabilities = np.exp((kept - kept.max()) / options.effective_temperature)
+        probabilities /= probabilities.sum()
+        if options.top_p is not None and options.top_p < 1:
+            keep = _top_p(kept, probabilities, float(options.top_p))
+            tokens, probabilities = tokens[keep], probabilities[keep]
+        if options.min_p is not None:
+            keep = probabilities >= float(options.min_p) * probabilities.max()
+            tokens, probabilities = tokens[keep], probabilities[keep]
+        return tokens, probabilities
+
+
+def _top_k(scores: npt.NDArray[Any], top_k: int | None) -> Ids:
+    """Return the positions of the k largest of [V], ascending, with all that equal the k-th."""
+    size = len(scores)
+    if top_k is None or top_k >= size:
+        return np.arange(size)
+    kth = np.partition(scores, size - top_k)[size - top_k]
+    return np.flatnonzero(scores >= kth)
+
+
+def _top_p(scores: Floats, probabilities: Floats, top_p: float) -> npt.NDArray[np.bool_]:
+    """Return which of [K] to keep: all but the least probable ones whose sum stays within ``1 - top_p``.
+
+    Of equal ones the first goes first, since they are taken in stable ascending order; the last one always stays.
+    """
+    budget = 1.0 - top_p
+    # those below an even share of the budget fit into it together, so that only the others need sorting
+    large = np.flatnonzero(probabilities >= min(budget / len(probabilities), probabilities.max()))
+    order = large[np.argsort(scores[large], kind="stable")]
+    spent = probabilities.sum() - probabilities[large].sum() if len(large) < len(probabilities) else 0.0
+    within = spent + probabilities[order].cumsum() <= budget
+    within[-1] = False
+    keep = np.zeros(len(probabilities), np.bool_)
+    keep[order[~within]] = True
+    return keep
