@@ -20,7 +20,7 @@ from gta_edge.runtime.session import Ids, Logits, Session
 
 onnxruntime: Any = optional("onnxruntime", "ort")
 
-__all__ = ["OnnxRuntimeSession"]
+__all__ = ["OnnxRuntimeSession", "check_version"]
 
 _OLDEST_VERSION = (1, 25)  # the first with TensorScatter
 _DEVICE = ("cpu", 0)
@@ -53,7 +53,7 @@ class OnnxRuntimeSession(Session):
 
     def __init__(self, bundle: Bundle, *, threads: int | None = None, **options: Any) -> None:
         super().__init__(bundle.config, **options)
-        _check_version()
+        check_version()
         settings = onnxruntime.SessionOptions()
         settings.intra_op_num_threads = threads or 0
         try:
@@ -138,7 +138,8 @@ def _bind(bind: Any, name: str, buffer: npt.NDArray[Any]) -> None:
     bind(name, *_DEVICE, buffer.dtype.type, buffer.shape, buffer.ctypes.data)
 
 
-def _check_version() -> None:
+def check_version() -> None:
+    """Raise BackendError when ONNX Runtime is missing or too old."""
     found = str(onnxruntime.__version__) if installed(onnxruntime) else onnxruntime()
     if tuple(int(part) for part in found.split(".")[:2]) < _OLDEST_VERSION:
         raise BackendError(

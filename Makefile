@@ -1,0 +1,51 @@
+# make demo   export the example model, generate text with it, print a latency table
+# make test   run the tests
+# make lint   run the linters and the type checker
+# All set-up happens here, in .venv; PYTHON chooses the interpreter (3.11 or later: ONNX Runtime needs it).
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+# torch comes first and pinned: what depends on it then takes it as it is
+TORCH  := torch==2.13.0
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+DEMO   := demo
+
+.PHONY: demo test lint format clean
+
+demo: $(VENV)/.demo
+	rm -rf $(DEMO) && mkdir $(DEMO)
+	$(BIN)/gta-edge export examples/tiny-gta $(DEMO)/tiny-gta
+	$(BIN)/gta-edge inspect $(DEMO)/tiny-gta
+	$(BIN)/gta-edge generate $(DEMO)/tiny-gta --prompt 'class Queue:' --max-new-tokens 120
+	$(BIN)/python benchmarks/latency.py $(DEMO)/tiny-gta --contexts 16,128,512,960
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) $(DEMO) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $(PYTHON) is older than 3.11, which ONNX Runtime needs; run: make PYTHON=python3.12 ..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: pyproject.toml | $(VENV)/bin/python
+	$(PIP) $(TORCH)
+	$(PIP) --editable '.[export,ort]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
+	$(PIP) $(TORCH)
+	$(PIP) --editable '.[dev]'
+	@touch $@

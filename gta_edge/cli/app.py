@@ -1,0 +1,60 @@
+"""The command line as a whole: which verbs there are."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Annotated
+
+import typer
+
+from gta_edge.cli import doctor, export, generate, init, inspect, verify
+from gta_edge.cli import eval as evaluate
+from gta_edge.cli.output import INTERRUPTED, command
+from gta_edge.version import __version__
+
+__all__ = ["app", "run"]
+
+app = typer.Typer(
+    name="gta-edge",
+    help="From a GTA language model to tokens on a constrained GPU.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+_VERBS: dict[str, Callable[..., None]] = {
+    "init": init.init,
+    "export": export.export,
+    "inspect": inspect.inspect,
+    "verify": verify.verify,
+    "eval": evaluate.evaluate,
+    "generate": generate.generate,
+    "doctor": doctor.doctor,
+}
+for _name, _function in _VERBS.items():
+    app.command(_name)(command(_function))
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"gta-edge {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it.")
+    ] = False,
+) -> None:
+    """From a GTA language model to tokens on a constrained GPU."""
+
+
+def run() -> None:
+    """Parse the arguments and run the verb."""
+    try:
+        app()
+    except KeyboardInterrupt:  # before or after the command proper
+        sys.exit(INTERRUPTED)

@@ -1,0 +1,64 @@
+"""``gta-edge eval``: loss and perplexity."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+
+from gta_edge.cli.output import current, key_value_table
+from gta_edge.errors import InputError
+
+__all__ = ["evaluate", "read_text"]
+
+
+def evaluate(
+    bundle: Annotated[Path, typer.Argument(help="The bundle.")],
+    text: Annotated[Path | None, typer.Option(help="A text file, UTF-8.")] = None,
+    ids: Annotated[Path | None, typer.Option(help="Token ids: a .npy file of integers.")] = None,
+    window: Annotated[int | None, typer.Option(help="Tokens attended at most; all positions by default.")] = None,
+    backend: Annotated[str, typer.Option(help="A backend, or auto.")] = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads; one per core by default.")] = None,
+) -> None:
+    """Print the mean loss per token and the perplexity of a text."""
+    from gta_edge.runtime.backends import load
+    from gta_edge.runtime.evaluation import evaluate as run
+    from gta_edge.runtime.evaluation import read_ids
+
+    if (text is None) == (ids is None):
+        raise typer.BadParameter("give one of --text and --ids")
+    output = current()
+    content = None if text is None else read_text(text)
+    tokens = None if ids is None else read_ids(ids)
+    with output.progress() as progress, load(bundle, backend, threads=threads, progress=progress) as session:
+        if content is not None:
+            if session.tokenizer is None:
+                raise InputError(f"{bundle} has no tokenizer; give token ids with --ids")
+            tokens = np.asarray(session.tokenizer.encode(content), np.int64)
+        assert tokens is not None  # noqa: S101  one of the two was given
+        result = run(session, tokens, window=window, progress=progress)
+        name = session.backend
+    document = {"tokens": result.tokens, "loss": result.loss, "perplexity": result.perplexity, "backend": name}
+    if content:
+        document["bits_per_byte"] = result.loss * result.tokens / np.log(2) / len(content.encode())
+    if output.json:
+        output.document(document)
+    else:
+        rows = {key: f"{value:.4f}" if isinstance(value, float) else f"{value}" for key, value in document.items()}
+        output.console.print(key_value_table(rows))
+
+
+def read_text(path: Path) -> str:
+    """Read a text file that a user names.
+
+    Raises:
+        InputError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); give a text file") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: is not UTF-8 text (byte {error.start}); convert it, or give token ids") from error

@@ -1,0 +1,51 @@
+"""``gta-edge export``: checkpoint to bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gta_edge.cli.output import current
+from gta_edge.weights import PRECISIONS
+
+__all__ = ["export"]
+
+
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="Directory with config.json and safetensors.")],
+    bundle: Annotated[Path, typer.Argument(help="Directory to write.")],
+    precision: Annotated[
+        str | None,
+        typer.Option(help=f"How weights are stored: {', '.join(PRECISIONS)}; the checkpoint's own by default."),
+    ] = None,
+    verify: Annotated[bool, typer.Option(help="Check the result against PyTorch.")] = True,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
+) -> None:
+    """Export a checkpoint to a bundle: an ONNX graph and its weights, checked against PyTorch."""
+    from gta_edge.export import pipeline
+
+    output = current()
+    with output.progress() as progress:
+        result = pipeline.export(checkpoint, bundle, precision=precision, verify=verify, force=force, progress=progress)
+    written = result.bundle
+    if output.json:
+        checked = result.report.to_dict() if result.report else None
+        output.document(
+            {
+                "bundle": str(bundle),
+                "precision": written.precision,
+                "bytes": sum(written.file_bytes.values()),
+                "verification": checked,
+            }
+        )
+        return
+    size = sum(written.file_bytes.values()) / 2**20
+    print(f"{bundle}: {written.config.architecture} in {written.precision}, {size:.1f} MiB")  # noqa: T201
+    if result.report:
+        worst = result.report.backends["onnxruntime"].max_rel_error
+        print(  # noqa: T201
+            f"agrees with PyTorch: largest error {worst:.1e} of the logits' spread; storing weights in "
+            f"{written.precision} changed them by {result.report.quantisation.max_rel_error:.1e}"
+        )

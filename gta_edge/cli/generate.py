@@ -1,0 +1,111 @@
+"""``gta-edge generate``: text from a prompt, as it is made."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from gta_edge.cli.eval import read_text
+from gta_edge.cli.output import INTERRUPTED, Output, current
+from gta_edge.errors import InputError
+
+__all__ = ["generate"]
+
+
+def generate(
+    bundle: Annotated[Path, typer.Argument(help="The bundle.")],
+    prompt: Annotated[str | None, typer.Option(help="Text to continue.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="A file with the text to continue.")] = None,
+    ids: Annotated[str | None, typer.Option(help="Token ids to continue: 1,2,3.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 256,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy, the default.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Draw from the k likeliest tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest tokens of this total.")] = None,
+    min_p: Annotated[float | None, typer.Option(help="Drop tokens below this fraction of the likeliest.")] = None,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1 discourages tokens seen before.")] = 1.0,
+    stop: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End before this text; repeatable.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the draws.")] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after an end token.")] = False,
+    backend: Annotated[str, typer.Option(help="A backend, or auto.")] = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads; one per core by default.")] = None,
+) -> None:
+    """Continue a prompt. Text goes to stdout as it is made; timings to stderr at the end."""
+    import gta_edge
+
+    output = current()
+    given = _prompt(prompt, prompt_file, ids)
+    with output.progress() as progress:
+        session = gta_edge.load(bundle, backend, threads=threads, progress=progress)
+    with session:
+        generation = gta_edge.generate(
+            session,
+            given,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            stop=stop or (),
+            seed=seed,
+            chat=chat,
+            ignore_eos=ignore_eos,
+        )
+        try:
+            for piece in generation:
+                _show(output, piece, generation)
+        except KeyboardInterrupt:
+            _finish(output, generation, session.backend)
+            sys.exit(INTERRUPTED)
+        _finish(output, generation, session.backend)
+
+
+def _prompt(text: str | None, file: Path | None, ids: str | None) -> Any:
+    if sum(entry is not None for entry in (text, file, ids)) != 1:
+        raise typer.BadParameter("give exactly one of --prompt, --prompt-file and --ids")
+    if text is not None:
+        return text
+    if file is not None:
+        return read_text(file)
+    try:
+        return [int(part) for part in str(ids).split(",")]
+    except ValueError as error:
+        raise InputError(f"--ids is {ids!r}; expected whole numbers with commas between, such as 1,2,3") from error
+
+
+def _show(output: Output, piece: str, generation: Any) -> None:
+    """Print what is new: text, or without a tokenizer the ids."""
+    if output.json:
+        return
+    if generation.text is None and generation.ids:
+        piece = f"{',' if len(generation.ids) > 1 else ''}{generation.ids[-1]}"
+    sys.stdout.write(piece)
+    sys.stdout.flush()
+
+
+def _finish(output: Output, generation: Any, backend: str) -> None:
+    timings = generation.timings
+    if output.json:
+        output.document(
+            {
+                "text": generation.text,
+                "ids": generation.ids,
+                "finish_reason": generation.finish_reason,
+                "prompt_tokens": generation.prompt_tokens,
+                "seed": generation.seed,
+                "backend": backend,
+                "timings": timings,
+            }
+        )
+        return
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+    rate = timings["decode_tokens_per_s"]
+    output.note(
+        f"[{backend}] {generation.prompt_tokens} prompt tokens, first token after {timings['ttft_ms'] or 0:.0f} ms; "
+        f"{len(generation.ids)} tokens{f' at {rate:.1f}/s' if rate else ''}; ended by {generation.finish_reason}"
+    )

@@ -1,0 +1,96 @@
+"""``gta-edge inspect``: what a checkpoint, preset or bundle is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from gta_edge.bundle import MANIFEST, Bundle
+from gta_edge.checkpoint import Checkpoint
+from gta_edge.cli.output import current, key_value_table
+from gta_edge.config import DTYPES, GTAConfig, ModelConfig
+from gta_edge.errors import InputError
+from gta_edge.presets import PRESETS, preset
+
+__all__ = ["describe", "inspect"]
+
+_PRECISION_OF_DTYPE = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+_MIB = 2**20
+
+
+def inspect(
+    target: Annotated[
+        str, typer.Argument(metavar="PATH_OR_PRESET", help="A checkpoint, a bundle, or a preset's name.")
+    ],
+    verify_hashes: Annotated[bool, typer.Option("--verify-hashes", help="Hash a bundle's weights too.")] = False,
+) -> None:
+    """Show the sizes of a model, its weight bytes, and the cache bytes that a token costs."""
+    output = current()
+    with output.progress() as progress:
+        if Path(target).exists() or target not in PRESETS:
+            config, precision, weight_bytes, extra = _open(Path(target), verify_hashes, progress)
+        else:
+            config = preset(target)
+            precision, weight_bytes, extra = _PRECISION_OF_DTYPE[config.dtype], config.weight_bytes, {"kind": "preset"}
+    # a bundle computes in float32 and so does its cache; a checkpoint's cache would be in its own type
+    cache_dtype = "float32" if extra["kind"] == "bundle" else config.dtype
+    description = describe(config, precision, weight_bytes, cache_dtype) | extra
+    if output.json:
+        output.document(description)
+    else:
+        output.console.print(key_value_table(_for_people(description)))
+
+
+def describe(config: ModelConfig, precision: str, weight_bytes: int, cache_dtype: str) -> dict[str, Any]:
+    """Return the figures of a model, as ``--json`` prints them; ``cache_dtype`` is a key of ``DTYPES``."""
+    gta = config if isinstance(config, GTAConfig) else None
+    key, mixed = config.caches
+    return {
+        "architecture": config.architecture,
+        "parameters": config.parameters,
+        "layers": config.num_hidden_layers,
+        "hidden_size": config.hidden_size,
+        "attention_heads": config.num_attention_heads,
+        "query_heads": gta.num_query_heads if gta else config.num_attention_heads,
+        "key_heads": key.heads,
+        "latent_heads": mixed.heads if gta else None,
+        "key_dim": key.width,
+        "latent_dim": mixed.width if gta else None,
+        "vocab_size": config.vocab_size,
+        "max_length": config.max_position_embeddings,
+        "cache_values_per_token_per_layer": config.cache_values_per_token_per_layer,
+        "cache_dtype": cache_dtype,
+        "cache_bytes_per_token": config.cache_bytes_per_token(DTYPES[cache_dtype]),
+        "attention_flops_per_pair": config.attention_flops_per_pair,
+        "weight_bytes": weight_bytes,
+        "precision": precision,
+    }
+
+
+def _open(path: Path, verify_hashes: bool, progress: Any) -> tuple[ModelConfig, str, int, dict[str, Any]]:
+    if not path.exists():
+        raise InputError(f"{path} is neither a directory nor a preset; presets are {', '.join(PRESETS)}")
+    if (path / MANIFEST).exists():
+        bundle = Bundle.open(path, verify_hashes=verify_hashes, progress=progress)
+        extra = {"kind": "bundle", "files": bundle.file_bytes, "made_with": bundle.manifest["made_with"]}
+        return bundle.config, bundle.precision, bundle.weight_bytes, extra
+    checkpoint = Checkpoint.open(path)
+    dtypes = sorted({checkpoint.dtype_of(name) for name in checkpoint.names})
+    precision = "+".join(_PRECISION_OF_DTYPE[dtype] for dtype in dtypes)
+    return checkpoint.config, precision, checkpoint.weight_bytes, {"kind": "checkpoint"}
+
+
+def _for_people(description: dict[str, Any]) -> dict[str, str]:
+    rows: dict[str, str] = {}
+    for key, value in description.items():
+        if value is None or key == "made_with":
+            continue
+        if key == "files":
+            rows |= {f"  {name}": f"{size / _MIB:,.2f} MiB" for name, size in value.items()}
+        elif key == "weight_bytes":
+            rows[key] = f"{value:,} ({value / _MIB:,.1f} MiB)"
+        else:
+            rows[key] = f"{value:,}" if isinstance(value, int) else str(value)
+    return rows

@@ -1,0 +1,163 @@
+"""What every command has in common: ``--json``, ``--quiet``, ``--debug``, progress, errors and exit status."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import inspect
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Annotated, Any, get_type_hints
+
+import rich.console
+import rich.progress
+import rich.table
+import typer
+
+from gta_edge.errors import GtaEdgeError
+from gta_edge.progress import Progress, silent
+
+__all__ = ["FAILED", "INTERRUPTED", "Output", "command", "current", "key_value_table"]
+
+FAILED = 1
+INTERRUPTED = 130
+
+
+@dataclass
+class Output:
+    """How this run of a command speaks.
+
+    Attributes:
+        json: print one JSON document on stdout, and nothing else anywhere.
+        quiet: no progress.
+        debug: let errors through with their traceback.
+    """
+
+    json: bool = False
+    quiet: bool = False
+    debug: bool = False
+    console: rich.console.Console = field(default_factory=rich.console.Console)
+
+    def document(self, content: dict[str, Any]) -> None:
+        """Print the result as JSON; what JSON cannot say (infinity, NaN) becomes null."""
+        print(json.dumps(_finite(content), ensure_ascii=False, allow_nan=False))  # noqa: T201
+
+    def note(self, text: str) -> None:
+        """Tell a person something on stderr."""
+        if not (self.json or self.quiet):
+            print(text, file=sys.stderr)  # noqa: T201
+
+    @contextmanager
+    def progress(self) -> Iterator[Progress]:
+        """Yield a progress callable: a bar on a terminal, nothing elsewhere."""
+        if self.json or self.quiet or not sys.stderr.isatty():
+            yield silent
+            return
+        columns = (
+            rich.progress.TextColumn("{task.description}"),
+            rich.progress.BarColumn(),
+            rich.progress.TaskProgressColumn(),
+            rich.progress.TimeElapsedColumn(),
+        )
+        with rich.progress.Progress(*columns, console=rich.console.Console(stderr=True)) as bars:
+            tasks: dict[str, rich.progress.TaskID] = {}
+
+            def report(what: str, done: int, total: int) -> None:
+                if what not in tasks:
+                    tasks[what] = bars.add_task(what, total=total)
+                bars.update(tasks[what], completed=done, total=total)
+
+            yield report
+
+
+_current = Output()
+
+
+def current() -> Output:
+    """Return how the running command was asked to speak."""
+    return _current
+
+
+# Options that every command has, in typer's form.
+_COMMON = {
+    "json": Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")],
+    "quiet": Annotated[bool, typer.Option("--quiet", help="Show no progress.")],
+    "debug": Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")],
+}
+
+
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """Return ``function`` with the common options, its errors turned into one line and an exit status."""
+
+    @functools.wraps(function)
+    def run(**options: Any) -> None:
+        global _current  # one command a process
+        _current = Output(**{name: options.pop(name) for name in _COMMON})
+        try:
+            function(**options)
+            sys.stdout.flush()
+        except (typer.Exit, typer.Abort, typer.BadParameter):
+            raise
+        except KeyboardInterrupt:
+            if _current.debug:
+                raise
+            sys.exit(INTERRUPTED)
+        except BrokenPipeError:
+            _leave_closed_pipe()
+        except Exception as error:
+            if _current.debug:
+                raise
+            _fail(_describe(error))
+
+    hints = get_type_hints(function, include_extras=True)
+    own = [p.replace(annotation=hints[p.name]) for p in inspect.signature(function).parameters.values()]
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    common = [inspect.Parameter(name, kind, default=False, annotation=hint) for name, hint in _COMMON.items()]
+    run.__signature__ = inspect.Signature([*own, *common])  # type: ignore[attr-defined]  # what typer reads
+    run.__annotations__ = {**hints, **_COMMON}
+    return run
+
+
+def key_value_table(rows: dict[str, str]) -> rich.table.Table:
+    """Return a plain two-column table."""
+    table = rich.table.Table(box=None, show_header=False, pad_edge=False)
+    for key, value in rows.items():
+        table.add_row(key, value)
+    return table
+
+
+def _describe(error: BaseException) -> str:
+    if isinstance(error, MemoryError):
+        return "not enough memory; use a smaller model, a shorter context, or close other programs"
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"the disk is full ({error.filename or 'while writing'}); free some space and run again"
+    if isinstance(error, OSError):
+        return f"{error.filename or 'input or output'}: {error.strerror or error}; check the path and its permissions"
+    if isinstance(error, GtaEdgeError):
+        return str(error)
+    return f"unexpected {type(error).__name__}: {error}; run again with --debug and please report it"
+
+
+def _fail(message: str) -> None:
+    print("error:", " ".join(message.split()), file=sys.stderr)  # noqa: T201
+    sys.exit(FAILED)
+
+
+def _leave_closed_pipe() -> None:
+    """Whoever read our output has gone: that is no error, and Python must not complain when it exits."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(0)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(entry) for entry in value]
+    if (isinstance(value, float) and value != value) or value in (float("inf"), float("-inf")):
+        return None
+    return value

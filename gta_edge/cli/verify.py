@@ -1,0 +1,42 @@
+"""``gta-edge verify``: logits of every backend at hand against PyTorch."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import rich.table
+import typer
+
+from gta_edge.cli.output import FAILED, current
+
+__all__ = ["verify"]
+
+
+def verify(
+    bundle: Annotated[Path, typer.Argument(help="The bundle.")],
+    checkpoint: Annotated[Path, typer.Option(help="What it was exported from.")],
+    backend: Annotated[
+        str | None, typer.Option(help="Backends, comma-separated; all that work here by default.")
+    ] = None,
+    verify_hashes: Annotated[bool, typer.Option("--verify-hashes", help="Hash the weights first.")] = False,
+) -> None:
+    """Compare logits with the PyTorch model's; the exit status is 1 when a bound does not hold."""
+    from gta_edge.runtime import verification
+
+    output = current()
+    names = None if backend in (None, "auto") else [name.strip() for name in str(backend).split(",")]
+    with output.progress() as progress:
+        report = verification.verify(bundle, checkpoint, names, verify_hashes=verify_hashes, progress=progress)
+    if output.json:
+        output.document(report.to_dict())
+    else:
+        table = rich.table.Table("", "max abs error", "max rel error", "top-1 agreement", box=None)
+        for name, d in {**report.backends, f"{report.precision} weights": report.quantisation}.items():
+            table.add_row(name, f"{d.max_abs_error:.2e}", f"{d.max_rel_error:.2e}", f"{d.top1_agreement:.4f}")
+        output.console.print(table)
+        print("passed" if report.passed else "failed")  # noqa: T201
+    if not report.passed:
+        print("error:", "; ".join(report.failures), file=sys.stderr)  # noqa: T201
+        sys.exit(FAILED)
