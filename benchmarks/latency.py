@@ -121,6 +121,7 @@ def show(report: dict[str, Any]) -> None:
 
 
 def main() -> None:
+    """Parse the arguments, measure, print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("bundle")
     parser.add_argument("--backend", default="auto")

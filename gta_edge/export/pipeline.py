@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from gta_edge.bundle import CONFIG, MODEL, WEIGHTS, Bundle, write_manifest
 from gta_edge.checkpoint import Checkpoint
-from gta_edge.errors import CheckpointError, ExportError, InputError
+from gta_edge.errors import CheckpointError, ExportError, InputError, OutputError
 from gta_edge.export.check import check_export, raise_if_failed
 from gta_edge.export.graph import prepare
 from gta_edge.export.trace import trace
@@ -84,6 +84,8 @@ def export(
         precision = _own_precision(source)
     if precision not in PRECISIONS:
         raise InputError(f"precision is {precision!r}; expected one of {', '.join(PRECISIONS)}")
+    if Path(bundle).resolve() == source.directory.resolve():
+        raise OutputError(f"{bundle} is the checkpoint itself; choose another directory for the bundle")
     with new_directory(bundle, force=force) as directory:
         _write_model(source, directory, precision, progress)
         for companion in (source.directory / CONFIG, *source.companions):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from gta_edge.config import GTAConfig
 from gta_edge.model import Cache, Decoder, empty_cache
 from gta_edge.optional import optional
@@ -63,7 +61,7 @@ class TorchSession(Session):
             self._caches[i] = (_grown(layer[0], capacity), _grown(layer[1], capacity))
 
     def _run(self, input_ids: Ids, past_length: Ids, logit_positions: Ids) -> Logits:
-        inputs = (torch.from_numpy(np.ascontiguousarray(x)) for x in (input_ids, past_length, logit_positions))
+        inputs = (torch.tensor(x) for x in (input_ids, past_length, logit_positions))
         with torch.inference_mode():
             logits, _ = self._model(*inputs, self._caches)
         result: Logits = logits.numpy()

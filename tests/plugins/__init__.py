@@ -1,0 +1,1 @@
+"""Tests of gta_edge.plugins."""

@@ -1,0 +1,136 @@
+"""The onnxruntime backend: what only it promises; what every session promises is in test_session.py."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from gta_edge.bundle import Bundle
+from gta_edge.errors import BackendError, CapacityError
+from gta_edge.export.pipeline import export
+from gta_edge.runtime.backends import load
+from gta_edge.runtime.onnxruntime import OnnxRuntimeSession
+from tests import reference
+from tests.export.checkpoints import write_checkpoint
+
+COPIED = "in-place optimization not activated"  # what ONNX Runtime logs when it copies a cache
+VOCAB = 61
+
+
+@pytest.fixture(scope="module", params=["gta", "gqa"])
+def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    small = {"vocab_size": VOCAB, "max_position_embeddings": 64}
+    entries = (
+        reference.gta_entries(heads=4, n_q=4, n_k=2, n_c=1, **small)
+        if request.param == "gta"
+        else reference.llama_entries(heads=4, n_kv=2, **small)
+    )
+    directory = tmp_path_factory.mktemp("onnxruntime")
+    write_checkpoint(directory / "checkpoint", entries, reference.random_weights(entries))
+    export(directory / "checkpoint", directory / "bundle", verify=False)
+    return directory / "bundle"
+
+
+@pytest.fixture
+def session(bundle: Path) -> Iterator[OnnxRuntimeSession]:
+    with OnnxRuntimeSession(Bundle.open(bundle), chunk_size=8, capacity_step=16) as session:
+        yield session
+
+
+def ids(batch: int, tokens: int) -> np.ndarray:
+    return np.random.default_rng(tokens).integers(0, VOCAB, (batch, tokens))
+
+
+def test_no_step_copies_the_cache(session: OnnxRuntimeSession, capfd: pytest.CaptureFixture[str]) -> None:
+    session.forward(ids(2, 10))
+    addresses = {name: cache.ctypes.data for name, cache in session._caches.items()}
+    before = {name: cache.copy() for name, cache in session._caches.items()}
+    for i in range(4):
+        session.forward(ids(2, 1 + i % 2))
+    length = int(session.length[0])
+    for name, cache in session._caches.items():
+        assert cache.ctypes.data == addresses[name]
+        # the graph's output is this memory: the rows of the new tokens are there, those before are untouched
+        assert (cache[:, :, 10:length] != 0).any(axis=-1).all()
+        np.testing.assert_array_equal(cache[:, :, :10], before[name][:, :, :10])
+        np.testing.assert_array_equal(cache[:, :, length:], 0)
+    assert COPIED not in capfd.readouterr().err
+
+
+def test_the_message_would_be_seen(bundle: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Without shared memory the same graph copies, and says so: the test above can fail."""
+    plain = onnxruntime.InferenceSession(bundle / "model.onnx", providers=["CPUExecutionProvider"])
+    feeds = {
+        value.name: np.zeros((1, value.shape[1], 8, value.shape[3]), np.float32)
+        for value in plain.get_inputs()
+        if value.name.startswith("past_") and value.name != "past_length"
+    }
+    plain.run(
+        None,
+        {**feeds, "input_ids": ids(1, 2), "past_length": np.array([0]), "logit_positions": np.array([[0]])},
+    )
+    assert COPIED in capfd.readouterr().err
+
+
+def test_growth_keeps_what_is_there(session: OnnxRuntimeSession) -> None:
+    tokens = ids(2, 40)
+    grown = [session.forward(tokens[:, i : i + 5], all_logits=True) for i in range(0, 40, 5)]
+    assert session.capacity == 48
+    session.reset()
+    at_once = session.forward(tokens, all_logits=True)
+    np.testing.assert_allclose(np.concatenate(grown, axis=1), at_once, rtol=1e-4, atol=1e-4)
+
+
+def test_cache_bytes_are_what_is_held(session: OnnxRuntimeSession) -> None:
+    assert session.cache_bytes == 0
+    session.forward(ids(3, 17))
+    per_token = session.config.cache_bytes_per_token()
+    assert session.cache_bytes == 3 * 32 * per_token == sum(cache.nbytes for cache in session._caches.values())
+
+
+def test_no_memory_for_the_cache(session: OnnxRuntimeSession, monkeypatch: pytest.MonkeyPatch) -> None:
+    session.forward(ids(1, 4))
+    zeros = np.zeros
+
+    def refuse(shape: object, *rest: object, **options: object) -> np.ndarray:
+        if isinstance(shape, tuple) and len(shape) == 4:  # a cache
+            raise MemoryError
+        return zeros(shape, *rest, **options)
+
+    monkeypatch.setattr(np, "zeros", refuse)
+    with pytest.raises(CapacityError, match=r"no memory for a cache of .* MiB"):
+        session.forward(ids(1, 30))
+    monkeypatch.undo()
+    session.reset()
+    assert np.isfinite(session.forward(ids(1, 30))).all()
+
+
+def test_threads_do_not_change_the_result(bundle: Path) -> None:
+    with load(bundle, "onnxruntime", threads=1) as one, load(bundle, "onnxruntime", threads=2) as two:
+        np.testing.assert_allclose(one.forward(ids(1, 20)), two.forward(ids(1, 20)), rtol=1e-4, atol=1e-5)
+
+
+def test_both_backends_agree(bundle: Path) -> None:
+    with load(bundle, "onnxruntime") as ours, load(bundle, "torch") as exact:
+        for tokens, lengths in ((9, [9, 4, 1]), (3, [1, 3, 2]), (1, None)):
+            a, b = (s.forward(ids(3, tokens), lengths=lengths, all_logits=True) for s in (ours, exact))
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-4)
+            np.testing.assert_array_equal(ours.length, exact.length)
+
+
+def test_auto_says_what_it_took(bundle: Path) -> None:
+    with load(bundle) as session:
+        assert session.backend == "onnxruntime"
+
+
+def test_unknown_backend(bundle: Path) -> None:
+    with pytest.raises(BackendError, match="no backend is called 'cuda'; there are onnxruntime, torch and auto"):
+        load(bundle, "cuda")
+
+
+def test_an_old_onnxruntime_is_refused(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnxruntime, "__version__", "1.23.2")
+    with pytest.raises(BackendError, match=r"1\.23\.2 is too old .* pip install 'onnxruntime>=1\.25'"):
+        load(bundle, "onnxruntime")
