@@ -13,15 +13,54 @@ from pathlib import Path
 
 # Whole modules, so that no part of a held-out file was seen in training.
 HELD_OUT = frozenset(
-    "argparse.py bisect.py calendar.py cmd.py csv.py fnmatch.py fractions.py gzip.py heapq.py textwrap.py "
-    "json/decoder.py json/encoder.py queue.py sched.py shlex.py statistics.py string.py tempfile.py uuid.py "
-    "asyncio/locks.py asyncio/queues.py email/message.py http/cookies.py logging/config.py unittest/case.py "
-    "concurrent/futures/thread.py xml/dom/minidom.py".split()
+    [
+        "argparse.py",
+        "bisect.py",
+        "calendar.py",
+        "cmd.py",
+        "csv.py",
+        "fnmatch.py",
+        "fractions.py",
+        "gzip.py",
+        "heapq.py",
+        "textwrap.py",
+        "json/decoder.py",
+        "json/encoder.py",
+        "queue.py",
+        "sched.py",
+        "shlex.py",
+        "statistics.py",
+        "string.py",
+        "tempfile.py",
+        "uuid.py",
+        "asyncio/locks.py",
+        "asyncio/queues.py",
+        "email/message.py",
+        "http/cookies.py",
+        "logging/config.py",
+        "unittest/case.py",
+        "concurrent/futures/thread.py",
+        "xml/dom/minidom.py",
+    ]
 )
 # Tests, tables, vendored code and demos: little to learn Python from.
 _SKIPPED = frozenset(
-    "__pycache__ test tests idlelib idle_test encodings pydoc_data lib2to3 ensurepip site-packages dist-packages "
-    "turtledemo msilib config-3".split()
+    [
+        "__pycache__",
+        "test",
+        "tests",
+        "idlelib",
+        "idle_test",
+        "encodings",
+        "pydoc_data",
+        "lib2to3",
+        "ensurepip",
+        "site-packages",
+        "dist-packages",
+        "turtledemo",
+        "msilib",
+        "config-3",
+    ]
 )
 
 

@@ -118,7 +118,7 @@ def query_attention(
     q = _rope(_heads(query, num_query_heads), cos, sin)
     k = _rope(_heads(key, num_key_heads), cos, sin)
     mixed = _causal(q, k, _heads(value, num_key_heads).to(torch.bfloat16), scale)
-    return mixed.transpose(1, 2).flatten(2), past_key, past_value
+    return mixed.transpose(1, 2).flatten(2).to(query.dtype), past_key, past_value
 
 
 # --- training ----------------------------------------------------------------------------------------------------

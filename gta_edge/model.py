@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from gta_edge.config import GQAConfig, GTAConfig, ModelConfig
+from gta_edge.config import GTAConfig, ModelConfig
 from gta_edge.optional import optional
 from gta_edge.plugins import torch_ops
 from gta_edge.rope import rope_tables
@@ -76,13 +76,13 @@ class QueryAttention(nn.Module):
     v_proj: nn.Linear
     o_proj: nn.Linear
 
-    def __init__(self, config: GQAConfig, biases: Collection[str], attention: Attention | None) -> None:
+    def __init__(self, config: ModelConfig, biases: Collection[str], attention: Attention | None) -> None:
         super().__init__()
         shapes = config.attention_shapes()
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
             outputs, inputs = shapes[f"{name}.weight"]
             self.add_module(name, _linear(name, inputs, outputs, biases))
-        self.heads = (config.num_attention_heads, config.num_key_value_heads)
+        self.heads = (config.num_attention_heads, config.caches[0].heads)
         self.scale = config.scale
         self.attention: Attention = attention or torch_ops.grouped_query_attention
 
@@ -106,7 +106,8 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))  # type: ignore[no-any-return]
+        product: Tensor = functional.silu(self.gate_proj(x)) * self.up_proj(x)
+        return self.down_proj(product)  # type: ignore[no-any-return]  # nn.Module's call is untyped
 
 
 class Layer(nn.Module):
@@ -118,7 +119,7 @@ class Layer(nn.Module):
         self.self_attn = (
             LatentAttention(config, biases, attention)
             if isinstance(config, GTAConfig)
-            else QueryAttention(config, biases, attention)  # type: ignore[arg-type]
+            else QueryAttention(config, biases, attention)
         )
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)

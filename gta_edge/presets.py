@@ -7,6 +7,7 @@ Weights of a preset are random (``gta-edge init``): presets are for benchmarks a
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from gta_edge.config import GQAConfig, GTAConfig, ModelConfig
 from gta_edge.errors import InputError
@@ -59,7 +60,7 @@ def preset(name: str) -> ModelConfig:
     if name not in PRESETS:
         raise InputError(f"no preset is called {name!r}; there are {', '.join(PRESETS)}")
     family = (_GTA.get(name) or _BASELINES[name])[0]
-    common = {
+    common: dict[str, Any] = {
         "vocab_size": family.vocab,
         "hidden_size": family.hidden,
         "intermediate_size": family.intermediate,
@@ -70,10 +71,10 @@ def preset(name: str) -> ModelConfig:
         "tie_word_embeddings": family.tied,
     }
     if name in _BASELINES:
-        return GQAConfig(**common, num_key_value_heads=_BASELINES[name][1])  # type: ignore[arg-type]
+        return GQAConfig(**common, num_key_value_heads=_BASELINES[name][1])
     n_q, n_k, n_c = _GTA[name][1]
     return GTAConfig(
-        **common,  # type: ignore[arg-type]
+        **common,
         num_query_heads=n_q,
         num_key_heads=n_k,
         key_dim=64,

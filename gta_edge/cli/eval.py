@@ -37,7 +37,7 @@ def evaluate(
             if session.tokenizer is None:
                 raise InputError(f"{bundle} has no tokenizer; give token ids with --ids")
             tokens = np.asarray(session.tokenizer.encode(content), np.int64)
-        assert tokens is not None  # noqa: S101  one of the two was given
+        assert tokens is not None  # one of the two was given
         result = run(session, tokens, window=window, progress=progress)
         name = session.backend
     document = {"tokens": result.tokens, "loss": result.loss, "perplexity": result.perplexity, "backend": name}

@@ -42,10 +42,10 @@ def export(
         )
         return
     size = sum(written.file_bytes.values()) / 2**20
-    print(f"{bundle}: {written.config.architecture} in {written.precision}, {size:.1f} MiB")  # noqa: T201
+    print(f"{bundle}: {written.config.architecture} in {written.precision}, {size:.1f} MiB")
     if result.report:
         worst = result.report.backends["onnxruntime"].max_rel_error
-        print(  # noqa: T201
+        print(
             f"agrees with PyTorch: largest error {worst:.1e} of the logits' spread; storing weights in "
             f"{written.precision} changed them by {result.report.quantisation.max_rel_error:.1e}"
         )

@@ -34,4 +34,4 @@ def init(
     if output.json:
         output.document({"checkpoint": str(directory), "parameters": config.parameters, "dtype": dtype, "seed": seed})
     else:
-        print(f"{directory}: {config.parameters:,} random parameters in {dtype}")  # noqa: T201
+        print(f"{directory}: {config.parameters:,} random parameters in {dtype}")

@@ -44,12 +44,12 @@ class Output:
 
     def document(self, content: dict[str, Any]) -> None:
         """Print the result as JSON; what JSON cannot say (infinity, NaN) becomes null."""
-        print(json.dumps(_finite(content), ensure_ascii=False, allow_nan=False))  # noqa: T201
+        print(json.dumps(_finite(content), ensure_ascii=False, allow_nan=False))
 
     def note(self, text: str) -> None:
         """Tell a person something on stderr."""
         if not (self.json or self.quiet):
-            print(text, file=sys.stderr)  # noqa: T201
+            print(text, file=sys.stderr)
 
     @contextmanager
     def progress(self) -> Iterator[Progress]:
@@ -143,7 +143,7 @@ def _describe(error: BaseException) -> str:
 
 
 def _fail(message: str) -> None:
-    print("error:", " ".join(message.split()), file=sys.stderr)  # noqa: T201
+    print("error:", " ".join(message.split()), file=sys.stderr)
     sys.exit(FAILED)
 
 

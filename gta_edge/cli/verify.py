@@ -36,7 +36,7 @@ def verify(
         for name, d in {**report.backends, f"{report.precision} weights": report.quantisation}.items():
             table.add_row(name, f"{d.max_abs_error:.2e}", f"{d.max_rel_error:.2e}", f"{d.top1_agreement:.4f}")
         output.console.print(table)
-        print("passed" if report.passed else "failed")  # noqa: T201
+        print("passed" if report.passed else "failed")
     if not report.passed:
-        print("error:", "; ".join(report.failures), file=sys.stderr)  # noqa: T201
+        print("error:", "; ".join(report.failures), file=sys.stderr)
         sys.exit(FAILED)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from gta_edge.config import GTAConfig, ModelConfig
@@ -68,7 +69,7 @@ def trace(config: ModelConfig, biases: Collection[str]) -> ir.Model:
             optimize=False,
             verbose=False,
         )
-    assert program is not None  # noqa: S101  dynamo=True returns one
+    assert program is not None  # dynamo=True returns one
     return program.model
 
 
@@ -114,16 +115,15 @@ def _onnx_op(
     )
 
 
-class _quiet:  # noqa: N801  used as a statement
+@contextmanager
+def _quiet() -> Iterator[None]:
     """Keep torch's notes about itself (missing torchvision, its own deprecations) from the user."""
-
-    def __enter__(self) -> None:
-        self._warnings = warnings.catch_warnings()
-        self._warnings.__enter__()
-        warnings.simplefilter("ignore")
-        self._level = logging.getLogger("torch.onnx").level
-        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-
-    def __exit__(self, *details: object) -> None:
-        logging.getLogger("torch.onnx").setLevel(self._level)
-        self._warnings.__exit__(None, None, None)
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -46,17 +46,17 @@ class FoldWeightViewsPass(ir.passes.InPlacePass):
 
     @staticmethod
     def _transposed(source: ir.Value) -> ir.Value:
-        assert source.shape is not None and len(source.shape) == 2  # noqa: S101, PT018  the precondition
+        assert source.shape is not None and len(source.shape) == 2  # the precondition
         shape = ir.Shape(reversed(tuple(source.shape)))
         return _initializer(f"{source.name}{TRANSPOSED}", shape)
 
     @staticmethod
     def _reshaped(source: ir.Value, node: ir.Node) -> ir.Value:
         shape = node.outputs[0].shape
-        assert source.shape is not None and shape is not None  # noqa: S101, PT018  the tracer gives both
-        assert math.prod(source.shape.numpy()) == math.prod(shape.numpy())  # noqa: S101
+        assert source.shape is not None and shape is not None  # the tracer gives both
+        assert math.prod(source.shape.numpy()) == math.prod(shape.numpy())
         graph = source.graph
-        assert graph is not None  # noqa: S101
+        assert graph is not None
         name = str(source.name)
         source.name = f"{name}.viewed"  # free the name for the view; this one goes when its last use goes
         return _initializer(name, shape)

@@ -51,7 +51,7 @@ class StoreWeightsPass(ir.passes.InPlacePass):
             if name in self.tables:
                 value.const_value = ir.tensor(self.tables[name], name=name)
                 continue
-            assert value.shape is not None  # noqa: S101  the precondition
+            assert value.shape is not None  # the precondition
             dtype = stored_dtype(len(value.shape), self.precision)
             value.const_value = self._lazy(name, value.shape, dtype)
             if dtype != np.float32:

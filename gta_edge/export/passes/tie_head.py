@@ -40,7 +40,7 @@ class TieHeadPass(ir.passes.InPlacePass):
     @staticmethod
     def _rewrite(graph: ir.Graph, product: ir.Node, transpose: ir.Node, table: ir.Value) -> None:
         x, logits = product.inputs[0], product.outputs[0]
-        assert x is not None and table.shape is not None  # noqa: S101, PT018  the tracer gives both
+        assert x is not None and table.shape is not None  # the tracer gives both
         vocabulary, hidden = table.shape.numpy()
         positions = next(value for value in graph.inputs if value.name == "logit_positions")
 
