@@ -73,6 +73,7 @@ class OnnxRuntimeSession(Session):
         return sum(cache.nbytes for cache in self._caches.values())
 
     def close(self) -> None:
+        super().close()
         self._step, self._caches, self._session = None, {}, None
 
     def _resize(self, batch: int, capacity: int) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gta_edge.config import ModelConfig
-from gta_edge.errors import CapacityError, InputError
+from gta_edge.errors import BackendError, CapacityError, InputError
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -61,6 +61,7 @@ class Session(ABC):
         self.capacity_step = capacity_step
         self._length: Ids = np.zeros(1, np.int64)
         self._capacity = 0
+        self._closed = False
 
     # --- what a backend adds -----------------------------------------------------------------------------------
 
@@ -80,8 +81,9 @@ class Session(ABC):
     def cache_bytes(self) -> int:
         """Bytes that the cache occupies now, over all layers."""
 
-    def close(self) -> None:  # noqa: B027  a backend without resources has nothing to free
-        """Free what the session holds; it cannot be used afterwards."""
+    def close(self) -> None:
+        """Free what the session holds; it cannot run afterwards."""
+        self._closed = True
 
     # --- what everyone uses ------------------------------------------------------------------------------------
 
@@ -115,7 +117,10 @@ class Session(ABC):
             InputError: ids that are no integers, of another shape or outside the vocabulary; lengths outside 1 to T;
                 another number of rows than the cache holds.
             CapacityError: a row, padding included, would pass the model's last position. The cache is unchanged.
+            BackendError: the session is closed, or the backend failed.
         """
+        if self._closed:
+            raise BackendError("the session is closed; load the bundle again")
         ids = self._check_ids(ids)
         batch, tokens = ids.shape
         counts = self._check_lengths(lengths, batch, tokens)

@@ -68,6 +68,7 @@ class TorchSession(Session):
         return result
 
     def close(self) -> None:
+        super().close()
         self._caches = []
 
 

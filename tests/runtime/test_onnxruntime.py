@@ -120,6 +120,15 @@ def test_both_backends_agree(bundle: Path) -> None:
             np.testing.assert_array_equal(ours.length, exact.length)
 
 
+@pytest.mark.parametrize("backend", ["onnxruntime", "torch"])
+def test_a_closed_session_says_so(bundle: Path, backend: str) -> None:
+    with load(bundle, backend) as session:
+        session.forward(ids(1, 2))
+    assert session.cache_bytes == 0
+    with pytest.raises(BackendError, match="the session is closed"):
+        session.forward(ids(1, 2))
+
+
 def test_auto_says_what_it_took(bundle: Path) -> None:
     with load(bundle) as session:
         assert session.backend == "onnxruntime"

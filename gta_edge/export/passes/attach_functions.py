@@ -29,15 +29,17 @@ class AttachFunctionsPass(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Attach to and inline in ``model``."""
         used = {node.op_type for node in model.graph if node.domain == op.DOMAIN}
+        attached = {identifier[1] for identifier in model.functions}
+        modified = bool(used - attached) or model.graph.opset_imports[""] != op.OPSET
         # what torch writes for opset 23 means the same in opset 24
         model.graph.opset_imports[""] = op.OPSET
-        if op.OP in used:
+        if op.OP in used - attached:
             _add(model, op.FUNCTION)
         if op.BASELINE_OP in used:
             _add(model, op.BASELINE_FUNCTION)
             model = ir.passes.common.InlinePass()(model).model
             model.graph.opset_imports.pop(op.DOMAIN, None)
-        return ir.passes.PassResult(model, modified=True)
+        return ir.passes.PassResult(model, modified)
 
 
 def _add(model: ir.Model, text: str) -> None:
