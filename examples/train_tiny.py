@@ -159,8 +159,8 @@ def bigram_loss(train: Tensor, held_out: Tensor) -> float:
     pairs = torch.zeros(VOCAB_SIZE, VOCAB_SIZE, dtype=torch.float64)
     pairs.index_put_((train[:-1], train[1:]), torch.ones(1, dtype=torch.float64), accumulate=True)
     unigram = (pairs.sum(0) + 1) / (pairs.sum() + VOCAB_SIZE)
-    seen = (pairs > 0).sum(1, keepdim=True)  # Witten-Bell smoothing
-    bigram = (pairs + seen * unigram) / (pairs.sum(1, keepdim=True) + seen).clamp(min=1)
+    seen = (pairs > 0).sum(1, keepdim=True).clamp(min=1)  # Witten-Bell smoothing; what was never seen backs off
+    bigram = (pairs + seen * unigram) / (pairs.sum(1, keepdim=True) + seen)
     return float(-bigram[held_out[:-1], held_out[1:]].log().mean())
 
 
@@ -204,6 +204,7 @@ def save(model: Decoder, tokenizer: Tokenizer, output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
     tensors = {name: p.detach().to(torch.bfloat16).contiguous() for name, p in model.named_parameters()}
     save_file(tensors, output / "model.safetensors", metadata={"format": "pt"})
+    (output / "model.safetensors").chmod(0o644)  # the library leaves it to its owner alone
     (output / "config.json").write_text(json.dumps(model.config.to_dict(), indent=2) + "\n")
     tokenizer.save(str(output / "tokenizer.json"))
     tokenizer_config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END_OF_TEXT}
