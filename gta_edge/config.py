@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from gta_edge.errors import ConfigError
-from gta_edge.rope import RopeScaling
+from gta_edge.rope import ROPE_TYPES, RopeScaling
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -27,6 +28,7 @@ __all__ = ["DTYPES", "CacheSpec", "GQAConfig", "GTAConfig", "ModelConfig", "read
 DTYPES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 _LARGEST_SIZE = 2**31 - 1
+_LARGEST_NUMBER = sys.float_info.max
 _GTA_KEYS = ("num_query_heads", "query_dim", "num_key_heads", "key_dim", "num_value_heads", "value_dim")
 
 
@@ -76,16 +78,19 @@ class ModelConfig(ABC):
                 _check_size(entry.name, getattr(self, entry.name))
         if not (_is_number(self.rms_norm_eps) and 0 < self.rms_norm_eps < 1):
             raise ConfigError(f"rms_norm_eps is {self.rms_norm_eps!r}; expected a number between 0 and 1")
-        if not (_is_number(self.rope_theta) and 1 < self.rope_theta < math.inf):
-            raise ConfigError(f"rope_theta is {self.rope_theta!r}; expected a finite number above 1")
-        if self.dtype not in DTYPES:
+        if not (_is_number(self.rope_theta) and 1 < self.rope_theta <= _LARGEST_NUMBER):
+            raise ConfigError(f"rope_theta is {_brief(self.rope_theta)}; expected a finite number above 1")
+        if not isinstance(self.dtype, str) or self.dtype not in DTYPES:
             raise ConfigError(f"dtype is {self.dtype!r}; expected one of {', '.join(DTYPES)}")
         if not isinstance(self.tie_word_embeddings, bool):
             raise ConfigError(f"tie_word_embeddings is {self.tie_word_embeddings!r}; expected true or false")
-        for name, ids in (("bos_token_id", (self.bos_token_id,)), ("eos_token_id", self.eos_token_ids)):
+        begin = () if self.bos_token_id is None else (self.bos_token_id,)
+        for name, ids in (("bos_token_id", begin), ("eos_token_id", self.eos_token_ids)):
             for token in ids:
-                if token is not None and not (_is_int(token) and 0 <= token < self.vocab_size):
-                    raise ConfigError(f"{name} is {token!r}; expected a token id below vocab_size {self.vocab_size}")
+                if not (_is_int(token) and 0 <= token < self.vocab_size):
+                    raise ConfigError(
+                        f"{name} is {_brief(token)}; expected a token id below vocab_size {self.vocab_size}"
+                    )
         if self.num_attention_heads * self.head_dim != self.hidden_size:
             raise ConfigError(
                 f"num_attention_heads {self.num_attention_heads} times head_dim {self.head_dim} is "
@@ -410,7 +415,7 @@ def read_config(path: Path) -> ModelConfig:
 
 def _common_entries(entries: Mapping[str, Any]) -> dict[str, Any]:
     """Read the entries that every architecture has, defaults as in transformers' LlamaConfig."""
-    scaling = entries.get("rope_parameters") or entries.get("rope_scaling")
+    scaling = _rope_scaling(entries)
     theta = scaling.get("rope_theta") if isinstance(scaling, Mapping) else None
     heads, hidden = _require(entries, "num_attention_heads"), _require(entries, "hidden_size")
     _check_size("num_attention_heads", heads)
@@ -435,6 +440,21 @@ def _common_entries(entries: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _rope_scaling(entries: Mapping[str, Any]) -> Any:
+    """Return the rope settings that count where a config.json gives several, as transformers chooses them."""
+    scaling = entries.get("rope_scaling") or entries.get("rope_parameters")
+    if entries.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ConfigError(
+            f"partial_rotary_factor is {entries['partial_rotary_factor']!r}; only 1.0 is supported "
+            "(every key dimension rotates)"
+        )
+    original = "original_max_position_embeddings"
+    if not isinstance(scaling, Mapping) or entries.get(original) is None:
+        return scaling
+    takes_it = original in ROPE_TYPES.get(str(scaling.get("rope_type", scaling.get("type"))), {})
+    return {**scaling, original: entries[original]} if takes_it else scaling
+
+
 def _require(entries: Mapping[str, Any], key: str) -> Any:
     if entries.get(key) is None:
         raise ConfigError(f"the config has no {key!r}; add it")
@@ -443,7 +463,15 @@ def _require(entries: Mapping[str, Any], key: str) -> Any:
 
 def _check_size(name: str, value: object) -> None:
     if not (_is_int(value) and isinstance(value, int) and 1 <= value <= _LARGEST_SIZE):
-        raise ConfigError(f"{name} is {value!r}; expected a whole number from 1 to {_LARGEST_SIZE}")
+        raise ConfigError(f"{name} is {_brief(value)}; expected a whole number from 1 to {_LARGEST_SIZE}")
+
+
+def _brief(value: object) -> str:
+    """Return a value as a message can hold it: JSON may bring numbers of any length."""
+    if isinstance(value, int) and abs(value) > 10**20:
+        return "a whole number of more than 20 digits"
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}…"
 
 
 def _is_int(value: object) -> bool:

@@ -8,6 +8,7 @@ arXiv 2407.21783) and ``yarn`` (arXiv 2309.00071). They are evaluated in float64
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -71,8 +72,8 @@ class RopeScaling:
             if isinstance(value, bool) != (name == "truncate") or not isinstance(value, (int, float)):
                 raise ConfigError(f"rope scaling parameter {name} is {value!r}; expected a number")
             may_be_zero = name in ("truncate", "mscale", "mscale_all_dim")
-            if not math.isfinite(value) or value < 0 or (value == 0 and not may_be_zero):
-                raise ConfigError(f"rope scaling parameter {name} is {value!r}; expected a finite number above 0")
+            if not 0 <= value <= sys.float_info.max or (value == 0 and not may_be_zero):
+                raise ConfigError(f"rope scaling parameter {name} is out of range; expected a finite number above 0")
         for name, required in known.items():
             if required and name not in self.parameters:
                 raise ConfigError(f"rope scaling of type {self.rope_type!r} lacks the parameter {name!r}")

@@ -125,37 +125,27 @@ def test_yarn_factor_on_the_tables(changes, factor):
     np.testing.assert_allclose(np.hypot(cos, sin), factor, rtol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "entry",
-    [
-        YARN,
-        YARN | {"truncate": False},
-        YARN | {"original_max_position_embeddings": 32768},
-        YARN | {"beta_fast": 4.0, "beta_slow": 2.0},
-        {"rope_type": "yarn", "factor": 8.0},
-        {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
-        {"rope_type": "linear", "factor": 8.0},
-        {"rope_type": "default"},
-    ],
-)
-def test_each_parameter_matters(entry):
-    """No two of these give the same frequencies, so agreement with transformers above is no accident."""
-    others = [
-        YARN,
-        YARN | {"truncate": False},
-        YARN | {"original_max_position_embeddings": 32768},
-        YARN | {"beta_fast": 4.0, "beta_slow": 2.0},
-        {"rope_type": "yarn", "factor": 8.0},
-        {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
-        {"rope_type": "linear", "factor": 8.0},
-        {"rope_type": "default"},
-    ]
-    assert_agrees(64, 10000.0, entry, 4096)
-    found, _ = inverse_frequencies(64, 10000.0, RopeScaling.from_config(entry), 4096)
-    for other in others:
-        if other != entry:
-            theirs, _ = inverse_frequencies(64, 10000.0, RopeScaling.from_config(other), 4096)
-            assert np.abs(found / theirs - 1).max() > 1e-3
+DISTINCT = {
+    "yarn": YARN,
+    "yarn, not truncated": YARN | {"truncate": False},
+    "yarn from a longer original": YARN | {"original_max_position_embeddings": 32768},
+    "yarn with other betas": YARN | {"beta_fast": 4.0, "beta_slow": 2.0},
+    "yarn as a step": YARN | {"beta_fast": 4.0, "beta_slow": 4.0, "truncate": False},
+    "yarn from the whole length": {"rope_type": "yarn", "factor": 8.0},
+    "llama3": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    "linear": {"rope_type": "linear", "factor": 8.0},
+    "default": {"rope_type": "default"},
+}
+
+
+@pytest.mark.parametrize("name", DISTINCT)
+def test_each_parameter_matters(name):
+    """No two of these give the same frequencies, so agreement with transformers is no accident."""
+    assert_agrees(64, 10000.0, DISTINCT[name], 4096)
+    found, _ = inverse_frequencies(64, 10000.0, RopeScaling.from_config(DISTINCT[name]), 4096)
+    for other in DISTINCT.keys() - {name}:
+        theirs, _ = inverse_frequencies(64, 10000.0, RopeScaling.from_config(DISTINCT[other]), 4096)
+        assert np.abs(found / theirs - 1).max() > 1e-3, other
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
@@ -182,9 +172,7 @@ def test_tables_are_exact_at_far_positions_too():
         assert sin[32767, pair] == pytest.approx(math.sin(angle), abs=1e-7)
 
 
-@pytest.mark.parametrize(
-    "entry", [YARN, {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}]
-)
+@pytest.mark.parametrize("entry", [DISTINCT["yarn"], DISTINCT["llama3"]], ids=["yarn", "llama3"])
 def test_tables_against_transformers(entry):
     config = LlamaConfig(
         hidden_size=64, num_attention_heads=2, head_dim=32, max_position_embeddings=64, rope_scaling=dict(entry)
@@ -221,9 +209,7 @@ def test_parameters_that_are_null_are_absent():
 
 
 @pytest.mark.parametrize("spelling", ["rope_scaling", "rope_parameters"])
-@pytest.mark.parametrize(
-    "entry", [YARN, {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}]
-)
+@pytest.mark.parametrize("entry", [DISTINCT["yarn"], DISTINCT["llama3"]], ids=["yarn", "llama3"])
 def test_a_config_gives_the_frequencies_that_transformers_gives_it(entry, spelling):
     entries = reference.llama_entries(d_h=32, max_position_embeddings=4096)
     del entries["rope_theta"], entries["rope_scaling"]
@@ -236,6 +222,36 @@ def test_a_config_gives_the_frequencies_that_transformers_gives_it(entry, spelli
     rotary = LlamaRotaryEmbedding(LlamaConfig(**json.loads(json.dumps(entries))))
     np.testing.assert_allclose(found, rotary.inv_freq.double().numpy(), rtol=1e-5)
     assert factor == pytest.approx(rotary.attention_scaling)
+
+
+LINEAR = {"rope_type": "linear", "factor": 2.0}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}, "original_max_position_embeddings": 64},
+        {"rope_scaling": DISTINCT["llama3"], "original_max_position_embeddings": 64},
+        {"rope_scaling": DISTINCT["yarn"] | {"factor": None}},
+        {"rope_scaling": LINEAR, "rope_parameters": LINEAR | {"factor": 4.0}},
+        {"rope_scaling": LINEAR, "rope_parameters": {"rope_type": "default"}},
+        {"rope_scaling": LINEAR, "partial_rotary_factor": 0.5},
+        {"rope_scaling": LINEAR | {"rope_theta": 20000.0}, "rope_theta": 500.0},
+        {"rope_scaling": {}},
+    ],
+    ids=str,
+)
+def test_an_unusual_spelling_is_read_as_transformers_reads_it_or_refused(changes):
+    entries = reference.llama_entries(d_h=32, max_position_embeddings=2048) | changes
+    theirs = LlamaRotaryEmbedding(LlamaConfig(**json.loads(json.dumps(entries))))
+    try:
+        config = ModelConfig.from_dict(entries)
+    except ConfigError:
+        return
+    found, factor = inverse_frequencies(32, config.rope_theta, config.rope_scaling, config.max_position_embeddings)
+    assert found.shape == tuple(theirs.inv_freq.shape)
+    np.testing.assert_allclose(found, theirs.inv_freq.double().numpy(), rtol=1e-5)
+    assert factor == pytest.approx(theirs.attention_scaling)
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------

@@ -79,8 +79,11 @@ class Sizes:
     hidden_size: int
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value < 1:
+                raise ValueError(f"{name} is {value}; expected at least 1")
         for name in ("num_key_heads", "num_latent_heads"):
-            if getattr(self, name) < 1 or self.num_query_heads % getattr(self, name):
+            if self.num_query_heads % getattr(self, name):
                 raise ValueError(f"num_query_heads {self.num_query_heads} is not a multiple of {name}")
         if self.key_dim % 2:
             raise ValueError(f"key_dim {self.key_dim} is not even")

@@ -152,7 +152,7 @@ class Session(ABC):
         Raises:
             InputError: a length below 0 or above what the row holds.
         """
-        wanted = np.asarray(length)
+        wanted = _as_array(length, "a length for truncate")
         if wanted.dtype.kind not in "iu" or wanted.shape not in ((), self._length.shape):
             raise InputError(
                 f"truncate got {length!r}; expected one whole number, or one for each of {len(self._length)} rows"
@@ -179,7 +179,7 @@ class Session(ABC):
     # --- how -----------------------------------------------------------------------------------------------------
 
     def _check_ids(self, ids: Any) -> Ids:
-        array = np.asarray(ids)
+        array = _as_array(ids, "ids")
         if array.ndim != 2 or 0 in array.shape or array.dtype.kind not in "iu":
             raise InputError(
                 f"ids are {array.dtype} of shape {list(array.shape)}; expected integers [B, T] with at least one token"
@@ -193,7 +193,7 @@ class Session(ABC):
     def _check_lengths(lengths: Any, batch: int, tokens: int) -> Ids:
         if lengths is None:
             return np.full(batch, tokens, np.int64)
-        array = np.asarray(lengths)
+        array = _as_array(lengths, "lengths")
         if array.shape != (batch,) or array.dtype.kind not in "iu":
             raise InputError(f"lengths are {lengths!r}; expected {batch} whole numbers, one per row")
         if (array < 1).any() or (array > tokens).any():
@@ -231,3 +231,10 @@ class Session(ABC):
         self._resize(batch, capacity)
         self._length = np.zeros(batch, np.int64) if batch != len(self._length) else self._length
         self._capacity = capacity
+
+
+def _as_array(value: Any, what: str) -> npt.NDArray[Any]:
+    try:
+        return np.asarray(value)
+    except ValueError as error:  # rows of different length
+        raise InputError(f"{what}: rows differ in length; pad them on the right and give lengths=") from error

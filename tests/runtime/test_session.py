@@ -1,6 +1,10 @@
 """What every session does, whatever its backend."""
 
+import functools
+import json
+import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,12 +13,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gta_edge.bundle import Bundle
 from gta_edge.config import ModelConfig
-from gta_edge.errors import CapacityError, InputError
+from gta_edge.errors import BackendError, CapacityError, InputError
+from gta_edge.export.pipeline import export
 from gta_edge.model import Decoder
+from gta_edge.runtime.onnxruntime import OnnxRuntimeSession
 from gta_edge.runtime.session import Session
 from gta_edge.runtime.torch import TorchSession
 from tests import reference
+from tests.export.checkpoints import write_checkpoint
 
 # --- backends --------------------------------------------------------------------------------------------------------
 
@@ -28,7 +36,27 @@ def torch_session(config: ModelConfig, weights: dict[str, np.ndarray], **options
     return TorchSession(model, **options)
 
 
-SESSIONS: dict[str, Factory] = {"torch": torch_session}
+_exports = tempfile.TemporaryDirectory(prefix="gta-edge-sessions-")  # removed when Python ends
+
+
+@functools.cache
+def _exported(entries: str) -> Path:
+    """The bundle of one of the models below; exporting takes seconds, so it is done once for all tests."""
+    model = next(
+        name for name, known in MODELS.items() if ModelConfig.from_dict(known).to_dict() == json.loads(entries)
+    )
+    directory = Path(_exports.name) / model
+    write_checkpoint(directory / "checkpoint", MODELS[model], WEIGHTS[model])
+    export(directory / "checkpoint", directory / "bundle", verify=False)
+    return directory / "bundle"
+
+
+def onnxruntime_session(config: ModelConfig, weights: dict[str, np.ndarray], **options: Any) -> Session:
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    return OnnxRuntimeSession(Bundle.open(_exported(json.dumps(config.to_dict()))), **options)
+
+
+SESSIONS: dict[str, Factory] = {"torch": torch_session, "onnxruntime": onnxruntime_session}
 
 TOLERANCE = 1e-4  # of a float32 backend: largest error over the standard deviation of the exact logits
 
@@ -488,6 +516,20 @@ def test_another_number_of_rows_needs_a_reset(session):
         session.forward(prompt(3, 1))
     session.reset()
     assert session.forward(prompt(3, 1)).shape == (3, VOCAB)
+
+
+@pytest.mark.parametrize("by", ["close", "with"])
+def test_a_closed_session_runs_no_more(session, by):
+    if by == "with":
+        with session as entered:
+            assert entered is session
+            session.forward(prompt(1, 3))
+    else:
+        session.forward(prompt(1, 3))
+        session.close()
+        session.close()  # once more does no harm
+    with pytest.raises(BackendError, match="closed"):
+        session.forward(prompt(1, 1))
 
 
 # --- everything together ---------------------------------------------------------------------------------------------
