@@ -1,17 +1,20 @@
-"""The passes that turn a traced graph into a bundle's, in their order."""
+"""From a config to a bundle's graph: the trace and the passes, in their order."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from gta_edge.config import ModelConfig
 from gta_edge.export.passes.attach_functions import AttachFunctionsPass
 from gta_edge.export.passes.fold_weight_views import FoldWeightViewsPass
+from gta_edge.export.passes.stamp_layers import StampLayersPass
 from gta_edge.export.passes.store_weights import StoreWeightsPass
 from gta_edge.export.passes.tie_head import TieHeadPass
+from gta_edge.export.trace import interface_names, trace
 from gta_edge.optional import optional
 
 if TYPE_CHECKING:
@@ -19,7 +22,22 @@ if TYPE_CHECKING:
 else:
     ir = optional("onnx_ir", "export")
 
-__all__ = ["prepare"]
+__all__ = ["prepare", "traced"]
+
+
+def traced(config: ModelConfig, biases: Collection[str]) -> ir.Model:
+    """Return a model's graph without weights: one layer traced and stamped for all, which takes a tenth of the time.
+
+    Args:
+        config: the model's sizes.
+        biases: full names of the biases that the checkpoint has. Where layers differ in them, all are traced.
+    """
+    first = {name for name in biases if name.startswith("model.layers.0.")}
+    layers = range(config.num_hidden_layers)
+    if set(biases) != {name.replace(".0.", f".{i}.", 1) for name in first for i in layers}:
+        return trace(config, biases)
+    model = trace(config.replace(num_hidden_layers=1), first)
+    return StampLayersPass(config.num_hidden_layers, interface_names(config))(model).model
 
 
 def prepare(
@@ -32,7 +50,7 @@ def prepare(
     """Return the graph as it is stored, weights attached lazily.
 
     Args:
-        model: as ``trace`` returns it; changed in place.
+        model: as ``traced`` returns it; changed in place.
         embedding: name of the embedding table.
         read: returns a parameter by name.
         tables: arrays that are no parameters.

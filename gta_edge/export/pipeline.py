@@ -13,8 +13,7 @@ from gta_edge.bundle import CONFIG, MODEL, WEIGHTS, Bundle, write_manifest
 from gta_edge.checkpoint import Checkpoint
 from gta_edge.errors import CheckpointError, ExportError, InputError, OutputError
 from gta_edge.export.check import check_export, raise_if_failed
-from gta_edge.export.graph import prepare
-from gta_edge.export.trace import trace
+from gta_edge.export.graph import prepare, traced
 from gta_edge.fidelity import Report
 from gta_edge.files import new_directory
 from gta_edge.optional import optional
@@ -108,7 +107,7 @@ def _write_model(source: Checkpoint, directory: Path, precision: str, progress: 
     cos, sin = rope_tables(config.key_width, config.rope_theta, config.rope_scaling, config.max_position_embeddings)
 
     progress("tracing the model", 0, 1)
-    model = trace(config, source.biases)
+    model = traced(config, source.biases)
     model = prepare(model, _EMBEDDING, source.read, {"cos": cos, "sin": sin}, precision)
     progress("tracing the model", 1, 1)
 

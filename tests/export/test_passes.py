@@ -8,11 +8,13 @@ import onnxruntime
 import pytest
 
 from gta_edge.config import ModelConfig
+from gta_edge.export.graph import traced
 from gta_edge.export.passes.attach_functions import AttachFunctionsPass
 from gta_edge.export.passes.fold_weight_views import FoldWeightViewsPass
+from gta_edge.export.passes.stamp_layers import StampLayersPass
 from gta_edge.export.passes.store_weights import StoreWeightsPass
 from gta_edge.export.passes.tie_head import TieHeadPass
-from gta_edge.export.trace import trace
+from gta_edge.export.trace import interface_names, trace
 from gta_edge.rope import rope_tables
 from gta_edge.weights import TRANSPOSED
 from tests import reference
@@ -29,8 +31,8 @@ MODELS = {
 class Case:
     """A traced model with its weights."""
 
-    def __init__(self, name: str) -> None:
-        self.entries = MODELS[name]
+    def __init__(self, name: str, layers: int = 1) -> None:
+        self.entries = {**MODELS[name], "num_hidden_layers": layers}
         self.config = ModelConfig.from_dict(self.entries)
         self.weights = reference.random_weights(self.entries)
         cos, sin = rope_tables(16, 10000.0, self.config.rope_scaling, 24)
@@ -78,6 +80,28 @@ def test_every_pass_keeps_the_meaning(case: Case, tmp_path: Path) -> None:
     assert FoldWeightViewsPass()(case.model).modified
     case.store()
     np.testing.assert_allclose(case.logits(tmp_path / "folded.onnx"), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_stamped_layers_are_traced_layers(name: str, tmp_path: Path) -> None:
+    case = Case(name, layers=3)
+    stamped, case.model = case.model, traced(case.config, [n for n in case.weights if n.endswith(".bias")])
+    graphs = []
+    for model in (stamped, case.model):
+        case.model = model
+        case.attach()
+        AttachFunctionsPass()(model)
+        graphs.append(([n.op_type for n in model.graph], [v.name for v in (*model.graph.inputs, *model.graph.outputs)]))
+        graphs[-1][0].sort()
+        logits = case.logits(tmp_path / f"{len(graphs)}.onnx")
+    assert graphs[0] == graphs[1]
+    case.model = stamped
+    np.testing.assert_array_equal(case.logits(tmp_path / "again.onnx"), logits)
+
+
+def test_a_single_layer_needs_no_stamp() -> None:
+    case = Case("tied")
+    assert not StampLayersPass(1, interface_names(case.config))(case.model).modified
 
 
 def test_a_second_run_changes_nothing(case: Case) -> None:

@@ -1,0 +1,75 @@
+"""What tests of several modules share: one tiny model, exported once per run, and the command run in this process."""
+
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from gta_edge.cli import main
+from gta_edge.presets import preset
+from tests.cli import Result
+
+TINY = preset("gta1-160m").replace(
+    num_hidden_layers=2,
+    hidden_size=96,
+    num_attention_heads=12,
+    head_dim=8,
+    key_dim=8,
+    latent_dim=16,
+    intermediate_size=128,
+    vocab_size=300,
+    max_position_embeddings=128,
+)
+"""The smallest preset with its head ratios, and all else as small as it gets."""
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights in bf16 and a byte-level tokenizer; not to be changed."""
+    from gta_edge.export.initialise import initialise
+
+    directory = tmp_path_factory.mktemp("tiny") / "checkpoint"
+    initialise(TINY, directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_checkpoint: Path) -> Path:
+    """The bundle of ``tiny_checkpoint``; not to be changed."""
+    from gta_edge.export.pipeline import export  # and with it torch, which not every test needs
+
+    directory = tiny_checkpoint.with_name("bundle")
+    export(tiny_checkpoint, directory)
+    return directory
+
+
+@pytest.fixture
+def copied_checkpoint(tiny_checkpoint: Path, tmp_path: Path) -> Path:
+    """A copy of ``tiny_checkpoint`` to do anything to."""
+    return shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint")
+
+
+@pytest.fixture
+def copied_bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
+    """A copy of ``tiny_bundle``, times of files included, to do anything to."""
+    return shutil.copytree(tiny_bundle, tmp_path / "bundle")
+
+
+@pytest.fixture
+def command(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """``command("inspect", path)`` runs ``gta-edge inspect PATH`` in this process, which is fast.
+
+    Output is captured where the operating system takes it, so that of libraries in C is seen too.
+    """
+
+    def run(*arguments: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["gta-edge", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        captured = capfd.readouterr()
+        return Result(exit_.value.code or 0, captured.out, captured.err)
+
+    return run
