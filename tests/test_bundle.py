@@ -5,8 +5,10 @@ import json
 import os
 import random
 import shutil
+import subprocess
+import sys
 import tempfile
-import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -76,29 +78,32 @@ def replace_bytes(path: Path, content: bytes) -> None:
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
+# Lets whoever opens a pipe go, and tells of it. A process, since a library that waits may hold the interpreter.
+WATCH = """
+import os, sys, time
+while True:
+    time.sleep(0.005)
+    try:
+        os.close(os.open(sys.argv[1], os.O_WRONLY | os.O_NONBLOCK))
+    except OSError:  # nobody reads
+        continue
+    print("opened", flush=True)
+"""
+
+
 @contextmanager
 def pipe_that_nobody_opens(path: Path) -> Iterator[None]:
-    """Put a named pipe there. Opening one waits for ever; whoever does is let go, and told of."""
+    """Put a named pipe there, which must not be opened: that waits for ever."""
     path.unlink(missing_ok=True)
     os.mkfifo(path)
-    opened, done = [], threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.005):
-            try:
-                os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
-            except OSError:  # nobody reads
-                continue
-            opened.append(path)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        yield
-    finally:
-        done.set()
-        watcher.join()
-    assert not opened, f"{path} was opened, which waits for ever"
+    with subprocess.Popen([sys.executable, "-S", "-c", WATCH, path], stdout=subprocess.PIPE) as watcher:
+        try:
+            yield
+        finally:
+            time.sleep(0.02)
+            watcher.terminate()
+        assert watcher.stdout is not None
+        assert watcher.stdout.read() == b"", f"{path} was opened"
 
 
 # --- good bundles --------------------------------------------------------------------------------------------------
