@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from gta_edge.checkpoint import COMPANIONS
 from gta_edge.config import ModelConfig, read_config
 from gta_edge.errors import BundleError, ConfigError
 from gta_edge.files import plain_name
@@ -86,6 +87,9 @@ class Bundle:
         """
         directory = Path(directory)
         manifest = _read_manifest(directory)
+        for name in COMPANIONS:
+            if name not in manifest["files"] and os.path.lexists(directory / name):
+                raise BundleError(f"{directory / name}: is not in the manifest; put it into the checkpoint and export")
         touched = [
             name for name in manifest["files"] if _check_file(directory, name, manifest, verify_hashes, progress)
         ]

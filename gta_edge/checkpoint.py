@@ -235,6 +235,8 @@ def _what_instead(directory: Path) -> str:
         pickles = []
     if pickles:
         return f"found {_some(pickles)}, but {_NO_PICKLE}"
+    if (directory / "gta_edge.json").exists():
+        return "this is a bundle: give the checkpoint that it was exported from"
     return "give the directory of a checkpoint in the Hugging Face layout"
 
 

@@ -16,14 +16,12 @@ import numpy as np
 import numpy.typing as npt
 
 from gta_edge.config import ModelConfig
-from gta_edge.errors import BundleError
+from gta_edge.errors import BundleError, GtaEdgeError
 from gta_edge.files import plain_name
 from gta_edge.optional import optional
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-else:
-    ir = optional("onnx_ir", "export")
 
 __all__ = ["PRECISIONS", "TRANSPOSED", "from_stored", "parameter_name", "read_weights", "stored_dtype", "to_stored"]
 
@@ -87,8 +85,11 @@ def read_weights(model_path: Path, config: ModelConfig) -> Iterator[tuple[str, n
     Raises:
         BundleError: the file cannot be read, or an initializer does not fit the config.
     """
+    onnx_ir = optional("onnx_ir", "export")  # here and not above: opening a bundle needs only the names
     try:
-        model = ir.load(model_path)
+        model = onnx_ir.load(model_path)
+    except GtaEdgeError:
+        raise
     except Exception as error:  # the parser's errors have no common base
         raise BundleError(f"{model_path}: is not a readable ONNX model ({error}); export the bundle again") from error
     shapes = config.parameter_shapes()
@@ -100,16 +101,17 @@ def read_weights(model_path: Path, config: ModelConfig) -> Iterator[tuple[str, n
 
 
 def _values(value: ir.Value, model_path: Path) -> Array:
+    external = optional("onnx_ir", "export").ExternalTensor
     tensor = value.const_value
     if tensor is None:
         raise BundleError(f"{model_path}: initializer {value.name} has no data; export the bundle again")
-    if isinstance(tensor, ir.ExternalTensor) and not plain_name(str(tensor.location)):
+    if isinstance(tensor, external) and not plain_name(str(tensor.location)):
         raise BundleError(f"{model_path}: {value.name} lies outside the bundle, in {tensor.location}; export it again")
     try:
         values: Array = tensor.numpy()
     except (OSError, ValueError) as error:
         raise BundleError(f"{model_path}: {value.name} cannot be read ({error}); export the bundle again") from error
-    if isinstance(tensor, ir.ExternalTensor):
+    if isinstance(tensor, external):
         values = values.copy()
         tensor.release()  # mapped pages count as memory in use
     return values

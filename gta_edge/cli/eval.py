@@ -21,6 +21,7 @@ def evaluate(
     window: Annotated[int | None, typer.Option(help="Tokens attended at most; all positions by default.")] = None,
     backend: Annotated[str, typer.Option(help="A backend, or auto.")] = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="Threads; one per core by default.")] = None,
+    verify_hashes: Annotated[bool, typer.Option("--verify-hashes", help="Hash the weights first.")] = False,
 ) -> None:
     """Print the mean loss per token and the perplexity of a text."""
     from gta_edge.runtime.backends import load
@@ -32,7 +33,10 @@ def evaluate(
     output = current()
     content = None if text is None else read_text(text)
     tokens = None if ids is None else read_ids(ids)
-    with output.progress() as progress, load(bundle, backend, threads=threads, progress=progress) as session:
+    with (
+        output.progress() as progress,
+        load(bundle, backend, threads=threads, verify_hashes=verify_hashes, progress=progress) as session,
+    ):
         if content is not None:
             if session.tokenizer is None:
                 raise InputError(f"{bundle} has no tokenizer; give token ids with --ids")

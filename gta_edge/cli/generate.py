@@ -32,6 +32,7 @@ def generate(
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after an end token.")] = False,
     backend: Annotated[str, typer.Option(help="A backend, or auto.")] = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="Threads; one per core by default.")] = None,
+    verify_hashes: Annotated[bool, typer.Option("--verify-hashes", help="Hash the weights first.")] = False,
 ) -> None:
     """Continue a prompt. Text goes to stdout as it is made; timings to stderr at the end."""
     import gta_edge
@@ -39,7 +40,7 @@ def generate(
     output = current()
     given = _prompt(prompt, prompt_file, ids)
     with output.progress() as progress:
-        session = gta_edge.load(bundle, backend, threads=threads, progress=progress)
+        session = gta_edge.load(bundle, backend, threads=threads, verify_hashes=verify_hashes, progress=progress)
     with session:
         generation = gta_edge.generate(
             session,

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, get_type_hints
 
 import rich.console
+import rich.markup
 import rich.progress
 import rich.table
 import typer
@@ -126,7 +127,7 @@ def key_value_table(rows: dict[str, str]) -> rich.table.Table:
     """Return a plain two-column table."""
     table = rich.table.Table(box=None, show_header=False, pad_edge=False)
     for key, value in rows.items():
-        table.add_row(key, value)
+        table.add_row(rich.markup.escape(key), rich.markup.escape(value))
     return table
 
 

@@ -115,7 +115,7 @@ class Tokenizer:
         if self.chat_template is None:
             raise InputError(
                 "the model has no chat template; give the prompt as plain text, "
-                "or put a chat_template.jinja beside its tokenizer.json"
+                "or put a chat_template.jinja into the checkpoint and export it again"
             )
         plain = _check_messages(messages)
         with _translated(lambda reason: InputError(f"the chat template failed: {reason}; check it and the messages")):
