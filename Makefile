@@ -17,7 +17,7 @@ demo: $(VENV)/.demo
 	rm -rf $(DEMO) && mkdir $(DEMO)
 	$(BIN)/gta-edge export examples/tiny-gta $(DEMO)/tiny-gta
 	$(BIN)/gta-edge inspect $(DEMO)/tiny-gta
-	$(BIN)/gta-edge generate $(DEMO)/tiny-gta --prompt 'class Queue:' --max-new-tokens 120
+	$(BIN)/gta-edge generate $(DEMO)/tiny-gta --prompt 'def __init__(self, ' --max-new-tokens 72
 	$(BIN)/python benchmarks/latency.py $(DEMO)/tiny-gta --contexts 16,128,512,960
 
 test: $(VENV)/.dev
