@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
@@ -39,6 +40,7 @@ CONFIG = "config.json"
 _ALWAYS_HASHED_BYTES = 16 * 2**20
 _LARGEST_MANIFEST_BYTES = 2**20
 _BLOCK_BYTES = 2**22
+_BYTES_PER_LAYER = 100  # far fewer than the nodes of one take in the graph's file
 _REMEDY = "export the bundle again, or copy it anew"
 
 
@@ -97,6 +99,11 @@ class Bundle:
             config = read_config(directory / CONFIG)
         except ConfigError as error:
             raise BundleError(str(error)) from error
+        layers, graph_bytes = config.num_hidden_layers, manifest["files"][MODEL]["bytes"]
+        if layers * _BYTES_PER_LAYER > graph_bytes:
+            raise BundleError(
+                f"{directory / CONFIG}: asks for {layers} layers, {MODEL} is too small for them; {_REMEDY}"
+            )
         if manifest["cache"] != _cache_layout(config):
             raise BundleError(
                 f"{directory / MANIFEST}: the cache layout {manifest['cache']} is not that of {CONFIG}, "
@@ -133,10 +140,16 @@ def _cache_layout(config: ModelConfig) -> list[dict[str, Any]]:
 
 def _read_manifest(directory: Path) -> dict[str, Any]:
     path = directory / MANIFEST
-    if not directory.is_dir():
-        found = "is a file" if directory.exists() else "does not exist"
+    try:
+        is_directory, exists = directory.is_dir(), directory.exists()
+    except OSError as error:  # a name that is too long, a directory that may not be searched
+        raise BundleError(f"{directory}: cannot be read ({error.strerror}); give a bundle's directory") from error
+    if not is_directory:
+        found = "is a file" if exists else "does not exist"
         raise BundleError(f"{directory} {found}; expected a bundle directory, as `gta-edge export` writes it")
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe would wait for ever
+            raise BundleError(f"{path}: is not a regular file; {_REMEDY}")
         if path.stat().st_size > _LARGEST_MANIFEST_BYTES:
             raise BundleError(f"{path}: has {path.stat().st_size} bytes, too many for a manifest; {_REMEDY}")
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -150,13 +163,17 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise BundleError(f"{path}: is not the manifest of a bundle (no format {FORMAT!r}); {_REMEDY}")
     version = manifest.get("format_version")
-    if not isinstance(version, int) or version < 1:
+    if type(version) is not int or version < 1:  # JSON's true is an int to Python
         raise BundleError(f"{path}: format_version is {version!r}; expected 1 to {FORMAT_VERSION}; {_REMEDY}")
     if version > FORMAT_VERSION:
         raise BundleError(
             f"{path}: format_version is {version}; this version of gta-edge reads up to {FORMAT_VERSION}: upgrade it"
         )
-    if manifest.pop("sha256", None) != _digest(manifest):
+    try:
+        intact = manifest.pop("sha256", None) == _digest(manifest)
+    except RecursionError:
+        intact = False
+    if not intact:
         raise BundleError(f"{path}: was changed after it was written; {_REMEDY}")
     _check_fields(path, manifest)
     return manifest
@@ -167,12 +184,14 @@ def _check_fields(path: Path, manifest: dict[str, Any]) -> None:
     from gta_edge.weights import PRECISIONS
 
     files = manifest.get("files")
-    if manifest.get("precision") not in PRECISIONS:
+    if manifest.get("precision") not in list(PRECISIONS):  # a list, since what is looked up may not be hashable
         raise BundleError(
             f"{path}: precision is {manifest.get('precision')!r}; expected one of {', '.join(PRECISIONS)}; {_REMEDY}"
         )
     if not isinstance(files, dict) or not {MODEL, CONFIG} <= files.keys() or "cache" not in manifest:
         raise BundleError(f"{path}: does not list {MODEL} and {CONFIG} with their cache layout; {_REMEDY}")
+    if not isinstance(manifest.get("made_with"), dict):
+        raise BundleError(f"{path}: does not say what made the bundle (made_with); {_REMEDY}")
     for name, entry in files.items():
         if not plain_name(name):
             raise BundleError(f"{path}: lists the file {name!r}, which is outside the directory; {_REMEDY}")

@@ -181,7 +181,7 @@ def _undone_on_error(target: Path, partial: Path) -> Iterator[None]:
         else:
             with suppress(OSError):
                 partial.unlink()
-        if isinstance(error, OSError) and error.errno in _OF_THE_PLACE and _is_within(error.filename, partial):
+        if isinstance(error, OSError) and error.errno in (None, *_OF_THE_PLACE) and _is_within(error.filename, partial):
             raise _output_error(target, error) from error
         raise
 
@@ -207,7 +207,7 @@ def _output_error(target: Path, error: OSError) -> OutputError:
     reason = error.strerror or str(error)
     if error.errno == errno.ENOENT and not target.parent.is_dir():
         reason, remedy = "its parent directory does not exist", "make it first"
-    elif error.errno in (errno.ENOSPC, errno.EDQUOT):
+    elif error.errno in (None, errno.ENOSPC, errno.EDQUOT):  # numpy gives no number where it could not write all
         remedy = "free some space, or choose another output path"
     else:
         remedy = "choose another output path"

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from gta_edge.bundle import Bundle
 from gta_edge.checkpoint import Checkpoint
 from gta_edge.config import ModelConfig
-from gta_edge.errors import CheckpointError
+from gta_edge.errors import BundleError
 from gta_edge.fidelity import Difference, difference
 from gta_edge.model import Decoder, empty_cache
 from gta_edge.optional import optional
@@ -33,12 +33,12 @@ def build_decoder(config: ModelConfig, weights: Iterable[tuple[str, npt.NDArray[
         weights: checkpoint names and arrays; biases that are not among them are absent.
 
     Raises:
-        CheckpointError: a parameter is missing.
+        BundleError: a parameter is missing.
     """
     tensors = {name: torch.from_numpy(array.astype(np.float32, copy=False)) for name, array in weights}
     missing = [n for n in config.parameter_shapes() if n not in tensors and not config.is_optional(n)]
     if missing:
-        raise CheckpointError(f"the weights lack {missing[0]} and {len(missing) - 1} more; export the model again")
+        raise BundleError(f"the weights lack {missing[0]} and {len(missing) - 1} more; export the bundle again")
     with torch.device("meta"):
         model = Decoder(config, tensors.keys())
     model.load_state_dict(tensors, assign=True)

@@ -7,6 +7,7 @@ as it is. Vectors (norms, biases) stay float32 in every precision: they are 0.1%
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,9 +96,14 @@ def read_weights(model_path: Path, config: ModelConfig) -> Iterator[tuple[str, n
     shapes = config.parameter_shapes()
     for stored_name, value in model.graph.initializers.items():
         shape = shapes.get(parameter_name(stored_name))
+        if shape is None and stored_name.startswith("model.layers."):
+            raise BundleError(f"{model_path}: holds {stored_name}, unknown to config.json; export the bundle again")
         if shape is None:
             continue  # tables and constants of the graph
-        yield parameter_name(stored_name), from_stored(_values(value, model_path), stored_name, shape)
+        values = _values(value, model_path)
+        if values.size != math.prod(shape):
+            raise BundleError(f"{model_path}: {stored_name} is not of the size in config.json; export the bundle again")
+        yield parameter_name(stored_name), from_stored(values, stored_name, shape)
 
 
 def _values(value: ir.Value, model_path: Path) -> Array:

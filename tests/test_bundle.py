@@ -171,6 +171,12 @@ def test_paths_that_are_no_bundle(tiny_checkpoint: Path, tmp_path: Path) -> None
     assert "run `gta-edge export` first" in refused(tiny_checkpoint)
 
 
+def test_a_path_that_the_system_refuses(tmp_path: Path) -> None:
+    refused(tmp_path / ("x" * 300))
+    (tmp_path / "loop").symlink_to("loop")
+    refused(tmp_path / "loop")
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -379,7 +385,7 @@ JSON = st.recursive(
 FREE = {"architecture", "made_with", "mtime_ns"}
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(data=st.data(), value=JSON)
 def test_any_json_in_the_place_of_any_entry(tiny_bundle: Path, data: st.DataObject, value: Any) -> None:
     manifest = manifest_of(tiny_bundle)

@@ -2,11 +2,33 @@
 
 from __future__ import annotations
 
+import io
+import os
+import sys
+from pathlib import Path
+
 __all__ = ["main"]
 
 
 def main() -> None:
     """Run ``gta-edge``; the exit status is that of the command."""
-    from gta_edge.cli.app import run
+    try:
+        _prepare_streams()
+        from gta_edge.cli.app import run
 
-    run()
+        run()
+    except KeyboardInterrupt:  # before or after the command proper; importing takes a second on a slow board
+        sys.exit(130)
+    except OSError as error:  # what is printed cannot be written
+        print(f"error: output: {error.strerror}; check where it goes", file=sys.stderr)
+        sys.exit(1)
+
+
+def _prepare_streams() -> None:
+    """Make every text printable on any stream: what its encoding cannot say is escaped, a closed one takes nothing."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115  open as long as Python
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")

@@ -10,7 +10,7 @@ import typer
 
 from gta_edge.cli import doctor, export, generate, init, inspect, verify
 from gta_edge.cli import eval as evaluate
-from gta_edge.cli.output import INTERRUPTED, command
+from gta_edge.cli.output import command
 from gta_edge.version import __version__
 
 __all__ = ["app", "run"]
@@ -54,7 +54,5 @@ def _options(
 
 def run() -> None:
     """Parse the arguments and run the verb."""
-    try:
-        app()
-    except KeyboardInterrupt:  # before or after the command proper
-        sys.exit(INTERRUPTED)
+    app()
+    sys.stdout.flush()

@@ -51,6 +51,7 @@ def doctor() -> None:
     else:
         output.console.print(key_value_table(_for_people(report)))
     if not any(entry["works"] for entry in report["backends"].values()):
+        print("error: no backend works here; the lines of the backends say what installs one", file=sys.stderr)
         sys.exit(FAILED)
 
 
@@ -85,10 +86,10 @@ def _backend(modules: tuple[str, ...], remedy: str) -> dict[str, Any]:
         return {"works": False, "reason": f"{', '.join(missing)} not installed", "remedy": remedy}
     if modules[0] == "onnxruntime":
         from gta_edge.errors import BackendError
-        from gta_edge.runtime.onnxruntime import check_version
+        from gta_edge.ort import load_onnxruntime
 
         try:
-            check_version()
+            load_onnxruntime()
         except BackendError as error:
             return {"works": False, "reason": str(error), "remedy": remedy}
     return {"works": True, "reason": None, "remedy": None}

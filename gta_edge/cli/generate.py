@@ -60,6 +60,7 @@ def generate(
             for piece in generation:
                 _show(output, piece, generation)
         except KeyboardInterrupt:
+            generation.close()  # where it came while a piece was printed
             _finish(output, generation, session.backend)
             sys.exit(INTERRUPTED)
         _finish(output, generation, session.backend)

@@ -14,11 +14,9 @@ from gta_edge.bundle import Bundle
 from gta_edge.checkpoint import Checkpoint
 from gta_edge.errors import ExportError
 from gta_edge.fidelity import Report, difference, probe
-from gta_edge.optional import optional
+from gta_edge.ort import first_line, load_onnxruntime
 from gta_edge.progress import Progress, silent
 from gta_edge.reference import compare_weights
-
-onnxruntime: Any = optional("onnxruntime", "ort")
 
 __all__ = ["check_export", "raise_if_failed"]
 
@@ -45,15 +43,16 @@ def check_export(bundle: Bundle, checkpoint: Checkpoint, progress: Progress = si
 
 def _plain_logits(bundle: Bundle, ids: npt.NDArray[np.int64], prefill: int) -> npt.NDArray[np.float32]:
     """Return logits [1, N, V] of a prompt and single tokens after it, caches handed from step to step as arrays."""
+    onnxruntime = load_onnxruntime()
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # copying the cache is meant here
+    options.log_severity_level = 4  # copying the cache is meant here, and errors are raised
     try:
         session = onnxruntime.InferenceSession(bundle.model_path, options, providers=["CPUExecutionProvider"])
         return np.concatenate(list(_steps(session, bundle, ids, prefill)), axis=1)
     except Exception as error:  # ONNX Runtime's errors have no common base
         raise ExportError(
             f"ONNX Runtime {onnxruntime.__version__} cannot run the exported model "
-            f"({str(error).splitlines()[0]}); it needs onnxruntime 1.25 or later"
+            f"({first_line(error)}); please report this"
         ) from error
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from gta_edge.bundle import CONFIG, MODEL, WEIGHTS, Bundle, write_manifest
 from gta_edge.checkpoint import Checkpoint
-from gta_edge.errors import CheckpointError, ExportError, InputError, OutputError
+from gta_edge.errors import BundleError, ExportError, InputError, OutputError
 from gta_edge.export.check import check_export, raise_if_failed
 from gta_edge.export.graph import prepare, traced
 from gta_edge.fidelity import Report
@@ -83,8 +83,8 @@ def export(
         precision = _own_precision(source)
     if precision not in PRECISIONS:
         raise InputError(f"precision is {precision!r}; expected one of {', '.join(PRECISIONS)}")
-    if Path(bundle).resolve() == source.directory.resolve():
-        raise OutputError(f"{bundle} is the checkpoint itself; choose another directory for the bundle")
+    if Path(bundle).resolve() in (origin := source.directory.resolve(), *origin.parents):
+        raise OutputError(f"{bundle} is the checkpoint itself, or holds it; choose another directory for the bundle")
     with new_directory(bundle, force=force) as directory:
         _write_model(source, directory, precision, progress)
         for companion in (source.directory / CONFIG, *source.companions):
@@ -128,7 +128,7 @@ def _write_model(source: Checkpoint, directory: Path, precision: str, progress: 
 def _check(directory: Path, source: Checkpoint, bundle: Path, progress: Progress) -> Report:
     try:
         report = check_export(Bundle.open(directory), source, progress)
-    except CheckpointError as error:
-        raise ExportError(f"{bundle}: the exported weights are incomplete ({error})") from error
+    except BundleError as error:
+        raise ExportError(f"{bundle}: the result cannot be read back ({error})") from error
     raise_if_failed(report, bundle)
     return report

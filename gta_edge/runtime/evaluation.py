@@ -83,8 +83,11 @@ def read_ids(path: Path) -> npt.NDArray[np.integer]:
         InputError: no such file, not the format, or not integers in one dimension. Pickled content is refused.
     """
     try:
-        ids = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError, MemoryError) as error:
+        with path.open("rb") as file:  # numpy does not close what it opened where it fails
+            ids = np.load(file, allow_pickle=False)
+            if not isinstance(ids, np.ndarray):
+                ids.close()
+    except Exception as error:  # what a damaged header raises has no common base
         raise InputError(f"{path}: is not a readable .npy file of integers ({error})") from error
     if not isinstance(ids, np.ndarray) or ids.ndim != 1 or ids.dtype.kind not in "iu":
         found = f"{ids.dtype} of shape {list(ids.shape)}" if isinstance(ids, np.ndarray) else "an archive"

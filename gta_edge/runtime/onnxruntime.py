@@ -14,16 +14,15 @@ import numpy as np
 import numpy.typing as npt
 
 from gta_edge.bundle import Bundle
+from gta_edge.config import CacheSpec
 from gta_edge.errors import BackendError, CapacityError
-from gta_edge.optional import installed, optional
+from gta_edge.ort import first_line, load_onnxruntime
 from gta_edge.runtime.session import Ids, Logits, Session
 
-onnxruntime: Any = optional("onnxruntime", "ort")
+__all__ = ["OnnxRuntimeSession"]
 
-__all__ = ["OnnxRuntimeSession", "check_version"]
-
-_OLDEST_VERSION = (1, 25)  # the first with TensorScatter
 _DEVICE = ("cpu", 0)
+_WARNING, _FATAL = 2, 4
 
 
 @dataclass(frozen=True)
@@ -53,8 +52,9 @@ class OnnxRuntimeSession(Session):
 
     def __init__(self, bundle: Bundle, *, threads: int | None = None, **options: Any) -> None:
         super().__init__(bundle.config, **options)
-        check_version()
+        onnxruntime = load_onnxruntime()
         settings = onnxruntime.SessionOptions()
+        settings.log_severity_level = _FATAL  # its errors are raised, and must not stand beside ours on stderr
         settings.intra_op_num_threads = threads or 0
         try:
             self._session = onnxruntime.InferenceSession(
@@ -63,14 +63,24 @@ class OnnxRuntimeSession(Session):
         except Exception as error:  # ONNX Runtime's errors have no common base
             raise BackendError(
                 f"{bundle.model_path}: ONNX Runtime {onnxruntime.__version__} refuses the model "
-                f"({_first_line(error)}); export the bundle again"
+                f"({first_line(error)}); export the bundle again"
             ) from error
+        expected = {"input_ids", "past_length", "logit_positions"} | {f"past_{name}" for name in self._cache_names()}
+        if {value.name for value in self._session.get_inputs()} != expected:
+            raise BackendError(f"{bundle.model_path}: the graph is not that of config.json; export the bundle again")
+        self._run_options = onnxruntime.RunOptions()
+        self._run_options.log_severity_level = _WARNING  # a step that copies a cache shall be heard of
         self._caches: dict[str, npt.NDArray[np.float32]] = {}
         self._step: _Step | None = None
 
     @property
     def cache_bytes(self) -> int:
         return sum(cache.nbytes for cache in self._caches.values())
+
+    def _cache_names(self) -> dict[str, CacheSpec]:
+        return {
+            f"{cache.name}.{i}": cache for i in range(self.config.num_hidden_layers) for cache in self.config.caches
+        }
 
     def close(self) -> None:
         super().close()
@@ -80,15 +90,13 @@ class OnnxRuntimeSession(Session):
         self._step = None  # it holds addresses of the old buffers
         keep = batch == len(self._length)
         try:
-            for i in range(self.config.num_hidden_layers):  # a layer at a time: never twice the whole cache
-                for cache in self.config.caches:
-                    name = f"{cache.name}.{i}"
-                    old = self._caches.pop(name, None)
-                    # zeroed: rows that are not visible get weight zero, and zero times garbage could be NaN
-                    new = np.zeros((batch, cache.heads, capacity, cache.width), np.float32)
-                    if keep and old is not None:
-                        new[:, :, : old.shape[2]] = old
-                    self._caches[name] = new
+            for name, cache in self._cache_names().items():  # one at a time: never twice the whole cache
+                old = self._caches.pop(name, None)
+                # zeroed: rows that are not visible get weight zero, and zero times garbage could be NaN
+                new = np.zeros((batch, cache.heads, capacity, cache.width), np.float32)
+                if keep and old is not None:
+                    new[:, :, : old.shape[2]] = old
+                self._caches[name] = new
         except MemoryError as error:
             self._caches, self._capacity, self._length = {}, 0, np.zeros_like(self._length)
             size = batch * capacity * self.config.cache_bytes_per_token()
@@ -98,19 +106,19 @@ class OnnxRuntimeSession(Session):
             ) from error
 
     def _run(self, input_ids: Ids, past_length: Ids, logit_positions: Ids) -> Logits:
-        step = self._step
-        if step is None or (step.input_ids.shape, step.logit_positions.shape) != (
-            input_ids.shape,
-            logit_positions.shape,
-        ):
-            step = self._step = self._bind(input_ids.shape, logit_positions.shape[1])
-        step.input_ids[...] = input_ids
-        step.past_length[...] = past_length
-        step.logit_positions[...] = logit_positions
+        shapes = input_ids.shape, logit_positions.shape
         try:
-            self._session.run_with_iobinding(step.binding)
+            step = self._step
+            if step is None or (step.input_ids.shape, step.logit_positions.shape) != shapes:
+                step = self._step = self._bind(input_ids.shape, logit_positions.shape[1])
+            step.input_ids[...] = input_ids
+            step.past_length[...] = past_length
+            step.logit_positions[...] = logit_positions
+            self._session.run_with_iobinding(step.binding, self._run_options)
         except Exception as error:
-            raise BackendError(f"ONNX Runtime failed in a step ({_first_line(error)}); please report this") from error
+            raise BackendError(
+                f"ONNX Runtime failed in a step ({first_line(error)}); export the bundle again"
+            ) from error
         return step.logits.copy()
 
     def _bind(self, shape: tuple[int, ...], positions: int) -> _Step:
@@ -137,17 +145,3 @@ class OnnxRuntimeSession(Session):
 
 def _bind(bind: Any, name: str, buffer: npt.NDArray[Any]) -> None:
     bind(name, *_DEVICE, buffer.dtype.type, buffer.shape, buffer.ctypes.data)
-
-
-def check_version() -> None:
-    """Raise BackendError when ONNX Runtime is missing or too old."""
-    found = str(onnxruntime.__version__) if installed(onnxruntime) else onnxruntime()
-    if tuple(int(part) for part in found.split(".")[:2]) < _OLDEST_VERSION:
-        raise BackendError(
-            f"ONNX Runtime {found} is too old for opset 24; "
-            "run: pip install 'onnxruntime>=1.25' (it needs Python 3.11 or later)"
-        )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -2,13 +2,14 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-COMMAND = [sys.executable, "-c", "from gta_edge.cli import main; main()"]
+COMMAND = [sys.executable, "-c", "import sys; sys.argv[0] = 'gta-edge'; from gta_edge.cli import main; main()"]
 ROOT = Path(__file__).parents[2]
 
 
@@ -40,9 +41,9 @@ class Result:
 
     @property
     def usage(self) -> str:
-        """What a command says that was called wrongly: status 2 and a hint at its help."""
+        """What a command says that was called wrongly: status 2, the reason, and mostly a hint at its help."""
         assert (self.status, self.out) == (2, ""), self
-        assert "Usage: gta-edge" in self.err
+        assert re.search(r"^Error: .+$", self.err, re.MULTILINE), self
         assert "Traceback" not in self.err
         return self.err
 

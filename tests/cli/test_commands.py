@@ -1,0 +1,466 @@
+"""What the commands do and print when all is well: results on stdout, the rest on stderr, JSON as documented."""
+
+import json
+import math
+import os
+import pty
+import re
+import select
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import gta_edge
+from gta_edge.cli.app import app
+from tests.cli import COMMAND, Result, environment, listing, run
+from tests.conftest import TINY
+
+VERBS = sorted(str(entry.name) for entry in app.registered_commands)
+OPTIONS = {
+    "init": ["PRESET", "DIR", "--layers", "--seed", "--dtype", "--max-length"],
+    "export": ["--precision", "--no-verify", "--force"],
+    "inspect": ["PATH_OR_PRESET"],
+    "verify": ["--checkpoint", "--backend"],
+    "eval": ["--text", "--ids"],
+    "generate": [
+        "--prompt",
+        "--prompt-file",
+        "--ids",
+        "--max-new-tokens",
+        "--temperature",
+        "--top-k",
+        "--top-p",
+        "--min-p",
+        "--repetition-penalty",
+        "--stop",
+        "--seed",
+        "--backend",
+    ],
+    "doctor": [],
+}
+
+INSPECT = {
+    "architecture",
+    "parameters",
+    "layers",
+    "hidden_size",
+    "query_heads",
+    "key_heads",
+    "latent_heads",
+    "key_dim",
+    "latent_dim",
+    "cache_values_per_token_per_layer",
+    "cache_bytes_per_token",
+    "weight_bytes",
+    "precision",
+    # and what others do not rely on
+    "attention_heads",
+    "vocab_size",
+    "max_length",
+    "cache_dtype",
+    "attention_flops_per_pair",
+    "kind",
+}
+DIFFERENCE = {"max_abs_error", "max_rel_error", "top1_agreement"}
+TIMINGS = {"ttft_ms", "tpot_ms", "prompt_tokens_per_s", "decode_tokens_per_s", "total_ms"}
+GENERATE = {"text", "ids", "finish_reason", "prompt_tokens", "timings", "seed", "backend"}
+
+Command = Callable[..., Result]
+
+
+# --- help ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_verbs_are_those_that_are_documented() -> None:
+    assert set(VERBS) >= OPTIONS.keys()
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_of_a_verb(command: Command, verb: str) -> None:
+    result = command(verb, "--help")
+    assert (result.status, result.err) == (0, "")
+    assert f"gta-edge {verb}" in result.out
+    for option in [*OPTIONS.get(verb, []), "--json", "--quiet", "--debug", "--help"]:
+        assert option in result.out
+
+
+def test_help_and_version(command: Command) -> None:
+    result = command("--help")
+    assert (result.status, result.err) == (0, "")
+    assert all(re.search(rf"^\W*{verb}\b", result.out, re.MULTILINE) for verb in VERBS)
+    result = command("--version")
+    assert (result.status, result.out, result.err) == (0, f"gta-edge {gta_edge.__version__}\n", "")
+
+
+# --- inspect -------------------------------------------------------------------------------------------------------
+
+
+def test_inspect_a_preset(command: Command) -> None:
+    document = command("inspect", "gta-1b", "--json").document
+    assert document.keys() == INSPECT
+    assert document["kind"] == "preset"
+    shape = ("layers", "hidden_size", "query_heads", "key_heads", "latent_heads", "key_dim", "latent_dim")
+    assert [document[key] for key in shape] == [54, 1280, 5, 1, 1, 64, 128]
+    assert document["cache_values_per_token_per_layer"] == 192
+    assert document["cache_bytes_per_token"] == 54 * 192 * 2  # bf16
+    assert (document["precision"], document["weight_bytes"]) == ("bf16", 2 * document["parameters"])
+
+
+def test_inspect_a_baseline(command: Command) -> None:
+    document = command("inspect", "gqa-160m", "--json").document
+    assert document.keys() == INSPECT
+    assert (document["architecture"], document["latent_heads"], document["latent_dim"]) == (
+        "LlamaForCausalLM",
+        None,
+        None,
+    )
+    assert document["cache_values_per_token_per_layer"] == 2 * document["key_heads"] * document["key_dim"]
+
+
+def test_inspect_a_checkpoint(command: Command, tiny_checkpoint: Path) -> None:
+    document = command("inspect", tiny_checkpoint, "--json").document
+    assert document.keys() == INSPECT
+    assert (document["kind"], document["parameters"]) == ("checkpoint", TINY.parameters)
+    assert document["weight_bytes"] == sum(
+        tensor.nbytes for tensor in load_file(tiny_checkpoint / "model.safetensors").values()
+    )
+    assert document["cache_bytes_per_token"] == 2 * (8 + 16) * 2  # layers, key and latent, bf16
+
+
+def test_inspect_a_bundle(tiny_bundle: Path) -> None:
+    document = run("inspect", tiny_bundle, "--json").document
+    assert document.keys() == INSPECT | {"files", "made_with"}
+    assert (document["kind"], document["precision"], document["parameters"]) == ("bundle", "bf16", TINY.parameters)
+    assert document["weight_bytes"] == (tiny_bundle / "model.onnx.data").stat().st_size
+    assert document["cache_bytes_per_token"] == 2 * (8 + 16) * 4  # a bundle computes in float32
+
+
+def test_inspect_for_people(command: Command, tiny_bundle: Path) -> None:
+    for target in ("gta-1b", tiny_bundle):
+        result = command("inspect", target)
+        assert (result.status, result.err) == (0, "")
+        assert "GTAForCausalLM" in result.out
+        assert not result.out.lstrip().startswith("{")
+
+
+# --- init and export -----------------------------------------------------------------------------------------------
+
+
+def test_init_then_export_from_the_command_line(command: Command, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoint"
+    options = ["--layers", 1, "--max-length", 64, "--dtype", "float16", "--seed", 3]
+    document = command("init", "gta1-160m", checkpoint, *options, "--json").document
+    assert document.keys() == {"checkpoint", "parameters", "dtype", "seed"}
+    assert (document["checkpoint"], document["dtype"], document["seed"]) == (str(checkpoint), "float16", 3)
+    described = command("inspect", checkpoint, "--json").document
+    assert (described["layers"], described["max_length"], described["precision"]) == (1, 64, "fp16")
+    assert described["parameters"] == document["parameters"]
+
+
+def test_export_in_a_process_of_its_own(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    before = listing(tiny_checkpoint)
+    document = run("export", tiny_checkpoint, "bundle", "--precision", "fp32", "--json", cwd=tmp_path).document
+    assert document.keys() == {"bundle", "precision", "bytes", "verification"}
+    assert (document["bundle"], document["precision"]) == ("bundle", "fp32")
+    assert document["bytes"] == sum(
+        path.stat().st_size for path in (tmp_path / "bundle").iterdir() if path.name != "gta_edge.json"
+    )
+    verification = document["verification"]
+    assert verification.keys() == {"backends", "quantisation", "precision", "passed"}
+    assert verification["passed"] is True
+    assert verification["backends"].keys() == {"onnxruntime"}
+    assert listing(tiny_checkpoint) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_export_replaces_with_force(command: Command, tiny_checkpoint: Path, copied_bundle: Path) -> None:
+    (copied_bundle / "model.onnx").write_text("broken")
+    result = command("export", tiny_checkpoint, copied_bundle, "--force", "--no-verify")
+    assert (result.status, result.err) == (0, "")
+    assert result.out.startswith(f"{copied_bundle}: GTAForCausalLM in bf16")
+    assert command("inspect", copied_bundle, "--verify-hashes").status == 0
+    assert [path.name for path in copied_bundle.parent.iterdir()] == ["bundle"]
+
+
+# --- verify and eval -----------------------------------------------------------------------------------------------
+
+
+def test_verify(tiny_bundle: Path, tiny_checkpoint: Path) -> None:
+    document = run("verify", tiny_bundle, "--checkpoint", tiny_checkpoint, "--json").document
+    assert document.keys() == {"backends", "quantisation", "passed", "precision"}
+    assert document["passed"] is True
+    assert document["backends"].keys() >= {"onnxruntime", "torch"}
+    for difference in (*document["backends"].values(), document["quantisation"]):
+        assert difference.keys() == DIFFERENCE
+    assert document["quantisation"]["max_abs_error"] == 0  # bf16 as in the checkpoint
+
+
+def test_verify_for_people_and_by_name(command: Command, tiny_bundle: Path, tiny_checkpoint: Path) -> None:
+    result = command("verify", tiny_bundle, "--checkpoint", tiny_checkpoint, "--backend", "onnxruntime")
+    assert (result.status, result.err) == (0, "")
+    assert result.out.rstrip().endswith("passed")
+    assert "onnxruntime" in result.out
+    assert "torch" not in result.out
+
+
+def test_verify_that_fails(command: Command, tiny_bundle: Path, copied_checkpoint: Path) -> None:
+    tensors = load_file(copied_checkpoint / "model.safetensors")
+    save_file({name: (tensor * 2).astype(tensor.dtype) for name, tensor in tensors.items()},
+              copied_checkpoint / "model.safetensors")  # fmt: skip
+    options = ("verify", tiny_bundle, "--checkpoint", copied_checkpoint, "--backend", "onnxruntime")
+    result = command(*options, "--json")
+    assert result.status == 1
+    document = json.loads(result.out)
+    assert document["passed"] is False
+    assert document["quantisation"]["max_rel_error"] > 0.08
+    assert re.fullmatch(r"error: weights stored in bf16 .*\n", result.err)
+    result = command(*options)
+    assert (result.status, result.out.splitlines()[-1]) == (1, "failed")
+    assert re.fullmatch(r"error: .*\n", result.err)
+
+
+def test_eval_of_a_text(tiny_bundle: Path, tmp_path: Path) -> None:
+    text = "Ein Text, länger als das Fenster. " * 10
+    (tmp_path / "text").write_text(text, encoding="utf-8")
+    document = run("eval", tiny_bundle, "--text", tmp_path / "text", "--json").document
+    assert document.keys() == {"tokens", "loss", "perplexity", "backend", "bits_per_byte"}
+    size = len(text.encode())
+    assert (document["tokens"], document["backend"]) == (size - 1, "onnxruntime")  # a token is a byte
+    assert document["perplexity"] == pytest.approx(math.exp(document["loss"]))
+    assert document["bits_per_byte"] == pytest.approx(document["loss"] / math.log(2) * (size - 1) / size)
+    assert document["loss"] == pytest.approx(math.log(300), abs=1)  # random weights know nothing
+
+
+def test_eval_of_ids(command: Command, tiny_bundle: Path, tmp_path: Path) -> None:
+    text = "as text or as ids"
+    (tmp_path / "text").write_text(text)
+    np.save(tmp_path / "ids.npy", np.frombuffer(text.encode(), np.uint8))
+    by_ids = command("eval", tiny_bundle, "--ids", tmp_path / "ids.npy", "--json").document
+    assert by_ids.keys() == {"tokens", "loss", "perplexity", "backend"}
+    assert by_ids["loss"] == command("eval", tiny_bundle, "--text", tmp_path / "text", "--json").document["loss"]
+    result = command("eval", tiny_bundle, "--ids", tmp_path / "ids.npy", "--backend", "torch", "--window", 4)
+    assert (result.status, result.err) == (0, "")
+    assert re.search(r"^perplexity +\d+\.\d+$", result.out, re.MULTILINE)
+
+
+# --- generate ------------------------------------------------------------------------------------------------------
+
+
+def generate(command: Command, bundle: Path, *options: object) -> dict[str, Any]:
+    return command("generate", bundle, "--max-new-tokens", 20, "--ignore-eos", "--json", *options).document
+
+
+def test_generate_in_a_process_of_its_own(command: Command, tiny_bundle: Path) -> None:
+    options = ("generate", tiny_bundle, "--prompt", "Grüße", "--max-new-tokens", 9, "--ignore-eos")
+    document = run(*options, "--json").document
+    assert document.keys() == GENERATE
+    assert document["timings"].keys() == TIMINGS
+    assert (document["finish_reason"], document["prompt_tokens"]) == ("length", len("Grüße".encode()))
+    assert len(document["ids"]) == 9
+    assert document["timings"]["ttft_ms"] > 0
+    assert document["timings"]["tpot_ms"] > 0
+    streamed = run(*options)
+    assert (streamed.status, streamed.out) == (0, document["text"] + "\n")
+    assert re.fullmatch(r"\[onnxruntime\] 7 prompt tokens, .* 9 tokens .*; ended by length\n", streamed.err)
+    quiet = command(*options, "--quiet")
+    assert (quiet.status, quiet.out, quiet.err) == (0, streamed.out, "")
+
+
+def test_prompts_of_every_kind(command: Command, tiny_bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompt").write_text("Hello")
+    documents = [
+        generate(command, tiny_bundle, "--prompt", "Hello"),
+        generate(command, tiny_bundle, "--prompt-file", tmp_path / "prompt"),
+        generate(command, tiny_bundle, "--ids", ",".join(map(str, b"Hello"))),
+        generate(command, tiny_bundle, "--prompt", "Hello", "--backend", "torch", "--threads", 1),
+        generate(command, tiny_bundle, "--prompt", "Hello", "--temperature", 0, "--seed", 5),
+        generate(command, tiny_bundle, "--prompt", "Hello", "--temperature", 3, "--top-k", 1),
+    ]
+    assert [document["ids"] for document in documents[1:]] == [documents[0]["ids"]] * 5  # all of them are greedy
+    assert [document["backend"] for document in documents] == ["onnxruntime"] * 3 + ["torch"] + ["onnxruntime"] * 2
+
+
+def test_a_seed_gives_the_same_text_again(command: Command, tiny_bundle: Path) -> None:
+    hot = ("--prompt", "Hello", "--temperature", 2)
+    first = generate(command, tiny_bundle, *hot, "--seed", 1)
+    assert first["seed"] == 1
+    assert generate(command, tiny_bundle, *hot, "--seed", 1)["ids"] == first["ids"]
+    assert generate(command, tiny_bundle, *hot, "--seed", 2)["ids"] != first["ids"]
+    unseeded = generate(command, tiny_bundle, *hot)
+    assert generate(command, tiny_bundle, *hot, "--seed", unseeded["seed"])["ids"] == unseeded["ids"]
+
+
+@pytest.mark.parametrize(
+    "option", [("--top-k", 1), ("--top-p", 1e-9), ("--min-p", 1), ("--temperature", 0), ("--temperature", 1e-6)]
+)
+def test_options_that_leave_no_choice(command: Command, tiny_bundle: Path, option: tuple[str, float]) -> None:
+    greedy = generate(command, tiny_bundle, "--ids", "1,2,3")
+    assert generate(command, tiny_bundle, "--ids", "1,2,3", *option)["ids"] == greedy["ids"]
+
+
+def test_a_repetition_penalty_forbids_repetition(command: Command, tiny_bundle: Path) -> None:
+    ids = generate(command, tiny_bundle, "--ids", "1,2,3", "--repetition-penalty", 1e6)["ids"]
+    assert len({*ids, 1, 2, 3}) == 23
+
+
+def test_stop_texts(command: Command, tiny_bundle: Path) -> None:
+    options = ("--prompt", "Hello", "--temperature", 2, "--seed", 4)
+    whole = generate(command, tiny_bundle, *options)["text"]
+    stop = next(part for i in range(5, len(whole)) if (part := whole[i : i + 2]).isprintable() and "\ufffd" not in part)
+    document = generate(command, tiny_bundle, *options, "--stop", "not in the text", "--stop", stop)
+    assert document["finish_reason"] == "stop"
+    assert document["text"] == whole[: whole.index(stop)]
+    result = command("generate", tiny_bundle, *options, "--max-new-tokens", 20, "--ignore-eos", "--stop", stop)
+    assert result.out == document["text"] + "\n"  # no part of it was shown before it was complete
+
+
+def test_generation_ends_with_the_positions(command: Command, tiny_bundle: Path) -> None:
+    full = generate(command, tiny_bundle, "--ids", ",".join(["1"] * 128))
+    assert (full["finish_reason"], len(full["ids"]), full["prompt_tokens"]) == ("context", 1, 128)
+    assert len(generate(command, tiny_bundle, "--ids", ",".join(["1"] * 120))["ids"]) == 9
+
+
+def test_an_end_token_ends_the_text(command: Command, copied_checkpoint: Path, tiny_bundle: Path) -> None:
+    ids = generate(command, tiny_bundle, "--ids", "1,2,3")["ids"]
+    entries = json.loads((copied_checkpoint / "config.json").read_text())
+    (copied_checkpoint / "config.json").write_text(json.dumps(entries | {"eos_token_id": ids[0]}))
+    bundle = copied_checkpoint.with_name("other")
+    assert command("export", copied_checkpoint, bundle, "--no-verify").status == 0
+    document = command("generate", bundle, "--ids", "1,2,3", "--json").document
+    assert (document["finish_reason"], document["ids"], document["text"]) == ("stop", [], "")
+
+
+def test_a_model_without_a_tokenizer(command: Command, copied_checkpoint: Path, tiny_bundle: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (copied_checkpoint / name).unlink()
+    bundle = copied_checkpoint.with_name("other")
+    assert command("export", copied_checkpoint, bundle, "--no-verify").status == 0
+    document = generate(command, bundle, "--ids", "1,2,3")
+    assert document["text"] is None
+    assert document["ids"] == generate(command, tiny_bundle, "--ids", "1,2,3")["ids"]
+    result = command("generate", bundle, "--ids", "1,2,3", "--max-new-tokens", 20, "--ignore-eos")
+    assert result.out == ",".join(map(str, document["ids"])) + "\n"
+    (bundle.parent / "text").write_text("text")
+    for options in (
+        ("generate", bundle, "--prompt", "text"),
+        ("generate", bundle, "--ids", "1", "--stop", "text"),
+        ("eval", bundle, "--text", bundle.parent / "text"),
+    ):
+        assert "tokenizer" in command(*options).error
+
+
+# --- doctor --------------------------------------------------------------------------------------------------------
+
+
+def test_doctor() -> None:
+    document = run("doctor", "--json").document
+    assert document.keys() == {"gta_edge", "machine", "gpu", "packages", "onnxruntime_providers", "backends"}
+    assert document["gta_edge"] == gta_edge.__version__
+    assert document["packages"].keys() >= {"numpy", "onnxruntime", "torch", "onnx", "onnx-ir", "onnxscript"}
+    assert "CPUExecutionProvider" in document["onnxruntime_providers"]
+    for name in ("onnxruntime", "torch"):
+        assert document["backends"][name] == {"works": True, "reason": None, "remedy": None}
+
+
+def test_doctor_for_people(command: Command) -> None:
+    result = command("doctor")
+    assert (result.status, result.err) == (0, "")
+    assert re.search(r"^backend onnxruntime +works *$", result.out, re.MULTILINE)
+
+
+# --- terminals and pipes -------------------------------------------------------------------------------------------
+
+
+def on_a_terminal(arguments: list[object], tmp_path: Path) -> tuple[Result, str]:
+    """Run a command whose stderr is a terminal; return its result, and what the terminal was sent."""
+    ours, theirs = pty.openpty()
+    with (tmp_path / "out").open("w+") as out:
+        process = subprocess.Popen(
+            [*COMMAND, *map(str, arguments)], env=environment(TERM="xterm", COLUMNS="100"), stdout=out, stderr=theirs
+        )
+        os.close(theirs)
+        sent = b""
+        while select.select([ours], [], [], 60)[0]:
+            try:
+                sent += os.read(ours, 4096)
+            except OSError:  # Linux's way to say that nobody has it open any more
+                break
+        os.close(ours)
+        status = process.wait(60)
+        out.seek(0)
+        return Result(status, out.read(), ""), sent.decode()
+
+
+def test_a_bar_on_a_terminal(tiny_bundle: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "ids.npy", np.arange(300))
+    arguments = ["eval", tiny_bundle, "--ids", tmp_path / "ids.npy"]
+    result, sent = on_a_terminal(arguments, tmp_path)
+    assert result.status == 0
+    assert "evaluating" in sent
+    assert "100%" in sent
+    assert "perplexity" in result.out
+    assert "\x1b" not in result.out
+    for option in ("--quiet", "--json"):
+        result, sent = on_a_terminal([*arguments, option], tmp_path)
+        assert (result.status, sent) == (0, "")
+        assert "perplexity" in result.out
+
+
+def test_no_progress_where_there_is_no_terminal(
+    command: Command, tiny_bundle: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    np.save(tmp_path / "ids.npy", np.arange(300))
+    for arguments in (
+        ("eval", tiny_bundle, "--ids", tmp_path / "ids.npy"),
+        ("verify", tiny_bundle, "--checkpoint", tiny_checkpoint),
+        ("export", tiny_checkpoint, tmp_path / "bundle"),
+        ("inspect", tiny_bundle, "--verify-hashes"),
+    ):
+        result = command(*arguments)
+        assert (result.status, result.err) == (0, "")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "inspect gta-1b",
+        "inspect gta-1b --json",
+        "generate {} --ids 1 --ignore-eos",
+        "generate {} --ids 1 --ignore-eos --json",
+        "generate --help",
+    ],
+)
+def test_a_reader_that_goes_away(tiny_bundle: Path, arguments: str) -> None:
+    words = [word.format(tiny_bundle) for word in arguments.split()]
+    ours, theirs = os.pipe()
+    os.close(ours)  # as `| head -c 0` does, but for sure before anything is written
+    result = subprocess.run(
+        [*COMMAND, *words], env=environment(), stdout=theirs, stderr=subprocess.PIPE, text=True, check=False
+    )
+    os.close(theirs)
+    assert "Traceback" not in result.stderr
+    assert "Exception" not in result.stderr
+    assert "error" not in result.stderr
+
+
+def test_head_gets_what_it_wants(tiny_bundle: Path) -> None:
+    head = shutil.which("head")
+    assert head is not None
+    with subprocess.Popen(
+        [*COMMAND, "generate", tiny_bundle, "--ids", "1", "--ignore-eos"],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        taken = subprocess.run([head, "-c", "10"], stdin=process.stdout, capture_output=True, check=True).stdout
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.stderr is not None
+        assert b"Traceback" not in process.stderr.read()
+    assert len(taken) == 10

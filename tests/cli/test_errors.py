@@ -1,0 +1,675 @@
+"""Whatever goes wrong: the right exit status, one line that says what and what to do, and nothing left behind."""
+
+import fcntl
+import gc
+import io
+import json
+import os
+import pickle
+import re
+import resource
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from tests.cli import COMMAND, Result, environment, listing, run
+from tests.test_bundle import manifest_of, relist, write
+
+Command = Callable[..., Result]
+
+
+@pytest.fixture
+def failing(command: Command, tmp_path: Path) -> Callable[..., str]:
+    """Run a command that fails, in an empty working directory; nothing may appear or vanish, there or beside it."""
+
+    def run(*arguments: object) -> str:
+        before = listing(tmp_path)
+        message = command(*arguments).error
+        assert listing(tmp_path) == before
+        return message
+
+    return run
+
+
+# --- wrong usage ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ("", "Usage"),
+        ("nonsense", "No such command"),
+        ("--nonsense", "No such option"),
+        ("inspect", "Missing argument"),
+        ("inspect gta-1b more", "unexpected extra argument"),
+        ("inspect gta-1b --nonsense", "No such option"),
+        ("export checkpoint", "Missing argument"),
+        ("verify bundle", "Missing option"),
+        ("init gta-1b out --layers many", "--layers"),
+        ("generate bundle", "exactly one of --prompt, --prompt-file and --ids"),
+        ("generate bundle --prompt a --ids 1", "exactly one of --prompt, --prompt-file and --ids"),
+        ("generate bundle --prompt a --prompt-file b", "exactly one of --prompt, --prompt-file and --ids"),
+        ("generate bundle --ids 1 --temperature hot", "--temperature"),
+        ("generate bundle --ids 1 --max-new-tokens 1.5", "--max-new-tokens"),
+        ("generate bundle --ids 1 --threads 0", "--threads"),
+        ("generate bundle --ids 1 --threads -1", "--threads"),
+        ("generate bundle --ids", "requires an argument"),
+        ("eval bundle", "one of --text and --ids"),
+        ("eval bundle --text a --ids b", "one of --text and --ids"),
+    ],
+)
+def test_wrong_usage(command: Command, arguments: str, reason: str) -> None:
+    result = command(*arguments.split())
+    if arguments:
+        assert reason in result.usage
+    else:
+        assert result.status == 2
+        assert reason in result.out + result.err
+
+
+def test_wrong_usage_in_a_process_of_its_own() -> None:
+    assert "No such option" in run("generate", "--nonsense").usage
+
+
+# --- errors in general ---------------------------------------------------------------------------------------------
+
+
+def test_an_error_is_one_line_and_a_traceback_with_debug(tmp_path: Path) -> None:
+    message = run("inspect", tmp_path / "none").error
+    assert str(tmp_path / "none") in message
+    result = run("inspect", tmp_path / "none", "--debug")
+    assert (result.status, result.out) == (1, "")
+    assert result.err.startswith("Traceback (most recent call last):\n")
+    assert message in result.err
+
+
+def test_an_error_with_json_is_the_same_line(command: Command, tmp_path: Path) -> None:
+    for verb in ("inspect", "doctor --nonsense"):
+        result = command(*verb.split(), tmp_path / "none", "--json")
+        assert result.out == ""
+        assert result.status in (1, 2)
+    assert command("inspect", tmp_path / "none", "--json").error == command("inspect", tmp_path / "none").error
+
+
+def test_a_message_stays_one_line_whatever_is_in_a_name(command: Command, tmp_path: Path) -> None:
+    for name in ("two\nlines", "a\rb", "\x1b[31mred", "x" * 300):
+        assert command("inspect", tmp_path / name).error
+
+
+@pytest.mark.parametrize("arguments", ["inspect gta-1b", "inspect gta-1b --json", "--version"])
+def test_a_device_that_is_full(arguments: str) -> None:
+    with Path("/dev/full").open("w") as full:
+        result = subprocess.run(
+            [*COMMAND, *arguments.split()], env=environment(), stdout=full, stderr=subprocess.PIPE, check=False
+        )
+    assert result.returncode == 1
+    assert re.fullmatch(rb"error: .*\n", result.stderr)
+
+
+# --- presets, backends, precisions ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("inspect gta-9b", "gta-1b"),
+        ("init gta-9b {tmp}/out", "gta-1b"),
+        ("init gta1-160m {tmp}/out --layers 0", "num_hidden_layers is 0"),
+        ("init gta1-160m {tmp}/out --layers=-1", "num_hidden_layers is -1"),
+        ("init gta1-160m {tmp}/out --layers 1000000000", "free"),
+        ("init gta1-160m {tmp}/out --seed=-1", "seed is -1"),
+        ("init gta1-160m {tmp}/out --dtype int8", "float32, float16, bfloat16"),
+        ("init gta1-160m {tmp}/out --max-length 0", "max_position_embeddings is 0"),
+        ("export {checkpoint} {tmp}/out --precision fp8", "fp32, fp16, bf16"),
+        ("export {tmp}/none {tmp}/out", "No such file"),
+        ("export {bundle} {tmp}/out", "model.safetensors"),
+        ("generate {bundle} --ids 1 --backend tpu", "onnxruntime, torch"),
+        ("eval {bundle} --ids {ids} --backend tpu", "onnxruntime, torch"),
+        ("verify {bundle} --checkpoint {checkpoint} --backend tpu", "onnxruntime, torch"),
+        ("verify {bundle} --checkpoint {checkpoint} --backend onnxruntime,,torch", "no backend is called ''"),
+        ("verify {bundle} --checkpoint {tmp}/none", "No such file"),
+        ("verify {checkpoint} --checkpoint {checkpoint}", "gta-edge export"),
+        ("generate {checkpoint} --ids 1", "gta-edge export"),
+        ("generate {tmp}/none --ids 1", "does not exist"),
+        ("eval {tmp}/none --ids {ids}", "does not exist"),
+        ("inspect {ids}", "is a file"),
+    ],
+)
+def test_names_of_what_there_is_not(
+    failing: Callable[..., str],
+    tiny_checkpoint: Path,
+    tiny_bundle: Path,
+    tmp_path: Path,
+    arguments: str,
+    expected: str,
+) -> None:
+    np.save(tmp_path / "ids.npy", np.arange(3))
+    places = {"checkpoint": tiny_checkpoint, "bundle": tiny_bundle, "tmp": tmp_path, "ids": tmp_path / "ids.npy"}
+    assert expected in failing(*(word.format(**places) for word in arguments.split()))
+
+
+# --- generate and eval ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--ids", "300"], "300"),
+        (["--ids=-1"], "-1"),
+        (["--ids", "1,99999999999999999999999"], "token ids"),
+        (["--ids", "1,,2"], "1,,2"),
+        (["--ids", ""], "whole numbers"),
+        (["--ids", "1.5"], "1.5"),
+        (["--ids", "one"], "one"),
+        (["--ids", ",".join(["1"] * 129)], "129 tokens"),
+        (["--prompt", "x" * 129], "129 tokens"),
+        (["--prompt", ""], "no tokens"),
+        (["--prompt", "a\udcffb"], "Unicode"),
+        (["--prompt", "a", "--max-new-tokens", "0"], "max_new_tokens is 0"),
+        (["--prompt", "a", "--max-new-tokens=-1"], "max_new_tokens is -1"),
+        (["--prompt", "a", "--temperature=-1"], "temperature is -1"),
+        (["--prompt", "a", "--temperature", "nan"], "temperature is nan"),
+        (["--prompt", "a", "--temperature", "inf"], "temperature is inf"),
+        (["--prompt", "a", "--top-k", "0"], "top_k is 0"),
+        (["--prompt", "a", "--top-p", "0"], "top_p is 0"),
+        (["--prompt", "a", "--top-p", "1.01"], "top_p is 1.01"),
+        (["--prompt", "a", "--min-p", "2"], "min_p is 2"),
+        (["--prompt", "a", "--repetition-penalty", "0"], "repetition_penalty is 0"),
+        (["--prompt", "a", "--seed=-1"], "seed is -1"),
+        (["--prompt", "a", "--seed", str(2**63)], "seed is"),
+        (["--prompt", "a", "--stop", ""], "stop text"),
+        (["--prompt", "a", "--chat"], "no chat template"),
+        (["--ids", "1", "--chat"], "chat"),
+        (["--prompt-file", "/nonexistent"], "/nonexistent"),
+        (["--prompt-file", "/"], "Is a directory"),
+    ],
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
+)
+def test_prompts_and_options_that_make_no_sense(
+    failing: Callable[..., str], tiny_bundle: Path, options: list[str], expected: str
+) -> None:
+    assert expected in failing("generate", tiny_bundle, *options)
+
+
+@pytest.mark.parametrize(("content", "expected"), [(b"", "no tokens"), (b"a\xff", "not UTF-8")])
+def test_prompt_files(
+    failing: Callable[..., str], tiny_bundle: Path, tmp_path: Path, content: bytes, expected: str
+) -> None:
+    (tmp_path / "prompt").write_bytes(content)
+    assert expected in failing("generate", tiny_bundle, "--prompt-file", tmp_path / "prompt")
+
+
+def npy(array: Any) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, array, allow_pickle=True)
+    return stream.getvalue()
+
+
+def npz(array: Any) -> bytes:
+    stream = io.BytesIO()
+    np.savez(stream, ids=array)
+    return stream.getvalue()
+
+
+class Trap:
+    """Stops the interpreter when it is unpickled."""
+
+    def __reduce__(self) -> Any:
+        return os._exit, (77,)
+
+
+GOOD = npy(np.arange(20))
+IDS = {
+    "empty": (b"", "not a readable .npy"),
+    "text": (b"1,2,3", "not a readable .npy"),
+    "cut header": (GOOD[:40], "not a readable .npy"),
+    "cut": (GOOD[:-1], "not a readable .npy"),
+    "header that is no literal": (GOOD.replace(b"'shape': (20,)", b"'shape': (2*0)"), "not a readable .npy"),
+    "header that does not end": (GOOD.replace(b"(20,), }", b"(20,), ("), "not a readable .npy"),
+    "more than there is": (GOOD.replace(b"(20,)", b"(99,)"), "not a readable .npy"),
+    "absurd shape": (GOOD.replace(b"(20,), }" + b" " * 20, b"(" + b"9" * 20 + b",), }"), "not a readable .npy"),
+    "pickle": (pickle.dumps(Trap()), "not a readable .npy"),
+    "pickle inside": (npy(np.array([Trap()], dtype=object)), "not a readable .npy"),
+    "archive": (npz(np.arange(20)), "archive"),
+    "damaged archive": (npz(np.arange(20))[:100], "not a readable .npy"),
+    "no archive": (b"PK\x03\x04" + bytes(50), "not a readable .npy"),
+    "floats": (npy(np.arange(20.0)), "float64"),
+    "booleans": (npy(np.array([True, False])), "bool"),
+    "two dimensions": (npy(np.zeros((2, 2), int)), "[2, 2]"),
+    "no dimension": (npy(np.array(3)), "expected integers in one dimension"),
+    "one token": (npy(np.array([1])), "at least two"),
+    "no token": (npy(np.array([], int)), "at least two"),
+    "above the vocabulary": (npy(np.array([1, 300])), "300"),
+    "negative": (npy(np.array([1, -1])), "-1"),
+    "far above": (npy(np.array([1, 2**64 - 1], np.uint64)), str(2**64 - 1)),
+}
+
+
+@pytest.mark.parametrize("name", IDS)
+def test_files_of_ids(failing: Callable[..., str], tiny_bundle: Path, tmp_path: Path, name: str) -> None:
+    content, expected = IDS[name]
+    (tmp_path / "ids.npy").write_bytes(content)
+    assert expected in failing("eval", tiny_bundle, "--ids", tmp_path / "ids.npy")
+    gc.collect()  # a file that was left open is complained of here, and not in another test
+
+
+@pytest.mark.parametrize(("content", "expected"), [(b"", "at least two"), (b"a", "at least two"), (b"\xff", "UTF-8")])
+def test_texts(failing: Callable[..., str], tiny_bundle: Path, tmp_path: Path, content: bytes, expected: str) -> None:
+    (tmp_path / "text").write_bytes(content)
+    assert expected in failing("eval", tiny_bundle, "--text", tmp_path / "text")
+
+
+@pytest.mark.parametrize("window", ["0", "-1", "129"])
+def test_windows(failing: Callable[..., str], tiny_bundle: Path, tmp_path: Path, window: str) -> None:
+    np.save(tmp_path / "ids.npy", np.arange(3))
+    assert "expected 1 to 128" in failing("eval", tiny_bundle, "--ids", tmp_path / "ids.npy", f"--window={window}")
+
+
+def test_files_that_are_not_there(failing: Callable[..., str], tiny_bundle: Path, tmp_path: Path) -> None:
+    for option in ("--ids", "--text"):
+        for path in (tmp_path / "none", tmp_path):
+            assert str(path) in failing("eval", tiny_bundle, option, path)
+
+
+# --- damaged bundles -----------------------------------------------------------------------------------------------
+
+
+def use(bundle: Path, checkpoint: Path) -> Iterator[list[object]]:
+    """Every command that reads a bundle."""
+    yield ["inspect", bundle]
+    yield ["generate", bundle, "--ids", "1"]
+    yield ["verify", bundle, "--checkpoint", checkpoint]
+
+
+def test_a_damaged_bundle(failing: Callable[..., str], copied_bundle: Path, tiny_checkpoint: Path) -> None:
+    path = copied_bundle / "model.onnx.data"
+    content = bytearray(path.read_bytes())
+    content[1000] ^= 1
+    path.write_bytes(content)
+    for arguments in use(copied_bundle, tiny_checkpoint):
+        assert "SHA-256 differs" in failing(*arguments)
+    path.write_bytes(content[:-1])
+    for arguments in use(copied_bundle, tiny_checkpoint):
+        assert "bytes, recorded were" in failing(*arguments)
+
+
+def test_a_newer_bundle(failing: Callable[..., str], copied_bundle: Path, tiny_checkpoint: Path) -> None:
+    write(copied_bundle, manifest_of(copied_bundle) | {"format_version": 2})
+    for arguments in use(copied_bundle, tiny_checkpoint):
+        assert failing(*arguments).endswith("upgrade it")
+
+
+@pytest.mark.parametrize("made_with", ["none", [], None, {"gta-edge": 1}])
+def test_inspect_does_not_rely_on_what_made_a_bundle(command: Command, copied_bundle: Path, made_with: Any) -> None:
+    manifest = manifest_of(copied_bundle)
+    del manifest["made_with"]
+    write(copied_bundle, manifest if made_with == "none" else manifest | {"made_with": made_with})
+    for options in ([], ["--json"]):
+        result = command("inspect", copied_bundle, *options)
+        if result.status != 0:
+            assert "gta_edge.json" in result.error
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "torch", "auto"])
+def test_one_line_though_libraries_have_more_to_say(
+    failing: Callable[..., str], copied_bundle: Path, backend: str
+) -> None:
+    os.truncate(copied_bundle / "model.onnx.data", 100)
+    relist(copied_bundle)
+    assert str(copied_bundle) in failing("generate", copied_bundle, "--ids", "1", "--backend", backend)
+
+
+def test_weights_that_are_not_numbers(command: Command, copied_bundle: Path, tmp_path: Path) -> None:
+    path = copied_bundle / "model.onnx.data"
+    path.write_bytes(b"\xff" * path.stat().st_size)  # NaN in bf16
+    relist(copied_bundle)
+    result = command("generate", copied_bundle, "--ids", "1", "--json")
+    assert "NaN" in result.error
+    np.save(tmp_path / "ids.npy", np.arange(3))
+    result = command("eval", copied_bundle, "--ids", tmp_path / "ids.npy", "--json")
+    if result.status == 0:
+        assert result.document["loss"] is None
+        assert result.document["perplexity"] is None
+    else:
+        assert "NaN" in result.error
+
+
+# --- damaged checkpoints, through export ---------------------------------------------------------------------------
+
+
+def set_config(**changes: Any) -> Callable[[Path], None]:
+    def damage(directory: Path) -> None:
+        path = directory / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return damage
+
+
+def set_file(name: str, content: bytes | None) -> Callable[[Path], None]:
+    def damage(directory: Path) -> None:
+        (directory / name).unlink(missing_ok=True)
+        if content is not None:
+            (directory / name).write_bytes(content)
+
+    return damage
+
+
+def set_tensors(edit: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    def damage(directory: Path) -> None:
+        tensors = load_file(directory / "model.safetensors")
+        edit(tensors)
+        save_file(tensors, directory / "model.safetensors")
+
+    return damage
+
+
+def cut(fraction: float) -> Callable[[Path], None]:
+    def damage(directory: Path) -> None:
+        path = directory / "model.safetensors"
+        os.truncate(path, int(path.stat().st_size * fraction))
+
+    return damage
+
+
+def only_pickles(directory: Path) -> None:
+    (directory / "model.safetensors").unlink()
+    (directory / "pytorch_model.bin").write_bytes(pickle.dumps(Trap()))
+
+
+def pipe(name: str) -> Callable[[Path], None]:
+    def damage(directory: Path) -> None:
+        (directory / name).unlink()
+        os.mkfifo(directory / name)
+
+    return damage
+
+
+NORM = "model.norm.weight"
+HUGE = struct.pack("<Q", 2**62)
+DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
+    "half": (cut(0.5), "model.safetensors"),
+    "all but a byte": (cut(0.99999), "model.safetensors"),
+    "empty": (cut(0), "is empty"),
+    "header alone": (set_file("model.safetensors", struct.pack("<Q", 2) + b"{}"), "too few"),
+    "huge header": (set_file("model.safetensors", HUGE + b"{}"), "no valid safetensors"),
+    "text": (set_file("model.safetensors", b"version https://git-lfs.github.com/spec/v1\n"), "no valid safetensors"),
+    "pickle by another name": (set_file("model.safetensors", pickle.dumps(Trap())), "pickle"),
+    "pickles only": (only_pickles, "pickle"),
+    "no weights": (set_file("model.safetensors", None), "model.safetensors"),
+    "weights are a pipe": (pipe("model.safetensors"), "not a regular file"),
+    "config is a pipe": (pipe("config.json"), "not a regular file"),
+    "tokenizer is a pipe": (pipe("tokenizer.json"), "not a regular file"),
+    "no config": (set_file("config.json", None), "config.json"),
+    "empty config": (set_file("config.json", b""), "not valid JSON"),
+    "config is no JSON": (set_file("config.json", b"{'vocab_size': 3}"), "not valid JSON"),
+    "config is no object": (set_file("config.json", b"[1, 2]"), "expected a JSON object"),
+    "config is nested": (set_file("config.json", b"[" * 100_000), "not valid JSON"),
+    "config is no text": (set_file("config.json", b"\xff\xfe\0"), "not valid JSON"),
+    "text for a number": (set_config(hidden_size="96"), "hidden_size"),
+    "a fraction": (set_config(vocab_size=300.5), "vocab_size"),
+    "null": (set_config(num_hidden_layers=None), "num_hidden_layers"),
+    "true": (set_config(num_attention_heads=True), "num_attention_heads"),
+    "zero": (set_config(intermediate_size=0), "intermediate_size is 0"),
+    "no heads": (set_config(num_attention_heads=0), "num_attention_heads is 0"),
+    "negative": (set_config(num_key_heads=-1), "num_key_heads is -1"),
+    "absurd": (set_config(num_hidden_layers=2**31 - 1), "too few"),
+    "beyond absurd": (set_config(num_hidden_layers=2**62), "num_hidden_layers"),
+    "absurd vocabulary": (set_config(vocab_size=2**31 - 1), "model.embed_tokens.weight"),
+    "absurd length": (set_config(max_position_embeddings=2**62), "max_position_embeddings"),
+    "not a number": (set_config(rope_theta=float("nan")), "rope_theta"),
+    "heads that do not divide": (set_config(num_query_heads=5), "not a multiple"),
+    "widths that do not fit": (set_config(hidden_size=100), "hidden_size"),
+    "widths that differ": (set_config(query_dim=16), "query_dim"),
+    "another architecture": (set_config(architectures=["GPT2LMHeadModel"]), "GPT2LMHeadModel"),
+    "an end token outside": (set_config(eos_token_id=300), "eos_token_id"),
+    "missing tensor": (set_tensors(lambda tensors: tensors.pop(NORM)), f"lacks 1 of the tensors that its config.json asks for: {NORM}"),  # noqa: E501
+    "surplus tensor": (set_tensors(lambda tensors: tensors.update(extra=tensors[NORM].copy())), "extra"),
+    "misshapen tensor": (set_tensors(lambda tensors: tensors.update({NORM: tensors[NORM][:-1].copy()})), "[95]"),
+    "transposed tensor": (set_tensors(lambda tensors: tensors.update({"model.layers.0.mlp.up_proj.weight": tensors["model.layers.0.mlp.up_proj.weight"].T.copy()})), "[96, 128]"),  # noqa: E501
+    "another type": (set_tensors(lambda tensors: tensors.update({NORM: tensors[NORM].astype(np.float64)})), "F64"),
+    "a layer too few": (set_config(num_hidden_layers=1), "model.layers.1"),
+    "a layer too many": (set_config(num_hidden_layers=3), "model.layers.2"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_checkpoint(failing: Callable[..., str], copied_checkpoint: Path, tmp_path: Path, name: str) -> None:
+    damage, expected = DAMAGE[name]
+    damage(copied_checkpoint)
+    assert expected in failing("export", copied_checkpoint, tmp_path / "out")
+    assert expected in failing("inspect", copied_checkpoint)
+
+
+def test_weights_that_fail_the_check(failing: Callable[..., str], copied_checkpoint: Path, tmp_path: Path) -> None:
+    def spoil(tensors: dict[str, Any]) -> None:
+        tensors[NORM][3] = float("nan")
+
+    set_tensors(spoil)(copied_checkpoint)
+    assert "does not agree with PyTorch" in failing("export", copied_checkpoint, tmp_path / "out")
+
+
+def test_weights_that_do_not_fit_a_precision(
+    failing: Callable[..., str], copied_checkpoint: Path, tmp_path: Path
+) -> None:
+    def enlarge(tensors: dict[str, Any]) -> None:
+        tensors["model.embed_tokens.weight"][0, 0] = 1e6
+
+    set_tensors(enlarge)(copied_checkpoint)
+    assert "65504" in failing("export", copied_checkpoint, tmp_path / "out", "--precision", "fp16")
+
+
+def test_a_damaged_checkpoint_in_a_process_of_its_own(copied_checkpoint: Path, tmp_path: Path) -> None:
+    cut(0.5)(copied_checkpoint)
+    before = listing(tmp_path)
+    assert "model.safetensors" in run("export", copied_checkpoint, tmp_path / "out").error
+    assert listing(tmp_path) == before
+
+
+# --- outputs -------------------------------------------------------------------------------------------------------
+
+
+def test_an_existing_output_is_refused(
+    failing: Callable[..., str], tiny_checkpoint: Path, copied_bundle: Path, tmp_path: Path
+) -> None:
+    for arguments in (["export", tiny_checkpoint], ["init", "gta1-160m"]):
+        assert "--force" in failing(*arguments, copied_bundle)
+        (tmp_path / "notes").mkdir(exist_ok=True)
+        (tmp_path / "notes" / "mine.txt").touch()
+        (tmp_path / "file").touch()
+        assert "is not replaced even with --force" in failing(*arguments, tmp_path / "notes", "--force")
+        assert "no directory" in failing(*arguments, tmp_path / "file", "--force")
+
+
+def test_outputs_that_cannot_be_made(failing: Callable[..., str], tiny_checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for arguments in (["export", tiny_checkpoint], ["init", "gta1-160m", "--layers", "1"]):
+        assert "Not a directory" in failing(*arguments, tmp_path / "file" / "out")
+        assert "parent directory does not exist" in failing(*arguments, tmp_path / "none" / "out")
+        assert "too long" in failing(*arguments, tmp_path / ("x" * 300))
+
+
+def test_a_bundle_in_the_place_of_its_checkpoint(
+    failing: Callable[..., str], copied_checkpoint: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "link").symlink_to(copied_checkpoint)
+    for target in (copied_checkpoint, tmp_path / "link"):
+        assert "checkpoint itself" in failing("export", copied_checkpoint, target, "--force")
+
+
+def test_force_does_not_remove_the_checkpoint_that_is_read(
+    command: Command, tiny_checkpoint: Path, copied_bundle: Path
+) -> None:
+    checkpoint = shutil.copytree(tiny_checkpoint, copied_bundle / "original")
+    before = listing(checkpoint)
+    command("export", checkpoint, copied_bundle, "--force", "--no-verify")
+    assert listing(checkpoint) == before
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("size", [1000, 100_000])  # less than the graph, less than the weights
+def test_a_bundle_that_is_larger_than_a_file_can_be(
+    failing: Callable[..., str], copied_bundle: Path, tiny_checkpoint: Path, tmp_path: Path, size: int
+) -> None:
+    assert (tiny_checkpoint / "model.safetensors").stat().st_size > 100_000
+    with largest_file(size):
+        for options in ([tmp_path / "out"], [copied_bundle, "--force"]):
+            assert "cannot be written" in failing("export", tiny_checkpoint, *options, "--no-verify")
+
+
+def test_a_checkpoint_that_is_larger_than_a_file_can_be(failing: Callable[..., str], tmp_path: Path) -> None:
+    with largest_file(10_000):
+        message = failing("init", "gta1-160m", tmp_path / "out", "--layers", "1", "--max-length", "64")
+    assert "cannot be written" in message
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 KiB."""
+    directory = tmp_path / "disk"
+    directory.mkdir()
+    mount, unmount = shutil.which("mount"), shutil.which("umount")
+    options = ["-t", "tmpfs", "-o", "size=64k", "tmpfs", directory]
+    if not (mount and unmount) or subprocess.run([mount, *options], capture_output=True, check=False).returncode:
+        pytest.skip("file systems cannot be mounted here, which takes root")
+    yield directory
+    subprocess.run([unmount, directory], check=True)
+
+
+def test_a_full_disk(command: Command, tiny_checkpoint: Path, small_disk: Path) -> None:
+    assert "free some space" in command("export", tiny_checkpoint, small_disk / "out", "--no-verify").error
+    assert "are free" in command("init", "gta1-160m", small_disk / "out", "--layers", "1").error
+    assert list(small_disk.iterdir()) == []
+
+
+# --- Ctrl-C --------------------------------------------------------------------------------------------------------
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def test_interrupted_generation(tiny_bundle: Path) -> None:
+    # The command waits in the middle of its text, since the pipe that it writes to has room for ten bytes only.
+    arguments = [*COMMAND, "generate", tiny_bundle, "--ids", "1,2,3", "--ignore-eos"]
+    ours, theirs = os.pipe()
+    size = fcntl.fcntl(theirs, fcntl.F_SETPIPE_SZ, 4096)
+    filling = size - 10
+    os.write(theirs, b"x" * filling)
+
+    def waiting() -> bool:
+        buffer = bytearray(4)
+        fcntl.ioctl(ours, termios.FIONREAD, buffer)
+        return struct.unpack("i", buffer)[0] > size - 4  # a character has up to four bytes, and is written at once
+
+    with subprocess.Popen(arguments, env=environment(), stdout=theirs, stderr=subprocess.PIPE) as process:
+        os.close(theirs)
+        try:
+            wait_for(waiting)
+            process.send_signal(signal.SIGINT)
+            with open(ours, "rb") as stream:  # noqa: PTH123
+                out = stream.read()[filling:]
+            assert process.stderr is not None
+            err = process.stderr.read().decode()
+            assert process.wait(60) == 130
+        finally:
+            process.kill()
+    assert 7 < len(out) < 100  # of more than a hundred
+    assert out.endswith(b"\n")
+    assert re.fullmatch(r"\[onnxruntime\] 3 prompt tokens, .*; \d+ tokens.*; ended by interrupted\n", err)
+
+
+def test_interrupted_generation_as_json(tiny_bundle: Path) -> None:
+    script = """
+import os, signal, sys
+from gta_edge.cli import main
+from gta_edge.runtime.sampling import Sampler
+
+sample, drawn = Sampler.sample, []
+
+def interrupted(*arguments):
+    drawn.append(sample(*arguments))
+    if len(drawn) == 3:
+        os.kill(os.getpid(), signal.SIGINT)
+    return drawn[-1]
+
+Sampler.sample = interrupted
+main()
+"""
+    process = subprocess.run(
+        [sys.executable, "-c", script, "generate", tiny_bundle, "--ids", "1,2,3", "--ignore-eos", "--json"],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (process.returncode, process.stderr) == (130, "")
+    document = json.loads(process.stdout)
+    assert document["finish_reason"] == "interrupted"
+    assert len(document["ids"]) in (2, 3)
+
+
+def test_interrupted_before_the_first_token(tiny_bundle: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "prompt")  # waits for its text
+    arguments = [*COMMAND, "generate", tiny_bundle, "--prompt-file", tmp_path / "prompt"]
+    with subprocess.Popen(arguments, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        with (tmp_path / "prompt").open("wb"):  # returns when the command has opened it
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=60)
+        assert (process.returncode, out, err) == (130, b"", b"")
+
+
+@pytest.mark.parametrize("moment", ["at once", "a little later"])
+def test_interrupted_export(tiny_checkpoint: Path, tmp_path: Path, moment: str) -> None:
+    arguments = [*COMMAND, "export", tiny_checkpoint, tmp_path / "out"]
+    with subprocess.Popen(arguments, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        wait_for(lambda: any(tmp_path.iterdir()))
+        partial = next(tmp_path.iterdir())
+        if moment == "a little later":
+            wait_for(lambda: any(partial.iterdir()))  # the graph is being written, or checked already
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (130, b"", b"")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_interrupted_while_the_program_starts() -> None:
+    script = """
+import os, signal, sys
+from gta_edge.cli import main
+
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name == "typer":
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupt())
+main()
+"""
+    process = subprocess.run(
+        [sys.executable, "-c", script, "doctor"], env=environment(), capture_output=True, text=True, check=False
+    )
+    assert (process.returncode, process.stdout, process.stderr) == (130, "", "")
