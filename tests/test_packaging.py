@@ -19,7 +19,7 @@ import pytest
 import gta_edge
 from tests.cli import ROOT, Result
 
-EXTRAS = set(["export", "ort", "ort-gpu", "tensorrt", "tensorrt-rtx", "cuda12", "cuda13", "serve", "plot", "dev"])
+EXTRAS = {"export", "ort", "ort-gpu", "tensorrt", "tensorrt-rtx", "cuda12", "cuda13", "serve", "plot", "dev"}
 VERBS = ["init", "export", "inspect", "verify", "eval", "generate", "doctor"]
 OPTIONAL = ["torch", "onnx", "onnxruntime", "onnx_ir", "onnxscript", "tensorrt", "transformers"]
 OFFLINE = re.compile(r"NewConnectionError|NameResolutionError|Temporary failure in name|ProxyError|ConnectTimeout")
