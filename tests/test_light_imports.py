@@ -142,6 +142,8 @@ def layer(module: str) -> str:
     parts = module.split(".")
     if len(parts) == 1:
         return ROOT
+    if parts[1] == "__main__":  # the command by another name
+        return "cli"
     return parts[1] if parts[1] in ALLOWED else SHARED
 
 
