@@ -109,7 +109,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             sys.exit(INTERRUPTED)
         except BrokenPipeError:
             _leave_closed_pipe()
-        except Exception as error:
+        except Exception as error:  # the last resort: one line for a person, whatever went wrong
             if _current.debug:
                 raise
             _fail(_describe(error))

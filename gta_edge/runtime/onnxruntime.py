@@ -115,7 +115,7 @@ class OnnxRuntimeSession(Session):
             step.past_length[...] = past_length
             step.logit_positions[...] = logit_positions
             self._session.run_with_iobinding(step.binding, self._run_options)
-        except Exception as error:
+        except Exception as error:  # likewise
             raise BackendError(
                 f"ONNX Runtime failed in a step ({first_line(error)}); export the bundle again"
             ) from error
