@@ -1,6 +1,7 @@
 """What tests of several modules share: one tiny model, exported once per run, and the command run in this process."""
 
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,11 @@ import pytest
 from gta_edge.cli import main
 from gta_edge.presets import preset
 from tests.cli import Result
+
+# A shell starts background jobs with Ctrl-C ignored, and the commands that the tests interrupt would inherit that.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 TINY = preset("gta1-160m").replace(
     num_hidden_layers=2,
