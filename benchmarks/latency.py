@@ -19,27 +19,13 @@ from typing import Any
 import numpy as np
 import rich.console
 import rich.table
+from floor import bandwidth, floor_ms, token_bytes
 
 import gta_edge
 from gta_edge.bundle import Bundle
 from gta_edge.errors import InputError
 from gta_edge.runtime.backends import open_session
 from gta_edge.runtime.session import Session
-
-
-def bandwidth() -> float:
-    """Return the bytes per second at which all cores together read memory that no cache holds."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    cores = os.cpu_count() or 1
-    parts = [np.ones(2**25, np.float32) for _ in range(cores)]  # 128 MiB each
-    best = 0.0
-    with ThreadPoolExecutor(cores) as pool:
-        for _ in range(5):
-            start = time.perf_counter()
-            list(pool.map(np.max, parts))  # one pass, nothing written
-            best = max(best, sum(part.nbytes for part in parts) / (time.perf_counter() - start))
-    return best
 
 
 def measure(session: Session, context: int, new_tokens: int) -> dict[str, float]:
@@ -79,11 +65,10 @@ def run(bundle: str, backend: str, contexts: list[int], new_tokens: int) -> dict
             raise InputError(f"contexts {contexts} with {new_tokens} new tokens pass the model's {session.max_length}")
         results = [measure(session, context, new_tokens) for context in contexts if context <= longest]
         name = session.backend
-    # both backends multiply in float32, whatever the bundle stores
-    weights = 4 * opened.config.parameters
+    weights = token_bytes(opened, backend=name)
     for result in results:
         cache = result["context"] * opened.config.cache_bytes_per_token()
-        result["floor_ms"] = 1e3 * (weights + cache) / rate
+        result["floor_ms"] = floor_ms(weights, cache, rate)
         result["bandwidth_fraction"] = result["floor_ms"] / result["tpot_ms"]
     return {
         "bundle": bundle,

@@ -27,6 +27,7 @@ from gta_edge.config import ModelConfig, read_config
 from gta_edge.errors import BundleError, ConfigError
 from gta_edge.files import plain_name
 from gta_edge.progress import Progress, silent
+from gta_edge.quantization import BLOCK_SIZES
 
 __all__ = ["CONFIG", "FORMAT_VERSION", "MANIFEST", "MODEL", "WEIGHTS", "Bundle", "write_manifest"]
 
@@ -51,7 +52,7 @@ class Bundle:
     Attributes:
         directory: where it lies.
         config: the model's sizes.
-        precision: what the weights are stored in: fp32, fp16 or bf16.
+        precision: what the weights are stored in: fp32, fp16, bf16, int8 or int4.
         manifest: the content of ``gta_edge.json``.
     """
 
@@ -69,6 +70,12 @@ class Bundle:
     def file_bytes(self) -> dict[str, int]:
         """Size in bytes of every file that the manifest lists."""
         return {name: entry["bytes"] for name, entry in self.manifest["files"].items()}
+
+    @property
+    def block_size(self) -> int | None:
+        """Weights that share a scale; None for whole output channels, and where nothing is quantised."""
+        size: int | None = self.manifest.get("block_size")
+        return size
 
     @property
     def weight_bytes(self) -> int:
@@ -115,7 +122,13 @@ class Bundle:
 
 
 def write_manifest(
-    directory: Path, config: ModelConfig, precision: str, made_with: Mapping[str, str], progress: Progress = silent
+    directory: Path,
+    config: ModelConfig,
+    precision: str,
+    made_with: Mapping[str, str],
+    progress: Progress = silent,
+    *,
+    block_size: int | None = None,
 ) -> None:
     """Write the manifest of all files that lie in ``directory``, which makes it a bundle."""
     names = sorted(path.name for path in directory.iterdir() if path.name != MANIFEST)
@@ -127,6 +140,7 @@ def write_manifest(
             "format_version": FORMAT_VERSION,
             "architecture": config.architecture,
             "precision": precision,
+            "block_size": block_size,
             "cache": _cache_layout(config),
             "made_with": dict(made_with),
             "files": files,
@@ -188,6 +202,9 @@ def _check_fields(path: Path, manifest: dict[str, Any]) -> None:
         raise BundleError(
             f"{path}: precision is {manifest.get('precision')!r}; expected one of {', '.join(PRECISIONS)}; {_REMEDY}"
         )
+    block_size = manifest.get("block_size")  # none in bundles of earlier versions
+    if block_size is not None and (type(block_size) is not int or block_size not in BLOCK_SIZES):
+        raise BundleError(f"{path}: block_size is {block_size!r}; expected one of {BLOCK_SIZES} or none; {_REMEDY}")
     if not isinstance(files, dict) or not {MODEL, CONFIG} <= files.keys() or "cache" not in manifest:
         raise BundleError(f"{path}: does not list {MODEL} and {CONFIG} with their cache layout; {_REMEDY}")
     if not isinstance(manifest.get("made_with"), dict):

@@ -20,8 +20,8 @@ from gta_edge.errors import OutputError
 
 __all__ = ["new_directory", "new_file", "plain_name"]
 
-# A directory that holds one of these is a checkpoint or a bundle, which is all that force may replace.
-_OURS = ("config.json", "gta_edge.json")
+# A directory that holds one of these is a checkpoint, a bundle or part of one, which is all that force may replace.
+_OURS = ("config.json", "gta_edge.json", "prepared.json")
 
 # What the system says of the place that is written to; anything else is the writer's own error.
 _OF_THE_PLACE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG}
@@ -48,7 +48,8 @@ def new_directory(path: str | os.PathLike[str], *, force: bool = False) -> Itera
     Args:
         path: where the result goes; its parent must exist.
         force: replace an existing directory, once the new one is complete. Only one that is empty or holds a
-            ``config.json`` or a ``gta_edge.json`` is replaced, and never one that holds the working or home directory.
+            ``config.json``, ``gta_edge.json`` or ``prepared.json`` is replaced, and never one that holds the working
+            or home directory.
 
     Raises:
         OutputError: ``path`` exists or may not be replaced, its parent cannot be written to, or the disk is full, also

@@ -2,13 +2,17 @@
 
 A graph multiplies ``x [.., in] · W [in, out]``, so a Linear's weight is stored transposed and its name says so;
 ``v_b_proj`` is stored in the shape that the op takes, which is a view of the same memory. Everything else is stored
-as it is. Vectors (norms, biases) stay float32 in every precision: they are 0.1% of the bytes.
+as it is. In int8 and int4 a matrix is stored in codes, its scales beside it, and the embedding's codes lie in bytes.
+
+Not quantised are vectors (norms, biases), which stay float32: they are 0.1% of the bytes. And the value decoder, which
+stays float16 in int8 and int4: it is 0.8% of the weights, it is multiplied head by head, for which no engine has a
+kernel on integers, and its error would be added to every value that the attention mixes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,28 +24,52 @@ from gta_edge.config import ModelConfig
 from gta_edge.errors import BundleError, GtaEdgeError
 from gta_edge.files import plain_name
 from gta_edge.optional import optional
+from gta_edge.quantization import unpack_nibbles
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["PRECISIONS", "TRANSPOSED", "from_stored", "parameter_name", "read_weights", "stored_dtype", "to_stored"]
+__all__ = [
+    "PACKED",
+    "PRECISIONS",
+    "SCALE",
+    "TRANSPOSED",
+    "check_locations",
+    "from_stored",
+    "parameter_name",
+    "read_weights",
+    "stored_dtype",
+    "to_stored",
+]
 
 Array = npt.NDArray[Any]
 
 TRANSPOSED = ".transposed"
 """Suffix of the stored name of a matrix that lies transposed."""
 
-PRECISIONS: dict[str, npt.DTypeLike] = {"fp32": np.float32, "fp16": np.float16, "bf16": ml_dtypes.bfloat16}
-"""Storage types of the matrices by the name that ``--precision`` takes."""
+SCALE = ".scale"
+"""Suffix of the stored name of a quantised matrix's scales."""
+
+PACKED = ".packed"
+"""Suffix of the stored name of an embedding table whose codes lie in bytes."""
+
+PRECISIONS: dict[str, npt.DTypeLike] = {
+    "fp32": np.float32,
+    "fp16": np.float16,
+    "bf16": ml_dtypes.bfloat16,
+    "int8": np.float16,
+    "int4": np.float16,
+}
+"""By the name that ``--precision`` takes, the storage type of the matrices that are not quantised."""
 
 
 def parameter_name(stored_name: str) -> str:
     """Return the checkpoint's name of what is stored under this one."""
-    return stored_name.removesuffix(TRANSPOSED)
+    return stored_name.removesuffix(PACKED).removesuffix(TRANSPOSED)
 
 
 def stored_dtype(rank: int, precision: str) -> np.dtype[Any]:
-    """Return the type that a parameter of this rank is stored in."""
+    """Return the type that a parameter of this rank is stored in, if it is not quantised."""
     return np.dtype(PRECISIONS[precision] if rank > 1 else np.float32)
 
 
@@ -93,17 +121,65 @@ def read_weights(model_path: Path, config: ModelConfig) -> Iterator[tuple[str, n
         raise
     except Exception as error:  # the parser's errors have no common base
         raise BundleError(f"{model_path}: is not a readable ONNX model ({error}); export the bundle again") from error
+    check_locations(model, model_path)
     shapes = config.parameter_shapes()
     for stored_name, value in model.graph.initializers.items():
+        if stored_name.endswith(SCALE):
+            continue  # read with the codes it belongs to
         shape = shapes.get(parameter_name(stored_name))
         if shape is None and stored_name.startswith("model.layers."):
             raise BundleError(f"{model_path}: holds {stored_name}, unknown to config.json; export the bundle again")
         if shape is None:
             continue  # tables and constants of the graph
+        if stored_name.endswith(PACKED) and parameter_name(stored_name) + TRANSPOSED in model.graph.initializers:
+            continue  # a tied head's matrix, which comes by itself
         values = _values(value, model_path)
+        if values.dtype.itemsize == 1:
+            values = _dequantized(stored_name, values, shape, model.graph.initializers, model_path)
         if values.size != math.prod(shape):
             raise BundleError(f"{model_path}: {stored_name} is not of the size in config.json; export the bundle again")
         yield parameter_name(stored_name), from_stored(values, stored_name, shape)
+
+
+def check_locations(model: ir.Model, model_path: Path) -> None:
+    """Refuse a model whose external tensors do not lie wholly within files of its own directory.
+
+    Raises:
+        BundleError: one does not.
+    """
+    external = optional("onnx_ir", "export").ExternalTensor
+    for name, value in model.graph.initializers.items():
+        tensor = value.const_value
+        if not isinstance(tensor, external):
+            continue
+        file = model_path.parent / str(tensor.location)
+        if not plain_name(str(tensor.location)) or file.is_symlink() or not file.is_file():
+            raise BundleError(f"{model_path}: {name} lies outside the bundle, in {tensor.location}; export it again")
+        if (tensor.offset or 0) + tensor.nbytes > file.stat().st_size or tensor.length not in (None, tensor.nbytes):
+            raise BundleError(f"{model_path}: {name} passes the end of {file}; export the bundle again")
+
+
+def _dequantized(
+    stored_name: str, stored: Array, shape: Sequence[int], initializers: Mapping[str, ir.Value], model_path: Path
+) -> npt.NDArray[np.float32]:
+    """Return float32 values in the layout that ``stored_name`` says: [in, out], or a packed table [V, H]."""
+    packed = stored_name.endswith(PACKED)
+    scale_name = (parameter_name(stored_name) + TRANSPOSED if packed else stored_name) + SCALE
+    if scale_name not in initializers:
+        raise BundleError(f"{model_path}: {stored_name} has no scales; export the bundle again")
+    scales = _values(initializers[scale_name], model_path).astype(np.float32)  # [in / block, out] or [out]
+    if packed:
+        four = stored.shape[-1] * 2 == shape[-1]
+        codes = unpack_nibbles(np.bitwise_xor(stored, np.uint8(0x88)), shape) if four else (stored ^ 0x80).view(np.int8)
+        codes = codes.T
+    else:
+        codes = stored.astype(np.int8)  # [in, out]
+    blocks = len(scales) if scales.ndim == 2 else 1
+    if codes.ndim != 2 or codes.shape[0] % blocks or codes.shape[1] != scales.shape[-1]:
+        raise BundleError(f"{model_path}: the scales of {stored_name} are {scales.shape}; export the bundle again")
+    split = codes.reshape(blocks, -1, codes.shape[1]) * scales.reshape(blocks, 1, -1)
+    values = split.reshape(codes.shape)
+    return values.T if packed else values
 
 
 def _values(value: ir.Value, model_path: Path) -> Array:
@@ -111,8 +187,6 @@ def _values(value: ir.Value, model_path: Path) -> Array:
     tensor = value.const_value
     if tensor is None:
         raise BundleError(f"{model_path}: initializer {value.name} has no data; export the bundle again")
-    if isinstance(tensor, external) and not plain_name(str(tensor.location)):
-        raise BundleError(f"{model_path}: {value.name} lies outside the bundle, in {tensor.location}; export it again")
     try:
         values: Array = tensor.numpy()
     except (OSError, ValueError) as error:

@@ -59,8 +59,8 @@ def copied_checkpoint(tiny_checkpoint: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def copied_bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
-    """A copy of ``tiny_bundle``, times of files included, to do anything to."""
-    return shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    """A copy of ``tiny_bundle``, times of files included, to do anything to; without what sessions kept in it."""
+    return shutil.copytree(tiny_bundle, tmp_path / "bundle", ignore=shutil.ignore_patterns("engines"))
 
 
 @pytest.fixture

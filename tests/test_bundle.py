@@ -116,7 +116,7 @@ def test_a_bundle_tells_what_it_holds(tiny_bundle: Path) -> None:
     assert bundle.model_path == tiny_bundle / MODEL
     assert bundle.file_bytes == {name: (tiny_bundle / name).stat().st_size for name in LISTED}
     assert bundle.weight_bytes == (tiny_bundle / WEIGHTS).stat().st_size
-    assert sorted(path.name for path in tiny_bundle.iterdir()) == FILES
+    assert sorted(path.name for path in tiny_bundle.iterdir() if path.is_file()) == FILES
     assert Bundle.open(tiny_bundle, verify_hashes=True) == bundle
 
 
@@ -394,7 +394,8 @@ def test_any_json_in_the_place_of_any_entry(tiny_bundle: Path, data: st.DataObje
     for parent in parents:
         holder = holder[parent]
     with tempfile.TemporaryDirectory() as temporary:
-        directory = shutil.copytree(tiny_bundle, Path(temporary, "bundle"))
+        ignore = shutil.ignore_patterns("engines")
+        directory = shutil.copytree(tiny_bundle, Path(temporary, "bundle"), ignore=ignore)
         before, holder[key] = holder[key], value
         write(directory, manifest)
         if value == before or FREE & {key, *parents}:
@@ -571,7 +572,8 @@ def test_small_files_are_always_hashed_and_the_manifest_stays(copied_bundle: Pat
 def test_a_bundle_that_cannot_be_written_to_opens(tiny_bundle: Path, hashed: Callable[..., list[str]]) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         Path(temporary).chmod(0o755)
-        directory = shutil.copytree(tiny_bundle, Path(temporary, "bundle"))
+        ignore = shutil.ignore_patterns("engines")
+        directory = shutil.copytree(tiny_bundle, Path(temporary, "bundle"), ignore=ignore)
         later(directory / WEIGHTS)
         before = (directory / MANIFEST).read_bytes()
         for path in directory.iterdir():

@@ -20,6 +20,13 @@ def export(
         str | None,
         typer.Option(help=f"How weights are stored: {', '.join(PRECISIONS)}; the checkpoint's own by default."),
     ] = None,
+    block_size: Annotated[
+        int | None,
+        typer.Option(help="Weights that share a scale: 32 by default for int4, a whole output channel for int8."),
+    ] = None,
+    calibrate: Annotated[
+        Path | None, typer.Option(help="A text that int4 and int8 weights are rounded for (GPTQ), UTF-8.")
+    ] = None,
     verify: Annotated[bool, typer.Option(help="Check the result against PyTorch.")] = True,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
 ) -> None:
@@ -28,7 +35,16 @@ def export(
 
     output = current()
     with output.progress() as progress:
-        result = pipeline.export(checkpoint, bundle, precision=precision, verify=verify, force=force, progress=progress)
+        result = pipeline.export(
+            checkpoint,
+            bundle,
+            precision=precision,
+            block_size=block_size,
+            calibrate=calibrate,
+            verify=verify,
+            force=force,
+            progress=progress,
+        )
     written = result.bundle
     if output.json:
         checked = result.report.to_dict() if result.report else None

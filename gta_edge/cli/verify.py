@@ -33,7 +33,8 @@ def verify(
         output.document(report.to_dict())
     else:
         table = rich.table.Table("", "max abs error", "max rel error", "top-1 agreement", box=None)
-        for name, d in {**report.backends, f"{report.precision} weights": report.quantisation}.items():
+        rounded = {f"{name}, int8 activations": d for name, d in report.int8_activations.items()}
+        for name, d in {**report.backends, **rounded, f"{report.precision} weights": report.quantisation}.items():
             table.add_row(name, f"{d.max_abs_error:.2e}", f"{d.max_rel_error:.2e}", f"{d.top1_agreement:.4f}")
         output.console.print(table)
         print("passed" if report.passed else "failed")

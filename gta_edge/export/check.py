@@ -14,7 +14,7 @@ from gta_edge.bundle import Bundle
 from gta_edge.checkpoint import Checkpoint
 from gta_edge.errors import ExportError
 from gta_edge.fidelity import Report, difference, probe
-from gta_edge.ort import first_line, load_onnxruntime
+from gta_edge.ort import EXACT_PRODUCTS, first_line, load_onnxruntime
 from gta_edge.progress import Progress, silent
 from gta_edge.reference import compare_weights
 
@@ -46,6 +46,7 @@ def _plain_logits(bundle: Bundle, ids: npt.NDArray[np.int64], prefill: int) -> n
     onnxruntime = load_onnxruntime()
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # copying the cache is meant here, and errors are raised
+    options.add_session_config_entry(*EXACT_PRODUCTS)
     try:
         session = onnxruntime.InferenceSession(bundle.model_path, options, providers=["CPUExecutionProvider"])
         return np.concatenate(list(_steps(session, bundle, ids, prefill)), axis=1)

@@ -11,9 +11,12 @@ import numpy.typing as npt
 from gta_edge.config import ModelConfig
 from gta_edge.export.passes.attach_functions import AttachFunctionsPass
 from gta_edge.export.passes.fold_weight_views import FoldWeightViewsPass
+from gta_edge.export.passes.quantize_embedding import QuantizeEmbeddingPass
+from gta_edge.export.passes.quantize_weights import QuantizeWeightsPass
 from gta_edge.export.passes.stamp_layers import StampLayersPass
 from gta_edge.export.passes.store_weights import StoreWeightsPass
 from gta_edge.export.passes.tie_head import TieHeadPass
+from gta_edge.export.quantizer import Quantizer
 from gta_edge.export.trace import interface_names, trace
 from gta_edge.optional import optional
 
@@ -46,6 +49,7 @@ def prepare(
     read: Callable[[str], npt.NDArray[Any]],
     tables: dict[str, npt.NDArray[np.float32]],
     precision: str,
+    quantizer: Quantizer | None = None,
 ) -> ir.Model:
     """Return the graph as it is stored, weights attached lazily.
 
@@ -54,12 +58,16 @@ def prepare(
         embedding: name of the embedding table.
         read: returns a parameter by name.
         tables: arrays that are no parameters.
-        precision: storage type of the matrices.
+        precision: how the matrices are stored.
+        quantizer: for the precisions in integers.
     """
     common = ir.passes.common
+    if quantizer is None:
+        matrices = [TieHeadPass(embedding), FoldWeightViewsPass()]
+    else:  # a tied head has a matrix of its own: no engine multiplies by a quantised one that lies the other way
+        matrices = [FoldWeightViewsPass(), QuantizeWeightsPass(quantizer), QuantizeEmbeddingPass(embedding, quantizer)]
     passes = ir.passes.Sequential(
-        TieHeadPass(embedding),
-        FoldWeightViewsPass(),
+        *matrices,
         StoreWeightsPass(read, tables, precision),
         AttachFunctionsPass(),
         common.RemoveUnusedNodesPass(),

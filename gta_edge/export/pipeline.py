@@ -11,13 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 from gta_edge.bundle import CONFIG, MODEL, WEIGHTS, Bundle, write_manifest
 from gta_edge.checkpoint import Checkpoint
+from gta_edge.config import ModelConfig
 from gta_edge.errors import BundleError, ExportError, InputError, OutputError
+from gta_edge.export.calibration import calibrated
 from gta_edge.export.check import check_export, raise_if_failed
 from gta_edge.export.graph import prepare, traced
+from gta_edge.export.quantizer import Quantizer
 from gta_edge.fidelity import Report
 from gta_edge.files import new_directory
 from gta_edge.optional import optional
 from gta_edge.progress import Progress, silent
+from gta_edge.quantization import BITS, BLOCK_SIZES, DEFAULT_BLOCK_SIZE
 from gta_edge.rope import rope_tables
 from gta_edge.version import __version__
 from gta_edge.weights import PRECISIONS
@@ -54,6 +58,8 @@ def export(
     bundle: str | Path,
     *,
     precision: str | None = None,
+    block_size: int | None = None,
+    calibrate: str | Path | None = None,
     verify: bool = True,
     force: bool = False,
     progress: Progress = silent,
@@ -66,13 +72,18 @@ def export(
     Args:
         checkpoint: directory with ``config.json`` and safetensors.
         bundle: directory to make; it appears when it is complete and has passed the check.
-        precision: how matrices are stored, one of ``fp32``, ``fp16``, ``bf16``; the checkpoint's own by default.
+        precision: how matrices are stored, one of ``fp32``, ``fp16``, ``bf16``, ``int8``, ``int4``; the checkpoint's
+            own by default.
+        block_size: weights along the input dimension that share a scale: for int4 16, 32, 64 or 128, 32 by default;
+            for int8 the same or None, which is one scale per output channel.
+        calibrate: a UTF-8 text file; with it the rounding of int4 and int8 weights is corrected (GPTQ) for what the
+            model computes on that text.
         verify: check the result (a few hundred tokens, prefill and decode).
         force: replace an existing bundle.
         progress: told of each step.
 
     Raises:
-        InputError: unknown precision.
+        InputError: unknown precision, or a block size or text that does not fit it.
         CheckpointError: the checkpoint cannot be read.
         ExportError: the weights do not fit the precision, or the result does not agree with PyTorch.
         OutputError: ``bundle`` exists or cannot be written.
@@ -83,15 +94,22 @@ def export(
         precision = _own_precision(source)
     if precision not in PRECISIONS:
         raise InputError(f"precision is {precision!r}; expected one of {', '.join(PRECISIONS)}")
+    block_size = _block_size(source.config, precision, block_size)
+    if calibrate is not None and precision not in BITS:
+        raise InputError(f"precision is {precision}, which is not calibrated; calibrate int8 or int4")
     if Path(bundle).resolve() in (origin := source.directory.resolve(), *origin.parents):
         raise OutputError(f"{bundle} is the checkpoint itself, or holds it; choose another directory for the bundle")
     with new_directory(bundle, force=force) as directory:
-        _write_model(source, directory, precision, progress)
+        quantizer = None
+        if precision in BITS:
+            corrected = calibrated(source, Path(calibrate), precision, block_size, progress) if calibrate else {}
+            quantizer = Quantizer(source.read, precision, block_size, corrected)
+        _write_model(source, directory, precision, quantizer, progress)
         for companion in (source.directory / CONFIG, *source.companions):
             shutil.copyfile(companion, directory / companion.name)
         made_with = {"gta-edge": __version__, "python": platform.python_version()}
         made_with |= {name: version(name) for name in _MADE_WITH}
-        write_manifest(directory, source.config, precision, made_with, progress)
+        write_manifest(directory, source.config, precision, made_with, progress, block_size=block_size)
         report = _check(directory, source, Path(bundle), progress) if verify else None
     return Export(Bundle.open(bundle), report)
 
@@ -102,13 +120,32 @@ def _own_precision(source: Checkpoint) -> str:
     return _OWN_PRECISION[found.pop()] if len(found) == 1 else "fp32"
 
 
-def _write_model(source: Checkpoint, directory: Path, precision: str, progress: Progress) -> None:
+def _block_size(config: ModelConfig, precision: str, block_size: int | None) -> int | None:
+    """Return the block size to quantise with, None for whole channels, or refuse it."""
+    if precision not in BITS:
+        if block_size is not None:
+            raise InputError(f"precision is {precision}, which has no blocks; a block size goes with int8 or int4")
+        return None
+    if block_size is None:
+        return DEFAULT_BLOCK_SIZE if precision == "int4" else None
+    matrices = {name: shape[1] for name, shape in config.parameter_shapes().items() if len(shape) == 2}
+    possible = [size for size in BLOCK_SIZES if not any(inputs % size for inputs in matrices.values())]
+    if block_size not in possible:
+        odd = next((f"; {name} has {n} inputs" for name, n in matrices.items() if n % block_size), "")
+        choice = f"one of {', '.join(map(str, possible))}" if possible else "none fits; use a wider precision"
+        raise InputError(f"block size is {block_size}; expected {choice}{odd}")
+    return block_size
+
+
+def _write_model(
+    source: Checkpoint, directory: Path, precision: str, quantizer: Quantizer | None, progress: Progress
+) -> None:
     config = source.config
     cos, sin = rope_tables(config.key_width, config.rope_theta, config.rope_scaling, config.max_position_embeddings)
 
     progress("tracing the model", 0, 1)
     model = traced(config, source.biases)
-    model = prepare(model, _EMBEDDING, source.read, {"cos": cos, "sin": sin}, precision)
+    model = prepare(model, _EMBEDDING, source.read, {"cos": cos, "sin": sin}, precision, quantizer)
     progress("tracing the model", 1, 1)
 
     def wrote(tensor: Any, info: Any) -> None:

@@ -21,7 +21,9 @@ def _onnxruntime(bundle: Bundle, **options: Any) -> Session:
     return OnnxRuntimeSession(bundle, **options)
 
 
-def _torch(bundle: Bundle, *, threads: int | None = None, **options: Any) -> Session:
+def _torch(
+    bundle: Bundle, *, threads: int | None = None, exact: bool = True, progress: Progress = silent, **options: Any
+) -> Session:
     from gta_edge.reference import build_decoder
     from gta_edge.runtime.torch import TorchSession
     from gta_edge.weights import read_weights
@@ -40,6 +42,7 @@ def load(
     *,
     threads: int | None = None,
     chunk_size: int = CHUNK_SIZE,
+    exact: bool = False,
     verify_hashes: bool = False,
     progress: Progress = silent,
 ) -> Session:
@@ -50,15 +53,16 @@ def load(
         backend: a name from ``BACKENDS``, or ``auto`` for the fastest that works; ``session.backend`` says which.
         threads: threads for one operator; one per core by default.
         chunk_size: tokens of a prompt that are run at once.
+        exact: multiply by int8 and int4 weights in float32 where the backend would round activations to int8.
         verify_hashes: hash the weights even if their size and time are as recorded.
-        progress: told of bytes hashed.
+        progress: told of bytes hashed, and of weights laid out anew.
 
     Raises:
         BundleError: the bundle is damaged.
         BackendError: the backend is unknown, not installed, or refuses the model.
     """
     opened = Bundle.open(bundle, verify_hashes=verify_hashes, progress=progress)
-    return open_session(opened, backend, threads=threads, chunk_size=chunk_size)
+    return open_session(opened, backend, threads=threads, chunk_size=chunk_size, exact=exact, progress=progress)
 
 
 def open_session(bundle: Bundle, backend: str = "auto", **options: Any) -> Session:

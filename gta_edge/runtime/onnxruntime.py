@@ -16,11 +16,14 @@ import numpy.typing as npt
 from gta_edge.bundle import Bundle
 from gta_edge.config import CacheSpec
 from gta_edge.errors import BackendError, CapacityError
-from gta_edge.ort import first_line, load_onnxruntime
+from gta_edge.ort import EXACT_PRODUCTS, INT8_PRODUCTS, first_line, load_onnxruntime
+from gta_edge.progress import Progress, silent
+from gta_edge.runtime.prepared import prepare
 from gta_edge.runtime.session import Ids, Logits, Session
 
 __all__ = ["OnnxRuntimeSession"]
 
+_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 _DEVICE = ("cpu", 0)
 _WARNING, _FATAL = 2, 4
 
@@ -42,6 +45,8 @@ class OnnxRuntimeSession(Session):
     Args:
         bundle: the model.
         threads: threads for one operator; None for one per core.
+        exact: multiply by int8 and int4 weights in float32, instead of rounding activations to int8.
+        progress: told of weights that are laid out anew.
         options: as ``Session`` takes them.
 
     Raises:
@@ -50,16 +55,26 @@ class OnnxRuntimeSession(Session):
 
     backend = "onnxruntime"
 
-    def __init__(self, bundle: Bundle, *, threads: int | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        threads: int | None = None,
+        exact: bool = False,
+        progress: Progress = silent,
+        **options: Any,
+    ) -> None:
         super().__init__(bundle.config, **options)
         onnxruntime = load_onnxruntime()
+        prepared = prepare(bundle, exact=exact, progress=progress)
+        self.rounds_activations = prepared.rounds_activations
         settings = onnxruntime.SessionOptions()
         settings.log_severity_level = _FATAL  # its errors are raised, and must not stand beside ours on stderr
         settings.intra_op_num_threads = threads or 0
+        settings.add_session_config_entry(_WEIGHTS_FOLDER, str(bundle.directory.resolve()))
+        settings.add_session_config_entry(*(EXACT_PRODUCTS if exact else INT8_PRODUCTS))
         try:
-            self._session = onnxruntime.InferenceSession(
-                bundle.model_path, settings, providers=["CPUExecutionProvider"]
-            )
+            self._session = onnxruntime.InferenceSession(prepared.graph, settings, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's errors have no common base
             raise BackendError(
                 f"{bundle.model_path}: ONNX Runtime {onnxruntime.__version__} refuses the model "

@@ -52,18 +52,24 @@ def verify(
     ids, prefill = probe(opened.config)
     reference, quantisation = compare_weights(opened, source, ids)
     differences: dict[str, Difference] = {}
+    rounded: dict[str, Difference] = {}
     for done, name in enumerate(names):
         progress("verifying backends", done, len(names))
         try:
             with open_session(opened, name) as session:
-                differences[session.backend] = difference(_logits(session, ids, prefill), reference)
+                found = difference(_logits(session, ids, prefill), reference)
+            if session.rounds_activations:
+                rounded[session.backend] = found
+                with open_session(opened, name, exact=True) as session:
+                    found = difference(_logits(session, ids, prefill), reference)
+            differences[session.backend] = found
         except BackendError:
             if backends:  # asked for by name: not having it is an error
                 raise
     progress("verifying backends", len(names), len(names))
     if not differences:
         raise BackendError(f"none of the backends {', '.join(names)} works here; run `gta-edge doctor`")
-    return Report(differences, quantisation, opened.precision)
+    return Report(differences, quantisation, opened.precision, rounded)
 
 
 def _logits(session: Session, ids: npt.NDArray[np.int64], prefill: int) -> npt.NDArray[np.float32]:

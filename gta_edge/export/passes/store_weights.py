@@ -30,8 +30,8 @@ class StoreWeightsPass(ir.passes.InPlacePass):
         tables: arrays that are no parameters (cos and sin), stored as they are.
         precision: a key of ``gta_edge.weights.PRECISIONS``.
 
-    Precondition: initializers carry stored names and shapes (``FoldWeightViewsPass``).
-    Postcondition: every initializer has data; every use of one is float32.
+    Precondition: initializers carry stored names and shapes (``FoldWeightViewsPass``); what is quantised has its data.
+    Postcondition: every initializer has data; every use of one is float32 (of a quantised one, after its arithmetic).
     """
 
     def __init__(
@@ -51,7 +51,9 @@ class StoreWeightsPass(ir.passes.InPlacePass):
             if name in self.tables:
                 value.const_value = ir.tensor(self.tables[name], name=name)
                 continue
-            assert value.shape is not None  # the precondition
+            assert value.shape is not None and value.dtype is not None  # the precondition
+            if value.dtype != ir.DataType.FLOAT:
+                continue  # quantised
             dtype = stored_dtype(len(value.shape), self.precision)
             value.const_value = self._lazy(name, value.shape, dtype)
             if dtype != np.float32:

@@ -1,0 +1,191 @@
+"""One measurement of ``cpu_peer.py`` in a process of its own, so that its peak of memory is its own.
+
+    python benchmarks/cpu_peer_worker.py '{"engine": "peer", "model": …}'
+
+The interpreter of either engine runs it: it imports numpy and, when it is used, the engine. The last line on stdout is
+a JSON object with the figures.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["measure"]
+
+Ids = npt.NDArray[np.int32]
+
+_SPECIAL_IDS = 1000  # ids below are not drawn: the peer takes a padding token in a prompt for no token
+_WARM_UP_TOKENS = 8
+
+
+class Engine(Protocol):
+    """A loaded model that continues one prompt greedily."""
+
+    def warm_up(self, ids: Ids) -> None:
+        """Run a few tokens, and forget them."""
+
+    def prefill(self, ids: Ids) -> None:
+        """Read a prompt and choose the token after it."""
+
+    def step(self) -> None:
+        """Append the chosen token and choose the next."""
+
+    @property
+    def length(self) -> int:
+        """Tokens that were read or chosen."""
+
+    @property
+    def cache_bytes(self) -> int | None:
+        """Bytes of the cache; None where the engine does not say."""
+
+
+class Ours:
+    """A bundle on the backend ``onnxruntime``."""
+
+    def __init__(self, spec: dict[str, Any]) -> None:
+        import gta_edge
+
+        self._session = gta_edge.load(spec["model"], backend="onnxruntime", threads=spec["threads"])
+        self._token = 0
+
+    def warm_up(self, ids: Ids) -> None:
+        self.prefill(ids)
+        self.step()
+        self._session.reset()
+
+    def prefill(self, ids: Ids) -> None:
+        self._token = int(self._session.forward(ids[None])[0].argmax())
+
+    def step(self) -> None:
+        self.prefill(np.array([self._token], np.int32))
+
+    @property
+    def length(self) -> int:
+        return int(self._session.length[0]) + 1
+
+    @property
+    def cache_bytes(self) -> int | None:
+        return self._session.cache_bytes
+
+
+class Peer:
+    """A model of onnxruntime-genai's builder on its CPU provider."""
+
+    cache_bytes = None
+
+    def __init__(self, spec: dict[str, Any]) -> None:
+        import onnxruntime_genai
+
+        self._genai = onnxruntime_genai
+        onnxruntime_genai.disable_telemetry_events()
+        config = onnxruntime_genai.Config(spec["model"])
+        threads = {"decoder": {"session_options": {"intra_op_num_threads": spec["threads"]}}}
+        config.overlay(json.dumps({"model": threads, "search": {"chunk_size": spec["chunk_size"]}}))
+        self._model = onnxruntime_genai.Model(config)
+        self._capacity = spec["context"] + 1 + spec["new_tokens"]
+        self._generator: Any = None
+
+    def warm_up(self, ids: Ids) -> None:
+        # in a generator of its own: after rewind_to(0) the prompt is not read in chunks
+        self._start(ids, len(ids) + 2)
+        self.step()
+        self._generator = None
+
+    def prefill(self, ids: Ids) -> None:
+        self._start(ids, self._capacity)
+
+    def step(self) -> None:
+        self._generator.generate_next_token()
+
+    @property
+    def length(self) -> int:
+        return int(self._generator.token_count())
+
+    def _start(self, ids: Ids, capacity: int) -> None:
+        params = self._genai.GeneratorParams(self._model)
+        # min_length: random weights may choose the end token, and generation would end there
+        params.set_search_options(max_length=capacity, min_length=capacity, do_sample=False)
+        self._generator = self._genai.Generator(self._model, params)
+        self._generator.append_tokens(ids)
+        self._generator.generate_next_token()  # chooses from the prompt's logits, runs nothing
+
+
+def measure(spec: dict[str, Any]) -> dict[str, Any]:
+    """Load a model, read a random prompt, continue it token by token; return what it took.
+
+    Args:
+        spec: ``engine`` (ours or peer), ``model`` (directory), ``context``, ``new_tokens``, ``vocab_size``,
+            ``threads``, and for the peer ``chunk_size``.
+
+    Returns:
+        seconds, milliseconds per token, tokens/s, bytes.
+    """
+    ids = np.random.default_rng(0).integers(_SPECIAL_IDS, spec["vocab_size"], spec["context"]).astype(np.int32)
+    start = time.perf_counter()
+    engine: Engine = Ours(spec) if spec["engine"] == "ours" else Peer(spec)
+    load_s = time.perf_counter() - start
+    engine.warm_up(ids[:_WARM_UP_TOKENS])
+    loaded = memory("VmRSS")
+    start = time.perf_counter()
+    engine.prefill(ids)
+    prefill_s = time.perf_counter() - start
+    filled, cache_before = memory("VmRSS"), engine.cache_bytes
+    steps = [_timed_ms(engine) for _ in range(spec["new_tokens"])]
+    if engine.length != spec["context"] + 1 + spec["new_tokens"]:
+        raise RuntimeError(f"generation ended after {engine.length - spec['context']} tokens")
+    return {
+        "load_s": load_s,
+        "prefill_s": prefill_s,
+        "prefill_tokens_per_s": spec["context"] / prefill_s,
+        **summary(steps),
+        "steps_ms": steps,
+        "peak_bytes": memory("VmHWM"),
+        "loaded_bytes": loaded,
+        "prefilled_bytes": filled,
+        "end_bytes": memory("VmRSS"),
+        "growth_bytes": memory("VmRSS") - filled,
+        "cache_before_bytes": cache_before,
+        "cache_bytes": engine.cache_bytes,
+    }
+
+
+def summary(steps_ms: list[float]) -> dict[str, float]:
+    """Return median, 90th percentile and maximum of the times of single tokens, and the median as tokens/s."""
+    ordered = sorted(steps_ms)
+    median = statistics.median(ordered)
+    return {
+        "decode_ms": median,
+        "decode_p90_ms": ordered[math.ceil(0.9 * len(ordered)) - 1],
+        "decode_max_ms": ordered[-1],
+        "decode_tokens_per_s": 1e3 / median,
+    }
+
+
+def memory(entry: str) -> int:
+    """Return an entry of this process's status in bytes: VmRSS is now, VmHWM the peak.
+
+    The peak of ``getrusage`` would be the parent's where that was larger: it survives fork and exec.
+    """
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{entry}:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {entry}")
+
+
+def _timed_ms(engine: Engine) -> float:
+    start = time.perf_counter()
+    engine.step()
+    return 1e3 * (time.perf_counter() - start)
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(json.loads(sys.argv[1]))))

@@ -1,0 +1,173 @@
+"""Calibration: layer by layer, what a model computes on a text decides how its weights are rounded.
+
+A layer gets the inputs that the quantised layers below it give, so errors do not add up unseen. Only one layer is in
+memory at a time, besides its inputs for the text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gta_edge.checkpoint import Checkpoint
+from gta_edge.config import ModelConfig
+from gta_edge.errors import InputError
+from gta_edge.export.gptq import corrected, inverse_factor
+from gta_edge.model import Layer
+from gta_edge.optional import optional
+from gta_edge.progress import Progress, silent
+from gta_edge.quantization import BITS, Quantized, quantize
+from gta_edge.rope import rope_tables
+
+if TYPE_CHECKING:
+    import tokenizers
+    import torch
+    from torch import Tensor, nn
+else:
+    torch, tokenizers = optional("torch", "export"), optional("tokenizers", "export")
+    Tensor, nn = torch.Tensor, torch.nn
+
+__all__ = ["calibrated", "calibration_ids"]
+
+_ROWS, _TOKENS = 32, 1024  # of the text; twice as many helped little
+_EMBEDDING = "model.embed_tokens.weight"
+_VALUE_DECODER = "self_attn.v_b_proj.weight"  # not quantised
+
+
+def calibrated(
+    source: Checkpoint, text: Path, precision: str, block_size: int | None, progress: Progress = silent
+) -> dict[str, Quantized]:
+    """Return every matrix but an untied embedding in codes, corrected for what the model computes on a text.
+
+    A table that is looked up has no inputs to be calibrated for. A tied one is calibrated as the head that it also is.
+
+    Raises:
+        InputError: the text cannot be read or is too short, or the checkpoint has no tokenizer for it.
+    """
+    config = source.config
+    ids = calibration_ids(source, text)
+    table = quantize(source.read(_EMBEDDING), BITS[precision], block_size).values
+    x = torch.from_numpy(table[ids])  # [rows, T, H]
+    del table
+    cos, sin = rope_tables(config.key_width, config.rope_theta, config.rope_scaling, ids.shape[1])
+    tables = torch.from_numpy(cos), torch.from_numpy(sin)
+    result: dict[str, Quantized] = {}
+    with torch.inference_mode():
+        for i in range(config.num_hidden_layers):
+            progress("calibrating", i, config.num_hidden_layers)
+            prefix = f"model.layers.{i}."
+            layer = _layer(source, prefix)
+            for name, codes in _quantized(layer, config, x, tables, BITS[precision], block_size):
+                result[prefix + name] = codes
+            for start in range(len(x)):
+                x[start : start + 1] = _forward(layer, config, x[start : start + 1], tables)
+        head = _EMBEDDING if config.tie_word_embeddings else "lm_head.weight"
+        norm = torch.from_numpy(source.read("model.norm.weight").astype(np.float32))
+        x = nn.functional.rms_norm(x, norm.shape, norm, config.rms_norm_eps).flatten(0, 1)
+        factor = inverse_factor(x.T @ x)
+        result[head] = corrected(
+            torch.from_numpy(source.read(head).astype(np.float32)), factor, BITS[precision], block_size
+        )
+    progress("calibrating", config.num_hidden_layers, config.num_hidden_layers)
+    return result
+
+
+def calibration_ids(source: Checkpoint, text: Path) -> Any:
+    """Return the text's tokens, int64 [rows, T], evenly taken from it.
+
+    Raises:
+        InputError: it cannot be read, is shorter than one row, or there is no tokenizer.
+    """
+    tokenizer = source.directory / "tokenizer.json"
+    if tokenizer not in source.companions:
+        raise InputError(f"{source.directory} has no tokenizer.json to read a calibration text with; leave it out")
+    try:
+        content = text.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{text}: cannot be read as UTF-8 text ({error}); give another calibration text") from error
+    try:
+        encoded = tokenizers.Tokenizer.from_file(str(tokenizer)).encode(content, add_special_tokens=False).ids
+    except Exception as error:  # the library raises plain Exceptions
+        raise InputError(f"{tokenizer}: cannot encode the calibration text ({error}); repair it") from error
+    tokens = min(_TOKENS, source.config.max_position_embeddings)
+    ids = np.asarray(encoded, np.int64)
+    if len(ids) < tokens or (ids >= source.config.vocab_size).any():
+        raise InputError(
+            f"{text}: gives {len(ids)} tokens for a vocabulary of {source.config.vocab_size}; "
+            f"expected at least {tokens}, {_ROWS * tokens} are used: give a longer text"
+        )
+    rows = min(_ROWS, len(ids) // tokens)
+    starts = np.linspace(0, len(ids) - tokens, rows).astype(np.int64)
+    return np.stack([ids[start : start + tokens] for start in starts])
+
+
+def _layer(source: Checkpoint, prefix: str) -> Layer:
+    """Return one layer of a checkpoint, in float32."""
+    names = [name.removeprefix(prefix) for name in source.names if name.startswith(prefix)]
+    biases = {name.removeprefix("self_attn.") for name in names if name.endswith(".bias")}
+    with torch.device("meta"):
+        layer = Layer(source.config, biases, None)
+    weights = {name: torch.from_numpy(source.read(prefix + name).astype(np.float32)) for name in names}
+    layer.load_state_dict(weights, assign=True)
+    return layer.eval().requires_grad_(False)
+
+
+def _forward(layer: Layer, config: ModelConfig, x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+    rows, tokens, _ = x.shape
+    key, mixed = (torch.zeros(rows, cache.heads, tokens, cache.width) for cache in config.caches)
+    output, _ = layer(x, (key, mixed), torch.zeros(rows, dtype=torch.int64), *tables)
+    return output  # type: ignore[no-any-return]  # nn.Module's call is untyped
+
+
+def _quantized(
+    layer: Layer,
+    config: ModelConfig,
+    x: Tensor,
+    tables: tuple[Tensor, Tensor],
+    bits: int,
+    block_size: int | None,
+) -> Iterator[tuple[str, Quantized]]:
+    """Yield the layer's matrices in codes, and put their values into the layer."""
+    linears = {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
+    linears.pop(_VALUE_DECODER.removesuffix(".weight"), None)
+    moments = _moments(layer, config, linears, x, tables)
+    factors: dict[int, Tensor] = {}
+    for name, linear in linears.items():
+        gathered = moments[name]
+        if id(gathered) not in factors:  # projections of one input share it
+            factors[id(gathered)] = inverse_factor(gathered)
+        codes = corrected(linear.weight, factors[id(gathered)], bits, block_size)
+        linear.weight.copy_(torch.from_numpy(codes.values))
+        yield f"{name}.weight", codes
+
+
+def _moments(
+    layer: Layer, config: ModelConfig, linears: dict[str, nn.Linear], x: Tensor, tables: tuple[Tensor, Tensor]
+) -> dict[str, Tensor]:
+    """Return X^T X [in, in] of every matrix's inputs over all rows; matrices of the same input share one."""
+    found: dict[str, Tensor] = {}
+    sharing = {"k_proj": "q_proj", "v_proj": "q_proj", "g_proj": "q_proj", "up_proj": "gate_proj"}
+    hooks = []
+    for name, linear in linears.items():
+        parent, _, own = name.rpartition(".")
+        if own in sharing:
+            continue
+        found[name] = torch.zeros(linear.in_features, linear.in_features)
+
+        def gather(_: Any, inputs: tuple[Tensor, ...], total: Tensor = found[name]) -> None:
+            rows = inputs[0].reshape(-1, inputs[0].shape[-1])
+            total.addmm_(rows.T, rows)
+
+        hooks.append(linear.register_forward_pre_hook(gather))
+    for start in range(len(x)):
+        _forward(layer, config, x[start : start + 1], tables)
+    for hook in hooks:
+        hook.remove()
+    for name in linears:
+        parent, _, own = name.rpartition(".")
+        if own in sharing:
+            found[name] = found[f"{parent}.{sharing[own]}"]
+    return found

@@ -1,0 +1,88 @@
+"""Store the matrices that inputs are multiplied by as integers, behind a DequantizeLinear."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from gta_edge.export.quantizer import Quantizer
+from gta_edge.nodes import lazy_initializer
+from gta_edge.optional import optional
+from gta_edge.quantization import pack_nibbles
+from gta_edge.weights import SCALE, TRANSPOSED, parameter_name
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+else:
+    ir = optional("onnx_ir", "export")
+
+__all__ = ["QuantizeWeightsPass"]
+
+
+class QuantizeWeightsPass(ir.passes.InPlacePass):
+    """Replace ``MatMul(x, W)`` by ``MatMul(x, DequantizeLinear(codes, Cast(scales)))``, data attached lazily.
+
+    The form is the standard's own: ONNX Runtime fuses it to one kernel, and TensorRT keeps the codes packed. Codes are
+    symmetric, since TensorRT knows no zero points. int4 has a scale per block along the input dimension, int8 one per
+    output channel, or per block when the quantiser has a block size.
+
+    Args:
+        quantizer: returns a parameter in codes, when the model is written.
+
+    Precondition: matrices lie transposed, ``NAME.transposed`` [in, out] (``FoldWeightViewsPass``).
+    Postcondition: each of them is int4 or int8 under the same name, its float16 scales beside it, called
+    ``NAME.transposed.scale`` ([in / block, out], or [out] per channel). Other initializers are left alone.
+    """
+
+    def __init__(self, quantizer: Quantizer) -> None:
+        super().__init__()
+        self.quantizer = quantizer
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Quantise every such matrix of ``model``."""
+        graph = model.graph
+        found = [value for name, value in graph.initializers.items() if name.endswith(TRANSPOSED)]
+        for weight in found:
+            scales = self._quantize(weight)
+            for node, index in list(weight.uses()):
+                self._dequantize(graph, node, index, weight, scales)
+        return ir.passes.PassResult(model, modified=bool(found))
+
+    def _quantize(self, weight: ir.Value) -> ir.Value:
+        """Give ``weight`` its codes, and return its scales."""
+        shape = weight.shape
+        assert shape is not None  # the precondition
+        inputs, outputs = shape.numpy()
+        block = self.quantizer.block_size
+        name, stored = parameter_name(str(weight.name)), str(weight.name)
+        four = self.quantizer.bits == 4
+        dtype = ir.DataType.INT4 if four else ir.DataType.INT8
+        transposed = (inputs // block, outputs) if block else (outputs,)
+
+        def codes() -> ir.TensorProtocol:
+            lying: npt.NDArray[np.int8] = np.ascontiguousarray(self.quantizer(name).codes.T)
+            return ir.PackedTensor(pack_nibbles(lying), dtype, shape=shape) if four else ir.tensor(lying)
+
+        def scales() -> ir.TensorProtocol:
+            return ir.tensor(np.ascontiguousarray(self.quantizer(name).scales.T.reshape(transposed)))
+
+        graph = weight.graph
+        assert graph is not None  # it is an initializer
+        weight.const_value = ir.LazyTensor(codes, dtype=dtype, shape=shape, name=stored)
+        weight.dtype = dtype
+        return lazy_initializer(graph, stored + SCALE, ir.DataType.FLOAT16, transposed, scales)
+
+    def _dequantize(self, graph: ir.Graph, node: ir.Node, index: int, weight: ir.Value, scales: ir.Value) -> None:
+        """Put the two nodes before input ``index`` of ``node``."""
+        block = self.quantizer.block_size
+        cast = ir.node("Cast", [scales], attributes={"to": ir.DataType.FLOAT})
+        cast.outputs[0].name = f"{scales.name}.float32"
+        along = {"axis": 0, "block_size": block} if block else {"axis": 1}
+        dequantize = ir.node("DequantizeLinear", [weight, cast.outputs[0]], attributes=along)
+        dequantize.outputs[0].name = f"{weight.name}.float32"
+        for made, shape in ((cast, scales.shape), (dequantize, weight.shape)):
+            made.outputs[0].shape, made.outputs[0].dtype = shape, ir.DataType.FLOAT
+        graph.insert_before(node, [cast, dequantize])
+        node.replace_input_with(index, dequantize.outputs[0])
