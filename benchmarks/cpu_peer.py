@@ -2,9 +2,11 @@
 
     python benchmarks/cpu_peer.py [--contexts 128,2048,8192] [--new-tokens 32] [--rounds 3] [--json FILE] …
 
-Three systems, so that two gains are seen apart: GQA-1B on onnxruntime-genai and here (the engine), GQA-1B and GTA-1B
-here (the architecture). Weights are random, since speed does not depend on what a model has learned. The peer runs in
-an environment of its own, which is made under the work directory unless ``--peer-python`` names one.
+Two gains are seen apart: GQA-1B on onnxruntime-genai and here (the engine), GQA-1B and GTA-1B here (the architecture).
+The peer is measured as it comes, and tuned: built for the logits of the last position only, prompts in chunks, a thread
+for every core; as it comes it takes half of the cores and computes logits for the whole prompt. Weights are random,
+since speed does not depend on what a model has learned. The peer runs in an environment of its own, which is made under
+the work directory unless ``--peer-python`` names one.
 """
 
 from __future__ import annotations
@@ -39,11 +41,10 @@ from gta_edge.presets import preset
 TORCH = ("torch==2.13.0",)
 PEER_PACKAGES = ("onnxruntime-genai==0.18.0", "transformers", "onnx", "onnx-ir", "sentencepiece")
 
-# Where the peer's own defaults are slower or take more memory, it gets what serves it better:
-# logits of the last position only; prompts in chunks, of the size that is ours; a thread for every core.
-PEER_OPTIONS = ("prune_lm_head=true", "hf_token=false")
+PEER_OPTIONS = ("hf_token=false",)
+TUNED_OPTIONS = ("prune_lm_head=true",)  # logits of the last position only
 PEER_INT4_OPTIONS = ("accuracy_level=4",)  # int8 activations
-PEER_CHUNK_SIZE = 512
+TUNED_CHUNK_SIZE = 512
 
 WORKER = Path(__file__).with_name("cpu_peer_worker.py")
 
@@ -56,16 +57,23 @@ class System:
     label: str
     engine: str
     preset: str
+    tuned: bool = True
 
 
 SYSTEMS = (
-    System("peer", "genai GQA", "peer", "gqa-1b"),
+    System("peer", "genai GQA", "peer", "gqa-1b", tuned=False),
+    System("tuned", "genai GQA tuned", "peer", "gqa-1b"),
     System("gta", "gta-edge GTA", "ours", "gta-1b"),
     System("gqa", "gta-edge GQA", "ours", "gqa-1b"),
 )
 LABELS = {system.key: system.label for system in SYSTEMS}
 
-RATIOS = {"gta/peer": ("gta", "peer"), "gta/gqa": ("gta", "gqa"), "gqa/peer": ("gqa", "peer")}
+RATIOS = {
+    "gta/peer": ("gta", "peer"),
+    "gta/tuned": ("gta", "tuned"),
+    "gta/gqa": ("gta", "gqa"),
+    "gqa/tuned": ("gqa", "tuned"),
+}
 """What is divided by what; of speeds, so that 2 is twice as fast, and of peak memory, so that 0.5 is half."""
 
 METRICS = (
@@ -131,12 +139,12 @@ class Models:
     def peer(self, system: System, python: Path) -> Path:
         """Return the peer's model of a checkpoint, made by its own builder."""
         checkpoint = self.checkpoint(system)
-        path = self._stored(checkpoint, "genai")
+        path = self._stored(checkpoint, "genai-tuned" if system.tuned else "genai")
         if not self._have(path, "genai_config.json"):
             partial = path.with_name(f"{path.name}.partial")
             for left in (partial, path):
                 shutil.rmtree(left, ignore_errors=True)
-            options = [*PEER_OPTIONS]
+            options = [*PEER_OPTIONS, *(TUNED_OPTIONS if system.tuned else ())]
             if self.precision == "int4":
                 options += [*PEER_INT4_OPTIONS, f"block_size={self.block_size}"]
             command = [str(python), "-E", "-m", "onnxruntime_genai.models.builder", "-i", str(checkpoint)]
@@ -515,7 +523,8 @@ def run(arguments: argparse.Namespace) -> Document:
             "cache_bytes_per_token": config.cache_bytes_per_token(),
         }
         spec = {"engine": system.engine, "model": str(path.resolve()), "new_tokens": arguments.new_tokens}
-        spec |= {"vocab_size": config.vocab_size, "threads": arguments.threads, "chunk_size": PEER_CHUNK_SIZE}
+        spec |= {"vocab_size": config.vocab_size}
+        spec |= {"threads": arguments.threads, "chunk_size": TUNED_CHUNK_SIZE} if system.tuned else {}
         specs[system.key] = (Path(sys.executable) if ours else python, spec)
         systems[system.key]["first_load"] = first_load(system, *specs[system.key])
     measured, rates = run_rounds(arguments.contexts, arguments.rounds, specs)
@@ -534,7 +543,8 @@ def run(arguments: argparse.Namespace) -> Document:
             "new_tokens": arguments.new_tokens,
             "rounds": arguments.rounds,
             "peer_builder": [*PEER_OPTIONS, *(PEER_INT4_OPTIONS if block_size else ())],
-            "peer_chunk_size": PEER_CHUNK_SIZE,
+            "tuned_builder": [*TUNED_OPTIONS],
+            "tuned_chunk_size": TUNED_CHUNK_SIZE,
         },
         "systems": systems,
         "bandwidth_bytes_per_s": rate | {"values": rates},
@@ -590,7 +600,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--precision", choices=["int4", "fp32"], default="int4", help="of the weights")
     parser.add_argument("--block-size", type=int, choices=[16, 32, 64, 128], default=32, help="for int4")
     parser.add_argument("--layers", type=_positive, help="layers, instead of the models' own 54")
-    # the same for all: by default the peer takes half of the cores, ONNX Runtime all
+    # the same for all but the peer as it comes, which takes half of the cores
     parser.add_argument("--threads", type=_positive, default=len(os.sched_getaffinity(0)), help="one per core")
     parser.add_argument("--peer-python", type=Path, help="an interpreter that has onnxruntime-genai and its builder")
     parser.add_argument("--fresh", action="store_true", help="make the models anew")

@@ -88,8 +88,9 @@ class Peer:
         self._genai = onnxruntime_genai
         onnxruntime_genai.disable_telemetry_events()
         config = onnxruntime_genai.Config(spec["model"])
-        threads = {"decoder": {"session_options": {"intra_op_num_threads": spec["threads"]}}}
-        config.overlay(json.dumps({"model": threads, "search": {"chunk_size": spec["chunk_size"]}}))
+        if "threads" in spec:  # otherwise as it comes
+            threads = {"decoder": {"session_options": {"intra_op_num_threads": spec["threads"]}}}
+            config.overlay(json.dumps({"model": threads, "search": {"chunk_size": spec["chunk_size"]}}))
         self._model = onnxruntime_genai.Model(config)
         self._capacity = spec["context"] + 1 + spec["new_tokens"]
         self._generator: Any = None
@@ -123,8 +124,8 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     """Load a model, read a random prompt, continue it token by token; return what it took.
 
     Args:
-        spec: ``engine`` (ours or peer), ``model`` (directory), ``context``, ``new_tokens``, ``vocab_size``,
-            ``threads``, and for the peer ``chunk_size``.
+        spec: ``engine`` (ours or peer), ``model`` (directory), ``context``, ``new_tokens``, ``vocab_size``, and
+            ``threads`` and ``chunk_size``, which the peer may lack: then it runs as it comes.
 
     Returns:
         seconds, milliseconds per token, tokens/s, bytes.

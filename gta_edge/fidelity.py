@@ -25,11 +25,12 @@ STORAGE_BOUNDS: dict[str, float] = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 8e-2}
 What int8 and int4 change is no damage: perplexity judges it (``gta-edge eval``).
 """
 
-ROUNDED_BOUND = 0.5
+ROUNDED_BOUND = 2.0
 """The same of a backend that rounds activations to int8 for products with int8 and int4 weights.
 
-Each product is off by half a percent then, and the largest of millions of logits by some 5 to 15% of their spread; a
-kernel that is wrong is off by more than the spread.
+Each product is off by half a percent then, and through the layers the largest of millions of logits is off by a tenth
+of their spread (the trained example model) to half of it (54 layers of random weights). Logits of a kernel that is
+wrong have nothing to do with the reference, and the largest difference is five or more times the spread.
 """
 
 _PREFILL_TOKENS = 256

@@ -19,7 +19,7 @@ __all__ = ["doctor"]
 
 # Backend, the modules it needs, and the line that brings them.
 _BACKENDS = {
-    "onnxruntime": (("onnxruntime",), "pip install 'gta-edge[ort]'"),
+    "onnxruntime": (("onnxruntime", "onnx_ir"), "pip install 'gta-edge[ort]'"),
     "torch": (("torch", "onnx_ir"), "pip install 'gta-edge[export]'"),
 }
 _PACKAGES = (

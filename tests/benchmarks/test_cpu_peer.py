@@ -12,7 +12,7 @@ import pytest
 from gta_edge.errors import BackendError
 
 CONTEXT = 100
-STATIC = {key: {"token_bytes": 900, "cache_bytes_per_token": 1} for key in ("peer", "gta", "gqa")}
+STATIC = {key: {"token_bytes": 900, "cache_bytes_per_token": 1} for key in ("peer", "tuned", "gta", "gqa")}
 BYTES_PER_S = 50_000.0  # so the floor is (900 + 100) / 50000 s, 20 ms
 
 
@@ -69,10 +69,10 @@ def test_a_figure_is_the_median_over_the_rounds_with_its_range(peer: ModuleType)
 
 def test_ratios_are_taken_within_a_round(peer: ModuleType) -> None:
     # the machine became slower with each round, the ratio stayed
-    row = summary(peer, {"peer": [30, 60, 90], "gta": [10, 20, 30], "gqa": [15, 30, 45]})
+    row = summary(peer, {"peer": [30, 60, 90], "tuned": [30, 60, 90], "gta": [10, 20, 30], "gqa": [15, 30, 45]})
     assert row["ratios"]["gta/peer"]["decode"] == pytest.approx({"median": 3, "min": 3, "max": 3})
     assert row["ratios"]["gta/gqa"]["decode"] == pytest.approx({"median": 1.5, "min": 1.5, "max": 1.5})
-    assert row["ratios"]["gqa/peer"]["decode"] == pytest.approx({"median": 2, "min": 2, "max": 2})
+    assert row["ratios"]["gqa/tuned"]["decode"] == pytest.approx({"median": 2, "min": 2, "max": 2})
 
 
 def test_a_round_that_failed_is_left_out(peer: ModuleType) -> None:

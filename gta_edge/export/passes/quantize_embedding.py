@@ -53,6 +53,9 @@ class QuantizeEmbeddingPass(ir.passes.InPlacePass):
         assert ids is not None and table.shape is not None  # a Gather has both
         vocabulary, width = table.shape.numpy()
 
+        for name in (self.table + TRANSPOSED, self.table + TRANSPOSED + SCALE):
+            if name in graph.initializers:  # a tied head's: written next to the table, which is quantised once then
+                graph.register_initializer(graph.initializers.pop(name))
         scales = self._scales(graph, vocabulary, width)
         packed = self._packed(graph, vocabulary, width)
         block = self.quantizer.block_size

@@ -45,6 +45,8 @@ class QuantizeWeightsPass(ir.passes.InPlacePass):
         graph = model.graph
         found = [value for name, value in graph.initializers.items() if name.endswith(TRANSPOSED)]
         for weight in found:
+            # codes and scales are written one after the other, so that each matrix is quantised once
+            graph.register_initializer(graph.initializers.pop(str(weight.name)))
             scales = self._quantize(weight)
             for node, index in list(weight.uses()):
                 self._dequantize(graph, node, index, weight, scales)
