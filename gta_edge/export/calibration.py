@@ -7,6 +7,7 @@ memory at a time, besides its inputs for the text.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ import numpy as np
 
 from gta_edge.checkpoint import Checkpoint
 from gta_edge.config import ModelConfig
-from gta_edge.errors import InputError
+from gta_edge.errors import ExportError, InputError
 from gta_edge.export.gptq import corrected, inverse_factor
 from gta_edge.model import Layer
 from gta_edge.optional import optional
@@ -49,13 +50,14 @@ def calibrated(
     """
     config = source.config
     ids = calibration_ids(source, text)
-    table = quantize(source.read(_EMBEDDING), BITS[precision], block_size).values
+    with _not_finite():
+        table = quantize(source.read(_EMBEDDING), BITS[precision], block_size).values
     x = torch.from_numpy(table[ids])  # [rows, T, H]
     del table
     cos, sin = rope_tables(config.key_width, config.rope_theta, config.rope_scaling, ids.shape[1])
     tables = torch.from_numpy(cos), torch.from_numpy(sin)
     result: dict[str, Quantized] = {}
-    with torch.inference_mode():
+    with torch.inference_mode(), _not_finite():
         for i in range(config.num_hidden_layers):
             progress("calibrating", i, config.num_hidden_layers)
             prefix = f"model.layers.{i}."
@@ -73,6 +75,18 @@ def calibrated(
         )
     progress("calibrating", config.num_hidden_layers, config.num_hidden_layers)
     return result
+
+
+@contextmanager
+def _not_finite() -> Iterator[None]:
+    """Say so where weights, or what they make of a text, are no numbers that can be rounded."""
+    try:
+        yield
+    except (OverflowError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]  # it is documented
+        raise ExportError(
+            "calibrating met values that are not finite, or beyond float16's range; "
+            "check the weights, or export in fp32 or bf16"
+        ) from error
 
 
 def calibration_ids(source: Checkpoint, text: Path) -> Any:

@@ -27,7 +27,11 @@ _COLUMNS = 128  # corrected one by one; those behind them get one matrix product
 
 
 def inverse_factor(moments: Tensor) -> Tensor:
-    """Return the upper Cholesky factor of the damped inverse of ``moments`` = X^T X [in, in], float32."""
+    """Return the upper Cholesky factor of the damped inverse of ``moments`` = X^T X [in, in], float32.
+
+    Raises:
+        torch.linalg.LinAlgError: the moments are not finite.
+    """
     moments = moments.double()
     diagonal = moments.diagonal()
     diagonal += _DAMPING * diagonal.mean().clamp(min=torch.finfo(torch.float32).tiny)  # an input may never be used
@@ -44,10 +48,16 @@ def corrected(weight: Tensor, factor: Tensor, bits: int, block_size: int | None)
         factor: of its inputs, as ``inverse_factor`` returns it.
         bits: 8 or 4.
         block_size: weights along ``in`` that share a scale; None for one scale per output channel.
+
+    Raises:
+        OverflowError: a scale is too large for float16, or the weight is not finite.
     """
     outputs = range(0, len(weight), _ROWS)  # rows do not depend on one another
     parts = [_rows(weight[start : start + _ROWS].clone(), factor, bits, block_size) for start in outputs]
-    return Quantized(np.concatenate([p.codes for p in parts]), np.concatenate([p.scales for p in parts]))
+    result = Quantized(np.concatenate([p.codes for p in parts]), np.concatenate([p.scales for p in parts]))
+    if not (np.isfinite(result.scales).all() and torch.isfinite(weight).all()):
+        raise OverflowError("it holds values that are not finite, or too large for a float16 scale")
+    return result
 
 
 def _rows(weight: Tensor, factor: Tensor, bits: int, block_size: int | None) -> Quantized:

@@ -15,10 +15,10 @@ import numpy.typing as npt
 
 from gta_edge.bundle import Bundle
 from gta_edge.config import CacheSpec
-from gta_edge.errors import BackendError, CapacityError
+from gta_edge.errors import BackendError, CapacityError, GtaEdgeError
 from gta_edge.ort import EXACT_PRODUCTS, INT8_PRODUCTS, first_line, load_onnxruntime
 from gta_edge.progress import Progress, silent
-from gta_edge.runtime.prepared import prepare
+from gta_edge.runtime.prepared import prepare, without_new_weights
 from gta_edge.runtime.session import Ids, Logits, Session
 
 __all__ = ["OnnxRuntimeSession"]
@@ -73,8 +73,18 @@ class OnnxRuntimeSession(Session):
         settings.intra_op_num_threads = threads or 0
         settings.add_session_config_entry(_WEIGHTS_FOLDER, str(bundle.directory.resolve()))
         settings.add_session_config_entry(*(EXACT_PRODUCTS if exact else INT8_PRODUCTS))
+        providers = ["CPUExecutionProvider"]
         try:
-            self._session = onnxruntime.InferenceSession(prepared.graph, settings, providers=["CPUExecutionProvider"])
+            try:
+                self._session = onnxruntime.InferenceSession(prepared.graph, settings, providers=providers)
+            except Exception:
+                if not prepared.kept:
+                    raise
+                # another process may have replaced what was kept, between our reading and ONNX Runtime's
+                prepared = without_new_weights(bundle, exact=exact)
+                self._session = onnxruntime.InferenceSession(prepared.graph, settings, providers=providers)
+        except GtaEdgeError:
+            raise
         except Exception as error:  # ONNX Runtime's errors have no common base
             raise BackendError(
                 f"{bundle.model_path}: ONNX Runtime {onnxruntime.__version__} refuses the model "

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gta_edge.bundle import Bundle
-from gta_edge.errors import BackendError
+from gta_edge.errors import BackendError, GtaEdgeError
 from gta_edge.optional import installed, optional
 from gta_edge.progress import Progress, silent
 from gta_edge.quantization import BITS
@@ -45,13 +45,14 @@ def graphs(bundle: Bundle, weights: Path, location: str, progress: Progress = si
         BackendError: the bundle's graph cannot be read, or onnx-ir is not installed.
     """
     model = _loaded(bundle)
-    _sequence(
+    _run(
+        model,
         ExpandAttentionPass(),
         common.InlinePass(),
         ShareDimensionsPass(),
         FuseProductsPass(_INT8_ACTIVATIONS),
         FuseNormsPass(),
-    )(model)
+    )
     _store(model, weights, location, progress)
     default = bytes(ir.to_proto(model).SerializeToString())
     if bundle.precision not in BITS:
@@ -65,7 +66,7 @@ def graphs(bundle: Bundle, weights: Path, location: str, progress: Progress = si
 def graph_without_new_weights(bundle: Bundle) -> bytes:
     """Return a graph that reads the bundle's weights as they are: for where no file can be written."""
     model = _loaded(bundle)
-    _sequence(common.InlinePass(), ShareDimensionsPass(), FuseNormsPass())(model)
+    _run(model, common.InlinePass(), ShareDimensionsPass(), FuseNormsPass())
     return bytes(ir.to_proto(model).SerializeToString())
 
 
@@ -80,9 +81,15 @@ def _loaded(bundle: Bundle) -> ir.Model:
     return model
 
 
-def _sequence(*passes: ir.passes.PassBase) -> ir.passes.Sequential:
+def _run(model: ir.Model, *passes: ir.passes.PassBase) -> None:
     cleaning = common.RemoveUnusedNodesPass(), common.CommonSubexpressionEliminationPass(), common.NameFixPass()
-    return ir.passes.Sequential(*passes, *cleaning)
+    try:
+        ir.passes.Sequential(*passes, *cleaning)(model)
+    except ir.passes.PassError as error:
+        cause = error.__cause__
+        if isinstance(cause, GtaEdgeError):
+            raise cause from error
+        raise BackendError(f"the graph is none that this version writes ({cause}); export the bundle again") from error
 
 
 def _store(model: ir.Model, weights: Path, location: str, progress: Progress) -> None:

@@ -25,11 +25,12 @@ from gta_edge.progress import Progress, silent
 from gta_edge.quantization import BITS
 from gta_edge.version import __version__
 
-__all__ = ["Prepared", "prepare"]
+__all__ = ["Prepared", "prepare", "without_new_weights"]
 
 _REVISION = 1  # of what the passes do
 _DIRECTORY = "engines/onnxruntime"
 _RECORD, _GRAPH, _EXACT, _PACKED = "prepared.json", "model.onnx", "exact.onnx", "weights.data"
+_NAMES = {_RECORD, _GRAPH, _EXACT, _PACKED}
 
 
 @dataclass(frozen=True)
@@ -39,10 +40,12 @@ class Prepared:
     Attributes:
         graph: the model, serialised; its weights are external files, named from the bundle's directory.
         rounds_activations: whether products round activations to int8.
+        kept: whether the graph is one that is kept, with weights beside it that may be replaced at any time.
     """
 
     graph: bytes
     rounds_activations: bool
+    kept: bool
 
 
 def prepare(bundle: Bundle, *, exact: bool = False, progress: Progress = silent) -> Prepared:
@@ -62,17 +65,29 @@ def prepare(bundle: Bundle, *, exact: bool = False, progress: Progress = silent)
     graph = _kept(directory, record, name)
     if graph is None and _keep(bundle, directory, record, progress):
         graph = _kept(directory, record, name)
-    if graph is None:
-        from gta_edge.runtime.preparation import graph_without_new_weights
+    return without_new_weights(bundle, exact=exact) if graph is None else Prepared(graph, rounds, kept=True)
 
-        graph = graph_without_new_weights(bundle)
-    return Prepared(graph, rounds)
+
+def without_new_weights(bundle: Bundle, *, exact: bool = False) -> Prepared:
+    """Return a graph that reads the bundle's own weights and nothing else: slower to load, and for that always right.
+
+    Raises:
+        BackendError: the bundle's graph cannot be read, or onnx-ir is missing.
+    """
+    from gta_edge.runtime.preparation import graph_without_new_weights
+
+    return Prepared(graph_without_new_weights(bundle), bundle.precision in BITS and not exact, kept=False)
 
 
 def _keep(bundle: Bundle, directory: Path, record: dict[str, Any], progress: Progress) -> bool:
     """Make the graphs and keep them; tell whether the bundle could be written to."""
+    if _leads_out(directory):
+        return False
     try:
         directory.parent.mkdir(exist_ok=True)
+        record_file = directory / _RECORD
+        if directory.is_dir() and not record_file.exists() and {path.name for path in directory.iterdir()} <= _NAMES:
+            record_file.touch()  # ours, whatever is left of it, and so to be replaced
         with new_directory(directory, force=True) as partial:
             _write(bundle, partial, record, progress)
     except (OutputError, OSError):  # read-only, or full: it goes without, slower to load
@@ -92,15 +107,27 @@ def _record(bundle: Bundle) -> dict[str, Any]:
 
 def _kept(directory: Path, record: dict[str, Any], name: str) -> bytes | None:
     """Return a graph that was kept, None when there is none, or it is of something else, or damaged."""
+    packed = directory / _PACKED
+    if not all(_is_own(path) for path in (directory / _RECORD, directory / name)) or _leads_out(directory):
+        return None
     try:
         found = json.loads((directory / _RECORD).read_text(encoding="utf-8"))
         graph = (directory / name).read_bytes()
         intact = found["sha256"][name] == hashlib.sha256(graph).hexdigest()
-        packed = directory / _PACKED
-        intact = intact and found["packed"] == ([*_times(packed)] if packed.exists() else None)
-    except (OSError, ValueError, KeyError, TypeError):
+        intact = intact and found["packed"] == ([*_times(packed)] if _is_own(packed) else None)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return graph if intact and {key: found.get(key) for key in record} == record else None
+
+
+def _is_own(path: Path) -> bool:
+    """Tell whether this is a file, of a size that is read at once or mapped, and no link or pipe."""
+    return path.is_file() and not path.is_symlink()
+
+
+def _leads_out(directory: Path) -> bool:
+    """Tell whether a directory of ours is a link to another place."""
+    return directory.is_symlink() or directory.parent.is_symlink()
 
 
 def _times(path: Path) -> tuple[int, int]:

@@ -135,7 +135,7 @@ def _decoder(graph: ir.Graph, given: ir.Value | None) -> ir.Value:
     """Return the value decoder with the tile of the mix folded in: W_P + [I I …], float32 [n_q, d_l, e·d_l]."""
     assert given is not None
     cast = given.producer()
-    stored = given if cast is None else cast.inputs[0]
+    stored = cast.inputs[0] if cast is not None and cast.op_type == "Cast" else given
     if stored is None or not stored.is_initializer() or stored.shape is None or len(stored.shape) != 3:
         raise BackendError(f"the value decoder {given.name} is no stored tensor; export the bundle again")
     shape = stored.shape.numpy()

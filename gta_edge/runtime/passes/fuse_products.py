@@ -85,7 +85,7 @@ class _Product:
         self.name, self.dtype = str(weight.name), weight.dtype
         self.inputs, self.outputs = weight.shape.numpy()
         self.bits = 4 if weight.dtype == ir.DataType.INT4 else 8
-        per_channel = next(size for size in _CHANNEL_BLOCKS if size < 2 * self.inputs)
+        per_channel = next((size for size in _CHANNEL_BLOCKS if size < 2 * self.inputs), _CHANNEL_BLOCKS[-1])
         self.block = dequantize.attributes.get_int("block_size", 0) or per_channel
         self.last, self.bias = node, None
         for user, index in node.outputs[0].uses():

@@ -40,6 +40,8 @@ class ShareDimensionsPass(ir.passes.InPlacePass):
             source = node.inputs[0] if node.inputs else None
             if node.op_type != "Shape" or source is None or source.shape is None:
                 continue
+            if _is_source(node, source, sources):
+                continue
             asked = source.shape[node.attributes.get_int("start", 0) : node.attributes.get_int("end", None)]
             parts = [_part(size, sources, source) for size in asked]
             if not parts or None in parts:
@@ -52,6 +54,12 @@ class ShareDimensionsPass(ir.passes.InPlacePass):
             graph.remove(node, safe=True)
             modified = True
         return ir.passes.PassResult(model, modified)
+
+
+def _is_source(node: ir.Node, source: ir.Value, sources: dict[str, tuple[ir.Value, int]]) -> bool:
+    """Tell whether this is what others are replaced by: one dimension, read where it is known from."""
+    start, end = node.attributes.get_int("start", 0), node.attributes.get_int("end", None)
+    return end == start + 1 and (source, start) in sources.values()
 
 
 def _part(size: int | ir.SymbolicDim, sources: dict[str, tuple[ir.Value, int]], asked: ir.Value) -> ir.Node | None:
