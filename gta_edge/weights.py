@@ -2,7 +2,8 @@
 
 A graph multiplies ``x [.., in] · W [in, out]``, so a Linear's weight is stored transposed and its name says so;
 ``v_b_proj`` is stored in the shape that the op takes, which is a view of the same memory. Everything else is stored
-as it is. In int8 and int4 a matrix is stored in codes, its scales beside it, and the embedding's codes lie in bytes.
+as it is. In int8 and int4 a matrix is stored in codes, its scales beside it, and the embedding's codes lie in
+words.
 
 Not quantised are vectors (norms, biases), which stay float32: they are 0.1% of the bytes. And the value decoder, which
 stays float16 in int8 and int4: it is 0.8% of the weights, it is multiplied head by head, for which no engine has a
@@ -36,6 +37,7 @@ __all__ = [
     "TRANSPOSED",
     "check_locations",
     "from_stored",
+    "is_kept",
     "parameter_name",
     "read_weights",
     "stored_dtype",
@@ -51,7 +53,7 @@ SCALE = ".scale"
 """Suffix of the stored name of a quantised matrix's scales."""
 
 PACKED = ".packed"
-"""Suffix of the stored name of an embedding table whose codes lie in bytes."""
+"""Suffix of the stored name of an embedding table whose codes lie in words of 32 bits."""
 
 PRECISIONS: dict[str, npt.DTypeLike] = {
     "fp32": np.float32,
@@ -66,6 +68,11 @@ PRECISIONS: dict[str, npt.DTypeLike] = {
 def parameter_name(stored_name: str) -> str:
     """Return the checkpoint's name of what is stored under this one."""
     return stored_name.removesuffix(PACKED).removesuffix(TRANSPOSED)
+
+
+def is_kept(parameter: str) -> bool:
+    """Tell whether this matrix is never quantised: the value decoder."""
+    return parameter.endswith(".v_b_proj.weight")
 
 
 def stored_dtype(rank: int, precision: str) -> np.dtype[Any]:
@@ -134,7 +141,7 @@ def read_weights(model_path: Path, config: ModelConfig) -> Iterator[tuple[str, n
         if stored_name.endswith(PACKED) and parameter_name(stored_name) + TRANSPOSED in model.graph.initializers:
             continue  # a tied head's matrix, which comes by itself
         values = _values(value, model_path)
-        if values.dtype.itemsize == 1:
+        if values.dtype.itemsize == 1 or stored_name.endswith(PACKED):
             values = _dequantized(stored_name, values, shape, model.graph.initializers, model_path)
         if values.size != math.prod(shape):
             raise BundleError(f"{model_path}: {stored_name} is not of the size in config.json; export the bundle again")
@@ -168,18 +175,31 @@ def _dequantized(
     if scale_name not in initializers:
         raise BundleError(f"{model_path}: {stored_name} has no scales; export the bundle again")
     scales = _values(initializers[scale_name], model_path).astype(np.float32)  # [in / block, out] or [out]
-    if packed:
-        four = stored.shape[-1] * 2 == shape[-1]
-        codes = unpack_nibbles(np.bitwise_xor(stored, np.uint8(0x88)), shape) if four else (stored ^ 0x80).view(np.int8)
-        codes = codes.T
-    else:
-        codes = stored.astype(np.int8)  # [in, out]
+    # [in, out]
+    codes = _table_codes(stored, stored_name, shape, model_path).T if packed else stored.astype(np.int8)
     blocks = len(scales) if scales.ndim == 2 else 1
-    if codes.ndim != 2 or codes.shape[0] % blocks or codes.shape[1] != scales.shape[-1]:
+    if (
+        codes.ndim != 2
+        or scales.ndim not in (1, 2)
+        or blocks < 1
+        or codes.shape[0] % blocks
+        or codes.shape[1] != scales.shape[-1]
+    ):
         raise BundleError(f"{model_path}: the scales of {stored_name} are {scales.shape}; export the bundle again")
     split = codes.reshape(blocks, -1, codes.shape[1]) * scales.reshape(blocks, 1, -1)
     values = split.reshape(codes.shape)
     return values.T if packed else values
+
+
+def _table_codes(words: Array, stored_name: str, shape: Sequence[int], model_path: Path) -> npt.NDArray[np.int8]:
+    """Return codes [V, H] of an embedding table that lies in words."""
+    stored_bytes = np.ascontiguousarray(words).reshape(-1).view(np.uint8)
+    whole = math.prod(shape)
+    if words.ndim != 2 or words.shape[0] != shape[0] or stored_bytes.size not in (whole, whole // 2):
+        raise BundleError(f"{model_path}: {stored_name} is {words.shape}, for {tuple(shape)}; export the bundle again")
+    if stored_bytes.size == whole:
+        return np.bitwise_xor(stored_bytes, np.uint8(0x80)).view(np.int8).reshape(tuple(shape))
+    return unpack_nibbles(np.bitwise_xor(stored_bytes, np.uint8(0x88)), shape)
 
 
 def _values(value: ir.Value, model_path: Path) -> Array:

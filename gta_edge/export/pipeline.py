@@ -24,7 +24,7 @@ from gta_edge.progress import Progress, silent
 from gta_edge.quantization import BITS, BLOCK_SIZES, DEFAULT_BLOCK_SIZE
 from gta_edge.rope import rope_tables
 from gta_edge.version import __version__
-from gta_edge.weights import PRECISIONS
+from gta_edge.weights import PRECISIONS, is_kept
 
 if TYPE_CHECKING:
     import onnx
@@ -126,12 +126,17 @@ def _block_size(config: ModelConfig, precision: str, block_size: int | None) -> 
         if block_size is not None:
             raise InputError(f"precision is {precision}, which has no blocks; a block size goes with int8 or int4")
         return None
-    if block_size is None:
-        return DEFAULT_BLOCK_SIZE if precision == "int4" else None
-    matrices = {name: shape[1] for name, shape in config.parameter_shapes().items() if len(shape) == 2}
+    if block_size is None and precision == "int8":
+        if config.hidden_size % 4:
+            raise InputError(f"hidden_size is {config.hidden_size}; int8 needs a multiple of 4: use fp16 or bf16")
+        return None
+    block_size = DEFAULT_BLOCK_SIZE if block_size is None else block_size
+    shapes = config.parameter_shapes()
+    matrices = {name: shapes[name][1] for name in shapes if len(shapes[name]) == 2 and not is_kept(name)}
     possible = [size for size in BLOCK_SIZES if not any(inputs % size for inputs in matrices.values())]
     if block_size not in possible:
-        odd = next((f"; {name} has {n} inputs" for name, n in matrices.items() if n % block_size), "")
+        unfit = {name: n for name, n in matrices.items() if block_size in BLOCK_SIZES and n % block_size}
+        odd = next((f"; {name} has {n} inputs" for name, n in unfit.items()), "")
         choice = f"one of {', '.join(map(str, possible))}" if possible else "none fits; use a wider precision"
         raise InputError(f"block size is {block_size}; expected {choice}{odd}")
     return block_size

@@ -19,23 +19,27 @@ COPIED = "in-place optimization not activated"  # what ONNX Runtime logs when it
 VOCAB = 61
 
 
-@pytest.fixture(scope="module", params=["gta", "gqa"])
-def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def exported(directory: Path, model: str, precision: str | None = None) -> Path:
     small = {"vocab_size": VOCAB, "max_position_embeddings": 64}
     entries = (
         reference.gta_entries(heads=4, n_q=4, n_k=2, n_c=1, **small)
-        if request.param == "gta"
+        if model == "gta"
         else reference.llama_entries(heads=4, n_kv=2, **small)
     )
-    directory = tmp_path_factory.mktemp("onnxruntime")
     write_checkpoint(directory / "checkpoint", entries, reference.random_weights(entries))
-    export(directory / "checkpoint", directory / "bundle", verify=False)
+    export(directory / "checkpoint", directory / "bundle", precision=precision, verify=False)
     return directory / "bundle"
+
+
+@pytest.fixture(scope="module", params=["gta", "gqa", "gta in int4"])
+def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model, _, precision = request.param.partition(" in ")
+    return exported(tmp_path_factory.mktemp("onnxruntime"), model, precision or None)
 
 
 @pytest.fixture
 def session(bundle: Path) -> Iterator[OnnxRuntimeSession]:
-    with OnnxRuntimeSession(Bundle.open(bundle), chunk_size=8, capacity_step=16) as session:
+    with OnnxRuntimeSession(Bundle.open(bundle), exact=True, chunk_size=8, capacity_step=16) as session:
         yield session
 
 
@@ -66,6 +70,38 @@ def test_a_copy_would_be_heard_of(session: OnnxRuntimeSession, capfd: pytest.Cap
         session._step.binding.bind_output(f"present_{name}", "cpu")
     session.forward(ids(1, 1))
     assert COPIED in capfd.readouterr().err
+
+
+def test_no_step_copies_the_cache_where_activations_are_rounded(
+    bundle: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """What sessions do by default; for integers it is another graph than the exact one."""
+    with load(bundle, "onnxruntime") as session:
+        for tokens in (5, 1, 2, 1):
+            session.forward(ids(2, tokens))
+            assert all((cache[:, :, : session.length[0]] != 0).any(axis=-1).all() for cache in session._caches.values())
+    assert COPIED not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("exact", [None, False, True])
+def test_who_rounds_activations(bundle: Path, exact: bool | None) -> None:
+    in_integers = Bundle.open(bundle).precision == "int4"
+    options = {} if exact is None else {"exact": exact}
+    with load(bundle, "onnxruntime", **options) as session:
+        assert session.rounds_activations is (in_integers and not exact)
+    with load(bundle, "torch", **options) as session:
+        assert session.rounds_activations is False
+
+
+def test_exact_makes_a_difference_for_integers_alone(bundle: Path) -> None:
+    results = []
+    for exact in (True, False):
+        with load(bundle, "onnxruntime", threads=1, exact=exact) as session:
+            results.append(session.forward(ids(2, 9), all_logits=True))
+    if Bundle.open(bundle).precision == "int4":
+        assert 1e-3 < reference.relative_error(results[1], results[0]) < 0.5
+    else:
+        np.testing.assert_array_equal(*results)
 
 
 def test_growth_keeps_what_is_there(session: OnnxRuntimeSession) -> None:
@@ -102,12 +138,15 @@ def test_no_memory_for_the_cache(session: OnnxRuntimeSession, monkeypatch: pytes
 
 
 def test_threads_do_not_change_the_result(bundle: Path) -> None:
-    with load(bundle, "onnxruntime", threads=1) as one, load(bundle, "onnxruntime", threads=2) as two:
+    with (
+        load(bundle, "onnxruntime", threads=1, exact=True) as one,
+        load(bundle, "onnxruntime", threads=2, exact=True) as two,
+    ):
         np.testing.assert_allclose(one.forward(ids(1, 20)), two.forward(ids(1, 20)), rtol=1e-4, atol=1e-5)
 
 
 def test_both_backends_agree(bundle: Path) -> None:
-    with load(bundle, "onnxruntime") as ours, load(bundle, "torch") as exact:
+    with load(bundle, "onnxruntime", exact=True) as ours, load(bundle, "torch") as exact:
         for tokens, lengths in ((9, [9, 4, 1]), (3, [1, 3, 2]), (1, None)):
             a, b = (s.forward(ids(3, tokens), lengths=lengths, all_logits=True) for s in (ours, exact))
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-4)

@@ -21,6 +21,7 @@ from gta_edge.model import Decoder
 from gta_edge.runtime.onnxruntime import OnnxRuntimeSession
 from gta_edge.runtime.session import Session
 from gta_edge.runtime.torch import TorchSession
+from gta_edge.weights import read_weights
 from tests import reference
 from tests.export.checkpoints import write_checkpoint
 
@@ -43,11 +44,11 @@ _exports = tempfile.TemporaryDirectory(prefix="gta-edge-sessions-")  # removed w
 def _exported(entries: str) -> Path:
     """The bundle of one of the models below; exporting takes seconds, so it is done once for all tests."""
     model = next(
-        name for name, known in MODELS.items() if ModelConfig.from_dict(known).to_dict() == json.loads(entries)
+        name for name, known in ENTRIES.items() if ModelConfig.from_dict(known).to_dict() == json.loads(entries)
     )
     directory = Path(_exports.name) / model
-    write_checkpoint(directory / "checkpoint", MODELS[model], WEIGHTS[model])
-    export(directory / "checkpoint", directory / "bundle", verify=False)
+    write_checkpoint(directory / "checkpoint", ENTRIES[model], reference.random_weights(ENTRIES[model]))
+    export(directory / "checkpoint", directory / "bundle", precision=INTEGERS.get(model), verify=False)
     return directory / "bundle"
 
 
@@ -69,13 +70,34 @@ MODELS = {
     "gta": reference.gta_entries(heads=4, n_q=4, n_k=2, n_c=1, d_k=16, d_l=8, e=2, **SMALL),
     "gqa": reference.llama_entries(heads=4, n_kv=2, d_h=16, **SMALL),
 }
-WEIGHTS = {name: reference.random_weights(entries) for name, entries in MODELS.items()}
+# The same with weights in integers; of other sizes, one of them no multiple of what the kernel takes at once.
+INTEGERS = {"gta in int4": "int4", "gqa in int8": "int8"}
+ENTRIES = {
+    **MODELS,
+    "gta in int4": {**MODELS["gta"], "intermediate_size": 96},
+    "gqa in int8": {**MODELS["gqa"], "intermediate_size": 72},
+}
+
+
+@functools.cache
+def weights_of(model: str) -> dict[str, np.ndarray]:
+    """What the formula is given: the checkpoint's tensors, or the values that the bundle's integers stand for."""
+    if model not in INTEGERS:
+        return reference.random_weights(ENTRIES[model])
+    config = ModelConfig.from_dict(ENTRIES[model])
+    return dict(read_weights(_exported(json.dumps(config.to_dict())) / "model.onnx", config))
 
 
 def exact_logits(model: str, ids: Any) -> np.ndarray:
     """Logits [T, V] of one row in float64, from the formula."""
-    formula = reference.gta_logits if model == "gta" else reference.llama_logits
-    return formula(MODELS[model], WEIGHTS[model], ids)
+    formula = reference.gta_logits if model.startswith("gta") else reference.llama_logits
+    return formula(ENTRIES[model], weights_of(model), ids)
+
+
+def open_session(backend: str, model: str, *, exact: bool = True, **options: Any) -> Session:
+    if model in INTEGERS:
+        options["exact"] = exact
+    return SESSIONS[backend](ModelConfig.from_dict(ENTRIES[model]), weights_of(model), **options)
 
 
 @pytest.fixture(params=MODELS)
@@ -88,13 +110,21 @@ def backend(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+# For tests of what the arithmetic could break: those of input and errors do not need it.
+in_integers_too = pytest.mark.parametrize(
+    ("backend", "model"),
+    [*((backend, model) for backend in SESSIONS for model in MODELS), *(("onnxruntime", model) for model in INTEGERS)],
+    indirect=True,
+)
+
+
 @pytest.fixture
 def start(backend: str, model: str) -> Iterator[Callable[..., Session]]:
     """Start a session of the backend and model at hand; options as ``Session`` takes them."""
     started: list[Session] = []
 
     def begin(**options: Any) -> Session:
-        session = SESSIONS[backend](ModelConfig.from_dict(MODELS[model]), WEIGHTS[model], **options)
+        session = open_session(backend, model, **options)
         started.append(session)
         return session
 
@@ -129,6 +159,7 @@ def warn_each_time() -> Iterator[None]:
 # --- logits ----------------------------------------------------------------------------------------------------------
 
 
+@in_integers_too
 def test_logits_are_those_of_the_formula(session, model):
     ids = prompt(2, 9)
     found = session.forward(ids, all_logits=True)
@@ -143,12 +174,14 @@ def test_logits_of_the_last_position_or_of_all(start):
     assert_same(last, every[:, -1])
 
 
+@in_integers_too
 def test_token_by_token(session, model):
     ids = prompt(2, 12)
     found = [session.forward(ids[:, t : t + 1]) for t in range(12)]
     assert_same(np.stack(found, axis=1), np.stack([exact_logits(model, row) for row in ids]))
 
 
+@in_integers_too
 @pytest.mark.parametrize("cut", range(1, 9))
 def test_a_prompt_may_be_cut_anywhere(session, model, cut):
     ids = prompt(2, 9)
@@ -180,6 +213,7 @@ def test_steps_below_one_are_refused_by_name(start, option, value):
 # --- rows of different length ----------------------------------------------------------------------------------------
 
 
+@in_integers_too
 @pytest.mark.parametrize("chunk_size", [3, 512])
 def test_rows_of_different_length_are_as_each_alone(start, model, chunk_size):
     session = start(chunk_size=chunk_size)
@@ -197,6 +231,7 @@ def test_rows_of_different_length_are_as_each_alone(start, model, chunk_size):
     np.testing.assert_array_equal(session.length, lengths + new)
 
 
+@in_integers_too
 def test_padded_positions_are_zero(session):
     found = session.forward(prompt(2, 6), lengths=[6, 2], all_logits=True)
     assert found.shape == (2, 6, VOCAB)
@@ -254,6 +289,7 @@ def test_a_length_that_was_taken_does_not_change_later(session):
     np.testing.assert_array_equal(before, [3])
 
 
+@in_integers_too
 @pytest.mark.parametrize("keep", [0, 1, 4, 7])
 def test_truncated_tokens_were_never_there(session, model, keep):
     ids, others = prompt(2, 7), prompt(2, 5, seed=9)
@@ -265,6 +301,7 @@ def test_truncated_tokens_were_never_there(session, model, keep):
         assert_same(found[row], exact_logits(model, tokens)[keep:])
 
 
+@in_integers_too
 def test_each_row_is_truncated_to_its_own_length(session, model):
     ids, others = prompt(3, 7), prompt(3, 2, seed=9)
     session.forward(ids)
@@ -298,6 +335,7 @@ def test_a_length_that_makes_no_sense_is_refused_and_changes_nothing(session, mo
     assert_same(session.forward(ids[:, 5:])[1], exact_logits(model, ids[1])[-1])
 
 
+@in_integers_too
 def test_after_a_reset_all_is_as_new(session, model):
     first, second = prompt(2, 12), prompt(2, 5, seed=9)
     session.forward(first)
@@ -325,6 +363,7 @@ def test_an_empty_session_takes_another_number_of_rows(session, model, rows, emp
 # --- capacity --------------------------------------------------------------------------------------------------------
 
 
+@in_integers_too
 @pytest.mark.parametrize("step", [1, 4, 5, 100])
 def test_the_cache_grows_in_steps_and_keeps_its_content(start, model, step):
     session = start(capacity_step=step)
@@ -349,6 +388,7 @@ def test_memory_is_kept_for_the_next_prompt(start):
     assert session.cache_bytes == grown
 
 
+@in_integers_too
 @pytest.mark.parametrize("chunk_size", [5, 512])
 def test_every_position_can_be_used(start, model, chunk_size):
     session = start(chunk_size=chunk_size)
@@ -532,18 +572,51 @@ def test_a_closed_session_runs_no_more(session, by):
         session.forward(prompt(1, 1))
 
 
+# --- activations rounded to int8 -------------------------------------------------------------------------------------
+
+ROUNDED = 0.5  # the same tolerance where products with integers round activations
+
+
+@pytest.mark.parametrize(("backend", "model"), [("onnxruntime", model) for model in INTEGERS], indirect=True)
+def test_rounded_activations_are_near(start, model):
+    ids = prompt(3, 9)
+    exact = np.stack([exact_logits(model, row) for row in ids])
+    session = start(exact=False)
+    at_once = session.forward(ids, all_logits=True)
+    assert TOLERANCE < reference.relative_error(at_once, exact) <= ROUNDED
+    session.reset()
+    by_token = np.stack([session.forward(ids[:, t : t + 1]) for t in range(9)], axis=1)
+    assert reference.relative_error(by_token, exact) <= ROUNDED
+
+
+@pytest.mark.parametrize(("backend", "model"), [("onnxruntime", model) for model in INTEGERS], indirect=True)
+def test_rounding_does_not_depend_on_the_other_tokens(start, model):
+    """A token's activations are rounded by themselves: not with those of other rows, or of padding."""
+    ids, lengths = prompt(3, 9), [9, 1, 5]
+    together = start(exact=False).forward(ids, lengths=lengths)
+    for row, length in enumerate(lengths):
+        alone = start(exact=False, chunk_size=4).forward(ids[row : row + 1, :length])
+        assert reference.relative_error(alone[0], together[row]) <= 0.02
+    changed = np.where(np.arange(9) < np.array(lengths)[:, None], ids, (ids + 7) % VOCAB)
+    np.testing.assert_array_equal(start(exact=False).forward(changed, lengths=lengths), together)
+
+
 # --- everything together ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", SESSIONS)
+@pytest.mark.parametrize(
+    ("name", "models"),
+    [*((name, [*MODELS]) for name in SESSIONS), ("onnxruntime", [*INTEGERS])],
+    ids=[*SESSIONS, "onnxruntime in integers"],
+)
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(data=st.data())
-def test_any_sequence_of_calls_gives_what_the_tokens_in_the_cache_give(name, data):
-    model = data.draw(st.sampled_from([*MODELS]))
+def test_any_sequence_of_calls_gives_what_the_tokens_in_the_cache_give(name, models, data):
+    model = data.draw(st.sampled_from(models))
     rows = data.draw(st.integers(1, 3))
-    session = SESSIONS[name](
-        ModelConfig.from_dict(MODELS[model]),
-        WEIGHTS[model],
+    session = open_session(
+        name,
+        model,
         chunk_size=data.draw(st.integers(1, 6)),
         capacity_step=data.draw(st.integers(1, 6)),
     )

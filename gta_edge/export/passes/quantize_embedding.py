@@ -24,16 +24,17 @@ class QuantizeEmbeddingPass(ir.passes.InPlacePass):
     """Look up codes and scales of the tokens' rows, and dequantise those alone.
 
     ``Gather(DequantizeLinear(table))`` would dequantise the whole table at every step, and TensorRT takes quantised
-    constants nowhere but before a DequantizeLinear. So the codes lie in bytes, as plain unsigned numbers, and
-    arithmetic that every engine has gets them out: ``low = byte mod 16``, ``high = byte div 16``, minus the offset 8.
-    An int8 code is its byte minus 128.
+    constants nowhere but before a DequantizeLinear. So the codes, made unsigned by the offset 8 or 128, lie in words of
+    32 bits, eight or four to a word, and arithmetic that every engine has gets them out: divisions and remainders of
+    numbers that are not negative, on which all engines agree, and so the sign bit apart. (Of bytes TensorRT would make
+    32-bit integers, each.)
 
     Args:
         table: name of the embedding table [V, H].
         quantizer: returns the table in codes, when the model is written.
 
     Precondition: one Gather of axis 0 reads the table (a tied head reads it as ``NAME.transposed``).
-    Postcondition: ``NAME.packed``, uint8 [V, H/2] (int4) or [V, H] (int8), takes its place. Its scales are those of
+    Postcondition: ``NAME.packed``, int32 [V, H/8] (int4) or [V, H/4] (int8), takes its place. Its scales are those of
     ``NAME.transposed`` where the head is tied, and lie under the same name where it is not: float16 [H / block, V],
     or [V] per channel.
     """
@@ -59,7 +60,7 @@ class QuantizeEmbeddingPass(ir.passes.InPlacePass):
         scales = self._scales(graph, vocabulary, width)
         packed = self._packed(graph, vocabulary, width)
         block = self.quantizer.block_size
-        codes = rows("Gather", packed, ids, axis=0)  # [B, T, H] or [B, T, H/2]
+        codes = rows("Gather", packed, ids, axis=0)  # [B, T, H/8] or [B, T, H/4]
         codes = self._unpack(rows, codes, width // (block or width))  # [B, T, blocks, block]
         factor = rows("Gather", scales, ids, axis=1 if block else 0)  # [blocks, B, T] or [B, T]
         factor = rows("Cast", factor, to=ir.DataType.FLOAT)
@@ -75,27 +76,37 @@ class QuantizeEmbeddingPass(ir.passes.InPlacePass):
         del graph.initializers[self.table]
         return ir.passes.PassResult(model, modified=True)
 
-    def _unpack(self, rows: Nodes, codes: ir.Value, blocks: int) -> ir.Value:
+    def _unpack(self, rows: Nodes, words: ir.Value, blocks: int) -> ir.Value:
         """Return float32 codes [B, T, blocks, block]."""
-        # integers of 32 bits: TensorRT has no arithmetic on bytes
-        codes = rows("Cast", codes, to=ir.DataType.INT32)
-        if self.quantizer.bits == 4:
-            sixteen, last = rows.scalar(16, np.int32), rows.constant(-1)
-            halves = [rows("Unsqueeze", rows(op, codes, sixteen), last) for op in ("Mod", "Div")]
-            codes = rows("Concat", *halves, axis=-1)  # [B, T, H/2, 2]
-        codes = rows("Sub", codes, rows.scalar(_OFFSET[self.quantizer.bits], np.int32))
-        codes = rows("Cast", codes, to=ir.DataType.FLOAT)
+        radix, count = 1 << self.quantizer.bits, 32 // self.quantizer.bits
+        half = radix // 2  # the offset, and what the sign bit adds to the last digit
+
+        def vector(values: list[int]) -> ir.Value:
+            return rows("Constant", value=ir.tensor(np.array(values, np.int32)))
+
+        negative = rows("Less", words, rows.scalar(0, np.int32))
+        largest = rows.scalar(np.iinfo(np.int32).max, np.int32)
+        rest = rows("Add", rows("Add", words, largest), rows.scalar(1, np.int32))  # without the sign bit
+        last = rows.constant(-1)
+        positive = rows("Unsqueeze", rows("Where", negative, rest, words), last)
+        digits = rows(
+            "Mod", rows("Div", positive, vector([radix**i for i in range(count)])), rows.scalar(radix, np.int32)
+        )
+        sign = rows("Unsqueeze", rows("Cast", negative, to=ir.DataType.INT32), last)
+        offsets = rows("Sub", rows("Mul", sign, vector([0] * (count - 1) + [half])), rows.scalar(half, np.int32))
+        codes = rows("Cast", rows("Add", digits, offsets), to=ir.DataType.FLOAT)  # [B, T, words, count]
         return rows("Reshape", codes, rows.constant(0, 0, blocks, -1))
 
     def _packed(self, graph: ir.Graph, vocabulary: int, width: int) -> ir.Value:
-        offset = _OFFSET[self.quantizer.bits]
+        bits = self.quantizer.bits
 
         def data() -> ir.TensorProtocol:
-            codes = self.quantizer(self.table).codes.view(np.uint8) + np.uint8(offset)  # wraps as it should
-            return ir.tensor(pack_nibbles(codes).reshape(vocabulary, -1) if self.quantizer.bits == 4 else codes)
+            codes = self.quantizer(self.table).codes.view(np.uint8) + np.uint8(1 << bits - 1)  # wraps as it should
+            packed = pack_nibbles(codes) if bits == 4 else codes
+            return ir.tensor(packed.reshape(vocabulary, -1).view("<i4"))
 
-        columns = width // 2 if self.quantizer.bits == 4 else width
-        return lazy_initializer(graph, self.table + PACKED, ir.DataType.UINT8, [vocabulary, columns], data)
+        shape = [vocabulary, width * bits // 32]
+        return lazy_initializer(graph, self.table + PACKED, ir.DataType.INT32, shape, data)
 
     def _scales(self, graph: ir.Graph, vocabulary: int, width: int) -> ir.Value:
         name = self.table + TRANSPOSED + SCALE
@@ -108,6 +119,3 @@ class QuantizeEmbeddingPass(ir.passes.InPlacePass):
             return ir.tensor(np.ascontiguousarray(self.quantizer(self.table).scales.T.reshape(shape)))
 
         return lazy_initializer(graph, name, ir.DataType.FLOAT16, shape, data)
-
-
-_OFFSET = {4: 8, 8: 128}
