@@ -81,9 +81,9 @@ def without_new_weights(bundle: Bundle, *, exact: bool = False) -> Prepared:
 
 def _keep(bundle: Bundle, directory: Path, record: dict[str, Any], progress: Progress) -> bool:
     """Make the graphs and keep them; tell whether the bundle could be written to."""
-    if _leads_out(directory):
-        return False
     try:
+        if _leads_out(directory):
+            return False
         directory.parent.mkdir(exist_ok=True)
         record_file = directory / _RECORD
         if directory.is_dir() and not record_file.exists() and {path.name for path in directory.iterdir()} <= _NAMES:
@@ -108,9 +108,9 @@ def _record(bundle: Bundle) -> dict[str, Any]:
 def _kept(directory: Path, record: dict[str, Any], name: str) -> bytes | None:
     """Return a graph that was kept, None when there is none, or it is of something else, or damaged."""
     packed = directory / _PACKED
-    if not all(_is_own(path) for path in (directory / _RECORD, directory / name)) or _leads_out(directory):
-        return None
-    try:
+    try:  # all of it: what belongs to somebody else may not even be looked at
+        if not all(_is_own(path) for path in (directory / _RECORD, directory / name)) or _leads_out(directory):
+            return None
         found = json.loads((directory / _RECORD).read_text(encoding="utf-8"))
         graph = (directory / name).read_bytes()
         intact = found["sha256"][name] == hashlib.sha256(graph).hexdigest()
