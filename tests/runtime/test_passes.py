@@ -691,6 +691,17 @@ def test_products_of_different_inputs_or_kinds_stay_apart() -> None:
         assert reference.relative_error(value, matrix.product(z if matrix is other else x)) <= 1e-5, name
 
 
+@pytest.mark.parametrize("shape", [(1,), (5, 1), (3, 5)], ids=str)
+def test_what_is_added_and_is_no_bias(shape: tuple[int, ...]) -> None:
+    matrix, added = Matrix(0, 32, 5, 4, 16), normal(*shape)
+    nodes = [*matrix.nodes("x"), helper.make_node("Add", ["y0", "added"], ["sum"])]
+    graph = small(nodes, {"x": ["batch", 32]}, {"sum": ["batch", 5]}, matrix.tensors | {"added": added})
+    assert FuseProductsPass(EXACT)(graph).modified
+    assert op_types(graph)["Add"] == 1
+    x = normal(5 if shape == (5, 1) else 3, 32)
+    assert reference.relative_error(run(graph, {"x": x})["sum"], matrix.product(x) + added) <= 1e-5
+
+
 @pytest.mark.parametrize(
     ("order", "undone"),
     [([0, 1], True), ([1, 2], True), ([0, 1, 2], True), ([1, 0], False), ([0, 2], False), ([0, 1, 1], False)],
