@@ -1,0 +1,91 @@
+// Numbers of 16 and 8 bits: packing, the tensor core product, and how a cache of 8 bits is written and read.
+#pragma once
+
+#include "sizes.cuh"
+
+namespace gta {
+
+GTA_DEVICE u32 pack(float low, float high) {
+    if constexpr (bf16) {
+        return pack_bf16(low, high);
+    } else {
+        return pack_f16(low, high);
+    }
+}
+
+GTA_DEVICE float unpack(u16 bits) {
+    if constexpr (bf16) {
+        return as_float(u32{bits} << 16);
+    } else {
+        return unpack_f16(bits);
+    }
+}
+
+GTA_DEVICE float unpack_low(u32 pair) { return unpack(static_cast<u16>(pair)); }
+GTA_DEVICE float unpack_high(u32 pair) { return unpack(static_cast<u16>(pair >> 16)); }
+
+GTA_DEVICE void multiply(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+    if constexpr (bf16) {
+        multiply_bf16(c, a, b);
+    } else {
+        multiply_f16(c, a, b);
+    }
+}
+
+constexpr u32 one = bf16 ? 0x3f80u : 0x3c00u;
+
+// --- a cache of 8 bits: code times a float32 scale per token and head -------------------------------------------------
+
+constexpr float largest_code = int8_cache ? 127.0f : 448.0f;  // of e4m3, 448
+
+// Two codes, in the low bytes of both halves, as two exact 16-bit floats.
+GTA_DEVICE u32 widen(u32 codes) {
+    if constexpr (int8_cache && bf16) {
+        // 0x4300 is 128 and its last bit is worth 1; with the sign bit set as the exponent's lowest, 256
+        const u32 low = (codes & 0x007f007fu) | 0x43004300u;
+        const u32 offset = (codes & 0x00800080u) | 0x43004300u;
+        return fma_bf16x2(offset, 0xbf80bf80u, low);
+    } else if constexpr (int8_cache) {
+        // 0x6400 is 1024 and its last bit is worth 1; less 1024 + 128
+        return fma_f16x2((codes ^ 0x00800080u) | 0x64006400u, 0x3c003c00u, 0xe480e480u);
+    } else if constexpr (bf16) {
+        // e4m3's exponent is 120 lower in bf16's terms; subnormal codes are subnormal bf16 until multiplied
+        const u32 moved = (codes & 0x00800080u) << 8 | (codes & 0x007f007fu) << 4;
+        return fma_bf16x2(moved, 0x7b807b80u, 0x80008000u);
+    } else {
+        const u32 moved = (codes & 0x00800080u) << 8 | (codes & 0x007f007fu) << 7;
+        return fma_f16x2(moved, 0x5c005c00u, 0x80008000u);
+    }
+}
+
+// A float32 as e4m3, to nearest even; what is larger than 448 becomes 448.
+GTA_DEVICE u32 to_e4m3(float value) {
+    const u32 sign = as_bits(value) >> 24 & 0x80u;
+    const float size = as_float(as_bits(value) & 0x7fffffffu);
+    if (!(size < 448.0f)) {
+        return sign | 0x7eu;
+    }
+    if (size < 0.015625f) {  // below 2^-6 codes are 2^-9 apart; 8 of them is the first normal one
+        return sign | static_cast<u32>(nearest_integer(size * 512.0f));
+    }
+    const u32 bits = as_bits(size);
+    const u32 rounded = (bits + 0x7ffffu + (bits >> 20 & 1u)) >> 20;
+    return sign | (rounded - ((127 - 7) << 3));
+}
+
+GTA_DEVICE u32 to_code(float value) {  // |value| is at most about largest_code
+    if constexpr (int8_cache) {
+        const int code = nearest_integer(value);
+        return static_cast<u32>(code > 127 ? 127 : code < -127 ? -127 : code) & 0xffu;
+    } else {
+        return to_e4m3(value);
+    }
+}
+
+// A row's scale from its largest magnitude: one that gives finite codes and can be inverted, also for a row of zeros.
+GTA_DEVICE float scale_of(float largest) {
+    const float smallest = 1e-30f;
+    return largest < smallest ? 1.0f : largest * (1.0f / largest_code);  // NaN stays NaN
+}
+
+}  // namespace gta

@@ -1,0 +1,367 @@
+// The op for many new tokens: one kernel appends them to the cache, another walks over it, a block for each query head
+// and tile of tokens, and applies the value decoder and the gate to what it has mixed.
+
+#include "tiles.cuh"
+
+namespace gta {
+
+constexpr int warps = GTA_PREFILL_WARPS;
+constexpr int row_tiles = GTA_PREFILL_ROW_TILES;  // tiles of 16 query rows of each warp
+constexpr int keys = GTA_PREFILL_KEYS;            // tokens of the cache in shared memory at once, times two
+constexpr int columns = GTA_PREFILL_COLUMNS;      // output columns at once
+constexpr int append_warps = GTA_APPEND_WARPS;
+constexpr int prefill_threads = warp_size * warps;
+constexpr int warp_rows = 16 * row_tiles;
+constexpr int block_rows = warps * warp_rows;
+
+// Shared memory: the queries; then keys, latents and scales of two tiles, in turn; then, in their place, two tiles of
+// the value decoder.
+constexpr int cache_offset = block_rows * query_pitch;
+constexpr int latents_offset = keys * key_pitch;
+constexpr int scales_offset = latents_offset + keys * latent_pitch;
+constexpr int cache_bytes = scales_offset + (quantised ? 2 * keys * 4 : 0);
+constexpr int decoder_pitch = pitch_of(2 * columns);
+constexpr int decoder_bytes = latent_dim * decoder_pitch;
+constexpr int later_bytes = 2 * (cache_bytes > decoder_bytes ? cache_bytes : decoder_bytes);
+static_assert(cache_offset + later_bytes == GTA_PREFILL_SHARED_BYTES);
+static_assert(latent_dim % columns == 0 && columns % 16 == 0 && keys % 16 == 0);
+
+// A tile of the value decoder, its rows in the order of the accumulators' columns.
+GTA_DEVICE void copy_decoder(u8* tile, const Element* decoder, int first_column) {
+    constexpr int units = columns / 8;
+#pragma unroll 4
+    for (int i = threadIdx.x; i < latent_dim * units; i += prefill_threads) {
+        const int row = i / units, unit = i % units;
+        copy_16_async(tile + latent_place(row) * decoder_pitch + 16 * unit,
+                      decoder + i64{row} * head_dim + first_column + 8 * unit, true);
+    }
+}
+
+// Right operand that picks, of a block of 16 accumulator columns, the 8 latent columns of the lower or upper half.
+GTA_DEVICE void picking_operand(u32 (&b)[2], int upper) {
+    const int column = 8 * upper + lane_of_warp() / 4;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const int place = latent_place(column) - 8 * half - lane_of_warp() % 4 * 2;
+        b[half] = place == 0 ? one : place == 1 ? one << 16 : 0u;
+    }
+}
+
+struct Rows {  // what one warp works on: row_tiles tiles of 16 query rows, of one head
+    Softmax softmax[row_tiles];
+    float mix[row_tiles][latent_dim / 8][4] = {};
+
+    // Takes in the tile of keys and latents from token `first` on. `limit[...]` is the last token that a row sees,
+    // `factor` is positive.
+    template <class WaitForLatents>
+    GTA_DEVICE void add(const u8* query_rows, const u8* tile, int first, const int (&limit)[row_tiles][2],
+                        bool all_visible, float factor, WaitForLatents wait_for_latents) {
+        const int pair = lane_of_warp() % 4;
+        float scores[row_tiles][keys / 8][4] = {};
+#pragma unroll
+        for (int step = 0; step < key_dim / 16; ++step) {
+            u32 query[row_tiles][4];
+#pragma unroll
+            for (int m = 0; m < row_tiles; ++m) {
+                query_operand(query[m], query_rows + 16 * m * query_pitch, step);
+            }
+#pragma unroll
+            for (int block = 0; block < keys / 16; ++block) {
+                u32 operands[2][2];
+                key_operands(operands, tile + 16 * block * key_pitch, step);
+#pragma unroll
+                for (int m = 0; m < row_tiles; ++m) {
+                    multiply(scores[m][2 * block], query[m], operands[0]);
+                    multiply(scores[m][2 * block + 1], query[m], operands[1]);
+                }
+            }
+        }
+
+        const float* key_scales = reinterpret_cast<const float*>(tile + scales_offset);
+        const float* latent_scales = key_scales + keys;
+        if constexpr (quantised) {
+            wait_for_latents();  // their scales are part of the scores
+        }
+        float key_factor[keys / 8][2], shift[keys / 8][2], unscaled[keys / 8][2];  // of this thread's tokens
+        if constexpr (quantised) {
+#pragma unroll
+            for (int n = 0; n < keys / 8; ++n) {
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    const int token = 8 * n + 2 * pair + i;
+                    key_factor[n][i] = key_scales[token] * factor;
+                    shift[n][i] = logarithm_2(latent_scales[token]);
+                    unscaled[n][i] = reciprocal(latent_scales[token]);
+                }
+            }
+        }
+        u32 weights[row_tiles][keys / 8][2];
+#pragma unroll
+        for (int m = 0; m < row_tiles; ++m) {
+            float candidate[2] = {-infinity, -infinity};
+#pragma unroll
+            for (int n = 0; n < keys / 8; ++n) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    if constexpr (quantised) {
+                        scores[m][n][i] = scores[m][n][i] * key_factor[n][i % 2] + shift[n][i % 2];
+                    }
+                }
+            }
+            if (!all_visible) {  // the whole warp agrees
+#pragma unroll
+                for (int n = 0; n < keys / 8; ++n) {
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) {
+                        const int token = 8 * n + 2 * pair + i % 2;
+                        scores[m][n][i] = first + token > limit[m][i / 2] ? -infinity : scores[m][n][i];
+                    }
+                }
+            }
+#pragma unroll
+            for (int n = 0; n < keys / 8; ++n) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    candidate[i / 2] = larger(candidate[i / 2], scores[m][n][i]);
+                }
+            }
+            if constexpr (!quantised) {  // scores are scaled where they are used: one instruction less for each
+                candidate[0] *= factor;
+                candidate[1] *= factor;
+            }
+            float shrink[2];
+            if (softmax[m].raise(shrink, candidate)) {
+#pragma unroll
+                for (int n = 0; n < latent_dim / 8; ++n) {
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) {
+                        mix[m][n][i] *= shrink[i / 2];
+                    }
+                }
+            }
+            const float base[2] = {softmax[m].base(0), softmax[m].base(1)};
+#pragma unroll
+            for (int n = 0; n < keys / 8; ++n) {
+                float weight[4];
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    weight[i] = power_of_2(scores[m][n][i] * (quantised ? 1.0f : factor) - base[i / 2]);
+                    if constexpr (quantised) {
+                        const int token = 8 * n + 2 * pair + i % 2;
+                        const bool visible = all_visible || first + token <= limit[m][i / 2];
+                        softmax[m].sum[i / 2] += visible ? weight[i] * unscaled[n][i % 2] : 0.0f;
+                    } else {
+                        softmax[m].sum[i / 2] += weight[i];
+                    }
+                }
+                weights[m][n][0] = pack(weight[0], weight[1]);
+                weights[m][n][1] = pack(weight[2], weight[3]);
+            }
+        }
+
+        if constexpr (!quantised) {
+            wait_for_latents();
+        }
+#pragma unroll
+        for (int step = 0; step < keys / 16; ++step) {
+#pragma unroll
+            for (int block = 0; block < latent_dim / 16; ++block) {
+                u32 operands[2][2];
+                latent_operands(operands, tile + latents_offset + 16 * step * latent_pitch, block);
+#pragma unroll
+                for (int m = 0; m < row_tiles; ++m) {
+                    const u32 left[4] = {weights[m][2 * step][0], weights[m][2 * step][1], weights[m][2 * step + 1][0],
+                                         weights[m][2 * step + 1][1]};
+                    multiply(mix[m][2 * block], left, operands[0]);
+                    multiply(mix[m][2 * block + 1], left, operands[1]);
+                }
+            }
+        }
+    }
+};
+
+}  // namespace gta
+
+GTA_KERNEL(gta::warp_size* gta::append_warps)
+gta_append(const gta::Element* __restrict__ key,     // [B, T, n_k d_k]
+           const gta::Element* __restrict__ latent,  // [B, T, n_c d_l]
+           gta::CacheElement* __restrict__ key_cache,     // [B, n_k, S, d_k]
+           gta::CacheElement* __restrict__ latent_cache,  // [B, n_c, S, d_l]
+           float* __restrict__ key_scale,                 // [B, n_k, S]
+           float* __restrict__ latent_scale,              // [B, n_c, S]
+           const gta::i64* __restrict__ past_length,  // [B]
+           const gta::Element* __restrict__ cos,      // [P, d_k/2]
+           const gta::Element* __restrict__ sin, int tokens, int capacity, int positions) {
+    using namespace gta;
+    const int token = blockIdx.x * append_warps + threadIdx.x / warp_size, head = blockIdx.y, row = blockIdx.z;
+    const int past = past_tokens(past_length, row, capacity);
+    if (token >= tokens || token >= capacity - past) {
+        return;
+    }
+    const NewTokens fresh{key, latent, key_cache, latent_cache, key_scale, latent_scale, cos, sin, tokens, capacity,
+                          positions};
+    if (head < key_heads) {
+        fresh.append_key_of(row, token, head, past + token);
+    } else {
+        fresh.append_latent_of(row, token, head - key_heads, past + token);
+    }
+}
+
+GTA_KERNEL(gta::prefill_threads)
+gta_prefill(const gta::Element* __restrict__ query,               // [B, T, n_q d_k]
+            const gta::Element* __restrict__ gate,                // [B, T, H]
+            const gta::Element* __restrict__ value_decoder,       // [n_q, d_l, e d_l]
+            const gta::CacheElement* __restrict__ key_cache,      // [B, n_k, S, d_k]
+            const gta::CacheElement* __restrict__ latent_cache,   // [B, n_c, S, d_l]
+            const float* __restrict__ key_scale,                  // [B, n_k, S]
+            const float* __restrict__ latent_scale,               // [B, n_c, S]
+            const gta::i64* __restrict__ past_length,             // [B]
+            const gta::Element* __restrict__ cos,                 // [P, d_k/2]
+            const gta::Element* __restrict__ sin,
+            gta::Element* __restrict__ output,  // [B, T, H]
+            int tokens, int capacity, int positions, float scale) {
+    using namespace gta;
+    const int head = blockIdx.x, batch_row = blockIdx.z, thread = threadIdx.x;
+    const int first_token = (gridDim.y - 1 - blockIdx.y) * block_rows;  // the longest walks start first
+    const int past = past_tokens(past_length, batch_row, capacity);
+    const int end = present_tokens(past, least(first_token + block_rows, tokens), capacity);  // of what is seen
+    const int tiles = ceil_div(end, keys);
+    const int key_head = head / (query_heads / key_heads), latent_head = head / (query_heads / latent_heads);
+    const i64 key_row = (i64{batch_row} * key_heads + key_head) * capacity;
+    const i64 latent_row = (i64{batch_row} * latent_heads + latent_head) * capacity;
+    const CacheElement* const all_keys = key_cache + key_row * key_dim;
+    const CacheElement* const all_latents = latent_cache + latent_row * latent_dim;
+
+    u8* const shared = shared_memory();
+    u8* const cache_tiles = shared + cache_offset;
+    const auto copy_keys = [&](int tile) {
+        if (tile < tiles) {
+            u8* const to = cache_tiles + tile % 2 * cache_bytes;
+            copy_rows<key_bytes, key_pitch, keys, prefill_threads>(to, all_keys, tile * keys, end, thread);
+            if constexpr (quantised) {
+                copy_scales<keys, prefill_threads>(reinterpret_cast<float*>(to + scales_offset), key_scale + key_row,
+                                                   tile * keys, end, thread);
+            }
+        }
+        commit_copies();
+    };
+    const auto copy_latents = [&](int tile) {
+        if (tile < tiles) {
+            u8* const to = cache_tiles + tile % 2 * cache_bytes;
+            copy_rows<latent_bytes, latent_pitch, keys, prefill_threads>(to + latents_offset, all_latents, tile * keys,
+                                                                        end, thread);
+            if constexpr (quantised) {
+                copy_scales<keys, prefill_threads>(reinterpret_cast<float*>(to + scales_offset) + keys,
+                                                   latent_scale + latent_row, tile * keys, end, thread);
+            }
+        }
+        commit_copies();
+    };
+
+    copy_keys(0);
+    copy_latents(0);
+    store_query<block_rows, prefill_threads>(shared, cos, sin, positions, [&](int row, int& position) {
+        const int token = first_token + row;
+        position = past + token;
+        return token < tokens ? query + ((i64{batch_row} * tokens + token) * query_heads + head) * key_dim : nullptr;
+    });
+
+    const int lane = lane_of_warp(), first_row = first_token + thread / warp_size * warp_rows;
+    int limit[row_tiles][2];
+#pragma unroll
+    for (int m = 0; m < row_tiles; ++m) {
+        limit[m][0] = least(past + first_row + 16 * m + lane / 4, end - 1);
+        limit[m][1] = least(past + first_row + 16 * m + lane / 4 + 8, end - 1);
+    }
+    Rows rows;
+    for (int tile = 0; tile < tiles; ++tile) {
+        wait_for_copies<1>();  // for this tile's keys; its latents may still be under way
+        block_barrier();
+        copy_keys(tile + 1);
+        const bool all_visible = (tile + 1) * keys <= least(past + first_row + 1, end);
+        rows.add(shared + thread / warp_size * warp_rows * query_pitch, cache_tiles + tile % 2 * cache_bytes,
+                 tile * keys, limit, all_visible, scale * log2_e, [&] {
+                     wait_for_copies<1>();
+                     block_barrier();
+                     copy_latents(tile + 1);
+                 });
+    }
+    wait_for_copies<0>();
+    block_barrier();  // the cache's tiles make room for the value decoder's
+
+    const Element* const decoder = value_decoder + i64{head} * latent_dim * head_dim;
+    copy_decoder(cache_tiles, decoder, 0);
+    commit_copies();
+
+    // The mixes as left operands; like a model that computes in this type, they are rounded to it.
+    u32 mixed[row_tiles][latent_dim / 16][4];
+#pragma unroll
+    for (int m = 0; m < row_tiles; ++m) {
+        rows.softmax[m].finish();
+        const float inverse[2] = {reciprocal(rows.softmax[m].sum[0]), reciprocal(rows.softmax[m].sum[1])};
+#pragma unroll
+        for (int n = 0; n < latent_dim / 8; ++n) {
+            const float* x = rows.mix[m][n];
+            mixed[m][n / 2][n % 2 * 2] = pack(x[0] * inverse[0], x[1] * inverse[0]);
+            mixed[m][n / 2][n % 2 * 2 + 1] = pack(x[2] * inverse[1], x[3] * inverse[1]);
+        }
+    }
+
+    for (int repeat = 0; repeat < expansion; ++repeat) {
+#pragma unroll
+        for (int part = 0; part < latent_dim / columns; ++part) {
+            const int chunk = repeat * (latent_dim / columns) + part, first_column = chunk * columns;
+            wait_for_copies<0>();
+            block_barrier();
+            if (first_column + columns < head_dim) {
+                copy_decoder(cache_tiles + (chunk + 1) % 2 * decoder_bytes, decoder, first_column + columns);
+            }
+            commit_copies();
+
+            const u8* const tile = cache_tiles + chunk % 2 * decoder_bytes;
+            float sums[row_tiles][columns / 8][4] = {};
+#pragma unroll
+            for (int step = 0; step < latent_dim / 16; ++step) {
+#pragma unroll
+                for (int block = 0; block < columns / 16; ++block) {
+                    u32 pairs[4];
+                    load_matrices_transposed(
+                        pairs, tile + (16 * step + lane % 16) * decoder_pitch + 32 * block + 16 * (lane / 16));
+#pragma unroll
+                    for (int m = 0; m < row_tiles; ++m) {
+                        multiply(sums[m][2 * block], mixed[m][step], {pairs[0], pairs[1]});
+                        multiply(sums[m][2 * block + 1], mixed[m][step], {pairs[2], pairs[3]});
+                    }
+                }
+            }
+#pragma unroll
+            for (int n = 0; n < columns / 8; ++n) {  // the tiled mix that the decoder adds to
+                u32 picking[2];
+                picking_operand(picking, n % 2);
+#pragma unroll
+                for (int m = 0; m < row_tiles; ++m) {
+                    multiply(sums[m][n], mixed[m][part * (columns / 16) + n / 2], picking);
+                }
+            }
+#pragma unroll
+            for (int m = 0; m < row_tiles; ++m) {
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    const int token = first_row + 16 * m + lane / 4 + 8 * half;
+                    if (token < tokens) {
+                        const i64 to = (i64{batch_row} * tokens + token) * hidden_size + head * head_dim +
+                                       first_column + lane % 4 * 2;
+#pragma unroll
+                        for (int n = 0; n < columns / 8; ++n) {
+                            const u32 open = *reinterpret_cast<const u32*>(gate + to + 8 * n);
+                            const float low = 1.0f + power_of_2(-log2_e * unpack_low(open));
+                            const float high = 1.0f + power_of_2(-log2_e * unpack_high(open));
+                            *reinterpret_cast<u32*>(output + to + 8 * n) =
+                                pack(sums[m][n][2 * half] * reciprocal(low), sums[m][n][2 * half + 1] * reciprocal(high));
+                        }
+                    }
+                }
+            }
+        }
+    }
+}

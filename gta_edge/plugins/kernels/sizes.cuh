@@ -1,0 +1,64 @@
+// The model's sizes and types, from the macros that specialise a build (gta_edge/plugins/tiling.py makes them).
+#pragma once
+
+#include <primitives.cuh>
+
+namespace gta {
+
+constexpr int query_heads = GTA_QUERY_HEADS;    // n_q
+constexpr int key_heads = GTA_KEY_HEADS;        // n_k
+constexpr int latent_heads = GTA_LATENT_HEADS;  // n_c
+constexpr int key_dim = GTA_KEY_DIM;            // d_k
+constexpr int latent_dim = GTA_LATENT_DIM;      // d_l
+constexpr int expansion = GTA_EXPANSION;        // e: a query head's output is e d_l wide
+constexpr int head_dim = expansion * latent_dim;
+constexpr i64 hidden_size = i64{query_heads} * head_dim;  // H
+
+static_assert(key_dim % 16 == 0 && key_dim >= 16 && key_dim <= 128);
+static_assert(latent_dim % 16 == 0 && latent_dim >= 16 && latent_dim <= 256);
+static_assert(query_heads % key_heads == 0 && query_heads % latent_heads == 0);
+
+constexpr bool bf16 = GTA_COMPUTE_BF16 != 0;
+constexpr bool int8_cache = GTA_CACHE_INT8 != 0;
+constexpr bool fp8_cache = GTA_CACHE_FP8 != 0;
+constexpr bool quantised = int8_cache || fp8_cache;
+
+using Element = u16;  // fp16 or bf16: inputs, output, and the cache that is not quantised
+template <bool narrow>
+struct CacheElementOf {
+    using type = u16;
+};
+template <>
+struct CacheElementOf<true> {
+    using type = u8;
+};
+using CacheElement = CacheElementOf<quantised>::type;
+
+constexpr int key_bytes = key_dim * int{sizeof(CacheElement)};
+constexpr int latent_bytes = latent_dim * int{sizeof(CacheElement)};
+
+// Distance of rows in shared memory: an odd number of 16-byte units, so that 8 rows' units lie in different banks.
+GTA_DEVICE constexpr int pitch_of(int row_bytes) { return (row_bytes / 16 | 1) * 16; }
+constexpr int key_pitch = pitch_of(key_bytes);
+constexpr int latent_pitch = pitch_of(latent_bytes);
+constexpr int query_pitch = pitch_of(2 * key_dim);
+
+constexpr int warp_size = 32;
+constexpr float log2_e = 1.4426950408889634f;
+constexpr float infinity = __builtin_bit_cast(float, 0x7f800000u);
+
+GTA_DEVICE constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+GTA_DEVICE int least(int a, int b) { return a < b ? a : b; }
+
+// Tokens that a row's cache holds before this call. What memory says is not trusted: it may be anything.
+GTA_DEVICE int past_tokens(const i64* past_length, int row, int capacity) {
+    const i64 length = past_length[row];
+    return length < 0 ? 0 : length > capacity ? capacity : static_cast<int>(length);
+}
+
+// Tokens that it holds afterwards; those past the capacity are dropped.
+GTA_DEVICE int present_tokens(int past, int tokens, int capacity) {
+    return tokens > capacity - past ? capacity : past + tokens;
+}
+
+}  // namespace gta
