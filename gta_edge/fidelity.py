@@ -14,10 +14,21 @@ import numpy.typing as npt
 
 from gta_edge.config import ModelConfig
 
-__all__ = ["FLOAT32_BOUND", "ROUNDED_BOUND", "STORAGE_BOUNDS", "Difference", "Report", "difference", "probe"]
+__all__ = [
+    "COMPUTE_BOUNDS",
+    "FLOAT32_BOUND",
+    "ROUNDED_BOUND",
+    "STORAGE_BOUNDS",
+    "Difference",
+    "Report",
+    "difference",
+    "probe",
+]
 
-FLOAT32_BOUND = 1e-4
-"""Largest ``max_rel_error`` of a backend that computes in float32."""
+COMPUTE_BOUNDS: dict[str, float] = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 8e-2}
+"""Largest ``max_rel_error`` of a backend that computes in this type."""
+
+FLOAT32_BOUND = COMPUTE_BOUNDS["fp32"]
 
 STORAGE_BOUNDS: dict[str, float] = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 8e-2}
 """Largest ``max_rel_error`` that storing the weights in this type may cause; more means a damaged weight.
@@ -61,20 +72,23 @@ class Report:
         quantisation: the bundle's weights against the checkpoint's own.
         precision: what the weights are stored in.
         int8_activations: the backends that by default round activations to int8, as they run by default.
+        compute: type that each backend computes in; float32 if it is not named.
     """
 
     backends: dict[str, Difference]
     quantisation: Difference
     precision: str
     int8_activations: dict[str, Difference] = field(default_factory=dict)
+    compute: dict[str, str] = field(default_factory=dict)
 
     @property
     def failures(self) -> list[str]:
         """One sentence for each bound that does not hold."""
+        bounds = {name: COMPUTE_BOUNDS[self.compute.get(name, "fp32")] for name in self.backends}
         found = [
-            f"{name}: max_rel_error {d.max_rel_error:.3g} is above {FLOAT32_BOUND:g}"
+            f"{name}: max_rel_error {d.max_rel_error:.3g} is above {bounds[name]:g}"
             for name, d in self.backends.items()
-            if not d.max_rel_error <= FLOAT32_BOUND
+            if not d.max_rel_error <= bounds[name]
         ]
         found += [
             f"{name} with int8 activations: max_rel_error {d.max_rel_error:.3g} is above {ROUNDED_BOUND:g}"
@@ -101,6 +115,7 @@ class Report:
             "int8_activations": {name: asdict(d) for name, d in self.int8_activations.items()},
             "quantisation": asdict(self.quantisation),
             "precision": self.precision,
+            "compute": self.compute,
             "passed": self.passed,
         }
 

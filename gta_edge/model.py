@@ -193,9 +193,14 @@ class Decoder(nn.Module):
         return self.head(self.model.norm(chosen)), presents
 
     def head(self, x: Tensor) -> Tensor:
-        """Return logits [..., V] of normalised hidden states [..., H]."""
+        """Return float32 logits [..., V] of normalised hidden states [..., H] of any type."""
         weight = self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
-        return functional.linear(x, weight)
+        if x.dtype == torch.float32:
+            return functional.linear(x, weight)
+        if x.is_cuda:  # sums are float32 there anyway; they are just not rounded to 16 bits afterwards
+            rows: Tensor = torch.mm(x.flatten(0, -2), weight.t(), out_dtype=torch.float32)
+            return rows.view(*x.shape[:-1], -1)
+        return functional.linear(x.float(), weight.float())
 
 
 def empty_cache(config: ModelConfig, batch: int, capacity: int, **options: Any) -> list[Cache]:

@@ -172,6 +172,12 @@ def grouped_query_attention(
     return output, present_key, present_value
 
 
+if installed(torch):
+    from gta_edge.plugins.torch_kernels import on_gpu
+
+    grouped_latent_attention_.register_kernel("cuda")(on_gpu(grouped_latent_attention_._init_fn))
+
+
 @_fake_of(grouped_latent_attention)
 def _(  # shapes only, for export
     query: Tensor, key: Tensor, latent: Tensor, gate: Tensor, past_key: Tensor, past_latent: Tensor, *_: object

@@ -15,21 +15,31 @@ from gta_edge.runtime.tokenizer import Tokenizer, end_token_ids
 __all__ = ["BACKENDS", "load", "open_session"]
 
 
-def _onnxruntime(bundle: Bundle, **options: Any) -> Session:
+def _onnxruntime(bundle: Bundle, *, compute: str | None = None, **options: Any) -> Session:
     from gta_edge.runtime.onnxruntime import OnnxRuntimeSession
 
+    if compute not in (None, "fp32"):
+        raise BackendError(f"onnxruntime computes in fp32 on a CPU, not in {compute}; leave the type to compute in out")
     return OnnxRuntimeSession(bundle, **options)
 
 
 def _torch(
-    bundle: Bundle, *, threads: int | None = None, exact: bool = True, progress: Progress = silent, **options: Any
+    bundle: Bundle,
+    *,
+    threads: int | None = None,
+    exact: bool = True,
+    compute: str | None = None,
+    progress: Progress = silent,
+    **options: Any,
 ) -> Session:
     from gta_edge.reference import build_decoder
-    from gta_edge.runtime.torch import TorchSession
+    from gta_edge.runtime.torch import TorchSession, default_compute, default_device
     from gta_edge.weights import read_weights
 
+    device = default_device()
     model = build_decoder(bundle.config, read_weights(bundle.model_path, bundle.config))
-    return TorchSession(model, threads=threads, **options)
+    compute = compute or default_compute(bundle.precision, device)
+    return TorchSession(model, device=device, compute=compute, threads=threads, **options)
 
 
 BACKENDS: dict[str, Callable[..., Session]] = {"onnxruntime": _onnxruntime, "torch": _torch}
@@ -43,6 +53,7 @@ def load(
     threads: int | None = None,
     chunk_size: int = CHUNK_SIZE,
     exact: bool = False,
+    compute: str | None = None,
     verify_hashes: bool = False,
     progress: Progress = silent,
 ) -> Session:
@@ -54,6 +65,8 @@ def load(
         threads: threads for one operator; one per core by default.
         chunk_size: tokens of a prompt that are run at once.
         exact: multiply by int8 and int4 weights in float32 where the backend would round activations to int8.
+        compute: type that a GPU computes in, ``fp16``, ``bf16`` or ``fp32``; by default the bundle's own 16-bit type,
+            or bf16. A CPU computes in fp32.
         verify_hashes: hash the weights even if their size and time are as recorded.
         progress: told of bytes hashed, and of weights laid out anew.
 
@@ -62,7 +75,8 @@ def load(
         BackendError: the backend is unknown, not installed, or refuses the model.
     """
     opened = Bundle.open(bundle, verify_hashes=verify_hashes, progress=progress)
-    return open_session(opened, backend, threads=threads, chunk_size=chunk_size, exact=exact, progress=progress)
+    options = {"threads": threads, "chunk_size": chunk_size, "exact": exact, "compute": compute}
+    return open_session(opened, backend, progress=progress, **options)
 
 
 def open_session(bundle: Bundle, backend: str = "auto", **options: Any) -> Session:

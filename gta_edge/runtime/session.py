@@ -51,6 +51,9 @@ class Session(ABC):
     rounds_activations: bool = False
     """Whether products round activations to int8; the option ``exact`` of such a backend turns it off."""
 
+    compute: str = "fp32"
+    """Type of activations and cache: ``fp32``, ``fp16`` or ``bf16``."""
+
     def __init__(
         self, config: ModelConfig, *, chunk_size: int = CHUNK_SIZE, capacity_step: int = CAPACITY_STEP
     ) -> None:

@@ -1,14 +1,20 @@
-"""The `torch` backend: the reference model, its cache updated in place."""
+"""The `torch` backend: the reference model, its cache updated in place; on an NVIDIA GPU, on the attention kernels.
+
+On the CPU it computes in float32. On a GPU it computes in fp16 or bf16, as ``build`` and the plugin do (softmax, norms'
+sums and logits in float32), and single tokens are replayed from a CUDA graph.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 from gta_edge.config import GTAConfig
+from gta_edge.errors import BackendError, CapacityError
 from gta_edge.model import Cache, Decoder, empty_cache
 from gta_edge.optional import optional
 from gta_edge.plugins import torch_ops
 from gta_edge.runtime.session import Ids, Logits, Session
+from gta_edge.runtime.torch_graph import DecodeGraph
 
 if TYPE_CHECKING:
     import torch
@@ -16,7 +22,25 @@ if TYPE_CHECKING:
 else:
     torch = optional("torch", "export")
 
-__all__ = ["TorchSession"]
+__all__ = ["COMPUTE_TYPES", "TorchSession", "default_compute", "default_device"]
+
+COMPUTE_TYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+"""torch's names of the types to compute in."""
+
+_GPU_CAPACITY_STEP = 2048
+"""Cost on a GPU goes by the cache's length and not by its capacity; growing it means capturing the graph again."""
+
+
+def default_compute(precision: str, device: str) -> str:
+    """Return the type to compute in for weights stored in ``precision``: a GPU takes their own 16-bit type, or bf16."""
+    if device == "cpu":
+        return "fp32"
+    return precision if precision in ("fp16", "bf16") else "bf16"
+
+
+def default_device() -> str:
+    """Return ``cuda`` where torch finds a GPU, else ``cpu``."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _latent_in_place(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -28,52 +52,96 @@ def _query_in_place(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class TorchSession(Session):
-    """A ``Decoder`` in float32 behind the session's interface.
+    """A ``Decoder`` behind the session's interface.
 
     Args:
-        model: the model; its attention is switched to the in-place op.
+        model: the model, in any floating type; it is moved to the device and retyped, and its attention is switched to
+            the in-place op.
+        device: ``cpu``, or ``cuda`` with or without a number.
+        compute: ``fp32``, ``fp16`` or ``bf16``.
         threads: threads for one operator, for the whole process; None leaves torch's own choice.
         options: as ``Session`` takes them.
+
+    Raises:
+        BackendError: an unknown type to compute in, or no such device.
     """
 
     backend = "torch"
 
-    def __init__(self, model: Decoder, *, threads: int | None = None, **options: Any) -> None:
-        super().__init__(model.config, **options)
+    def __init__(
+        self,
+        model: Decoder,
+        *,
+        device: str = "cpu",
+        compute: str = "fp32",
+        threads: int | None = None,
+        **options: Any,
+    ) -> None:
+        on_gpu = device.startswith("cuda")
+        super().__init__(model.config, **({"capacity_step": _GPU_CAPACITY_STEP} if on_gpu else {}) | options)
+        if compute not in COMPUTE_TYPES:
+            raise BackendError(f"torch computes in {', '.join(COMPUTE_TYPES)}, not in {compute}")
+        if on_gpu and not torch.cuda.is_available():
+            raise BackendError("torch finds no CUDA GPU here; run `gta-edge doctor`, or take the device cpu")
         if threads:
             torch.set_num_threads(threads)
         in_place = _latent_in_place if isinstance(model.config, GTAConfig) else _query_in_place
         for layer in model.model.layers:
             layer.self_attn.attention = in_place  # type: ignore[union-attr]  # torch types every module's child so
-        self._model = model.eval()
+        self.compute = compute
+        self._options = {"device": torch.device(device), "dtype": getattr(torch, COMPUTE_TYPES[compute])}
+        self._model = model.eval().requires_grad_(False).to(**self._options)
         self._caches: list[Cache] = []
+        self._graph: DecodeGraph | None = None
 
     @property
     def cache_bytes(self) -> int:
         return sum(tensor.nbytes for layer in self._caches for tensor in layer)
 
     def _resize(self, batch: int, capacity: int) -> None:
+        self._graph = None  # it holds the old caches' addresses
         old, keep = self._caches, len(self._length) == batch
-        if not (old and keep):
-            self._caches = empty_cache(self.config, batch, capacity)
-            return
-        for i, layer in enumerate(old):  # a layer at a time: never twice the whole cache
-            self._caches[i] = (_grown(layer[0], capacity), _grown(layer[1], capacity))
+        try:
+            if not (old and keep):
+                self._caches = []  # before there are new ones
+                self._caches = empty_cache(self.config, batch, capacity, **self._options)
+                return
+            for i, layer in enumerate(old):  # a layer at a time: never twice the whole cache
+                self._caches[i] = (_grown(layer[0], capacity), _grown(layer[1], capacity))
+        except torch.OutOfMemoryError as error:
+            needed = batch * capacity * self.config.cache_bytes_per_token(2 if self.compute != "fp32" else 4)
+            self._caches = []  # layers of both sizes are of no use
+            self._length[:] = 0
+            self._capacity = 0
+            raise CapacityError(
+                f"a cache of {capacity} tokens for {batch} rows takes {needed / 2**30:.2f} GiB, and the GPU has not "
+                "that much left; the session is now empty: give shorter prompts or fewer rows"
+            ) from error
 
     def _run(self, input_ids: Ids, past_length: Ids, logit_positions: Ids) -> Logits:
-        inputs = (torch.tensor(x) for x in (input_ids, past_length, logit_positions))
         with torch.inference_mode():
-            logits, _ = self._model(*inputs, self._caches)
+            if self._options["device"].type == "cpu":
+                inputs = (torch.tensor(x) for x in (input_ids, past_length, logit_positions))
+                logits, _ = self._model(*inputs, self._caches)
+            elif input_ids.shape[1] == 1 and logit_positions.shape[1] == 1:
+                if self._graph is None:
+                    self._graph = DecodeGraph(self._model, self._caches, len(input_ids))
+                logits = self._graph.replay(input_ids, past_length)
+            else:
+                device = self._options["device"]
+                inputs = (torch.tensor(x, device=device) for x in (input_ids, past_length, logit_positions))
+                logits = self._model(*inputs, self._caches)[0].cpu()
         result: Logits = logits.numpy()
         return result
 
     def close(self) -> None:
         super().close()
+        self._graph = None
         self._caches = []
 
 
 def _grown(cache: Tensor, capacity: int) -> Tensor:
     b, n, s, d = cache.shape
-    grown = torch.zeros(b, n, capacity, d)
+    grown = cache.new_zeros(b, n, capacity, d)
     grown[:, :, :s] = cache
     return grown

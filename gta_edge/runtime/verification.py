@@ -53,6 +53,7 @@ def verify(
     reference, quantisation = compare_weights(opened, source, ids)
     differences: dict[str, Difference] = {}
     rounded: dict[str, Difference] = {}
+    compute: dict[str, str] = {}
     for done, name in enumerate(names):
         progress("verifying backends", done, len(names))
         try:
@@ -63,13 +64,14 @@ def verify(
                 with open_session(opened, name, exact=True) as session:
                     found = difference(_logits(session, ids, prefill), reference)
             differences[session.backend] = found
+            compute[session.backend] = session.compute
         except BackendError:
             if backends:  # asked for by name: not having it is an error
                 raise
     progress("verifying backends", len(names), len(names))
     if not differences:
         raise BackendError(f"none of the backends {', '.join(names)} works here; run `gta-edge doctor`")
-    return Report(differences, quantisation, opened.precision, rounded)
+    return Report(differences, quantisation, opened.precision, rounded, compute)
 
 
 def _logits(session: Session, ids: npt.NDArray[np.int64], prefill: int) -> npt.NDArray[np.float32]:

@@ -1,0 +1,352 @@
+"""What ``kernels.py`` compares: one layer's attention, by these kernels and by others, over several layers' caches.
+
+GTA-1B's layer here does more than its peers' is asked to do: RoPE, the append, the value decoder and the gate are part
+of the op. A peer computes softmax attention over a cache that is there already, and nothing else.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from gta_edge.config import GTAConfig
+from gta_edge.errors import BackendError
+from gta_edge.optional import optional
+from gta_edge.plugins.grouped_latent_attention import Sizes
+from gta_edge.plugins.launch import Buffers, attention_kernels, current_gpu
+from gta_edge.plugins.tiling import Variant
+from gta_edge.presets import preset
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = optional("torch", "export")
+
+__all__ = ["CONTENDERS", "Contender", "Layers", "WrongResultError", "candidates", "check", "layers_of", "shortest"]
+
+GTA, GQA = preset("gta-1b"), preset("gqa-1b")
+assert isinstance(GTA, GTAConfig)
+_HEADS = (GTA.num_query_heads, GTA.num_key_heads, GTA.num_latent_heads)
+GTA_SIZES = Sizes(*_HEADS, GTA.key_dim, GTA.latent_dim, GTA.hidden_size)
+ITEM_BYTES = 2
+SCALE_BYTES = 4
+FLASHINFER_PAGE = 16
+FLASHINFER_WORKSPACE_BYTES = 256 * 2**20
+
+
+class WrongResultError(BackendError):
+    """A contender does not compute what it should."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to compute a layer's attention, with what it costs by its definition."""
+
+    key: str
+    label: str
+    engine: str
+    """``ours``, ``sdpa`` or ``flashinfer``."""
+    cache: str
+    heads: tuple[int, int]
+    """Query heads, and heads of the key cache."""
+    widths: tuple[int, int]
+    """Of a key, and of a value or latent."""
+    activations: int
+    """Values per new token that are read and written besides the cache."""
+    decoder: int = 0
+    """Values of the value decoder: all are read, and each is one multiply-add per new token."""
+
+    @property
+    def cached_values_per_token(self) -> int:
+        """Values that one token adds to the cache of a layer."""
+        return self.heads[1] * sum(self.widths)
+
+    @property
+    def cache_bytes_per_token(self) -> int:
+        """The same in bytes, scales included: one for a head's key, one for its latent."""
+        if self.cache == "bf16":
+            return ITEM_BYTES * self.cached_values_per_token
+        return self.cached_values_per_token + 2 * self.heads[1] * SCALE_BYTES
+
+    @property
+    def multiply_adds_per_pair(self) -> int:
+        """Multiply-adds for one pair of a query token and a cached token, over all heads."""
+        return self.heads[0] * sum(self.widths)
+
+    def traffic_bytes(self, batch: int, tokens: int, context: int) -> int:
+        """Return the bytes that have to move at least: all cached rows once, new rows, inputs, output and decoder.
+
+        Args:
+            batch: rows.
+            tokens: new ones, per row.
+            context: cached ones after the call, per row.
+        """
+        written = tokens * self.cache_bytes_per_token if self.engine == "ours" else 0
+        per_row = context * self.cache_bytes_per_token + written + ITEM_BYTES * tokens * self.activations
+        return batch * per_row + ITEM_BYTES * self.decoder
+
+    def flops(self, batch: int, tokens: int, context: int) -> int:
+        """Return the FLOPs of matrix products; a query sees the tokens up to its own."""
+        pairs = tokens * (2 * context - tokens + 1) // 2
+        return 2 * batch * (pairs * self.multiply_adds_per_pair + tokens * self.decoder)
+
+
+def _contenders() -> Iterator[Contender]:
+    n_q, n_k, hidden = GTA_SIZES.num_query_heads, GTA_SIZES.num_key_heads, GTA_SIZES.hidden_size
+    widths = GTA_SIZES.key_dim, GTA_SIZES.latent_dim
+    own = n_q * widths[0] + n_k * widths[0] + GTA_SIZES.num_latent_heads * widths[1] + 2 * hidden
+    for cache in ("bf16", "int8", "fp8"):
+        label, decoder = f"gta-edge GTA, {cache} cache", GTA_SIZES.latent_dim * hidden
+        yield Contender(f"gta-{cache}", label, "ours", cache, (n_q, n_k), widths, own, decoder)
+    key = GQA.caches[0]
+    widest = max(widths)
+    for engine, name in (("sdpa", "SDPA"), ("flashinfer", "FlashInfer")):
+        heads = (GQA.num_attention_heads, key.heads)
+        yield Contender(
+            f"gqa-{engine}", f"{name} GQA", engine, "bf16", heads, (key.width,) * 2, 2 * heads[0] * key.width
+        )
+        yield Contender(
+            f"padded-{engine}", f"{name} GTA padded", engine, "bf16", (n_q, n_k), (widest,) * 2, 2 * n_q * widest
+        )
+
+
+CONTENDERS: dict[str, Contender] = {contender.key: contender for contender in _contenders()}
+"""By key; GTA-1B's layer, GQA-1B's, and GTA-1B's with keys padded to the latents' width, as others need it."""
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Memory of several layers of one contender, and how to run one of them."""
+
+    count: int
+    run: Callable[[int], Tensor]
+    """Takes the number of a layer; returns its output."""
+    expected: Callable[[int], Tensor]
+    """Takes the number of a layer that was run; returns the output as float32 arithmetic has it."""
+    past_length: Tensor | None = None
+    """In device memory, where what is run goes by it: with zeros there, the same graph runs on an empty cache."""
+
+
+def candidates(contender: Contender, tokens: int) -> list[str]:
+    """Return the ways to run a contender, of which the fastest counts."""
+    if contender.engine == "ours":
+        return ["kernels"]
+    if contender.engine == "flashinfer":
+        return ["tensor cores", "CUDA cores"] if tokens == 1 else ["auto"]
+    backends = ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "MATH")
+    # For one new token, query heads that share a key are rows of one product: what enable_gqa makes of it, by hand.
+    return [f"{backend}{way}" for backend in backends for way in ((" rows", " gqa") if tokens == 1 else (" gqa",))]
+
+
+def shortest(contender: Contender) -> int:
+    """Return the shortest cache that a contender is run with."""
+    return FLASHINFER_PAGE if contender.engine == "flashinfer" else 1
+
+
+def layers_of(contender: Contender, way: str, batch: int, tokens: int, context: int, count: int) -> Layers:
+    """Make caches and inputs of ``count`` layers.
+
+    Args:
+        contender: what is run.
+        way: one of ``candidates``.
+        batch: rows.
+        tokens: new ones, per row.
+        context: cached ones after the call, per row.
+        count: layers.
+
+    Raises:
+        BackendError: the peer is not installed.
+        torch.OutOfMemoryError: it does not fit.
+    """
+    make = {"ours": _ours, "sdpa": _sdpa, "flashinfer": _flashinfer}[contender.engine]
+    return make(contender, way, batch, tokens, context, count)
+
+
+def check(contender: Contender, way: str, tokens: int, context: int) -> None:
+    """Compare a small case with float32.
+
+    Raises:
+        WrongResultError: the result is wrong.
+    """
+    layers = layers_of(contender, way, 1 if tokens > 1 else 2, tokens, context, 2)
+    for layer in range(layers.count):
+        found = layers.run(layer).float()
+        expected = layers.expected(layer)
+        error = ((found - expected).abs().max() / expected.abs().max()).item()
+        if not error <= 2e-2:  # not a number is wrong, too
+            raise WrongResultError(
+                f"{contender.label} ({way}), {tokens} new of {context} tokens, is off by {error:.3g} of the largest "
+                "output; expected at most 0.02: nothing was measured"
+            )
+
+
+def _normal(*shape: int) -> Tensor:
+    return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+
+
+def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Return attention [B, n_q, T, d_v] in float32; the last query sees all of the key [B, n_k, S, d_k]."""
+    n_q, tokens, context = query.shape[1], query.shape[2], key.shape[2]
+    keys, values = (x.float().repeat_interleave(n_q // x.shape[1], 1) for x in (key, value))
+    positions = torch.arange(context, device=query.device)
+    hidden = positions > positions[context - tokens :, None]  # [T, S]
+    return (scale * query.float() @ keys.mT).masked_fill(hidden, -torch.inf).softmax(-1) @ values
+
+
+# --- these kernels ---------------------------------------------------------------------------------------------------
+
+
+def _ours(contender: Contender, way: str, batch: int, tokens: int, context: int, count: int) -> Layers:
+    del way
+    sizes, quantised = GTA_SIZES, contender.cache != "bf16"
+    n_q, d_k, d_l = sizes.num_query_heads, sizes.key_dim, sizes.latent_dim
+    kernels = attention_kernels(Variant(sizes, "bf16", contender.cache), current_gpu(torch.cuda.current_device()))
+    workspace = torch.empty(kernels.workspace_bytes(batch, tokens, context), dtype=torch.uint8, device="cuda")
+    past_length = torch.full((batch,), context - tokens, dtype=torch.int64, device="cuda")
+    angles = torch.arange(context, device="cuda")[:, None] / 1e4 ** (torch.arange(0, d_k, 2, device="cuda") / d_k)
+    cos, sin = angles.cos().bfloat16(), angles.sin().bfloat16()
+    shared = {"past_length": past_length, "cos": cos, "sin": sin, "workspace": workspace}
+    layers: list[dict[str, Tensor]] = []
+    for _ in range(count):
+        layer = {
+            "query": _normal(batch, tokens, n_q * d_k),
+            "key": _normal(batch, tokens, sizes.num_key_heads * d_k),
+            "latent": _normal(batch, tokens, sizes.num_latent_heads * d_l),
+            "gate": _normal(batch, tokens, sizes.hidden_size),
+            "value_decoder": _normal(n_q, d_l, sizes.hidden_size // n_q) / d_l**0.5,
+            "output": torch.empty(batch, tokens, sizes.hidden_size, dtype=torch.bfloat16, device="cuda"),
+        }
+        for name, heads, width in (("key", sizes.num_key_heads, d_k), ("latent", sizes.num_latent_heads, d_l)):
+            layer |= _cache(name, (batch, heads, context, width), contender.cache)
+        layers.append(layer | shared)  # addresses keep nothing alive
+    absent = {} if quantised else {"key_scale": 0, "latent_scale": 0}
+    addresses = [{name: x.data_ptr() for name, x in layer.items()} | absent for layer in layers]
+    buffers = [Buffers(**each) for each in addresses]
+    call = {"batch": batch, "tokens": tokens, "capacity": context, "positions": context, "scale": GTA.scale}
+
+    def run(i: int) -> Tensor:
+        kernels.launch(torch.cuda.current_stream().cuda_stream, buffers[i], **call)
+        return layers[i]["output"]
+
+    def turned(x: Tensor, heads: int) -> Tensor:  # [B, n, T, d_k]
+        a, b = x.float().unflatten(2, (heads, d_k)).transpose(1, 2).chunk(2, -1)
+        c, s = cos.float()[context - tokens :], sin.float()[context - tokens :]
+        return torch.cat((a * c - b * s, b * c + a * s), -1)
+
+    def expected(i: int) -> Tensor:
+        layer = layers[i]
+        caches = {}
+        for name in ("key", "latent"):
+            scale = layer[f"{name}_scale"][..., None] if quantised else 1.0
+            caches[name] = layer[f"{name}_cache"].float() * scale
+        new_key = turned(layer["key"], sizes.num_key_heads)
+        new_latent = layer["latent"].float().unflatten(2, (-1, d_l)).transpose(1, 2)
+        for name, new in (("key", new_key), ("latent", new_latent)):
+            if not torch.allclose(caches[name][:, :, context - tokens :], new, rtol=0.07, atol=0.05):
+                raise WrongResultError(
+                    f"{contender.label}: the {name} that was appended is wrong; nothing was measured"
+                )
+        mix = _causal(turned(layer["query"], n_q), caches["key"], caches["latent"], GTA.scale)
+        decoder = layer["value_decoder"].float()
+        values = mix.repeat(1, 1, 1, decoder.shape[2] // d_l) + mix @ decoder
+        return torch.sigmoid(layer["gate"].float()) * values.transpose(1, 2).flatten(2)
+
+    return Layers(count, run, expected, past_length)
+
+
+def _cache(name: str, shape: tuple[int, ...], kind: str) -> dict[str, Tensor]:
+    """Return a cache of random values, with scales if its type has them."""
+    if kind == "bf16":
+        return {f"{name}_cache": _normal(*shape)}
+    codes = torch.randint(-127, 128, shape, dtype=torch.int8, device="cuda")
+    if kind == "fp8":
+        codes = torch.where((codes & 127) == 127, 0, codes).view(torch.float8_e4m3fn)  # every code but NaN
+    scales = torch.full(shape[:3], 1 / 64 if kind == "int8" else 1 / 128, device="cuda")
+    return {f"{name}_cache": codes, f"{name}_scale": scales}
+
+
+# --- peers -----------------------------------------------------------------------------------------------------------
+
+
+def _sdpa(contender: Contender, way: str, batch: int, tokens: int, context: int, count: int) -> Layers:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.nn.functional import scaled_dot_product_attention
+
+    backend, _, arrangement = way.partition(" ")
+    (n_q, n_k), (width, _) = contender.heads, contender.widths
+    queries = [_normal(batch, n_q, tokens, width) for _ in range(count)]
+    keys, values = ([_normal(batch, n_k, context, width) for _ in range(count)] for _ in range(2))
+    scale = width**-0.5
+
+    def run(i: int) -> Tensor:
+        query, options = queries[i], {"is_causal": tokens > 1, "enable_gqa": n_q != n_k}
+        if arrangement == "rows":
+            query, options = query.view(batch, n_k, n_q // n_k, width), {}
+        with sdpa_kernel(getattr(SDPBackend, backend)):
+            output = scaled_dot_product_attention(query, keys[i], values[i], scale=scale, **options)
+        return output.view(batch, n_q, 1, width) if arrangement == "rows" else output
+
+    def expected(i: int) -> Tensor:
+        return _causal(queries[i], keys[i], values[i], scale)
+
+    return Layers(count, run, expected)
+
+
+def _flashinfer(contender: Contender, way: str, batch: int, tokens: int, context: int, count: int) -> Layers:
+    try:
+        flashinfer = importlib.import_module("flashinfer")
+    except ImportError as error:
+        raise BackendError(f"FlashInfer cannot be imported ({error})") from error
+    (n_q, n_k), (width, _) = contender.heads, contender.widths
+    queries = [_normal(batch, tokens, n_q, width) for _ in range(count)]
+    keys, values = ([_normal(batch, context, n_k, width) for _ in range(count)] for _ in range(2))
+    scale = width**-0.5
+    attend = (
+        _flashinfer_decode(flashinfer, contender, way, batch, context)
+        if tokens == 1
+        else _flashinfer_prefill(flashinfer, scale)
+    )
+
+    def run(i: int) -> Tensor:
+        return attend(queries[i], keys[i], values[i]).view(batch, tokens, n_q, width)
+
+    def expected(i: int) -> Tensor:
+        return _causal(*(x[i].transpose(1, 2) for x in (queries, keys, values)), scale).transpose(1, 2)
+
+    return Layers(count, run, expected)
+
+
+def _flashinfer_decode(library: Any, contender: Contender, way: str, batch: int, context: int) -> Any:
+    (n_q, n_k), (width, _) = contender.heads, contender.widths
+    if context % FLASHINFER_PAGE:
+        raise BackendError(f"FlashInfer is run with whole pages; {context} is not a multiple of {FLASHINFER_PAGE}")
+    pages = context // FLASHINFER_PAGE
+    workspace = torch.empty(FLASHINFER_WORKSPACE_BYTES, dtype=torch.uint8, device="cuda")
+    cores = way == "tensor cores"
+    wrapper = library.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=cores)
+    whole = {"dtype": torch.int32, "device": "cuda"}
+    indptr = torch.arange(batch + 1, **whole) * pages
+    last = torch.full((batch,), FLASHINFER_PAGE, **whole)
+    types = {"q_data_type": torch.bfloat16, "kv_data_type": torch.bfloat16}
+    indices = torch.arange(batch * pages, **whole)
+    wrapper.plan(indptr, indices, last, n_q, n_k, width, FLASHINFER_PAGE, sm_scale=width**-0.5, **types)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        paged = tuple(x.view(-1, FLASHINFER_PAGE, n_k, width) for x in (key, value))
+        output: Tensor = wrapper.run(query[:, 0], paged)
+        return output
+
+    return attend
+
+
+def _flashinfer_prefill(library: Any, scale: float) -> Any:
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        output: Tensor = library.single_prefill_with_kv_cache(
+            query[0], key[0], value[0], causal=True, kv_layout="NHD", sm_scale=scale
+        )
+        return output
+
+    return attend
