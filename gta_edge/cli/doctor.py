@@ -32,6 +32,7 @@ _PACKAGES = (
     "onnxscript",
     "tensorrt",
     "tensorrt-rtx",
+    "cuda-core",
 )
 
 
@@ -43,6 +44,7 @@ def doctor() -> None:
         "machine": _machine(),
         "gpu": _gpu(),
         "packages": {name: found for name in _PACKAGES if (found := _version(name))},
+        "kernels": _kernels(),
         "onnxruntime_providers": _providers(),
         "backends": {name: _backend(*entry) for name, entry in _BACKENDS.items()},
     }
@@ -76,6 +78,18 @@ def _gpu() -> dict[str, Any]:
         "devices": found.splitlines() if found else [],
         "cuda_toolkit": bool(cuda) or shutil.which("nvcc") is not None,
     }
+
+
+def _kernels() -> dict[str, Any]:
+    """Whether the CUDA kernels can run here, and on what."""
+    from gta_edge.errors import BackendError
+    from gta_edge.plugins.launch import current_gpu
+
+    try:
+        gpu = current_gpu()
+    except BackendError as error:
+        return {"works": False, "gpu": None, "reason": str(error)}
+    return {"works": True, "gpu": f"{gpu.name}, {gpu.architecture}, {gpu.processors} multiprocessors", "reason": None}
 
 
 def _backend(modules: tuple[str, ...], remedy: str) -> dict[str, Any]:
@@ -150,6 +164,7 @@ def _for_people(report: dict[str, Any]) -> dict[str, str]:
         rows["memory"] = f"{machine['memory_bytes'] / 2**30:.1f} GiB"
     rows["GPU"] = "; ".join(report["gpu"]["devices"]) or "none found (nvidia-smi lists none)"
     rows["packages"] = ", ".join(f"{name} {found}" for name, found in report["packages"].items())
+    rows["CUDA kernels"] = report["kernels"]["gpu"] or report["kernels"]["reason"]
     rows["ONNX Runtime providers"] = ", ".join(report["onnxruntime_providers"]) or "none"
     for name, entry in report["backends"].items():
         rows[f"backend {name}"] = "works" if entry["works"] else f"{entry['reason']}; {entry['remedy']}"

@@ -360,10 +360,12 @@ def test_a_model_without_a_tokenizer(command: Command, copied_checkpoint: Path, 
 
 def test_doctor() -> None:
     document = run("doctor", "--json").document
-    assert document.keys() == {"gta_edge", "machine", "gpu", "packages", "onnxruntime_providers", "backends"}
+    assert document.keys() == {"gta_edge", "machine", "gpu", "packages", "kernels", "onnxruntime_providers", "backends"}
     assert document["gta_edge"] == gta_edge.__version__
     assert document["packages"].keys() >= {"numpy", "onnxruntime", "torch", "onnx", "onnx-ir", "onnxscript"}
     assert "CPUExecutionProvider" in document["onnxruntime_providers"]
+    kernels = document["kernels"]
+    assert kernels["works"] == (kernels["reason"] is None) == (kernels["gpu"] is not None)
     for name in ("onnxruntime", "torch"):
         assert document["backends"][name] == {"works": True, "reason": None, "remedy": None}
 
