@@ -18,10 +18,10 @@ from typing import TypeGuard
 
 from gta_edge.errors import OutputError
 
-__all__ = ["new_directory", "new_file", "plain_name"]
+__all__ = ["cache_directory", "new_directory", "new_file", "plain_name"]
 
 # A directory that holds one of these is a checkpoint, a bundle or part of one, which is all that force may replace.
-_OURS = ("config.json", "gta_edge.json", "prepared.json")
+_OURS = ("config.json", "gta_edge.json", "prepared.json", "engine.json")
 
 # What the system says of the place that is written to; anything else is the writer's own error.
 _OF_THE_PLACE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG}
@@ -41,6 +41,21 @@ def plain_name(name: object) -> TypeGuard[str]:
     )
 
 
+def cache_directory() -> Path | None:
+    """Return where this package keeps what can be made again, None where that cannot be told.
+
+    That is ``$GTA_EDGE_CACHE``, else ``$XDG_CACHE_HOME/gta_edge``, else ``~/.cache/gta_edge``.
+    """
+    if own := os.environ.get("GTA_EDGE_CACHE"):
+        return Path(own)
+    shared = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    try:
+        # A relative path is to be ignored: XDG Base Directory Specification.
+        return (shared if shared.is_absolute() else Path.home() / ".cache") / "gta_edge"
+    except RuntimeError:  # a user without a home
+        return None
+
+
 @contextmanager
 def new_directory(path: str | os.PathLike[str], *, force: bool = False) -> Iterator[Path]:
     """Yield a temporary directory that becomes ``path`` when the body succeeds, and vanishes when it does not.
@@ -48,7 +63,7 @@ def new_directory(path: str | os.PathLike[str], *, force: bool = False) -> Itera
     Args:
         path: where the result goes; its parent must exist.
         force: replace an existing directory, once the new one is complete. Only one that is empty or holds a
-            ``config.json``, ``gta_edge.json`` or ``prepared.json`` is replaced, and never one that holds the working
+            record of ours (``_OURS``) is replaced, and never one that holds the working
             or home directory.
 
     Raises:

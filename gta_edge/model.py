@@ -198,6 +198,8 @@ class Decoder(nn.Module):
         if x.dtype == torch.float32:
             return functional.linear(x, weight)
         if x.is_cuda:  # sums are float32 there anyway; they are just not rounded to 16 bits afterwards
+            if not x.numel():  # a chunk in which no row ends
+                return x.new_zeros(*x.shape[:-1], len(weight), dtype=torch.float32)
             rows: Tensor = torch.mm(x.flatten(0, -2), weight.t(), out_dtype=torch.float32)
             return rows.view(*x.shape[:-1], -1)
         return functional.linear(x.float(), weight.float())

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from gta_edge.errors import BackendError, OutputError
-from gta_edge.files import new_file
+from gta_edge.files import cache_directory, new_file
 from gta_edge.optional import optional
 from gta_edge.plugins.tiling import Program
 
@@ -214,14 +214,8 @@ def _key(program: Program, architecture: str, nvrtc: tuple[int, int], kernels: P
 
 def _cache_directory() -> Path | None:
     """Return where compiled kernels are kept, None where that cannot be told."""
-    if own := os.environ.get("GTA_EDGE_CACHE"):
-        return Path(own) / "kernels"
-    shared = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    try:
-        # A relative path is to be ignored: XDG Base Directory Specification.
-        return (shared if shared.is_absolute() else Path.home() / ".cache") / "gta_edge" / "kernels"
-    except RuntimeError:  # a user without a home
-        return None
+    directory = cache_directory()
+    return directory / "kernels" if directory else None
 
 
 def _read(entry: Path) -> Compiled | None:

@@ -7,7 +7,7 @@ allocates nothing and waits for nothing, so that it can be captured in a CUDA gr
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any
@@ -36,6 +36,7 @@ OLDEST = (8, 0)
 _ALIGNMENT = 16
 _ALIGNMENTS = {"past_length": 8, "key_scale": 4, "latent_scale": 4}
 _SCALES = ("key_scale", "latent_scale")
+_MAX_FLOAT32 = float(np.finfo(np.float32).max)
 _MAY_BE_ABSENT = (*_SCALES, "workspace")
 _LAUNCHES_KEPT = 256
 _STREAMS_KEPT = 16
@@ -205,7 +206,8 @@ class AttentionKernels:
         """Launch one call of the op.
 
         Args:
-            stream: of the GPU: a ``cuda.core.Stream``, anything with ``__cuda_stream__``, or a handle.
+            stream: of the GPU: a ``cuda.core.Stream``, anything with ``__cuda_stream__``, or a handle. The GPU's
+                context is current in the calling thread: handle 0 means the default stream of what is current.
             buffers: of the sizes below; they must live until the stream has passed the launches.
             batch: B, up to 65535.
             tokens: T, at most ``capacity``.
@@ -257,8 +259,9 @@ class AttentionKernels:
         plan = self.plan(batch, tokens, capacity)
         if tokens > capacity:
             raise BackendError(f"tokens is {tokens}; expected at most the capacity, {capacity}")
-        if not scale > 0:  # the largest product gives the largest score
-            raise BackendError(f"scale is {scale}; expected more than 0")
+        # The largest product must give the largest score; what counts is the float32 that the kernels get.
+        if not (0 < scale <= _MAX_FLOAT32 and np.float32(scale) > 0):
+            raise BackendError(f"scale is {scale}; expected more than 0, and a number that float32 has")
         if not 1 <= positions <= MAX_INT32:
             raise BackendError(f"positions is {positions}; expected 1 to {MAX_INT32}")
         # An int of Python would be passed as 8 bytes, a float too.
@@ -303,7 +306,9 @@ def _load(launches: tuple[KernelLaunch, ...], cubin: bytes, gpu: Gpu) -> list[An
         for each in launches:
             kernel = code.get_kernel(each.kernel)
             _result(driver.cuKernelSetAttribute(attribute, each.launch.shared_bytes, kernel.handle, device))
-            _result(driver.cuFuncLoad(_result(driver.cuKernelGetFunction(kernel.handle))))
+            function = _result(driver.cuKernelGetFunction(kernel.handle))
+            with suppress(RuntimeError):  # before CUDA 12.4 there is no such call, and the first launch loads
+                driver.cuFuncLoad(function)
             kernels.append(kernel)
     return kernels
 

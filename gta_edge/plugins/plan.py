@@ -29,6 +29,8 @@ __all__ = [
 MAX_GRID_YZ = 65535
 """Blocks of a grid along its second and third axis, on every GPU."""
 MAX_INT32 = 2**31 - 1
+MAX_CAPACITY = 2**30
+"""Tokens that a cache may have room for: twice as many is what the kernels' 32-bit positions can tell apart."""
 FLOAT_BYTES = 4
 
 
@@ -184,7 +186,7 @@ def plan_attention(programs: Programs, processors: int, *, batch: int, tokens: i
 
 def _check(batch: int, tokens: int, capacity: int) -> None:
     """Raise BackendError where a size is out of range."""
-    sizes = (("batch", batch, MAX_GRID_YZ), ("tokens", tokens, MAX_INT32), ("capacity", capacity, MAX_INT32))
+    sizes = (("batch", batch, MAX_GRID_YZ), ("tokens", tokens, MAX_INT32), ("capacity", capacity, MAX_CAPACITY))
     for name, value, most in sizes:
         if not 1 <= value <= most:
             raise BackendError(f"{name} is {value}; expected 1 to {most}")

@@ -50,6 +50,9 @@ WARP = 32
 ROWS = 16
 """Rows of one tensor core product, and tokens of the slice of the cache that it meets."""
 
+LEAST_SPLIT_TOKENS, MOST_SPLIT_TOKENS = 256, 2048
+"""Tokens of a split: fewer make the combining kernel's work grow, more let one long row of a batch end last."""
+
 COMBINE_THREADS = 256
 APPEND_WARPS = 4
 """Cache rows that one block of the appending kernel writes, a warp each."""
@@ -227,6 +230,7 @@ def decode_program(variant: Variant, architecture: str) -> Program:
         "GTA_DECODE_WARPS_M": warps_m,
         "GTA_DECODE_WARPS_N": warps_n,
         "GTA_DECODE_STAGES": stages,
+        "GTA_DECODE_LEAST_TOKENS": LEAST_SPLIT_TOKENS,
         "GTA_DECODE_SHARED_BYTES": shared_bytes,
         "GTA_COMBINE_COLUMNS": columns,
         "GTA_COMBINE_THREADS": COMBINE_THREADS,
@@ -258,13 +262,13 @@ def _row_blocks(program: Program, tokens: int) -> int:
 def decode_splits(program: Program, processors: int, batch: int, tokens: int, capacity: int) -> int:
     """Return among how many blocks the cache's length is divided.
 
-    As many as are resident at once, but none shorter than one round of a block's warps when the cache is full. The
+    As many as are resident at once, within ``LEAST_SPLIT_TOKENS`` and ``MOST_SPLIT_TOKENS`` for a full cache. The
     blocks share out the true length by themselves, so the number depends on nothing that changes from step to step.
     """
-    round_tokens = ROWS * program.tile("GTA_DECODE_WARPS_N")
     others = batch * program.tile("GTA_DECODE_GROUPS") * _row_blocks(program, tokens)
     resident = processors * min(program.resident_blocks, 2)
-    return max(1, min(resident // others, -(-capacity // round_tokens)))
+    least, most = -(-capacity // MOST_SPLIT_TOKENS), -(-capacity // program.tile("GTA_DECODE_LEAST_TOKENS"))
+    return min(max(resident // others, least), most)
 
 
 def decode_grid(program: Program, splits: int, batch: int, tokens: int) -> Launch:
@@ -276,11 +280,12 @@ def decode_grid(program: Program, splits: int, batch: int, tokens: int) -> Launc
 def combine_grid(program: Program, processors: int, batch: int, tokens: int) -> Launch:
     """Return the launch of ``gta_decode_combine``: rows, query heads, blocks of output columns.
 
-    Each block keeps its part of the value decoder in registers and takes rows in turn.
+    Each block keeps its part of the value decoder in registers and takes rows in turn, where there are more rows than
+    keep the GPU busy.
     """
     sizes = program.variant.sizes
     columns = program.variant.expansion * sizes.latent_dim // program.tile("GTA_COMBINE_COLUMNS")
-    rows = min(batch * tokens, max(1, 2 * processors // (sizes.num_query_heads * columns)))
+    rows = min(batch * tokens, max(1, 6 * processors // (sizes.num_query_heads * columns)))
     shared_bytes = program.tile("GTA_COMBINE_SHARED_BYTES")
     return Launch((rows, sizes.num_query_heads, columns), COMBINE_THREADS, shared_bytes)
 
@@ -300,17 +305,24 @@ def prefill_program(variant: Variant, architecture: str, row_tiles: int) -> Prog
     """
     sizes, (_, per_block) = variant.sizes, _shared_limits(architecture)
     warps = 4
-    columns = next(c for c in (64, 32, 16) if sizes.latent_dim % c == 0 and (c < 64 or sizes.latent_dim <= 128))
     query = ROWS * row_tiles * warps * _pitch(2 * sizes.key_dim)
     token = _pitch(sizes.key_dim * variant.cache_itemsize) + _pitch(sizes.latent_dim * variant.cache_itemsize)
     token += 8 if variant.quantised else 0
-    decoder = 2 * sizes.latent_dim * _pitch(2 * columns)
-    keys = 64 if row_tiles == 1 and sizes.latent_dim <= 128 else 32  # more of them would not fit the registers
-    shared_bytes = query + max(2 * keys * token, decoder)
-    if shared_bytes > per_block:
+    # more keys, or columns with wide latents, would not fit the registers
+    most_keys = 64 if row_tiles == 1 and sizes.latent_dim <= 128 else 32
+    most_columns = 64 if sizes.latent_dim <= 128 else 32
+    candidates = [
+        (keys, columns, query + 2 * max(keys * token, sizes.latent_dim * _pitch(2 * columns)))
+        for keys, columns in product((64, 32), (64, 32, 16))
+        if keys <= most_keys and columns <= most_columns and sizes.latent_dim % columns == 0
+    ]
+    fitting = [entry for entry in candidates if entry[2] <= per_block]
+    if not fitting:
         raise BackendError(
             f"the prefill kernel of {sizes} does not fit {per_block} bytes of shared memory; choose another backend"
         )
+    # the largest tiles that leave room for a second block, which works while the first waits
+    keys, columns, shared_bytes = next((e for e in fitting if _resident(e[2], architecture) > 1), fitting[0])
     tiles = {
         "GTA_PREFILL_WARPS": warps,
         "GTA_PREFILL_ROW_TILES": row_tiles,

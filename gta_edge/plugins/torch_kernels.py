@@ -1,7 +1,8 @@
 """The attention op on an NVIDIA GPU: torch's tensors given to the CUDA kernels.
 
 ``torch_ops`` registers this as the in-place op's implementation on CUDA. What the kernels are not made for (float32,
-widths that are no multiple of 16, caches that are views) is left to the implementation in torch's own operations.
+widths that are no multiple of 16, caches that are views, GPUs older than Ampere) is left to the implementation in
+torch's own operations.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from gta_edge.errors import BackendError
 from gta_edge.optional import optional
 from gta_edge.plugins.grouped_latent_attention import Sizes
-from gta_edge.plugins.launch import Buffers, attention_kernels, current_gpu
+from gta_edge.plugins.launch import OLDEST, Buffers, attention_kernels, current_gpu
 from gta_edge.plugins.tiling import Variant
 
 if TYPE_CHECKING:
@@ -42,9 +43,9 @@ def on_gpu(eager: Callable[..., Tensor]) -> Callable[..., Tensor]:
     ) -> Tensor:
         inputs = (query, key, latent, gate, past_key, past_latent, past_length, cos, sin, value_decoder)
         variant = _variant(inputs, heads_and_scale[:3])
-        if variant is None or not heads_and_scale[3] > 0:
-            return eager(*inputs, *heads_and_scale)
         device = gate.device
+        if variant is None or torch.cuda.get_device_capability(device) < OLDEST or not heads_and_scale[3] > 0:
+            return eager(*inputs, *heads_and_scale)
         index = torch.cuda.current_device() if device.index is None else device.index
         kernels = attention_kernels(variant, current_gpu(index))
         batch, tokens, _ = gate.shape
@@ -55,30 +56,31 @@ def on_gpu(eager: Callable[..., Tensor]) -> Callable[..., Tensor]:
         # kept until the launches are queued: then the allocator may give their memory only to what follows them
         whole = [tensor.contiguous() for tensor in (query, key, latent, gate, past_length, cos, sin, value_decoder)]
         addresses = [tensor.data_ptr() for tensor in whole]
-        kernels.launch(
-            torch.cuda.current_stream(device).cuda_stream,
-            Buffers(
-                query=addresses[0],
-                key=addresses[1],
-                latent=addresses[2],
-                gate=addresses[3],
-                key_cache=past_key.data_ptr(),
-                latent_cache=past_latent.data_ptr(),
-                key_scale=0,
-                latent_scale=0,
-                past_length=addresses[4],
-                cos=addresses[5],
-                sin=addresses[6],
-                value_decoder=addresses[7],
-                output=output.data_ptr(),
-                workspace=workspace.data_ptr(),
-            ),
-            batch=batch,
-            tokens=tokens,
-            capacity=capacity,
-            positions=positions,
-            scale=heads_and_scale[3],
-        )
+        with torch.cuda.device(device):  # whose default stream has the handle of every other GPU's
+            kernels.launch(
+                torch.cuda.current_stream(device).cuda_stream,
+                Buffers(
+                    query=addresses[0],
+                    key=addresses[1],
+                    latent=addresses[2],
+                    gate=addresses[3],
+                    key_cache=past_key.data_ptr(),
+                    latent_cache=past_latent.data_ptr(),
+                    key_scale=0,
+                    latent_scale=0,
+                    past_length=addresses[4],
+                    cos=addresses[5],
+                    sin=addresses[6],
+                    value_decoder=addresses[7],
+                    output=output.data_ptr(),
+                    workspace=workspace.data_ptr(),
+                ),
+                batch=batch,
+                tokens=tokens,
+                capacity=capacity,
+                positions=positions,
+                scale=heads_and_scale[3],
+            )
         return output
 
     return attend

@@ -9,7 +9,7 @@ from typing import Any
 from gta_edge.bundle import Bundle
 from gta_edge.errors import BackendError
 from gta_edge.progress import Progress, silent
-from gta_edge.runtime.session import CHUNK_SIZE, Session
+from gta_edge.runtime.session import Session
 from gta_edge.runtime.tokenizer import Tokenizer, end_token_ids
 
 __all__ = ["BACKENDS", "load", "open_session"]
@@ -51,7 +51,7 @@ def load(
     backend: str = "auto",
     *,
     threads: int | None = None,
-    chunk_size: int = CHUNK_SIZE,
+    chunk_size: int | None = None,
     exact: bool = False,
     compute: str | None = None,
     verify_hashes: bool = False,
@@ -63,7 +63,7 @@ def load(
         bundle: directory that ``export`` wrote.
         backend: a name from ``BACKENDS``, or ``auto`` for the fastest that works; ``session.backend`` says which.
         threads: threads for one operator; one per core by default.
-        chunk_size: tokens of a prompt that are run at once.
+        chunk_size: tokens of a prompt that are run at once; by default what suits the backend.
         exact: multiply by int8 and int4 weights in float32 where the backend would round activations to int8.
         compute: type that a GPU computes in, ``fp16``, ``bf16`` or ``fp32``; by default the bundle's own 16-bit type,
             or bf16. A CPU computes in fp32.
@@ -75,8 +75,10 @@ def load(
         BackendError: the backend is unknown, not installed, or refuses the model.
     """
     opened = Bundle.open(bundle, verify_hashes=verify_hashes, progress=progress)
-    options = {"threads": threads, "chunk_size": chunk_size, "exact": exact, "compute": compute}
-    return open_session(opened, backend, progress=progress, **options)
+    options: dict[str, Any] = {"threads": threads, "exact": exact, "compute": compute, "progress": progress}
+    if chunk_size is not None:
+        options["chunk_size"] = chunk_size
+    return open_session(opened, backend, **options)
 
 
 def open_session(bundle: Bundle, backend: str = "auto", **options: Any) -> Session:

@@ -27,6 +27,12 @@ __all__ = ["COMPUTE_TYPES", "TorchSession", "default_compute", "default_device"]
 COMPUTE_TYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 """torch's names of the types to compute in."""
 
+_GPU_CHUNK_SIZE = 2048
+"""Tokens of a prompt at once on a GPU: fewer leave most of a large one idle, and read the weights more often."""
+
+_GPU_CHUNK_SIZE_OF_BASELINES = 512
+"""Of the baselines, whose attention is torch's own operations and writes all scores to memory."""
+
 _GPU_CAPACITY_STEP = 2048
 """Cost on a GPU goes by the cache's length and not by its capacity; growing it means capturing the graph again."""
 
@@ -78,7 +84,10 @@ class TorchSession(Session):
         **options: Any,
     ) -> None:
         on_gpu = device.startswith("cuda")
-        super().__init__(model.config, **({"capacity_step": _GPU_CAPACITY_STEP} if on_gpu else {}) | options)
+        if on_gpu:
+            chunk_size = _GPU_CHUNK_SIZE if isinstance(model.config, GTAConfig) else _GPU_CHUNK_SIZE_OF_BASELINES
+            options = {"capacity_step": _GPU_CAPACITY_STEP, "chunk_size": chunk_size} | options
+        super().__init__(model.config, **options)
         if compute not in COMPUTE_TYPES:
             raise BackendError(f"torch computes in {', '.join(COMPUTE_TYPES)}, not in {compute}")
         if on_gpu and not torch.cuda.is_available():
@@ -119,6 +128,15 @@ class TorchSession(Session):
             ) from error
 
     def _run(self, input_ids: Ids, past_length: Ids, logit_positions: Ids) -> Logits:
+        try:
+            return self._appended(input_ids, past_length, logit_positions)
+        except torch.OutOfMemoryError as error:
+            raise CapacityError(
+                f"the GPU has too little memory left for {input_ids.size} tokens at once; give a smaller chunk_size, or "
+                "fewer rows"
+            ) from error
+
+    def _appended(self, input_ids: Ids, past_length: Ids, logit_positions: Ids) -> Logits:
         with torch.inference_mode():
             if self._options["device"].type == "cpu":
                 inputs = (torch.tensor(x) for x in (input_ids, past_length, logit_positions))

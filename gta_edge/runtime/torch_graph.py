@@ -48,7 +48,8 @@ class DecodeGraph:
             model(self._ids, self._past_length, positions, caches)  # what is compiled or loaded lazily, is so now
         self._stream.synchronize()
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, stream=self._stream):
+        # other threads may go on using CUDA meanwhile
+        with torch.cuda.graph(self._graph, stream=self._stream, capture_error_mode="thread_local"):
             self._device_logits, _ = model(self._ids, self._past_length, positions, caches)
         for (key, value), (first_key, first_value) in zip(caches, first, strict=True):
             key[:, :, :1].copy_(first_key)

@@ -172,7 +172,7 @@ def test_export_in_a_process_of_its_own(tiny_checkpoint: Path, tmp_path: Path) -
         path.stat().st_size for path in (tmp_path / "bundle").iterdir() if path.name != "gta_edge.json"
     )
     verification = document["verification"]
-    assert verification.keys() == {"backends", "int8_activations", "quantisation", "precision", "passed"}
+    assert verification.keys() == {"backends", "int8_activations", "quantisation", "precision", "compute", "passed"}
     assert verification["passed"] is True
     assert verification["backends"].keys() == {"onnxruntime"}
     assert listing(tiny_checkpoint) == before
@@ -193,7 +193,7 @@ def test_export_replaces_with_force(command: Command, tiny_checkpoint: Path, cop
 
 def test_verify(tiny_bundle: Path, tiny_checkpoint: Path) -> None:
     document = run("verify", tiny_bundle, "--checkpoint", tiny_checkpoint, "--json").document
-    assert document.keys() == {"backends", "int8_activations", "quantisation", "passed", "precision"}
+    assert document.keys() == {"backends", "int8_activations", "quantisation", "passed", "precision", "compute"}
     assert document["passed"] is True
     assert document["backends"].keys() >= {"onnxruntime", "torch"}
     for difference in (*document["backends"].values(), document["quantisation"]):

@@ -151,9 +151,12 @@ def attended(case: Case, present: dict[str, Array]) -> Array:
 def rounding(of: Variant, values: Array) -> Array:
     """How far a cached row may be from ``values`` [..., d]: half a step of its type, and a little for float32."""
     if of.cache == "int8":
-        return np.abs(values).max(-1, keepdims=True) / 127 * 0.501 + 1e-30
+        return np.abs(values).max(-1, keepdims=True) / 127 * 0.501 + 2.0**-60
     if of.cache == "fp8":  # 3 bits of mantissa; below 2^-6 of the scale, steps of 2^-9
-        return np.maximum(np.abs(values) * 2.0**-4, np.abs(values).max(-1, keepdims=True) / 448 * 2.0**-10) * 1.01
+        return (
+            np.maximum(np.abs(values) * 2.0**-4, np.abs(values).max(-1, keepdims=True) / 448 * 2.0**-10) * 1.01
+            + 2.0**-60
+        )
     return np.abs(values) * (2.0**-11 if of.compute == "fp16" else 2.0**-8) + 1e-6
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,13 @@ VARIANTS = {
 }
 
 
-def programs_of(variant: Variant) -> tuple[Program, ...]:
-    return plan.programs(variant, ARCHITECTURE).all
+def programs_of(variant: Variant, least_tokens: int | None = 64) -> plan.Programs:
+    """What is compiled for a variant, its splits shorter than is good for a GPU, so that small caches have several."""
+    programs = plan.programs(variant, ARCHITECTURE)
+    if least_tokens is None:
+        return programs
+    tiles = dict(programs.decode.tiles) | {"GTA_DECODE_LEAST_TOKENS": least_tokens}
+    return replace(programs, decode=replace(programs.decode, tiles=tuple(tiles.items())))
 
 
 def simulator(program: Program, sources: Path = KERNELS) -> Simulator:
@@ -60,7 +66,7 @@ def simulator(program: Program, sources: Path = KERNELS) -> Simulator:
 def builds(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the programs lie: all of them, since two compilers take half the time of one."""
     directory = tmp_path_factory.mktemp("kernels")
-    programs = [program for variant in VARIANTS.values() for program in programs_of(variant)]
+    programs = [program for variant in VARIANTS.values() for program in programs_of(variant).all]
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda program: simulator(program).compile(directory), programs))
     return directory
@@ -74,9 +80,10 @@ def simulate(
     processors: int = 4,
     sources: Path = KERNELS,
     prefill: int | None = None,
+    least_tokens: int | None = 64,
 ) -> None:
     """Run the op's launches on the case's arrays; ``prefill`` takes that program whatever the number of tokens."""
-    programs = plan.programs(case.variant, ARCHITECTURE)
+    programs = programs_of(case.variant, least_tokens)
     sizes = {"batch": case.batch, "tokens": case.tokens}
     if prefill is None:
         plans = plan.plan_attention(programs, processors, capacity=case.capacity, **sizes)
@@ -167,6 +174,11 @@ def test_decode(builds, name, lengths, tokens, capacity, processors):
     check(cases.make(VARIANTS[name], lengths, tokens, capacity), builds, processors=processors)
 
 
+def test_decode_with_the_splits_that_a_gpu_gets(builds):
+    of = cases.variant(*SIZES["gta-1b"], "fp16")
+    check(cases.make(of, (0, 255, 256, 699), 1, 700), builds, processors=8, least_tokens=None)
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize(("lengths", "tokens", "capacity"), [((0, 61), 35, 97), ((70,), 1, 71)])
 def test_prefill(builds, name, lengths, tokens, capacity):
@@ -231,6 +243,23 @@ def test_sizes_at_random(builds, seed):
     for tokens in (1, int(rng.integers(2, 17)), int(rng.integers(17, 20))):
         lengths = tuple(int(n) for n in rng.integers(0, capacity - tokens + 1, 2))
         check(cases.make(of, lengths, tokens, capacity, seed), builds, processors=int(rng.integers(1, 30)))
+
+
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name.startswith("gta-1b, fp16") and "8" in name])
+@pytest.mark.parametrize("tokens", [1, 18])
+@pytest.mark.parametrize("scale", [None, 0.0])
+def test_rows_of_zeros_do_not_drown_the_others(builds, name, tokens, scale):
+    """Weight times scale is what meets the codes: a row that weighs nothing must not take the 16 bits' range."""
+    of = VARIANTS[name]
+    case = cases.make(of, (60,), tokens, 80)
+    for part in ("key", "latent"):
+        case.arrays[f"{part}_scale"][:, :, :60] *= np.float32(1e-3)
+        case.arrays[part] *= np.array(1e-3, case.arrays[part].dtype)
+        case.arrays[f"{part}_cache"][:, :, 7] = 0
+        if scale is not None:  # as others may write it
+            case.arrays[f"{part}_scale"][:, :, 7] = scale
+    case.arrays["latent"][:, 0] = 0
+    check(case, builds)
 
 
 # --- the same by other ways -------------------------------------------------------------------------------------------

@@ -11,8 +11,10 @@ constexpr int groups = GTA_DECODE_GROUPS;
 constexpr int warps_m = GTA_DECODE_WARPS_M;  // tiles of 16 query rows, a warp each
 constexpr int warps_n = GTA_DECODE_WARPS_N;  // warps that take slices of 16 tokens in turn
 constexpr int stages = GTA_DECODE_STAGES;    // slices per warp in flight or in use
+constexpr int least_tokens = GTA_DECODE_LEAST_TOKENS;  // of a split: each one more is work for the second kernel
 constexpr int decode_threads = warp_size * warps_m * warps_n;
 constexpr int round_tokens = slice_tokens * warps_n;
+static_assert(least_tokens % round_tokens == 0);
 
 GTA_DEVICE constexpr int at_least_1(int n) { return n < 1 ? 1 : n; }
 constexpr int group_queries = query_heads / groups;
@@ -35,7 +37,8 @@ constexpr int combine_threads = GTA_COMBINE_THREADS;
 
 // Tokens of each split of a row that holds `present`; splits from ceil_div(present, this) on have none.
 GTA_DEVICE int split_tokens(int present, int splits) {
-    return ceil_div(ceil_div(present, splits), round_tokens) * round_tokens;
+    const int even = ceil_div(ceil_div(present, splits), round_tokens) * round_tokens;
+    return even < least_tokens ? least_tokens : even;
 }
 
 struct Slices {  // the cached rows of one group
@@ -128,7 +131,7 @@ struct Attention {
                 const int token = 8 * n + 2 * pair + i % 2, half = i / 2;
                 const bool visible = first + token <= limit[half];
                 if constexpr (quantised) {
-                    const float scale = scales[(group_keys + heads.latent[half]) * slice_tokens + token];
+                    const float scale = usable_scale(scales[(group_keys + heads.latent[half]) * slice_tokens + token]);
                     const float key_scale = scales[heads.key[half] * slice_tokens + token];
                     scores[n][i] = scores[n][i] * (key_scale * factor) + logarithm_2(scale);
                     unscaled[n][i] = visible ? reciprocal(scale) : 0.0f;

@@ -82,10 +82,11 @@ GTA_DEVICE u32 to_code(float value) {  // |value| is at most about largest_code
     }
 }
 
-// A row's scale from its largest magnitude: one that gives finite codes and can be inverted, also for a row of zeros.
-GTA_DEVICE float scale_of(float largest) {
-    const float smallest = 1e-30f;
-    return largest < smallest ? 1.0f : largest * (1.0f / largest_code);  // NaN stays NaN
-}
+// Scales are at least 2^-60, so that they can be inverted, and so that a row of zeros weighs next to nothing where
+// weights are multiplied by scales. NaN stays NaN.
+GTA_DEVICE float usable_scale(float scale) { return scale < 0x1p-60f ? 0x1p-60f : scale; }
+
+// A row's scale from its largest magnitude.
+GTA_DEVICE float scale_of(float largest) { return usable_scale(largest * (1.0f / largest_code)); }
 
 }  // namespace gta

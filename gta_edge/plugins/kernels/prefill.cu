@@ -90,8 +90,9 @@ struct Rows {  // what one warp works on: row_tiles tiles of 16 query rows, of o
                 for (int i = 0; i < 2; ++i) {
                     const int token = 8 * n + 2 * pair + i;
                     key_factor[n][i] = key_scales[token] * factor;
-                    shift[n][i] = logarithm_2(latent_scales[token]);
-                    unscaled[n][i] = reciprocal(latent_scales[token]);
+                    const float scale = usable_scale(latent_scales[token]);
+                    shift[n][i] = logarithm_2(scale);
+                    unscaled[n][i] = reciprocal(scale);
                 }
             }
         }

@@ -29,7 +29,7 @@ GTA_DEVICE u32 shared_address(const void* pointer) { return static_cast<u32>(__c
 
 // --- barriers, shuffles and votes; every thread of the block or warp takes part ---------------------------------------
 
-GTA_DEVICE void block_barrier() { asm volatile("barrier.sync 0;" ::: "memory"); }
+GTA_DEVICE void block_barrier() { asm volatile("barrier.sync.aligned 0;" ::: "memory"); }
 
 GTA_DEVICE void warp_barrier() { asm volatile("bar.warp.sync 0xffffffff;" ::: "memory"); }
 
