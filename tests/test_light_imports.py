@@ -14,7 +14,18 @@ from gta_edge import errors
 from tests.cli import environment
 
 PACKAGE = Path(gta_edge.__file__).parent
-HEAVY = ("cuda", "torch", "onnx", "onnxruntime", "onnx_ir", "onnxscript", "tensorrt", "tensorrt_rtx", "transformers")
+HEAVY = (
+    "cuda",
+    "tensorrt_lean_bindings",
+    "torch",
+    "onnx",
+    "onnxruntime",
+    "onnx_ir",
+    "onnxscript",
+    "tensorrt",
+    "tensorrt_rtx",
+    "transformers",
+)
 
 
 def run_python(script: str) -> str:

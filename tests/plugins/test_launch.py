@@ -139,8 +139,8 @@ def test_the_widest_tile_that_gives_every_processor_a_block_is_taken(processors:
         ({"batch": 0}, "batch is 0; expected 1 to 65535"),
         ({"batch": 65536}, "batch is 65536; expected 1 to 65535"),
         ({"tokens": 0}, "tokens is 0; expected 1 to 2147483647"),
-        ({"capacity": -1}, "capacity is -1; expected 1 to 2147483647"),
-        ({"capacity": 2**31}, "capacity is 2147483648; expected 1 to 2147483647"),
+        ({"capacity": -1}, "capacity is -1; expected 1 to 1073741824"),
+        ({"capacity": 2**30 + 1}, "capacity is 1073741825; expected 1 to 1073741824"),
         (
             {"batch": 65535, "tokens": 40000},
             "65535 rows of 40000 new tokens are more than 2147483647; append smaller chunks",
@@ -427,8 +427,10 @@ def test_calls_of_the_same_sizes_are_prepared_once(cuda: FakeCuda, monkeypatch: 
         (FP16, BUFFERS, {"tokens": 600}, "tokens is 600; expected at most the capacity, 512"),
         (FP16, BUFFERS, {"positions": 0}, "positions is 0; expected 1 to 2147483647"),
         (FP16, BUFFERS, {"positions": 2**31}, "positions is 2147483648; expected 1 to 2147483647"),
-        (FP16, BUFFERS, {"scale": 0.0}, "scale is 0.0; expected more than 0"),
-        (FP16, BUFFERS, {"scale": float("nan")}, "scale is nan; expected more than 0"),
+        *(
+            (FP16, BUFFERS, {"scale": scale}, f"scale is {scale}; expected more than 0, and a number that float32 has")
+            for scale in (0.0, -1.0, 1e-46, 1e39, float("inf"), float("nan"))
+        ),
         (FP16, BUFFERS, {"batch": 0}, "batch is 0; expected 1 to 65535"),
     ],
 )

@@ -1,0 +1,762 @@
+"""``gta::GroupedLatentAttention`` as a TensorRT plugin: between TensorRT's descriptors and ``launch.py``.
+
+The classes derive from those of the TensorRT module at hand, so they are made when they are asked for
+(``plugin_classes``). One object is the plugin and its three capabilities: core, build and runtime.
+
+Past and present caches are meant to be one memory: whoever runs the engine binds both to one address. That is not
+declared to TensorRT unless the node's attribute ``declare_alias`` asks for it, which needs the preview feature
+``ALIASED_PLUGIN_IO_10_03``. Where the addresses differ, as when the builder times the plugin, the past is copied to the
+present first.
+
+TensorRT calls the methods from C++. Its bindings catch what they raise, write it to stderr and give TensorRT an error,
+so that the build or the run fails; ``take_failures`` has the messages for those who want to raise them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, cached_property, lru_cache, wraps
+from threading import Lock
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+import numpy as np
+
+from gta_edge.errors import BackendError
+from gta_edge.optional import optional
+from gta_edge.plugins.compiler import cuda_extra
+from gta_edge.plugins.grouped_latent_attention import DOMAIN, INPUTS, OP, OUTPUTS, VERSION, Sizes
+from gta_edge.plugins.launch import AttentionKernels, Buffers, Gpu, attention_kernels, current_gpu
+from gta_edge.plugins.plan import plan_attention, programs
+from gta_edge.plugins.tiling import COMPUTE_TYPES, DECODE_TOKENS, Variant
+from gta_edge.trt import TensorRT
+
+__all__ = [
+    "DECLARE_ALIAS",
+    "PAST_SCALES",
+    "PRESENT_SCALES",
+    "QUANTISED_CACHE",
+    "Built",
+    "Call",
+    "Classes",
+    "Parameters",
+    "describe_call",
+    "largest_workspace_bytes",
+    "plugin_classes",
+    "register_creators",
+    "take_failures",
+]
+
+PAST_SCALES = ("past_key_scale", "past_latent_scale")  # float32 [B, n_k, S], [B, n_c, S]
+PRESENT_SCALES = ("present_key_scale", "present_latent_scale")
+
+QUANTISED_CACHE = "quantised_cache"
+"""Attribute, 0 or 1: the node has scales. A plugin says how many outputs it has before it sees its inputs."""
+DECLARE_ALIAS = "declare_alias"
+"""Attribute, 0 or 1: present caches are declared to be the past ones' memory."""
+
+_CACHED = ("int8", "fp8")
+_IGNORED = ("plugin_namespace", "plugin_version")
+_ATTRIBUTES: Mapping[str, type] = {
+    "num_query_heads": int,
+    "num_key_heads": int,
+    "num_latent_heads": int,
+    "scale": float,
+    QUANTISED_CACHE: int,
+    DECLARE_ALIAS: int,
+}
+_OPTIONAL = (QUANTISED_CACHE, DECLARE_ALIAS)
+_BUILT: Mapping[str, type] = {
+    "key_dim": int,
+    "latent_dim": int,
+    "hidden_size": int,
+    "compute": str,
+    "cache": str,
+    "architecture": str,
+    "processors": int,
+}
+_FIELD_TYPES: Mapping[type, tuple[str, ...]] = {int: ("INT32", "INT64"), float: ("FLOAT32", "FLOAT64"), str: ("CHAR",)}
+_DATA_TYPES = {"HALF": "fp16", "BF16": "bf16", "FLOAT": "fp32", "INT8": "int8", "FP8": "fp8", "INT64": "int64"}
+_CALLS_KEPT = 1024
+_FAILURES_KEPT = 16
+
+
+# --- what a plugin is ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """The node's attributes.
+
+    Raises:
+        BackendError: one of them makes no sense.
+    """
+
+    num_query_heads: int
+    num_key_heads: int
+    num_latent_heads: int
+    scale: float
+    quantised_cache: bool = False
+    declare_alias: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("num_query_heads", "num_key_heads", "num_latent_heads"):
+            value = getattr(self, name)
+            if value < 1 or self.num_query_heads % value:
+                raise BackendError(
+                    f"{OP} has {name} = {value}; expected a number from 1 that divides num_query_heads, "
+                    f"{self.num_query_heads}"
+                )
+        object.__setattr__(self, "scale", float(np.float32(self.scale)))  # as it is serialised
+        if not 0 < self.scale < float("inf"):
+            raise BackendError(f"{OP} has scale = {self.scale}; expected more than 0")
+
+    @cached_property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the inputs, in order."""
+        return INPUTS + PAST_SCALES * self.quantised_cache
+
+    @cached_property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of the outputs, in order."""
+        return OUTPUTS + PRESENT_SCALES * self.quantised_cache
+
+    @cached_property
+    def caches(self) -> tuple[tuple[int, int], ...]:
+        """For each output that is an input updated: the input's place and the output's."""
+        return tuple(
+            (self.inputs.index(name.replace("present", "past")), place)
+            for place, name in enumerate(self.outputs)
+            if name.startswith("present")
+        )
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a build settled: the engine fits this, and its workspace was reserved for it."""
+
+    variant: Variant
+    architecture: str
+    processors: int
+    """Multiprocessors of the GPU that it was built on."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """What one call is, beside its addresses."""
+
+    variant: Variant
+    batch: int
+    tokens: int
+    capacity: int
+    positions: int
+
+
+def _allowed(parameters: Parameters, place: int, types: Sequence[str]) -> tuple[str, ...]:
+    """Return the types that an input or output may have, given those of all before it."""
+    name = (parameters.inputs + parameters.outputs)[place]
+    if name == "query":
+        return COMPUTE_TYPES
+    if name == "past_length":
+        return ("int64",)
+    if name.endswith("_scale"):
+        return ("fp32",)
+    if name == "past_key" and parameters.quantised_cache:
+        return _CACHED
+    if name in ("past_latent", "present_key", "present_latent"):
+        return (types[parameters.inputs.index("past_key")],)
+    return (types[0],)
+
+
+def _check_types(parameters: Parameters, types: Sequence[str]) -> None:
+    """Raise BackendError where the inputs' types are not a combination that there are kernels for."""
+    if len(types) != len(parameters.inputs):
+        raise BackendError(
+            f"{OP} has {len(types)} inputs; with {QUANTISED_CACHE} = {int(parameters.quantised_cache)} it has "
+            f"{len(parameters.inputs)}: {', '.join(parameters.inputs)}"
+        )
+    for place, (name, found) in enumerate(zip(parameters.inputs, types, strict=True)):
+        allowed = _allowed(parameters, place, types)
+        if found not in allowed:
+            raise BackendError(
+                f"{OP} has {name} of type {found} with a query of {types[0]} and {QUANTISED_CACHE} = "
+                f"{int(parameters.quantised_cache)}; expected {' or '.join(allowed)}: retype the model, and build a "
+                "strongly typed network"
+            )
+
+
+@cache
+def _type(data_type: Any) -> str:
+    """Return this package's name of one of TensorRT's types, TensorRT's own where there is none."""
+    name = str(getattr(data_type, "name", data_type))
+    return _DATA_TYPES.get(name, name)
+
+
+@lru_cache(_CALLS_KEPT)
+def describe_call(
+    parameters: Parameters, types: tuple[str, ...], shapes: tuple[tuple[int, ...], ...], exact: bool = True
+) -> Call:
+    """Return what a call with these inputs is.
+
+    Args:
+        parameters: of the plugin.
+        types: of the inputs, in order: ``fp16``, ``bf16``, ``fp32``, ``int8``, ``fp8``, ``int64`` or TensorRT's name.
+        shapes: of the inputs, in order.
+        exact: whether B, T, S and P must be the same wherever they stand; the bounds of a profile may differ.
+
+    Raises:
+        BackendError: the kernels do not take this combination of types and shapes; the message names what is wrong.
+    """
+    _check_types(parameters, types)
+    given = dict(zip(parameters.inputs, shapes, strict=True))
+    for name, rank in (("gate", 3), ("past_key", 4), ("past_latent", 4), ("cos", 2)):
+        if len(given[name]) != rank:
+            raise BackendError(f"{OP} has {name} of shape {list(given[name])}; expected {rank} axes")
+    (b, t, hidden), (_, _, s, d_k), d_l = given["gate"], given["past_key"], given["past_latent"][3]
+    n_q, n_k, n_c = parameters.num_query_heads, parameters.num_key_heads, parameters.num_latent_heads
+    try:
+        sizes = Sizes(n_q, n_k, n_c, d_k, d_l, hidden)
+    except ValueError as error:
+        raise BackendError(f"{OP} has inputs that do not fit its attributes: {error}") from error
+    expected: dict[str, tuple[int | str, ...]] = {
+        "query": ("B", "T", n_q * d_k),
+        "key": ("B", "T", n_k * d_k),
+        "latent": ("B", "T", n_c * d_l),
+        "gate": ("B", "T", hidden),
+        "past_key": ("B", n_k, "S", d_k),
+        "past_latent": ("B", n_c, "S", d_l),
+        "past_length": ("B",),
+        "cos": ("P", d_k // 2),
+        "sin": ("P", d_k // 2),
+        "value_decoder": (n_q, d_l, hidden // n_q),
+        "past_key_scale": ("B", n_k, "S"),
+        "past_latent_scale": ("B", n_c, "S"),
+    }
+    named = {"B": b, "T": t, "S": s, "P": given["cos"][0]}
+    for name, shape in given.items():
+        wanted = [named[size] if isinstance(size, str) else size for size in expected[name]]
+        fixed = [exact or not isinstance(size, str) for size in expected[name]]
+        if len(shape) != len(wanted) or any(
+            f and found != want for f, found, want in zip(fixed, shape, wanted, strict=True)
+        ):
+            raise BackendError(f"{OP} has {name} of shape {list(shape)}; expected {wanted}")
+    if t > s:
+        raise BackendError(f"{OP} has {t} new tokens in caches for {s}; expected at most {s}: append smaller chunks")
+    return Call(Variant(sizes, types[0], types[parameters.inputs.index("past_key")]), b, t, s, named["P"])
+
+
+@lru_cache(_CALLS_KEPT)
+def largest_workspace_bytes(
+    variant: Variant, architecture: str, processors: int, *, batch: int, tokens: int, capacity: int
+) -> int:
+    """Return the workspace that suffices for all calls up to these sizes.
+
+    It does not grow with every size: two rows may share the GPU's blocks better than three. So all are asked.
+
+    Args:
+        variant: sizes and types.
+        architecture: of the GPU.
+        processors: of the GPU.
+        batch: largest B.
+        tokens: largest T.
+        capacity: largest S.
+
+    Raises:
+        BackendError: the kernels do not take these sizes.
+    """
+    of = programs(variant, architecture)
+    plan_attention(of, processors, batch=batch, tokens=tokens, capacity=capacity)
+    # Above this many rows the splits no longer depend on the batch, and the workspace grows with it.
+    split = min(batch, 2 * processors + 1)
+    return max(
+        plan_attention(of, processors, batch=rows, tokens=few, capacity=capacity).workspace_bytes
+        for rows in {*range(1, split + 1), batch}
+        for few in range(1, min(tokens, DECODE_TOKENS) + 1)
+    )
+
+
+# --- what went wrong -------------------------------------------------------------------------------------------------
+
+_failures: deque[str] = deque(maxlen=_FAILURES_KEPT)
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def take_failures() -> tuple[str, ...]:
+    """Return the messages of the plugins' latest errors in this process, oldest first, and forget them.
+
+    TensorRT itself tells its caller only that a plugin failed.
+    """
+    taken = []
+    while _failures:
+        taken.append(_failures.popleft())
+    return tuple(dict.fromkeys(taken))
+
+
+def _reported(method: _Method) -> _Method:
+    """Keep the message of what a method raises, for ``take_failures``."""
+
+    @wraps(method)
+    def call(*arguments: Any, **options: Any) -> Any:
+        try:
+            return method(*arguments, **options)
+        except Exception as error:
+            _failures.append(" ".join(str(error).split()) or type(error).__name__)
+            raise
+
+    return call  # type: ignore[return-value]  # the same signature, which ParamSpec cannot say of methods
+
+
+# --- fields ----------------------------------------------------------------------------------------------------------
+
+
+def _read_fields(trt: Any, fields: Any) -> dict[str, Any]:
+    """Return the values of plugin fields by name.
+
+    Raises:
+        BackendError: a field is not known, not of its type, or not one value.
+    """
+    known = {**_ATTRIBUTES, **_BUILT}
+    values: dict[str, Any] = {}
+    for field in (fields[place] for place in range(len(fields))):
+        name = str(field.name)
+        if name in _IGNORED:
+            continue
+        if name not in known:
+            raise BackendError(f"{OP} has no attribute {name}; expected {', '.join((*_ATTRIBUTES, *_IGNORED))}")
+        kind = known[name]
+        if field.type not in [getattr(trt.PluginFieldType, each) for each in _FIELD_TYPES[kind]]:
+            found = getattr(field.type, "name", field.type)
+            raise BackendError(f"{OP} has {name} of type {found}; expected {' or '.join(_FIELD_TYPES[kind])}")
+        data = np.asarray(field.data)
+        if kind is str:
+            values[name] = data.astype(np.uint8).tobytes().rstrip(b"\0").decode("utf-8", "replace")
+        elif data.size != 1:
+            raise BackendError(f"{OP} has {data.size} values for {name}; expected one")
+        else:
+            values[name] = kind(data.reshape(-1)[0])
+    return values
+
+
+def _parameters(values: Mapping[str, Any]) -> Parameters:
+    """Return the attributes among the values.
+
+    Raises:
+        BackendError: one is missing or makes no sense.
+    """
+    missing = [name for name in _ATTRIBUTES if name not in values and name not in _OPTIONAL]
+    if missing:
+        raise BackendError(f"{OP} lacks {', '.join(missing)}; export the model again")
+    given = {name: values[name] for name in _ATTRIBUTES if name in values}
+    for name in _OPTIONAL:
+        if given.get(name, 0) not in (0, 1):
+            raise BackendError(f"{OP} has {name} = {given[name]}; expected 0 or 1")
+        given[name] = bool(given.get(name, 0))
+    return Parameters(**given)
+
+
+def _built(parameters: Parameters, values: Mapping[str, Any]) -> Built | None:
+    """Return what a build settled, None where the plugin was serialised before it.
+
+    Raises:
+        BackendError: part of it is missing, or there are no such kernels.
+    """
+    missing = [name for name in _BUILT if name not in values]
+    if len(missing) == len(_BUILT):
+        return None
+    if missing:
+        raise BackendError(f"{OP} in this engine lacks {', '.join(missing)}; build the engine again")
+    heads = (parameters.num_query_heads, parameters.num_key_heads, parameters.num_latent_heads)
+    try:
+        sizes = Sizes(*heads, values["key_dim"], values["latent_dim"], values["hidden_size"])
+    except ValueError as error:
+        raise BackendError(f"{OP} in this engine is damaged ({error}); build the engine again") from error
+    return Built(Variant(sizes, values["compute"], values["cache"]), values["architecture"], values["processors"])
+
+
+def _values(parameters: Parameters, built: Built | None) -> dict[str, int | float | str]:
+    """Return all that a plugin is made of, by the field's name."""
+    values: dict[str, int | float | str] = {name: kind(getattr(parameters, name)) for name, kind in _ATTRIBUTES.items()}
+    if built is not None:
+        variant = built.variant
+        numbers = (variant.sizes.key_dim, variant.sizes.latent_dim, variant.sizes.hidden_size)
+        all_values = (*numbers, variant.compute, variant.cache, built.architecture, built.processors)
+        values |= dict(zip(_BUILT, all_values, strict=True))
+    return values
+
+
+class _Fields:
+    """A ``PluginFieldCollection`` and all that it points to."""
+
+    def __init__(self, trt: Any, values: Mapping[str, int | float | str]) -> None:
+        kinds = trt.PluginFieldType
+        self._data: list[Any] = []
+        self._fields: list[Any] = []
+        for name, value in values.items():
+            if isinstance(value, str):
+                data, kind = np.frombuffer(value.encode(), np.int8), kinds.CHAR
+            elif isinstance(value, float):
+                data, kind = np.array([value], np.float32), kinds.FLOAT32
+            else:
+                data, kind = np.array([value], np.int32), kinds.INT32
+            self._data.append((name, data))
+            self._fields.append(trt.PluginField(name, data, kind))
+        self.collection = trt.PluginFieldCollection(self._fields)
+
+
+# --- the GPU ---------------------------------------------------------------------------------------------------------
+
+
+def _driver() -> Any:
+    return optional("cuda.bindings.driver", cuda_extra())
+
+
+def _current_device() -> int:
+    """Return the number of the GPU that is current in this thread, which is TensorRT's; 0 where none is."""
+    status, device = _driver().cuCtxGetDevice()
+    return 0 if int(status) else int(device)
+
+
+def _copy(destination: int, source: int, size: int, stream: int) -> None:
+    """Queue a copy in the GPU's memory, ``size`` in bytes."""
+    (status,) = _driver().cuMemcpyDtoDAsync(destination, source, size, stream)
+    if int(status):
+        raise BackendError(
+            f"the past cache could not be copied to the present one ({getattr(status, 'name', status)}); bind both to "
+            "one address, then nothing is copied"
+        )
+
+
+# --- the plugin ------------------------------------------------------------------------------------------------------
+
+
+class _Plugin:
+    """What the plugin does; the classes of TensorRT that it is of are mixed in by ``plugin_classes``.
+
+    An object is used by one thread at a time, as TensorRT promises. What objects share is the kernels, which do not
+    change once they are loaded.
+
+    Args:
+        parameters: the node's attributes.
+        built: what a build settled, once there was one.
+    """
+
+    trt: ClassVar[Any]
+    bases: ClassVar[tuple[Any, ...]]
+    plugin_name: str
+    plugin_version: str
+    plugin_namespace: str
+    num_outputs: int
+    timing_cache_id: str
+    metadata_string: str
+
+    def __init__(self, parameters: Parameters, built: Built | None = None) -> None:
+        for base in self.bases:
+            base.__init__(self)
+        self.parameters, self.built = parameters, built
+        self.plugin_name, self.plugin_version, self.plugin_namespace = OP, str(VERSION), DOMAIN
+        self.num_outputs = len(parameters.outputs)
+        self.timing_cache_id = self.metadata_string = json.dumps(_values(parameters, None))
+        self._gpu: Gpu | None = None
+        self._ready: tuple[Call, AttentionKernels] | None = None
+        self._serialised: _Fields | None = None
+
+    # -- core
+
+    def get_capability_interface(self, type: Any) -> Any:  # noqa: A002  # the bindings' name
+        """Return the object that has a capability: core, build and runtime are all this one."""
+        return self
+
+    @_reported
+    def clone(self) -> Any:
+        """Return another plugin that is configured like this one."""
+        return type(self)(self.parameters, self.built)
+
+    # -- build
+
+    @_reported
+    def get_output_data_types(self, input_types: Sequence[Any]) -> list[Any]:
+        """Return the outputs' types: the query's, and those of the past caches.
+
+        Raises:
+            BackendError: there are no kernels for this combination of types.
+        """
+        _check_types(self.parameters, [_type(each) for each in input_types])
+        return [input_types[0], *(input_types[past] for past, _ in self.parameters.caches)]
+
+    @_reported
+    def get_output_shapes(self, inputs: Sequence[Any], shape_inputs: Sequence[Any], expr_builder: Any) -> list[Any]:
+        """Return the outputs' shapes: the gate's, and those of the past caches, whatever these are."""
+        if len(inputs) != len(self.parameters.inputs):
+            raise BackendError(f"{OP} has {len(inputs)} inputs; expected {len(self.parameters.inputs)}")
+        return [inputs[INPUTS.index("gate")], *(inputs[past] for past, _ in self.parameters.caches)]
+
+    @_reported
+    def supports_format_combination(self, pos: int, in_out: Sequence[Any], num_inputs: int) -> bool:
+        """Tell whether an input or output may have its type and format, given those of all before it."""
+        if num_inputs != len(self.parameters.inputs) or in_out[pos].desc.format != self.trt.TensorFormat.LINEAR:
+            return False
+        types = [_type(each.desc.type) for each in in_out[: pos + 1]]
+        return types[pos] in _allowed(self.parameters, pos, types)
+
+    @_reported
+    def configure_plugin(self, in_: Sequence[Any], out: Sequence[Any]) -> None:
+        """Take the types and the sizes for which an engine is built.
+
+        Raises:
+            BackendError: the kernels do not take them, or there is no GPU that can run the kernels.
+        """
+        call = self._largest_call(in_)
+        gpu = current_gpu(_current_device())
+        programs(call.variant, gpu.architecture)
+        self.built, self._gpu = Built(call.variant, gpu.architecture, gpu.processors), gpu
+
+    @_reported
+    def get_workspace_size(self, in_: Sequence[Any], out: Sequence[Any]) -> int:
+        """Return the bytes that suffice for all sizes up to the profile's largest.
+
+        Raises:
+            BackendError: as ``configure_plugin``.
+        """
+        call, gpu = self._largest_call(in_), self._own_gpu()
+        sizes = {"batch": call.batch, "tokens": call.tokens, "capacity": call.capacity}
+        return largest_workspace_bytes(call.variant, gpu.architecture, gpu.processors, **sizes)
+
+    def get_aliased_input(self, output_index: int) -> int:
+        """Return the input whose memory an output is, -1 for none; asked for only where aliases are declared."""
+        return next((past for past, present in self.parameters.caches if present == output_index), -1)
+
+    # -- runtime
+
+    def set_tactic(self, tactic: int) -> None:
+        """Do nothing: there is one tactic."""
+
+    @_reported
+    def attach_to_context(self, resource_context: Any) -> Any:
+        """Return the plugin of one execution context, its kernels loaded.
+
+        Raises:
+            BackendError: the kernels cannot be loaded here, or the engine is another GPU's.
+        """
+        attached = self.clone()
+        if self.built is not None:
+            attention_kernels(self.built.variant, attached._own_gpu())
+        return attached
+
+    @_reported
+    def on_shape_change(self, in_: Sequence[Any], out: Sequence[Any]) -> None:
+        """Check the shapes, and have kernels and launches ready for them.
+
+        Raises:
+            BackendError: the kernels do not take them.
+        """
+        call, kernels = self._prepare(in_)
+        kernels.plan(call.batch, call.tokens, call.capacity)
+        self._ready = call, kernels
+
+    @_reported
+    def get_fields_to_serialize(self) -> Any:
+        """Return all that ``create_plugin`` needs to make this plugin again."""
+        # The bindings copy the addresses only; so what is at them lives as long as the plugin.
+        self._serialised = _Fields(self.trt, _values(self.parameters, self.built))
+        return self._serialised.collection
+
+    @_reported
+    def enqueue(
+        self,
+        input_desc: Sequence[Any],
+        output_desc: Sequence[Any],
+        inputs: Sequence[int],
+        outputs: Sequence[int],
+        workspace: int,
+        stream: int,
+    ) -> None:
+        """Queue one call of the op on a stream: nothing is allocated, nothing waited for.
+
+        Args:
+            input_desc: types and shapes of the inputs.
+            output_desc: of the outputs.
+            inputs: device addresses.
+            outputs: device addresses; those of the present caches should be those of the past ones.
+            workspace: device address of ``get_workspace_size`` bytes.
+            stream: handle of a CUDA stream.
+
+        Raises:
+            BackendError: the kernels do not take these sizes or addresses, or a launch failed.
+        """
+        call, kernels = self._ready_for(input_desc)
+        for past, present in self.parameters.caches:
+            if inputs[past] != outputs[present]:
+                desc = input_desc[past]
+                size = int(np.prod(tuple(desc.dims), dtype=np.int64)) * int(desc.type.itemsize)
+                _copy(outputs[present], inputs[past], size, stream)
+        given = dict(zip(self.parameters.inputs, inputs, strict=True))
+        made = dict(zip(self.parameters.outputs, outputs, strict=True))
+        kernels.launch(
+            stream,
+            Buffers(
+                query=given["query"],
+                key=given["key"],
+                latent=given["latent"],
+                gate=given["gate"],
+                key_cache=made["present_key"],
+                latent_cache=made["present_latent"],
+                key_scale=made.get("present_key_scale", 0),
+                latent_scale=made.get("present_latent_scale", 0),
+                past_length=given["past_length"],
+                cos=given["cos"],
+                sin=given["sin"],
+                value_decoder=given["value_decoder"],
+                output=made["output"],
+                workspace=workspace,
+            ),
+            batch=call.batch,
+            tokens=call.tokens,
+            capacity=call.capacity,
+            positions=call.positions,
+            scale=self.parameters.scale,
+        )
+
+    # -- within
+
+    def _largest_call(self, in_: Iterable[Any]) -> Call:
+        """Return the largest call of a profile."""
+        bounds = list(in_)
+        types = tuple(_type(each.desc.type) for each in bounds)
+        return describe_call(self.parameters, types, tuple(tuple(each.max) for each in bounds), exact=False)
+
+    def _ready_for(self, descs: Sequence[Any]) -> tuple[Call, AttentionKernels]:
+        """Return what ``on_shape_change`` made ready, unless a size that changes from call to call is another."""
+        query, past_key = descs[0].dims, descs[INPUTS.index("past_key")].dims  # all of them would take longer to read
+        if self._ready is not None:
+            call = self._ready[0]
+            if (query[0], query[1], past_key[2]) == (call.batch, call.tokens, call.capacity):
+                return self._ready
+        return self._prepare(descs)
+
+    def _prepare(self, descs: Iterable[Any]) -> tuple[Call, AttentionKernels]:
+        types, shapes = zip(*((_type(each.type), tuple(each.dims)) for each in descs), strict=True)
+        call = describe_call(self.parameters, types, shapes)
+        return call, attention_kernels(call.variant, self._own_gpu())
+
+    def _own_gpu(self) -> Gpu:
+        """Return the GPU to plan for: the current one, with no more multiprocessors than the workspace is made for."""
+        if self._gpu is None:
+            gpu, built = current_gpu(_current_device()), self.built
+            if built is not None:
+                if gpu.architecture != built.architecture:
+                    raise BackendError(
+                        f"this engine was built on a GPU of {built.architecture}, {gpu.name} is {gpu.architecture}; "
+                        "build the engine again on this machine"
+                    )
+                gpu = replace(gpu, processors=min(gpu.processors, built.processors))
+            self._gpu = gpu
+        return self._gpu
+
+
+class _Creator:
+    """Makes plugins from a node's attributes, and from what an engine holds of them."""
+
+    trt: ClassVar[Any]
+    base: ClassVar[Any]
+    name: str
+    plugin_version: str
+    plugin_namespace: str
+    field_names: Any
+
+    def __init__(self) -> None:
+        self.base.__init__(self)
+        self.name, self.plugin_version, self.plugin_namespace = OP, str(VERSION), DOMAIN
+        # The parser passes on the attributes that are declared here.
+        self._declared = _Fields(self.trt, {name: kind(1) for name, kind in _ATTRIBUTES.items()})
+        self.field_names = self._declared.collection
+
+    @_reported
+    def create_plugin(self, name: str, field_collection: Any, phase: Any) -> Any:
+        """Make a plugin.
+
+        Args:
+            name: of the layer.
+            field_collection: the node's attributes, in the phase RUNTIME what ``get_fields_to_serialize`` returned.
+            phase: BUILD or RUNTIME.
+
+        Raises:
+            BackendError: a field is missing, unknown, ill-typed or out of range.
+        """
+        classes = plugin_classes(self.trt)
+        values = _read_fields(self.trt, field_collection)
+        parameters = _parameters(values)
+        building = phase == self.trt.TensorRTPhase.BUILD
+        if not (building and parameters.declare_alias):
+            return classes.plugin(parameters, _built(parameters, values))
+        if classes.aliased is None:
+            raise BackendError(
+                f"{OP} has {DECLARE_ALIAS} = 1, which this TensorRT does not know; leave the attribute out and bind "
+                "past and present to one address"
+            )
+        return classes.aliased(parameters, _built(parameters, values))
+
+
+class Classes(NamedTuple):
+    """The classes over one TensorRT module."""
+
+    plugin: Any
+    aliased: Any
+    """The plugin that declares its aliases, None where TensorRT has no such thing."""
+    creator: Any
+
+
+@cache
+def plugin_classes(trt: Any) -> Classes:
+    """Return the classes over a TensorRT module, made at the first call.
+
+    Args:
+        trt: the module.
+    """
+
+    def plugin(name: str, build: Any) -> Any:
+        bases = (trt.IPluginV3, trt.IPluginV3OneCore, build, trt.IPluginV3OneRuntime)
+        # The bindings' classes have a metaclass of their own.
+        return type(trt.IPluginV3)(name, (_Plugin, *bases), {"trt": trt, "bases": bases})
+
+    second = getattr(trt, "IPluginV3OneBuildV2", None)
+    creator_base = trt.IPluginCreatorV3One
+    return Classes(
+        plugin=plugin(OP, trt.IPluginV3OneBuild),
+        aliased=second and plugin(f"Aliased{OP}", second),
+        creator=type(creator_base)(f"{OP}Creator", (_Creator, creator_base), {"trt": trt, "base": creator_base}),
+    )
+
+
+# --- the registry ----------------------------------------------------------------------------------------------------
+
+_creators: list[Any] = []  # the registry refers to them for as long as the process lives
+_registering = Lock()
+
+
+def register_creators(trt: TensorRT) -> None:
+    """Register our creators, unless they are.
+
+    Args:
+        trt: whose registry.
+
+    Raises:
+        BackendError: it has no plugins, or refuses ours.
+    """
+    if not trt.plugins:
+        raise BackendError(
+            f"{trt.flavour} {trt.version_text} takes no plugins; build the form without them: "
+            "gta-edge build --engine tensorrt-rtx"
+        )
+    with _registering:
+        registry = trt.module.get_plugin_registry()
+        if registry.get_creator(OP, str(VERSION), DOMAIN) is not None:
+            return
+        creator = plugin_classes(trt.module).creator()
+        if not registry.register_creator(creator, DOMAIN):
+            raise BackendError(
+                f"{trt.flavour} {trt.version_text} did not register the plugin {DOMAIN}::{OP} version {VERSION}; "
+                "start a new process in which nothing else of that name is registered"
+            )
+        _creators.append(creator)
