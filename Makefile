@@ -1,6 +1,7 @@
 # make demo   export the example model, generate text with it, print a latency table
 # make test   run the tests
 # make lint   run the linters and the type checker
+# make test-jetson   run the tests that need a GPU and TensorRT, with JetPack's own Python packages visible
 # All set-up happens here, in .venv; PYTHON chooses the interpreter (3.11 or later: ONNX Runtime needs it).
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ TORCH  := torch==2.13.0
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 DEMO   := demo
 
-.PHONY: demo test lint format clean
+.PHONY: demo test test-jetson lint format clean
 
 demo: $(VENV)/.demo
 	rm -rf $(DEMO) && mkdir $(DEMO)
@@ -21,7 +22,10 @@ demo: $(VENV)/.demo
 	$(BIN)/python benchmarks/latency.py $(DEMO)/tiny-gta --contexts 16,128,512,960
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
+
+test-jetson: $(VENV)/.jetson
+	$(BIN)/python -m pytest -m 'gpu or tensorrt'
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -31,6 +35,12 @@ lint: $(VENV)/.dev
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# TensorRT is not on PyPI for a board: it comes with JetPack, for JetPack's own Python.
+$(VENV)/.jetson: pyproject.toml
+	$(PYTHON) -m venv --system-site-packages $(VENV)
+	$(PIP) --editable '.[dev,tensorrt]'
+	@touch $@
 
 clean:
 	rm -rf $(VENV) $(DEMO) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

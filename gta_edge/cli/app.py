@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from gta_edge.cli import doctor, export, generate, init, inspect, verify
+from gta_edge.cli import build, doctor, export, generate, init, inspect, verify
 from gta_edge.cli import eval as evaluate
 from gta_edge.cli.output import command
 from gta_edge.version import __version__
@@ -27,6 +27,7 @@ app = typer.Typer(
 _VERBS: dict[str, Callable[..., None]] = {
     "init": init.init,
     "export": export.export,
+    "build": build.build,
     "inspect": inspect.inspect,
     "verify": verify.verify,
     "eval": evaluate.evaluate,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gta_edge.bundle import Bundle
-from gta_edge.errors import BackendError
+from gta_edge.errors import BackendError, EngineError
 from gta_edge.progress import Progress, silent
 from gta_edge.runtime.session import Session
 from gta_edge.runtime.tokenizer import Tokenizer, end_token_ids
@@ -42,7 +42,35 @@ def _torch(
     return TorchSession(model, device=device, compute=compute, threads=threads, **options)
 
 
-BACKENDS: dict[str, Callable[..., Session]] = {"onnxruntime": _onnxruntime, "torch": _torch}
+def _engine(name: str) -> Callable[..., Session]:
+    def open_engine(
+        bundle: Bundle,
+        *,
+        threads: int | None = None,
+        exact: bool = True,
+        compute: str | None = None,
+        progress: Progress = silent,
+        **options: Any,
+    ) -> Session:
+        from gta_edge.runtime.tensorrt import TensorRTSession
+
+        session = TensorRTSession(bundle, engine=name, **options)
+        if compute not in (None, session.compute):
+            session.close()
+            raise BackendError(
+                f"the engine computes in {session.compute}, not in {compute}; build another with --compute {compute}"
+            )
+        return session
+
+    return open_engine
+
+
+BACKENDS: dict[str, Callable[..., Session]] = {
+    "tensorrt": _engine("tensorrt"),
+    "tensorrt-rtx": _engine("tensorrt-rtx"),
+    "onnxruntime": _onnxruntime,
+    "torch": _torch,
+}
 """By name, the fastest first: the order in which ``auto`` tries them."""
 
 
@@ -73,6 +101,7 @@ def load(
     Raises:
         BundleError: the bundle is damaged.
         BackendError: the backend is unknown, not installed, or refuses the model.
+        EngineError: there is no engine of the bundle, or it does not fit what is here.
     """
     opened = Bundle.open(bundle, verify_hashes=verify_hashes, progress=progress)
     options: dict[str, Any] = {"threads": threads, "exact": exact, "compute": compute, "progress": progress}
@@ -99,6 +128,6 @@ def _first_that_works(bundle: Bundle, options: dict[str, Any]) -> Session:
     for name, make in BACKENDS.items():
         try:
             return make(bundle, **options)
-        except BackendError as error:
+        except (BackendError, EngineError) as error:
             reasons.append(f"{name}: {error}")
     raise BackendError(f"no backend works here ({'; '.join(reasons)})")

@@ -132,8 +132,8 @@ class TorchSession(Session):
             return self._appended(input_ids, past_length, logit_positions)
         except torch.OutOfMemoryError as error:
             raise CapacityError(
-                f"the GPU has too little memory left for {input_ids.size} tokens at once; give a smaller chunk_size, or "
-                "fewer rows"
+                f"the GPU has too little memory left for {input_ids.size} tokens at once; give a smaller chunk_size "
+                "or fewer rows"
             ) from error
 
     def _appended(self, input_ids: Ids, past_length: Ids, logit_positions: Ids) -> Logits:

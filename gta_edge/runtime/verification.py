@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from gta_edge.bundle import Bundle
 from gta_edge.checkpoint import Checkpoint
-from gta_edge.errors import BackendError, CheckpointError
+from gta_edge.errors import BackendError, CheckpointError, EngineError
 from gta_edge.fidelity import Difference, Report, difference, probe
 from gta_edge.progress import Progress, silent
 from gta_edge.reference import compare_weights
@@ -65,7 +65,7 @@ def verify(
                     found = difference(_logits(session, ids, prefill), reference)
             differences[session.backend] = found
             compute[session.backend] = session.compute
-        except BackendError:
+        except (BackendError, EngineError):
             if backends:  # asked for by name: not having it is an error
                 raise
     progress("verifying backends", len(names), len(names))

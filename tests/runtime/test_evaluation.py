@@ -109,7 +109,7 @@ def test_verify_against_another_checkpoint(directory: Path, tmp_path: Path) -> N
 
 
 def test_verify_of_what_is_not_there(directory: Path, tmp_path: Path) -> None:
-    with pytest.raises(BackendError, match="no backend is called 'tensorrt'"):
-        verify(directory / "bundle", directory / "checkpoint", ["tensorrt"])
+    with pytest.raises(BackendError, match="no backend is called 'tensorflow'"):
+        verify(directory / "bundle", directory / "checkpoint", ["tensorflow"])
     with pytest.raises(BundleError, match="does not exist"):
         verify(tmp_path / "none", directory / "checkpoint")

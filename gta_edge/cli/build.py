@@ -1,0 +1,76 @@
+"""``gta-edge build``: a bundle to a TensorRT engine in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gta_edge.cli.output import current
+
+__all__ = ["build"]
+
+
+def build(
+    bundle: Annotated[Path, typer.Argument(help="The bundle.")],
+    engine: Annotated[str, typer.Option(help="tensorrt (with the plugin) or tensorrt-rtx (pip only).")] = "tensorrt",
+    compute: Annotated[
+        str | None, typer.Option(help="fp16, bf16, or with tensorrt-rtx fp32; by default as stored, else fp16.")
+    ] = None,
+    cache_dtype: Annotated[
+        str | None, typer.Option(help="The type to compute in (default), or with tensorrt int8 or fp8.")
+    ] = None,
+    max_length: Annotated[
+        int | None, typer.Option(min=1, help="Tokens that the cache holds; 4096 or the model's positions by default.")
+    ] = None,
+    max_batch: Annotated[int, typer.Option(min=1, help="Rows at once.")] = 1,
+    compute_capability: Annotated[
+        str | None, typer.Option(help="GPU to build for, such as 8.6; the one here by default. tensorrt-rtx only.")
+    ] = None,
+    onnx_only: Annotated[
+        bool, typer.Option("--onnx-only", help="Write the model as it would go to TensorRT, to --output.")
+    ] = False,
+    older_parser: Annotated[
+        bool, typer.Option("--older-parser", help="With --onnx-only: for a parser before TensorRT 10.15.")
+    ] = False,
+    output: Annotated[Path | None, typer.Option(help="Directory for --onnx-only.")] = None,
+    verify_hashes: Annotated[bool, typer.Option("--verify-hashes", help="Hash the weights first.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an engine that is there.")] = False,
+) -> None:
+    """Build a TensorRT engine of a bundle, or write the model for other tools."""
+    from gta_edge.bundle import Bundle
+    from gta_edge.runtime import build as builder
+    from gta_edge.runtime.engine import Purpose
+
+    if onnx_only != (output is not None):
+        raise typer.BadParameter("--onnx-only and --output go together")
+    if older_parser and not onnx_only:
+        raise typer.BadParameter("--older-parser goes with --onnx-only; a build asks TensorRT itself")
+    out = current()
+    with out.progress() as progress:
+        opened = Bundle.open(bundle, verify_hashes=verify_hashes, progress=progress)
+        compute = compute or (opened.precision if opened.precision in ("fp16", "bf16") else "fp16")
+        purpose = Purpose(
+            engine=engine,
+            compute=compute,
+            cache_dtype=cache_dtype or compute,
+            max_length=max_length or min(4096, opened.config.max_position_embeddings),
+            max_batch=max_batch,
+            chunk_size=builder.CHUNK_SIZE,
+        )
+        needed = builder.requirement(opened, purpose)
+        if output is not None:
+            written = builder.prepare_only(
+                opened, purpose, output, newer_ops=not older_parser, force=force, progress=progress
+            )
+        else:
+            written = builder.build(
+                opened, purpose, compute_capability=compute_capability, force=force, progress=progress
+            )
+    document = {"written": str(written), **vars(purpose), "estimated_peak_bytes": None if output else needed.peak}
+    if out.json:
+        out.document(document)
+    else:
+        cache = f"a cache of {purpose.max_length} tokens in {purpose.cache_dtype}"
+        print(f"{written}: {purpose.engine}, {purpose.compute}, {cache}")

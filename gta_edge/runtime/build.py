@@ -1,0 +1,213 @@
+"""Builds a TensorRT engine from a bundle: what ``gta-edge build`` does.
+
+One engine holds the weights once and two profiles: single tokens, and chunks of a prompt. The graph is made for
+TensorRT first (``specialise.py``), then parsed, then built; the engine and its record appear in the bundle at once.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gta_edge.bundle import Bundle
+from gta_edge.config import GTAConfig
+from gta_edge.errors import CapacityError, EngineError, InputError
+from gta_edge.files import new_directory
+from gta_edge.progress import Progress, silent
+from gta_edge.runtime.engine import ENGINES, EngineRecord, Purpose, engine_directory, keep_engine, made_from
+from gta_edge.runtime.memory import available_bytes
+
+__all__ = ["CHUNK_SIZE", "LOGIT_POSITIONS", "Requirement", "build", "prepare_only", "profile_shapes", "requirement"]
+
+CHUNK_SIZE = 512
+"""Most tokens of a prompt in one run of an engine."""
+
+LOGIT_POSITIONS = 16
+"""Most positions per row that one run gives logits for: those of a whole chunk would take half a gigabyte."""
+
+# TensorRT-RTX 1.7 took 4.99 GB for a GTA-1B in int4 (0.74 GB of weights, x86_64, 2026-11-21); these give 5.2.
+_WEIGHT_COPIES = 5
+_BUILDER_BYTES = 1.5e9  # libraries, CUDA's context, the builder's own
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """What a build is expected to take at its peak, in bytes: an estimate from sizes, to refuse what cannot work.
+
+    Attributes:
+        weights: the file, the parsed network, the builder's own, the engine and its serialised form hold them.
+        cache: of all rows at full length, which the builder allocates to time kernels, in and out.
+        logits: of one run.
+        builder: TensorRT's libraries and CUDA's context.
+    """
+
+    weights: int
+    cache: int
+    logits: int
+    builder: int
+
+    @property
+    def peak(self) -> int:
+        """All of it."""
+        return self.weights + self.cache + self.logits + self.builder
+
+
+def requirement(bundle: Bundle, purpose: Purpose) -> Requirement:
+    """Return what building an engine is expected to take."""
+    value_bytes = {"fp32": 4, "fp16": 2, "bf16": 2}.get(purpose.cache_dtype, 1)
+    rows = purpose.max_batch
+    return Requirement(
+        weights=_WEIGHT_COPIES * bundle.weight_bytes,
+        cache=2 * rows * purpose.max_length * bundle.config.cache_bytes_per_token(value_bytes),
+        logits=4 * rows * LOGIT_POSITIONS * bundle.config.vocab_size,
+        builder=int(_BUILDER_BYTES),
+    )
+
+
+def build(
+    bundle: Bundle,
+    purpose: Purpose,
+    *,
+    compute_capability: str | None = None,
+    force: bool = False,
+    progress: Progress = silent,
+) -> Path:
+    """Build an engine and keep it in the bundle.
+
+    Args:
+        bundle: the model.
+        purpose: what the engine is for.
+        compute_capability: of the GPU to build for, ``8.6``; by default that of the GPU here. Only TensorRT-RTX can
+            build for another.
+        force: replace an engine that is there.
+        progress: told of the graph's making, and of TensorRT's phases.
+
+    Returns:
+        The engine's directory.
+
+    Raises:
+        InputError: the purpose does not fit the model.
+        EngineError: TensorRT cannot build it, or an engine is there and not ``force``.
+        CapacityError: the memory that is free here is less than the build is expected to take.
+        BackendError: TensorRT or the GPU is missing.
+    """
+    _check_purpose(bundle, purpose)
+    directory = engine_directory(bundle, purpose.engine)
+    if directory.exists() and not force:
+        raise EngineError(f"{directory}: there is an engine already; give --force to replace it")
+    _check_memory(requirement(bundle, purpose), purpose)
+
+    from gta_edge.runtime.tensorrt_builder import Target, build_plan
+
+    target = Target.choose(purpose.engine, compute_capability)
+    with tempfile.TemporaryDirectory(prefix="gta-edge-build-") as scratch:
+        model = _specialised(bundle, purpose, Path(scratch) / "model", target.newer_ops, progress)
+        plan = build_plan(model, purpose, profile_shapes(bundle, purpose), target, progress)
+    record = EngineRecord(purpose, made_from(bundle), target.tensorrt, target.compute_capability)
+    return keep_engine(bundle, record, plan, force=force)
+
+
+def prepare_only(
+    bundle: Bundle,
+    purpose: Purpose,
+    output: Path,
+    *,
+    newer_ops: bool = True,
+    force: bool = False,
+    progress: Progress = silent,
+) -> Path:
+    """Write the model as it would go to TensorRT, for trtexec, polygraphy and other tools.
+
+    Args:
+        bundle: the model.
+        purpose: what an engine of it would be for.
+        output: directory to write.
+        newer_ops: whether the parser that will read it knows RMSNormalization (TensorRT 10.15 and later).
+        force: replace the directory.
+        progress: told of the weights written.
+
+    Returns:
+        The ONNX file.
+
+    Raises:
+        InputError: the purpose does not fit the model.
+        OutputError: the directory exists or cannot be written.
+    """
+    _check_purpose(bundle, purpose)
+    with new_directory(output, force=force) as partial:
+        name = _specialised(bundle, purpose, partial, newer_ops, progress).name
+    return Path(output) / name
+
+
+def profile_shapes(bundle: Bundle, purpose: Purpose) -> list[dict[str, tuple[tuple[int, ...], ...]]]:
+    """Return, for decode and for prefill, the least, usual and largest shape of every input by name."""
+    first, second = bundle.config.caches
+    rows = (1, 1, purpose.max_batch)
+    profiles = []
+    for tokens, logits in (
+        ((1, 1, 1), (1, 1, 1)),
+        ((1, purpose.chunk_size, purpose.chunk_size), (1, 1, min(LOGIT_POSITIONS, purpose.chunk_size))),
+    ):
+        shapes: dict[str, tuple[tuple[int, ...], ...]] = {
+            "input_ids": tuple(zip(rows, tokens, strict=True)),
+            "past_length": tuple((n,) for n in rows),
+            "logit_positions": tuple(zip(rows, logits, strict=True)),
+        }
+        for i in range(bundle.config.num_hidden_layers):
+            for cache in (first, second):
+                name = f"past_{cache.name}"
+                shapes[f"{name}.{i}"] = tuple((n, cache.heads, purpose.max_length, cache.width) for n in rows)
+                if purpose.cache_dtype in ("int8", "fp8"):
+                    shapes[f"{name}_scale.{i}"] = tuple((n, cache.heads, purpose.max_length) for n in rows)
+        profiles.append(shapes)
+    return profiles
+
+
+def _check_purpose(bundle: Bundle, purpose: Purpose) -> None:
+    config = bundle.config
+    if purpose.engine not in ENGINES:
+        raise InputError(f"no engine is called {purpose.engine!r}; there are {', '.join(ENGINES)}")
+    allowed: Sequence[str] = ("fp16", "bf16", "fp32") if purpose.engine == "tensorrt-rtx" else ("fp16", "bf16")
+    if purpose.compute not in allowed:
+        raise InputError(f"{purpose.engine} computes in {' or '.join(allowed)}, not in {purpose.compute}")
+    plugin = purpose.engine == "tensorrt" and isinstance(config, GTAConfig)
+    caches = (purpose.compute, "int8", "fp8") if plugin else (purpose.compute,)
+    if purpose.cache_dtype not in caches:
+        raise InputError(
+            f"a cache of {purpose.cache_dtype} is not possible with --engine {purpose.engine} and --compute "
+            f"{purpose.compute} for {config.architecture}; expected {' or '.join(caches)}"
+        )
+    if not 1 <= purpose.max_length <= config.max_position_embeddings:
+        raise InputError(
+            f"--max-length is {purpose.max_length}; the model has positions for 1 to {config.max_position_embeddings}"
+        )
+    if not 1 <= purpose.max_batch <= 256:
+        raise InputError(f"--max-batch is {purpose.max_batch}; expected 1 to 256")
+
+
+def _check_memory(needed: Requirement, purpose: Purpose) -> None:
+    """Refuse what the system would end halfway, without a word, for want of memory."""
+    free = available_bytes()
+    if free is not None and needed.peak > free:
+        help_ = "close other programs, add swap"
+        if needed.cache > needed.weights:
+            help_ += f", or give less than --max-length {purpose.max_length} --max-batch {purpose.max_batch}"
+        else:
+            help_ += ", or export with --precision int4"
+        raise CapacityError(
+            f"the build is expected to take {needed.peak / 1e9:.2f} GB at its peak ({needed.weights / 1e9:.2f} for "
+            f"weights, {needed.cache / 1e9:.2f} for the cache) and {free / 1e9:.2f} GB are free here; {help_}"
+        )
+
+
+def _specialised(bundle: Bundle, purpose: Purpose, directory: Path, newer_ops: bool, progress: Progress) -> Path:
+    from gta_edge.runtime.specialise import specialise
+
+    options: dict[str, Any] = {"compute": purpose.compute, "capacity": purpose.max_length, "newer_ops": newer_ops}
+    plugin = purpose.engine == "tensorrt" and isinstance(bundle.config, GTAConfig)
+    if plugin and purpose.cache_dtype != purpose.compute:
+        options["cache_dtype"] = purpose.cache_dtype
+    return specialise(bundle, directory, form="plugin" if plugin else "function", progress=progress, **options)

@@ -1,0 +1,142 @@
+"""As much of CUDA's driver as a session needs: memory, copies, one stream, and graphs captured from it."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gta_edge.errors import BackendError, CapacityError
+from gta_edge.optional import optional
+from gta_edge.plugins.compiler import cuda_extra
+
+__all__ = ["Cuda"]
+
+
+class Cuda:
+    """One GPU's primary context with a stream of its own; everything allocated here goes with ``close``.
+
+    Args:
+        device_id: CUDA's number for the GPU.
+
+    Raises:
+        BackendError: the driver refuses; what it said.
+    """
+
+    def __init__(self, device_id: int = 0) -> None:
+        self._driver = optional("cuda.bindings.driver", cuda_extra())
+        self._addresses: list[int] = []
+        self._pinned: list[int] = []
+        self._graphs: list[Any] = []
+        self._call("cuInit", 0)
+        self._device = self._call("cuDeviceGet", device_id)
+        self._context = self._call("cuDevicePrimaryCtxRetain", self._device)
+        self.make_current()
+        self._stream = self._call("cuStreamCreate", self._driver.CUstream_flags.CU_STREAM_NON_BLOCKING)
+
+    @property
+    def stream(self) -> int:
+        """The stream's handle."""
+        return int(self._stream)
+
+    def make_current(self) -> None:
+        """Let this thread's calls, TensorRT's too, be for this GPU."""
+        self._call("cuCtxSetCurrent", self._context)
+
+    def free_bytes(self) -> int:
+        """Return the GPU's free memory."""
+        free, _ = self._call("cuMemGetInfo")
+        return int(free)
+
+    def allocate(self, size_bytes: int, what: str) -> int:
+        """Return the address of new, zeroed memory of the GPU.
+
+        Raises:
+            CapacityError: there is not as much; ``what`` it was for, how much, and what is free.
+        """
+        status, address = self._driver.cuMemAlloc(size_bytes)
+        if int(status):
+            if status != self._driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
+                raise BackendError(f"the GPU gave no memory for {what} ({_name(status)}); run `gta-edge doctor`")
+            raise CapacityError(
+                f"{what} takes {size_bytes / 1e9:.3f} GB and the GPU has {self.free_bytes() / 1e9:.3f} GB free; "
+                "close other programs, or build with a smaller --max-length or --max-batch"
+            )
+        self._addresses.append(int(address))
+        self._call("cuMemsetD8Async", address, 0, size_bytes, self._stream)
+        return int(address)
+
+    def host_array(self, shape: Sequence[int], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+        """Return an array in pinned memory, which copies reach without a detour."""
+        size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+        address = int(self._call("cuMemAllocHost", size))
+        self._pinned.append(address)
+        buffer: Any = (ctypes.c_byte * size).from_address(address)
+        array: npt.NDArray[Any] = np.frombuffer(buffer, dtype)
+        return array.reshape(shape)
+
+    def copy_in(self, address: int, array: npt.NDArray[Any]) -> None:
+        """Start the copy of a contiguous pinned array to the GPU."""
+        self._call("cuMemcpyHtoDAsync", address, array.ctypes.data, array.nbytes, self._stream)
+
+    def copy_out(self, array: npt.NDArray[Any], address: int) -> None:
+        """Start the copy of the GPU's memory to a contiguous pinned array."""
+        self._call("cuMemcpyDtoHAsync", array.ctypes.data, address, array.nbytes, self._stream)
+
+    def synchronize(self) -> None:
+        """Wait for the stream."""
+        self._call("cuStreamSynchronize", self._stream)
+
+    @contextmanager
+    def capture(self) -> Iterator[list[Any]]:
+        """Record what is queued in the body instead of running it; the list then holds the graph, for ``replay``."""
+        mode = self._driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+        made: list[Any] = []
+        self._call("cuStreamBeginCapture", self._stream, mode)
+        try:
+            yield made
+        except BaseException:
+            with suppress(BackendError):
+                self._call("cuStreamEndCapture", self._stream)
+            raise
+        graph = self._call("cuStreamEndCapture", self._stream)
+        try:
+            made.append(self._call("cuGraphInstantiate", graph, 0))
+        finally:
+            self._call("cuGraphDestroy", graph)
+        self._graphs.append(made[0])
+
+    def replay(self, graph: Any) -> None:
+        """Start what was captured."""
+        self._call("cuGraphLaunch", graph, self._stream)
+
+    def close(self) -> None:
+        """Give everything back; may be called again."""
+        if self._context is None:
+            return
+        with suppress(BackendError):  # a context that failed cannot be tidied up
+            self.make_current()
+            self.synchronize()
+            for graph in self._graphs:
+                self._call("cuGraphExecDestroy", graph)
+            for address in self._addresses:
+                self._call("cuMemFree", address)
+            for address in self._pinned:
+                self._call("cuMemFreeHost", address)
+            self._call("cuStreamDestroy", self._stream)
+            self._call("cuDevicePrimaryCtxRelease", self._device)
+        self._graphs, self._addresses, self._pinned, self._context = [], [], [], None
+
+    def _call(self, function: str, *arguments: Any) -> Any:
+        status, *values = getattr(self._driver, function)(*arguments)
+        if int(status):
+            raise BackendError(f"CUDA's {function} failed ({_name(status)}); run `gta-edge doctor`")
+        return values[0] if len(values) == 1 else tuple(values)
+
+
+def _name(status: Any) -> str:
+    return str(getattr(status, "name", status))

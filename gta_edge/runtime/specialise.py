@@ -1,0 +1,193 @@
+"""Writes a bundle's model as it goes to TensorRT: typed, of one capacity, with the plugin's nodes or without.
+
+Two forms. ``plugin`` leaves the attention as one node for the plugin to implement. ``function`` keeps the function that
+gives the node its meaning in standard operators, and needs no plugin. A baseline has standard operators in both.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gta_edge.bundle import MODEL, WEIGHTS, Bundle
+from gta_edge.config import GTAConfig
+from gta_edge.errors import CapacityError, EngineError, GtaEdgeError, InputError, OutputError
+from gta_edge.optional import installed, optional
+from gta_edge.progress import Progress, silent
+from gta_edge.runtime.passes.fold_constants import FoldConstantsPass
+from gta_edge.runtime.passes.quantize_cache import CACHE_TYPES, QuantizeCachePass
+from gta_edge.runtime.passes.remove_functions import RemoveFunctionsPass
+from gta_edge.runtime.passes.retype import COMPUTE_TYPES, RetypePass
+from gta_edge.runtime.passes.set_capacity import SetCapacityPass
+from gta_edge.runtime.passes.write_out_newer_ops import WriteOutNewerOpsPass
+from gta_edge.version import __version__
+from gta_edge.weights import check_locations
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    from onnx_ir.passes import common
+else:
+    ir, common = optional("onnx_ir", "tensorrt"), optional("onnx_ir.passes.common", "tensorrt")
+
+__all__ = ["FORMS", "RECORD", "specialise"]
+
+FORMS = ("plugin", "function")
+
+RECORD = "prepared.json"
+"""Says what a specialised model was made from and for."""
+
+_INLINE_BYTES = 1024
+
+
+def specialise(
+    bundle: Bundle,
+    directory: Path,
+    *,
+    form: str = "plugin",
+    compute: str,
+    cache_dtype: str | None = None,
+    capacity: int,
+    batch: int | None = None,
+    newer_ops: bool = True,
+    progress: Progress = silent,
+) -> Path:
+    """Write ``model.onnx``, its weights and a record into a directory, which then needs nothing of the bundle.
+
+    Args:
+        bundle: the model.
+        directory: where to write; made if it does not exist, and empty if it does. What is written is complete only
+            when this returns.
+        form: ``plugin`` or ``function``.
+        compute: ``fp16`` or ``bf16``; in the function form also ``fp32``.
+        cache_dtype: ``int8`` or ``fp8``, in the plugin form of a GTA model; otherwise what ``compute`` is.
+        capacity: rows of each cache.
+        batch: rows of a step; any number if None.
+        newer_ops: whether the parser knows operators of opset 23 and 24 (TensorRT 10.15 and later).
+        progress: told of each tensor written.
+
+    Returns:
+        The ONNX file.
+
+    Raises:
+        InputError: the options do not go together, or not with this model.
+        CapacityError: the model's positions do not reach that capacity.
+        BundleError: the weights do not lie within the bundle.
+        OutputError: the directory holds a model, or cannot be written.
+        EngineError: the bundle's graph cannot be read or is none that this version writes.
+        BackendError: onnx-ir is not installed.
+    """
+    _check(bundle, form, compute, cache_dtype, capacity, batch)
+    directory = Path(directory)
+    if any((directory / name).exists() for name in (MODEL, WEIGHTS, RECORD)):
+        raise OutputError(f"{directory}: holds a model already; choose another directory, or an empty one")
+    quantised = cache_dtype if cache_dtype in CACHE_TYPES else None
+    model = _loaded(bundle)
+    passes: list[ir.passes.PassBase] = []
+    if form == "plugin":
+        passes.append(RemoveFunctionsPass())
+    elif not newer_ops:
+        passes.append(common.InlinePass())
+    passes.append(RetypePass(compute))
+    if quantised:
+        passes.append(QuantizeCachePass(quantised))
+    passes.append(SetCapacityPass(capacity, batch))
+    if not newer_ops:
+        passes += [WriteOutNewerOpsPass(), FoldConstantsPass()]
+    _run(model, bundle, passes)
+    record: dict[str, Any] = {"form": form, "compute": compute, "cache_dtype": quantised or compute}
+    record |= {"capacity": capacity, "batch": batch, "newer_ops": newer_ops}
+    record |= {"gta_edge": __version__, "made_from": _sums(bundle)}
+    try:
+        directory.mkdir(exist_ok=True)
+        _write(model, directory, progress)
+        (directory / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"{directory}: cannot be written ({error.strerror}); choose another directory") from error
+    return directory / MODEL
+
+
+def _check(bundle: Bundle, form: str, compute: str, cache_dtype: str | None, capacity: int, batch: int | None) -> None:
+    if form not in FORMS:
+        raise InputError(f"the form is {form!r}; expected {' or '.join(FORMS)}")
+    computes = [name for name in COMPUTE_TYPES if form == "function" or name != "fp32"]
+    if compute not in computes:
+        raise InputError(f"the {form} form computes in {', '.join(computes)}, not in {compute!r}; choose one of them")
+    plugin = form == "plugin" and isinstance(bundle.config, GTAConfig)
+    caches = [compute, *CACHE_TYPES] if plugin else [compute]
+    if cache_dtype is not None and cache_dtype not in caches:
+        whose = f"the {form} form of {bundle.config.architecture} in {compute}"
+        raise InputError(f"{whose} has no cache of {cache_dtype!r}; expected {' or '.join(caches)}")
+    most = bundle.config.max_position_embeddings
+    if not 1 <= capacity <= most:
+        raise CapacityError(f"the capacity is {capacity} tokens; expected 1 to {most}, the model's positions")
+    if batch is not None and batch < 1:
+        raise InputError(f"the batch is {batch}; expected at least 1")
+
+
+def _loaded(bundle: Bundle) -> ir.Model:
+    if not installed(ir):
+        ir.load(bundle.model_path)  # says what to install
+    try:
+        model = ir.load(bundle.model_path)
+    except Exception as error:  # the parser's errors have no common base
+        raise EngineError(f"{bundle.model_path}: is not a readable ONNX model ({error}); export it again") from error
+    check_locations(model, bundle.model_path)
+    return model
+
+
+def _run(model: ir.Model, bundle: Bundle, passes: list[ir.passes.PassBase]) -> None:
+    cleaning = common.RemoveUnusedNodesPass(), common.RemoveUnusedOpsetsPass(), common.NameFixPass()
+    try:
+        ir.passes.Sequential(*passes, *cleaning)(model)
+    except Exception as error:  # PassError wraps whatever a pass meets in a graph that it does not expect
+        raise _translated(error, f"{bundle.model_path}: is none that this version writes") from error
+
+
+def _write(model: ir.Model, directory: Path, progress: Progress) -> None:
+    """Write graph and weights, one tensor in memory at a time."""
+    written: list[Any] = []
+
+    def writing(tensor: Any, info: Any) -> None:
+        _release(written)
+        written.append(tensor)
+        progress("writing weights", info.index + 1, info.total)
+
+    try:
+        ir.save(
+            model,
+            directory / MODEL,
+            external_data=WEIGHTS,
+            size_threshold_bytes=_INLINE_BYTES,
+            callback=writing,
+            max_workers=1,
+        )
+    except OSError:
+        raise
+    except Exception as error:
+        raise _translated(error, "a weight cannot be written") from error
+    finally:
+        _release(written)
+
+
+def _release(tensors: list[Any]) -> None:
+    while tensors:
+        tensor = tensors.pop()
+        if isinstance(tensor, ir.ExternalTensor):
+            tensor.release()  # mapped pages count as memory in use
+
+
+def _translated(error: BaseException, what: str) -> GtaEdgeError:
+    """Return the error of ours behind one of onnx-ir's, or a new one."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, GtaEdgeError):
+            return cause
+        last, cause = cause, cause.__cause__
+    text = " ".join(str(last).split()) or type(last).__name__
+    return EngineError(f"{what} ({text}); export the bundle again")
+
+
+def _sums(bundle: Bundle) -> dict[str, str]:
+    files = bundle.manifest["files"]
+    return {name: files[name]["sha256"] for name in (MODEL, WEIGHTS) if name in files}

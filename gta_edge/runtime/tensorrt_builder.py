@@ -1,0 +1,209 @@
+"""TensorRT's builder: a prepared model and its profiles to a serialised engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gta_edge.errors import BackendError, EngineError
+from gta_edge.files import cache_directory, new_file
+from gta_edge.plugins import register
+from gta_edge.plugins.launch import current_gpu
+from gta_edge.plugins.tensorrt_plugin import take_failures
+from gta_edge.progress import Progress, silent
+from gta_edge.runtime.engine import Purpose
+from gta_edge.trt import TensorRT, load
+
+__all__ = ["Target", "build_plan"]
+
+Shapes = Mapping[str, Sequence[Sequence[int]]]
+"""Least, usual and largest shape of every input by name."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What an engine is built with and for.
+
+    Attributes:
+        trt: the TensorRT that builds.
+        compute_capability: of the GPU, ``8.7``.
+        gpu: that GPU's name if it is here; the engine is then built by timing kernels on it.
+    """
+
+    trt: TensorRT
+    compute_capability: str
+    gpu: str | None
+
+    @classmethod
+    def choose(cls, engine: str, compute_capability: str | None) -> Target:
+        """Return the target for the GPU here, or for a named one that TensorRT-RTX can build for without it.
+
+        Raises:
+            BackendError: TensorRT is missing, or there is no GPU and none is named, or it cannot be built for.
+        """
+        trt = load(engine)
+        try:
+            gpu = current_gpu()
+            here = gpu.architecture.removeprefix("sm_")
+            here = f"{here[:-1]}.{here[-1]}"
+        except BackendError as error:
+            if engine != "tensorrt-rtx":
+                raise BackendError(f"{engine} builds on the GPU that will run the engine: {error}") from error
+            gpu, here = None, None
+        if compute_capability is None:
+            if here is None:
+                raise BackendError(
+                    "there is no GPU here to build for; name one with --compute-capability, 8.6 for an RTX 30"
+                )
+            compute_capability = here
+        elif engine != "tensorrt-rtx" and compute_capability != here:
+            raise BackendError(
+                f"--compute-capability is {compute_capability} and the GPU here has {here}; tensorrt builds on the GPU "
+                "that will run the engine"
+            )
+        if engine == "tensorrt-rtx":
+            known = _known_capabilities(trt)
+            if compute_capability not in known:
+                raise BackendError(
+                    f"tensorrt-rtx {trt.version_text} does not build for compute capability {compute_capability}; "
+                    f"expected one of {', '.join(known)}"
+                )
+        return cls(trt, compute_capability, gpu.name if gpu and compute_capability == here else None)
+
+    @property
+    def tensorrt(self) -> str:
+        """TensorRT's version."""
+        return self.trt.version_text
+
+    @property
+    def newer_ops(self) -> bool:
+        """Whether the parser knows the ops of opset 23 and 24."""
+        return self.trt.parses_newer_ops
+
+
+def build_plan(
+    model: Path, purpose: Purpose, profiles: Sequence[Shapes], target: Target, progress: Progress = silent
+) -> memoryview:
+    """Return the serialised engine.
+
+    Args:
+        model: the prepared ONNX file.
+        purpose: what the engine is for.
+        profiles: shapes of the inputs, for each profile.
+        target: what builds it, and for which GPU.
+        progress: told of TensorRT's phases.
+
+    Raises:
+        EngineError: TensorRT refuses the model, or cannot build it; with its own first error.
+    """
+    trt = target.trt.module
+    if purpose.engine == "tensorrt":
+        register(trt)
+    log = _log(trt)
+    builder = trt.Builder(log)
+    flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED) if target.trt.strongly_typed_flag else 0
+    network = builder.create_network(flags)
+    parser = trt.OnnxParser(network, log)
+    if not parser.parse_from_file(str(model)):
+        reasons = [*take_failures(), *(parser.get_error(i).desc() for i in range(parser.num_errors)), *log.errors]
+        raise EngineError(f"TensorRT {target.tensorrt} refuses the model ({_first(reasons)}); report this line")
+
+    config = builder.create_builder_config()
+    monitor = _monitor(trt, progress)
+    config.progress_monitor = monitor
+    if purpose.engine == "tensorrt-rtx":
+        config.num_compute_capabilities = 1
+        name = f"SM{target.compute_capability.replace('.', '')}"
+        config.set_compute_capability(getattr(trt.ComputeCapability, name), 0)
+    for shapes in profiles:
+        profile = builder.create_optimization_profile()
+        for i in range(network.num_inputs):
+            name = network.get_input(i).name
+            profile.set_shape(name, *shapes[name])
+        config.add_optimization_profile(profile)
+    timings = _timing_cache(target)
+    if timings:
+        content = timings.read_bytes() if timings.is_file() else b""
+        config.set_timing_cache(config.create_timing_cache(content), ignore_mismatch=False)
+
+    plan = builder.build_serialized_network(network, config)
+    if monitor.interrupted:
+        raise KeyboardInterrupt
+    if plan is None:
+        reason = _first([*take_failures(), *log.errors])
+        raise EngineError(
+            f"TensorRT {target.tensorrt} cannot build the engine ({reason}); if memory is short, give a smaller "
+            "--max-length or --max-batch"
+        )
+    if timings:
+        with suppress(OSError), new_file(timings, force=True) as partial:
+            partial.write_bytes(memoryview(config.get_timing_cache().serialize()))
+    return memoryview(plan)
+
+
+def _known_capabilities(trt: TensorRT) -> list[str]:
+    names = [name for name in dir(trt.module.ComputeCapability) if name.startswith("SM")]
+    return sorted((f"{name[2:-1]}.{name[-1]}" for name in names), key=lambda text: float(text))
+
+
+def _timing_cache(target: Target) -> Path | None:
+    """Return where timings of kernels on this GPU are kept: they make the next build much shorter."""
+    directory = cache_directory()
+    if target.gpu is None or directory is None or not hasattr(target.trt.module, "ITimingCache"):
+        return None
+    name = "".join(c if c.isalnum() else "-" for c in f"{target.trt.flavour}-{target.tensorrt}-{target.gpu}")
+    with suppress(OSError):
+        (directory / "timings").mkdir(parents=True, exist_ok=True)
+        return directory / "timings" / f"{name}.cache"
+    return None
+
+
+def _first(reasons: Sequence[str]) -> str:
+    return next((" ".join(reason.split()) for reason in reasons if reason.strip()), "without a reason")
+
+
+def _log(trt: Any) -> Any:
+    """Return a logger that keeps errors and prints nothing: what matters becomes an exception."""
+
+    class Log(trt.ILogger):  # type: ignore[misc]  # the base class is known at run time only
+        def __init__(self) -> None:
+            super().__init__()
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= trt.ILogger.ERROR:
+                self.errors.append(message)
+
+    return Log()
+
+
+def _monitor(trt: Any, progress: Progress) -> Any:
+    """Return a progress monitor that passes outermost phases on, and ends the build at Ctrl-C."""
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.interrupted = False
+            self._outer: dict[str, int] = {}
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            if not parent_phase:
+                self._outer[phase_name] = num_steps
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            try:
+                if phase_name in self._outer:
+                    progress(phase_name, step + 1, self._outer[phase_name])
+            except KeyboardInterrupt:  # it arrives where Python runs, which is here; it must not pass through C++
+                self.interrupted = True
+            return not self.interrupted
+
+        def phase_finish(self, phase_name: str) -> None:
+            total = self._outer.pop(phase_name, None)
+            if total is not None:
+                progress(phase_name, total, total)
+
+    return Monitor()

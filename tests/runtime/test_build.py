@@ -1,0 +1,276 @@
+"""Engines: what a build asks for, what it refuses, what is recorded of it, and what is checked before it is loaded."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+
+from gta_edge.bundle import Bundle
+from gta_edge.errors import BackendError, CapacityError, EngineError, InputError, OutputError
+from gta_edge.runtime import build as building
+from gta_edge.runtime.build import LOGIT_POSITIONS, build, prepare_only, profile_shapes, requirement
+from gta_edge.runtime.engine import EngineRecord, Purpose, engine_directory, keep_engine, load_engine, made_from
+from gta_edge.runtime.memory import available_bytes
+from tests.cli import Result
+
+RTX = Purpose("tensorrt-rtx", "fp16", "fp16", max_length=64, max_batch=2, chunk_size=32)
+PLUGIN = replace(RTX, engine="tensorrt")
+HERE = {"tensorrt": "10.3.0", "compute_capability": "8.7"}
+
+
+@pytest.fixture
+def bundle(copied_bundle: Path) -> Bundle:
+    return Bundle.open(copied_bundle)
+
+
+def message(error: type[Exception], call: Callable[..., Any], *arguments: Any, **options: Any) -> str:
+    with pytest.raises(error) as raised:
+        call(*arguments, **options)
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+# --- the record -------------------------------------------------------------------------------------------------------
+
+
+def kept(bundle: Bundle, **changes: Any) -> EngineRecord:
+    record = replace(EngineRecord(PLUGIN, made_from(bundle), HERE["tensorrt"], HERE["compute_capability"]), **changes)
+    keep_engine(bundle, record, b"the engine", force=True)
+    return record
+
+
+def test_an_engine_is_read_as_it_was_kept(bundle: Bundle) -> None:
+    record = kept(bundle)
+    assert load_engine(bundle, "tensorrt", **HERE) == (b"the engine", record)
+    Bundle.open(bundle.directory, verify_hashes=True)  # an engine in it leaves a bundle what it is
+
+
+@pytest.mark.parametrize(
+    ("changes", "here", "told"),
+    [
+        ({"tensorrt": "10.13.2"}, {}, "TensorRT is 10.3.0 here and was 10.13.2"),
+        ({}, {"compute_capability": "11.0"}, "the GPU's compute capability is 11.0 here and was 8.7"),
+        ({"gta_edge": "0.0.9"}, {}, "gta-edge is 0.1.0 here and was 0.0.9"),
+        ({"made_from": {"model.onnx": "0" * 64}}, {}, "the bundle's files are others"),
+    ],
+)
+def test_what_does_not_fit_is_named_with_the_command_that_rebuilds(
+    bundle: Bundle, changes: dict[str, Any], here: dict[str, str], told: str
+) -> None:
+    kept(bundle, **changes)
+    text = message(EngineError, load_engine, bundle, "tensorrt", **HERE | here)
+    assert told in text
+    assert text.endswith(
+        f"run: gta-edge build {bundle.directory} --engine tensorrt --compute fp16 --cache-dtype fp16 "
+        "--max-length 64 --max-batch 2 --force"
+    )
+
+
+def test_no_engine(bundle: Bundle) -> None:
+    assert "there is no engine; run: gta-edge build" in message(EngineError, load_engine, bundle, "tensorrt", **HERE)
+
+
+def damaged_plan(directory: Path) -> None:
+    (directory / "engine.plan").write_bytes(b"the Engine")
+
+
+def shorter_plan(directory: Path) -> None:
+    (directory / "engine.plan").write_bytes(b"the")
+
+
+def no_plan(directory: Path) -> None:
+    (directory / "engine.plan").unlink()
+
+
+def linked_plan(directory: Path) -> None:
+    (directory / "engine.plan").rename(directory.parents[1] / "elsewhere")
+    (directory / "engine.plan").symlink_to(directory.parents[1] / "elsewhere")
+
+
+def edited(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    def edit(directory: Path) -> None:
+        document = json.loads((directory / "engine.json").read_text())
+        change(document)
+        (directory / "engine.json").write_text(json.dumps(document))
+
+    return edit
+
+
+DAMAGES = {
+    "another plan": damaged_plan,
+    "a shorter plan": shorter_plan,
+    "no plan": no_plan,
+    "a link": linked_plan,
+    "no JSON": lambda directory: (directory / "engine.json").write_text("{"),
+    "nested without end": lambda directory: (directory / "engine.json").write_text("[" * 100_000),
+    "not a record": lambda directory: (directory / "engine.json").write_text("[]"),
+    "a name too many": edited(lambda d: d["record"].update(more=1)),
+    "no purpose": edited(lambda d: d["record"].pop("purpose")),
+    "a text for a number": edited(lambda d: d["record"]["purpose"].update(max_length="64")),
+    "a number for a text": edited(lambda d: d["record"].update(tensorrt=10)),
+    "no rows": edited(lambda d: d["record"]["purpose"].update(max_batch=0)),
+    "another engine's": edited(lambda d: d["record"]["purpose"].update(engine="tensorrt-rtx")),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_told_with_the_command_that_rebuilds(bundle: Bundle, damage: str) -> None:
+    kept(bundle)
+    DAMAGES[damage](engine_directory(bundle, "tensorrt"))
+    text = message(EngineError, load_engine, bundle, "tensorrt", **HERE)
+    assert "gta-edge build" in text
+    assert "--force" in text
+
+
+def test_another_engine_is_replaced_only_on_demand(bundle: Bundle) -> None:
+    record = kept(bundle)
+    assert "--force" in message(OutputError, keep_engine, bundle, record, b"another")
+    assert load_engine(bundle, "tensorrt", **HERE)[0] == b"the engine"
+    keep_engine(bundle, record, b"another", force=True)
+    assert load_engine(bundle, "tensorrt", **HERE)[0] == b"another"
+
+
+# --- before a build ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"engine": "tensorflow"}, "no engine is called 'tensorflow'"),
+        ({"compute": "int8"}, "computes in fp16 or bf16 or fp32, not in int8"),
+        ({"engine": "tensorrt", "compute": "fp32"}, "computes in fp16 or bf16, not in fp32"),
+        ({"cache_dtype": "int8"}, "a cache of int8 is not possible with --engine tensorrt-rtx"),
+        ({"engine": "tensorrt", "cache_dtype": "bf16"}, "expected fp16 or int8 or fp8"),
+        ({"max_length": 129}, "--max-length is 129; the model has positions for 1 to 128"),
+        ({"max_batch": 0}, "--max-batch is 0"),
+    ],
+)
+def test_purposes_that_are_refused(bundle: Bundle, changes: dict[str, Any], told: str, tmp_path: Path) -> None:
+    purpose = replace(RTX, **changes)
+    assert told in message(InputError, build, bundle, purpose)
+    assert told in message(InputError, prepare_only, bundle, purpose, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_build_that_memory_is_too_short_for_is_refused_with_both_numbers(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed = requirement(bundle, RTX)
+    monkeypatch.setattr(building, "available_bytes", lambda: needed.peak - 1)
+    text = message(CapacityError, build, bundle, RTX)
+    assert f"{needed.peak / 1e9:.2f} GB at its peak" in text
+    assert f"{(needed.peak - 1) / 1e9:.2f} GB are free" in text
+    assert "int4" in text or "--max-length" in text
+    assert not engine_directory(bundle, RTX.engine).exists()
+
+
+def test_what_a_build_takes_grows_with_the_cache_and_not_with_the_length_of_a_prompt(bundle: Bundle) -> None:
+    small, large = requirement(bundle, RTX), requirement(bundle, replace(RTX, max_batch=8, max_length=128))
+    tokens = 8 * 128 - 2 * 64
+    assert large.cache - small.cache == 2 * tokens * bundle.config.cache_bytes_per_token(2)
+    assert requirement(bundle, replace(RTX, chunk_size=64)) == small
+    assert requirement(bundle, replace(PLUGIN, cache_dtype="int8")).cache == small.cache // 2
+
+
+def test_free_memory_is_what_the_system_says(tmp_path: Path) -> None:
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal:  7845612 kB\nMemFree:  200 kB\nMemAvailable:    5242880 kB\n")
+    assert available_bytes(meminfo) == 5 * 2**30
+    meminfo.write_text("MemTotal: 1 kB\n")
+    assert available_bytes(meminfo) is None
+    assert available_bytes(tmp_path / "absent") is None
+
+
+def test_without_a_gpu_one_must_be_named(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="the package tensorrt-rtx is needed")
+    from gta_edge.runtime import tensorrt_builder
+
+    def no_gpu() -> None:
+        raise BackendError("there is no driver")
+
+    monkeypatch.setattr(tensorrt_builder, "current_gpu", no_gpu)
+    assert "name one with --compute-capability" in message(BackendError, build, bundle, RTX)
+    text = message(BackendError, build, bundle, RTX, compute_capability="8.7")
+    assert "does not build for compute capability 8.7; expected one of 7.5, 8.0, 8.6, 8.9, 12.0, 12.1" in text
+
+
+# --- a build, with TensorRT-RTX, which needs no GPU -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compute", ["fp16", "bf16"])
+def test_an_engine_with_both_profiles(bundle: Bundle, compute: str) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="the package tensorrt-rtx is needed")
+    told: list[tuple[str, int, int]] = []
+    purpose = replace(RTX, compute=compute, cache_dtype=compute)
+    directory = build(bundle, purpose, compute_capability="8.6", progress=lambda *step: told.append(step))
+    import tensorrt_rtx as trt
+
+    plan, record = load_engine(bundle, "tensorrt-rtx", tensorrt=trt.__version__, compute_capability="8.6")
+    assert record == EngineRecord(purpose, made_from(bundle), trt.__version__, "8.6")
+    assert len(plan) > 1000
+    assert {path.name for path in directory.iterdir()} == {"engine.plan", "engine.json"}
+    assert all(0 < done <= total for _, done, total in told)
+    assert len({what for what, *_ in told}) >= 2  # writing weights, and TensorRT's own
+    assert "give --force" in message(EngineError, build, bundle, purpose, compute_capability="8.6")
+
+
+def test_a_model_that_tensorrt_refuses(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="the package tensorrt-rtx is needed")
+
+    def broken(bundle: Bundle, purpose: Purpose, directory: Path, *rest: object) -> Path:
+        directory.mkdir()
+        (directory / "model.onnx").write_bytes(b"no model")
+        return directory / "model.onnx"
+
+    monkeypatch.setattr(building, "_specialised", broken)
+    assert "refuses the model (" in message(EngineError, build, bundle, RTX, compute_capability="8.6")
+    assert not engine_directory(bundle, RTX.engine).exists()
+
+
+def test_profiles_cover_what_sessions_run(bundle: Bundle) -> None:
+    decode, prefill = profile_shapes(bundle, replace(PLUGIN, cache_dtype="int8"))
+    assert decode["input_ids"] == ((1, 1), (1, 1), (2, 1))
+    assert prefill["input_ids"] == ((1, 1), (1, 32), (2, 32))
+    assert prefill["logit_positions"][2] == (2, LOGIT_POSITIONS)
+    first, second = bundle.config.caches
+    for profile in (decode, prefill):
+        assert profile["past_key.1"][2] == (2, first.heads, 64, first.width)
+        assert profile["past_latent_scale.0"] == tuple((n, second.heads, 64) for n in (1, 1, 2))
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def test_the_model_alone_for_other_tools(copied_bundle: Path, tmp_path: Path, command: Callable[..., Result]) -> None:
+    out = tmp_path / "model"
+    options = ("--max-length", 100, "--cache-dtype", "int8")
+    document = command("build", copied_bundle, "--onnx-only", "--output", out, *options, "--json").document
+    assert document["written"] == str(out / "model.onnx")
+    graph = onnx.load(out / "model.onnx", load_external_data=False).graph
+    shapes = {i.name: [d.dim_value or d.dim_param for d in i.type.tensor_type.shape.dim] for i in graph.input}
+    assert shapes["past_key.0"][2] == 100
+    assert {node.op_type for node in graph.node if node.domain == "gta"} == {"GroupedLatentAttention"}
+    assert "already exists" in command("build", copied_bundle, "--onnx-only", "--output", out).error
+    assert command("build", copied_bundle, "--onnx-only", "--output", out, "--older-parser", "--force").status == 0
+
+
+def test_wrong_usage(copied_bundle: Path, command: Callable[..., Result], tmp_path: Path) -> None:
+    assert command("build", copied_bundle, "--onnx-only").status == 2
+    assert command("build", copied_bundle, "--output", tmp_path / "out").status == 2
+    assert command("build", copied_bundle, "--older-parser").status == 2
+    shutil.rmtree(copied_bundle)
+    assert "does not exist" in command("build", copied_bundle).error
+
+
+def test_a_purpose_is_a_command(bundle: Bundle, command: Callable[..., Result], tmp_path: Path) -> None:
+    """What an error tells to run is what `build` understands."""
+    words = replace(PLUGIN, max_length=33).command(bundle.directory).split()
+    out = tmp_path / "out"
+    document = command(*words[1:], "--onnx-only", "--output", out, "--json").document
+    expected = asdict(replace(PLUGIN, max_length=33, chunk_size=building.CHUNK_SIZE))
+    assert {name: document[name] for name in expected} == expected
