@@ -29,12 +29,14 @@ def build(
         str | None, typer.Option(help="GPU to build for, such as 8.6; the one here by default. tensorrt-rtx only.")
     ] = None,
     onnx_only: Annotated[
-        bool, typer.Option("--onnx-only", help="Write the model as it would go to TensorRT, to --output.")
+        bool, typer.Option("--onnx-only", help="Write the model as it would go to TensorRT, and build nothing.")
     ] = False,
     older_parser: Annotated[
         bool, typer.Option("--older-parser", help="With --onnx-only: for a parser before TensorRT 10.15.")
     ] = False,
-    output: Annotated[Path | None, typer.Option(help="Directory for --onnx-only.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Directory for --onnx-only; engines/ENGINE-onnx in the bundle by default.")
+    ] = None,
     verify_hashes: Annotated[bool, typer.Option("--verify-hashes", help="Hash the weights first.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an engine that is there.")] = False,
 ) -> None:
@@ -43,8 +45,8 @@ def build(
     from gta_edge.runtime import build as builder
     from gta_edge.runtime.engine import Purpose
 
-    if onnx_only != (output is not None):
-        raise typer.BadParameter("--onnx-only and --output go together")
+    if output is not None and not onnx_only:
+        raise typer.BadParameter("--output goes with --onnx-only; an engine lies in its bundle")
     if older_parser and not onnx_only:
         raise typer.BadParameter("--older-parser goes with --onnx-only; a build asks TensorRT itself")
     out = current()
@@ -60,7 +62,7 @@ def build(
             chunk_size=builder.CHUNK_SIZE,
         )
         needed = builder.requirement(opened, purpose)
-        if output is not None:
+        if onnx_only:
             written = builder.prepare_only(
                 opened, purpose, output, newer_ops=not older_parser, force=force, progress=progress
             )
@@ -68,7 +70,7 @@ def build(
             written = builder.build(
                 opened, purpose, compute_capability=compute_capability, force=force, progress=progress
             )
-    document = {"written": str(written), **vars(purpose), "estimated_peak_bytes": None if output else needed.peak}
+    document = {"written": str(written), **vars(purpose), "estimated_peak_bytes": None if onnx_only else needed.peak}
     if out.json:
         out.document(document)
     else:

@@ -21,12 +21,17 @@ else:
 __all__ = ["grouped_latent_attention", "grouped_query_attention"]
 
 
+_EAGER: dict[str, Callable[..., Tensor]] = {}
+"""The functions behind the ops, in torch's own operations."""
+
+
 def _op(mutates: tuple[str, ...]) -> Callable[[Any], Any]:
     """Register a function as ``torch.ops.gta.NAME``."""
 
     def register(function: Callable[..., Any]) -> Any:
         if not installed(torch):
             return function
+        _EAGER[function.__name__] = function
         return torch.library.custom_op(f"gta::{function.__name__}", function, mutates_args=mutates)
 
     return register
@@ -175,7 +180,7 @@ def grouped_query_attention(
 if installed(torch):
     from gta_edge.plugins.torch_kernels import on_gpu
 
-    grouped_latent_attention_.register_kernel("cuda")(on_gpu(grouped_latent_attention_._init_fn))
+    grouped_latent_attention_.register_kernel("cuda")(on_gpu(_EAGER["grouped_latent_attention_"]))
 
 
 @_fake_of(grouped_latent_attention)

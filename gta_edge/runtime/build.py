@@ -113,7 +113,7 @@ def build(
 def prepare_only(
     bundle: Bundle,
     purpose: Purpose,
-    output: Path,
+    output: Path | None = None,
     *,
     newer_ops: bool = True,
     force: bool = False,
@@ -124,7 +124,7 @@ def prepare_only(
     Args:
         bundle: the model.
         purpose: what an engine of it would be for.
-        output: directory to write.
+        output: directory to write; by default one among the bundle's engines.
         newer_ops: whether the parser that will read it knows RMSNormalization (TensorRT 10.15 and later).
         force: replace the directory.
         progress: told of the weights written.
@@ -137,6 +137,9 @@ def prepare_only(
         OutputError: the directory exists or cannot be written.
     """
     _check_purpose(bundle, purpose)
+    if output is None:
+        output = engine_directory(bundle, f"{purpose.engine}-onnx")
+        output.parent.mkdir(exist_ok=True)
     with new_directory(output, force=force) as partial:
         name = _specialised(bundle, purpose, partial, newer_ops, progress).name
     return Path(output) / name

@@ -21,7 +21,16 @@ from gta_edge.errors import EngineError
 from gta_edge.files import new_directory
 from gta_edge.version import __version__
 
-__all__ = ["ENGINES", "EngineRecord", "Purpose", "engine_directory", "keep_engine", "load_engine", "made_from"]
+__all__ = [
+    "ENGINES",
+    "EngineRecord",
+    "Purpose",
+    "engine_directory",
+    "keep_engine",
+    "load_engine",
+    "made_from",
+    "require_engine",
+]
 
 ENGINES = ("tensorrt", "tensorrt-rtx")
 PLAN, RECORD = "engine.plan", "engine.json"
@@ -140,6 +149,19 @@ def load_engine(bundle: Bundle, engine: str, *, tensorrt: str, compute_capabilit
     return plan, record
 
 
+def require_engine(bundle: Bundle, engine: str) -> None:
+    """Raise EngineError where a bundle has no engine of this kind; what there is may still not fit."""
+    if not engine_directory(bundle, engine).is_dir():
+        raise _no_engine(bundle, engine)
+
+
+def _no_engine(bundle: Bundle, engine: str) -> EngineError:
+    return EngineError(
+        f"{engine_directory(bundle, engine)}: there is no engine; "
+        f"run: gta-edge build {shlex.quote(str(bundle.directory))} --engine {engine}"
+    )
+
+
 def _read_record(bundle: Bundle, directory: Path, engine: str) -> tuple[EngineRecord, int, str]:
     build = f"gta-edge build {shlex.quote(str(bundle.directory))} --engine {engine}"
     path = directory / RECORD
@@ -155,7 +177,7 @@ def _read_record(bundle: Bundle, directory: Path, engine: str) -> tuple[EngineRe
         size, digest = document["bytes"], document["sha256"]
         _check_types(record, size, digest)
     except FileNotFoundError as error:
-        raise EngineError(f"{directory}: there is no engine; run: {build}") from error
+        raise _no_engine(bundle, engine) from error
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise EngineError(f"{path}: is not the record of an engine ({error}); run: {build} --force") from error
     if record.purpose.engine != engine:

@@ -20,7 +20,7 @@ from gta_edge.plugins.launch import current_gpu
 from gta_edge.plugins.tensorrt_plugin import take_failures
 from gta_edge.runtime.build import LOGIT_POSITIONS
 from gta_edge.runtime.cuda import Cuda
-from gta_edge.runtime.engine import load_engine
+from gta_edge.runtime.engine import load_engine, require_engine
 from gta_edge.runtime.session import Ids, Logits, Session
 from gta_edge.trt import load
 
@@ -56,7 +56,9 @@ class TensorRTSession(Session):
     def __init__(
         self, bundle: Bundle, *, engine: str = "tensorrt", device_id: int = 0, chunk_size: int | None = None
     ) -> None:
-        gpu = current_gpu(device_id)  # first: without one, TensorRT's libraries need not be loaded
+        # First what costs nothing: TensorRT's libraries take seconds to load.
+        require_engine(bundle, engine)
+        gpu = current_gpu(device_id)
         trt = load(engine)
         digits = gpu.architecture.removeprefix("sm_")
         here = f"{digits[:-1]}.{digits[-1]}"

@@ -457,9 +457,8 @@ def preset_sizes() -> dict[Sizes, str]:
 
 def is_default(name: str, variant: Variant, architecture: str) -> bool:
     """Whether this is compiled at every run of the tests, and not on demand only."""
-    if name == "gta-1b" and variant.compute == "fp16":
-        return variant.cache == "fp16" or architecture == "sm_87"
-    return (architecture == "sm_87" and variant.cache == "fp16") or (name == "gta-1b" and architecture == "sm_80")
+    published = variant.compute == variant.cache == "bf16"
+    return published or (name == "gta-1b" and architecture == "sm_87")
 
 
 def compiles() -> list[object]:

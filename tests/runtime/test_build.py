@@ -259,8 +259,14 @@ def test_the_model_alone_for_other_tools(copied_bundle: Path, tmp_path: Path, co
     assert command("build", copied_bundle, "--onnx-only", "--output", out, "--older-parser", "--force").status == 0
 
 
+def test_the_model_alone_lies_among_the_engines_by_default(copied_bundle: Path, command: Callable[..., Result]) -> None:
+    document = command("build", copied_bundle, "--engine", "tensorrt-rtx", "--onnx-only", "--json").document
+    assert document["written"] == str(copied_bundle / "engines" / "tensorrt-rtx-onnx" / "model.onnx")
+    onnx.checker.check_model(document["written"], full_check=True)
+    Bundle.open(copied_bundle)
+
+
 def test_wrong_usage(copied_bundle: Path, command: Callable[..., Result], tmp_path: Path) -> None:
-    assert command("build", copied_bundle, "--onnx-only").status == 2
     assert command("build", copied_bundle, "--output", tmp_path / "out").status == 2
     assert command("build", copied_bundle, "--older-parser").status == 2
     shutil.rmtree(copied_bundle)
