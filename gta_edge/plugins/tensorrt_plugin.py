@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cache, cached_property, lru_cache, wraps
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import cache, wraps
 from threading import Lock
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -27,254 +27,33 @@ import numpy as np
 from gta_edge.errors import BackendError
 from gta_edge.optional import optional
 from gta_edge.plugins.compiler import cuda_extra
-from gta_edge.plugins.grouped_latent_attention import DOMAIN, INPUTS, OP, OUTPUTS, VERSION, Sizes
+from gta_edge.plugins.grouped_latent_attention import DOMAIN, INPUTS, OP, VERSION
 from gta_edge.plugins.launch import AttentionKernels, Buffers, Gpu, attention_kernels, current_gpu
-from gta_edge.plugins.plan import plan_attention, programs
-from gta_edge.plugins.tiling import COMPUTE_TYPES, DECODE_TOKENS, Variant
+from gta_edge.plugins.plan import programs
+from gta_edge.plugins.tensorrt_call import (
+    DECLARE_ALIAS,
+    Built,
+    Call,
+    Parameters,
+    allowed_types,
+    check_types,
+    describe_call,
+    largest_workspace_bytes,
+    type_name,
+)
+from gta_edge.plugins.tensorrt_fields import (
+    ATTRIBUTES,
+    Fields,
+    field_values,
+    read_built,
+    read_fields,
+    read_parameters,
+)
 from gta_edge.trt import TensorRT
 
-__all__ = [
-    "DECLARE_ALIAS",
-    "PAST_SCALES",
-    "PRESENT_SCALES",
-    "QUANTISED_CACHE",
-    "Built",
-    "Call",
-    "Classes",
-    "Parameters",
-    "describe_call",
-    "largest_workspace_bytes",
-    "plugin_classes",
-    "register_creators",
-    "take_failures",
-]
+__all__ = ["Classes", "plugin_classes", "register_creators", "take_failures"]
 
-PAST_SCALES = ("past_key_scale", "past_latent_scale")  # float32 [B, n_k, S], [B, n_c, S]
-PRESENT_SCALES = ("present_key_scale", "present_latent_scale")
-
-QUANTISED_CACHE = "quantised_cache"
-"""Attribute, 0 or 1: the node has scales. A plugin says how many outputs it has before it sees its inputs."""
-DECLARE_ALIAS = "declare_alias"
-"""Attribute, 0 or 1: present caches are declared to be the past ones' memory."""
-
-_CACHED = ("int8", "fp8")
-_IGNORED = ("plugin_namespace", "plugin_version")
-_ATTRIBUTES: Mapping[str, type] = {
-    "num_query_heads": int,
-    "num_key_heads": int,
-    "num_latent_heads": int,
-    "scale": float,
-    QUANTISED_CACHE: int,
-    DECLARE_ALIAS: int,
-}
-_OPTIONAL = (QUANTISED_CACHE, DECLARE_ALIAS)
-_BUILT: Mapping[str, type] = {
-    "key_dim": int,
-    "latent_dim": int,
-    "hidden_size": int,
-    "compute": str,
-    "cache": str,
-    "architecture": str,
-    "processors": int,
-}
-_FIELD_TYPES: Mapping[type, tuple[str, ...]] = {int: ("INT32", "INT64"), float: ("FLOAT32", "FLOAT64"), str: ("CHAR",)}
-_DATA_TYPES = {"HALF": "fp16", "BF16": "bf16", "FLOAT": "fp32", "INT8": "int8", "FP8": "fp8", "INT64": "int64"}
-_CALLS_KEPT = 1024
 _FAILURES_KEPT = 16
-
-
-# --- what a plugin is ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Parameters:
-    """The node's attributes.
-
-    Raises:
-        BackendError: one of them makes no sense.
-    """
-
-    num_query_heads: int
-    num_key_heads: int
-    num_latent_heads: int
-    scale: float
-    quantised_cache: bool = False
-    declare_alias: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("num_query_heads", "num_key_heads", "num_latent_heads"):
-            value = getattr(self, name)
-            if value < 1 or self.num_query_heads % value:
-                raise BackendError(
-                    f"{OP} has {name} = {value}; expected a number from 1 that divides num_query_heads, "
-                    f"{self.num_query_heads}"
-                )
-        object.__setattr__(self, "scale", float(np.float32(self.scale)))  # as it is serialised
-        if not 0 < self.scale < float("inf"):
-            raise BackendError(f"{OP} has scale = {self.scale}; expected more than 0")
-
-    @cached_property
-    def inputs(self) -> tuple[str, ...]:
-        """Names of the inputs, in order."""
-        return INPUTS + PAST_SCALES * self.quantised_cache
-
-    @cached_property
-    def outputs(self) -> tuple[str, ...]:
-        """Names of the outputs, in order."""
-        return OUTPUTS + PRESENT_SCALES * self.quantised_cache
-
-    @cached_property
-    def caches(self) -> tuple[tuple[int, int], ...]:
-        """For each output that is an input updated: the input's place and the output's."""
-        return tuple(
-            (self.inputs.index(name.replace("present", "past")), place)
-            for place, name in enumerate(self.outputs)
-            if name.startswith("present")
-        )
-
-
-@dataclass(frozen=True)
-class Built:
-    """What a build settled: the engine fits this, and its workspace was reserved for it."""
-
-    variant: Variant
-    architecture: str
-    processors: int
-    """Multiprocessors of the GPU that it was built on."""
-
-
-@dataclass(frozen=True)
-class Call:
-    """What one call is, beside its addresses."""
-
-    variant: Variant
-    batch: int
-    tokens: int
-    capacity: int
-    positions: int
-
-
-def _allowed(parameters: Parameters, place: int, types: Sequence[str]) -> tuple[str, ...]:
-    """Return the types that an input or output may have, given those of all before it."""
-    name = (parameters.inputs + parameters.outputs)[place]
-    if name == "query":
-        return COMPUTE_TYPES
-    if name == "past_length":
-        return ("int64",)
-    if name.endswith("_scale"):
-        return ("fp32",)
-    if name == "past_key" and parameters.quantised_cache:
-        return _CACHED
-    if name in ("past_latent", "present_key", "present_latent"):
-        return (types[parameters.inputs.index("past_key")],)
-    return (types[0],)
-
-
-def _check_types(parameters: Parameters, types: Sequence[str]) -> None:
-    """Raise BackendError where the inputs' types are not a combination that there are kernels for."""
-    if len(types) != len(parameters.inputs):
-        raise BackendError(
-            f"{OP} has {len(types)} inputs; with {QUANTISED_CACHE} = {int(parameters.quantised_cache)} it has "
-            f"{len(parameters.inputs)}: {', '.join(parameters.inputs)}"
-        )
-    for place, (name, found) in enumerate(zip(parameters.inputs, types, strict=True)):
-        allowed = _allowed(parameters, place, types)
-        if found not in allowed:
-            raise BackendError(
-                f"{OP} has {name} of type {found} with a query of {types[0]} and {QUANTISED_CACHE} = "
-                f"{int(parameters.quantised_cache)}; expected {' or '.join(allowed)}: retype the model, and build a "
-                "strongly typed network"
-            )
-
-
-@cache
-def _type(data_type: Any) -> str:
-    """Return this package's name of one of TensorRT's types, TensorRT's own where there is none."""
-    name = str(getattr(data_type, "name", data_type))
-    return _DATA_TYPES.get(name, name)
-
-
-@lru_cache(_CALLS_KEPT)
-def describe_call(
-    parameters: Parameters, types: tuple[str, ...], shapes: tuple[tuple[int, ...], ...], exact: bool = True
-) -> Call:
-    """Return what a call with these inputs is.
-
-    Args:
-        parameters: of the plugin.
-        types: of the inputs, in order: ``fp16``, ``bf16``, ``fp32``, ``int8``, ``fp8``, ``int64`` or TensorRT's name.
-        shapes: of the inputs, in order.
-        exact: whether B, T, S and P must be the same wherever they stand; the bounds of a profile may differ.
-
-    Raises:
-        BackendError: the kernels do not take this combination of types and shapes; the message names what is wrong.
-    """
-    _check_types(parameters, types)
-    given = dict(zip(parameters.inputs, shapes, strict=True))
-    for name, rank in (("gate", 3), ("past_key", 4), ("past_latent", 4), ("cos", 2)):
-        if len(given[name]) != rank:
-            raise BackendError(f"{OP} has {name} of shape {list(given[name])}; expected {rank} axes")
-    (b, t, hidden), (_, _, s, d_k), d_l = given["gate"], given["past_key"], given["past_latent"][3]
-    n_q, n_k, n_c = parameters.num_query_heads, parameters.num_key_heads, parameters.num_latent_heads
-    try:
-        sizes = Sizes(n_q, n_k, n_c, d_k, d_l, hidden)
-    except ValueError as error:
-        raise BackendError(f"{OP} has inputs that do not fit its attributes: {error}") from error
-    expected: dict[str, tuple[int | str, ...]] = {
-        "query": ("B", "T", n_q * d_k),
-        "key": ("B", "T", n_k * d_k),
-        "latent": ("B", "T", n_c * d_l),
-        "gate": ("B", "T", hidden),
-        "past_key": ("B", n_k, "S", d_k),
-        "past_latent": ("B", n_c, "S", d_l),
-        "past_length": ("B",),
-        "cos": ("P", d_k // 2),
-        "sin": ("P", d_k // 2),
-        "value_decoder": (n_q, d_l, hidden // n_q),
-        "past_key_scale": ("B", n_k, "S"),
-        "past_latent_scale": ("B", n_c, "S"),
-    }
-    named = {"B": b, "T": t, "S": s, "P": given["cos"][0]}
-    for name, shape in given.items():
-        wanted = [named[size] if isinstance(size, str) else size for size in expected[name]]
-        fixed = [exact or not isinstance(size, str) for size in expected[name]]
-        if len(shape) != len(wanted) or any(
-            f and found != want for f, found, want in zip(fixed, shape, wanted, strict=True)
-        ):
-            raise BackendError(f"{OP} has {name} of shape {list(shape)}; expected {wanted}")
-    if t > s:
-        raise BackendError(f"{OP} has {t} new tokens in caches for {s}; expected at most {s}: append smaller chunks")
-    return Call(Variant(sizes, types[0], types[parameters.inputs.index("past_key")]), b, t, s, named["P"])
-
-
-@lru_cache(_CALLS_KEPT)
-def largest_workspace_bytes(
-    variant: Variant, architecture: str, processors: int, *, batch: int, tokens: int, capacity: int
-) -> int:
-    """Return the workspace that suffices for all calls up to these sizes.
-
-    It does not grow with every size: two rows may share the GPU's blocks better than three. So all are asked.
-
-    Args:
-        variant: sizes and types.
-        architecture: of the GPU.
-        processors: of the GPU.
-        batch: largest B.
-        tokens: largest T.
-        capacity: largest S.
-
-    Raises:
-        BackendError: the kernels do not take these sizes.
-    """
-    of = programs(variant, architecture)
-    plan_attention(of, processors, batch=batch, tokens=tokens, capacity=capacity)
-    # Above this many rows the splits no longer depend on the batch, and the workspace grows with it.
-    split = min(batch, 2 * processors + 1)
-    return max(
-        plan_attention(of, processors, batch=rows, tokens=few, capacity=capacity).workspace_bytes
-        for rows in {*range(1, split + 1), batch}
-        for few in range(1, min(tokens, DECODE_TOKENS) + 1)
-    )
 
 
 # --- what went wrong -------------------------------------------------------------------------------------------------
@@ -306,103 +85,6 @@ def _reported(method: _Method) -> _Method:
             raise
 
     return call  # type: ignore[return-value]  # the same signature, which ParamSpec cannot say of methods
-
-
-# --- fields ----------------------------------------------------------------------------------------------------------
-
-
-def _read_fields(trt: Any, fields: Any) -> dict[str, Any]:
-    """Return the values of plugin fields by name.
-
-    Raises:
-        BackendError: a field is not known, not of its type, or not one value.
-    """
-    known = {**_ATTRIBUTES, **_BUILT}
-    values: dict[str, Any] = {}
-    for field in (fields[place] for place in range(len(fields))):
-        name = str(field.name)
-        if name in _IGNORED:
-            continue
-        if name not in known:
-            raise BackendError(f"{OP} has no attribute {name}; expected {', '.join((*_ATTRIBUTES, *_IGNORED))}")
-        kind = known[name]
-        if field.type not in [getattr(trt.PluginFieldType, each) for each in _FIELD_TYPES[kind]]:
-            found = getattr(field.type, "name", field.type)
-            raise BackendError(f"{OP} has {name} of type {found}; expected {' or '.join(_FIELD_TYPES[kind])}")
-        data = np.asarray(field.data)
-        if kind is str:
-            values[name] = data.astype(np.uint8).tobytes().rstrip(b"\0").decode("utf-8", "replace")
-        elif data.size != 1:
-            raise BackendError(f"{OP} has {data.size} values for {name}; expected one")
-        else:
-            values[name] = kind(data.reshape(-1)[0])
-    return values
-
-
-def _parameters(values: Mapping[str, Any]) -> Parameters:
-    """Return the attributes among the values.
-
-    Raises:
-        BackendError: one is missing or makes no sense.
-    """
-    missing = [name for name in _ATTRIBUTES if name not in values and name not in _OPTIONAL]
-    if missing:
-        raise BackendError(f"{OP} lacks {', '.join(missing)}; export the model again")
-    given = {name: values[name] for name in _ATTRIBUTES if name in values}
-    for name in _OPTIONAL:
-        if given.get(name, 0) not in (0, 1):
-            raise BackendError(f"{OP} has {name} = {given[name]}; expected 0 or 1")
-        given[name] = bool(given.get(name, 0))
-    return Parameters(**given)
-
-
-def _built(parameters: Parameters, values: Mapping[str, Any]) -> Built | None:
-    """Return what a build settled, None where the plugin was serialised before it.
-
-    Raises:
-        BackendError: part of it is missing, or there are no such kernels.
-    """
-    missing = [name for name in _BUILT if name not in values]
-    if len(missing) == len(_BUILT):
-        return None
-    if missing:
-        raise BackendError(f"{OP} in this engine lacks {', '.join(missing)}; build the engine again")
-    heads = (parameters.num_query_heads, parameters.num_key_heads, parameters.num_latent_heads)
-    try:
-        sizes = Sizes(*heads, values["key_dim"], values["latent_dim"], values["hidden_size"])
-    except ValueError as error:
-        raise BackendError(f"{OP} in this engine is damaged ({error}); build the engine again") from error
-    return Built(Variant(sizes, values["compute"], values["cache"]), values["architecture"], values["processors"])
-
-
-def _values(parameters: Parameters, built: Built | None) -> dict[str, int | float | str]:
-    """Return all that a plugin is made of, by the field's name."""
-    values: dict[str, int | float | str] = {name: kind(getattr(parameters, name)) for name, kind in _ATTRIBUTES.items()}
-    if built is not None:
-        variant = built.variant
-        numbers = (variant.sizes.key_dim, variant.sizes.latent_dim, variant.sizes.hidden_size)
-        all_values = (*numbers, variant.compute, variant.cache, built.architecture, built.processors)
-        values |= dict(zip(_BUILT, all_values, strict=True))
-    return values
-
-
-class _Fields:
-    """A ``PluginFieldCollection`` and all that it points to."""
-
-    def __init__(self, trt: Any, values: Mapping[str, int | float | str]) -> None:
-        kinds = trt.PluginFieldType
-        self._data: list[Any] = []
-        self._fields: list[Any] = []
-        for name, value in values.items():
-            if isinstance(value, str):
-                data, kind = np.frombuffer(value.encode(), np.int8), kinds.CHAR
-            elif isinstance(value, float):
-                data, kind = np.array([value], np.float32), kinds.FLOAT32
-            else:
-                data, kind = np.array([value], np.int32), kinds.INT32
-            self._data.append((name, data))
-            self._fields.append(trt.PluginField(name, data, kind))
-        self.collection = trt.PluginFieldCollection(self._fields)
 
 
 # --- the GPU ---------------------------------------------------------------------------------------------------------
@@ -457,10 +139,10 @@ class _Plugin:
         self.parameters, self.built = parameters, built
         self.plugin_name, self.plugin_version, self.plugin_namespace = OP, str(VERSION), DOMAIN
         self.num_outputs = len(parameters.outputs)
-        self.timing_cache_id = self.metadata_string = json.dumps(_values(parameters, None))
+        self.timing_cache_id = self.metadata_string = json.dumps(field_values(parameters, None))
         self._gpu: Gpu | None = None
         self._ready: tuple[Call, AttentionKernels] | None = None
-        self._serialised: _Fields | None = None
+        self._serialised: Fields | None = None
 
     # -- core
 
@@ -482,7 +164,7 @@ class _Plugin:
         Raises:
             BackendError: there are no kernels for this combination of types.
         """
-        _check_types(self.parameters, [_type(each) for each in input_types])
+        check_types(self.parameters, [type_name(each) for each in input_types])
         return [input_types[0], *(input_types[past] for past, _ in self.parameters.caches)]
 
     @_reported
@@ -497,8 +179,8 @@ class _Plugin:
         """Tell whether an input or output may have its type and format, given those of all before it."""
         if num_inputs != len(self.parameters.inputs) or in_out[pos].desc.format != self.trt.TensorFormat.LINEAR:
             return False
-        types = [_type(each.desc.type) for each in in_out[: pos + 1]]
-        return types[pos] in _allowed(self.parameters, pos, types)
+        types = [type_name(each.desc.type) for each in in_out[: pos + 1]]
+        return types[pos] in allowed_types(self.parameters, pos, types)
 
     @_reported
     def configure_plugin(self, in_: Sequence[Any], out: Sequence[Any]) -> None:
@@ -559,7 +241,7 @@ class _Plugin:
     def get_fields_to_serialize(self) -> Any:
         """Return all that ``create_plugin`` needs to make this plugin again."""
         # The bindings copy the addresses only; so what is at them lives as long as the plugin.
-        self._serialised = _Fields(self.trt, _values(self.parameters, self.built))
+        self._serialised = Fields(self.trt, field_values(self.parameters, self.built))
         return self._serialised.collection
 
     @_reported
@@ -623,7 +305,7 @@ class _Plugin:
     def _largest_call(self, in_: Iterable[Any]) -> Call:
         """Return the largest call of a profile."""
         bounds = list(in_)
-        types = tuple(_type(each.desc.type) for each in bounds)
+        types = tuple(type_name(each.desc.type) for each in bounds)
         return describe_call(self.parameters, types, tuple(tuple(each.max) for each in bounds), exact=False)
 
     def _ready_for(self, descs: Sequence[Any]) -> tuple[Call, AttentionKernels]:
@@ -636,7 +318,7 @@ class _Plugin:
         return self._prepare(descs)
 
     def _prepare(self, descs: Iterable[Any]) -> tuple[Call, AttentionKernels]:
-        types, shapes = zip(*((_type(each.type), tuple(each.dims)) for each in descs), strict=True)
+        types, shapes = zip(*((type_name(each.type), tuple(each.dims)) for each in descs), strict=True)
         call = describe_call(self.parameters, types, shapes)
         return call, attention_kernels(call.variant, self._own_gpu())
 
@@ -669,7 +351,7 @@ class _Creator:
         self.base.__init__(self)
         self.name, self.plugin_version, self.plugin_namespace = OP, str(VERSION), DOMAIN
         # The parser passes on the attributes that are declared here.
-        self._declared = _Fields(self.trt, {name: kind(1) for name, kind in _ATTRIBUTES.items()})
+        self._declared = Fields(self.trt, {name: kind(1) for name, kind in ATTRIBUTES.items()})
         self.field_names = self._declared.collection
 
     @_reported
@@ -685,17 +367,17 @@ class _Creator:
             BackendError: a field is missing, unknown, ill-typed or out of range.
         """
         classes = plugin_classes(self.trt)
-        values = _read_fields(self.trt, field_collection)
-        parameters = _parameters(values)
+        values = read_fields(self.trt, field_collection)
+        parameters = read_parameters(values)
         building = phase == self.trt.TensorRTPhase.BUILD
         if not (building and parameters.declare_alias):
-            return classes.plugin(parameters, _built(parameters, values))
+            return classes.plugin(parameters, read_built(parameters, values))
         if classes.aliased is None:
             raise BackendError(
                 f"{OP} has {DECLARE_ALIAS} = 1, which this TensorRT does not know; leave the attribute out and bind "
                 "past and present to one address"
             )
-        return classes.aliased(parameters, _built(parameters, values))
+        return classes.aliased(parameters, read_built(parameters, values))
 
 
 class Classes(NamedTuple):

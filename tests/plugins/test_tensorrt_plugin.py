@@ -27,14 +27,8 @@ from gta_edge.plugins import tiling
 from gta_edge.plugins.grouped_latent_attention import Sizes
 from gta_edge.plugins.launch import attention_kernels, current_gpu
 from gta_edge.plugins.plan import plan_attention, programs
-from gta_edge.plugins.tensorrt_plugin import (
-    Built,
-    Parameters,
-    describe_call,
-    largest_workspace_bytes,
-    plugin_classes,
-    take_failures,
-)
+from gta_edge.plugins.tensorrt_call import Built, Parameters, describe_call, largest_workspace_bytes
+from gta_edge.plugins.tensorrt_plugin import plugin_classes, take_failures
 from gta_edge.plugins.tiling import Variant
 from tests.plugins.test_kernels_gpu import GTA_1B, TOLERANCE, VARIANTS, Call, bits, on_gpu
 from tests.plugins.test_launch import FakeCuda

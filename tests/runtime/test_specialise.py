@@ -27,7 +27,7 @@ from gta_edge.config import ModelConfig
 from gta_edge.errors import BundleError, CapacityError, EngineError, GtaEdgeError, InputError, OutputError
 from gta_edge.export.pipeline import export
 from gta_edge.plugins import grouped_latent_attention as op
-from gta_edge.plugins.tensorrt_plugin import QUANTISED_CACHE
+from gta_edge.plugins.tensorrt_call import QUANTISED_CACHE
 from gta_edge.runtime.passes.fold_constants import FoldConstantsPass
 from gta_edge.runtime.passes.quantize_cache import QuantizeCachePass
 from gta_edge.runtime.passes.remove_functions import RemoveFunctionsPass

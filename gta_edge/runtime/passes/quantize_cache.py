@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from gta_edge.errors import EngineError
 from gta_edge.optional import optional
 from gta_edge.plugins import grouped_latent_attention as op
-from gta_edge.plugins.tensorrt_plugin import QUANTISED_CACHE
+from gta_edge.plugins.tensorrt_call import QUANTISED_CACHE
 from gta_edge.runtime.node_types import title
 
 if TYPE_CHECKING:
