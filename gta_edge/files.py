@@ -62,9 +62,8 @@ def new_directory(path: str | os.PathLike[str], *, force: bool = False) -> Itera
 
     Args:
         path: where the result goes; its parent must exist.
-        force: replace an existing directory, once the new one is complete. Only one that is empty or holds a
-            record of ours (``_OURS``) is replaced, and never one that holds the working
-            or home directory.
+        force: replace an existing directory, once the new one is complete. Only one that is empty or holds a record
+            of ours (``_OURS``) is replaced, and never one that holds the working or home directory.
 
     Raises:
         OutputError: ``path`` exists or may not be replaced, its parent cannot be written to, or the disk is full, also

@@ -320,7 +320,7 @@ def _loading(gpu: Gpu) -> Iterator[None]:
         yield
     except BackendError:
         raise
-    except Exception as error:
+    except Exception as error:  # CUDAError, or RuntimeError of the driver's own functions
         version = driver_cuda_version()
         known = f"CUDA {version[0]}.{version[1]}" if version else "no CUDA"
         raise BackendError(

@@ -80,7 +80,7 @@ def _reported(method: _Method) -> _Method:
     def call(*arguments: Any, **options: Any) -> Any:
         try:
             return method(*arguments, **options)
-        except Exception as error:
+        except Exception as error:  # whatever it is, TensorRT would hide it; it goes on as it was
             _failures.append(" ".join(str(error).split()) or type(error).__name__)
             raise
 

@@ -164,7 +164,7 @@ def _write(model: ir.Model, directory: Path, progress: Progress) -> None:
         )
     except OSError:
         raise
-    except Exception as error:
+    except Exception as error:  # of a lazy tensor, whose weight is read only now
         raise _translated(error, "a weight cannot be written") from error
     finally:
         _release(written)

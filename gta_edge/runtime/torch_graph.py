@@ -30,8 +30,8 @@ class DecodeGraph:
         caches: per layer; their memory is part of the graph and has to stay where it is.
         batch: B.
 
-    Capturing runs the model once with lengths of zero, which writes each cache's first position; ``replay`` is
-    preceded by nothing, so what was there is put back.
+    Before it is captured, the model runs once with lengths of zero, which writes each cache's first position; what was
+    there is put back.
     """
 
     def __init__(self, model: Decoder, caches: Sequence[Cache], batch: int) -> None:
