@@ -1,7 +1,11 @@
 """From logits to one token: greedy, or a draw after temperature, top-k, top-p and min-p.
 
 What each option means, and their order, is that of transformers' logits processors: repetition penalty, temperature,
-top_k, top_p, min_p, then a draw from the softmax of what is left. All of it in float64, on the CPU.
+top_k, top_p, min_p, then a draw from the softmax of what is left.
+
+It happens on the CPU, whatever computed the logits: copying them there takes less than a kernel of a sampler would.
+Exponentials are float32, whose rounding is far below that of any logits, and sums float64; in float64 throughout, a
+draw from a large vocabulary would take as long as a good part of a token.
 """
 
 from __future__ import annotations
@@ -18,11 +22,12 @@ import numpy.typing as npt
 
 from gta_edge.errors import BackendError, InputError
 
-__all__ = ["Sampler", "Sampling"]
+__all__ = ["Sampler", "Sampling", "draw"]
 
 Ids = npt.NDArray[np.int64]
 Logits = npt.NDArray[np.float32]
 Floats = npt.NDArray[np.float64]
+Weights = npt.NDArray[np.float32]
 
 _LARGEST_SEED = 2**63 - 1
 _LARGEST_FLOAT = float(np.finfo(np.float64).max)
@@ -116,12 +121,8 @@ class Sampler:
         scores = self._scores(logits, ids)
         if self.sampling.greedy:
             return int(scores.argmax())
-        tokens, probabilities = self._candidates(scores)
-        cumulative = probabilities.cumsum()
-        drawn = cumulative.searchsorted(self._random.random() * cumulative[-1], side="right")
-        # rounding could lead past the last token that has a probability at all
-        last = cumulative.searchsorted(cumulative[-1], side="left")
-        return int(tokens[min(drawn, last)])
+        tokens, weights = self._candidates(scores)
+        return int(tokens[draw(weights, self._random.random())])
 
     def probabilities(self, logits: Logits, ids: Ids) -> Floats:
         """Return the distribution that ``sample`` draws from, float64 [V]; arguments and errors as there."""
@@ -130,8 +131,8 @@ class Sampler:
         if self.sampling.greedy:
             result[scores.argmax()] = 1
         else:
-            tokens, probabilities = self._candidates(scores)
-            result[tokens] = probabilities / probabilities.sum()
+            tokens, weights = self._candidates(scores)
+            result[tokens] = weights / weights.sum(dtype=np.float64)
         return result
 
     def _scores(self, logits: Logits, ids: Ids) -> npt.NDArray[Any]:
@@ -153,44 +154,64 @@ class Sampler:
         scores[ids] = np.clip(seen, -_LARGEST_FLOAT, _LARGEST_FLOAT)
         return scores
 
-    def _candidates(self, scores: npt.NDArray[Any]) -> tuple[Ids, Floats]:
-        """Return the tokens that may be drawn, ascending, and their probabilities, which need not sum to 1."""
-        options = self.sampling
-        tokens = _top_k(scores, options.top_k)
-        kept = scores[tokens].astype(np.float64)
+    def _candidates(self, scores: npt.NDArray[Any]) -> tuple[Ids, Weights]:
+        """Return the tokens that may be drawn, ascending, and their probabilities over that of the most probable."""
+        options, tokens, kept = self.sampling, None, scores
+        if options.top_k is not None and options.top_k < len(scores):
+            tokens = _top_k(scores, options.top_k)
+            kept = scores[tokens]
         with np.errstate(over="ignore"):  # a tiny temperature makes -inf of everything but the largest
-            probabilities = np.exp((kept - kept.max()) / options.effective_temperature)
-        probabilities /= probabilities.sum()
+            exponents = (kept.astype(np.float64) - float(kept.max())) / options.effective_temperature
+            weights = np.exp(exponents.astype(np.float32))
+        keep = None
         if options.top_p is not None and options.top_p < 1:
-            keep = _top_p(kept, probabilities, float(options.top_p))
-            tokens, probabilities = tokens[keep], probabilities[keep]
+            keep = _top_p(kept, weights, float(options.top_p))
         if options.min_p is not None:
-            keep = probabilities >= float(options.min_p) * probabilities.max()
-            tokens, probabilities = tokens[keep], probabilities[keep]
-        return tokens, probabilities
+            probable = weights >= float(options.min_p)
+            keep = probable if keep is None else keep & probable
+        if keep is not None:
+            chosen = np.flatnonzero(keep)
+            tokens, weights = chosen if tokens is None else tokens[chosen], weights[chosen]
+        return np.arange(len(scores)) if tokens is None else tokens, weights
 
 
-def _top_k(scores: npt.NDArray[Any], top_k: int | None) -> Ids:
+def draw(weights: Weights, uniform: float) -> int:
+    """Return which of ``weights`` [K], not all 0, a number in [0, 1) falls to, by their running sums.
+
+    Sums of blocks come first, so that running sums are needed of the blocks and of one block only.
+    """
+    block = 1 + math.isqrt(len(weights))
+    sums = np.add.reduceat(weights, range(0, len(weights), block), dtype=np.float64).cumsum()
+    target = uniform * sums[-1]
+    # rounding could lead past the last token that has a probability at all
+    first = min(sums.searchsorted(target, side="right"), sums.searchsorted(sums[-1], side="left"))
+    start = int(first) * block
+    within = weights[start : start + block].cumsum(dtype=np.float64)
+    rest = target - (sums[first - 1] if first else 0.0)
+    drawn = min(within.searchsorted(rest, side="right"), within.searchsorted(within[-1], side="left"))
+    return start + int(drawn)
+
+
+def _top_k(scores: npt.NDArray[Any], top_k: int) -> Ids:
     """Return the positions of the k largest of [V], ascending, with all that equal the k-th."""
     size = len(scores)
-    if top_k is None or top_k >= size:
-        return np.arange(size)
     kth = np.partition(scores, size - top_k)[size - top_k]
     return np.flatnonzero(scores >= kth)
 
 
-def _top_p(scores: Floats, probabilities: Floats, top_p: float) -> npt.NDArray[np.bool_]:
+def _top_p(scores: npt.NDArray[Any], weights: Weights, top_p: float) -> npt.NDArray[np.bool_]:
     """Return which of [K] to keep: all but the least probable ones whose sum stays within ``1 - top_p``.
 
     Of equal ones the first goes first, since they are taken in stable ascending order; the last one always stays.
     """
-    budget = 1.0 - top_p
+    budget = (1.0 - top_p) * float(weights.sum(dtype=np.float64))
     # those below an even share of the budget fit into it together, so that only the others need sorting
-    large = np.flatnonzero(probabilities >= min(budget / len(probabilities), probabilities.max()))
+    large = np.flatnonzero(weights >= min(budget / len(weights), 1.0))
     order = large[np.argsort(scores[large], kind="stable")]
-    spent = probabilities.sum() - probabilities[large].sum() if len(large) < len(probabilities) else 0.0
-    within = spent + probabilities[order].cumsum() <= budget
+    rest = np.ones(len(weights), np.bool_)
+    rest[large] = False
+    within = float(weights[rest].sum(dtype=np.float64)) + weights[order].cumsum(dtype=np.float64) <= budget
     within[-1] = False
-    keep = np.zeros(len(probabilities), np.bool_)
+    keep = np.zeros(len(weights), np.bool_)
     keep[order[~within]] = True
     return keep
