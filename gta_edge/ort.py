@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from gta_edge.errors import BackendError
@@ -26,6 +27,8 @@ def load_onnxruntime() -> Any:
     """
     module = optional("onnxruntime", "ort")
     if not installed(module):
+        if sys.version_info < (3, 11):
+            raise BackendError("ONNX Runtime 1.25 needs Python 3.11 or later; use one, or choose another backend")
         module()  # says what to install
     found = str(module.__version__)
     if tuple(int(part) for part in found.split(".")[:2]) < _OLDEST_VERSION:

@@ -2,51 +2,37 @@
 
 from __future__ import annotations
 
-import os
-import platform
-import shutil
-import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Callable
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
+from gta_edge import machine
 from gta_edge.cli.output import FAILED, current, key_value_table
+from gta_edge.errors import BackendError
 from gta_edge.version import __version__
 
 __all__ = ["doctor"]
-
-# Backend, the modules it needs, and the line that brings them.
-_BACKENDS = {
-    "onnxruntime": (("onnxruntime", "onnx_ir"), "pip install 'gta-edge[ort]'"),
-    "torch": (("torch", "onnx_ir"), "pip install 'gta-edge[export]'"),
-}
-_PACKAGES = (
-    "numpy",
-    "onnxruntime",
-    "onnxruntime-gpu",
-    "torch",
-    "onnx",
-    "onnx-ir",
-    "onnxscript",
-    "tensorrt",
-    "tensorrt-rtx",
-    "cuda-core",
-)
 
 
 def doctor() -> None:
     """Show what this machine has for running models; the exit status is 1 when no backend works."""
     output = current()
+    kernels = _kernels()
     report: dict[str, Any] = {
         "gta_edge": __version__,
-        "machine": _machine(),
-        "gpu": _gpu(),
-        "packages": {name: found for name in _PACKAGES if (found := _version(name))},
-        "kernels": _kernels(),
+        "machine": machine.describe(),
+        "gpu": {"devices": machine.gpus(), "cuda_driver": _cuda_driver(), "cuda_toolkit": machine.cuda_toolkit()},
+        "packages": machine.package_versions(),
+        "kernels": kernels,
+        "tensorrt": {engine: _tensorrt(engine) for engine in ("tensorrt", "tensorrt-rtx")},
         "onnxruntime_providers": _providers(),
-        "backends": {name: _backend(*entry) for name, entry in _BACKENDS.items()},
+        "backends": {
+            "tensorrt": _engine_backend("tensorrt", kernels),
+            "tensorrt-rtx": _engine_backend("tensorrt-rtx", kernels),
+            "onnxruntime": _backend(("onnxruntime", "onnx_ir"), "ort", _load_onnxruntime),
+            "torch": _backend(("torch", "onnx_ir"), "export", None),
+        },
     }
     if output.json:
         output.document(report)
@@ -57,32 +43,62 @@ def doctor() -> None:
         sys.exit(FAILED)
 
 
-def _machine() -> dict[str, Any]:
-    return {
-        "system": f"{platform.system()} {platform.release()}",
-        "architecture": platform.machine(),
-        "python": platform.python_version(),
-        "cpu": _cpu(),
-        "cores": os.cpu_count(),
-        "memory_bytes": _memory(),
-        "board": _line(Path("/proc/device-tree/model")),
-        "jetson_linux": _line(Path("/etc/nv_tegra_release")),
-        "power_mode": _run("nvpmodel", "-q"),
-    }
+def _state(reason: str | None = None, remedy: str | None = None) -> dict[str, Any]:
+    return {"works": reason is None, "reason": reason, "remedy": remedy}
 
 
-def _gpu() -> dict[str, Any]:
-    found = _run("nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader")
-    cuda = _line(Path("/usr/local/cuda/version.json"))
-    return {
-        "devices": found.splitlines() if found else [],
-        "cuda_toolkit": bool(cuda) or shutil.which("nvcc") is not None,
-    }
+def _backend(modules: tuple[str, ...], extra: str, load: Callable[[], object] | None) -> dict[str, Any]:
+    """Whether the modules of a backend are there; ``load`` imports the one that may be there and be of no use."""
+    remedy = f"pip install 'gta-edge[{extra}]'"
+    missing = [name for name in modules if find_spec(name) is None]
+    if missing:
+        if "onnxruntime" in missing and sys.version_info < (3, 11):
+            remedy = "use Python 3.11 or later, which onnxruntime 1.25 needs"
+        return _state(f"{', '.join(missing)} not installed", remedy)
+    try:
+        if load:
+            load()
+    except BackendError as error:
+        return _state(str(error), remedy)
+    return _state()
+
+
+def _load_onnxruntime() -> object:
+    from gta_edge.ort import load_onnxruntime
+
+    return load_onnxruntime()
+
+
+def _engine_backend(engine: str, kernels: dict[str, Any]) -> dict[str, Any]:
+    """Whether engines of this kind run here: TensorRT, CUDA's bindings, and a GPU that the kernels run on."""
+    from gta_edge.plugins.compiler import cuda_extra
+    from gta_edge.trt import load
+
+    try:
+        load(engine)
+    except BackendError as error:
+        reason, _, remedy = str(error).partition("; ")
+        return _state(reason, remedy)
+    if find_spec("cuda") is None or find_spec("cuda.bindings") is None:
+        return _state("cuda.bindings not installed", f"pip install 'gta-edge[tensorrt,{cuda_extra()}]'")
+    if not kernels["works"]:
+        reason, _, remedy = kernels["reason"].partition("; ")
+        return _state(reason, remedy or None)
+    return _state()
+
+
+def _tensorrt(engine: str) -> str | None:
+    """Return the version of TensorRT that can be imported."""
+    from gta_edge.trt import load
+
+    try:
+        return load(engine).version_text
+    except BackendError:
+        return None
 
 
 def _kernels() -> dict[str, Any]:
     """Whether the CUDA kernels can run here, and on what."""
-    from gta_edge.errors import BackendError
     from gta_edge.plugins.launch import current_gpu
 
     try:
@@ -92,21 +108,12 @@ def _kernels() -> dict[str, Any]:
     return {"works": True, "gpu": f"{gpu.name}, {gpu.architecture}, {gpu.processors} multiprocessors", "reason": None}
 
 
-def _backend(modules: tuple[str, ...], remedy: str) -> dict[str, Any]:
-    missing = [name for name in modules if find_spec(name) is None]
-    if missing:
-        if modules[0] == "onnxruntime" and sys.version_info < (3, 11):
-            remedy = "use Python 3.11 or later, which onnxruntime 1.25 needs"
-        return {"works": False, "reason": f"{', '.join(missing)} not installed", "remedy": remedy}
-    if modules[0] == "onnxruntime":
-        from gta_edge.errors import BackendError
-        from gta_edge.ort import load_onnxruntime
+def _cuda_driver() -> str | None:
+    """Return the CUDA version that the driver knows."""
+    from gta_edge.plugins.compiler import driver_cuda_version
 
-        try:
-            load_onnxruntime()
-        except BackendError as error:
-            return {"works": False, "reason": str(error), "remedy": remedy}
-    return {"works": True, "reason": None, "remedy": None}
+    found = driver_cuda_version()
+    return f"{found[0]}.{found[1]}" if found else None
 
 
 def _providers() -> list[str]:
@@ -117,55 +124,23 @@ def _providers() -> list[str]:
     return list(onnxruntime.get_available_providers())
 
 
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _cpu() -> str | None:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or None
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
-
-
-def _memory() -> int | None:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError, AttributeError):
-        return None
-
-
-def _line(path: Path) -> str | None:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace").strip("\0\n ").splitlines()[0]
-    except (OSError, IndexError):
-        return None
-
-
-def _run(*command: str) -> str | None:
-    if shutil.which(command[0]) is None:
-        return None
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return result.stdout.strip() or None
-
-
 def _for_people(report: dict[str, Any]) -> dict[str, str]:
+    found, gpu = dict(report["machine"]), report["gpu"]
+    memory, fixed = found.pop("memory_bytes"), found.pop("clocks_fixed")
     rows = {"gta-edge": report["gta_edge"]}
-    machine = report["machine"]
-    rows |= {key.replace("_", " "): str(value) for key, value in machine.items() if value and key != "memory_bytes"}
-    if machine["memory_bytes"]:
-        rows["memory"] = f"{machine['memory_bytes'] / 2**30:.1f} GiB"
-    rows["GPU"] = "; ".join(report["gpu"]["devices"]) or "none found (nvidia-smi lists none)"
-    rows["packages"] = ", ".join(f"{name} {found}" for name, found in report["packages"].items())
+    rows |= {key.replace("_", " "): str(value) for key, value in found.items() if value}
+    if memory:
+        rows["memory"] = f"{memory / 2**30:.1f} GiB"
+    if fixed is not None:
+        rows["GPU clock"] = "fixed" if fixed else "varies; before measuring run: sudo jetson_clocks"
+    devices = [", ".join(device.values()) for device in gpu["devices"]]
+    rows["GPU"] = "; ".join(devices) or "none found (nvidia-smi lists none)"
+    rows["CUDA"] = f"driver: {gpu['cuda_driver'] or 'none'}; toolkit: {gpu['cuda_toolkit'] or 'none, none is needed'}"
+    rows["packages"] = ", ".join(f"{name} {version}" for name, version in report["packages"].items())
     rows["CUDA kernels"] = report["kernels"]["gpu"] or report["kernels"]["reason"]
+    rows["TensorRT"] = ", ".join(f"{name} {v}" for name, v in report["tensorrt"].items() if v) or "none"
     rows["ONNX Runtime providers"] = ", ".join(report["onnxruntime_providers"]) or "none"
     for name, entry in report["backends"].items():
-        rows[f"backend {name}"] = "works" if entry["works"] else f"{entry['reason']}; {entry['remedy']}"
+        why = "; ".join(filter(None, (entry["reason"], entry["remedy"])))
+        rows[f"backend {name}"] = "works" if entry["works"] else why
     return rows

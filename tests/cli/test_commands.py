@@ -360,7 +360,10 @@ def test_a_model_without_a_tokenizer(command: Command, copied_checkpoint: Path, 
 
 def test_doctor() -> None:
     document = run("doctor", "--json").document
-    assert document.keys() == {"gta_edge", "machine", "gpu", "packages", "kernels", "onnxruntime_providers", "backends"}
+    assert document.keys() == {
+        *("gta_edge", "machine", "gpu", "packages", "kernels", "tensorrt", "onnxruntime_providers", "backends")
+    }
+    assert list(document["backends"]) == ["tensorrt", "tensorrt-rtx", "onnxruntime", "torch"]
     assert document["gta_edge"] == gta_edge.__version__
     assert document["packages"].keys() >= {"numpy", "onnxruntime", "torch", "onnx", "onnx-ir", "onnxscript"}
     assert "CPUExecutionProvider" in document["onnxruntime_providers"]
@@ -368,6 +371,10 @@ def test_doctor() -> None:
     assert kernels["works"] == (kernels["reason"] is None) == (kernels["gpu"] is not None)
     for name in ("onnxruntime", "torch"):
         assert document["backends"][name] == {"works": True, "reason": None, "remedy": None}
+    for name in ("tensorrt", "tensorrt-rtx"):
+        entry = document["backends"][name]
+        assert entry["works"] == (entry["reason"] is None)
+        assert entry["works"] <= (kernels["works"] and document["tensorrt"][name] is not None)
 
 
 def test_doctor_for_people(command: Command) -> None:

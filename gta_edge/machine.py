@@ -1,0 +1,130 @@
+"""What this machine is, as far as it says so without extra rights: for ``doctor``, and beside every measured figure."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+__all__ = ["clocks_fixed", "cuda_toolkit", "describe", "gpus", "package_versions", "power_mode"]
+
+PACKAGES = (
+    "numpy",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "torch",
+    "onnx",
+    "onnx-ir",
+    "onnxscript",
+    "tensorrt",
+    "tensorrt-rtx",
+    "cuda-core",
+    "cuda-bindings",
+)
+"""Distributions whose versions matter to what runs, and how fast."""
+
+
+def describe() -> dict[str, Any]:
+    """Return system, processor, memory and, on a Jetson, board, JetPack and power mode; None where it does not say."""
+    return {
+        "system": f"{platform.system()} {platform.release()}",
+        "architecture": platform.machine(),
+        "python": platform.python_version(),
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "usable_cores": _usable_cores(),
+        "memory_bytes": _memory(),
+        "board": _line(Path("/proc/device-tree/model")),
+        "jetpack": _run("dpkg-query", "--show", "--showformat=${Version}", "nvidia-jetpack"),
+        "jetson_linux": _line(Path("/etc/nv_tegra_release")),
+        "power_mode": power_mode(),
+        "clocks_fixed": clocks_fixed(),
+    }
+
+
+def gpus() -> list[dict[str, str]]:
+    """Return name, driver and memory of each GPU that nvidia-smi lists; a Jetson's it lists without memory."""
+    found = _run("nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader")
+    keys = ("name", "driver", "memory")
+    lines = found.splitlines() if found else []
+    return [dict(zip(keys, map(str.strip, line.split(",")), strict=False)) for line in lines]
+
+
+def cuda_toolkit() -> str | None:
+    """Return the version of the CUDA toolkit that is installed, which nothing here needs."""
+    found = _run("nvcc", "--version")
+    release = re.search(r"release (\d+\.\d+)", found) if found else None
+    return release[1] if release else None
+
+
+def power_mode() -> str | None:
+    """Return a Jetson's power mode, by ``nvpmodel``."""
+    found = _run("nvpmodel", "-q")
+    name = re.search(r"NV Power Mode: *(.+)", found) if found else None
+    return name[1].strip() if name else found
+
+
+def clocks_fixed(devfreq: Path = Path("/sys/class/devfreq")) -> bool | None:
+    """Tell whether a Jetson's GPU clock is pinned, as ``jetson_clocks`` does; None where there is no such GPU."""
+    for device in sorted(devfreq.glob("*gpu*")) + sorted(devfreq.glob("*ga10b*")) + sorted(devfreq.glob("*gb10b*")):
+        least, most = _line(device / "min_freq"), _line(device / "max_freq")
+        if least and most:
+            return least == most
+    return None
+
+
+def package_versions() -> dict[str, str]:
+    """Return the versions of those of ``PACKAGES`` that are installed."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _cpu() -> str | None:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or None
+    names = {line.partition(":")[0].strip(): line.partition(":")[2].strip() for line in lines}
+    return names.get("model name") or platform.processor() or None
+
+
+def _usable_cores() -> int | None:
+    """Cores that this process may use: containers and taskset allow fewer than there are."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except (AttributeError, OSError):  # not on every system
+        return os.cpu_count()
+
+
+def _memory() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):
+        return None
+
+
+def _line(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").strip("\0\n ").splitlines()[0]
+    except (OSError, IndexError):
+        return None
+
+
+def _run(*command: str) -> str | None:
+    if shutil.which(command[0]) is None:
+        return None
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
+        return None
+    return result.stdout.strip() or None
