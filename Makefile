@@ -2,7 +2,8 @@
 # make test   run the tests
 # make lint   run the linters and the type checker
 # make test-jetson   run the tests that need a GPU and TensorRT, with JetPack's own Python packages visible
-# All set-up happens here, in .venv; PYTHON chooses the interpreter (3.11 or later: ONNX Runtime needs it).
+# All set-up happens here, in .venv; PYTHON chooses the interpreter (3.11 or later: ONNX Runtime needs it; on a board,
+# for test-jetson, JetPack's own).
 
 PYTHON ?= python3
 VENV   := .venv
@@ -11,6 +12,11 @@ BIN    := $(VENV)/bin
 TORCH  := torch==2.13.0
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 DEMO   := demo
+
+CUDA_MAJOR ?= $(shell $(PYTHON) -c 'import sys; print(12 if sys.version_info < (3, 11) else 13)')
+NVRTC_12   := 'nvidia-cuda-nvrtc-cu12==12.6.*'
+NVRTC_13   := 'nvidia-cuda-nvrtc==13.0.*'
+BUNDLES    ?= build/test-bundles
 
 .PHONY: demo test test-jetson lint format clean
 
@@ -24,8 +30,10 @@ demo: $(VENV)/.demo
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n auto --dist loadfile
 
+# Left out are modules that import what a board need not have, such as torch; other plugins of pytest (ROS has some) too.
 test-jetson: $(VENV)/.jetson
-	$(BIN)/python -m pytest -m 'gpu or tensorrt'
+	PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 $(if $(wildcard $(BUNDLES)),GTA_EDGE_TEST_BUNDLES=$(BUNDLES)) \
+	  $(BIN)/python -m pytest -m 'gpu or tensorrt' $$($(BIN)/python scripts/board_tests.py)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -36,10 +44,11 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# TensorRT is not on PyPI for a board: it comes with JetPack, for JetPack's own Python.
+# TensorRT is not on PyPI for a board: it comes with JetPack, for JetPack's own Python, which is 3.10 where CUDA is 12.
+# NVRTC is no newer than the driver's CUDA: 12.6 in JetPack 6.2, 13.0 and later in 7.
 $(VENV)/.jetson: pyproject.toml
 	$(PYTHON) -m venv --system-site-packages $(VENV)
-	$(PIP) --editable '.[dev,tensorrt]'
+	$(PIP) --editable '.[test,tensorrt,cuda$(CUDA_MAJOR)]' $(NVRTC_$(CUDA_MAJOR))
 	@touch $@
 
 clean:

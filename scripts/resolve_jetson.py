@@ -22,10 +22,33 @@ else:
 ROOT = Path(__file__).parents[1]
 # glibc 2.35 (Ubuntu 22.04, JetPack 6.2) and 2.39 (24.04, JetPack 7)
 PLATFORMS = {"3.10": 35, "3.12": 39}
+NVRTC_12, NVRTC_13 = "nvidia-cuda-nvrtc-cu12==12.6.*", "nvidia-cuda-nvrtc==13.0.*"
+# Extras, and requirements beside them, that docs/jetson.md and the Makefile tell people to install.
 SETS = {
-    "JetPack 6.2": ("3.10", [("base",), ("tensorrt", "cuda12"), ("ort",)]),
-    "JetPack 6.2, a newer Python": ("3.12", [("ort",), ("cuda12",)]),
-    "JetPack 7.x": ("3.12", [("base",), ("ort",), ("tensorrt", "cuda13"), ("tensorrt-rtx", "cuda13")]),
+    "JetPack 6.2": (
+        "3.10",
+        [
+            ("base",),
+            ("tensorrt", "cuda12", NVRTC_12),
+            ("test", "tensorrt", "cuda12", NVRTC_12),
+            ("export",),
+            ("ort",),
+        ],
+    ),
+    "JetPack 6.2, a newer Python": ("3.12", [("ort",)]),
+    "JetPack 7.x": (
+        "3.12",
+        [
+            ("base",),
+            ("tensorrt", "cuda13", NVRTC_13),
+            ("ort", "tensorrt", "cuda13", NVRTC_13),
+            ("test", "tensorrt", "cuda13", NVRTC_13),
+            ("export", "ort"),
+            ("ort",),
+            ("tensorrt-rtx", "cuda13"),
+            ("dev", "tensorrt"),
+        ],
+    ),
 }
 
 
@@ -34,10 +57,11 @@ CHOOSERS = {"tensorrt-rtx": ("tensorrt-rtx-cu13-bindings", "tensorrt-rtx-cu13-li
 
 
 def requirements(extras: tuple[str, ...]) -> list[str]:
-    """Return the package's requirements with these extras, its own name replaced by what it stands for."""
+    """Return the package's requirements with these extras, and those given with a version."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     found = list(project["dependencies"])
-    todo = [extra for extra in extras if extra != "base"]
+    found += [requirement for requirement in extras if "=" in requirement]
+    todo = [extra for extra in extras if extra != "base" and "=" not in extra]
     while todo:
         for requirement in project["optional-dependencies"][todo.pop()]:
             own = re.fullmatch(r"gta-edge\[(.*)\]", requirement)
@@ -64,7 +88,7 @@ def resolve(python: str, extras: tuple[str, ...]) -> tuple[bool, str]:
     if done.returncode == 0:
         would = next((line for line in done.stdout.splitlines() if line.startswith("Would install")), "")
         return True, f"{len(would.split()) - 2} packages"
-    reasons = [line for line in done.stderr.splitlines() if line.startswith("ERROR: No matching")]
+    reasons = [line for line in done.stderr.splitlines() if re.match("ERROR: (No matching|Cannot install)", line)]
     return False, (reasons or ["ERROR: pip failed"])[0].removeprefix("ERROR: ")
 
 
@@ -74,7 +98,8 @@ def main() -> None:
     for board, (python, sets) in SETS.items():
         for extras in sets:
             works, detail = resolve(python, extras)
-            print(f"| {board} | {python} | {', '.join(extras)} | {'yes' if works else 'no'}: {detail} |", flush=True)
+            what = ", ".join(f"`{extra}`" if "=" in extra else extra for extra in extras)
+            print(f"| {board} | {python} | {what} | {'yes' if works else 'no'}: {detail} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ import pytest
 import gta_edge
 from tests.cli import ROOT, Result
 
-EXTRAS = {"export", "ort", "ort-gpu", "tensorrt", "tensorrt-rtx", "cuda12", "cuda13", "serve", "plot", "dev"}
-VERBS = ["init", "export", "inspect", "verify", "eval", "generate", "doctor"]
+EXTRAS = {"export", "ort", "ort-gpu", "tensorrt", "tensorrt-rtx", "cuda12", "cuda13", "serve", "plot", "test", "dev"}
+VERBS = ["init", "export", "build", "inspect", "plan", "verify", "eval", "generate", "doctor"]
 OPTIONAL = ["torch", "onnx", "onnxruntime", "onnx_ir", "onnxscript", "tensorrt", "transformers"]
 OFFLINE = re.compile(r"NewConnectionError|NameResolutionError|Temporary failure in name|ProxyError|ConnectTimeout")
 
@@ -101,6 +101,16 @@ def test_what_the_metadata_say(wheel: Path) -> None:
     for module in OPTIONAL:
         assert not any(re.match(rf"{module.replace('_', '[-_]')}\b", entry) for entry in required)
     assert str(metadata.get_payload()).strip()  # the README, which is what the index shows
+
+
+def test_what_a_board_without_torch_runs() -> None:
+    script = (
+        "import runpy, sys; sys.modules['torch'] = None; runpy.run_path('scripts/board_tests.py', run_name='__main__')"
+    )
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "tests/runtime/test_tensorrt.py" in result.stdout.split()
+    assert "tests/runtime/test_torch_gpu.py" not in result.stdout
+    assert re.search(r"^left out: tests/runtime/test_torch_gpu.py \(.*torch.*\)$", result.stderr, re.MULTILINE)
 
 
 # --- without any extra ---------------------------------------------------------------------------------------------

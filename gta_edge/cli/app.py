@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from gta_edge.cli import build, doctor, export, generate, init, inspect, verify
+from gta_edge.cli import build, doctor, export, generate, init, inspect, plan, verify
 from gta_edge.cli import eval as evaluate
 from gta_edge.cli.output import command
 from gta_edge.version import __version__
@@ -29,6 +29,7 @@ _VERBS: dict[str, Callable[..., None]] = {
     "export": export.export,
     "build": build.build,
     "inspect": inspect.inspect,
+    "plan": plan.plan,
     "verify": verify.verify,
     "eval": evaluate.evaluate,
     "generate": generate.generate,

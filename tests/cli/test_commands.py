@@ -42,6 +42,16 @@ OPTIONS = {
         "--seed",
         "--backend",
     ],
+    "build": [
+        "--engine",
+        "--compute",
+        "--cache-dtype",
+        "--max-length",
+        "--max-batch",
+        "--onnx-only",
+        "--int4",
+    ],
+    "plan": ["--device", "--context", "--batch", "--precision", "--cache-dtype", "--plot"],
     "doctor": [],
 }
 

@@ -1,0 +1,249 @@
+"""``gta-edge plan``: does a model fit a device, how long a context, and what speed does the device allow."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from gta_edge.bundle import MANIFEST, WEIGHTS, Bundle
+from gta_edge.checkpoint import Checkpoint
+from gta_edge.cli.output import current
+from gta_edge.devices import MEASURED, Device, device, device_names
+from gta_edge.errors import InputError
+from gta_edge.planning import Model, Plan, execution_for, largest, make_plan
+from gta_edge.presets import PRESETS, preset
+
+__all__ = ["plan"]
+
+_PRECISION_OF_DTYPE = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+
+
+def plan(
+    targets: Annotated[
+        list[str], typer.Argument(metavar="PRESET_OR_PATH…", help="Presets, checkpoints or bundles; several: a table.")
+    ],
+    device: Annotated[str, typer.Option(help="A device's name; 'this' measures the machine.")] = "this",
+    context: Annotated[int | None, typer.Option(help="Tokens in the cache; 4096 or the model's positions.")] = None,
+    batch: Annotated[int, typer.Option(help="Rows at once.")] = 1,
+    prompt: Annotated[int | None, typer.Option(help="Tokens of the prompt; the context by default.")] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="fp32, fp16, bf16, int8 or int4; by default as the weights are.")
+    ] = None,
+    block_size: Annotated[int | None, typer.Option(help="Weights that share a scale, for int8 and int4.")] = None,
+    cache_dtype: Annotated[
+        str | None, typer.Option(help="fp32 on a CPU; on a GPU the type to compute in, or int8 or fp8.")
+    ] = None,
+    efficiency: Annotated[
+        float | None, typer.Option(help="Share of bandwidth and FLOPs that kernels get; see docs/plan.md.")
+    ] = None,
+    operators: Annotated[bool, typer.Option("--operators", help="Show what every operator costs.")] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw memory and time against context, baselines beside it: a .png or .svg.")
+    ] = None,
+) -> None:
+    """Say what a model takes on a device before anything is built: memory, longest context, and a bound on speed."""
+    output = current()
+    if plot is not None:
+        from gta_edge.cli.plan_plot import check
+
+        check(plot)
+    models = [_model(target, precision, block_size) for target in targets]
+    machine = _device(device, efficiency)
+    plans = [_plan(model, machine, cache_dtype, context=context, batch=batch, prompt=prompt) for model in models]
+    if plot is not None:
+        from gta_edge.cli.plan_plot import draw
+
+        peers = [_model(name, plans[0].model.precision, block_size) for name in _baselines(plans[0], targets)]
+        draw(plot, [*plans, *(_plan(peer, machine, None, context=context, batch=batch) for peer in peers)])
+    documents = [_document(entry) for entry in plans]
+    if len(plans) == 1 and not plans[0].fits:
+        documents[0]["advice"] = _advice(plans[0], targets[0], block_size)
+    if output.json:
+        both = {"device": machine.name, "plans": documents}
+        output.document(documents[0] if len(documents) == 1 else both)
+        return
+    from gta_edge.cli.plan_text import comparison, operator_table, single
+
+    if len(plans) == 1:
+        single(output.console, plans[0], documents[0])
+    else:
+        comparison(output.console, plans)
+    for entry in plans if operators else ():
+        operator_table(output.console, entry)
+    if plot is not None:
+        output.note(f"drawn: {plot}")
+
+
+def _device(name: str, efficiency: float | None) -> Device:
+    if name not in device_names():
+        device(name)  # says which there are
+    if efficiency is not None and not 0 < efficiency <= 1:
+        raise InputError(f"--efficiency is {efficiency}; expected a number above 0, up to 1")
+    if name in MEASURED:
+        from gta_edge.measuring import measure
+
+        found = measure(name)
+    else:
+        found = device(name)
+    return found if efficiency is None else replace(found, efficiency=efficiency)
+
+
+def _model(target: str, precision: str | None, block_size: int | None) -> Model:
+    path = Path(target)
+    if not path.exists():
+        if target not in PRESETS:
+            raise InputError(f"{target} is neither a directory nor a preset; presets are {', '.join(PRESETS)}")
+        config = preset(target)
+        return Model.of(target, config, precision or _PRECISION_OF_DTYPE[config.dtype], block_size)
+    if (path / MANIFEST).exists():
+        bundle = Bundle.open(path)
+        if precision in (None, bundle.precision) and block_size in (None, bundle.block_size):
+            return Model(target, bundle.config, bundle.precision, bundle.block_size, bundle.weight_bytes)
+        return Model.of(target, bundle.config, precision or bundle.precision, block_size)
+    checkpoint = Checkpoint.open(path)
+    found = {_PRECISION_OF_DTYPE[checkpoint.dtype_of(name)] for name in checkpoint.names}
+    own = found.pop() if len(found) == 1 else "fp32"
+    return Model.of(target, checkpoint.config, precision or own, block_size, checkpoint.names)
+
+
+def _plan(model: Model, machine: Device, cache_dtype: str | None, **options: int | None) -> Plan:
+    from gta_edge.runtime.build import CHUNK_SIZE as ENGINE_CHUNK_SIZE
+    from gta_edge.runtime.build import LOGIT_POSITIONS
+    from gta_edge.runtime.session import CHUNK_SIZE
+
+    gpu = machine.backend == "tensorrt"
+    execution = execution_for(
+        model.config,
+        machine.backend,
+        model.precision,
+        cache_dtype,
+        chunk_size=ENGINE_CHUNK_SIZE if gpu else CHUNK_SIZE,
+        logit_positions=LOGIT_POSITIONS if gpu else 1,
+    )
+    given = {name: value for name, value in options.items() if value is not None}
+    return make_plan(model, machine, execution, **given)
+
+
+def _baselines(first: Plan, targets: list[str]) -> list[str]:
+    """Return the baselines of the first model's size that are not planned for already."""
+    config = first.model.config
+    same = [
+        name
+        for name in PRESETS
+        if (peer := preset(name)).architecture != "GTAForCausalLM"
+        and (peer.hidden_size, peer.num_hidden_layers) == (config.hidden_size, config.num_hidden_layers)
+        and peer.vocab_size == config.vocab_size
+    ]
+    return [name for name in same if name not in targets]
+
+
+def _advice(plan: Plan, target: str, block_size: int | None) -> list[str]:
+    """Return changes of the options that make a model fit which does not, the smallest first."""
+    gta = plan.model.config.architecture == "GTAForCausalLM" and plan.device.backend == "tensorrt"
+    caches = [None, *(["int8"] if gta else [])]
+    precisions = [None, *(["int4"] if plan.model.precision != "int4" else [])]
+    ways, last = [], plan
+    for cache_dtype in caches:
+        for precision in precisions:
+            words = [f"--precision {precision}"] if precision else []
+            words += [f"--cache-dtype {cache_dtype}"] if cache_dtype else []
+            if words:
+                model = _model(target, precision, block_size) if precision else plan.model
+                options = {"context": plan.context, "batch": plan.batch, "prompt": plan.prompt}
+                last = _plan(model, plan.device, cache_dtype, **options)
+                ways += [" ".join(words)] if last.fits else []
+            if not ways and last.max_context:
+                ways.append(" ".join([*words, f"--context {last.max_context}"]))
+            elif not ways and last.max_batch:
+                ways.append(" ".join([*words, f"--batch {last.max_batch}"]))
+    return ways
+
+
+def _build_peak(plan: Plan, max_length: int) -> int | None:
+    """Return what building an engine for so many tokens takes in memory; None where nothing is built."""
+    if plan.device.backend != "tensorrt":
+        return None
+    from gta_edge.runtime.build import requirement
+    from gta_edge.runtime.engine import Purpose
+
+    model, execution = plan.model, plan.execution
+    manifest = {"files": {WEIGHTS: {"bytes": model.weight_bytes}}, "block_size": model.block_size}
+    bundle = Bundle(Path(model.name), model.config, model.precision, manifest)  # only sizes are asked for
+    purpose = Purpose(
+        engine="tensorrt",
+        compute=execution.compute,
+        cache_dtype=execution.cache_dtype,
+        max_length=max_length,
+        max_batch=plan.batch,
+        chunk_size=min(execution.chunk_size, max_length),
+    )
+    return requirement(bundle, purpose).peak
+
+
+def _document(plan: Plan) -> dict[str, Any]:
+    """Return a plan as ``--json`` prints it."""
+    model, machine, memory = plan.model, plan.device, plan.memory
+    build, room = _build_peak(plan, plan.context), machine.available_bytes
+    # elsewhere an engine is built in the host's memory, of which nothing is known
+    here = build is not None and machine.shared_memory
+    return {
+        "model": model.name,
+        "architecture": model.config.architecture,
+        "device": machine.name,
+        "backend": machine.backend,
+        "precision": model.precision,
+        "block_size": model.block_size,
+        "compute": plan.execution.compute,
+        "cache_dtype": plan.execution.cache_dtype,
+        "context": plan.context,
+        "batch": plan.batch,
+        "prompt_tokens": plan.prompt,
+        "fits": plan.fits,
+        "weight_bytes": model.weight_bytes,
+        "weight_memory_bytes": memory.weights,
+        "loading_bytes": memory.loading,
+        "cache_bytes": memory.cache,
+        "activation_bytes": memory.activations,
+        "runtime_bytes": memory.runtime,
+        "peak_bytes": memory.peak,
+        "memory_bytes": machine.memory_bytes,
+        "system_bytes": machine.system_bytes,
+        "available_bytes": machine.available_bytes,
+        "left_bytes": plan.left_bytes,
+        "build_peak_bytes": build,
+        "build_fits": build <= room if here and build is not None else None,
+        "build_max_length": largest(plan.context, lambda n: (_build_peak(plan, n) or 0) <= room) if here else None,
+        "max_context": plan.max_context,
+        "max_batch": plan.max_batch,
+        "decode_ms": 1e3 * plan.decode.seconds,
+        "decode_tokens_per_s": plan.batch / plan.decode.seconds,
+        "prefill_ms": 1e3 * plan.prefill.seconds,
+        "prefill_tokens_per_s": plan.batch * plan.prompt / plan.prefill.seconds,
+        "bound": {"decode": plan.decode.bound, "prefill": plan.prefill.bound},
+        "operators": {"decode": _operators(plan, "decode"), "prefill": _operators(plan, "prefill")},
+        "overhead_ms": {"decode": 1e3 * plan.decode.overhead_s, "prefill": 1e3 * plan.prefill.overhead_s},
+        "efficiency": machine.efficiency,
+        "bandwidth_bytes_per_s": machine.bandwidth,
+        "rates_per_s": dict(machine.rates),
+        "source": machine.source,
+        "verified": machine.verified,
+        "assumptions": list(machine.assumptions),
+    }
+
+
+def _operators(plan: Plan, phase: str) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": timed.operator.name,
+            "flops": timed.operator.flops,
+            "weight_bytes": timed.operator.weight_bytes,
+            "cache_bytes": timed.operator.cache_bytes,
+            "activation_bytes": timed.operator.activation_bytes,
+            "ms": 1e3 * timed.seconds,
+            "bound": timed.bound,
+        }
+        for timed in getattr(plan, phase).operators
+    ]
