@@ -10,7 +10,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-tests=${1:-"no_room or no_sense or (is_exact and 6-2-3-heads and not 300 and not 1000)"}
+tests=${1:-"no_room or no_sense or (is_exact and 6-2-3-heads and not 300 and not 1000) or multiple_of_128"}
 
 missing() {
     printf 'error: %s\n' "$1" >&2
@@ -49,7 +49,7 @@ for tool in memcheck racecheck synccheck initcheck; do
     fi
     printf '\n== %s\n' "$tool"
     if ! "$sanitizer" "${arguments[@]}" "$python" -m pytest -q -p no:cacheprovider -m gpu \
-        tests/plugins/test_kernels_gpu.py -k "$tests"; then
+        tests/plugins/test_kernels_gpu.py tests/plugins/test_matmul_gpu.py -k "$tests"; then
         failed+=("$tool")
     fi
 done

@@ -18,14 +18,13 @@ from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from gta_edge.errors import BackendError, OutputError
 from gta_edge.files import cache_directory, new_file
 from gta_edge.optional import optional
-from gta_edge.plugins.tiling import Program
 
-__all__ = ["KERNELS", "Compiled", "Resources", "compile_program", "cuda_extra", "driver_cuda_version"]
+__all__ = ["KERNELS", "Compilable", "Compiled", "Resources", "compile_program", "cuda_extra", "driver_cuda_version"]
 
 KERNELS = Path(__file__).with_name("kernels")
 """The sources."""
@@ -37,6 +36,17 @@ _OPTIONS: dict[str, Any] = {
 }
 # NVRTC takes further options from these.
 _OPTION_VARIABLES = ("NVRTC_PREPEND_FLAGS", "NVRTC_APPEND_FLAGS")
+
+
+class Compilable(Protocol):
+    """One source file cut to what it is for."""
+
+    @property
+    def source(self) -> str:
+        """File name among the sources."""
+
+    def defines(self) -> dict[str, int]:
+        """Return the macros of the source."""
 
 
 @dataclass(frozen=True)
@@ -64,11 +74,11 @@ class Compiled:
     """What NVRTC said, warnings included."""
 
 
-def compile_program(program: Program, architecture: str, *, kernels: Path = KERNELS) -> Compiled:
+def compile_program(program: Compilable, architecture: str, *, kernels: Path = KERNELS) -> Compiled:
     """Return a program's machine code, from the cache or newly compiled.
 
     Args:
-        program: what to compile, see ``tiling.py``.
+        program: what to compile, see ``tiling.py`` and ``matmul_tiling.py``.
         architecture: for which GPUs, ``"sm_87"``.
         kernels: directory of the sources.
 
@@ -132,7 +142,7 @@ def _nvrtc_version(architecture: str) -> tuple[int, int]:
     return major, minor
 
 
-def _compile(program: Program, architecture: str, kernels: Path) -> Compiled:
+def _compile(program: Compilable, architecture: str, kernels: Path) -> Compiled:
     extra = cuda_extra()
     core = optional("cuda.core", extra)
     try:
@@ -193,7 +203,7 @@ def _resources(log: str) -> dict[str, Resources]:
 # --- the cache --------------------------------------------------------------------------------------------------------
 
 
-def _key(program: Program, architecture: str, nvrtc: tuple[int, int], kernels: Path) -> str:
+def _key(program: Compilable, architecture: str, nvrtc: tuple[int, int], kernels: Path) -> str:
     """Return a hash over all that the machine code depends on."""
     options = {
         "source": program.source,

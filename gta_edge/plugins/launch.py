@@ -6,8 +6,6 @@ allocates nothing and waits for nothing, so that it can be captured in a CUDA gr
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any
@@ -15,23 +13,11 @@ from typing import Any
 import numpy as np
 
 from gta_edge.errors import BackendError
-from gta_edge.optional import optional
-from gta_edge.plugins.compiler import compile_program, cuda_extra, driver_cuda_version
-from gta_edge.plugins.plan import (
-    MAX_INT32,
-    KernelLaunch,
-    Plan,
-    decode_launches,
-    plan_attention,
-    prefill_launches,
-    programs,
-)
+from gta_edge.plugins.gpu import OLDEST, Gpu, Launcher, current_gpu
+from gta_edge.plugins.plan import MAX_INT32, Plan, decode_launches, plan_attention, prefill_launches, programs
 from gta_edge.plugins.tiling import Variant
 
-__all__ = ["AttentionKernels", "Buffers", "Gpu", "attention_kernels", "current_gpu"]
-
-OLDEST = (8, 0)
-"""Compute capability that has asynchronous copies to shared memory and bf16 in tensor cores."""
+__all__ = ["OLDEST", "AttentionKernels", "Buffers", "Gpu", "attention_kernels", "current_gpu"]
 
 _ALIGNMENT = 16
 _ALIGNMENTS = {"past_length": 8, "key_scale": 4, "latent_scale": 4}
@@ -39,19 +25,6 @@ _SCALES = ("key_scale", "latent_scale")
 _MAX_FLOAT32 = float(np.finfo(np.float32).max)
 _MAY_BE_ABSENT = (*_SCALES, "workspace")
 _LAUNCHES_KEPT = 256
-_STREAMS_KEPT = 16
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """A GPU, as far as the kernels care."""
-
-    device_id: int
-    name: str
-    architecture: str
-    """``sm_87``."""
-    processors: int
-    """Multiprocessors."""
 
 
 @dataclass(frozen=True)
@@ -106,40 +79,6 @@ class Buffers:
 
 
 @cache
-def current_gpu(device_id: int = 0) -> Gpu:
-    """Return a GPU's properties, which are asked for once.
-
-    Args:
-        device_id: CUDA's number for it.
-
-    Raises:
-        BackendError: there is no driver, no such GPU, or the kernels cannot run on it.
-    """
-    if driver_cuda_version() is None:
-        raise BackendError(
-            "there is no NVIDIA driver (libcuda.so.1 is not found); install it, in a container pass the GPU in "
-            "(docker run --gpus all), or choose another backend"
-        )
-    core = optional("cuda.core", cuda_extra())
-    try:
-        device = core.Device(device_id)
-        major, minor = device.compute_capability
-        gpu = Gpu(device_id, device.name, f"sm_{major}{minor}", device.properties.multiprocessor_count)
-    except BackendError:
-        raise
-    except Exception as error:  # CUDAError, ValueError, RuntimeError: by what fails
-        raise BackendError(
-            f"there is no usable CUDA device {device_id} ({_one_line(error)}); nvidia-smi lists those that there are"
-        ) from error
-    if (major, minor) < OLDEST:
-        raise BackendError(
-            f"{gpu.name} has compute capability {major}.{minor}; the kernels need {OLDEST[0]}.{OLDEST[1]} or later "
-            "(Ampere, Jetson Orin): choose another backend"
-        )
-    return gpu
-
-
-@cache
 def attention_kernels(variant: Variant, gpu: Gpu) -> AttentionKernels:
     """Return the kernels of a variant on a GPU, compiled and loaded at the first call.
 
@@ -163,19 +102,13 @@ class AttentionKernels:
     def __init__(self, variant: Variant, gpu: Gpu) -> None:
         self.variant, self.gpu = variant, gpu
         self.programs = programs(variant, gpu.architecture)
-        self._core = optional("cuda.core", cuda_extra())
-        cubins = {program: compile_program(program, gpu.architecture).cubin for program in self.programs.all}
+        self._launcher = Launcher(gpu, "attention")
         # Neither the kernels nor their shared memory depend on a call's sizes.
         samples = [decode_launches(self.programs.decode, gpu.processors, 1, 1, 1)]
         samples += [prefill_launches(program, 1, 1) for program in self.programs.prefill]
-        with _current(gpu):
-            # Now and not at their first launch, which may be in the capture of a graph.
-            self._kernels = {
-                (each.program, each.kernel): kernel
-                for launches in samples
-                for each, kernel in zip(launches, _load(launches, cubins[launches[0].program], gpu), strict=True)
-            }
-        self._stream = lru_cache(_STREAMS_KEPT)(self._core.Stream.from_handle)
+        self._kernels = self._launcher.load(
+            {launches[0].program: {each.kernel: each.launch.shared_bytes for each in launches} for launches in samples}
+        )
         self.plan = lru_cache(_LAUNCHES_KEPT)(self._plan)
         self._prepared = lru_cache(_LAUNCHES_KEPT)(self._prepare)
 
@@ -230,24 +163,13 @@ class AttentionKernels:
         addresses = dict(vars(buffers))
         for name, offset in plan.offsets.items():
             addresses[name] = buffers.workspace + offset
-        launch = self._core.launch
-        try:
-            stream = self._as_stream(stream)
-            for config, kernel, names, numbers in launches:
-                launch(stream, config, kernel, *map(addresses.__getitem__, names), *numbers)
-        except Exception as error:  # CUDAError, or TypeError for a stream that is none
-            raise BackendError(
-                f"the attention kernels could not be launched ({_one_line(error)}); expected a stream of device "
-                f"{self.gpu.device_id}, {self.gpu.name}"
-            ) from error
-
-    def _as_stream(self, stream: Any) -> Any:
-        """Return what cuda.core launches on; it would take a foreign stream too, but with a warning."""
-        if isinstance(stream, self._core.Stream):
-            return stream
-        if hasattr(stream, "__cuda_stream__"):
-            _, stream = stream.__cuda_stream__()
-        return self._stream(stream) if isinstance(stream, int) else stream
+        self._launcher.launch(
+            stream,
+            (
+                (config, kernel, *map(addresses.__getitem__, names), *numbers)
+                for config, kernel, names, numbers in launches
+            ),
+        )
 
     def _plan(self, batch: int, tokens: int, capacity: int) -> Plan:
         return plan_attention(self.programs, self.gpu.processors, batch=batch, tokens=tokens, capacity=capacity)
@@ -269,73 +191,10 @@ class AttentionKernels:
         values |= {"positions": np.int32(positions), "scale": np.float32(scale)}
         return plan, tuple(
             (
-                self._core.LaunchConfig(
-                    grid=each.launch.grid, block=each.launch.threads, shmem_size=each.launch.shared_bytes
-                ),
+                self._launcher.config(each.launch),
                 self._kernels[each.program, each.kernel],
                 each.signature.addresses,
                 tuple(values[name] for name in each.signature.numbers),
             )
             for each in plan.launches
         )
-
-
-@contextmanager
-def _current(gpu: Gpu) -> Iterator[None]:
-    """Make the GPU's primary context current, which is the one that frameworks use, and then what was before."""
-    core, driver = optional("cuda.core", cuda_extra()), optional("cuda.bindings.driver", cuda_extra())
-    with _loading(gpu):
-        device = core.Device(gpu.device_id)
-        before = _result(driver.cuCtxGetCurrent())
-        device.set_current()
-    try:
-        yield
-    finally:
-        if int(before):
-            driver.cuCtxSetCurrent(before)
-
-
-def _load(launches: tuple[KernelLaunch, ...], cubin: bytes, gpu: Gpu) -> list[Any]:
-    """Load a program's kernels for good, with leave for the shared memory that their launches ask for."""
-    core, driver = optional("cuda.core", cuda_extra()), optional("cuda.bindings.driver", cuda_extra())
-    kernels = []
-    with _loading(gpu):
-        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        device = _result(driver.cuDeviceGet(gpu.device_id))
-        code = core.ObjectCode.from_cubin(cubin, name=launches[0].program.source)
-        for each in launches:
-            kernel = code.get_kernel(each.kernel)
-            _result(driver.cuKernelSetAttribute(attribute, each.launch.shared_bytes, kernel.handle, device))
-            function = _result(driver.cuKernelGetFunction(kernel.handle))
-            with suppress(RuntimeError):  # before CUDA 12.4 there is no such call, and the first launch loads
-                driver.cuFuncLoad(function)
-            kernels.append(kernel)
-    return kernels
-
-
-@contextmanager
-def _loading(gpu: Gpu) -> Iterator[None]:
-    """Translate what goes wrong while kernels are loaded."""
-    try:
-        yield
-    except BackendError:
-        raise
-    except Exception as error:  # CUDAError, or RuntimeError of the driver's own functions
-        version = driver_cuda_version()
-        known = f"CUDA {version[0]}.{version[1]}" if version else "no CUDA"
-        raise BackendError(
-            f"the attention kernels cannot be loaded on {gpu.name} ({_one_line(error)}); its driver knows {known}: "
-            f"update it, or run: pip install 'gta-edge[{cuda_extra()}]'"
-        ) from error
-
-
-def _result(answer: tuple[Any, ...]) -> Any:
-    """Return what a function of the driver gave, or raise its error code."""
-    status, *values = answer
-    if int(status):
-        raise RuntimeError(getattr(status, "name", str(status)))
-    return values[0] if values else None
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -58,7 +58,7 @@ APPEND_WARPS = 4
 """Cache rows that one block of the appending kernel writes, a warp each."""
 
 KIB = 1024
-_BLOCK_RESERVE = KIB
+BLOCK_RESERVE = KIB
 """Shared memory that the system keeps for itself per block, from SM 8.0 on."""
 
 ARCHITECTURES = {
@@ -171,19 +171,19 @@ class Launch:
     shared_bytes: int = 0
 
 
-def _pitch(row_bytes: int) -> int:
+def pitch(row_bytes: int) -> int:
     """Return the distance of rows in shared memory: an odd number of 16-byte units, free of bank conflicts."""
     return (row_bytes // 16 | 1) * 16
 
 
-def _shared_limits(architecture: str) -> tuple[int, int]:
+def shared_limits(architecture: str) -> tuple[int, int]:
     """Return bytes of shared memory per multiprocessor and per block; unknown GPUs get the least of all known."""
     per_processor, per_block = ARCHITECTURES.get(architecture, (100, 99))
     return per_processor * KIB, per_block * KIB
 
 
 def _resident(shared_bytes: int, architecture: str) -> int:
-    return _shared_limits(architecture)[0] // (shared_bytes + _BLOCK_RESERVE)
+    return shared_limits(architecture)[0] // (shared_bytes + BLOCK_RESERVE)
 
 
 # --- decode ----------------------------------------------------------------------------------------------------------
@@ -198,23 +198,23 @@ def decode_program(variant: Variant, architecture: str) -> Program:
     that share both heads, and what groups share is read again. As many stages of slices as fit are kept in flight,
     with two blocks on a multiprocessor if that leaves two stages each.
     """
-    sizes, (per_processor, per_block) = variant.sizes, _shared_limits(architecture)
+    sizes, (per_processor, per_block) = variant.sizes, shared_limits(architecture)
     n_q, n_k, n_c = sizes.num_query_heads, sizes.num_key_heads, sizes.num_latent_heads
     shared_by_all, shared_by_both = gcd(n_k, n_c), n_q // gcd(n_q // n_k, n_q // n_c)
     for groups, most_warps in product((shared_by_all, shared_by_both), (4, 2, 1)):
         warps_m = next(w for w in (1, 2, 4, 8) if w * ROWS >= n_q // groups or w == 8)
         warps_n = max(1, most_warps // warps_m)
         keys, latents = max(1, n_k // groups), max(1, n_c // groups)
-        row_bytes = keys * _pitch(sizes.key_dim * variant.cache_itemsize)
-        row_bytes += latents * _pitch(sizes.latent_dim * variant.cache_itemsize)
+        row_bytes = keys * pitch(sizes.key_dim * variant.cache_itemsize)
+        row_bytes += latents * pitch(sizes.latent_dim * variant.cache_itemsize)
         row_bytes += 4 * (keys + latents) if variant.quantised else 0
         stage = ROWS * warps_n * row_bytes
-        query = ROWS * warps_m * _pitch(2 * sizes.key_dim)
+        query = ROWS * warps_m * pitch(2 * sizes.key_dim)
         merge = ROWS * warps_m * warps_n * 4 * (sizes.latent_dim + 4) if warps_n > 1 else 0
         fitting = [
             (blocks, stages)
             for blocks, stages in product((2, 1), (4, 3, 2))
-            if max(stages * stage + query, merge) <= min(per_block, per_processor // blocks - _BLOCK_RESERVE)
+            if max(stages * stage + query, merge) <= min(per_block, per_processor // blocks - BLOCK_RESERVE)
         ]
         if fitting:
             break
@@ -303,16 +303,16 @@ def prefill_program(variant: Variant, architecture: str, row_tiles: int) -> Prog
 
     Two row tiles halve the reads of shared memory per product; one leaves more blocks for short prompts.
     """
-    sizes, (_, per_block) = variant.sizes, _shared_limits(architecture)
+    sizes, (_, per_block) = variant.sizes, shared_limits(architecture)
     warps = 4
-    query = ROWS * row_tiles * warps * _pitch(2 * sizes.key_dim)
-    token = _pitch(sizes.key_dim * variant.cache_itemsize) + _pitch(sizes.latent_dim * variant.cache_itemsize)
+    query = ROWS * row_tiles * warps * pitch(2 * sizes.key_dim)
+    token = pitch(sizes.key_dim * variant.cache_itemsize) + pitch(sizes.latent_dim * variant.cache_itemsize)
     token += 8 if variant.quantised else 0
     # more keys, or columns with wide latents, would not fit the registers
     most_keys = 64 if row_tiles == 1 and sizes.latent_dim <= 128 else 32
     most_columns = 64 if sizes.latent_dim <= 128 else 32
     candidates = [
-        (keys, columns, query + 2 * max(keys * token, sizes.latent_dim * _pitch(2 * columns)))
+        (keys, columns, query + 2 * max(keys * token, sizes.latent_dim * pitch(2 * columns)))
         for keys, columns in product((64, 32), (64, 32, 16))
         if keys <= most_keys and columns <= most_columns and sizes.latent_dim % columns == 0
     ]

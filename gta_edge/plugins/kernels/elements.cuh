@@ -1,40 +1,11 @@
-// Numbers of 16 and 8 bits: packing, the tensor core product, and how a cache of 8 bits is written and read.
+// Numbers of 8 bits: how a quantised cache is written and read.
 #pragma once
 
 #include "sizes.cuh"
 
 namespace gta {
 
-GTA_DEVICE u32 pack(float low, float high) {
-    if constexpr (bf16) {
-        return pack_bf16(low, high);
-    } else {
-        return pack_f16(low, high);
-    }
-}
-
-GTA_DEVICE float unpack(u16 bits) {
-    if constexpr (bf16) {
-        return as_float(u32{bits} << 16);
-    } else {
-        return unpack_f16(bits);
-    }
-}
-
-GTA_DEVICE float unpack_low(u32 pair) { return unpack(static_cast<u16>(pair)); }
-GTA_DEVICE float unpack_high(u32 pair) { return unpack(static_cast<u16>(pair >> 16)); }
-
-GTA_DEVICE void multiply(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2]) {
-    if constexpr (bf16) {
-        multiply_bf16(c, a, b);
-    } else {
-        multiply_f16(c, a, b);
-    }
-}
-
-constexpr u32 one = bf16 ? 0x3f80u : 0x3c00u;
-
-// --- a cache of 8 bits: code times a float32 scale per token and head -------------------------------------------------
+// A value is a code times a float32 scale, one per token and head.
 
 constexpr float largest_code = int8_cache ? 127.0f : 448.0f;  // of e4m3, 448
 

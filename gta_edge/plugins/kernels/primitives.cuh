@@ -47,6 +47,10 @@ GTA_DEVICE bool any_of_warp(bool condition) {
     return result != 0;
 }
 
+// The same number, where a grid has one block along z. The compiler does not know that, and keeps it in a register; a
+// constant it would put into one anew at each use.
+GTA_DEVICE u32 kept_in_register(u32 number) { return number + blockIdx.z; }
+
 // --- copies from global to shared memory that run beside the computation ------------------------------------------
 
 // 16 bytes, past the L1 cache; zeros are written, and nothing is read, where `valid` is false.

@@ -1,7 +1,7 @@
 // The model's sizes and types, from the macros that specialise a build (gta_edge/plugins/tiling.py makes them).
 #pragma once
 
-#include <primitives.cuh>
+#include "numbers.cuh"
 
 namespace gta {
 
@@ -18,15 +18,13 @@ static_assert(key_dim % 16 == 0 && key_dim >= 16 && key_dim <= 128);
 static_assert(latent_dim % 16 == 0 && latent_dim >= 16 && latent_dim <= 256);
 static_assert(query_heads % key_heads == 0 && query_heads % latent_heads == 0);
 
-constexpr bool bf16 = GTA_COMPUTE_BF16 != 0;
 constexpr bool int8_cache = GTA_CACHE_INT8 != 0;
 constexpr bool fp8_cache = GTA_CACHE_FP8 != 0;
 constexpr bool quantised = int8_cache || fp8_cache;
 
-using Element = u16;  // fp16 or bf16: inputs, output, and the cache that is not quantised
 template <bool narrow>
 struct CacheElementOf {
-    using type = u16;
+    using type = Element;
 };
 template <>
 struct CacheElementOf<true> {
@@ -37,18 +35,12 @@ using CacheElement = CacheElementOf<quantised>::type;
 constexpr int key_bytes = key_dim * int{sizeof(CacheElement)};
 constexpr int latent_bytes = latent_dim * int{sizeof(CacheElement)};
 
-// Distance of rows in shared memory: an odd number of 16-byte units, so that 8 rows' units lie in different banks.
-GTA_DEVICE constexpr int pitch_of(int row_bytes) { return (row_bytes / 16 | 1) * 16; }
 constexpr int key_pitch = pitch_of(key_bytes);
 constexpr int latent_pitch = pitch_of(latent_bytes);
 constexpr int query_pitch = pitch_of(2 * key_dim);
 
-constexpr int warp_size = 32;
 constexpr float log2_e = 1.4426950408889634f;
 constexpr float infinity = __builtin_bit_cast(float, 0x7f800000u);
-
-GTA_DEVICE constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
-GTA_DEVICE int least(int a, int b) { return a < b ? a : b; }
 
 // Tokens that a row's cache holds before this call. What memory says is not trusted: it may be anything.
 GTA_DEVICE int past_tokens(const i64* past_length, int row, int capacity) {

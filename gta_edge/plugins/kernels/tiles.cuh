@@ -13,8 +13,6 @@ namespace gta {
 
 constexpr int slice_tokens = 16;  // tokens of one tensor core product
 
-GTA_DEVICE int lane_of_warp() { return threadIdx.x % warp_size; }
-
 // Copies rows first ... first + count - 1 of `row_bytes` each into a tile; rows from `end` on become zeros.
 //
 // Rows follow one another in the cache, so a thread's units are a fixed distance apart; where the threads are a whole

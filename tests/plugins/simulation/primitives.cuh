@@ -50,6 +50,8 @@ float shuffle_xor(float value, int lane_mask, int line = __builtin_LINE());
 
 bool any_of_warp(bool condition, int line = __builtin_LINE());
 
+GTA_DEVICE u32 kept_in_register(u32 number) { return number + blockIdx.z; }
+
 // --- copies from global to shared memory, which happen at any time until they are waited for -------------------------
 
 void copy_16_async(void* shared, const void* global, bool valid);

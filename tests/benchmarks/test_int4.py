@@ -1,0 +1,127 @@
+"""The benchmark of the quantised products, as far as it goes without a GPU: what it counts, its tables, its errors."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from gta_edge.config import GTAConfig
+from gta_edge.presets import PRESETS, preset
+from tests.benchmarks.conftest import BENCHMARKS
+from tests.benchmarks.test_kernels import GPU
+
+
+@pytest.fixture
+def int4(script: Callable[[str], ModuleType]) -> ModuleType:
+    return script("int4")
+
+
+def test_the_products_of_gta_1b(int4):
+    found = [(each.in_features, each.output_sizes, each.count) for each in int4.products(preset("gta-1b"))]
+    assert found == [
+        (1280, (320, 64, 128, 1280), 54),
+        (1280, (1280,), 54),
+        (1280, (3584, 3584), 54),
+        (3584, (1280,), 54),
+        (1280, (128256,), 1),
+    ]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_products_are_the_models_matrices(int4, name):
+    """All parameters but the norms, the value decoders and, where it is not the head's, the embedding."""
+    config = preset(name)
+    counted = sum(each.count * each.in_features * each.out_features for each in int4.products(config))
+    shapes = config.parameter_shapes()
+    others = sum(int4._size(shape) for shape in shapes.values() if len(shape) == 1)
+    if isinstance(config, GTAConfig):
+        others += config.num_hidden_layers * int4._size(config.value_decoder_shape)
+    untied = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+    assert counted == config.parameters - others - untied
+
+
+def test_the_bytes_of_a_matrix(int4):
+    product = int4.Product("", 1280, (1280,), 1)
+    sizes = {key: contender.weight_bytes(product) for key, contender in int4.CONTENDERS.items()}
+    values = 1280 * 1280
+    assert sizes == {
+        "int4": values // 2 + 2 * values // 32,
+        "int8": values + 2 * 1280,
+        "fp16": 2 * values,
+        "torch-int4": values // 2 + 4 * values // 32,
+    }
+    assert int4.traffic_bytes("int8", product, 3) == sizes["int8"] + 2 * 3 * (1280 + 1280)
+    assert product.flops(3) == 2 * 3 * values
+
+
+def test_ratios_are_taken_within_a_round(int4):
+    found = int4.ratios({"int4": [1.0, 2.0], "int8": [2.0, 2.0], "fp16": [4.0, 8.0]})
+    assert found["int4"] == {"fp16": {"median": 4, "min": 4, "max": 4}}
+    assert found["int8"] == {"fp16": {"median": 3, "min": 2, "max": 4}}
+
+
+@pytest.fixture
+def document(int4: ModuleType) -> dict[str, Any]:
+    times = {"int4": [1e-5, 2e-5, 3e-5], "int8": [2e-5] * 3, "fp16": [4e-5, 8e-5, 12e-5]}
+    contenders: dict[str, Any] = {
+        key: {"bytes": 1_000_000, "time_s": int4.spread(values), "copy_fraction": 0.5} for key, values in times.items()
+    }
+    contenders["torch-int4"] = {"bytes": 1, "failed": "no such thing"}
+    row = {"product": "down", "rows": 1, "flops": 2e7, "contenders": contenders, "ratios": int4.ratios(times)}
+    return {
+        "command": "python benchmarks/int4.py",
+        "date": "2026-01-02T03:04:05+00:00",
+        "model": "gta-1b",
+        "gpu": GPU,
+        "versions": {"torch": "1.2"},
+        "rounds": 3,
+        "products": [row],
+    }
+
+
+def test_the_page_has_every_figure(int4, document, capsys):
+    page = int4.markdown(document)
+    assert "| down | 54 | 3584 | 1280 | 9.2 | 2.58 | 4.59 | 9.18 |" in page
+    assert "| down | 1 | gta-edge int4, blocks of 32 | 20.0 (10.0..30.0) | 1.00 | 0.50 | 1.00 |" in page
+    assert "| down | 1 | torch int4, blocks of 32 | n/a | n/a | n/a | n/a |" in page
+    assert "| down | 1 | gta-edge int4, blocks of 32 | 4.00 (4.00..4.00) | n/a |" in page
+    assert "torch int4, blocks of 32, down, 1 rows: no such thing" in page
+    for block in page.split("\n\n"):
+        lines = block.splitlines()
+        if lines[0].startswith("|"):
+            assert len({line.count("|") for line in lines}) == 1
+    int4.show(document)
+    assert "20.0 (10.0..30.0)" in capsys.readouterr().out
+
+
+def call(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(BENCHMARKS / "int4.py"), *arguments]
+    environment = {"PATH": "", "CUDA_VISIBLE_DEVICES": ""}  # no GPU, also where there is one
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+
+
+def test_without_a_gpu_it_says_so_in_one_line(tmp_path: Path) -> None:
+    done = call("--json", str(tmp_path / "result.json"))
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ")
+    assert "GPU" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_directory_that_is_not_there_is_refused_in_one_line() -> None:
+    done = call("--markdown", "nowhere/page.md")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: nowhere/page.md cannot be written")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_rows_that_are_none_are_refused(int4):
+    with pytest.raises(int4.InputError, match="--rows got '1,x'"):
+        int4._rows("1,x")
+    assert int4._rows("1,512") == (1, 512)
