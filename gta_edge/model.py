@@ -55,17 +55,22 @@ class LatentAttention(nn.Module):
         self.heads = (config.num_query_heads, config.num_key_heads, config.num_latent_heads)
         self.scale = config.scale
         self.attention: Attention = attention or torch_ops.grouped_latent_attention
+        self.projections: nn.Module | None = None  # in the place of the four that take x, where they are one product
 
     def forward(
         self, x: Tensor, cache: Cache, past_length: Tensor, cos: Tensor, sin: Tensor
     ) -> tuple[Tensor, Cache]:  # x [B, T, H]
         # W_P is the row-major memory of v_b_proj seen as [n_q, d_l, e·d_l]: no transpose, and no Linear call
         value_decoder = self.v_b_proj.weight.view(self.value_decoder_shape)
-        projected = self.q_proj(x), self.k_proj(x), self.v_proj(x), self.g_proj(x)
         output, present_key, present_latent = self.attention(
-            *projected, *cache, past_length, cos, sin, value_decoder, *self.heads, self.scale
+            *self._projected(x), *cache, past_length, cos, sin, value_decoder, *self.heads, self.scale
         )
         return self.o_proj(output), (present_key, present_latent)
+
+    def _projected(self, x: Tensor) -> Sequence[Tensor]:
+        if self.projections is not None:
+            return self.projections(x)  # type: ignore[no-any-return]  # nn.Module's call is untyped
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x), self.g_proj(x)
 
 
 class QueryAttention(nn.Module):
@@ -85,15 +90,20 @@ class QueryAttention(nn.Module):
         self.heads = (config.num_attention_heads, config.caches[0].heads)
         self.scale = config.scale
         self.attention: Attention = attention or torch_ops.grouped_query_attention
+        self.projections: nn.Module | None = None  # in the place of the three that take x, where they are one product
 
     def forward(
         self, x: Tensor, cache: Cache, past_length: Tensor, cos: Tensor, sin: Tensor
     ) -> tuple[Tensor, Cache]:  # x [B, T, H]
-        projected = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         output, present_key, present_value = self.attention(
-            *projected, *cache, past_length, cos, sin, *self.heads, self.scale
+            *self._projected(x), *cache, past_length, cos, sin, *self.heads, self.scale
         )
         return self.o_proj(output), (present_key, present_value)
+
+    def _projected(self, x: Tensor) -> Sequence[Tensor]:
+        if self.projections is not None:
+            return self.projections(x)  # type: ignore[no-any-return]  # nn.Module's call is untyped
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
 
 
 class MLP(nn.Module):
@@ -104,9 +114,11 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.projections: nn.Module | None = None  # in the place of gate_proj and up_proj, where they are one product
 
     def forward(self, x: Tensor) -> Tensor:
-        product: Tensor = functional.silu(self.gate_proj(x)) * self.up_proj(x)
+        gate, up = (self.gate_proj(x), self.up_proj(x)) if self.projections is None else self.projections(x)
+        product: Tensor = functional.silu(gate) * up
         return self.down_proj(product)  # type: ignore[no-any-return]  # nn.Module's call is untyped
 
 
@@ -163,6 +175,7 @@ class Decoder(nn.Module):
             biases = {name for name in config.parameter_shapes() if config.is_optional(name)}
         self.config = config
         self.model = Trunk(config, biases, attention)
+        self.packed_head: nn.Module | None = None  # in the place of the head's matrix, where that lies in codes
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         cos, sin = rope_tables(config.key_width, config.rope_theta, config.rope_scaling, config.max_position_embeddings)
@@ -194,6 +207,9 @@ class Decoder(nn.Module):
 
     def head(self, x: Tensor) -> Tensor:
         """Return float32 logits [..., V] of normalised hidden states [..., H] of any type."""
+        if self.packed_head is not None:  # whose results are of x's type
+            (logits,) = self.packed_head(x if x.is_cuda else x.float())
+            return logits.float()  # type: ignore[no-any-return]  # nn.Module's call is untyped
         weight = self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
         if x.dtype == torch.float32:
             return functional.linear(x, weight)

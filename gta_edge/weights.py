@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,10 +36,12 @@ __all__ = [
     "PRECISIONS",
     "SCALE",
     "TRANSPOSED",
+    "Coded",
     "check_locations",
     "from_stored",
     "is_kept",
     "parameter_name",
+    "read_stored",
     "read_weights",
     "stored_dtype",
     "to_stored",
@@ -63,6 +66,34 @@ PRECISIONS: dict[str, npt.DTypeLike] = {
     "int4": np.float16,
 }
 """By the name that ``--precision`` takes, the storage type of the matrices that are not quantised."""
+
+
+@dataclass(frozen=True)
+class Coded:
+    """A matrix as an int8 or int4 bundle holds it.
+
+    Attributes:
+        codes: int8 [in, out].
+        scales: float16 [in / block, out], or [out] where there is one per output channel.
+        bits: width of a code, 4 or 8.
+    """
+
+    codes: npt.NDArray[np.int8]
+    scales: npt.NDArray[np.float16]
+    bits: int
+
+    @property
+    def block_size(self) -> int:
+        """Inputs that share a scale; 0 where there is one per output channel."""
+        return self.codes.shape[0] // len(self.scales) if self.scales.ndim == 2 else 0
+
+    @property
+    def values(self) -> npt.NDArray[np.float32]:
+        """What is meant, float32 [out, in], as in a checkpoint."""
+        inputs, outputs = self.codes.shape
+        factors = self.scales.astype(np.float32).reshape(-1, 1, outputs)
+        split = self.codes.reshape(len(factors), -1, outputs) * factors
+        return np.ascontiguousarray(split.reshape(inputs, outputs).T)
 
 
 def parameter_name(stored_name: str) -> str:
@@ -121,6 +152,12 @@ def read_weights(model_path: Path, config: ModelConfig) -> Iterator[tuple[str, n
     Raises:
         BundleError: the file cannot be read, or an initializer does not fit the config.
     """
+    for name, stored in read_stored(model_path, config):
+        yield name, stored.values if isinstance(stored, Coded) else stored
+
+
+def read_stored(model_path: Path, config: ModelConfig) -> Iterator[tuple[str, npt.NDArray[np.float32] | Coded]]:
+    """Yield the parameters as ``read_weights`` does, but leave quantised matrices in codes."""
     onnx_ir = optional("onnx_ir", "export")  # here and not above: opening a bundle needs only the names
     try:
         model = onnx_ir.load(model_path)
@@ -141,11 +178,13 @@ def read_weights(model_path: Path, config: ModelConfig) -> Iterator[tuple[str, n
         if stored_name.endswith(PACKED) and parameter_name(stored_name) + TRANSPOSED in model.graph.initializers:
             continue  # a tied head's matrix, which comes by itself
         values = _values(value, model_path)
-        if values.dtype.itemsize == 1 or stored_name.endswith(PACKED):
-            values = _dequantized(stored_name, values, shape, model.graph.initializers, model_path)
-        if values.size != math.prod(shape):
+        coded = values.dtype.itemsize == 1 or stored_name.endswith(PACKED)
+        if not coded and values.size != math.prod(shape):
             raise BundleError(f"{model_path}: {stored_name} is not of the size in config.json; export the bundle again")
-        yield parameter_name(stored_name), from_stored(values, stored_name, shape)
+        if coded:
+            yield parameter_name(stored_name), _coded(stored_name, values, shape, model.graph.initializers, model_path)
+        else:
+            yield parameter_name(stored_name), from_stored(values, stored_name, shape)
 
 
 def check_locations(model: ir.Model, model_path: Path) -> None:
@@ -166,40 +205,37 @@ def check_locations(model: ir.Model, model_path: Path) -> None:
             raise BundleError(f"{model_path}: {name} passes the end of {file}; export the bundle again")
 
 
-def _dequantized(
+def _coded(
     stored_name: str, stored: Array, shape: Sequence[int], initializers: Mapping[str, ir.Value], model_path: Path
-) -> npt.NDArray[np.float32]:
-    """Return float32 values in the layout that ``stored_name`` says: [in, out], or a packed table [V, H]."""
+) -> Coded:
     packed = stored_name.endswith(PACKED)
     scale_name = (parameter_name(stored_name) + TRANSPOSED if packed else stored_name) + SCALE
     if scale_name not in initializers:
         raise BundleError(f"{model_path}: {stored_name} has no scales; export the bundle again")
-    scales = _values(initializers[scale_name], model_path).astype(np.float32)  # [in / block, out] or [out]
-    # [in, out]
-    codes = _table_codes(stored, stored_name, shape, model_path).T if packed else stored.astype(np.int8)
+    scales = _values(initializers[scale_name], model_path)  # [in / block, out] or [out]
+    if packed:
+        codes, bits = _table_codes(stored, stored_name, shape, model_path)
+    else:
+        codes, bits = stored.astype(np.int8), 4 if stored.dtype == ml_dtypes.int4 else 8  # [in, out]
+    if codes.shape != tuple(shape)[::-1]:
+        raise BundleError(f"{model_path}: {stored_name} is not of the size in config.json; export the bundle again")
     blocks = len(scales) if scales.ndim == 2 else 1
-    if (
-        codes.ndim != 2
-        or scales.ndim not in (1, 2)
-        or blocks < 1
-        or codes.shape[0] % blocks
-        or codes.shape[1] != scales.shape[-1]
-    ):
+    if scales.ndim not in (1, 2) or blocks < 1 or codes.shape[0] % blocks or codes.shape[1] != scales.shape[-1]:
         raise BundleError(f"{model_path}: the scales of {stored_name} are {scales.shape}; export the bundle again")
-    split = codes.reshape(blocks, -1, codes.shape[1]) * scales.reshape(blocks, 1, -1)
-    values = split.reshape(codes.shape)
-    return values.T if packed else values
+    return Coded(codes, scales, bits)
 
 
-def _table_codes(words: Array, stored_name: str, shape: Sequence[int], model_path: Path) -> npt.NDArray[np.int8]:
-    """Return codes [V, H] of an embedding table that lies in words."""
+def _table_codes(
+    words: Array, stored_name: str, shape: Sequence[int], model_path: Path
+) -> tuple[npt.NDArray[np.int8], int]:
+    """Return codes [H, V] of an embedding table [V, H] that lies in words, and their width in bits."""
     stored_bytes = np.ascontiguousarray(words).reshape(-1).view(np.uint8)
     whole = math.prod(shape)
     if words.ndim != 2 or words.shape[0] != shape[0] or stored_bytes.size not in (whole, whole // 2):
         raise BundleError(f"{model_path}: {stored_name} is {words.shape}, for {tuple(shape)}; export the bundle again")
     if stored_bytes.size == whole:
-        return np.bitwise_xor(stored_bytes, np.uint8(0x80)).view(np.int8).reshape(tuple(shape))
-    return unpack_nibbles(np.bitwise_xor(stored_bytes, np.uint8(0x88)), shape)
+        return np.bitwise_xor(stored_bytes, np.uint8(0x80)).view(np.int8).reshape(tuple(shape)).T, 8
+    return unpack_nibbles(np.bitwise_xor(stored_bytes, np.uint8(0x88)), shape).T, 4
 
 
 def _values(value: ir.Value, model_path: Path) -> Array:

@@ -32,13 +32,11 @@ def _torch(
     progress: Progress = silent,
     **options: Any,
 ) -> Session:
-    from gta_edge.reference import build_decoder
-    from gta_edge.runtime.torch import TorchSession, default_compute, default_device
-    from gta_edge.weights import read_weights
+    from gta_edge.runtime.torch import TorchSession, default_compute, default_device, load_decoder
 
     device = default_device()
-    model = build_decoder(bundle.config, read_weights(bundle.model_path, bundle.config))
     compute = compute or default_compute(bundle.precision, device)
+    model = load_decoder(bundle, device, compute)
     return TorchSession(model, device=device, compute=compute, threads=threads, **options)
 
 

@@ -1,20 +1,27 @@
 """The `torch` backend: the reference model, its cache updated in place; on an NVIDIA GPU, on the attention kernels.
 
 On the CPU it computes in float32. On a GPU it computes in fp16 or bf16, as ``build`` and the plugin do (softmax, norms'
-sums and logits in float32), and single tokens are replayed from a CUDA graph.
+sums and logits in float32), single tokens are replayed from a CUDA graph, and the matrices of an int8 or int4 bundle
+stay in codes.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from gta_edge.bundle import Bundle
 from gta_edge.config import GTAConfig
 from gta_edge.errors import BackendError, CapacityError
 from gta_edge.model import Cache, Decoder, empty_cache
 from gta_edge.optional import optional
+from gta_edge.packed_model import build_packed_decoder
 from gta_edge.plugins import torch_ops
+from gta_edge.plugins.launch import OLDEST
+from gta_edge.quantization import BITS
+from gta_edge.reference import build_decoder
 from gta_edge.runtime.session import Ids, Logits, Session
 from gta_edge.runtime.torch_graph import DecodeGraph
+from gta_edge.weights import read_stored, read_weights
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +29,7 @@ if TYPE_CHECKING:
 else:
     torch = optional("torch", "export")
 
-__all__ = ["COMPUTE_TYPES", "TorchSession", "default_compute", "default_device"]
+__all__ = ["COMPUTE_TYPES", "TorchSession", "default_compute", "default_device", "load_decoder", "multiplies_codes"]
 
 COMPUTE_TYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 """torch's names of the types to compute in."""
@@ -47,6 +54,23 @@ def default_compute(precision: str, device: str) -> str:
 def default_device() -> str:
     """Return ``cuda`` where torch finds a GPU, else ``cpu``."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def multiplies_codes(precision: str, device: str, compute: str) -> bool:
+    """Tell whether there are kernels for the products with matrices stored in ``precision``."""
+    on_gpu = device.startswith("cuda") and precision in BITS and compute in ("fp16", "bf16")
+    return on_gpu and torch.cuda.is_available() and torch.cuda.get_device_capability(device) >= OLDEST
+
+
+def load_decoder(bundle: Bundle, device: str, compute: str) -> Decoder:
+    """Return a bundle's model: int8 and int4 matrices in codes where kernels multiply by them, else dequantised.
+
+    Raises:
+        BundleError: the weights cannot be read, or do not fit the config.
+    """
+    if multiplies_codes(bundle.precision, device, compute):
+        return build_packed_decoder(bundle.config, read_stored(bundle.model_path, bundle.config), device)
+    return build_decoder(bundle.config, read_weights(bundle.model_path, bundle.config))
 
 
 def _latent_in_place(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
