@@ -51,6 +51,10 @@ class TensorRT:
     """Whether a strongly typed network has to be asked for; otherwise there are no others."""
     parses_newer_ops: bool
     """Whether the parser knows TensorScatter, RotaryEmbedding and RMSNormalization."""
+    times_kernels: bool
+    """Whether a build times kernels on the GPU, and can keep what it found."""
+    compiles_at_run_time: bool
+    """Whether an engine's kernels are compiled when it runs, and can be kept."""
 
 
 def load(flavour: str | None = None) -> TensorRT:
@@ -108,6 +112,8 @@ def describe(module: Any) -> TensorRT:
         and hasattr(getattr(module, "PreviewFeature", None), "ALIASED_PLUGIN_IO_10_03"),
         strongly_typed_flag=not rtx and version < _ONLY_STRONGLY_TYPED,
         parses_newer_ops=rtx or version >= _NEWER_OPS,
+        times_kernels=not rtx and hasattr(module, "ITimingCache"),
+        compiles_at_run_time=hasattr(module, "IRuntimeCache"),
     )
 
 

@@ -20,18 +20,19 @@ pytest.importorskip("tensorrt_rtx", reason="the parser of the package tensorrt-r
 SCRIPT = """
 import json, sys
 import tensorrt_rtx as trt
-from gta_edge.plugins import tensorrt_fields as plugin
+from gta_edge.plugins import tensorrt_call as plugin
+from gta_edge.plugins.tensorrt_fields import IGNORED_ATTRIBUTES, read_fields
 
 class Creator(trt.IPluginCreatorV3One):
     def __init__(self):
         super().__init__()
         self.name, self.plugin_version, self.plugin_namespace = "GroupedLatentAttention", "1", "gta"
-        names = [*plugin.ATTRIBUTES, *plugin.IGNORED_ATTRIBUTES]
+        names = [*plugin.FIELDS.attributes, *IGNORED_ATTRIBUTES]
         self.field_names = trt.PluginFieldCollection([trt.PluginField(name) for name in names])
 
     def create_plugin(self, name, fields, phase):
-        read = plugin.read_parameters(plugin.read_fields(trt, fields))
-        told.append({key: getattr(read, key) for key in plugin.ATTRIBUTES} | {"phase": phase.name})
+        read = plugin.read_parameters(read_fields(trt, plugin.FIELDS, fields))
+        told.append({key: getattr(read, key) for key in plugin.FIELDS.attributes} | {"phase": phase.name})
 
 class Log(trt.ILogger):
     def log(self, severity, message):

@@ -1,77 +1,47 @@
 """Bundles in TensorRT's parser and builder, which need no GPU: are they taken, and do weights stay as they are stored?
 
-An engine holds weights in the form in which its kernels read them. What the builder cannot keep in codes it unpacks to
-float32 without a word; only the size of the engine tells.
+An engine holds weights in the form in which its kernels read them. What the builder cannot keep in codes it unpacks
+without a word; only the size of the engine tells. Engines here have both profiles of a session, for single tokens and
+for chunks of a prompt, so their size also tells whether the two share the weights.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
 from math import prod
 from pathlib import Path
-from typing import Any
 
-import onnx_ir as ir
 import pytest
 
 from gta_edge.bundle import Bundle
 from gta_edge.config import ModelConfig
 from gta_edge.export.initialise import initialise
 from gta_edge.export.pipeline import export
-from gta_edge.presets import preset
+from gta_edge.presets import PRESETS, preset
 from gta_edge.quantization import BITS, BLOCK_SIZES
+from gta_edge.runtime.build import profile_shapes
+from gta_edge.runtime.engine import Purpose
+from gta_edge.runtime.specialise import specialise
+from gta_edge.runtime.tensorrt_builder import Target, build_plan
+from gta_edge.trt import load
+from tests.runtime.test_passes import traced_once
 
-trt = pytest.importorskip("tensorrt_rtx", reason="the parser and the builder of the package tensorrt-rtx are needed")
+pytest.importorskip("tensorrt_rtx", reason="the parser and the builder of the package tensorrt-rtx are needed")
 
 CAPACITY, TOKENS, BATCH = 64, 32, 2
-MODELS = {
-    name: preset("gta1-160m").replace(
-        num_hidden_layers=1, vocab_size=2048, max_position_embeddings=CAPACITY, tie_word_embeddings=tied
-    )
-    for name, tied in (("tied", True), ("untied", False))
-}
+SCALE_BYTES = 2 + 2 * 4
+"""A float16 scale in the model; the engine has it in float32, in the worst case once for each profile."""
 
 
-class Messages(trt.ILogger):
-    """Keeps the errors that TensorRT logs; it raises none."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.errors: list[str] = []
-
-    def log(self, severity: Any, message: str) -> None:
-        if severity <= trt.ILogger.ERROR:
-            self.errors.append(message)
+def purpose(compute: str) -> Purpose:
+    return Purpose("tensorrt-rtx", compute, compute, max_length=CAPACITY, max_batch=BATCH, chunk_size=TOKENS)
 
 
-def specialised(bundle: Bundle, directory: Path) -> Path:
-    """Write a bundle's graph for one capacity, which KVCacheUpdate must know; batch and tokens stay dynamic."""
-    model = ir.load(bundle.model_path)
-    for value in (*model.graph.inputs, *model.graph.outputs):
-        assert value.shape is not None
-        value.shape = ir.Shape([CAPACITY if size == "capacity" else size for size in value.shape])
-    directory.mkdir()
-    ir.save(model, directory / "model.onnx", external_data="model.onnx.data")
-    return directory / "model.onnx"
-
-
-def engine_bytes(path: Path) -> int:
-    """Build an engine for prefill and decode, and return its size."""
-    messages = Messages()
-    builder = trt.Builder(messages)
-    network = builder.create_network(0)
-    parser = trt.OnnxParser(network, messages)
-    assert parser.parse_from_file(str(path)), messages.errors
-    config = builder.create_builder_config()
-    config.num_compute_capabilities = 1
-    config.set_compute_capability(trt.ComputeCapability.SM86, 0)
-    profile = builder.create_optimization_profile()
-    for value in (network.get_input(i) for i in range(network.num_inputs)):
-        least = [1 if size < 0 else size for size in value.shape]
-        most = [(BATCH, TOKENS)[axis] if size < 0 else size for axis, size in enumerate(value.shape)]
-        profile.set_shape(value.name, least, least, most)
-    config.add_optimization_profile(profile)
-    engine = builder.build_serialized_network(network, config)
-    assert engine is not None, messages.errors
-    return int(engine.nbytes)
+def engine_bytes(bundle: Bundle, directory: Path, compute: str) -> int:
+    """Build an engine for decode and prefill, and return its size."""
+    options = {"form": "function", "compute": compute, "capacity": CAPACITY}
+    model = specialise(bundle, directory, **options)
+    target = Target(load("tensorrt-rtx"), ("8.6",), None)
+    return build_plan(model, purpose(compute), profile_shapes(bundle, purpose(compute)), target).nbytes
 
 
 def weights(config: ModelConfig) -> int:
@@ -80,39 +50,59 @@ def weights(config: ModelConfig) -> int:
     return sum(prod(shape) for name, shape in shapes.items() if len(shape) == 2 and "v_b_proj" not in name)
 
 
-Size = Callable[[str, str, int | None], int]
+def per_code(engine: int, floats: int, config: ModelConfig) -> float:
+    """Return the bytes of an engine per quantised weight, without all that an engine with 16-bit weights has too."""
+    rest = floats - 2 * weights(config)
+    # A tied table lies in a bundle twice if it is quantised: as the head's matrix, and packed for the lookup.
+    return (engine - rest) / (weights(config) + config.tie_word_embeddings * config.vocab_size * config.hidden_size)
+
+
+Size = Callable[..., int]
 
 
 @pytest.fixture(scope="module")
-def size(tmp_path_factory: pytest.TempPathFactory) -> Size:
-    """``size("tied", precision, block_size)`` returns the bytes of an engine."""
+def size(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Size]:
+    """``size("gta-1b", "int4", "fp16")`` returns the bytes of an engine of one layer of a preset."""
     directory = tmp_path_factory.mktemp("tensorrt")
-    for model, config in MODELS.items():
-        initialise(config, directory / model)
 
-    def engine(model: str, precision: str, block_size: int | None) -> int:
-        bundle = directory / f"{model}-{precision}-{block_size}"
-        exported = export(directory / model, bundle, precision=precision, block_size=block_size, verify=False)
-        return engine_bytes(specialised(exported.bundle, bundle / "specialised"))
+    @functools.cache
+    def engine(name: str, precision: str, compute: str, block_size: int | None = None) -> int:
+        checkpoint, bundle = directory / name, directory / f"{name}-{precision}-{block_size}"
+        if not checkpoint.exists():
+            initialise(CONFIGS[name], checkpoint)
+        if not bundle.exists():
+            export(checkpoint, bundle, precision=precision, block_size=block_size, verify=False)
+        return engine_bytes(Bundle.open(bundle), bundle.with_name(f"{bundle.name}-{compute}"), compute)
 
-    return engine
-
-
-@pytest.fixture(scope="module")
-def rest(size: Size) -> int:
-    """The bytes of an engine beside the weights that are counted."""
-    return size("tied", "fp32", None) - 4 * weights(MODELS["tied"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gta_edge.export.graph.trace", traced_once)
+        yield engine
 
 
+CONFIGS = {
+    name: preset(name).replace(num_hidden_layers=1, vocab_size=512, max_position_embeddings=CAPACITY)
+    for name in PRESETS
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "int8", "int4"])
+def test_every_preset_is_built_with_its_weights_as_they_are_stored(size: Size, name: str, precision: str) -> None:
+    config = CONFIGS[name]
+    if precision in BITS:
+        found = per_code(size(name, precision, "fp16"), size(name, "fp16", "fp16"), config)
+        codes, per_scale = BITS[precision] / 8, 32 if precision == "int4" else config.hidden_size
+        assert codes * 0.99 < found < 1.02 * (codes + SCALE_BYTES / per_scale)
+    else:  # once, not for each profile, but for small ones that one of them merges
+        assert 2 < size(name, precision, precision) / weights(config) < 2.8
+
+
+@pytest.mark.parametrize("compute", ["fp16", "bf16"])
 @pytest.mark.parametrize(
-    ("model", "precision", "block_size"),
+    ("precision", "block_size"),
     [
-        *(("tied", "int4", block) for block in BLOCK_SIZES),
-        ("untied", "int4", 32),
-        ("tied", "int8", None),
-        ("untied", "int8", None),
+        *(("int4", block) for block in BLOCK_SIZES),
         pytest.param(
-            "tied",
             "int8",
             32,
             marks=pytest.mark.xfail(
@@ -121,15 +111,12 @@ def rest(size: Size) -> int:
         ),
     ],
 )
-def test_codes_stay_codes(size: Size, rest: int, model: str, precision: str, block_size: int | None) -> None:
-    config = MODELS[model]
-    # a tied table lies in a bundle twice: as the head's matrix, and packed for the lookup
-    stored = weights(config) + config.tie_word_embeddings * config.vocab_size * config.hidden_size
-    codes = BITS[precision] / 8
-    scales = 4 / (block_size or config.hidden_size)  # the builder computes their Cast to float32
-    assert codes < (size(model, precision, block_size) - rest) / stored < 1.02 * (codes + scales)
+def test_blocks_of_every_size_stay_codes(size: Size, precision: str, block_size: int, compute: str) -> None:
+    name, codes = "gta1-160m", BITS[precision] / 8
+    found = per_code(size(name, precision, compute, block_size), size(name, compute, compute), CONFIGS[name])
+    assert codes * 0.99 < found < codes + SCALE_BYTES / block_size
 
 
-def test_an_engine_can_unpack_weights(size: Size, rest: int) -> None:
-    """What the test above would see of codes that are not kept: here two bytes become four."""
-    assert (size("tied", "bf16", None) - rest) / weights(MODELS["tied"]) > 2
+def test_an_engine_can_unpack_weights(size: Size) -> None:
+    """What the tests above would see of codes that are not kept: here two bytes become four."""
+    assert size("gta1-160m", "bf16", "fp32") / weights(CONFIGS["gta1-160m"]) > 4

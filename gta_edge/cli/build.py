@@ -21,12 +21,20 @@ def build(
     cache_dtype: Annotated[
         str | None, typer.Option(help="The type to compute in (default), or with tensorrt int8 or fp8.")
     ] = None,
+    int4: Annotated[
+        str,
+        typer.Option(
+            help="Who multiplies by int4 and int8 matrices: plugin, native (TensorRT itself), or auto: with tensorrt "
+            "the faster of the two, timed here (with --onnx-only plugin), with tensorrt-rtx native."
+        ),
+    ] = "auto",
     max_length: Annotated[
         int | None, typer.Option(min=1, help="Tokens that the cache holds; 4096 or the model's positions by default.")
     ] = None,
     max_batch: Annotated[int, typer.Option(min=1, help="Rows at once.")] = 1,
     compute_capability: Annotated[
-        str | None, typer.Option(help="GPU to build for, such as 8.6; the one here by default. tensorrt-rtx only.")
+        str | None,
+        typer.Option(help="GPUs to build for, 8.6,8.9; by default the one here, else all. tensorrt-rtx only."),
     ] = None,
     onnx_only: Annotated[
         bool, typer.Option("--onnx-only", help="Write the model as it would go to TensorRT, and build nothing.")
@@ -52,14 +60,16 @@ def build(
     out = current()
     with out.progress() as progress:
         opened = Bundle.open(bundle, verify_hashes=verify_hashes, progress=progress)
+        length = max_length or min(4096, opened.config.max_position_embeddings)
         compute = compute or (opened.precision if opened.precision in ("fp16", "bf16") else "fp16")
         purpose = Purpose(
             engine=engine,
             compute=compute,
             cache_dtype=cache_dtype or compute,
-            max_length=max_length or min(4096, opened.config.max_position_embeddings),
+            max_length=length,
             max_batch=max_batch,
-            chunk_size=builder.CHUNK_SIZE,
+            chunk_size=min(builder.CHUNK_SIZE, length),
+            int4=int4,
         )
         needed = builder.requirement(opened, purpose)
         if onnx_only:
@@ -67,12 +77,13 @@ def build(
                 opened, purpose, output, newer_ops=not older_parser, force=force, progress=progress
             )
         else:
-            written = builder.build(
-                opened, purpose, compute_capability=compute_capability, force=force, progress=progress
-            )
+            capabilities = compute_capability.replace(" ", "").split(",") if compute_capability else []
+            written = builder.build(opened, purpose, compute_capabilities=capabilities, force=force, progress=progress)
     document = {"written": str(written), **vars(purpose), "estimated_peak_bytes": None if onnx_only else needed.peak}
+    document["products"] = builder.products_of(written) if opened.precision in ("int4", "int8") else None
     if out.json:
         out.document(document)
     else:
         cache = f"a cache of {purpose.max_length} tokens in {purpose.cache_dtype}"
-        print(f"{written}: {purpose.engine}, {purpose.compute}, {cache}")
+        products = f", {document['products']} products" if document["products"] else ""
+        print(f"{written}: {purpose.engine}, {purpose.compute}, {cache}{products}")

@@ -5,9 +5,9 @@ Nothing here calls TensorRT; descriptors come in as names of types and as tuples
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property, lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -15,11 +15,13 @@ import numpy as np
 from gta_edge.errors import BackendError
 from gta_edge.plugins.grouped_latent_attention import INPUTS, OP, OUTPUTS, Sizes
 from gta_edge.plugins.plan import plan_attention, programs
+from gta_edge.plugins.tensorrt_fields import FieldTypes, Value
 from gta_edge.plugins.tiling import COMPUTE_TYPES, DECODE_TOKENS, Variant
 
 __all__ = [
     "CALLS_KEPT",
     "DECLARE_ALIAS",
+    "FIELDS",
     "PAST_SCALES",
     "PRESENT_SCALES",
     "QUANTISED_CACHE",
@@ -29,8 +31,10 @@ __all__ = [
     "allowed_types",
     "check_types",
     "describe_call",
+    "field_values",
     "largest_workspace_bytes",
-    "type_name",
+    "read_built",
+    "read_parameters",
 ]
 
 PAST_SCALES = ("past_key_scale", "past_latent_scale")  # float32 [B, n_k, S], [B, n_c, S]
@@ -43,7 +47,29 @@ DECLARE_ALIAS = "declare_alias"
 
 CALLS_KEPT = 1024
 _CACHED = ("int8", "fp8")
-_DATA_TYPES = {"HALF": "fp16", "BF16": "bf16", "FLOAT": "fp32", "INT8": "int8", "FP8": "fp8", "INT64": "int64"}
+
+FIELDS = FieldTypes(
+    op=OP,
+    attributes={
+        "num_query_heads": int,
+        "num_key_heads": int,
+        "num_latent_heads": int,
+        "scale": float,
+        QUANTISED_CACHE: int,
+        DECLARE_ALIAS: int,
+    },
+    built={
+        "key_dim": int,
+        "latent_dim": int,
+        "hidden_size": int,
+        "compute": str,
+        "cache": str,
+        "architecture": str,
+        "processors": int,
+    },
+)
+"""The plugin as its fields."""
+_OPTIONAL = (QUANTISED_CACHE, DECLARE_ALIAS)
 
 
 @dataclass(frozen=True)
@@ -114,6 +140,50 @@ class Call:
     positions: int
 
 
+def read_parameters(values: Mapping[str, Any]) -> Parameters:
+    """Return the attributes among the values of a plugin's fields.
+
+    Raises:
+        BackendError: one is missing or makes no sense.
+    """
+    missing = [name for name in FIELDS.attributes if name not in values and name not in _OPTIONAL]
+    if missing:
+        raise BackendError(f"{OP} lacks {', '.join(missing)}; export the model again")
+    given = {name: values[name] for name in FIELDS.attributes if name in values}
+    for name in _OPTIONAL:
+        if given.get(name, 0) not in (0, 1):
+            raise BackendError(f"{OP} has {name} = {given[name]}; expected 0 or 1")
+        given[name] = bool(given.get(name, 0))
+    return Parameters(**given)
+
+
+def read_built(parameters: Parameters, values: Mapping[str, Any]) -> Built | None:
+    """Return what a build settled, None where the plugin was serialised before it.
+
+    Raises:
+        BackendError: part of it is missing, or there are no such kernels.
+    """
+    if not FIELDS.built_among(values):
+        return None
+    heads = (parameters.num_query_heads, parameters.num_key_heads, parameters.num_latent_heads)
+    try:
+        sizes = Sizes(*heads, values["key_dim"], values["latent_dim"], values["hidden_size"])
+    except ValueError as error:
+        raise BackendError(f"{OP} in this engine is damaged ({error}); build the engine again") from error
+    return Built(Variant(sizes, values["compute"], values["cache"]), values["architecture"], values["processors"])
+
+
+def field_values(parameters: Parameters, built: Built | None) -> dict[str, Value]:
+    """Return all that a plugin is made of, by the field's name."""
+    values: dict[str, Value] = {name: kind(getattr(parameters, name)) for name, kind in FIELDS.attributes.items()}
+    if built is not None:
+        variant = built.variant
+        numbers = (variant.sizes.key_dim, variant.sizes.latent_dim, variant.sizes.hidden_size)
+        all_values = (*numbers, variant.compute, variant.cache, built.architecture, built.processors)
+        values |= dict(zip(FIELDS.built, all_values, strict=True))
+    return values
+
+
 def allowed_types(parameters: Parameters, place: int, types: Sequence[str]) -> tuple[str, ...]:
     """Return the types that an input or output may have, given those of all before it."""
     name = (parameters.inputs + parameters.outputs)[place]
@@ -145,13 +215,6 @@ def check_types(parameters: Parameters, types: Sequence[str]) -> None:
                 f"{int(parameters.quantised_cache)}; expected {' or '.join(allowed)}: retype the model, and build a "
                 "strongly typed network"
             )
-
-
-@cache
-def type_name(data_type: Any) -> str:
-    """Return this package's name of one of TensorRT's types, TensorRT's own where there is none."""
-    name = str(getattr(data_type, "name", data_type))
-    return _DATA_TYPES.get(name, name)
 
 
 @lru_cache(CALLS_KEPT)

@@ -6,21 +6,45 @@ TensorRT first (``specialise.py``), then parsed, then built; the engine and its 
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gta_edge.bundle import Bundle
 from gta_edge.config import GTAConfig
 from gta_edge.errors import CapacityError, EngineError, InputError
 from gta_edge.files import new_directory
 from gta_edge.progress import Progress, silent
-from gta_edge.runtime.engine import ENGINES, EngineRecord, Purpose, engine_directory, keep_engine, made_from
+from gta_edge.quantization import BITS
+from gta_edge.runtime.cuda import free_gpu_bytes
+from gta_edge.runtime.engine import (
+    CHOICES,
+    ENGINES,
+    EngineRecord,
+    Purpose,
+    engine_directory,
+    keep_engine,
+    made_from,
+    make_engines_directory,
+)
 from gta_edge.runtime.memory import available_bytes
 
-__all__ = ["CHUNK_SIZE", "LOGIT_POSITIONS", "Requirement", "build", "prepare_only", "profile_shapes", "requirement"]
+if TYPE_CHECKING:
+    from gta_edge.runtime.tensorrt_builder import Target
+
+__all__ = [
+    "CHUNK_SIZE",
+    "LOGIT_POSITIONS",
+    "Requirement",
+    "build",
+    "prepare_only",
+    "products_of",
+    "profile_shapes",
+    "requirement",
+]
 
 CHUNK_SIZE = 512
 """Most tokens of a prompt in one run of an engine."""
@@ -28,9 +52,12 @@ CHUNK_SIZE = 512
 LOGIT_POSITIONS = 16
 """Most positions per row that one run gives logits for: those of a whole chunk would take half a gigabyte."""
 
-# TensorRT-RTX 1.7 took 4.99 GB for a GTA-1B in int4 (0.74 GB of weights, x86_64, 2026-11-21); these give 5.2.
-_WEIGHT_COPIES = 5
-_BUILDER_BYTES = 1.5e9  # libraries, CUDA's context, the builder's own
+# TensorRT-RTX 1.7 took, without a GPU (x86_64, 2026-11-21): 0.42 GB for 2 MB of weights in 5 layers, 1.15 GB for
+# 0.19 GB in one, 2.36 GB for 0.20 GB in 54, and 4.35 GB for 0.74 GB in 54, a GTA-1B in int4. That is 0.4 GB, 3.7 times
+# the weights and 22 MB a layer; what is more here is for CUDA's context, an estimate.
+_WEIGHT_COPIES = 4
+_LAYER_BYTES = 25e6
+_BUILDER_BYTES = 1e9
 
 
 @dataclass(frozen=True)
@@ -41,7 +68,7 @@ class Requirement:
         weights: the file, the parsed network, the builder's own, the engine and its serialised form hold them.
         cache: of all rows at full length, which the builder allocates to time kernels, in and out.
         logits: of one run.
-        builder: TensorRT's libraries and CUDA's context.
+        builder: TensorRT's libraries, its own representations of the layers, and CUDA's context.
     """
 
     weights: int
@@ -54,16 +81,19 @@ class Requirement:
         """All of it."""
         return self.weights + self.cache + self.logits + self.builder
 
+    @property
+    def on_gpu(self) -> int:
+        """What a GPU with memory of its own holds of it: the weights of the layer that is timed are few."""
+        return self.cache + self.logits + self.weights // _WEIGHT_COPIES
+
 
 def requirement(bundle: Bundle, purpose: Purpose) -> Requirement:
     """Return what building an engine is expected to take."""
-    value_bytes = {"fp32": 4, "fp16": 2, "bf16": 2}.get(purpose.cache_dtype, 1)
-    rows = purpose.max_batch
     return Requirement(
         weights=_WEIGHT_COPIES * bundle.weight_bytes,
-        cache=2 * rows * purpose.max_length * bundle.config.cache_bytes_per_token(value_bytes),
-        logits=4 * rows * LOGIT_POSITIONS * bundle.config.vocab_size,
-        builder=int(_BUILDER_BYTES),
+        cache=2 * purpose.cache_bytes(bundle.config),
+        logits=4 * purpose.max_batch * LOGIT_POSITIONS * bundle.config.vocab_size,
+        builder=int(_BUILDER_BYTES + _LAYER_BYTES * bundle.config.num_hidden_layers),
     )
 
 
@@ -71,7 +101,7 @@ def build(
     bundle: Bundle,
     purpose: Purpose,
     *,
-    compute_capability: str | None = None,
+    compute_capabilities: Sequence[str] = (),
     force: bool = False,
     progress: Progress = silent,
 ) -> Path:
@@ -80,8 +110,8 @@ def build(
     Args:
         bundle: the model.
         purpose: what the engine is for.
-        compute_capability: of the GPU to build for, ``8.6``; by default that of the GPU here. Only TensorRT-RTX can
-            build for another.
+        compute_capabilities: of the GPUs to build for, ``8.6``; by default that of the GPU here, and where there is
+            none, all that TensorRT-RTX knows. TensorRT itself builds for no other than the one here.
         force: replace an engine that is there.
         progress: told of the graph's making, and of TensorRT's phases.
 
@@ -98,15 +128,23 @@ def build(
     directory = engine_directory(bundle, purpose.engine)
     if directory.exists() and not force:
         raise EngineError(f"{directory}: there is an engine already; give --force to replace it")
-    _check_memory(requirement(bundle, purpose), purpose)
+    needed = requirement(bundle, purpose)
+    _check_memory(needed, needed.peak, available_bytes(), "here", purpose, bundle.precision)
 
     from gta_edge.runtime.tensorrt_builder import Target, build_plan
 
-    target = Target.choose(purpose.engine, compute_capability)
-    with tempfile.TemporaryDirectory(prefix="gta-edge-build-") as scratch:
-        model = _specialised(bundle, purpose, Path(scratch) / "model", target.newer_ops, progress)
+    target = Target.choose(purpose.engine, compute_capabilities)
+    if target.gpu:
+        _check_memory(needed, needed.on_gpu, free_gpu_bytes(), f"on {target.gpu}", purpose, bundle.precision)
+    # On the bundle's disk, which has room for an engine: a system's temporary directory may lie in memory.
+    with tempfile.TemporaryDirectory(prefix=".build-", dir=make_engines_directory(bundle)) as scratch:
+        products, timings = _products(bundle, purpose, target, Path(scratch), progress)
+        model = _specialised(bundle, purpose, Path(scratch) / "model", target.newer_ops, products, progress)
         plan = build_plan(model, purpose, profile_shapes(bundle, purpose), target, progress)
-    record = EngineRecord(purpose, made_from(bundle), target.tensorrt, target.compute_capability)
+    capabilities = list(target.compute_capabilities)
+    record = EngineRecord(
+        purpose, made_from(bundle), target.tensorrt, capabilities, products=products, product_timings=timings
+    )
     return keep_engine(bundle, record, plan, force=force)
 
 
@@ -138,10 +176,10 @@ def prepare_only(
     """
     _check_purpose(bundle, purpose)
     if output is None:
-        output = engine_directory(bundle, f"{purpose.engine}-onnx")
-        output.parent.mkdir(exist_ok=True)
+        output = make_engines_directory(bundle) / f"{purpose.engine}-onnx"
     with new_directory(output, force=force) as partial:
-        name = _specialised(bundle, purpose, partial, newer_ops, progress).name
+        products = "plugin" if purpose.engine == "tensorrt" and purpose.int4 != "native" else "native"
+        name = _specialised(bundle, purpose, partial, newer_ops, products, progress).name
     return Path(output) / name
 
 
@@ -163,7 +201,7 @@ def profile_shapes(bundle: Bundle, purpose: Purpose) -> list[dict[str, tuple[tup
             for cache in (first, second):
                 name = f"past_{cache.name}"
                 shapes[f"{name}.{i}"] = tuple((n, cache.heads, purpose.max_length, cache.width) for n in rows)
-                if purpose.cache_dtype in ("int8", "fp8"):
+                if purpose.quantised_cache:
                     shapes[f"{name}_scale.{i}"] = tuple((n, cache.heads, purpose.max_length) for n in rows)
         profiles.append(shapes)
     return profiles
@@ -183,33 +221,81 @@ def _check_purpose(bundle: Bundle, purpose: Purpose) -> None:
             f"a cache of {purpose.cache_dtype} is not possible with --engine {purpose.engine} and --compute "
             f"{purpose.compute} for {config.architecture}; expected {' or '.join(caches)}"
         )
+    _check_int4(bundle, purpose)
     if not 1 <= purpose.max_length <= config.max_position_embeddings:
         raise InputError(
             f"--max-length is {purpose.max_length}; the model has positions for 1 to {config.max_position_embeddings}"
+        )
+    if not 1 <= purpose.chunk_size <= purpose.max_length:
+        raise InputError(
+            f"a chunk has {purpose.chunk_size} tokens; expected 1 to the {purpose.max_length} of the cache"
         )
     if not 1 <= purpose.max_batch <= 256:
         raise InputError(f"--max-batch is {purpose.max_batch}; expected 1 to 256")
 
 
-def _check_memory(needed: Requirement, purpose: Purpose) -> None:
+def _check_memory(
+    needed: Requirement, peak: int, free: int | None, where: str, purpose: Purpose, precision: str
+) -> None:
     """Refuse what the system would end halfway, without a word, for want of memory."""
-    free = available_bytes()
-    if free is not None and needed.peak > free:
-        help_ = "close other programs, add swap"
+    if free is not None and peak > free:
+        help_ = "close other programs"
         if needed.cache > needed.weights:
             help_ += f", or give less than --max-length {purpose.max_length} --max-batch {purpose.max_batch}"
-        else:
+        elif precision != "int4":
             help_ += ", or export with --precision int4"
         raise CapacityError(
-            f"the build is expected to take {needed.peak / 1e9:.2f} GB at its peak ({needed.weights / 1e9:.2f} for "
-            f"weights, {needed.cache / 1e9:.2f} for the cache) and {free / 1e9:.2f} GB are free here; {help_}"
+            f"the build is expected to take {peak / 1e9:.2f} GB at its peak ({needed.weights / 1e9:.2f} for "
+            f"weights, {needed.cache / 1e9:.2f} for the cache) and {free / 1e9:.2f} GB are free {where}; {help_}"
         )
 
 
-def _specialised(bundle: Bundle, purpose: Purpose, directory: Path, newer_ops: bool, progress: Progress) -> Path:
+def _check_int4(bundle: Bundle, purpose: Purpose) -> None:
+    if purpose.int4 not in CHOICES:
+        raise InputError(f"--int4 is {purpose.int4!r}; expected {', '.join(CHOICES)}")
+    if purpose.int4 == "plugin" and purpose.engine != "tensorrt":
+        raise InputError(f"{purpose.engine} takes no plugins; leave out --int4 plugin, or build with --engine tensorrt")
+    if purpose.int4 == "plugin" and bundle.precision not in BITS:
+        raise InputError(
+            f"--int4 plugin is for matrices of int4 or int8, and the bundle's are {bundle.precision}; leave it out, or "
+            "export with --precision int4"
+        )
+
+
+def _products(
+    bundle: Bundle, purpose: Purpose, target: Target, scratch: Path, progress: Progress
+) -> tuple[str, list[dict[str, Any]]]:
+    """Return who multiplies by quantised matrices, and the timings that this was decided by."""
+    if purpose.engine != "tensorrt":
+        return "native", []
+    if purpose.int4 != "auto":
+        return purpose.int4, []
+    from gta_edge.runtime.product_choice import calls_of, choose
+    from gta_edge.runtime.product_timing import time_products
+    from gta_edge.runtime.specialise import load_model
+
+    timings = time_products(calls_of(load_model(bundle)), purpose, target, scratch, progress)
+    return choose(timings).products, [each.document() for each in timings]
+
+
+def products_of(written: Path) -> str:
+    """Return who multiplies by quantised matrices in what was written: ``plugin`` or ``native``.
+
+    Args:
+        written: what ``build`` or ``prepare_only`` returned.
+    """
+    path = written / "engine.json" if written.is_dir() else written.parent / "prepared.json"
+    document = json.loads(path.read_text(encoding="utf-8"))
+    return str(document.get("record", document)["products"])
+
+
+def _specialised(
+    bundle: Bundle, purpose: Purpose, directory: Path, newer_ops: bool, products: str, progress: Progress
+) -> Path:
     from gta_edge.runtime.specialise import specialise
 
     options: dict[str, Any] = {"compute": purpose.compute, "capacity": purpose.max_length, "newer_ops": newer_ops}
+    options["products"] = products
     plugin = purpose.engine == "tensorrt" and isinstance(bundle.config, GTAConfig)
     if plugin and purpose.cache_dtype != purpose.compute:
         options["cache_dtype"] = purpose.cache_dtype

@@ -13,8 +13,9 @@ import numpy.typing as npt
 from gta_edge.errors import BackendError, CapacityError
 from gta_edge.optional import optional
 from gta_edge.plugins.compiler import cuda_extra
+from gta_edge.runtime.memory import available_bytes
 
-__all__ = ["Cuda"]
+__all__ = ["Cuda", "free_gpu_bytes"]
 
 
 class Cuda:
@@ -47,10 +48,22 @@ class Cuda:
         """Let this thread's calls, TensorRT's too, be for this GPU."""
         self._call("cuCtxSetCurrent", self._context)
 
+    @property
+    def shares_memory(self) -> bool:
+        """Whether the GPU's memory is the CPU's, as on a Jetson."""
+        attribute = self._driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_INTEGRATED
+        return bool(int(self._call("cuDeviceGetAttribute", attribute, self._device)))
+
+    @property
+    def cache_bytes(self) -> int:
+        """Size of the GPU's second-level cache."""
+        attribute = self._driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE
+        return int(self._call("cuDeviceGetAttribute", attribute, self._device))
+
     def free_bytes(self) -> int:
-        """Return the GPU's free memory."""
+        """Return the GPU's free memory; where it is the CPU's, what the system would drop of file caches counts too."""
         free, _ = self._call("cuMemGetInfo")
-        return int(free)
+        return max(int(free), (available_bytes() or 0) if self.shares_memory else 0)
 
     def allocate(self, size_bytes: int, what: str) -> int:
         """Return the address of new, zeroed memory of the GPU.
@@ -136,6 +149,18 @@ class Cuda:
         if int(status):
             raise BackendError(f"CUDA's {function} failed ({_name(status)}); run `gta-edge doctor`")
         return values[0] if len(values) == 1 else tuple(values)
+
+
+def free_gpu_bytes() -> int | None:
+    """Return the free memory of a GPU that has its own, None where there is none or it shares the CPU's."""
+    try:
+        cuda = Cuda()
+    except BackendError:
+        return None
+    try:
+        return None if cuda.shares_memory else cuda.free_bytes()
+    finally:
+        cuda.close()
 
 
 def _name(status: Any) -> str:

@@ -11,30 +11,46 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
+import os
 import shlex
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from gta_edge.bundle import MODEL, WEIGHTS, Bundle
-from gta_edge.errors import EngineError
+from gta_edge.config import ModelConfig
+from gta_edge.errors import EngineError, OutputError
 from gta_edge.files import new_directory
 from gta_edge.version import __version__
 
 __all__ = [
+    "CHOICES",
     "ENGINES",
+    "PRODUCTS",
+    "SCALE_BYTES",
+    "VALUE_BYTES",
     "EngineRecord",
     "Purpose",
+    "compute_capability",
     "engine_directory",
     "keep_engine",
     "load_engine",
     "made_from",
+    "make_engines_directory",
     "require_engine",
 ]
 
 ENGINES = ("tensorrt", "tensorrt-rtx")
+PRODUCTS = ("plugin", "native")
+"""Who multiplies by quantised matrices."""
+CHOICES = ("auto", *PRODUCTS)
+"""What ``gta-edge build --int4`` takes."""
+VALUE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}
+"""Of a cached value, by the cache's type."""
+SCALE_BYTES = 4
+"""Of the scale that a token has per head in a cache of 8 bits."""
 PLAN, RECORD = "engine.plan", "engine.json"
-_BLOCK_BYTES = 2**22
 _LARGEST_RECORD_BYTES = 2**20
 
 
@@ -49,6 +65,7 @@ class Purpose:
         max_length: tokens that a row's cache has room for.
         max_batch: rows at once.
         chunk_size: tokens of a prompt at once.
+        int4: who multiplies by int4 and int8 matrices: ``plugin``, ``native``, or ``auto`` for who is faster.
     """
 
     engine: str
@@ -57,11 +74,25 @@ class Purpose:
     max_length: int
     max_batch: int
     chunk_size: int
+    int4: str = "auto"
+
+    @property
+    def quantised_cache(self) -> bool:
+        """Whether the cache has scales."""
+        return self.cache_dtype in ("int8", "fp8")
+
+    def cache_bytes(self, config: ModelConfig) -> int:
+        """Return the bytes of the cache of all layers and rows at full length, scales included."""
+        per_token = config.cache_bytes_per_token(VALUE_BYTES[self.cache_dtype])
+        if self.quantised_cache:
+            per_token += SCALE_BYTES * config.num_hidden_layers * sum(cache.heads for cache in config.caches)
+        return per_token * self.max_length * self.max_batch
 
     def command(self, bundle: Path) -> str:
         """Return the command that builds such an engine, replacing the one there is."""
         options = f"--engine {self.engine} --compute {self.compute} --cache-dtype {self.cache_dtype}"
-        options += f" --max-length {self.max_length} --max-batch {self.max_batch} --force"
+        options += f" --max-length {self.max_length} --max-batch {self.max_batch}"
+        options += f" --int4 {self.int4} --force" if self.int4 != "auto" else " --force"
         return f"gta-edge build {shlex.quote(str(bundle))} {options}"
 
 
@@ -73,15 +104,28 @@ class EngineRecord:
         purpose: what it was built for.
         made_from: SHA-256 of the bundle's graph and weights, by file name.
         tensorrt: version of TensorRT that built it, which alone can load it.
-        compute_capability: of the GPU that it was built for, ``8.7``.
+        compute_capabilities: of the GPUs that it was built for, ``8.7``.
         gta_edge: version of this package that built it; its plugin is part of that.
+        products: who multiplies by quantised matrices in it, ``plugin`` or ``native``.
+        product_timings: what that was decided by, if it was: of each kind of product, see ``Timing.document``.
     """
 
     purpose: Purpose
     made_from: dict[str, str]
     tensorrt: str
-    compute_capability: str
+    compute_capabilities: list[str]
     gta_edge: str = __version__
+    products: str = "native"
+    product_timings: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Written:
+    """What was written as the engine."""
+
+    bytes: int
+    sha256: str
+    mtime_ns: int
 
 
 def made_from(bundle: Bundle) -> dict[str, str]:
@@ -95,23 +139,49 @@ def engine_directory(bundle: Bundle, engine: str) -> Path:
     return bundle.directory / "engines" / engine
 
 
+def make_engines_directory(bundle: Bundle) -> Path:
+    """Return where a bundle's engines lie, made if it is not there.
+
+    Raises:
+        OutputError: the bundle cannot be written to.
+    """
+    directory = bundle.directory / "engines"
+    try:
+        directory.mkdir(exist_ok=True)
+    except OSError as error:
+        raise OutputError(
+            f"{directory}: cannot be made ({error.strerror}); give a bundle that can be written to"
+        ) from error
+    return directory
+
+
 def keep_engine(bundle: Bundle, record: EngineRecord, plan: bytes | memoryview, *, force: bool = False) -> Path:
     """Write an engine and its record into the bundle; both appear at once, complete.
 
     Raises:
         OutputError: there is one already and not ``force``, or the bundle cannot be written to.
     """
-    directory = engine_directory(bundle, record.purpose.engine)
-    directory.parent.mkdir(exist_ok=True)
+    directory = make_engines_directory(bundle) / record.purpose.engine
     with new_directory(directory, force=force) as partial:
         (partial / PLAN).write_bytes(plan)
         document = {"record": asdict(record), "bytes": len(plan), "sha256": hashlib.sha256(plan).hexdigest()}
+        document["mtime_ns"] = (partial / PLAN).stat().st_mtime_ns
         (partial / RECORD).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     return directory
 
 
-def load_engine(bundle: Bundle, engine: str, *, tensorrt: str, compute_capability: str) -> tuple[bytes, EngineRecord]:
-    """Return a bundle's engine and its record, if it fits what is here.
+def compute_capability(architecture: str) -> str:
+    """Return ``8.7`` for ``sm_87``."""
+    digits = architecture.removeprefix("sm_")
+    return f"{digits[:-1]}.{digits[-1]}"
+
+
+def load_engine(
+    bundle: Bundle, engine: str, *, tensorrt: str, compute_capability: str
+) -> tuple[memoryview, EngineRecord]:
+    """Return a bundle's engine, mapped from its file, and its record, if it fits what is here.
+
+    The file is hashed where its modification time is not the one recorded: a copy, or a change.
 
     Args:
         bundle: the model.
@@ -124,29 +194,36 @@ def load_engine(bundle: Bundle, engine: str, *, tensorrt: str, compute_capabilit
             that builds it anew.
     """
     directory = engine_directory(bundle, engine)
-    record, size, digest = _read_record(bundle, directory, engine)
+    record, written = _read_record(bundle, directory, engine)
     here = {
         "the bundle's files": (made_from(bundle), record.made_from),
         "gta-edge": (__version__, record.gta_edge),
         "TensorRT": (tensorrt, record.tensorrt),
-        "the GPU's compute capability": (compute_capability, record.compute_capability),
+        "the GPU's compute capability": (compute_capability, _built_for(record, compute_capability)),
     }
     for name, (now, then) in here.items():
         if now != then:
             found = f"is {now} here and was {then}" if isinstance(now, str) else "are others"
             remedy = record.purpose.command(bundle.directory)
             raise EngineError(f"{directory}: {name} {found} when the engine was built; run: {remedy}")
+    remedy = f"run: {record.purpose.command(bundle.directory)}"
     try:
-        plan = (directory / PLAN).read_bytes()
-    except OSError as error:
-        raise EngineError(
-            f"{directory / PLAN}: cannot be read ({error.strerror}); run: {record.purpose.command(bundle.directory)}"
-        ) from error
-    if len(plan) != size or hashlib.sha256(plan).hexdigest() != digest:
-        raise EngineError(
-            f"{directory / PLAN}: is not what was written; run: {record.purpose.command(bundle.directory)}"
-        )
+        with (directory / PLAN).open("rb") as file:
+            modified = os.fstat(file.fileno()).st_mtime_ns
+            # Not read: on a board, GPU and CPU would hold it in the same memory twice.
+            plan = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    except (OSError, ValueError) as error:  # ValueError of an empty file
+        raise EngineError(f"{directory / PLAN}: cannot be read ({error}); {remedy}") from error
+    same = len(plan) == written.bytes
+    if not same or (modified != written.mtime_ns and hashlib.sha256(plan).hexdigest() != written.sha256):
+        raise EngineError(f"{directory / PLAN}: is not what was written; {remedy}")
     return plan, record
+
+
+def _built_for(record: EngineRecord, compute_capability: str) -> str:
+    """Return the compute capability if the engine was built for it, otherwise those that it was built for."""
+    known = record.compute_capabilities
+    return compute_capability if compute_capability in known else ", ".join(known)
 
 
 def require_engine(bundle: Bundle, engine: str) -> None:
@@ -162,7 +239,7 @@ def _no_engine(bundle: Bundle, engine: str) -> EngineError:
     )
 
 
-def _read_record(bundle: Bundle, directory: Path, engine: str) -> tuple[EngineRecord, int, str]:
+def _read_record(bundle: Bundle, directory: Path, engine: str) -> tuple[EngineRecord, _Written]:
     build = f"gta-edge build {shlex.quote(str(bundle.directory))} --engine {engine}"
     path = directory / RECORD
     for link in (directory.parent, directory, path, directory / PLAN):
@@ -174,22 +251,25 @@ def _read_record(bundle: Bundle, directory: Path, engine: str) -> tuple[EngineRe
         document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         entries = dict(document["record"])
         record = EngineRecord(**entries | {"purpose": Purpose(**entries["purpose"])})
-        size, digest = document["bytes"], document["sha256"]
-        _check_types(record, size, digest)
+        written = _Written(document["bytes"], document["sha256"], document["mtime_ns"])
+        _check_types(record, written)
     except FileNotFoundError as error:
         raise _no_engine(bundle, engine) from error
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise EngineError(f"{path}: is not the record of an engine ({error}); run: {build} --force") from error
     if record.purpose.engine != engine:
         raise EngineError(f"{path}: is of an engine for {record.purpose.engine}; run: {build} --force")
-    return record, size, digest
+    return record, written
 
 
-def _check_types(record: EngineRecord, size: object, digest: object) -> None:
+def _check_types(record: EngineRecord, written: _Written) -> None:
     """Raise ValueError where a value is not of its type; dataclasses take anything."""
-    texts = [record.tensorrt, record.compute_capability, record.gta_edge, record.purpose.compute, digest]
-    texts += [record.purpose.engine, record.purpose.cache_dtype, *record.made_from, *record.made_from.values()]
-    numbers = [size, record.purpose.max_length, record.purpose.max_batch, record.purpose.chunk_size]
+    purpose, lists = record.purpose, record.compute_capabilities
+    texts = [record.tensorrt, record.gta_edge, written.sha256, purpose.engine, purpose.compute, purpose.cache_dtype]
+    texts += [*record.made_from, *record.made_from.values(), *lists, purpose.int4, record.products]
+    numbers = [written.bytes, written.mtime_ns, purpose.max_length, purpose.max_batch, purpose.chunk_size]
+    if not (isinstance(lists, list) and isinstance(record.product_timings, list)):
+        raise ValueError("a list is expected and something else found")
     if not all(isinstance(text, str) for text in texts):
         raise ValueError("a text is expected and something else found")
     if not all(type(number) is int and number > 0 for number in numbers):

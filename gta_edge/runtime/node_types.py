@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from gta_edge.errors import EngineError
 from gta_edge.optional import optional
+from gta_edge.plugins import blockwise_matmul
 from gta_edge.plugins import grouped_latent_attention as op
 
 if TYPE_CHECKING:
@@ -47,6 +48,8 @@ def types_of_outputs(node: ir.Node, types: Mapping[ir.Value, ir.DataType], opset
     ):  # the output is like the query, a present cache or scale like the past one
         past = [given[op.INPUTS.index(name)] for name in op.INPUTS if name in ("past_key", "past_latent")]
         return [given[0], *past, *given[len(op.INPUTS) :]]
+    if node.domain == op.DOMAIN and node.op_type in blockwise_matmul.OPS.values():  # all are like x
+        return [given[0]] * len(node.outputs)
     if node.op_type == "Cast":
         return [ir.DataType(node.attributes.get_int("to"))]
     if node.op_type == "Constant":

@@ -206,6 +206,11 @@ class Session(ABC):
             raise InputError(f"lengths are {array.tolist()}; expected 1 to {tokens}, the width of the ids")
         return array.astype(np.int64)
 
+    @property
+    def _limit(self) -> str:
+        """Say what ``max_length`` comes from."""
+        return f"the model has {self.max_length} positions"
+
     def _past_for(self, batch: int) -> Ids:
         if batch == len(self._length):
             return self._length
@@ -224,7 +229,7 @@ class Session(ABC):
             if ends[row] > self.max_length:
                 raise CapacityError(
                     f"row {row} holds {int(past[row])} tokens and would reach {int(ends[row])} with the given ones, "
-                    f"padding included; the model has {self.max_length} positions: truncate, reset, or give fewer"
+                    f"padding included; {self._limit}: truncate, reset, or give fewer"
                 )
         return chunks
 

@@ -14,20 +14,20 @@ from typing import Any
 import numpy as np
 
 from gta_edge.bundle import Bundle
-from gta_edge.errors import BackendError, InputError
+from gta_edge.errors import BackendError, CapacityError, InputError
 from gta_edge.plugins import register
-from gta_edge.plugins.launch import current_gpu
-from gta_edge.plugins.tensorrt_plugin import take_failures
+from gta_edge.plugins.launch import Gpu, current_gpu
+from gta_edge.plugins.tensorrt_base import take_failures
 from gta_edge.runtime.build import LOGIT_POSITIONS
 from gta_edge.runtime.cuda import Cuda
-from gta_edge.runtime.engine import load_engine, require_engine
+from gta_edge.runtime.engine import SCALE_BYTES, VALUE_BYTES, compute_capability, load_engine, require_engine
+from gta_edge.runtime.run_time_kernels import RunTimeKernels
 from gta_edge.runtime.session import Ids, Logits, Session
-from gta_edge.trt import load
+from gta_edge.trt import TensorRT, load
 
 __all__ = ["TensorRTSession"]
 
 _DECODE, _PREFILL = 0, 1  # the profiles, as build.py makes them
-_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class TensorRTSession(Session):
     Raises:
         BackendError: TensorRT, the driver or the GPU is missing, or the engine cannot be loaded.
         EngineError: there is no engine, or it was built from or for something else.
-        CapacityError: the GPU has no room for the cache.
+        CapacityError: the GPU has no room for the engine and its cache.
     """
 
     def __init__(
@@ -60,13 +60,12 @@ class TensorRTSession(Session):
         require_engine(bundle, engine)
         gpu = current_gpu(device_id)
         trt = load(engine)
-        digits = gpu.architecture.removeprefix("sm_")
-        here = f"{digits[:-1]}.{digits[-1]}"
+        here = compute_capability(gpu.architecture)
         plan, record = load_engine(bundle, engine, tensorrt=trt.version_text, compute_capability=here)
         purpose = record.purpose
         super().__init__(
             bundle.config,
-            chunk_size=min(chunk_size or purpose.chunk_size, purpose.chunk_size),
+            chunk_size=purpose.chunk_size if chunk_size is None else min(chunk_size, purpose.chunk_size),
             capacity_step=purpose.max_length,
         )
         self.backend = engine
@@ -74,22 +73,22 @@ class TensorRTSession(Session):
         self._record, self._directory = record, bundle.directory
         self._cuda = Cuda(device_id)
         try:
-            self._open(trt.module, plan, engine)
+            self._open(trt, plan, gpu)
         except BaseException:
             self._cuda.close()
             raise
 
-    def _open(self, trt: Any, plan: bytes, engine: str) -> None:
-        if engine == "tensorrt":
-            register(trt)
-        self._log = _log(trt)
-        self._runtime = trt.Runtime(self._log)
+    def _open(self, trt: TensorRT, plan: memoryview, gpu: Gpu) -> None:
+        self._check_room(len(plan))
+        if trt.plugins:
+            register(trt.module)
+        self._log = _log(trt.module)
+        self._runtime = trt.module.Runtime(self._log)
         self._engine = self._runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
             raise BackendError(f"TensorRT cannot load the engine ({self._reason()}); {self._rebuild()}")
-        self._contexts = [self._engine.create_execution_context() for _ in (_DECODE, _PREFILL)]
-        if None in self._contexts:
-            raise BackendError(f"TensorRT cannot make an execution context ({self._reason()}); {self._rebuild()}")
+        self._kernels = RunTimeKernels(trt.module, gpu.name, self._record) if trt.compiles_at_run_time else None
+        self._contexts = [self._context(trt.module) for _ in (_DECODE, _PREFILL)]
         for profile, context in enumerate(self._contexts):
             context.set_optimization_profile_async(profile, self._cuda.stream)
         purpose, vocab = self._record.purpose, self.config.vocab_size
@@ -102,9 +101,9 @@ class TensorRTSession(Session):
         for layer in range(self.config.num_hidden_layers):
             for cache in self.config.caches:
                 size = rows * cache.heads * purpose.max_length
-                self._bind_cache(f"{cache.name}.{layer}", size * cache.width * _BYTES[purpose.cache_dtype])
-                if purpose.cache_dtype in ("int8", "fp8"):
-                    self._bind_cache(f"{cache.name}_scale.{layer}", size * 4)
+                self._bind_cache(f"{cache.name}.{layer}", size * cache.width * VALUE_BYTES[purpose.cache_dtype])
+                if purpose.quantised_cache:
+                    self._bind_cache(f"{cache.name}_scale.{layer}", size * SCALE_BYTES)
         fixed = {"input_ids": self._ids, "past_length": self._past, "logit_positions": self._positions}
         for context in self._contexts:
             for name, tensor in (*fixed.items(), ("logits", self._logits)):
@@ -113,9 +112,33 @@ class TensorRTSession(Session):
         self._shapes: dict[int, tuple[int, int, int]] = {}
         self._cuda.synchronize()
 
+    def _check_room(self, engine_bytes: int) -> None:
+        """Refuse what TensorRT would fail at halfway, or the system end, with a message that has figures."""
+        purpose = self._record.purpose
+        cache_bytes, free = purpose.cache_bytes(self.config), self._cuda.free_bytes()
+        if engine_bytes + cache_bytes > free:
+            raise CapacityError(
+                f"the engine takes {engine_bytes / 1e9:.2f} GB, its cache of {purpose.max_length} tokens for "
+                f"{purpose.max_batch} rows {cache_bytes / 1e9:.2f} GB, and the GPU has {free / 1e9:.2f} GB free; close "
+                "other programs, or build with a smaller --max-length or --max-batch"
+            )
+
+    def _context(self, trt: Any) -> Any:
+        """Return an execution context with as much scratch memory as its profile takes."""
+        strategy = trt.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE
+        how = self._kernels.configure(self._engine, strategy) if self._kernels else strategy
+        context = self._engine.create_execution_context(how)
+        if context is None:
+            raise BackendError(f"TensorRT cannot make an execution context ({self._reason()}); {self._rebuild()}")
+        return context
+
     @property
     def max_length(self) -> int:
         return self._record.purpose.max_length
+
+    @property
+    def _limit(self) -> str:
+        return f"the engine was built with --max-length {self.max_length}"
 
     @property
     def max_batch(self) -> int:
@@ -186,7 +209,7 @@ class TensorRTSession(Session):
         return logits.copy()
 
     def _captured(self, rows: int, logits: Logits) -> Any:
-        """Return the step as a graph, or None where the engine cannot be captured."""
+        """Return the step as a graph, or None where TensorRT says that the engine cannot be captured."""
         if not getattr(self._contexts[_DECODE], "is_stream_capturable", lambda _: True)(self._cuda.stream):
             return None
         with self._cuda.capture() as made:
@@ -215,7 +238,7 @@ class TensorRTSession(Session):
         for layer in range(self.config.num_hidden_layers):
             for cache in self.config.caches:
                 shapes[f"past_{cache.name}.{layer}"] = (rows, cache.heads, length, cache.width)
-                if self._record.purpose.cache_dtype in ("int8", "fp8"):
+                if self._record.purpose.quantised_cache:
                     shapes[f"past_{cache.name}_scale.{layer}"] = (rows, cache.heads, length)
         for name, shape in shapes.items():
             if not context.set_input_shape(name, shape):
@@ -243,6 +266,8 @@ class TensorRTSession(Session):
             super().close()
             self._graphs = {}
             self._cuda.synchronize()
+            if self._kernels:
+                self._kernels.keep()
             self._contexts, self._engine, self._runtime = [], None, None
             self._cuda.close()
 

@@ -11,13 +11,15 @@ from typing import Any
 from gta_edge.errors import BackendError, EngineError
 from gta_edge.files import cache_directory, new_file
 from gta_edge.plugins import register
-from gta_edge.plugins.launch import current_gpu
-from gta_edge.plugins.tensorrt_plugin import take_failures
+from gta_edge.plugins.launch import OLDEST, current_gpu
+from gta_edge.plugins.tensorrt_base import take_failures
 from gta_edge.progress import Progress, silent
-from gta_edge.runtime.engine import Purpose
+from gta_edge.runtime.engine import Purpose, compute_capability
 from gta_edge.trt import TensorRT, load
 
 __all__ = ["Target", "build_plan"]
+
+_OLDEST = 10 * OLDEST[0] + OLDEST[1]
 
 Shapes = Mapping[str, Sequence[Sequence[int]]]
 """Least, usual and largest shape of every input by name."""
@@ -29,49 +31,54 @@ class Target:
 
     Attributes:
         trt: the TensorRT that builds.
-        compute_capability: of the GPU, ``8.7``.
-        gpu: that GPU's name if it is here; the engine is then built by timing kernels on it.
+        compute_capabilities: of the GPUs, ``8.7``.
+        gpu: name of the GPU here if it is the only one; the engine is then built by timing kernels on it.
     """
 
     trt: TensorRT
-    compute_capability: str
+    compute_capabilities: tuple[str, ...]
     gpu: str | None
 
     @classmethod
-    def choose(cls, engine: str, compute_capability: str | None) -> Target:
-        """Return the target for the GPU here, or for a named one that TensorRT-RTX can build for without it.
+    def choose(cls, engine: str, asked: Sequence[str] = ()) -> Target:
+        """Return the target for the GPUs asked for, else for the one here, else for all that there are.
+
+        TensorRT builds on the GPU that will run the engine. TensorRT-RTX builds for any that it knows, without it, and
+        for several at once: what they share is nearly all of the engine.
+
+        Args:
+            engine: ``tensorrt`` or ``tensorrt-rtx``.
+            asked: compute capabilities.
 
         Raises:
-            BackendError: TensorRT is missing, or there is no GPU and none is named, or it cannot be built for.
+            BackendError: TensorRT or the GPU is missing, or it cannot build for what was asked.
         """
         trt = load(engine)
         try:
             gpu = current_gpu()
-            here = gpu.architecture.removeprefix("sm_")
-            here = f"{here[:-1]}.{here[-1]}"
+            here = compute_capability(gpu.architecture)
         except BackendError as error:
             if engine != "tensorrt-rtx":
                 raise BackendError(f"{engine} builds on the GPU that will run the engine: {error}") from error
             gpu, here = None, None
-        if compute_capability is None:
-            if here is None:
-                raise BackendError(
-                    "there is no GPU here to build for; name one with --compute-capability, 8.6 for an RTX 30"
-                )
-            compute_capability = here
-        elif engine != "tensorrt-rtx" and compute_capability != here:
-            raise BackendError(
-                f"--compute-capability is {compute_capability} and the GPU here has {here}; tensorrt builds on the GPU "
-                "that will run the engine"
-            )
         if engine == "tensorrt-rtx":
             known = _known_capabilities(trt)
-            if compute_capability not in known:
+            chosen = tuple(asked) or ((here,) if here else known)
+            unknown = next((each for each in chosen if each not in known), None)
+            if unknown is not None:
                 raise BackendError(
-                    f"tensorrt-rtx {trt.version_text} does not build for compute capability {compute_capability}; "
-                    f"expected one of {', '.join(known)}"
+                    f"tensorrt-rtx {trt.version_text} does not build for compute capability {unknown}; "
+                    f"expected {', '.join(known)}"
                 )
-        return cls(trt, compute_capability, gpu.name if gpu and compute_capability == here else None)
+        else:
+            chosen = (str(here),)
+            other = next((each for each in asked if each != here), None)
+            if other is not None:
+                raise BackendError(
+                    f"--compute-capability is {other} and the GPU here has {here}; tensorrt builds on the GPU that "
+                    "will run the engine"
+                )
+        return cls(trt, chosen, gpu.name if gpu and chosen == (here,) else None)
 
     @property
     def tensorrt(self) -> str:
@@ -115,9 +122,9 @@ def build_plan(
     monitor = _monitor(trt, progress)
     config.progress_monitor = monitor
     if purpose.engine == "tensorrt-rtx":
-        config.num_compute_capabilities = 1
-        name = f"SM{target.compute_capability.replace('.', '')}"
-        config.set_compute_capability(getattr(trt.ComputeCapability, name), 0)
+        config.num_compute_capabilities = len(target.compute_capabilities)
+        for i, each in enumerate(target.compute_capabilities):
+            config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{each.replace('.', '')}"), i)
     for shapes in profiles:
         profile = builder.create_optimization_profile()
         for i in range(network.num_inputs):
@@ -127,7 +134,10 @@ def build_plan(
     timings = _timing_cache(target)
     if timings:
         content = timings.read_bytes() if timings.is_file() else b""
-        config.set_timing_cache(config.create_timing_cache(content), ignore_mismatch=False)
+        known = config.create_timing_cache(content)
+        if known is None:  # it is damaged
+            known = config.create_timing_cache(b"")
+        config.set_timing_cache(known, ignore_mismatch=False)
 
     plan = builder.build_serialized_network(network, config)
     if monitor.interrupted:
@@ -144,15 +154,17 @@ def build_plan(
     return memoryview(plan)
 
 
-def _known_capabilities(trt: TensorRT) -> list[str]:
+def _known_capabilities(trt: TensorRT) -> tuple[str, ...]:
+    """Return what TensorRT-RTX builds for, from 8.0 on: older GPUs have no bf16 and take no int4."""
     names = [name for name in dir(trt.module.ComputeCapability) if name.startswith("SM")]
-    return sorted((f"{name[2:-1]}.{name[-1]}" for name in names), key=lambda text: float(text))
+    known = {f"{name[2:-1]}.{name[-1]}": int(name[2:]) for name in names}
+    return tuple(text for text, number in sorted(known.items(), key=lambda item: item[1]) if number >= _OLDEST)
 
 
 def _timing_cache(target: Target) -> Path | None:
     """Return where timings of kernels on this GPU are kept: they make the next build much shorter."""
     directory = cache_directory()
-    if target.gpu is None or directory is None or not hasattr(target.trt.module, "ITimingCache"):
+    if target.gpu is None or directory is None or not target.trt.times_kernels:
         return None
     name = "".join(c if c.isalnum() else "-" for c in f"{target.trt.flavour}-{target.tensorrt}-{target.gpu}")
     with suppress(OSError):

@@ -22,13 +22,14 @@ import torch
 
 from gta_edge import plugins
 from gta_edge.errors import BackendError
+from gta_edge.plugins import tensorrt_base, tiling
 from gta_edge.plugins import tensorrt_plugin as plugin_module
-from gta_edge.plugins import tiling
 from gta_edge.plugins.grouped_latent_attention import Sizes
 from gta_edge.plugins.launch import attention_kernels, current_gpu
 from gta_edge.plugins.plan import plan_attention, programs
+from gta_edge.plugins.tensorrt_base import take_failures
 from gta_edge.plugins.tensorrt_call import Built, Parameters, describe_call, largest_workspace_bytes
-from gta_edge.plugins.tensorrt_plugin import plugin_classes, take_failures
+from gta_edge.plugins.tensorrt_plugin import plugin_classes
 from gta_edge.plugins.tiling import Variant
 from tests.plugins.test_kernels_gpu import GTA_1B, TOLERANCE, VARIANTS, Call, bits, on_gpu
 from tests.plugins.test_launch import FakeCuda
@@ -365,7 +366,7 @@ def test_types_of_the_outputs(creator: Any, compute: str, cache: str) -> None:
         (0, {6: FLOAT}, "past_length of type fp32 with a query of fp16 and quantised_cache = 0; expected int64"),
         (0, {9: FLOAT}, "value_decoder of type fp32 with a query of fp16 and quantised_cache = 0; expected fp16"),
         (1, {11: HALF}, "past_latent_scale of type fp16 with a query of fp16 and quantised_cache = 1; expected fp32"),
-        (0, {8: trt.DataType.INT32}, "sin of type INT32 with a query of fp16 and quantised_cache = 0; expected fp16"),
+        (0, {8: trt.DataType.INT32}, "sin of type int32 with a query of fp16 and quantised_cache = 0; expected fp16"),
     ],
 )
 def test_types_that_are_refused(creator: Any, quantised: int, changes: dict[int, Any], text: str) -> None:
@@ -581,7 +582,7 @@ def test_the_workspace_is_that_of_the_plan(creator: Any, cuda: FakeCuda) -> None
 def test_a_build_without_a_gpu_says_so(creator: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     if current_gpu.cache_info().currsize or torch.cuda.is_available():
         pytest.skip("needs a machine without a GPU")
-    monkeypatch.setattr(plugin_module, "_current_device", lambda: 0)
+    monkeypatch.setattr(tensorrt_base, "_current_device", lambda: 0)
     assert "there is no NVIDIA driver" in message(make(creator).configure_plugin, profile(1, 1, 64, 64), [])
 
 

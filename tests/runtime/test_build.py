@@ -1,6 +1,7 @@
 """Engines: what a build asks for, what it refuses, what is recorded of it, and what is checked before it is loaded."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -12,6 +13,7 @@ import pytest
 
 from gta_edge.bundle import Bundle
 from gta_edge.errors import BackendError, CapacityError, EngineError, InputError, OutputError
+from gta_edge.plugins.launch import Gpu
 from gta_edge.runtime import build as building
 from gta_edge.runtime.build import LOGIT_POSITIONS, build, prepare_only, profile_shapes, requirement
 from gta_edge.runtime.engine import EngineRecord, Purpose, engine_directory, keep_engine, load_engine, made_from
@@ -39,7 +41,7 @@ def message(error: type[Exception], call: Callable[..., Any], *arguments: Any, *
 
 
 def kept(bundle: Bundle, **changes: Any) -> EngineRecord:
-    record = replace(EngineRecord(PLUGIN, made_from(bundle), HERE["tensorrt"], HERE["compute_capability"]), **changes)
+    record = replace(EngineRecord(PLUGIN, made_from(bundle), HERE["tensorrt"], ["8.0", "8.7"]), **changes)
     keep_engine(bundle, record, b"the engine", force=True)
     return record
 
@@ -54,7 +56,7 @@ def test_an_engine_is_read_as_it_was_kept(bundle: Bundle) -> None:
     ("changes", "here", "told"),
     [
         ({"tensorrt": "10.13.2"}, {}, "TensorRT is 10.3.0 here and was 10.13.2"),
-        ({}, {"compute_capability": "11.0"}, "the GPU's compute capability is 11.0 here and was 8.7"),
+        ({}, {"compute_capability": "11.0"}, "the GPU's compute capability is 11.0 here and was 8.0, 8.7"),
         ({"gta_edge": "0.0.9"}, {}, "gta-edge is 0.1.0 here and was 0.0.9"),
         ({"made_from": {"model.onnx": "0" * 64}}, {}, "the bundle's files are others"),
     ],
@@ -76,7 +78,11 @@ def test_no_engine(bundle: Bundle) -> None:
 
 
 def damaged_plan(directory: Path) -> None:
-    (directory / "engine.plan").write_bytes(b"the Engine")
+    (directory / "engine.plan").write_bytes(b"the Engine")  # as long, and of another time
+
+
+def empty_plan(directory: Path) -> None:
+    (directory / "engine.plan").write_bytes(b"")
 
 
 def shorter_plan(directory: Path) -> None:
@@ -104,6 +110,7 @@ def edited(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
 DAMAGES = {
     "another plan": damaged_plan,
     "a shorter plan": shorter_plan,
+    "an empty plan": empty_plan,
     "no plan": no_plan,
     "a link": linked_plan,
     "no JSON": lambda directory: (directory / "engine.json").write_text("{"),
@@ -113,6 +120,9 @@ DAMAGES = {
     "no purpose": edited(lambda d: d["record"].pop("purpose")),
     "a text for a number": edited(lambda d: d["record"]["purpose"].update(max_length="64")),
     "a number for a text": edited(lambda d: d["record"].update(tensorrt=10)),
+    "a text for a list": edited(lambda d: d["record"].update(compute_capabilities="8.7")),
+    "numbers in a list": edited(lambda d: d["record"].update(compute_capabilities=[8.7])),
+    "no time": edited(lambda d: d.pop("mtime_ns")),
     "no rows": edited(lambda d: d["record"]["purpose"].update(max_batch=0)),
     "another engine's": edited(lambda d: d["record"]["purpose"].update(engine="tensorrt-rtx")),
 }
@@ -125,6 +135,12 @@ def test_damage_is_told_with_the_command_that_rebuilds(bundle: Bundle, damage: s
     text = message(EngineError, load_engine, bundle, "tensorrt", **HERE)
     assert "gta-edge build" in text
     assert "--force" in text
+
+
+def test_a_copy_of_an_engine_is_hashed_and_taken(bundle: Bundle) -> None:
+    record, plan = kept(bundle), engine_directory(bundle, "tensorrt") / "engine.plan"
+    os.utime(plan, (1, 1))
+    assert load_engine(bundle, "tensorrt", **HERE) == (b"the engine", record)
 
 
 def test_another_engine_is_replaced_only_on_demand(bundle: Bundle) -> None:
@@ -148,6 +164,7 @@ def test_another_engine_is_replaced_only_on_demand(bundle: Bundle) -> None:
         ({"engine": "tensorrt", "cache_dtype": "bf16"}, "expected fp16 or int8 or fp8"),
         ({"max_length": 129}, "--max-length is 129; the model has positions for 1 to 128"),
         ({"max_batch": 0}, "--max-batch is 0"),
+        ({"chunk_size": 65}, "a chunk has 65 tokens; expected 1 to the 64"),
     ],
 )
 def test_purposes_that_are_refused(bundle: Bundle, changes: dict[str, Any], told: str, tmp_path: Path) -> None:
@@ -173,8 +190,24 @@ def test_what_a_build_takes_grows_with_the_cache_and_not_with_the_length_of_a_pr
     small, large = requirement(bundle, RTX), requirement(bundle, replace(RTX, max_batch=8, max_length=128))
     tokens = 8 * 128 - 2 * 64
     assert large.cache - small.cache == 2 * tokens * bundle.config.cache_bytes_per_token(2)
-    assert requirement(bundle, replace(RTX, chunk_size=64)) == small
-    assert requirement(bundle, replace(PLUGIN, cache_dtype="int8")).cache == small.cache // 2
+    assert requirement(bundle, replace(RTX, chunk_size=16)) == small
+    values = bundle.config.cache_values_per_token_per_layer
+    heads = sum(cache.heads for cache in bundle.config.caches)
+    narrow = requirement(bundle, replace(PLUGIN, cache_dtype="int8")).cache
+    assert narrow / small.cache == pytest.approx((values + 4 * heads) / (2 * values))
+
+
+def test_a_gpu_with_memory_of_its_own_is_asked_too(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="the package tensorrt-rtx is needed")
+    from gta_edge.runtime import tensorrt_builder
+
+    needed = requirement(bundle, RTX)
+    monkeypatch.setattr(tensorrt_builder, "current_gpu", lambda: Gpu(0, "a small GPU", "sm_86", 4))
+    monkeypatch.setattr(building, "free_gpu_bytes", lambda: needed.on_gpu - 1)
+    text = message(CapacityError, build, bundle, RTX)
+    assert f"{needed.on_gpu / 1e9:.2f} GB at its peak" in text
+    assert "are free on a small GPU" in text
+    assert not engine_directory(bundle, RTX.engine).exists()
 
 
 def test_free_memory_is_what_the_system_says(tmp_path: Path) -> None:
@@ -186,49 +219,107 @@ def test_free_memory_is_what_the_system_says(tmp_path: Path) -> None:
     assert available_bytes(tmp_path / "absent") is None
 
 
-def test_without_a_gpu_one_must_be_named(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+RTX_KNOWS = ["8.0", "8.6", "8.9", "12.0", "12.1"]
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tensorrt_rtx", reason="the package tensorrt-rtx is needed")
     from gta_edge.runtime import tensorrt_builder
 
-    def no_gpu() -> None:
+    def none() -> None:
         raise BackendError("there is no driver")
 
-    monkeypatch.setattr(tensorrt_builder, "current_gpu", no_gpu)
-    assert "name one with --compute-capability" in message(BackendError, build, bundle, RTX)
-    text = message(BackendError, build, bundle, RTX, compute_capability="8.7")
-    assert "does not build for compute capability 8.7; expected one of 7.5, 8.0, 8.6, 8.9, 12.0, 12.1" in text
+    monkeypatch.setattr(tensorrt_builder, "current_gpu", none)
+
+
+def test_gpus_that_tensorrt_rtx_does_not_build_for(
+    bundle: Bundle, no_gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gta_edge.runtime import tensorrt_builder
+
+    told = f"does not build for compute capability 8.7; expected {', '.join(RTX_KNOWS)}"
+    assert told in message(BackendError, build, bundle, RTX, compute_capabilities=["8.6", "8.7"])
+    assert "capability 7.5; expected 8.0" in message(BackendError, build, bundle, RTX, compute_capabilities=["7.5"])
+    monkeypatch.setattr(tensorrt_builder, "current_gpu", lambda: Gpu(0, "Orin", "sm_87", 8))
+    assert told in message(BackendError, build, bundle, RTX)
+    assert not engine_directory(bundle, RTX.engine).exists()
 
 
 # --- a build, with TensorRT-RTX, which needs no GPU -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("compute", ["fp16", "bf16"])
-def test_an_engine_with_both_profiles(bundle: Bundle, compute: str) -> None:
-    pytest.importorskip("tensorrt_rtx", reason="the package tensorrt-rtx is needed")
+@pytest.mark.parametrize(
+    ("compute", "asked", "built"), [("fp16", [], RTX_KNOWS), ("bf16", ["8.6"], ["8.6"]), ("fp32", ["8.9"], ["8.9"])]
+)
+def test_an_engine_with_both_profiles(
+    bundle: Bundle, no_gpu: None, compute: str, asked: list[str], built: list[str]
+) -> None:
     told: list[tuple[str, int, int]] = []
     purpose = replace(RTX, compute=compute, cache_dtype=compute)
-    directory = build(bundle, purpose, compute_capability="8.6", progress=lambda *step: told.append(step))
+    directory = build(bundle, purpose, compute_capabilities=asked, progress=lambda *step: told.append(step))
     import tensorrt_rtx as trt
 
-    plan, record = load_engine(bundle, "tensorrt-rtx", tensorrt=trt.__version__, compute_capability="8.6")
-    assert record == EngineRecord(purpose, made_from(bundle), trt.__version__, "8.6")
+    plan, record = load_engine(bundle, "tensorrt-rtx", tensorrt=trt.__version__, compute_capability=built[-1])
+    assert record == EngineRecord(purpose, made_from(bundle), trt.__version__, built)
     assert len(plan) > 1000
     assert {path.name for path in directory.iterdir()} == {"engine.plan", "engine.json"}
+    assert {path.name for path in directory.parent.iterdir()} == {"tensorrt-rtx"}
     assert all(0 < done <= total for _, done, total in told)
     assert len({what for what, *_ in told}) >= 2  # writing weights, and TensorRT's own
-    assert "give --force" in message(EngineError, build, bundle, purpose, compute_capability="8.6")
+    assert "give --force" in message(EngineError, build, bundle, purpose)
 
 
-def test_a_model_that_tensorrt_refuses(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("after", ["writing weights", "TensorRT"])
+def test_an_interrupted_build_leaves_nothing(bundle: Bundle, no_gpu: None, after: str) -> None:
+    """Ctrl-C arrives where Python runs, in the midst of TensorRT too: when it tells of its progress."""
+    seen = []
+
+    def interrupt(what: str, done: int, total: int) -> None:
+        seen.append(what)
+        if (what == "writing weights") == (after == "writing weights"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(bundle, RTX, progress=interrupt)
+    assert (set(seen) == {"writing weights"}) == (after == "writing weights")
+    assert not [*(bundle.directory / "engines").iterdir()]
+    build(bundle, RTX)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("content", [None, b"", b"not a cache of timings"])
+def test_timings_are_kept_for_the_next_build(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes | None
+) -> None:
     pytest.importorskip("tensorrt_rtx", reason="the package tensorrt-rtx is needed")
+    from gta_edge.runtime.specialise import specialise
+    from gta_edge.runtime.tensorrt_builder import Target, build_plan
+    from gta_edge.trt import load
 
+    monkeypatch.setenv("GTA_EDGE_CACHE", str(tmp_path / "cache"))
+    trt = replace(load("tensorrt-rtx"), times_kernels=True)  # it has the calls, and no use for them
+    target = Target(trt, ("8.6",), "a GPU / of 8.6")
+    model = specialise(bundle, tmp_path / "model", form="function", compute="fp16", capacity=RTX.max_length)
+    version = trt.version_text.replace(".", "-")
+    kept = tmp_path / "cache" / "timings" / f"tensorrt-rtx-{version}-a-GPU---of-8-6.cache"
+    if content is not None:
+        kept.parent.mkdir(parents=True)
+        kept.write_bytes(content)
+    assert len(build_plan(model, RTX, profile_shapes(bundle, RTX), target)) > 1000
+    assert [path.name for path in kept.parent.iterdir()] == [kept.name]
+    assert kept.stat().st_size > 0
+    assert kept.read_bytes() != content
+
+
+def test_a_model_that_tensorrt_refuses(bundle: Bundle, no_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(bundle: Bundle, purpose: Purpose, directory: Path, *rest: object) -> Path:
         directory.mkdir()
         (directory / "model.onnx").write_bytes(b"no model")
         return directory / "model.onnx"
 
     monkeypatch.setattr(building, "_specialised", broken)
-    assert "refuses the model (" in message(EngineError, build, bundle, RTX, compute_capability="8.6")
+    assert "refuses the model (" in message(EngineError, build, bundle, RTX)
     assert not engine_directory(bundle, RTX.engine).exists()
 
 
@@ -273,10 +364,27 @@ def test_wrong_usage(copied_bundle: Path, command: Callable[..., Result], tmp_pa
     assert "does not exist" in command("build", copied_bundle).error
 
 
+def test_an_engine_by_command(
+    copied_bundle: Path, no_gpu: None, command: Callable[..., Result], tmp_path: Path
+) -> None:
+    options = ("--engine", "tensorrt-rtx", "--max-length", 64)
+    document = command("build", copied_bundle, *options, "--compute-capability", "8.6, 8.9", "--json").document
+    written = json.loads((copied_bundle / "engines" / "tensorrt-rtx" / "engine.json").read_text())
+    assert written["record"]["compute_capabilities"] == ["8.6", "8.9"]
+    assert document["written"] == str(copied_bundle / "engines" / "tensorrt-rtx")
+    assert document["estimated_peak_bytes"] > 0
+    assert "--force" in command("build", copied_bundle, *options).error
+
+
+def test_a_bundle_that_cannot_be_written_to(copied_bundle: Path, no_gpu: None, command: Callable[..., Result]) -> None:
+    (copied_bundle / "engines").write_text("a file in the way")
+    assert "engines: cannot be made" in command("build", copied_bundle, "--engine", "tensorrt-rtx").error
+
+
 def test_a_purpose_is_a_command(bundle: Bundle, command: Callable[..., Result], tmp_path: Path) -> None:
     """What an error tells to run is what `build` understands."""
     words = replace(PLUGIN, max_length=33).command(bundle.directory).split()
     out = tmp_path / "out"
     document = command(*words[1:], "--onnx-only", "--output", out, "--json").document
-    expected = asdict(replace(PLUGIN, max_length=33, chunk_size=building.CHUNK_SIZE))
+    expected = asdict(replace(PLUGIN, max_length=33, chunk_size=33))
     assert {name: document[name] for name in expected} == expected

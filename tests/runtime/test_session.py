@@ -18,12 +18,14 @@ from gta_edge.config import ModelConfig
 from gta_edge.errors import BackendError, CapacityError, InputError
 from gta_edge.export.pipeline import export
 from gta_edge.model import Decoder
+from gta_edge.runtime.engine import Purpose
 from gta_edge.runtime.onnxruntime import OnnxRuntimeSession
 from gta_edge.runtime.session import Session
 from gta_edge.runtime.torch import TorchSession
 from gta_edge.weights import read_weights
 from tests import reference
 from tests.export.checkpoints import write_checkpoint
+from tests.runtime import tensorrt_simulator as simulator
 
 # --- backends --------------------------------------------------------------------------------------------------------
 
@@ -57,7 +59,29 @@ def onnxruntime_session(config: ModelConfig, weights: dict[str, np.ndarray], **o
     return OnnxRuntimeSession(Bundle.open(_exported(json.dumps(config.to_dict()))), **options)
 
 
-SESSIONS: dict[str, Factory] = {"torch": torch_session, "onnxruntime": onnxruntime_session}
+ENGINE = Purpose("tensorrt-rtx", "fp32", "fp32", max_length=24, max_batch=5, chunk_size=20)
+
+
+@functools.cache
+def _built(directory: Path) -> Bundle:
+    bundle = Bundle.open(directory)
+    simulator.build(bundle, ENGINE, directory.with_name("prepared"))
+    return bundle
+
+
+def tensorrt_session(config: ModelConfig, weights: dict[str, np.ndarray], **options: Any) -> Session:
+    """The session of engines; what stands in for TensorRT and for CUDA's driver computes on ONNX Runtime."""
+    own = {name: options[name] for name in options if name == "chunk_size"}
+    return simulator.open_simulated(_built(_exported(json.dumps(config.to_dict()))), ENGINE.engine, **own)
+
+
+SESSIONS: dict[str, Factory] = {
+    "torch": torch_session,
+    "onnxruntime": onnxruntime_session,
+    "tensorrt": tensorrt_session,
+}
+growing = pytest.mark.parametrize("backend", ["torch", "onnxruntime"], indirect=True)
+"""For tests of caches that begin small; an engine's has its capacity from the start."""
 
 TOLERANCE = 1e-4  # of a float32 backend: largest error over the standard deviation of the exact logits
 
@@ -113,7 +137,10 @@ def backend(request: pytest.FixtureRequest) -> str:
 # For tests of what the arithmetic could break: those of input and errors do not need it.
 in_integers_too = pytest.mark.parametrize(
     ("backend", "model"),
-    [*((backend, model) for backend in SESSIONS for model in MODELS), *(("onnxruntime", model) for model in INTEGERS)],
+    [
+        *((backend, model) for backend in SESSIONS for model in MODELS),
+        *((backend, model) for backend in ("onnxruntime", "tensorrt") for model in INTEGERS),
+    ],
     indirect=True,
 )
 
@@ -203,11 +230,17 @@ def test_the_size_of_a_chunk_does_not_matter(start, chunk_size, all_logits):
     assert_same(chunked.forward(following), whole.forward(following))
 
 
-@pytest.mark.parametrize("option", ["chunk_size", "capacity_step"])
 @pytest.mark.parametrize("value", [0, -1])
-def test_steps_below_one_are_refused_by_name(start, option, value):
-    with pytest.raises(InputError, match=option):
-        start(**{option: value})
+def test_a_chunk_below_one_is_refused_by_name(start, value):
+    with pytest.raises(InputError, match="chunk_size"):
+        start(chunk_size=value)
+
+
+@growing
+@pytest.mark.parametrize("value", [0, -1])
+def test_steps_below_one_are_refused_by_name(start, value):
+    with pytest.raises(InputError, match="capacity_step"):
+        start(capacity_step=value)
 
 
 # --- rows of different length ----------------------------------------------------------------------------------------
@@ -363,7 +396,14 @@ def test_an_empty_session_takes_another_number_of_rows(session, model, rows, emp
 # --- capacity --------------------------------------------------------------------------------------------------------
 
 
-@in_integers_too
+@pytest.mark.parametrize(
+    ("backend", "model"),
+    [
+        *((backend, model) for backend in ("torch", "onnxruntime") for model in MODELS),
+        *(("onnxruntime", model) for model in INTEGERS),
+    ],
+    indirect=True,
+)
 @pytest.mark.parametrize("step", [1, 4, 5, 100])
 def test_the_cache_grows_in_steps_and_keeps_its_content(start, model, step):
     session = start(capacity_step=step)
@@ -379,6 +419,7 @@ def test_the_cache_grows_in_steps_and_keeps_its_content(start, model, step):
         before = session.capacity
 
 
+@growing
 def test_memory_is_kept_for_the_next_prompt(start):
     session = start(capacity_step=4)
     session.forward(prompt(1, 10))
@@ -606,8 +647,8 @@ def test_rounding_does_not_depend_on_the_other_tokens(start, model):
 
 @pytest.mark.parametrize(
     ("name", "models"),
-    [*((name, [*MODELS]) for name in SESSIONS), ("onnxruntime", [*INTEGERS])],
-    ids=[*SESSIONS, "onnxruntime in integers"],
+    [*((name, [*MODELS]) for name in SESSIONS), ("onnxruntime", [*INTEGERS]), ("tensorrt", [*INTEGERS])],
+    ids=[*SESSIONS, "onnxruntime in integers", "tensorrt in integers"],
 )
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(data=st.data())

@@ -618,6 +618,9 @@ def test_the_result_needs_nothing_of_the_bundle(bundles: Bundles, tmp_path: Path
         "capacity": CAPACITY,
         "batch": 3,
         "newer_ops": False,
+        "products": "native",
+        "packed": 0,
+        "not_packed": {},
         "gta_edge": "",
         "made_from": {name: bundle.manifest["files"][name]["sha256"] for name in ("model.onnx", "model.onnx.data")},
     }
@@ -711,64 +714,20 @@ def test_places_that_cannot_be_written(bundles: Bundles, tmp_path: Path) -> None
         plugin_form(bundle, tmp_path / "file", compute="fp16")
 
 
-# --- TensorRT's parser and builder -----------------------------------------------------------------------------------
-
-
-class Engines:
-    """Sizes of engines of a model of one layer, a preset's proportions, in TensorRT-RTX's own form."""
-
-    def __init__(self, directory: Path) -> None:
-        from gta_edge.export.initialise import initialise
-        from tests import test_tensorrt_rtx as rtx
-
-        self.directory, self.rtx = directory, rtx
-        for model, config in rtx.MODELS.items():
-            initialise(config, directory / model)
-        self.rest = self.size("tied", "fp16", "fp16") - 2 * rtx.weights(rtx.MODELS["tied"])
-
-    @functools.cached_property
-    def _bundles(self) -> dict[tuple[str, str], Bundle]:
-        return {}
-
-    def size(self, model: str, precision: str, compute: str) -> int:
-        key = model, precision
-        if key not in self._bundles:
-            bundle = self.directory / f"{model}-{precision}"
-            self._bundles[key] = export(self.directory / model, bundle, precision=precision, verify=False).bundle
-        directory = self.directory / f"{model}-{precision}-{compute}"
-        options = {"form": "function", "compute": compute, "capacity": self.rtx.CAPACITY}
-        return self.rtx.engine_bytes(specialise(self._bundles[key], directory, **options))
-
-
-@pytest.fixture(scope="module")
-def engines(tmp_path_factory: pytest.TempPathFactory) -> Engines:
-    pytest.importorskip("tensorrt_rtx", reason="the parser and the builder of the package tensorrt-rtx are needed")
-    return Engines(tmp_path_factory.mktemp("engines"))
-
-
-@pytest.mark.parametrize(
-    ("model", "precision", "compute"),
-    [("tied", "int4", "fp16"), ("untied", "int4", "bf16"), ("tied", "int8", "fp16"), ("untied", "int8", "bf16")],
-)
-def test_codes_stay_codes_in_an_engine(engines: Engines, model: str, precision: str, compute: str) -> None:
-    config, rtx = engines.rtx.MODELS[model], engines.rtx
-    stored = rtx.weights(config) + config.tie_word_embeddings * config.vocab_size * config.hidden_size
-    codes = rtx.BITS[precision] / 8
-    scales = 2 / (32 if precision == "int4" else config.hidden_size)
-    assert codes < (engines.size(model, precision, compute) - engines.rest) / stored < 1.02 * (codes + scales)
-
-
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_matrices_take_two_bytes_however_they_are_stored(engines: Engines, precision: str) -> None:
-    found = engines.size("tied", precision, "bf16") - engines.rest
-    assert found == pytest.approx(2 * engines.rtx.weights(engines.rtx.MODELS["tied"]), rel=1e-3)
+# --- TensorRT's parser and builder; tests/test_tensorrt_rtx.py has the models of the presets' sizes ------------------
 
 
 @pytest.mark.parametrize("name", ["gta, untied", "gqa, tied"])
 @pytest.mark.parametrize("compute", ["fp16", "bf16"])
 def test_the_parser_takes_what_is_written_out(bundles: Bundles, tmp_path: Path, name: str, compute: str) -> None:
     pytest.importorskip("tensorrt_rtx", reason="the parser and the builder of the package tensorrt-rtx are needed")
-    from tests.test_tensorrt_rtx import engine_bytes
+    from gta_edge.runtime.build import profile_shapes
+    from gta_edge.runtime.engine import Purpose
+    from gta_edge.runtime.tensorrt_builder import Target, build_plan
+    from gta_edge.trt import load
 
-    path = function_form(bundles(name, "int4"), tmp_path, compute=compute, newer_ops=False)
-    assert engine_bytes(path) > 0
+    bundle = bundles(name, "int4")
+    purpose = Purpose("tensorrt-rtx", compute, compute, max_length=CAPACITY, max_batch=BATCH, chunk_size=CAPACITY)
+    path = function_form(bundle, tmp_path, compute=compute, newer_ops=False)
+    target = Target(load("tensorrt-rtx"), ("8.6",), None)
+    assert build_plan(path, purpose, profile_shapes(bundle, purpose), target).nbytes > 0

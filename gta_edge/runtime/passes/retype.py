@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from gta_edge.errors import EngineError
 from gta_edge.optional import optional
+from gta_edge.plugins import blockwise_matmul
 from gta_edge.plugins import grouped_latent_attention as op
 from gta_edge.runtime.node_types import Types, input_kinds, title, types_of_outputs, value_types
 
@@ -31,6 +32,7 @@ class RetypePass(ir.passes.InPlacePass):
     Activations, the residual stream, caches, value decoder, cos and sin get that type, and so does every stored tensor
     of floats: matrices, norms' weights, biases, and the scales of quantised matrices, whose codes stay packed behind
     their DequantizeLinear. They are converted when the model is written. The Casts behind which they were stored go.
+    The scales of ``PackProductsPass`` stay float16, as the op takes them.
 
     What stays float32: the softmax, which the graph marks by a Cast of what is float32 already; the norms' sums
     (``stash_type`` 1); and the logits, by a Cast behind the head's product. That product stays in ``compute``: engines
@@ -44,7 +46,8 @@ class RetypePass(ir.passes.InPlacePass):
 
     Precondition: the graph computes in float32, as in a bundle; caches are not quantised yet (``QuantizeCachePass``).
     Postcondition: inputs, outputs and initializers of floats have the type, but for outputs other than the caches,
-    which are float32. Inputs of one kind have one type at every node. A graph that is so already is not modified.
+    which are float32, and packed scales. Inputs of one kind have one type at every node. A graph that is so already is
+    not modified.
 
     Raises:
         EngineError: the graph computes in another type already, a value is beyond the type's range (when it is
@@ -93,8 +96,9 @@ class _Retyping:
         graph = self.graph
         for value in graph.inputs:
             self._record(value, self.dtype if value.dtype == ir.DataType.FLOAT else self.before[value])
+        kept = _packed_scales(graph)
         for value in graph.initializers.values():
-            if value.dtype in _floats() - {self.dtype}:
+            if value.dtype in _floats() - {self.dtype} and value not in kept:
                 _convert(value, self.dtype)
             self._record(value, value.dtype or self.before[value])
         for node in list(graph):
@@ -177,6 +181,13 @@ class _Retyping:
         wide.name, wide.shape, wide.type = name, value.shape, ir.TensorType(ir.DataType.FLOAT)
         self.graph.append(cast)
         return wide
+
+
+def _packed_scales(graph: ir.Graph) -> set[ir.Value | None]:
+    """Return the scales of packed matrices, which our op takes in float16 whatever it computes in."""
+    place = blockwise_matmul.INPUTS.index("scale")
+    names = blockwise_matmul.OPS.values()
+    return {node.inputs[place] for node in graph if node.domain == op.DOMAIN and node.op_type in names}
 
 
 def _convert(value: ir.Value, dtype: ir.DataType) -> None:

@@ -1,0 +1,77 @@
+"""Kernels that TensorRT-RTX compiles when it first runs an engine, kept on disk: the next process starts without.
+
+The file lies in the package's cache directory and may be removed. TensorRT-RTX checks itself whether what it holds fits
+this GPU, driver and release (``IRuntimeCache.deserialize``), and leaves out what does not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from gta_edge.errors import OutputError
+from gta_edge.files import cache_directory, new_file
+from gta_edge.runtime.engine import EngineRecord
+
+__all__ = ["RunTimeKernels"]
+
+
+class RunTimeKernels:
+    """The kernels of one engine on one GPU.
+
+    Args:
+        trt: the module ``tensorrt_rtx``.
+        gpu: name of the GPU.
+        record: of the engine.
+    """
+
+    def __init__(self, trt: Any, gpu: str, record: EngineRecord) -> None:
+        self._trt = trt
+        self._path = _path(gpu, record)
+        self._cache: Any = None
+        self._read = b""
+        if self._path is not None:
+            with suppress(OSError):
+                self._read = self._path.read_bytes()
+
+    def configure(self, engine: Any, strategy: Any) -> Any:
+        """Return how an execution context is to be made.
+
+        Kernels are compiled as soon as shapes are known: a CUDA graph that is captured must not hold those that
+        TensorRT-RTX would use until better ones are compiled.
+
+        Args:
+            engine: the ``ICudaEngine``.
+            strategy: an ``ExecutionContextAllocationStrategy``.
+        """
+        config = engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(strategy)
+        config.dynamic_shapes_kernel_specialization_strategy = self._trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        if self._cache is None:
+            self._cache = config.create_runtime_cache()
+            if self._read:
+                self._cache.deserialize(self._read)
+        config.set_runtime_cache(self._cache)
+        return config
+
+    def keep(self) -> None:
+        """Write what was compiled, if there is more than was read; where it cannot be written, nothing is lost."""
+        if self._cache is None or self._path is None:
+            return
+        compiled = bytes(self._cache.serialize())
+        if compiled != self._read:
+            with suppress(OSError, OutputError):
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                with new_file(self._path, force=True) as partial:
+                    partial.write_bytes(compiled)
+
+
+def _path(gpu: str, record: EngineRecord) -> Path | None:
+    directory = cache_directory()
+    what = json.dumps([gpu, asdict(record)], sort_keys=True)
+    name = hashlib.sha256(what.encode()).hexdigest()[:32]
+    return directory / "tensorrt-rtx" / f"{name}.cache" if directory else None

@@ -1,0 +1,203 @@
+"""What a session of an engine asks of CUDA and TensorRT, on the simulation of both; ``test_session`` has the logits."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gta_edge.bundle import Bundle
+from gta_edge.errors import BackendError, CapacityError, InputError
+from gta_edge.runtime.build import LOGIT_POSITIONS
+from gta_edge.runtime.engine import Purpose
+from gta_edge.runtime.tensorrt import TensorRTSession
+from tests.runtime import tensorrt_simulator as simulator
+from tests.runtime.tensorrt_simulator import Driver, open_simulated
+
+LENGTH, ROWS, CHUNK = 100, 3, 32
+PURPOSE = Purpose("tensorrt-rtx", "fp16", "fp16", max_length=LENGTH, max_batch=ROWS, chunk_size=CHUNK)
+STEP = ["copy pinned to device"] * 3 + ["run", "copy device to pinned"]
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    import shutil
+
+    directory = tmp_path_factory.mktemp("simulated")
+    shutil.copytree(tiny_bundle, directory / "bundle")
+    opened = Bundle.open(directory / "bundle")
+    simulator.build(opened, PURPOSE, directory / "prepared")
+    return opened
+
+
+@pytest.fixture
+def driver() -> Driver:
+    return Driver()
+
+
+@pytest.fixture
+def session(bundle: Bundle, driver: Driver) -> Iterator[TensorRTSession]:
+    with open_simulated(bundle, PURPOSE.engine, driver) as opened:
+        yield opened
+
+
+def ids(session: TensorRTSession, rows: int, tokens: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, session.config.vocab_size, (rows, tokens))
+
+
+def asked(driver: Driver, session: TensorRTSession, given: np.ndarray) -> list[str]:
+    before = len(driver.calls)
+    session.forward(given)
+    return driver.calls[before:]
+
+
+def test_a_token_is_one_replay_of_a_graph(session: TensorRTSession, driver: Driver) -> None:
+    session.forward(ids(session, 2, 7))
+    assert asked(driver, session, ids(session, 2, 1)) == [*STEP, "capture", *STEP]  # runs once, then is captured
+    for _ in range(5):
+        assert asked(driver, session, ids(session, 2, 1)) == ["replay"]
+    assert len(driver.graphs) == 1
+
+
+def test_each_number_of_rows_has_its_graph_and_keeps_it(session: TensorRTSession, driver: Driver) -> None:
+    found = {}
+    for seed, rows in enumerate((1, 3, 2, 1, 3, 2)):
+        session.reset()
+        for i in range(3):
+            logits = session.forward(ids(session, rows, 1, seed=i))
+        if rows in found:
+            np.testing.assert_array_equal(logits, found[rows])
+            assert seed > 2
+        found[rows] = logits
+    assert len(driver.graphs) == 3
+
+
+def test_nothing_is_allocated_after_the_start(session: TensorRTSession, driver: Driver) -> None:
+    before = [call for call in driver.calls if call.startswith("allocate")]
+    for rows in (3, 1):
+        session.reset()
+        session.forward(ids(session, rows, 2 * CHUNK + 3), all_logits=True)
+        for _ in range(3):
+            session.forward(ids(session, rows, 1))
+    assert [call for call in driver.calls if call.startswith("allocate")] == before
+
+
+def test_past_and_present_are_one_memory_that_no_step_copies(session: TensorRTSession, driver: Driver) -> None:
+    decode, prefill = session._engine.contexts
+    caches = [name for name in decode.addresses if name.startswith("past_") and name != "past_length"]
+    assert len(caches) == 2 * session.config.num_hidden_layers
+    for name in caches:
+        present = name.replace("past_", "present_")
+        assert len({context.addresses[each] for context in (decode, prefill) for each in (name, present)}) == 1
+    session.forward(ids(session, 1, 5))
+    session.forward(ids(session, 1, 1))
+    assert {call for call in driver.calls if call.startswith("copy")} == {
+        "copy pinned to device",
+        "copy device to pinned",
+    }
+    size = session.config.cache_bytes_per_token(2) * LENGTH * ROWS
+    assert session.cache_bytes == PURPOSE.cache_bytes(session.config) == size
+    assert driver.used_bytes() >= size
+
+
+def test_an_engine_that_cannot_be_captured_runs_step_by_step(
+    bundle: Bundle, copied_bundle: Path, tmp_path: Path, session: TensorRTSession
+) -> None:
+    other, driver = Bundle.open(copied_bundle), Driver()
+    simulator.build(other, PURPOSE, tmp_path / "prepared", capturable=False)
+    with open_simulated(other, PURPOSE.engine, driver) as without:
+        for i in range(4):
+            step = ids(session, 2, 1, seed=i)
+            np.testing.assert_array_equal(session.forward(step), without.forward(step))
+    assert not driver.graphs
+
+
+def test_more_logits_than_one_run_gives(session: TensorRTSession, driver: Driver) -> None:
+    """The chunk runs again for the rest: it writes the same rows to the same places."""
+    given = ids(session, 2, CHUNK)
+    assert CHUNK > LOGIT_POSITIONS
+    every = session.forward(given, all_logits=True)
+    session.reset()
+    for stop in (1, LOGIT_POSITIONS, LOGIT_POSITIONS + 1, CHUNK):
+        session.reset()
+        np.testing.assert_allclose(session.forward(given[:, :stop]), every[:, stop - 1], rtol=0.05, atol=0.05)
+
+
+def test_everything_is_given_back(bundle: Bundle, driver: Driver) -> None:
+    session = open_simulated(bundle, PURPOSE.engine, driver)
+    session.forward(ids(session, 1, 3))
+    session.forward(ids(session, 1, 1))
+    session.close()
+    session.close()
+    assert not driver.live
+    assert driver.calls.count("retain") == driver.calls.count("release") == 1
+
+
+def test_a_gpu_that_is_too_small_is_refused_with_figures(bundle: Bundle) -> None:
+    needed = PURPOSE.cache_bytes(bundle.config)
+    driver = Driver(memory_bytes=needed)
+    with pytest.raises(CapacityError, match="--max-length or --max-batch") as raised:
+        open_simulated(bundle, PURPOSE.engine, driver)
+    assert f"{needed / 1e9:.2f} GB" in str(raised.value)
+    assert not driver.live
+    driver = Driver(memory_bytes=needed + 2000)  # enough by the estimate, but not in fact
+    with pytest.raises(CapacityError, match=r"takes 0\.\d+ GB and the GPU has 0\.\d+ GB free"):
+        open_simulated(bundle, PURPOSE.engine, driver)
+    assert not driver.live
+    assert driver.calls.count("retain") == driver.calls.count("release") == 1
+
+
+def test_more_rows_than_it_was_built_for(session: TensorRTSession) -> None:
+    with pytest.raises(InputError, match=f"built for {ROWS}; .*--max-batch {ROWS + 1} --force"):
+        session.forward(ids(session, ROWS + 1, 2))
+    assert session.forward(ids(session, ROWS, 2)).shape == (ROWS, session.config.vocab_size)
+
+
+def test_more_tokens_than_it_was_built_for(session: TensorRTSession) -> None:
+    assert session.max_length == LENGTH < session.config.max_position_embeddings
+    session.forward(ids(session, 1, LENGTH))
+    with pytest.raises(CapacityError, match=f"the engine was built with --max-length {LENGTH}"):
+        session.forward(ids(session, 1, 1))
+
+
+def test_what_tensorrt_refuses_to_run_is_an_error_with_its_words(
+    session: TensorRTSession, driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driver, "within", lambda address, size, kind: kind == "pinned" or size < 64)
+    with pytest.raises(BackendError, match=r"could not run the engine \(.* is not in the GPU's memory\)"):
+        session._chunk(np.zeros((1, 2), np.int64), np.zeros(1, np.int64), np.zeros((1, 1), np.int64))
+
+
+def test_kernels_that_were_compiled_at_run_time_are_kept(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("GTA_EDGE_CACHE", str(tmp_path / "cache"))
+
+    def opened() -> TensorRTSession:
+        return open_simulated(bundle, PURPOSE.engine, compiles_at_run_time=True)
+
+    opened().close()
+    (kept,) = (tmp_path / "cache" / "tensorrt-rtx").iterdir()
+    assert kept.read_bytes() == b"kernels 2"
+    kept.write_bytes(b"kernels 7")
+    opened().close()
+    assert kept.read_bytes() == b"kernels 7"  # read, and nothing is new
+    kept.write_bytes(b"another release's")
+    opened().close()
+    assert kept.read_bytes() == b"kernels 2"
+    monkeypatch.setenv("GTA_EDGE_CACHE", str(kept / "no directory"))
+    opened().close()  # nowhere to keep them, which stops nobody
+
+
+def test_a_smaller_engine_is_another_engine(bundle: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What one engine's kernels are is no business of another's."""
+    from gta_edge.runtime.engine import EngineRecord
+    from gta_edge.runtime.run_time_kernels import RunTimeKernels
+
+    monkeypatch.setenv("GTA_EDGE_CACHE", str(tmp_path))
+    records = [
+        EngineRecord(replace(PURPOSE, max_length=length), {"model.onnx": "0"}, "1.7", ["8.6"]) for length in (10, 20)
+    ]
+    paths = {RunTimeKernels(None, gpu, record)._path for record in records for gpu in ("one", "another")}
+    assert len(paths) == 4
