@@ -23,6 +23,7 @@ from gta_edge.runtime.cuda import free_gpu_bytes
 from gta_edge.runtime.engine import (
     CHOICES,
     ENGINES,
+    PRODUCTS,
     EngineRecord,
     Purpose,
     engine_directory,
@@ -271,10 +272,14 @@ def _products(
     if purpose.int4 != "auto":
         return purpose.int4, []
     from gta_edge.runtime.product_choice import calls_of, choose
-    from gta_edge.runtime.product_timing import time_products
+    from gta_edge.runtime.product_timing import UnableError, time_products
     from gta_edge.runtime.specialise import load_model
 
-    timings = time_products(calls_of(load_model(bundle)), purpose, target, scratch, progress)
+    try:
+        timings = time_products(calls_of(load_model(bundle)), purpose, target, scratch, progress)
+    except UnableError as unable:  # if the other cannot either, the engine's own build says so
+        other = next(who for who in PRODUCTS if who != unable.who)
+        return other, [{"unable": unable.who, "reason": str(unable)}]
     return choose(timings).products, [each.document() for each in timings]
 
 

@@ -35,9 +35,14 @@ class Cuda:
         self._graphs: list[Any] = []
         self._call("cuInit", 0)
         self._device = self._call("cuDeviceGet", device_id)
+        self._before = self._call("cuCtxGetCurrent")
         self._context = self._call("cuDevicePrimaryCtxRetain", self._device)
-        self.make_current()
-        self._stream = self._call("cuStreamCreate", self._driver.CUstream_flags.CU_STREAM_NON_BLOCKING)
+        try:
+            self.make_current()
+            self._stream = self._call("cuStreamCreate", self._driver.CUstream_flags.CU_STREAM_NON_BLOCKING)
+        except BaseException:
+            self._call("cuDevicePrimaryCtxRelease", self._device)
+            raise
 
     @property
     def stream(self) -> int:
@@ -123,6 +128,12 @@ class Cuda:
             self._call("cuGraphDestroy", graph)
         self._graphs.append(made[0])
 
+    def forget(self, graph: Any) -> None:
+        """Free what was captured; None is nothing."""
+        if graph is not None:
+            self._graphs.remove(graph)
+            self._call("cuGraphExecDestroy", graph)
+
     def replay(self, graph: Any) -> None:
         """Start what was captured."""
         self._call("cuGraphLaunch", graph, self._stream)
@@ -142,6 +153,7 @@ class Cuda:
                 self._call("cuMemFreeHost", address)
             self._call("cuStreamDestroy", self._stream)
             self._call("cuDevicePrimaryCtxRelease", self._device)
+            self._call("cuCtxSetCurrent", self._before)  # a context that is gone should be current for nobody
         self._graphs, self._addresses, self._pinned, self._context = [], [], [], None
 
     def _call(self, function: str, *arguments: Any) -> Any:

@@ -107,7 +107,8 @@ class EngineRecord:
         compute_capabilities: of the GPUs that it was built for, ``8.7``.
         gta_edge: version of this package that built it; its plugin is part of that.
         products: who multiplies by quantised matrices in it, ``plugin`` or ``native``.
-        product_timings: what that was decided by, if it was: of each kind of product, see ``Timing.document``.
+        product_timings: what that was decided by, if it was: of each kind of product, see ``Timing.document``; or who
+            could not multiply here, and why.
     """
 
     purpose: Purpose
@@ -272,5 +273,7 @@ def _check_types(record: EngineRecord, written: _Written) -> None:
         raise ValueError("a list is expected and something else found")
     if not all(isinstance(text, str) for text in texts):
         raise ValueError("a text is expected and something else found")
+    if not {purpose.compute, purpose.cache_dtype} <= VALUE_BYTES.keys() or record.products not in PRODUCTS:
+        raise ValueError("a type, or a word, that there is not")
     if not all(type(number) is int and number > 0 for number in numbers):
         raise ValueError("a positive whole number is expected and something else found")

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -18,11 +19,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from gta_edge.errors import BackendError
+from gta_edge.errors import BackendError, EngineError, GtaEdgeError
 from gta_edge.nodes import Nodes, lazy_initializer
 from gta_edge.optional import optional
 from gta_edge.plugins import blockwise_matmul as op
-from gta_edge.plugins.tensorrt_base import take_failures
 from gta_edge.progress import Progress, silent
 from gta_edge.runtime.cuda import Cuda
 from gta_edge.runtime.engine import PRODUCTS, Purpose
@@ -31,6 +31,7 @@ from gta_edge.runtime.passes.retype import RetypePass
 from gta_edge.runtime.passes.write_out_newer_ops import WriteOutNewerOpsPass
 from gta_edge.runtime.product_choice import PHASES, ProductCall, Timing
 from gta_edge.runtime.tensorrt_builder import Target, build_plan
+from gta_edge.runtime.tensorrt_log import first_reason, new_log, started
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 else:
     ir, common = optional("onnx_ir", "tensorrt"), optional("onnx_ir.passes.common", "tensorrt")
 
-__all__ = ["copies_of", "product_model", "time_products"]
+__all__ = ["UnableError", "copies_of", "product_model", "time_products"]
 
 _CACHES = 3
 """A run reads as many times what the GPU's cache holds."""
@@ -47,6 +48,14 @@ _MOST_COPIES = 64
 _ROUNDS = 7
 _ROUND_SECONDS = 0.02
 _OUTPUT = "present_y"  # what is called so stays in the compute type, as within a model
+
+
+class UnableError(Exception):
+    """One of the two cannot multiply here: ``who``, and why. Nothing is wrong then: the other does."""
+
+    def __init__(self, who: str, why: GtaEdgeError) -> None:
+        super().__init__(str(why))
+        self.who = who
 
 
 def time_products(
@@ -62,8 +71,7 @@ def time_products(
         progress: told of each kind that is timed.
 
     Raises:
-        EngineError: TensorRT cannot build one of them.
-        BackendError: it cannot run it.
+        UnableError: TensorRT cannot build or run one of them with the plugin, or without.
         CapacityError: the GPU has no room for it.
     """
     timings: list[Timing] = []
@@ -74,7 +82,12 @@ def time_products(
     cuda.close()
     for done, (call, count) in enumerate(calls.items(), 1):
         copies = copies_of(call, cache_bytes)
-        plans = {who: _built(call, who, copies, purpose, target, scratch) for who in PRODUCTS}
+        plans = {}
+        for who in PRODUCTS:
+            try:
+                plans[who] = _built(call, who, copies, purpose, target, scratch)
+            except EngineError as error:
+                raise UnableError(who, error) from error
         measured = _timed(call, copies, plans, purpose, target)
         timings += [Timing(call, count, phase, measured[phase]) for phase in PHASES]
         progress("timing products", done, len(calls))
@@ -177,14 +190,18 @@ def _timed(
     runs: dict[str, _Run] = {}
     try:
         for who, plan in plans.items():
-            runs[who] = _Run(call, copies, plan, purpose, target, cuda)
+            with _blamed(who):
+                runs[who] = _Run(call, copies, plan, purpose, target, cuda)
         found = {}
         for place, phase in enumerate(PHASES):
-            graphs = {who: run.captured(place, phase) for who, run in runs.items()}
-            rounds: dict[str, list[float]] = {who: [] for who in graphs}
+            steps: dict[str, Callable[[], None]] = {}
+            for who, run in runs.items():
+                with _blamed(who):
+                    steps[who] = run.prepared(place, phase)
+            rounds: dict[str, list[float]] = {who: [] for who in steps}
             for _ in range(_ROUNDS):
-                for who, graph in graphs.items():
-                    rounds[who].append(_replayed(cuda, graph))
+                for who, step in steps.items():
+                    rounds[who].append(_repeated(cuda, step))
             found[phase] = {who: 1e6 * median(each) / copies for who, each in rounds.items()}
         return found
     finally:
@@ -193,18 +210,26 @@ def _timed(
         cuda.close()
 
 
-def _replayed(cuda: Cuda, graph: Any) -> float:
-    """Return the seconds of one replay, of as many as take long enough to be measured."""
-    replays, seconds = 1, 0.0
+@contextmanager
+def _blamed(who: str) -> Iterator[None]:
+    try:
+        yield
+    except BackendError as error:
+        raise UnableError(who, error) from error
+
+
+def _repeated(cuda: Cuda, step: Callable[[], None]) -> float:
+    """Return the seconds of a step, of as many in a row as take long enough to be measured."""
+    steps, seconds = 1, 0.0
     while True:
         start = time.perf_counter()
-        for _ in range(replays):
-            cuda.replay(graph)
+        for _ in range(steps):
+            step()
         cuda.synchronize()
         seconds = time.perf_counter() - start
         if seconds >= _ROUND_SECONDS:
-            return seconds / replays
-        replays = max(2 * replays, int(1.2 * replays * _ROUND_SECONDS / max(seconds, 1e-6)))
+            return seconds / steps
+        steps = max(2 * steps, int(1.2 * steps * _ROUND_SECONDS / max(seconds, 1e-6)))
 
 
 class _Run:
@@ -216,21 +241,22 @@ class _Run:
         trt = target.trt.module
         self.call, self.copies, self.purpose, self.cuda = call, copies, purpose, cuda
         self._strategy = trt.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE  # as much scratch as it takes
-        self._runtime = trt.Runtime(trt.Logger(trt.Logger.INTERNAL_ERROR))
+        self._log = new_log(trt)
+        self._runtime = started(trt.Runtime, self._log, "runtime")
         self._engine = self._runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
-            raise BackendError(f"TensorRT cannot load an engine that it has just built ({_reason()})")
+            raise BackendError(f"TensorRT cannot load an engine that it has just built ({self._reason()})")
         rows = max(call.rows(phase, purpose.chunk_size) for phase in PHASES)
         widest = max(call.output_sizes)
         self._x = cuda.allocate(2 * rows * call.in_features, "a product's input")
         self._y = cuda.allocate(2 * rows * widest, "a product's output")
         self._contexts: list[Any] = []
 
-    def captured(self, profile: int, phase: str) -> Any:
-        """Return a run in one of the profiles as a graph."""
+    def prepared(self, profile: int, phase: str) -> Callable[[], None]:
+        """Return what starts a run in one of the profiles: a graph, or TensorRT itself where it cannot be captured."""
         context = self._engine.create_execution_context(self._strategy)
         if context is None or not context.set_optimization_profile_async(profile, self.cuda.stream):
-            raise BackendError(f"TensorRT cannot prepare an engine of products ({_reason()})")
+            raise BackendError(f"TensorRT cannot prepare an engine of products ({self._reason()})")
         self._contexts.append(context)
         shape = (1, self.call.rows(phase, self.purpose.chunk_size), self.call.in_features)
         for copy in range(self.copies):
@@ -240,18 +266,23 @@ class _Run:
                 context.set_tensor_address(f"{_OUTPUT}.{copy}.{i}", self._y)
         self._enqueue(context)  # TensorRT wants one run before it is captured
         self.cuda.synchronize()
-        with self.cuda.capture() as made:
-            self._enqueue(context)
-        return made[0]
+        try:
+            with self.cuda.capture() as made:
+                self._enqueue(context)
+        except BackendError:
+            self._log.errors.clear()
+            return lambda: self._enqueue(context)
+        return lambda: self.cuda.replay(made[0])
 
     def _enqueue(self, context: Any) -> None:
         if not context.execute_async_v3(self.cuda.stream):
-            raise BackendError(f"TensorRT could not run an engine of products ({_reason()}); run `gta-edge doctor`")
+            raise BackendError(
+                f"TensorRT could not run an engine of products ({self._reason()}); run `gta-edge doctor`"
+            )
+
+    def _reason(self) -> str:
+        return first_reason(self._log.errors)
 
     def close(self) -> None:
         """Free the engine, before the memory that it uses."""
         self._contexts, self._engine, self._runtime = [], None, None
-
-
-def _reason() -> str:
-    return next(iter(take_failures()), "without a reason")

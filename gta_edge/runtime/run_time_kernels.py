@@ -33,29 +33,32 @@ class RunTimeKernels:
         self._trt = trt
         self._path = _path(gpu, record)
         self._cache: Any = None
+        self._configs: list[Any] = []
         self._read = b""
         if self._path is not None:
             with suppress(OSError):
                 self._read = self._path.read_bytes()
 
-    def configure(self, engine: Any, strategy: Any) -> Any:
+    def configure(self, engine: Any, strategy: Any, *, eager: bool) -> Any:
         """Return how an execution context is to be made.
-
-        Kernels are compiled as soon as shapes are known: a CUDA graph that is captured must not hold those that
-        TensorRT-RTX would use until better ones are compiled.
 
         Args:
             engine: the ``ICudaEngine``.
             strategy: an ``ExecutionContextAllocationStrategy``.
+            eager: compile kernels for shapes as soon as these are known, before anything runs. Where a CUDA graph is
+                captured: it would go on with the kernels that are used until better ones are there. Not where shapes
+                change all the time.
         """
+        kinds = self._trt.DynamicShapesKernelSpecializationStrategy
         config = engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(strategy)
-        config.dynamic_shapes_kernel_specialization_strategy = self._trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        config.dynamic_shapes_kernel_specialization_strategy = kinds.EAGER if eager else kinds.LAZY
         if self._cache is None:
             self._cache = config.create_runtime_cache()
             if self._read:
                 self._cache.deserialize(self._read)
         config.set_runtime_cache(self._cache)
+        self._configs.append(config)  # the bindings keep it alive for nobody
         return config
 
     def keep(self) -> None:

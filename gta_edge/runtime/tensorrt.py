@@ -2,11 +2,14 @@
 
 The engine's two profiles share its weights. The cache has its full capacity from the start, and past inputs and present
 outputs of every layer are bound to one address, so no step copies it. A step of one token per row is a CUDA graph,
-captured once for a number of rows: ids and lengths in, logits out, all through pinned memory.
+captured once for a number of rows: ids and lengths in, logits out, all through pinned memory. Each number of rows has
+an execution context of its own for that, since a graph is only good while its context's shapes do not change. They cost
+little: weights are the engine's, and scratch memory is one for all, as one runs after the other.
 """
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -17,17 +20,18 @@ from gta_edge.bundle import Bundle
 from gta_edge.errors import BackendError, CapacityError, InputError
 from gta_edge.plugins import register
 from gta_edge.plugins.launch import Gpu, current_gpu
-from gta_edge.plugins.tensorrt_base import take_failures
 from gta_edge.runtime.build import LOGIT_POSITIONS
 from gta_edge.runtime.cuda import Cuda
 from gta_edge.runtime.engine import SCALE_BYTES, VALUE_BYTES, compute_capability, load_engine, require_engine
 from gta_edge.runtime.run_time_kernels import RunTimeKernels
 from gta_edge.runtime.session import Ids, Logits, Session
+from gta_edge.runtime.tensorrt_log import first_reason, new_log, started
 from gta_edge.trt import TensorRT, load
 
 __all__ = ["TensorRTSession"]
 
 _DECODE, _PREFILL = 0, 1  # the profiles, as build.py makes them
+_DECODERS_KEPT = 8
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,15 @@ class _Tensor:
 
     address: int
     host: Any
+
+
+@dataclass
+class _Decoder:
+    """A context for one token of each of a number of rows, and its run as a CUDA graph."""
+
+    context: Any
+    graph: Any = None
+    """None where TensorRT cannot be captured; then the context is run as it is."""
 
 
 class TensorRTSession(Session):
@@ -71,45 +84,49 @@ class TensorRTSession(Session):
         self.backend = engine
         self.compute = purpose.compute
         self._record, self._directory = record, bundle.directory
+        self._prefill: Any = None
+        self._engine: Any = None
+        self._runtime: Any = None
+        self._kernels: RunTimeKernels | None = None
+        self._decoders: dict[int, _Decoder] = {}
+        self._addresses: dict[str, int] = {}
         self._cuda = Cuda(device_id)
         try:
             self._open(trt, plan, gpu)
         except BaseException:
-            self._cuda.close()
+            self._drop()
             raise
 
     def _open(self, trt: TensorRT, plan: memoryview, gpu: Gpu) -> None:
         self._check_room(len(plan))
         if trt.plugins:
             register(trt.module)
-        self._log = _log(trt.module)
-        self._runtime = trt.module.Runtime(self._log)
+        self._user_managed = trt.module.ExecutionContextAllocationStrategy.USER_MANAGED
+        self._log = new_log(trt.module)
+        self._runtime = started(trt.module.Runtime, self._log, "runtime")
         self._engine = self._runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
             raise BackendError(f"TensorRT cannot load the engine ({self._reason()}); {self._rebuild()}")
-        self._kernels = RunTimeKernels(trt.module, gpu.name, self._record) if trt.compiles_at_run_time else None
-        self._contexts = [self._context(trt.module) for _ in (_DECODE, _PREFILL)]
-        for profile, context in enumerate(self._contexts):
-            context.set_optimization_profile_async(profile, self._cuda.stream)
+        if trt.compiles_at_run_time:
+            self._kernels = RunTimeKernels(trt.module, gpu.name, self._record)
         purpose, vocab = self._record.purpose, self.config.vocab_size
         rows, chunk = purpose.max_batch, purpose.chunk_size
-        self._ids = self._tensor("the token ids", rows * chunk, np.int64)
-        self._past = self._tensor("the lengths", rows, np.int64)
-        self._positions = self._tensor("the positions", rows * LOGIT_POSITIONS, np.int64)
-        self._logits = self._tensor("the logits", rows * LOGIT_POSITIONS * vocab, np.float32)
+        self._ids = self._tensor("input_ids", rows * chunk, np.int64)
+        self._past = self._tensor("past_length", rows, np.int64)
+        self._positions = self._tensor("logit_positions", rows * LOGIT_POSITIONS, np.int64)
+        self._logits = self._tensor("logits", rows * LOGIT_POSITIONS * vocab, np.float32)
         self._cache_bytes = 0
         for layer in range(self.config.num_hidden_layers):
             for cache in self.config.caches:
                 size = rows * cache.heads * purpose.max_length
-                self._bind_cache(f"{cache.name}.{layer}", size * cache.width * VALUE_BYTES[purpose.cache_dtype])
+                self._add_cache(f"{cache.name}.{layer}", size * cache.width * VALUE_BYTES[purpose.cache_dtype])
                 if purpose.quantised_cache:
-                    self._bind_cache(f"{cache.name}_scale.{layer}", size * SCALE_BYTES)
-        fixed = {"input_ids": self._ids, "past_length": self._past, "logit_positions": self._positions}
-        for context in self._contexts:
-            for name, tensor in (*fixed.items(), ("logits", self._logits)):
-                context.set_tensor_address(name, tensor.address)
-        self._graphs: dict[int, Any] = {}
-        self._shapes: dict[int, tuple[int, int, int]] = {}
+                    self._add_cache(f"{cache.name}_scale.{layer}", size * SCALE_BYTES)
+        sizes = [int(self._engine.get_device_memory_size_for_profile_v2(each)) for each in (_DECODE, _PREFILL)]
+        self._scratch_bytes = max(*sizes, 1)
+        self._scratch = self._cuda.allocate(self._scratch_bytes, "TensorRT's scratch memory")
+        self._prefill = self._context(_PREFILL)
+        self._prefill_shape = (0, 0, 0)
         self._cuda.synchronize()
 
     def _check_room(self, engine_bytes: int) -> None:
@@ -123,13 +140,20 @@ class TensorRTSession(Session):
                 "other programs, or build with a smaller --max-length or --max-batch"
             )
 
-    def _context(self, trt: Any) -> Any:
-        """Return an execution context with as much scratch memory as its profile takes."""
-        strategy = trt.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE
-        how = self._kernels.configure(self._engine, strategy) if self._kernels else strategy
+    def _context(self, profile: int) -> Any:
+        """Return a new execution context for a profile, all its tensors bound."""
+        how, strategy = self._user_managed, self._user_managed
+        if self._kernels:
+            how = self._kernels.configure(self._engine, strategy, eager=profile == _DECODE)
         context = self._engine.create_execution_context(how)
         if context is None:
             raise BackendError(f"TensorRT cannot make an execution context ({self._reason()}); {self._rebuild()}")
+        context.set_device_memory(self._scratch, self._scratch_bytes)
+        if not context.set_optimization_profile_async(profile, self._cuda.stream):
+            raise BackendError(f"TensorRT does not take the engine's profile ({self._reason()}); {self._rebuild()}")
+        for name, address in self._addresses.items():
+            if not context.set_tensor_address(name, address):
+                raise BackendError(f"the engine has no {name} ({self._reason()}); {self._rebuild()}")
         return context
 
     @property
@@ -149,17 +173,21 @@ class TensorRTSession(Session):
     def cache_bytes(self) -> int:
         return self._cache_bytes
 
-    def _tensor(self, what: str, values: int, dtype: Any) -> _Tensor:
-        host = self._cuda.host_array((values,), dtype)
-        return _Tensor(self._cuda.allocate(host.nbytes, what), host)
+    @property
+    def cuda_graph(self) -> bool | None:
+        """Whether tokens are replays of a CUDA graph; None before the first one."""
+        return all(each.graph is not None for each in self._decoders.values()) if self._decoders else None
 
-    def _bind_cache(self, name: str, size_bytes: int) -> None:
-        """Give past input and present output of both profiles one and the same memory."""
+    def _tensor(self, name: str, values: int, dtype: Any) -> _Tensor:
+        host = self._cuda.host_array((values,), dtype)
+        self._addresses[name] = self._cuda.allocate(host.nbytes, name)
+        return _Tensor(self._addresses[name], host)
+
+    def _add_cache(self, name: str, size_bytes: int) -> None:
+        """Give past input and present output one and the same memory."""
         address = self._cuda.allocate(size_bytes, f"the cache of {self.max_length} tokens for {self.max_batch} rows")
         self._cache_bytes += size_bytes
-        for context in self._contexts:
-            context.set_tensor_address(f"past_{name}", address)
-            context.set_tensor_address(f"present_{name}", address)
+        self._addresses |= {f"past_{name}": address, f"present_{name}": address}
 
     def _resize(self, batch: int, capacity: int) -> None:
         if batch > self.max_batch:
@@ -184,37 +212,49 @@ class TensorRTSession(Session):
         return result
 
     def _chunk(self, input_ids: Ids, past_length: Ids, positions: Ids) -> Logits:
-        self._set_shapes(_PREFILL, len(input_ids), input_ids.shape[1], positions.shape[1])
+        shape = (*input_ids.shape, positions.shape[1])
+        if shape != self._prefill_shape:
+            self._prefill_shape = (0, 0, 0)
+            self._set_shapes(self._prefill, *shape)
+            self._prefill_shape = shape
         logits = self._fill(input_ids, past_length, positions)
-        self._enqueue(_PREFILL, input_ids.size, len(past_length), positions.size, logits)
+        self._enqueue(self._prefill, input_ids.size, len(past_length), positions.size, logits)
         self._cuda.synchronize()
         return logits.copy()
 
     def _step(self, input_ids: Ids, past_length: Ids) -> Logits:
         rows = len(past_length)
         logits = self._fill(input_ids, past_length, np.zeros((rows, 1), np.int64))
-        if rows not in self._graphs:
-            self._set_shapes(_DECODE, rows, 1, 1)
-            self._enqueue(_DECODE, rows, rows, rows, logits)  # TensorRT wants one run before it is captured
-            self._cuda.synchronize()
-            result = logits.copy()
-            self._graphs[rows] = self._captured(rows, logits)
+        decoder = self._decoders.get(rows)
+        if decoder is None:
+            result, decoder = self._first_step(rows, logits)
+            if len(self._decoders) == _DECODERS_KEPT:
+                self._cuda.forget(self._decoders.pop(next(iter(self._decoders))).graph)
+            self._decoders[rows] = decoder
             return result
-        if self._graphs[rows] is None:
-            self._set_shapes(_DECODE, rows, 1, 1)
-            self._enqueue(_DECODE, rows, rows, rows, logits)
+        if decoder.graph is None:
+            self._enqueue(decoder.context, rows, rows, rows, logits)
         else:
-            self._cuda.replay(self._graphs[rows])
+            self._cuda.replay(decoder.graph)
         self._cuda.synchronize()
         return logits.copy()
 
-    def _captured(self, rows: int, logits: Logits) -> Any:
-        """Return the step as a graph, or None where TensorRT says that the engine cannot be captured."""
-        if not getattr(self._contexts[_DECODE], "is_stream_capturable", lambda _: True)(self._cuda.stream):
-            return None
-        with self._cuda.capture() as made:
-            self._enqueue(_DECODE, rows, rows, rows, logits)
-        return made[0]
+    def _first_step(self, rows: int, logits: Logits) -> tuple[Logits, _Decoder]:
+        """Run a step, which TensorRT wants before it is captured, and capture the next one like it."""
+        context = self._context(_DECODE)
+        self._set_shapes(context, rows, 1, 1)
+        self._enqueue(context, rows, rows, rows, logits)
+        self._cuda.synchronize()
+        decoder, result = _Decoder(context), logits.copy()
+        if getattr(context, "is_stream_capturable", lambda _: True)(self._cuda.stream):
+            try:
+                with self._cuda.capture() as made:
+                    self._enqueue(context, rows, rows, rows, logits)
+                decoder.graph = made[0]
+            except BackendError:  # an engine may have what cannot be captured, and runs all the same
+                first_reason(self._log.errors)
+                self._log.errors.clear()
+        return result, decoder
 
     def _fill(self, input_ids: Ids, past_length: Ids, positions: Ids) -> Logits:
         """Put inputs into pinned memory; return where the logits will be, float32 [B, M, V]."""
@@ -224,11 +264,7 @@ class TensorRTSession(Session):
         result: Logits = self._logits.host[: prod(shape)].reshape(shape)
         return result
 
-    def _set_shapes(self, profile: int, rows: int, tokens: int, logits: int) -> None:
-        if self._shapes.get(profile) == (rows, tokens, logits):
-            return
-        self._shapes.pop(profile, None)
-        context = self._contexts[profile]
+    def _set_shapes(self, context: Any, rows: int, tokens: int, logits: int) -> None:
         shapes: dict[str, tuple[int, ...]] = {
             "input_ids": (rows, tokens),
             "past_length": (rows,),
@@ -245,18 +281,16 @@ class TensorRTSession(Session):
                 raise BackendError(
                     f"TensorRT refuses {name} of shape {list(shape)} ({self._reason()}); {self._rebuild()}"
                 )
-        self._shapes[profile] = (rows, tokens, logits)
 
-    def _enqueue(self, profile: int, ids: int, rows: int, positions: int, logits: Logits) -> None:
+    def _enqueue(self, context: Any, ids: int, rows: int, positions: int, logits: Logits) -> None:
         for tensor, count in ((self._ids, ids), (self._past, rows), (self._positions, positions)):
             self._cuda.copy_in(tensor.address, tensor.host[:count])
-        if not self._contexts[profile].execute_async_v3(self._cuda.stream):
+        if not context.execute_async_v3(self._cuda.stream):
             raise BackendError(f"TensorRT could not run the engine ({self._reason()}); run `gta-edge doctor`")
         self._cuda.copy_out(logits, self._logits.address)
 
     def _reason(self) -> str:
-        """Return what went wrong last: a plugin's own words, which TensorRT does not pass on, or TensorRT's."""
-        return next(iter(take_failures()), self._log.last)
+        return first_reason(self._log.errors[-1:])
 
     def _rebuild(self) -> str:
         return f"run: {self._record.purpose.command(self._directory)}"
@@ -264,24 +298,16 @@ class TensorRTSession(Session):
     def close(self) -> None:
         if not self._closed:
             super().close()
-            self._graphs = {}
-            self._cuda.synchronize()
             if self._kernels:
+                with suppress(BackendError):
+                    self._cuda.make_current()
                 self._kernels.keep()
-            self._contexts, self._engine, self._runtime = [], None, None
-            self._cuda.close()
+            self._drop()
 
-
-def _log(trt: Any) -> Any:
-    """Return a logger that keeps the last error and prints nothing."""
-
-    class Log(trt.ILogger):  # type: ignore[misc]  # the base class is known at run time only
-        def __init__(self) -> None:
-            super().__init__()
-            self.last = "without a reason"
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity <= trt.ILogger.ERROR:
-                self.last = " ".join(message.split())
-
-    return Log()
+    def _drop(self) -> None:
+        """Free TensorRT's objects, contexts first, and then the memory that they use."""
+        with suppress(BackendError):  # after an error of CUDA nothing works any more
+            self._cuda.make_current()
+            self._cuda.synchronize()
+        self._decoders, self._prefill, self._engine, self._runtime, self._kernels = {}, None, None, None, None
+        self._cuda.close()

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gta_edge.errors import BackendError, EngineError
+from gta_edge.errors import BackendError, EngineError, OutputError
 from gta_edge.files import cache_directory, new_file
 from gta_edge.plugins import register
 from gta_edge.plugins.launch import OLDEST, current_gpu
-from gta_edge.plugins.tensorrt_base import take_failures
 from gta_edge.progress import Progress, silent
 from gta_edge.runtime.engine import Purpose, compute_capability
+from gta_edge.runtime.tensorrt_log import first_reason, new_log, started
 from gta_edge.trt import TensorRT, load
 
 __all__ = ["Target", "build_plan"]
@@ -32,7 +34,7 @@ class Target:
     Attributes:
         trt: the TensorRT that builds.
         compute_capabilities: of the GPUs, ``8.7``.
-        gpu: name of the GPU here if it is the only one; the engine is then built by timing kernels on it.
+        gpu: the GPU here if it is the only one, its name and size; TensorRT then times kernels on it.
     """
 
     trt: TensorRT
@@ -78,7 +80,7 @@ class Target:
                     f"--compute-capability is {other} and the GPU here has {here}; tensorrt builds on the GPU that "
                     "will run the engine"
                 )
-        return cls(trt, chosen, gpu.name if gpu and chosen == (here,) else None)
+        return cls(trt, chosen, f"{gpu.name}, {gpu.processors} SMs" if gpu and chosen == (here,) else None)
 
     @property
     def tensorrt(self) -> str:
@@ -105,22 +107,46 @@ def build_plan(
 
     Raises:
         EngineError: TensorRT refuses the model, or cannot build it; with its own first error.
+        BackendError: TensorRT cannot start.
+        KeyboardInterrupt: Ctrl-C came meanwhile.
     """
+    interrupt = _Interrupt()
+    with interrupt.handled():
+        try:
+            plan = _plan(model, purpose, profiles, target, progress, interrupt)
+        except EngineError:
+            if not interrupt.asked:
+                raise
+    if interrupt.asked:
+        raise KeyboardInterrupt
+    return plan
+
+
+def _plan(
+    model: Path,
+    purpose: Purpose,
+    profiles: Sequence[Shapes],
+    target: Target,
+    progress: Progress,
+    interrupt: _Interrupt,
+) -> memoryview:
     trt = target.trt.module
     if purpose.engine == "tensorrt":
         register(trt)
-    log = _log(trt)
-    builder = trt.Builder(log)
+    log = new_log(trt)
+    builder = started(trt.Builder, log, "builder")
     flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED) if target.trt.strongly_typed_flag else 0
     network = builder.create_network(flags)
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(model)):
-        reasons = [*take_failures(), *(parser.get_error(i).desc() for i in range(parser.num_errors)), *log.errors]
-        raise EngineError(f"TensorRT {target.tensorrt} refuses the model ({_first(reasons)}); report this line")
+        reason = first_reason([*(parser.get_error(i).desc() for i in range(parser.num_errors)), *log.errors])
+        raise EngineError(f"TensorRT {target.tensorrt} refuses the model ({reason}); report this line")
 
     config = builder.create_builder_config()
-    monitor = _monitor(trt, progress)
+    monitor = _monitor(trt, progress, interrupt)
     config.progress_monitor = monitor
+    if target.trt.compiles_at_run_time:
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # otherwise a run may allocate: no CUDA graphs
     if purpose.engine == "tensorrt-rtx":
         config.num_compute_capabilities = len(target.compute_capabilities)
         for i, each in enumerate(target.compute_capabilities):
@@ -135,22 +161,20 @@ def build_plan(
     if timings:
         content = timings.read_bytes() if timings.is_file() else b""
         known = config.create_timing_cache(content)
-        if known is None:  # it is damaged
-            known = config.create_timing_cache(b"")
-        config.set_timing_cache(known, ignore_mismatch=False)
+        if known is None or not config.set_timing_cache(known, ignore_mismatch=False):  # damaged, or another GPU's
+            log.errors.clear()
+            config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
 
     plan = builder.build_serialized_network(network, config)
-    if monitor.interrupted:
-        raise KeyboardInterrupt
     if plan is None:
-        reason = _first([*take_failures(), *log.errors])
         raise EngineError(
-            f"TensorRT {target.tensorrt} cannot build the engine ({reason}); if memory is short, give a smaller "
-            "--max-length or --max-batch"
+            f"TensorRT {target.tensorrt} cannot build the engine ({first_reason(log.errors)}); if memory is short, "
+            "give a smaller --max-length or --max-batch"
         )
-    if timings:
-        with suppress(OSError), new_file(timings, force=True) as partial:
-            partial.write_bytes(memoryview(config.get_timing_cache().serialize()))
+    kept = config.get_timing_cache() if timings else None
+    if timings and kept is not None:
+        with suppress(OSError, OutputError), new_file(timings, force=True) as partial:
+            partial.write_bytes(memoryview(kept.serialize()))
     return memoryview(plan)
 
 
@@ -173,32 +197,38 @@ def _timing_cache(target: Target) -> Path | None:
     return None
 
 
-def _first(reasons: Sequence[str]) -> str:
-    return next((" ".join(reason.split()) for reason in reasons if reason.strip()), "without a reason")
+class _Interrupt:
+    """Ctrl-C while TensorRT works.
+
+    Python would raise KeyboardInterrupt in whatever of it runs next, which is the log or the monitor, called by
+    TensorRT; and that prints exceptions and goes on. So it is kept here, and the monitor ends the build.
+    """
+
+    asked = False
+
+    @contextmanager
+    def handled(self) -> Iterator[None]:
+        """Take Ctrl-C in the body; only the main thread can."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def note(number: int, frame: Any) -> None:
+            self.asked = True
+
+        before = signal.signal(signal.SIGINT, note)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
 
 
-def _log(trt: Any) -> Any:
-    """Return a logger that keeps errors and prints nothing: what matters becomes an exception."""
-
-    class Log(trt.ILogger):  # type: ignore[misc]  # the base class is known at run time only
-        def __init__(self) -> None:
-            super().__init__()
-            self.errors: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity <= trt.ILogger.ERROR:
-                self.errors.append(message)
-
-    return Log()
-
-
-def _monitor(trt: Any, progress: Progress) -> Any:
+def _monitor(trt: Any, progress: Progress, interrupt: _Interrupt) -> Any:
     """Return a progress monitor that passes outermost phases on, and ends the build at Ctrl-C."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
-            self.interrupted = False
             self._outer: dict[str, int] = {}
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
@@ -209,9 +239,9 @@ def _monitor(trt: Any, progress: Progress) -> Any:
             try:
                 if phase_name in self._outer:
                     progress(phase_name, step + 1, self._outer[phase_name])
-            except KeyboardInterrupt:  # it arrives where Python runs, which is here; it must not pass through C++
-                self.interrupted = True
-            return not self.interrupted
+            except KeyboardInterrupt:  # of the progress itself; it must not pass through C++
+                interrupt.asked = True
+            return not interrupt.asked
 
         def phase_finish(self, phase_name: str) -> None:
             total = self._outer.pop(phase_name, None)

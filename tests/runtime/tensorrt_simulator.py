@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -60,6 +61,13 @@ class Driver:
     pending: list[Callable[[], None]] = field(default_factory=list)
     captured: list[Callable[[], None]] | None = None
     graphs: list[list[Callable[[], None]]] = field(default_factory=list)
+    freed_graphs: set[int] = field(default_factory=set)
+    stale: set[int] = field(default_factory=set)
+    """Graphs of contexts whose shapes have changed since."""
+    objects: int = 0
+    """Engines and contexts that are alive: they must be gone before the GPU's context is."""
+    current: int = 0
+    """The GPU's context that is current; 0 for none."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("CU"):
@@ -75,11 +83,16 @@ class Driver:
             for start, (buffer, whose) in self.live.items()
         )
 
+    def gone(self) -> None:
+        self.objects -= 1
+
     def queue(self, work: Callable[[], None]) -> None:
         (self.pending if self.captured is None else self.captured).append(work)
 
     def _allocated(self, size: int, kind: str) -> tuple[Any, ...]:
         self.calls.append(f"allocate {kind}")
+        if not self.current:
+            return _RESULT.CUDA_ERROR_INVALID_CONTEXT, None
         if self.captured is not None:
             return _RESULT.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED, None
         if kind == "device" and self.used_bytes() + size > self.memory_bytes:
@@ -90,11 +103,18 @@ class Driver:
         self.live[address] = buffer, kind
         return _OK, address
 
-    def _freed(self, address: int) -> tuple[Any]:
-        return (_OK if self.live.pop(address, None) else _RESULT.CUDA_ERROR_INVALID_VALUE,)
+    def _freed(self, address: int, kind: str) -> tuple[Any]:
+        if not self.current:
+            return (_RESULT.CUDA_ERROR_INVALID_CONTEXT,)
+        if self.live.get(address, (None, ""))[1] != kind:
+            return (_RESULT.CUDA_ERROR_INVALID_VALUE,)
+        del self.live[address]
+        return (_OK,)
 
     def _copied(self, to: int, source: int, size: int, kinds: tuple[str, str]) -> tuple[Any]:
         self.calls.append(f"copy {kinds[1]} to {kinds[0]}")
+        if not self.current:
+            return (_RESULT.CUDA_ERROR_INVALID_CONTEXT,)
         if not (self.within(to, size, kinds[0]) and self.within(source, size, kinds[1])):
             return (_RESULT.CUDA_ERROR_INVALID_VALUE,)
         self.queue(lambda: ctypes.memmove(to, source, size) and None)
@@ -117,13 +137,18 @@ class Driver:
 
     def cuDevicePrimaryCtxRelease(self, device: int) -> tuple[Any]:
         self.calls.append("release")
+        assert not self.objects, "TensorRT's objects outlive the GPU's context"
         return (_OK,)
 
+    def cuCtxGetCurrent(self) -> tuple[Any, int]:
+        return _OK, self.current
+
     def cuCtxSetCurrent(self, context: int) -> tuple[Any]:
+        self.current = context
         return (_OK,)
 
     def cuStreamCreate(self, flags: Any) -> tuple[Any, int]:
-        return _OK, STREAM
+        return (_OK if self.current else _RESULT.CUDA_ERROR_INVALID_CONTEXT), STREAM
 
     def cuStreamDestroy(self, stream: int) -> tuple[Any]:
         return (_OK,)
@@ -138,10 +163,10 @@ class Driver:
         return self._allocated(size, "pinned")
 
     def cuMemFree(self, address: int) -> tuple[Any]:
-        return self._freed(address)
+        return self._freed(address, "device")
 
     def cuMemFreeHost(self, address: int) -> tuple[Any]:
-        return self._freed(address)
+        return self._freed(address, "pinned")
 
     def cuMemsetD8Async(self, address: int, value: int, size: int, stream: int) -> tuple[Any]:
         if not self.within(address, size, "device"):
@@ -180,50 +205,72 @@ class Driver:
         return (_OK,)
 
     def cuGraphExecDestroy(self, graph: int) -> tuple[Any]:
+        self.freed_graphs.add(graph)
         return (_OK,)
 
     def cuGraphLaunch(self, graph: int, stream: int) -> tuple[Any]:
         self.calls.append("replay")
+        if graph in self.freed_graphs or graph in self.stale or not self.current:
+            return (_RESULT.CUDA_ERROR_INVALID_VALUE,)
         for work in self.graphs[graph]:
             self.queue(work)
         return (_OK,)
 
 
-@dataclass
+@dataclass(eq=False)
 class Context:
     """An execution context."""
 
     driver: Driver
     engine: Engine
     profile: int | None = None
+    scratch: tuple[int, int] = (0, 0)
+    graphs: set[int] = field(default_factory=set)
+    """Those that were captured with it."""
     addresses: dict[str, int] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     ran: list[dict[str, tuple[int, ...]]] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self.driver.objects += 1
+        weakref.finalize(self, self.driver.gone)
+
+    def set_device_memory(self, address: int, size: int) -> None:
+        self.scratch = address, size
+
     def set_optimization_profile_async(self, profile: int, stream: int) -> bool:
         self.profile = profile
-        return True
+        return profile < len(self.engine.profiles)
 
     def is_stream_capturable(self, stream: int) -> bool:
         return self.engine.capturable
 
     def set_tensor_address(self, name: str, address: int) -> bool:
         self.addresses[name] = address
-        return True
+        return name in self.engine.names
 
     def set_input_shape(self, name: str, shape: Sequence[int]) -> bool:
         assert self.profile is not None
         least, _, most = self.engine.profiles[self.profile][name]
         within = all(low <= size <= high for low, size, high in zip(least, shape, most, strict=True))
-        if within:
+        if within and self.shapes.get(name) != tuple(shape):
             self.shapes[name] = tuple(shape)
+            self.driver.stale |= self.graphs  # "when change the input shapes, you have to re-capture the graph"
         return within
 
     def execute_async_v3(self, stream: int) -> bool:
         self.driver.calls.append("run")
         capturing = self.driver.captured is not None
-        if stream != STREAM or (capturing and self.shapes not in self.ran):
+        if stream != STREAM or not self.driver.current or (capturing and self.shapes not in self.ran):
             return False
+        if not self.driver.within(*self.scratch, "device") or self.scratch[1] < self.engine.scratch_bytes(self.profile):
+            self.engine.log.log(0, "there is too little scratch memory")
+            return False
+        if capturing:
+            if not self.engine.captures:
+                self.engine.log.log(0, "something that cannot be captured")
+                return False
+            self.graphs.add(len(self.driver.graphs))
         inputs = [
             (each.name, self.addresses[each.name], self.shapes[each.name], each.type) for each in self.engine.inputs
         ]
@@ -234,11 +281,13 @@ class Context:
         outputs = [(each.name, self.addresses[each.name]) for each in self.engine.outputs]
         self.ran.append(dict(self.shapes))
 
+        driver, session = self.driver, self.engine.session  # what is queued keeps no context alive
+
         def work() -> None:
             feeds = {name: _array(address, shape, _ONNX_TYPES[kind]) for name, address, shape, kind in inputs}
-            results = self.engine.session.run([name for name, _ in outputs], feeds)
+            results = session.run([name for name, _ in outputs], feeds)
             for (name, address), result in zip(outputs, results, strict=True):
-                assert self.driver.within(address, result.nbytes, "device"), name
+                assert driver.within(address, result.nbytes, "device"), name
                 ctypes.memmove(address, result.ctypes.data, result.nbytes)
 
         self.driver.queue(work)
@@ -283,7 +332,8 @@ class Engine:
 
     def __init__(self, driver: Driver, log: Any, plan: Any) -> None:
         document = json.loads(bytes(plan))
-        self.driver, self.log, self.capturable = driver, log, document["capturable"]
+        self.driver, self.log = driver, log
+        self.capturable, self.captures = document["capturable"], document["captures"]
         self.profiles: list[Mapping[str, Any]] = document["profiles"]
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
@@ -291,18 +341,33 @@ class Engine:
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")  # no activations in int8
         self.session = onnxruntime.InferenceSession(document["model"], options, providers=["CPUExecutionProvider"])
         self.inputs, self.outputs = self.session.get_inputs(), self.session.get_outputs()
-        self.contexts: list[Context] = []
+        self.names = {each.name for each in (*self.inputs, *self.outputs)}
+        self.kinds: list[str] = []  # of kernels that contexts want compiled
+        self.contexts: list[weakref.ref[Context]] = []
+        driver.objects += 1
+        weakref.finalize(self, driver.gone)
+
+    def scratch_bytes(self, profile: int | None) -> int:
+        return 1000 * (1 + (profile or 0))
+
+    get_device_memory_size_for_profile_v2 = scratch_bytes
 
     def create_runtime_config(self) -> RuntimeConfig:
         return RuntimeConfig()
 
     def create_execution_context(self, how: Any) -> Context:
         if isinstance(how, RuntimeConfig):
-            assert how.dynamic_shapes_kernel_specialization_strategy == "eager"
             assert how.cache is not None
             how.cache.kernels = max(how.cache.kernels, 2)
-        self.contexts.append(Context(self.driver, self))
-        return self.contexts[-1]
+            self.kinds.append(how.dynamic_shapes_kernel_specialization_strategy)
+        made = Context(self.driver, self)
+        self.contexts.append(weakref.ref(made))
+        return made
+
+    @property
+    def alive(self) -> list[Context]:
+        """The contexts that are not freed yet."""
+        return [context for each in self.contexts if (context := each()) is not None]
 
 
 def _module(driver: Driver) -> Any:
@@ -324,15 +389,16 @@ def _module(driver: Driver) -> Any:
     return SimpleNamespace(
         ILogger=ILogger,
         Runtime=Runtime,
-        ExecutionContextAllocationStrategy=SimpleNamespace(ON_PROFILE_CHANGE=1),
-        DynamicShapesKernelSpecializationStrategy=SimpleNamespace(EAGER="eager"),
+        ExecutionContextAllocationStrategy=SimpleNamespace(USER_MANAGED=2),
+        DynamicShapesKernelSpecializationStrategy=SimpleNamespace(EAGER="eager", LAZY="lazy"),
     )
 
 
-def build(bundle: Bundle, purpose: Purpose, directory: Path, *, capturable: bool = True) -> None:
+def build(bundle: Bundle, purpose: Purpose, directory: Path, *, capturable: bool = True, captures: bool = True) -> None:
     """Put an engine for the simulation into a bundle, and the model that it stands for into a directory."""
     model = specialise(bundle, directory, form="function", compute=purpose.compute, capacity=purpose.max_length)
-    document = {"model": str(model), "profiles": profile_shapes(bundle, purpose), "capturable": capturable}
+    document = {"model": str(model), "profiles": profile_shapes(bundle, purpose)}
+    document |= {"capturable": capturable, "captures": captures}
     record = EngineRecord(purpose, made_from(bundle), VERSION, ["8.7"])
     keep_engine(bundle, record, json.dumps(document).encode(), force=True)
 

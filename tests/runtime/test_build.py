@@ -2,7 +2,11 @@
 
 import json
 import os
+import re
 import shutil
+import signal
+import subprocess
+import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,12 +17,14 @@ import pytest
 
 from gta_edge.bundle import Bundle
 from gta_edge.errors import BackendError, CapacityError, EngineError, InputError, OutputError
+from gta_edge.plugins.compiler import driver_cuda_version
 from gta_edge.plugins.launch import Gpu
 from gta_edge.runtime import build as building
 from gta_edge.runtime.build import LOGIT_POSITIONS, build, prepare_only, profile_shapes, requirement
 from gta_edge.runtime.engine import EngineRecord, Purpose, engine_directory, keep_engine, load_engine, made_from
 from gta_edge.runtime.memory import available_bytes
-from tests.cli import Result
+from gta_edge.runtime.tensorrt_log import new_log, started
+from tests.cli import COMMAND, Result, environment
 
 RTX = Purpose("tensorrt-rtx", "fp16", "fp16", max_length=64, max_batch=2, chunk_size=32)
 PLUGIN = replace(RTX, engine="tensorrt")
@@ -123,6 +129,7 @@ DAMAGES = {
     "a text for a list": edited(lambda d: d["record"].update(compute_capabilities="8.7")),
     "numbers in a list": edited(lambda d: d["record"].update(compute_capabilities=[8.7])),
     "no time": edited(lambda d: d.pop("mtime_ns")),
+    "a type that there is not": edited(lambda d: d["record"]["purpose"].update(cache_dtype="int3")),
     "no rows": edited(lambda d: d["record"]["purpose"].update(max_batch=0)),
     "another engine's": edited(lambda d: d["record"]["purpose"].update(engine="tensorrt-rtx")),
 }
@@ -310,6 +317,48 @@ def test_timings_are_kept_for_the_next_build(
     assert [path.name for path in kept.parent.iterdir()] == [kept.name]
     assert kept.stat().st_size > 0
     assert kept.read_bytes() != content
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_timings_that_tensorrt_does_not_take_cost_no_engine(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trt = pytest.importorskip("tensorrt_rtx", reason="the package tensorrt-rtx is needed")
+    from gta_edge.runtime.specialise import specialise
+    from gta_edge.runtime.tensorrt_builder import Target, build_plan
+    from gta_edge.trt import load
+
+    monkeypatch.setenv("GTA_EDGE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(trt.IBuilderConfig, "set_timing_cache", lambda *arguments, **options: False)
+    monkeypatch.setattr(trt.IBuilderConfig, "get_timing_cache", lambda config: None)
+    target = Target(replace(load("tensorrt-rtx"), times_kernels=True), ("8.6",), "a GPU")
+    model = specialise(bundle, tmp_path / "model", form="function", compute="fp16", capacity=RTX.max_length)
+    assert len(build_plan(model, RTX, profile_shapes(bundle, RTX), target)) > 1000
+    assert not [*(tmp_path / "cache" / "timings").iterdir()]
+
+
+def test_ctrl_c_in_the_midst_of_tensorrt(copied_bundle: Path, no_gpu: None) -> None:
+    arguments = [*COMMAND, "build", copied_bundle, "--engine", "tensorrt-rtx", "--compute-capability", "8.6"]
+    engines = copied_bundle / "engines"
+    with subprocess.Popen(arguments, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        while process.poll() is None and not [*engines.glob(".build-*/model/prepared.json")]:
+            time.sleep(0.01)
+        time.sleep(0.4)  # TensorRT parses now, or builds
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (130, b"", b"")
+    assert not [*engines.iterdir()]
+
+
+def test_tensorrt_without_a_driver_that_it_takes() -> None:
+    """Its runtime says so in its log only, gives an object of no use, and ends the process when that is freed."""
+    lean = pytest.importorskip("tensorrt_lean_bindings", reason="the package tensorrt-lean-cu13-bindings is needed")
+    if driver_cuda_version() is not None:
+        pytest.skip("there is a driver here")
+    text = message(BackendError, started, lean.Runtime, new_log(lean), "runtime")
+    assert re.fullmatch(
+        r"TensorRT cannot start its runtime \(.*CUDA initialization failure .*\); run `gta-edge doctor`", text
+    )
 
 
 def test_a_model_that_tensorrt_refuses(bundle: Bundle, no_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:

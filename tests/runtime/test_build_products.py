@@ -197,6 +197,21 @@ def test_an_engine_has_the_products_that_were_faster(
     }
 
 
+@pytest.mark.parametrize(("who", "other"), [("plugin", "native"), ("native", "plugin")])
+def test_who_cannot_multiply_has_lost(bundle: Bundle, monkeypatch: pytest.MonkeyPatch, who: str, other: str) -> None:
+    gpu = Gpu(FASTER, FASTER).install(monkeypatch)
+
+    def unable(*arguments: object) -> list[Timing]:
+        raise product_timing.UnableError(who, EngineError("there is no kernel for int4 in blocks"))
+
+    monkeypatch.setattr(product_timing, "time_products", unable)
+    build(bundle, PURPOSE)
+    assert products(gpu.built) == (PACKED if other == "plugin" else NATIVE)
+    _, record = load_engine(bundle, "tensorrt", **HERE)
+    assert record.products == other
+    assert record.product_timings == [{"unable": who, "reason": "there is no kernel for int4 in blocks"}]
+
+
 @pytest.mark.parametrize("int4", ["plugin", "native"])
 def test_what_was_asked_for_is_not_timed(bundle: Bundle, monkeypatch: pytest.MonkeyPatch, int4: str) -> None:
     gpu = Gpu(FASTER, SLOWER).install(monkeypatch)

@@ -138,6 +138,15 @@ def test_rows_of_different_length(session: Session, near: Near, expected: Logits
     assert near(session.forward(step), np.stack([each[-1] for each in logits]))
 
 
+def test_tokens_of_changing_numbers_of_rows(session: Session, near: Near, expected: Logits) -> None:
+    for rows in (1, 3, 1, 2, 3):
+        session.reset()
+        given = ids(rows, 5, seed=rows)
+        logits = expected(given)
+        for i in range(5):
+            assert near(session.forward(given[:, i : i + 1]), logits[:, i])
+
+
 def test_truncate_and_reset(session: Session, near: Near, expected: Logits) -> None:
     given, step, other = ids(1, 60), ids(1, 1, seed=2), ids(2, 9, seed=3)
     session.forward(given)

@@ -84,14 +84,14 @@ def test_nothing_is_allocated_after_the_start(session: TensorRTSession, driver: 
 
 
 def test_past_and_present_are_one_memory_that_no_step_copies(session: TensorRTSession, driver: Driver) -> None:
-    decode, prefill = session._engine.contexts
+    session.forward(ids(session, 1, 5))
+    session.forward(ids(session, 1, 1))
+    prefill, decode = session._engine.alive
     caches = [name for name in decode.addresses if name.startswith("past_") and name != "past_length"]
     assert len(caches) == 2 * session.config.num_hidden_layers
     for name in caches:
         present = name.replace("past_", "present_")
         assert len({context.addresses[each] for context in (decode, prefill) for each in (name, present)}) == 1
-    session.forward(ids(session, 1, 5))
-    session.forward(ids(session, 1, 1))
     assert {call for call in driver.calls if call.startswith("copy")} == {
         "copy pinned to device",
         "copy device to pinned",
@@ -101,16 +101,41 @@ def test_past_and_present_are_one_memory_that_no_step_copies(session: TensorRTSe
     assert driver.used_bytes() >= size
 
 
+@pytest.mark.parametrize("how", ["capturable", "captures"])
 def test_an_engine_that_cannot_be_captured_runs_step_by_step(
-    bundle: Bundle, copied_bundle: Path, tmp_path: Path, session: TensorRTSession
+    copied_bundle: Path, tmp_path: Path, session: TensorRTSession, how: str
 ) -> None:
+    """TensorRT-RTX says so before, TensorRT only when it is tried."""
     other, driver = Bundle.open(copied_bundle), Driver()
-    simulator.build(other, PURPOSE, tmp_path / "prepared", capturable=False)
+    simulator.build(other, PURPOSE, tmp_path / "prepared", **{how: False})
     with open_simulated(other, PURPOSE.engine, driver) as without:
+        assert (session.cuda_graph, without.cuda_graph) == (None, None)
         for i in range(4):
             step = ids(session, 2, 1, seed=i)
             np.testing.assert_array_equal(session.forward(step), without.forward(step))
-    assert not driver.graphs
+        assert (session.cuda_graph, without.cuda_graph) == (True, False)
+    assert "replay" not in driver.calls
+
+
+def test_only_so_many_contexts_are_kept(
+    session: TensorRTSession, driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gta_edge.runtime.tensorrt._DECODERS_KEPT", 2)
+    for i, rows in enumerate((1, 2, 3, 2, 1)):
+        session.reset()
+        session.forward(ids(session, rows, 1, seed=i))
+    assert len(session._engine.alive) == 1 + 2
+    assert len(driver.graphs) - len(driver.freed_graphs) == 2
+
+
+def test_scratch_memory_is_one_for_all(session: TensorRTSession) -> None:
+    for rows in (1, 2):
+        session.reset()
+        session.forward(ids(session, rows, 3))
+        session.forward(ids(session, rows, 1))
+    contexts = session._engine.alive
+    assert len(contexts) == 3
+    assert {context.scratch for context in contexts} == {(session._scratch, session._engine.scratch_bytes(1))}
 
 
 def test_more_logits_than_one_run_gives(session: TensorRTSession, driver: Driver) -> None:
@@ -131,7 +156,19 @@ def test_everything_is_given_back(bundle: Bundle, driver: Driver) -> None:
     session.close()
     session.close()
     assert not driver.live
+    assert not driver.objects
+    assert not driver.current  # as it was before
     assert driver.calls.count("retain") == driver.calls.count("release") == 1
+
+
+def test_an_error_of_cuda_keeps_nothing(bundle: Bundle, driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = open_simulated(bundle, PURPOSE.engine, driver)
+    failed = (simulator.driver_enums.CUresult.CUDA_ERROR_ILLEGAL_ADDRESS,)
+    monkeypatch.setattr(driver, "cuStreamSynchronize", lambda stream: failed)
+    with pytest.raises(BackendError, match="CUDA_ERROR_ILLEGAL_ADDRESS"):
+        session.forward(ids(session, 1, 3))
+    session.close()
+    assert not driver.objects
 
 
 def test_a_gpu_that_is_too_small_is_refused_with_figures(bundle: Bundle) -> None:
@@ -164,9 +201,12 @@ def test_more_tokens_than_it_was_built_for(session: TensorRTSession) -> None:
 def test_what_tensorrt_refuses_to_run_is_an_error_with_its_words(
     session: TensorRTSession, driver: Driver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(driver, "within", lambda address, size, kind: kind == "pinned" or size < 64)
-    with pytest.raises(BackendError, match=r"could not run the engine \(.* is not in the GPU's memory\)"):
-        session._chunk(np.zeros((1, 2), np.int64), np.zeros(1, np.int64), np.zeros((1, 1), np.int64))
+    session._prefill.scratch = 0, 0
+    with pytest.raises(BackendError, match=r"could not run the engine \(there is too little scratch memory\)"):
+        session.forward(ids(session, 1, 2))
+    monkeypatch.setattr(session._prefill.engine, "names", set())
+    with pytest.raises(BackendError, match=r"the engine has no input_ids \(.*; run: gta-edge build"):
+        session.forward(ids(session, 1, 1))
 
 
 def test_kernels_that_were_compiled_at_run_time_are_kept(
@@ -177,7 +217,11 @@ def test_kernels_that_were_compiled_at_run_time_are_kept(
     def opened() -> TensorRTSession:
         return open_simulated(bundle, PURPOSE.engine, compiles_at_run_time=True)
 
-    opened().close()
+    first = opened()
+    first.forward(ids(first, 1, 1))
+    # for a graph kernels are there before it is captured; prompts, of all lengths, do not wait for theirs
+    assert first._engine.kinds == ["lazy", "eager"]
+    first.close()
     (kept,) = (tmp_path / "cache" / "tensorrt-rtx").iterdir()
     assert kept.read_bytes() == b"kernels 2"
     kept.write_bytes(b"kernels 7")
