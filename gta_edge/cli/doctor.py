@@ -30,6 +30,7 @@ def doctor() -> None:
         "backends": {
             "tensorrt": _engine_backend("tensorrt", kernels),
             "tensorrt-rtx": _engine_backend("tensorrt-rtx", kernels),
+            "onnxruntime-cuda": _onnxruntime_cuda(),
             "onnxruntime": _backend(("onnxruntime", "onnx_ir"), "ort", _load_onnxruntime),
             "torch": _backend(("torch", "onnx_ir"), "export", None),
         },
@@ -67,6 +68,21 @@ def _load_onnxruntime() -> object:
     from gta_edge.ort import load_onnxruntime
 
     return load_onnxruntime()
+
+
+def _onnxruntime_cuda() -> dict[str, Any]:
+    """Whether ONNX Runtime can use the GPU; an error says itself what to run."""
+    from gta_edge.ort import load_onnxruntime_cuda
+
+    missing = _backend(("onnxruntime", "onnx_ir"), "ort-gpu", None)
+    if not missing["works"]:
+        return missing
+    try:
+        load_onnxruntime_cuda()
+    except BackendError as error:
+        reason, _, remedy = str(error).partition("; ")
+        return _state(reason, remedy.removeprefix("run: ") or None)
+    return _state()
 
 
 def _engine_backend(engine: str, kernels: dict[str, Any]) -> dict[str, Any]:

@@ -23,6 +23,14 @@ def _onnxruntime(bundle: Bundle, *, compute: str | None = None, **options: Any) 
     return OnnxRuntimeSession(bundle, **options)
 
 
+def _onnxruntime_cuda(
+    bundle: Bundle, *, threads: int | None = None, exact: bool = True, compute: str | None = None, **options: Any
+) -> Session:
+    from gta_edge.runtime.onnxruntime_cuda import OnnxRuntimeCudaSession
+
+    return OnnxRuntimeCudaSession(bundle, compute=compute, **options)
+
+
 def _torch(
     bundle: Bundle,
     *,
@@ -66,6 +74,7 @@ def _engine(name: str) -> Callable[..., Session]:
 BACKENDS: dict[str, Callable[..., Session]] = {
     "tensorrt": _engine("tensorrt"),
     "tensorrt-rtx": _engine("tensorrt-rtx"),
+    "onnxruntime-cuda": _onnxruntime_cuda,
     "onnxruntime": _onnxruntime,
     "torch": _torch,
 }
@@ -92,7 +101,7 @@ def load(
         chunk_size: tokens of a prompt that are run at once; by default what suits the backend.
         exact: multiply by int8 and int4 weights in float32 where the backend would round activations to int8.
         compute: type that a GPU computes in, ``fp16``, ``bf16`` or ``fp32``; by default the bundle's own 16-bit type,
-            or bf16. A CPU computes in fp32.
+            or else bf16 (fp16 on ``onnxruntime-cuda``). A CPU computes in fp32.
         verify_hashes: hash the weights even if their size and time are as recorded.
         progress: told of bytes hashed, and of weights laid out anew.
 

@@ -16,14 +16,13 @@ import numpy.typing as npt
 from gta_edge.bundle import Bundle
 from gta_edge.config import CacheSpec
 from gta_edge.errors import BackendError, CapacityError, GtaEdgeError
-from gta_edge.ort import EXACT_PRODUCTS, INT8_PRODUCTS, first_line, load_onnxruntime
+from gta_edge.ort import EXACT_PRODUCTS, INT8_PRODUCTS, WEIGHTS_FOLDER, first_line, load_onnxruntime
 from gta_edge.progress import Progress, silent
 from gta_edge.runtime.prepared import prepare, without_new_weights
 from gta_edge.runtime.session import Ids, Logits, Session
 
 __all__ = ["OnnxRuntimeSession"]
 
-_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 _DEVICE = ("cpu", 0)
 _WARNING, _FATAL = 2, 4
 
@@ -71,7 +70,7 @@ class OnnxRuntimeSession(Session):
         settings = onnxruntime.SessionOptions()
         settings.log_severity_level = _FATAL  # its errors are raised, and must not stand beside ours on stderr
         settings.intra_op_num_threads = threads or 0
-        settings.add_session_config_entry(_WEIGHTS_FOLDER, str(bundle.directory.resolve()))
+        settings.add_session_config_entry(WEIGHTS_FOLDER, str(bundle.directory.resolve()))
         settings.add_session_config_entry(*(EXACT_PRODUCTS if exact else INT8_PRODUCTS))
         providers = ["CPUExecutionProvider"]
         try:

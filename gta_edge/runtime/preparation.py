@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 else:
     ir, common = optional("onnx_ir", "ort"), optional("onnx_ir.passes.common", "ort")
 
-__all__ = ["graph_without_new_weights", "graphs"]
+__all__ = ["graph_without_new_weights", "graphs", "load_graph", "run_passes", "store_weights"]
 
 _INLINE_BYTES = 1024
 _INT8_ACTIVATIONS, _FLOAT32 = 4, 1  # MatMulNBits' accuracy levels
@@ -44,8 +44,8 @@ def graphs(bundle: Bundle, weights: Path, location: str, progress: Progress = si
         BundleError: the weights do not lie within the bundle.
         BackendError: the bundle's graph cannot be read, or onnx-ir is not installed.
     """
-    model = _loaded(bundle)
-    _run(
+    model = load_graph(bundle)
+    run_passes(
         model,
         ExpandAttentionPass(),
         common.InlinePass(),
@@ -53,7 +53,7 @@ def graphs(bundle: Bundle, weights: Path, location: str, progress: Progress = si
         FuseProductsPass(_INT8_ACTIVATIONS),
         FuseNormsPass(),
     )
-    _store(model, weights, location, progress)
+    store_weights(model, weights, location, progress)
     default = bytes(ir.to_proto(model).SerializeToString())
     if bundle.precision not in BITS:
         return default, default
@@ -65,12 +65,18 @@ def graphs(bundle: Bundle, weights: Path, location: str, progress: Progress = si
 
 def graph_without_new_weights(bundle: Bundle) -> bytes:
     """Return a graph that reads the bundle's weights as they are: for where no file can be written."""
-    model = _loaded(bundle)
-    _run(model, common.InlinePass(), ShareDimensionsPass(), FuseNormsPass())
+    model = load_graph(bundle)
+    run_passes(model, common.InlinePass(), ShareDimensionsPass(), FuseNormsPass())
     return bytes(ir.to_proto(model).SerializeToString())
 
 
-def _loaded(bundle: Bundle) -> ir.Model:
+def load_graph(bundle: Bundle) -> ir.Model:
+    """Return a bundle's graph, whose weights are read when they are asked for.
+
+    Raises:
+        BundleError: the weights do not lie within the bundle.
+        BackendError: it cannot be read, or onnx-ir is not installed.
+    """
     if not installed(ir):
         ir.load(bundle.model_path)  # says what to install
     try:
@@ -81,7 +87,12 @@ def _loaded(bundle: Bundle) -> ir.Model:
     return model
 
 
-def _run(model: ir.Model, *passes: ir.passes.PassBase) -> None:
+def run_passes(model: ir.Model, *passes: ir.passes.PassBase) -> None:
+    """Run passes, and those that tidy up after any: unused nodes, common subexpressions, names.
+
+    Raises:
+        BackendError: a pass meets what it does not expect. An error of ours from within one passes as it is.
+    """
     cleaning = common.RemoveUnusedNodesPass(), common.CommonSubexpressionEliminationPass(), common.NameFixPass()
     try:
         ir.passes.Sequential(*passes, *cleaning)(model)
@@ -92,10 +103,12 @@ def _run(model: ir.Model, *passes: ir.passes.PassBase) -> None:
         raise BackendError(f"the graph is none that this version writes ({cause}); export the bundle again") from error
 
 
-def _store(model: ir.Model, weights: Path, location: str, progress: Progress) -> None:
-    """Write the initializers that are new, and let the model refer to them."""
-    new = [v for v in model.graph.initializers.values() if isinstance(v.const_value, ir.LazyTensor)]
-    large = [v for v in new if v.const_value is not None and v.const_value.nbytes >= _INLINE_BYTES]
+def store_weights(
+    model: ir.Model, weights: Path, location: str, progress: Progress, *, everything: bool = False
+) -> None:
+    """Write the initializers that are new, or every one, and let the model refer to them by ``location``."""
+    given = [v for v in model.graph.initializers.values() if everything or isinstance(v.const_value, ir.LazyTensor)]
+    large = [v for v in given if v.const_value is not None and v.const_value.nbytes >= _INLINE_BYTES]
     tensors = [v.const_value for v in large if v.const_value is not None]
 
     def wrote(_: Any, info: Any) -> None:

@@ -1,8 +1,9 @@
-"""A bundle's graph as ONNX Runtime runs it best on a CPU, made once and kept in the bundle.
+"""A bundle's graph as ONNX Runtime runs it best, made once and kept in the bundle.
 
 The bundle's own graph stays as it is: one node for each attention, standard operators, one file for every engine. For
 ONNX Runtime the functions are inlined and what all layers have in common (positions, mask, shapes) is computed once.
 Products with integers get its kernel's own layout, in a file beside the graph; all other weights stay where they are.
+This is how a form is kept, and the CPU's; the one for GPUs is in ``cuda_preparation``.
 
     engines/onnxruntime/model.onnx, exact.onnx    the two graphs: activations rounded to int8, or not
     engines/onnxruntime/weights.data              codes and scales
@@ -13,8 +14,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +27,34 @@ from gta_edge.progress import Progress, silent
 from gta_edge.quantization import BITS
 from gta_edge.version import __version__
 
-__all__ = ["Prepared", "prepare", "without_new_weights"]
+__all__ = ["GRAPH", "Form", "Prepared", "kept_graph", "prepare", "without_new_weights"]
 
-_REVISION = 1  # of what the passes do
-_DIRECTORY = "engines/onnxruntime"
-_RECORD, _GRAPH, _EXACT, _PACKED = "prepared.json", "model.onnx", "exact.onnx", "weights.data"
-_NAMES = {_RECORD, _GRAPH, _EXACT, _PACKED}
+GRAPH = "model.onnx"
+_RECORD, _EXACT, _PACKED = "prepared.json", "exact.onnx", "weights.data"
+_NAMES = {_RECORD, GRAPH, _EXACT, _PACKED}
+
+Make = Callable[[Bundle, Path, str, Progress], dict[str, bytes]]
+"""Writes a form's new weights to a file, and returns its graphs by name, serialised.
+
+Takes the bundle, the file, what the graphs call that file (from the bundle's directory), and who is told of weights.
+"""
+
+
+@dataclass(frozen=True)
+class Form:
+    """A form of a bundle's graph that is kept in it.
+
+    Attributes:
+        directory: where, from the bundle's directory: a place below ``engines``.
+        make: what makes it.
+        revision: of what ``make`` does.
+        options: what else the result depends on; recorded with it.
+    """
+
+    directory: str
+    make: Make
+    revision: int = 1
+    options: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -60,11 +84,7 @@ def prepare(bundle: Bundle, *, exact: bool = False, progress: Progress = silent)
         BackendError: the bundle's graph cannot be read, or onnx-ir is missing to make a new one.
     """
     rounds = bundle.precision in BITS and not exact
-    directory, name = bundle.directory / _DIRECTORY, _EXACT if exact else _GRAPH
-    record = _record(bundle)
-    graph = _kept(directory, record, name)
-    if graph is None and _keep(bundle, directory, record, progress):
-        graph = _kept(directory, record, name)
+    graph = kept_graph(bundle, _CPU, _EXACT if exact else GRAPH, progress)
     return without_new_weights(bundle, exact=exact) if graph is None else Prepared(graph, rounds, kept=True)
 
 
@@ -79,37 +99,67 @@ def without_new_weights(bundle: Bundle, *, exact: bool = False) -> Prepared:
     return Prepared(graph_without_new_weights(bundle), bundle.precision in BITS and not exact, kept=False)
 
 
-def _keep(bundle: Bundle, directory: Path, record: dict[str, Any], progress: Progress) -> bool:
+def _for_cpu(bundle: Bundle, weights: Path, location: str, progress: Progress) -> dict[str, bytes]:
+    from gta_edge.runtime.preparation import graphs
+
+    default, exact = graphs(bundle, weights, location, progress)
+    return {GRAPH: default, _EXACT: exact}
+
+
+_CPU = Form("engines/onnxruntime", _for_cpu)
+
+
+# --- what any form needs to be kept --------------------------------------------------------------------------------
+
+
+def kept_graph(bundle: Bundle, form: Form, name: str = GRAPH, progress: Progress = silent) -> bytes | None:
+    """Return a graph that is kept in a bundle, made now if there is none, or None if the bundle is not writable.
+
+    Raises:
+        BundleError, BackendError: from ``form.make``.
+    """
+    record = _record(bundle, form)
+    graph = _kept(bundle, form, record, name)
+    if graph is None and _keep(bundle, form, record, progress):
+        graph = _kept(bundle, form, record, name)
+    return graph
+
+
+def _keep(bundle: Bundle, form: Form, record: dict[str, Any], progress: Progress) -> bool:
     """Make the graphs and keep them; tell whether the bundle could be written to."""
+    directory = bundle.directory / form.directory
     try:
-        if _leads_out(directory):
+        if _leads_out(bundle, directory):
             return False
-        directory.parent.mkdir(exist_ok=True)
+        directory.parent.mkdir(parents=True, exist_ok=True)
         record_file = directory / _RECORD
         if directory.is_dir() and not record_file.exists() and {path.name for path in directory.iterdir()} <= _NAMES:
             record_file.touch()  # ours, whatever is left of it, and so to be replaced
         with new_directory(directory, force=True) as partial:
-            _write(bundle, partial, record, progress)
+            _write(bundle, form, partial, record, progress)
     except (OutputError, OSError):  # read-only, or full: it goes without, slower to load
         return False
     finally:
         with suppress(OSError):  # not there, or not empty
-            directory.parent.rmdir()
+            for parent in _above(bundle, directory):
+                parent.rmdir()
     return True
 
 
-def _record(bundle: Bundle) -> dict[str, Any]:
+def _record(bundle: Bundle, form: Form) -> dict[str, Any]:
     """Return what the result depends on."""
     files = bundle.manifest["files"]
     made_from = {name: files[name]["sha256"] for name in (MODEL, WEIGHTS) if name in files}
-    return {"gta_edge": __version__, "revision": _REVISION, "made_from": made_from}
+    return {"gta_edge": __version__, "revision": form.revision, "made_from": made_from} | form.options
 
 
-def _kept(directory: Path, record: dict[str, Any], name: str) -> bytes | None:
+def _kept(bundle: Bundle, form: Form, record: dict[str, Any], name: str) -> bytes | None:
     """Return a graph that was kept, None when there is none, or it is of something else, or damaged."""
+    directory = bundle.directory / form.directory
     packed = directory / _PACKED
     try:  # all of it: what belongs to somebody else may not even be looked at
-        if not all(_is_own(path) for path in (directory / _RECORD, directory / name)) or _leads_out(directory):
+        own = all(_is_own(path) for path in (directory / _RECORD, directory / name))
+        if not own or _leads_out(bundle, directory):
             return None
         found = json.loads((directory / _RECORD).read_text(encoding="utf-8"))
         graph = (directory / name).read_bytes()
@@ -125,9 +175,14 @@ def _is_own(path: Path) -> bool:
     return path.is_file() and not path.is_symlink()
 
 
-def _leads_out(directory: Path) -> bool:
+def _above(bundle: Bundle, directory: Path) -> list[Path]:
+    """Return the directories between a form's and the bundle's, the innermost first."""
+    return list(directory.parents)[: len(directory.relative_to(bundle.directory).parts) - 1]
+
+
+def _leads_out(bundle: Bundle, directory: Path) -> bool:
     """Tell whether a directory of ours is a link to another place."""
-    return directory.is_symlink() or directory.parent.is_symlink()
+    return any(path.is_symlink() for path in (directory, *_above(bundle, directory)))
 
 
 def _times(path: Path) -> tuple[int, int]:
@@ -135,12 +190,9 @@ def _times(path: Path) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def _write(bundle: Bundle, directory: Path, record: dict[str, Any], progress: Progress) -> None:
-    from gta_edge.runtime.preparation import graphs
-
+def _write(bundle: Bundle, form: Form, directory: Path, record: dict[str, Any], progress: Progress) -> None:
     packed = directory / _PACKED
-    default, exact = graphs(bundle, packed, f"{_DIRECTORY}/{_PACKED}", progress)
-    contents = {_GRAPH: default, _EXACT: exact}
+    contents = form.make(bundle, packed, f"{form.directory}/{_PACKED}", progress)
     for name, content in contents.items():
         (directory / name).write_bytes(content)
     sums = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}

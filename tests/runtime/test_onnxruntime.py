@@ -169,7 +169,9 @@ def test_auto_says_what_it_took(bundle: Path) -> None:
 
 def test_unknown_backend(bundle: Path) -> None:
     with pytest.raises(
-        BackendError, match="no backend is called 'cuda'; there are tensorrt, tensorrt-rtx, onnxruntime, torch and auto"
+        BackendError,
+        match="no backend is called 'cuda'; there are "
+        "tensorrt, tensorrt-rtx, onnxruntime-cuda, onnxruntime, torch and auto",
     ):
         load(bundle, "cuda")
 

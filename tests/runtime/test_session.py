@@ -20,6 +20,7 @@ from gta_edge.export.pipeline import export
 from gta_edge.model import Decoder
 from gta_edge.runtime.engine import Purpose
 from gta_edge.runtime.onnxruntime import OnnxRuntimeSession
+from gta_edge.runtime.onnxruntime_cuda import OnnxRuntimeCudaSession
 from gta_edge.runtime.session import Session
 from gta_edge.runtime.torch import TorchSession
 from gta_edge.weights import read_weights
@@ -59,6 +60,14 @@ def onnxruntime_session(config: ModelConfig, weights: dict[str, np.ndarray], **o
     return OnnxRuntimeSession(Bundle.open(_exported(json.dumps(config.to_dict()))), **options)
 
 
+def onnxruntime_cuda_session(config: ModelConfig, weights: dict[str, np.ndarray], **options: Any) -> Session:
+    """The session for GPUs with its graph, on the CPU and in float32."""
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    own = {name: options[name] for name in options if name != "exact"}
+    bundle = Bundle.open(_exported(json.dumps(config.to_dict())))
+    return OnnxRuntimeCudaSession(bundle, device="cpu", compute="fp32", **own)
+
+
 ENGINE = Purpose("tensorrt-rtx", "fp32", "fp32", max_length=24, max_batch=5, chunk_size=20)
 
 
@@ -78,9 +87,10 @@ def tensorrt_session(config: ModelConfig, weights: dict[str, np.ndarray], **opti
 SESSIONS: dict[str, Factory] = {
     "torch": torch_session,
     "onnxruntime": onnxruntime_session,
+    "onnxruntime-cuda": onnxruntime_cuda_session,
     "tensorrt": tensorrt_session,
 }
-growing = pytest.mark.parametrize("backend", ["torch", "onnxruntime"], indirect=True)
+growing = pytest.mark.parametrize("backend", ["torch", "onnxruntime", "onnxruntime-cuda"], indirect=True)
 """For tests of caches that begin small; an engine's has its capacity from the start."""
 
 TOLERANCE = 1e-4  # of a float32 backend: largest error over the standard deviation of the exact logits
@@ -139,7 +149,7 @@ in_integers_too = pytest.mark.parametrize(
     ("backend", "model"),
     [
         *((backend, model) for backend in SESSIONS for model in MODELS),
-        *((backend, model) for backend in ("onnxruntime", "tensorrt") for model in INTEGERS),
+        *((backend, model) for backend in ("onnxruntime", "onnxruntime-cuda", "tensorrt") for model in INTEGERS),
     ],
     indirect=True,
 )
@@ -399,8 +409,8 @@ def test_an_empty_session_takes_another_number_of_rows(session, model, rows, emp
 @pytest.mark.parametrize(
     ("backend", "model"),
     [
-        *((backend, model) for backend in ("torch", "onnxruntime") for model in MODELS),
-        *(("onnxruntime", model) for model in INTEGERS),
+        *((backend, model) for backend in ("torch", "onnxruntime", "onnxruntime-cuda") for model in MODELS),
+        *((backend, model) for backend in ("onnxruntime", "onnxruntime-cuda") for model in INTEGERS),
     ],
     indirect=True,
 )
