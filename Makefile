@@ -25,7 +25,7 @@ demo: $(VENV)/.demo
 	$(BIN)/gta-edge export examples/tiny-gta $(DEMO)/tiny-gta
 	$(BIN)/gta-edge inspect $(DEMO)/tiny-gta
 	$(BIN)/gta-edge generate $(DEMO)/tiny-gta --prompt 'def __init__(self, ' --max-new-tokens 72
-	$(BIN)/python benchmarks/latency.py $(DEMO)/tiny-gta --contexts 16,128,512,960
+	$(BIN)/gta-edge bench $(DEMO)/tiny-gta --contexts 16,128,512,960 --new-tokens 16 --rounds 3
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n auto --dist loadfile

@@ -11,7 +11,17 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-__all__ = ["clocks_fixed", "cuda_toolkit", "describe", "gpus", "package_versions", "power_mode"]
+__all__ = [
+    "clocks_fixed",
+    "cpu_cache_bytes",
+    "cpu_governor",
+    "cuda_toolkit",
+    "describe",
+    "gpus",
+    "package_versions",
+    "power_mode",
+    "timing_warnings",
+]
 
 PACKAGES = (
     "numpy",
@@ -28,6 +38,8 @@ PACKAGES = (
 )
 """Distributions whose versions matter to what runs, and how fast."""
 
+_BUSY = 0.25  # of the cores, before anything of ours runs
+
 
 def describe() -> dict[str, Any]:
     """Return system, processor, memory and, on a Jetson, board, JetPack and power mode; None where it does not say."""
@@ -38,6 +50,7 @@ def describe() -> dict[str, Any]:
         "cpu": _cpu(),
         "cores": os.cpu_count(),
         "usable_cores": _usable_cores(),
+        "cpu_governor": cpu_governor(),
         "memory_bytes": _memory(),
         "board": _line(Path("/proc/device-tree/model")),
         "jetpack": _run("dpkg-query", "--show", "--showformat=${Version}", "nvidia-jetpack"),
@@ -78,6 +91,43 @@ def clocks_fixed(devfreq: Path = Path("/sys/class/devfreq")) -> bool | None:
     return None
 
 
+def cpu_governor(cpus: Path = Path("/sys/devices/system/cpu")) -> str | None:
+    """Return what sets the CPU's clock, such as ``performance`` or ``schedutil``; None where the system has none."""
+    found = sorted({_line(path) or "" for path in cpus.glob("cpu*/cpufreq/scaling_governor")} - {""})
+    return ", ".join(found) or None
+
+
+def cpu_cache_bytes(cpus: Path = Path("/sys/devices/system/cpu")) -> int | None:
+    """Return the size of the largest cache that the first core has, by the system's table."""
+    sizes = [_line(path) or "" for path in cpus.glob("cpu0/cache/index*/size")]
+    units = {"K": 2**10, "M": 2**20, "G": 2**30}
+    return max((int(size[:-1]) * units[size[-1]] for size in sizes if re.fullmatch(r"\d+[KMG]", size)), default=None)
+
+
+def timing_warnings(found: dict[str, Any], load: float | None = None) -> list[str]:
+    """Return what on this machine makes times vary, in a sentence each.
+
+    Args:
+        found: what ``describe`` returned.
+        load: programs that are running or want to, the mean of the last minute; asked of the system by default.
+    """
+    warnings = []
+    if found["clocks_fixed"] is False:
+        warnings.append("the GPU's clock is not fixed, so times vary; run: sudo jetson_clocks")
+    if found["board"] and not found["power_mode"]:
+        warnings.append("the power mode is not known, and sets how fast the board is; see: sudo nvpmodel -q")
+    governor = found["cpu_governor"]
+    if governor and governor != "performance" and not found["clocks_fixed"]:
+        warnings.append(f"the CPU's clock follows the load ({governor}), so short runs vary")
+    load = _load() if load is None else load
+    if load is not None and load > _BUSY * (found["usable_cores"] or 1):
+        warnings.append(
+            f"other programs have kept {load:.1f} of {found['usable_cores']} cores busy in the last minute; "
+            "what is measured beside them is slower and varies"
+        )
+    return warnings
+
+
 def package_versions() -> dict[str, str]:
     """Return the versions of those of ``PACKAGES`` that are installed."""
     found = {}
@@ -104,6 +154,13 @@ def _usable_cores() -> int | None:
         return len(os.sched_getaffinity(0))
     except (AttributeError, OSError):  # not on every system
         return os.cpu_count()
+
+
+def _load() -> float | None:
+    try:
+        return os.getloadavg()[0]
+    except (OSError, AttributeError):
+        return None
 
 
 def _memory() -> int | None:

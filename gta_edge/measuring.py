@@ -18,7 +18,7 @@ from gta_edge.optional import optional
 from gta_edge.plugins.compiler import cuda_extra
 from gta_edge.plugins.gpu import current_gpu
 
-__all__ = ["measure", "measure_cpu", "measure_gpu"]
+__all__ = ["cpu_bandwidth", "measure", "measure_cpu", "measure_gpu"]
 
 CPU_EFFICIENCY = 0.9
 _CPU_RUNTIME_BYTES = 80_000_000  # Python, numpy and ONNX Runtime before a model is loaded: docs/plan.md
@@ -83,6 +83,11 @@ def measure_cpu(name: str = "this-cpu") -> Device:
         verified=True,
         assumptions=("system: what other programs take now", "other programs that run now make both slower"),
     )
+
+
+def cpu_bandwidth() -> float:
+    """Return the bytes per second at which the cores that this process may use read memory together. Takes a second."""
+    return _read_bandwidth(len(os.sched_getaffinity(0)))
 
 
 def _read_bandwidth(cores: int) -> float:

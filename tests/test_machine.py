@@ -55,3 +55,35 @@ def test_commands_that_fail(commands: Path) -> None:
         command(commands, name, "NVIDIA-SMI has failed", status=9)
     assert (machine.power_mode(), machine.gpus(), machine.cuda_toolkit()) == (None, [], None)
     assert machine.describe()["jetpack"] is None
+
+
+def test_cpu_clock_and_caches(tmp_path: Path) -> None:
+    assert (machine.cpu_governor(tmp_path), machine.cpu_cache_bytes(tmp_path)) == (None, None)
+    for i, governor in enumerate(("schedutil", "performance", "schedutil")):
+        (tmp_path / f"cpu{i}" / "cpufreq").mkdir(parents=True)
+        (tmp_path / f"cpu{i}" / "cpufreq" / "scaling_governor").write_text(f"{governor}\n")
+    for i, size in enumerate(("32K", "2M", "1024K", "many")):
+        (tmp_path / "cpu0" / "cache" / f"index{i}").mkdir(parents=True)
+        (tmp_path / "cpu0" / "cache" / f"index{i}" / "size").write_text(f"{size}\n")
+    assert machine.cpu_governor(tmp_path) == "performance, schedutil"
+    assert machine.cpu_cache_bytes(tmp_path) == 2 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("changes", "load", "words"),
+    [
+        ({}, 0.1, []),
+        ({"clocks_fixed": True, "cpu_governor": "schedutil"}, 0.1, []),
+        ({"clocks_fixed": False}, 0.1, ["sudo jetson_clocks"]),
+        ({"board": "NVIDIA Jetson Orin Nano"}, 0.1, ["nvpmodel"]),
+        ({"board": "NVIDIA Jetson Orin Nano", "power_mode": "MAXN"}, 0.1, []),
+        ({"cpu_governor": "schedutil"}, 0.1, ["(schedutil)"]),
+        ({"cpu_governor": "performance"}, 0.1, []),
+        ({}, 3.25, ["3.2 of 8 cores"]),
+    ],
+)
+def test_what_makes_times_vary(changes: dict[str, object], load: float, words: list[str]) -> None:
+    nothing = {"clocks_fixed": None, "board": None, "power_mode": None, "cpu_governor": None, "usable_cores": 8}
+    found = machine.timing_warnings(nothing | changes, load)
+    assert len(found) == len(words)
+    assert all(word in text for word, text in zip(words, found, strict=True))

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from gta_edge.cli import build, doctor, export, generate, init, inspect, plan, verify
+from gta_edge.cli import bench, build, doctor, export, generate, init, inspect, plan, verify
 from gta_edge.cli import eval as evaluate
 from gta_edge.cli.output import command
 from gta_edge.version import __version__
@@ -33,6 +33,7 @@ _VERBS: dict[str, Callable[..., None]] = {
     "verify": verify.verify,
     "eval": evaluate.evaluate,
     "generate": generate.generate,
+    "bench": bench.bench,
     "doctor": doctor.doctor,
 }
 for _name, _function in _VERBS.items():

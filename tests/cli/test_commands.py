@@ -52,6 +52,7 @@ OPTIONS = {
         "--int4",
     ],
     "plan": ["--device", "--context", "--batch", "--precision", "--cache-dtype", "--plot"],
+    "bench": ["BUNDLE", "--backend", "--contexts", "--new-tokens", "--batch", "--prompt-file", "--plot", "--markdown"],
     "doctor": [],
 }
 
@@ -373,7 +374,7 @@ def test_doctor() -> None:
     assert document.keys() == {
         *("gta_edge", "machine", "gpu", "packages", "kernels", "tensorrt", "onnxruntime_providers", "backends")
     }
-    assert list(document["backends"]) == ["tensorrt", "tensorrt-rtx", "onnxruntime", "torch"]
+    assert list(document["backends"]) == ["tensorrt", "tensorrt-rtx", "onnxruntime-cuda", "onnxruntime", "torch"]
     assert document["gta_edge"] == gta_edge.__version__
     assert document["packages"].keys() >= {"numpy", "onnxruntime", "torch", "onnx", "onnx-ir", "onnxscript"}
     assert "CPUExecutionProvider" in document["onnxruntime_providers"]

@@ -1,0 +1,111 @@
+"""``gta-edge bench``: the backends side by side on the same bundles."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from gta_edge.cli.eval import read_text
+from gta_edge.cli.output import FAILED, current
+from gta_edge.errors import InputError
+
+__all__ = ["bench"]
+
+
+def bench(
+    bundles: Annotated[list[Path], typer.Argument(metavar="BUNDLE…", help="The bundles.")],
+    backend: Annotated[
+        str | None,
+        typer.Option(help="Backends with commas between; NAME@PYTHON under another interpreter. All by default."),
+    ] = None,
+    contexts: Annotated[
+        str | None, typer.Option(help="Tokens of the prompt: 128,2048, the default, or what fits the model.")
+    ] = None,
+    new_tokens: Annotated[int | None, typer.Option(help="Steps timed after it; 32, or what fits the model.")] = None,
+    batch: Annotated[int, typer.Option(help="Rows at once.")] = 1,
+    rounds: Annotated[
+        int | None, typer.Option(help="Repeats; by default at least 3, and up to 9 while they are short.")
+    ] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="A text to begin with; random tokens by default.")] = None,
+    ids: Annotated[str | None, typer.Option(help="Token ids to begin with: 1,2,3.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads on a CPU; one per core by default.")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables in Markdown.")] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw latency against context, a line per backend: a .png, .svg or .pdf.")
+    ] = None,
+) -> None:
+    """Measure every backend at hand on the same bundles, in turns, and compare their answers."""
+    from gta_edge.runtime.bench.run import DEFAULT_NEW_TOKENS, Settings
+    from gta_edge.runtime.bench.run import bench as run
+    from gta_edge.runtime.bench.targets import parse_targets
+
+    output = current()
+    if markdown and output.json:
+        raise typer.BadParameter("give one of --markdown and --json")
+    if prompt_file is not None and ids is not None:
+        raise typer.BadParameter("give one of --prompt-file and --ids")
+    if plot is not None:
+        from gta_edge.cli.plan_plot import check
+
+        check(plot)
+    targets = parse_targets(backend)
+    settings = Settings(
+        contexts=None if contexts is None else _numbers("--contexts", contexts),
+        new_tokens=DEFAULT_NEW_TOKENS if new_tokens is None else new_tokens,
+        batch=batch,
+        rounds=rounds,
+        threads=threads,
+        prompt=_prompt(bundles, prompt_file, ids),
+    )
+    with output.progress() as progress:
+        report = run(bundles, targets, settings, progress=progress)
+    _show(report, markdown=markdown)
+    if plot is not None:
+        from gta_edge.cli.bench_plot import draw
+
+        draw(plot, report)
+        output.note(f"drawn: {plot}")
+    if not any(row["tpot_ms"] for row in report["results"]):
+        print("error: no backend could be measured; the report says why of each", file=sys.stderr)
+        sys.exit(FAILED)
+
+
+def _show(report: dict[str, Any], *, markdown: bool) -> None:
+    output = current()
+    if output.json:
+        output.document(report)
+        return
+    from gta_edge.cli.bench_text import as_markdown, show
+
+    if markdown:
+        print(as_markdown(report))
+    else:
+        show(output.console, report)
+
+
+def _numbers(option: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise InputError(
+            f"{option} is {text!r}; expected whole numbers with commas between, such as 128,2048"
+        ) from error
+
+
+def _prompt(bundles: list[Path], file: Path | None, ids: str | None) -> tuple[int, ...] | None:
+    """Return the ids to begin with; a text goes through the first bundle's tokenizer."""
+    if ids is not None:
+        return _numbers("--ids", ids)
+    if file is None:
+        return None
+    from gta_edge.bundle import Bundle
+    from gta_edge.runtime.tokenizer import Tokenizer
+
+    text = read_text(file)
+    tokenizer = Tokenizer.load(Bundle.open(bundles[0]).directory)
+    if tokenizer is None:
+        raise InputError(f"{bundles[0]} has no tokenizer; give token ids with --ids")
+    return tuple(int(i) for i in tokenizer.encode(text))

@@ -1,0 +1,221 @@
+"""How ``bench`` prints a report: the floor first, then what was measured, then the distance, then who is not there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import rich.console
+import rich.markup
+import rich.table
+
+from gta_edge.runtime.bench.report import UNSTEADY
+
+__all__ = ["as_markdown", "show"]
+
+Document = dict[str, Any]
+Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
+
+_MISSING = "n/a"
+_WIDEST = 400
+_BUSY_CORES = 0.2
+
+
+def show(console: rich.console.Console, report: Document) -> None:
+    """Print a report as tables, as wide as they are: files keep lines whole, terminals break them. Wrong is red."""
+    console = rich.console.Console(file=console.file, width=max(console.width, _WIDEST), soft_wrap=True)
+    _lines(console, _machine(report))
+    several = _several_bundles(report)
+    if report["backends"]:
+        console.print(_rich(*_static(report, several)))
+    for caption, table in (("measured", _measured(report, several)), ("distance", _distance(report, several))):
+        if report["results"]:
+            console.print(f"\n{caption}", style="bold")
+            console.print(_rich(*table, wrong=[row["agrees"] is False for row in report["results"]]))
+    if closing := [*_closing(report)]:
+        console.print()
+        _lines(console, closing)
+
+
+def as_markdown(report: Document) -> str:
+    """Return the same for a page of a documentation."""
+    several = _several_bundles(report)
+    parts = ["  \n".join(_machine(report))]
+    if report["backends"]:
+        parts.append(_markdown(*_static(report, several)))
+    if report["results"]:
+        parts += [_markdown(*_measured(report, several)), _markdown(*_distance(report, several))]
+    parts += [f"- {line}" for line in _closing(report)]
+    return "\n\n".join(parts)
+
+
+def _several_bundles(report: Document) -> bool:
+    return len({entry["bundle"] for key in ("backends", "absent") for entry in report[key]}) > 1
+
+
+def _machine(report: Document) -> list[str]:
+    """Return a line on what was measured where, one for every GPU, and the warnings."""
+    found = report["machine"]
+    memory = f", {found['memory_bytes'] / 1e9:.1f} GB" if found["memory_bytes"] else ""
+    board = (
+        f"{found['board']}, JetPack {found['jetpack']}, power mode {found['power_mode']}; " if found["board"] else ""
+    )
+    lines = [
+        f"{board}{found['cpu'] or found['architecture']}, {found['usable_cores']} cores{memory}; {found['system']}; "
+        f"gta-edge {report['gta_edge']}, {report['date'][:16].replace('T', ' ')} UTC"
+    ]
+    lines += ["GPU: " + ", ".join(gpu.values()) for gpu in found["gpus"]]
+    for device, rates in found["bandwidth_bytes_per_s"].items():
+        memory_of = {"cpu": "the CPU reads memory", "gpu": "the GPU copies memory"}[device]
+        lines.append(f"{memory_of} at {', then '.join(f'{rate / 1e9:.1f}' for rate in rates)} GB/s")
+    return lines + [f"warning: {text}" for text in found["warnings"]]
+
+
+def _static(report: Document, several: bool) -> Table:
+    """What a step must read: known before anything is timed."""
+    heads = ("weights", "backend", "computes in", "on", "weights read/token", "cache/token", "bandwidth", "runs on")
+    rows = []
+    for entry in report["backends"]:
+        rate = entry["bandwidth_bytes_per_s"]
+        rows.append(
+            (
+                *_bundle(entry, several),
+                entry["precision"],
+                entry["backend"],
+                entry["compute"] + (", int8 products" if entry["rounds_activations"] else ""),
+                entry["device"],
+                _size(entry["weight_bytes_per_step"]),
+                _MISSING if entry["cache_bytes_per_token"] is None else f"{entry['cache_bytes_per_token']:,} B",
+                _MISSING if rate is None else f"{rate / 1e9:.1f} GB/s",
+                _software(entry),
+            )
+        )
+    return (*_bundle_head(several), *heads), rows
+
+
+def _software(entry: Document) -> str:
+    backend = entry["backend"].partition("@")[0]
+    name = "onnxruntime-gpu" if backend == "onnxruntime-cuda" else backend  # others have their distribution's name
+    version = entry["versions"].get(name)
+    return f"{f'{name} {version}, ' if version else ''}Python {entry['python']}"
+
+
+def _measured(report: Document, several: bool) -> Table:
+    heads = ("", "first token", "prefill", "token p50", "p90", "p99", "tokens/s", "spread", "memory", "cache")
+    nothing = ("not measured", *[""] * 8)
+    rows = [_key(row, several) + (_times(row) if row["tpot_ms"] else nothing) for row in report["results"]]
+    return (*_bundle_head(several), "context", "backend", *heads[1:]), rows
+
+
+def _times(row: Document) -> tuple[str, ...]:
+    tpot = row["tpot_ms"]
+    return (
+        _ms(row["ttft_ms"]),
+        f"{row['prefill_tokens_per_s']:.0f}/s",
+        _ms(tpot["p50"]),
+        _ms(tpot["p90"]),
+        _ms(tpot["p99"]),
+        f"{row['decode_tokens_per_s']:.1f}",
+        _MISSING if row["spread"]["tpot"] is None else f"{row['spread']['tpot']:.0%}",
+        _memory(row),
+        _size(row["cache_bytes"]),
+    )
+
+
+def _memory(row: Document) -> str:
+    if row["peak_gpu_bytes"] is not None:
+        return f"{_size(row['peak_host_bytes'])} + GPU {_size(row['peak_gpu_bytes'])}"
+    return _size(row["peak_memory_bytes"])
+
+
+def _distance(report: Document, several: bool) -> Table:
+    heads = ("floor", "times floor", "of bandwidth", "same answers", "rank")
+    rows = []
+    for row in report["results"]:
+        if row["floor_ms"] is None:
+            floor: tuple[str, ...] = (_MISSING,) * 3
+        else:
+            floor = (_ms(row["floor_ms"]), f"{row['times_floor']:.2f}", f"{row['bandwidth_fraction']:.2f}")
+        rows.append((*_key(row, several), *floor, _answers(row), f"{row['rank'] or '-'}"))
+    return (*_bundle_head(several), "context", "backend", *heads), rows
+
+
+def _answers(row: Document) -> str:
+    if row["agrees"] is None:
+        return "not compared"
+    if row["max_rel_error"] == 0 and row["reference"] == row["backend"]:
+        return "reference"
+    error = row["max_rel_error"]
+    shown = "not finite" if error == float("inf") else f"error {error:.1e}"
+    return f"{'yes' if row['agrees'] else 'WRONG'}, {shown}, {row['same_tokens']}/{row['compared_tokens']} tokens"
+
+
+def _key(row: Document, several: bool) -> tuple[str, ...]:
+    return (*_bundle(row, several), f"{row['context']}", row["backend"])
+
+
+def _bundle(entry: Document, several: bool) -> tuple[str, ...]:
+    return (entry["bundle"],) if several else ()
+
+
+def _bundle_head(several: bool) -> tuple[str, ...]:
+    return ("bundle",) if several else ()
+
+
+def _closing(report: Document) -> Iterator[str]:
+    """Yield what failed, what is wrong, and which backends are not there, each with its reason."""
+    said = set()
+    for row in report["results"]:
+        reason = row["notes"].get("ttft_ms") or row["notes"].get("rounds")
+        if reason:
+            yield f"{row['backend']} at {row['context']}: {reason}"
+        if row["agrees"] is False:
+            yield (
+                f"{row['backend']} at {row['context']} answers wrongly: its logits are {row['max_rel_error']:.2g} of "
+                f"their spread away from those of {row['reference']}; allowed are {row['bound']:.2g}"
+            )
+    unsteady = [row for row in report["results"] if row["spread"] and (row["spread"]["tpot"] or 0) > UNSTEADY]
+    if unsteady:
+        yield (
+            f"the medians of the rounds lie more than {UNSTEADY:.0%} apart in {len(unsteady)} of "
+            f"{len(report['results'])} rows (spread); run again before ranking by these"
+        )
+    busy = max((row["others_busy_cores"] or 0 for row in report["results"]), default=0)
+    if busy > _BUSY_CORES:
+        yield f"other programs kept up to {busy:.1f} cores busy while a backend was measured, which slows it"
+    if any("can pass 1" in row["notes"].get("bandwidth_fraction", "") for row in report["results"]):
+        yield "what a token reads fits the CPU's cache, so the floor of its memory is not a bound"
+    for entry in report["absent"]:
+        line = f"not there: {entry['backend']}: {entry['reason']}; {entry['remedy']}"
+        if line not in said:  # the same for every bundle, mostly
+            said.add(line)
+            yield line
+
+
+def _ms(value: float) -> str:
+    return f"{value:.2f} ms" if value < 100 else f"{value:.0f} ms"
+
+
+def _size(value: int | None) -> str:
+    if value is None:
+        return _MISSING
+    return f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.1f} MB"
+
+
+def _lines(console: rich.console.Console, lines: list[str]) -> None:
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _rich(heads: tuple[str, ...], rows: list[tuple[str, ...]], wrong: list[bool] | None = None) -> rich.table.Table:
+    table = rich.table.Table(box=None, pad_edge=False)
+    for head in heads:
+        table.add_column(head, no_wrap=True)
+    for i, row in enumerate(rows):
+        table.add_row(*map(rich.markup.escape, row), style="red" if wrong and wrong[i] else "")
+    return table
+
+
+def _markdown(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [heads, ("---",) * len(heads), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

@@ -1,0 +1,247 @@
+"""``gta-edge bench`` as a command: what it prints, what it writes, how it refuses, and how it is interrupted."""
+
+import copy
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import rich.console
+
+from gta_edge.cli import bench_plot, bench_text
+from tests.cli import COMMAND, Result, environment
+from tests.conftest import TINY
+
+Command = Callable[..., Result]
+
+KEYS = {
+    "bundle",
+    "backend",
+    "precision",
+    "context",
+    "batch",
+    "ttft_ms",
+    "prefill_tokens_per_s",
+    "tpot_ms",
+    "decode_tokens_per_s",
+    "peak_memory_bytes",
+    "cache_bytes",
+    "bandwidth_fraction",
+    "notes",
+    "agrees",
+    "spread",
+}
+QUICK = ("--rounds", 1, "--new-tokens", 2)
+
+
+@pytest.fixture(scope="module")
+def report(tiny_bundle: Path) -> dict[str, Any]:
+    """What the command prints of two backends that are there and one that is not; not to be changed."""
+    backends = f"onnxruntime,onnxruntime@{sys.executable},torch@/nonexistent/python"
+    arguments = ["bench", tiny_bundle, "--backend", backends, "--contexts", "12,5", "--rounds", 2, "--new-tokens", 3]
+    result = subprocess.run(
+        [*COMMAND, *map(str, arguments), "--json"], env=environment(), capture_output=True, text=True, check=False
+    )
+    return Result(result.returncode, result.stdout, result.stderr).document
+
+
+# --- results -------------------------------------------------------------------------------------------------------
+
+
+def test_json(report: dict[str, Any], tiny_bundle: Path) -> None:
+    assert report.keys() >= {"machine", "results", "absent", "backends"}
+    assert [row["context"] for row in report["results"]] == [5, 5, 12, 12]
+    for row in report["results"]:
+        assert row.keys() >= KEYS
+        assert (row["bundle"], row["precision"], row["batch"]) == (str(tiny_bundle), "bf16", 1)
+        assert row["tpot_ms"].keys() == {"p50", "p90", "p99"}
+        assert row["agrees"] is True
+    assert report["machine"].keys() >= {"cpu", "gpus", "board", "jetpack", "power_mode", "clocks_fixed", "warnings"}
+    (entry,) = report["absent"]
+    assert entry["backend"] == "torch@/nonexistent/python"
+    assert "is no program" in entry["reason"]
+
+
+def shown(report: dict[str, Any]) -> str:
+    console = rich.console.Console(file=io.StringIO(), width=40)  # narrower than the tables, which nothing may cut
+    bench_text.show(console, report)
+    text: str = console.file.getvalue()
+    return text
+
+
+def test_tables(report: dict[str, Any]) -> None:
+    text = shown(report)
+    assert text.index("weights read/token") < text.index("\nmeasured") < text.index("\ndistance")
+    assert text.index("\ndistance") < text.index("not there: torch@/nonexistent/python")
+    assert "…" not in text
+    assert text.count(f"onnxruntime@{sys.executable} ") == 1 + 2 + 2
+    for row in report["results"]:
+        assert f" {row['tpot_ms']['p99']:.2f} ms" in text
+        assert f"{row['bandwidth_fraction']:.2f}" in text
+
+
+def test_a_wrong_answer_shows(report: dict[str, Any]) -> None:
+    changed = copy.deepcopy(report)
+    row = changed["results"][0]
+    row |= {"agrees": False, "max_rel_error": 3.5, "rank": None}
+    assert "WRONG, error 3.5e+00" in shown(changed)
+    assert f"{row['backend']} at 5 answers wrongly: its logits are 3.5 of their spread away" in shown(changed)
+    row["max_rel_error"] = float("inf")
+    assert "WRONG, not finite" in shown(changed)
+
+
+def test_rounds_that_lie_far_apart_show(report: dict[str, Any]) -> None:
+    changed = copy.deepcopy(report)
+    for row, spread in zip(changed["results"], (0.1, None, 0.5, 0.19), strict=True):
+        row["spread"]["tpot"] = spread
+    assert "apart in 1 of 4 rows" in shown(changed)
+    changed["results"][2]["spread"]["tpot"] = 0.0
+    assert "apart in" not in shown(changed)
+
+
+def test_what_was_not_measured_shows(report: dict[str, Any]) -> None:
+    changed = copy.deepcopy(report)
+    row = changed["results"][-1]
+    row |= dict.fromkeys(
+        [key for key in row if key.endswith(("_ms", "_bytes", "fraction")) or key in ("agrees", "spread")]
+    )
+    row["notes"] = {"ttft_ms": "it was ended by SIGKILL"}
+    row["rank"] = None
+    for text in (shown(changed), bench_text.as_markdown(changed)):
+        assert "not measured" in text
+        assert "it was ended by SIGKILL" in text
+
+
+def test_markdown(report: dict[str, Any]) -> None:
+    text = bench_text.as_markdown(report)
+    tables = [part.splitlines() for part in text.split("\n\n") if part.startswith("|")]
+    assert [len(table) for table in tables] == [2 + 2, 2 + 4, 2 + 4]
+    for table in tables:
+        assert len({line.count("|") for line in table}) == 1
+    assert "- not there: torch@/nonexistent/python" in text
+
+
+def test_several_bundles_and_a_prompt(command: Command, tiny_bundle: Path, tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(tiny_bundle)
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text("abcdef")  # a byte is a token
+    result = command(
+        "bench", tiny_bundle, link, "--backend", "onnxruntime", "--prompt-file", prompt, "--markdown", *QUICK
+    )
+    assert (result.status, result.err) == (0, "")
+    lines = [line.split(" | ") for line in result.out.splitlines() if line.startswith(("| /", "| bundle"))]
+    assert {line[0] for line in lines} == {"| bundle", f"| {tiny_bundle}", f"| {link}"}
+    assert {line[1] for line in lines[-2:]} == {"6"}
+
+
+def test_plot(command: Command, tiny_bundle: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "latency.png"
+    arguments = ("--backend", "onnxruntime", "--ids", "1,2,3,4,5", "--contexts", "2,5", "--plot", picture)
+    document = command("bench", tiny_bundle, *arguments, *QUICK, "--json").document
+    assert [row["context"] for row in document["results"]] == [2, 5]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert [path.name for path in tmp_path.iterdir()] == ["latency.png"]
+
+
+def test_a_plot_of_wrong_answers_says_so(report: dict[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    changed = copy.deepcopy(report)
+    changed["results"][0]["agrees"] = False
+    bench_plot.draw(tmp_path / "latency.svg", changed)
+    text = (tmp_path / "latency.svg").read_text()
+    assert f"<!-- {changed['results'][0]['backend']} (wrong answers) -->" in text
+
+
+# --- refusals ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--backend", "nonsense"), "no backend is called 'nonsense'; there are"),
+        (("--contexts", "16,nine"), "--contexts is '16,nine'; expected whole numbers"),
+        (("--contexts", TINY.max_position_embeddings), "leaves no room for a new token"),
+        (("--contexts", "0"), "--contexts has 0"),
+        (("--batch", 0), "--batch is 0"),
+        (("--new-tokens", 0), "--new-tokens is 0"),
+        (("--rounds", 0), "--rounds is 0"),
+        (("--ids", "1,x"), "--ids is '1,x'"),
+        (("--ids", "1,2", "--contexts", "3"), "the prompt has 2 tokens"),
+        (("--prompt-file", "/nonexistent"), "/nonexistent: cannot be read"),
+        (("--plot", "/nonexistent/x.png"), "its directory does not exist"),
+        (("--plot", "/tmp/x.txt"), "expected a name that ends in .png"),
+    ],
+)
+def test_refused_before_anything_starts(
+    command: Command, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[object, ...], message: str
+) -> None:
+    monkeypatch.setattr(subprocess, "Popen", None)  # starting a process would fail
+    assert message in command("bench", tiny_bundle, *arguments).error
+
+
+def test_a_bundle_that_does_not_exist(command: Command, tiny_bundle: Path) -> None:
+    assert "does not exist" in command("bench", tiny_bundle, "/nonexistent").error
+
+
+@pytest.mark.parametrize("options", [("--markdown", "--json"), ("--ids", "1", "--prompt-file", "x")])
+def test_options_that_exclude_each_other(command: Command, tiny_bundle: Path, options: tuple[str, ...]) -> None:
+    assert "give one of" in command("bench", tiny_bundle, *options).usage
+
+
+def test_nobody_could_be_measured(command: Command, tiny_bundle: Path) -> None:
+    result = command("bench", tiny_bundle, "--backend", "onnxruntime@/nonexistent/python", "--json")
+    assert result.status == 1
+    assert result.err == "error: no backend could be measured; the report says why of each\n"
+    document = json.loads(result.out)
+    assert document["results"] == []
+    assert [entry["backend"] for entry in document["absent"]] == ["onnxruntime@/nonexistent/python"]
+
+
+# --- Ctrl-C --------------------------------------------------------------------------------------------------------
+
+
+def workers(parent: int) -> list[int]:
+    """Processes that a process has started and that have not ended."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, started_by = path.read_text().rpartition(")")[2].split()[:2]
+        except OSError:
+            continue
+        if int(started_by) == parent and state != "Z":
+            found.append(int(path.parent.name))
+    return found
+
+
+def test_ctrl_c_leaves_nothing(tiny_bundle: Path, tmp_path: Path) -> None:
+    arguments = ("bench", tiny_bundle, "--backend", "onnxruntime", "--contexts", "8", "--rounds", 100000)
+    process = subprocess.Popen(
+        [*COMMAND, *map(str, arguments)],
+        env=environment(TMPDIR=str(tmp_path)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.glob("gta-edge*/*/prompt.npy")) and time.monotonic() < deadline:
+            time.sleep(0.02)  # until it measures
+        started = workers(process.pid)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+    assert started
+    assert (process.returncode, out, err) == (130, "", "")
+    assert not [pid for pid in started if Path(f"/proc/{pid}/cmdline").exists() and os.getpgid(pid) == pid]
+    assert list(tmp_path.glob("gta-edge*")) == []
