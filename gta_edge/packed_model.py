@@ -75,7 +75,8 @@ class _Call(nn.Module):
         # as integers, which a change of the model's type leaves alone
         self.register_buffer("_scale", _joined(scales).view(torch.int16))
         some = any(matrix.bias is not None for matrix in matrices)
-        biases = [torch.zeros(m.out_features) if m.bias is None else m.bias for m in matrices]
+        # without their gradient, and where they all are: the call is moved to the GPU as a whole
+        biases = [torch.zeros(m.out_features) if m.bias is None else m.bias.detach().cpu() for m in matrices]
         self.register_buffer("bias", torch.cat(biases) if some else None)
 
     @property

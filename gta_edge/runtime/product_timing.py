@@ -240,7 +240,7 @@ class _Run:
     ) -> None:
         trt = target.trt.module
         self.call, self.copies, self.purpose, self.cuda = call, copies, purpose, cuda
-        self._strategy = trt.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE  # as much scratch as it takes
+        self._strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
         self._log = new_log(trt)
         self._runtime = started(trt.Runtime, self._log, "runtime")
         self._engine = self._runtime.deserialize_cuda_engine(plan)
@@ -250,6 +250,8 @@ class _Run:
         widest = max(call.output_sizes)
         self._x = cuda.allocate(2 * rows * call.in_features, "a product's input")
         self._y = cuda.allocate(2 * rows * widest, "a product's output")
+        sizes = [int(self._engine.get_device_memory_size_for_profile_v2(i)) for i in range(len(PHASES))]
+        self._scratch = cuda.allocate(max(*sizes, 1), "TensorRT's scratch memory"), max(*sizes, 1)
         self._contexts: list[Any] = []
 
     def prepared(self, profile: int, phase: str) -> Callable[[], None]:
@@ -257,6 +259,7 @@ class _Run:
         context = self._engine.create_execution_context(self._strategy)
         if context is None or not context.set_optimization_profile_async(profile, self.cuda.stream):
             raise BackendError(f"TensorRT cannot prepare an engine of products ({self._reason()})")
+        context.set_device_memory(*self._scratch)
         self._contexts.append(context)
         shape = (1, self.call.rows(phase, self.purpose.chunk_size), self.call.in_features)
         for copy in range(self.copies):

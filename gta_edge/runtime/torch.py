@@ -2,7 +2,7 @@
 
 On the CPU it computes in float32. On a GPU it computes in fp16 or bf16, as ``build`` and the plugin do (softmax, norms'
 sums and logits in float32), single tokens are replayed from a CUDA graph, and the matrices of an int8 or int4 bundle
-stay in codes.
+stay in codes. Logits of a head in codes are rounded to fp16.
 """
 
 from __future__ import annotations

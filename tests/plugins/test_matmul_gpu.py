@@ -101,11 +101,22 @@ class Call:
             assert error <= cases.TOLERANCE[self.variant.compute], (i, error)  # NaN is not less
 
 
+WIDE = (32768,)
+
+
 @pytest.mark.parametrize("of", cases.VARIANTS.values(), ids=str)
 @pytest.mark.parametrize("rows", ROWS)
 def test_every_variant(of: MatMulVariant, rows: int) -> None:
-    for in_features, sizes, bias in ((1280, (320, 64, 128, 1280), False), (384, (48, 37), True), (128, (5,), False)):
+    shapes = (
+        (1280, (320, 64, 128, 1280), False),
+        (384, (48, 37), True),
+        (128, (5,), False),
+        (512, WIDE, False),  # on any GPU several tiles for a block of few rows, and the widest tile for many
+    )
+    for in_features, sizes, bias in shapes:
         call = Call(of, rows, in_features, sizes, bias=bias)
+        if sizes == WIDE and rows == 512:
+            assert call.kernels.plan(rows, in_features, sizes).program is call.kernels.programs.many[0]
         call.launch()
         synchronize()
         call.check()

@@ -349,6 +349,13 @@ def test_biases_that_only_some_matrices_have(bundle, kept):
         assert_near(found, session.forward(ids, all_logits=True), "fp32")
 
 
+@pytest.mark.parametrize("case", ["gta, int4"])
+def test_nothing_wants_a_gradient(bundle):
+    model = build_packed_decoder(bundle.config, read_stored(bundle.model_path, bundle.config))
+    model.eval().requires_grad_(False)
+    assert not any(tensor.requires_grad for tensor in (*model.buffers(), *model.parameters()))
+
+
 @pytest.mark.parametrize("case", ["gta, int4", "mha, int8"])
 def test_a_parameter_that_is_missing_is_named(bundle):
     name = "model.layers.1.mlp.up_proj.weight"
@@ -414,7 +421,7 @@ def test_the_kernels_do_the_products(start, bundle, case, compute, tokens, monke
 
     monkeypatch.setattr(matmul_launch, "matmul_kernels", noted)
     start().forward(prompt(2, tokens))
-    assert {variant.compute for variant in variants} == {compute}
+    assert {variant.compute for variant in variants} == {compute, "fp16"}  # the head's
     assert {f"int{variant.bits}" for variant in variants} == {CASES[case].precision}
     calls_per_layer = len(CASES[case].calls) + 3
     assert len(variants) >= calls_per_layer * bundle.config.num_hidden_layers + 1
