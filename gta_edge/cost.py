@@ -23,6 +23,7 @@ __all__ = [
     "COMPUTE_BYTES",
     "EMBEDDING",
     "HEAD",
+    "PARTS",
     "Execution",
     "Operator",
     "Step",
@@ -35,6 +36,7 @@ __all__ = [
     "read_bytes",
     "scale_bytes",
     "stored_bytes",
+    "stored_parts",
     "table_bytes",
 ]
 
@@ -43,6 +45,10 @@ HEAD = "lm_head.weight"
 
 COMPUTE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 """Bytes of an activation, by what is computed in."""
+
+PARTS = ("embedding", "attention", "mlp", "norms", "head", "tables")
+"""Of a model's weights; tables are those of cos and sin."""
+_PARTS_BY_WORD = {".self_attn.": "attention", ".mlp.": "mlp"}
 
 CACHE_BYTES = COMPUTE_BYTES | {"int8": 1, "fp8": 1}
 """Bytes of a cached value; int8 and fp8 have a float32 scale per head and token beside them."""
@@ -156,7 +162,14 @@ def table_bytes(config: ModelConfig, value_bytes: int = _FLOAT_BYTES) -> int:
 def stored_bytes(
     config: ModelConfig, precision: str, block_size: int | None = None, names: Collection[str] | None = None
 ) -> int:
-    """Return the bytes of a bundle's file of weights, ``model.onnx.data``.
+    """Return the bytes of a bundle's file of weights, ``model.onnx.data``; see ``stored_parts``."""
+    return sum(stored_parts(config, precision, block_size, names).values())
+
+
+def stored_parts(
+    config: ModelConfig, precision: str, block_size: int | None = None, names: Collection[str] | None = None
+) -> dict[str, int]:
+    """Return the bytes of a bundle's file of weights by part of the model: ``PARTS``.
 
     That is every matrix in ``precision``, or in codes and float16 scales (quantised: the value decoder stays float16,
     and the embedding lies in words beside the head's codes, sharing the scales of a tied head), norms and biases in
@@ -168,19 +181,30 @@ def stored_bytes(
         block_size: as ``block_size_for`` returns it.
         names: parameters that there are; all by default. A checkpoint may lack biases.
     """
-    sizes = [table_bytes(config) // 2] * 2
+    parts = dict.fromkeys(PARTS, 0)
+
+    def add(part: str, *sizes: int) -> None:
+        parts[part] += sum(size for size in sizes if size > _INLINE_BYTES)
+
+    add("tables", *[table_bytes(config) // 2] * 2)
     shapes = config.parameter_shapes()
     for name in shapes if names is None else names:
         shape = shapes[name]
         values = math.prod(shape)
         if precision not in BITS or len(shape) == 1 or is_kept(name):
-            sizes.append(values * stored_dtype(len(shape), precision).itemsize)
+            add(_part(name), values * stored_dtype(len(shape), precision).itemsize)
             continue
         codes, scales = values * BITS[precision] // 8, scale_bytes(shape, block_size)
-        sizes += [codes, scales]
+        add(_part(name), codes, scales)
         if name == EMBEDDING and config.tie_word_embeddings:
-            sizes.append(codes)  # the head's, which lie the other way
-    return sum(size for size in sizes if size > _INLINE_BYTES)
+            add("head", codes)  # which lie the other way
+    return parts
+
+
+def _part(parameter: str) -> str:
+    if parameter in (EMBEDDING, HEAD):
+        return "embedding" if parameter == EMBEDDING else "head"
+    return next((part for word, part in _PARTS_BY_WORD.items() if word in parameter), "norms")
 
 
 def scale_bytes(shape: tuple[int, ...], block_size: int | None) -> int:

@@ -11,6 +11,7 @@ from gta_edge.bundle import MANIFEST, Bundle
 from gta_edge.checkpoint import Checkpoint
 from gta_edge.cli.output import current, key_value_table
 from gta_edge.config import DTYPES, GTAConfig, ModelConfig
+from gta_edge.cost import stored_parts
 from gta_edge.errors import InputError
 from gta_edge.presets import PRESETS, preset
 
@@ -18,6 +19,7 @@ __all__ = ["describe", "inspect"]
 
 _PRECISION_OF_DTYPE = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 _MIB = 2**20
+_BAR = 30
 
 
 def inspect(
@@ -74,7 +76,9 @@ def _open(path: Path, verify_hashes: bool, progress: Any) -> tuple[ModelConfig, 
         raise InputError(f"{path} is neither a directory nor a preset; presets are {', '.join(PRESETS)}")
     if (path / MANIFEST).exists():
         bundle = Bundle.open(path, verify_hashes=verify_hashes, progress=progress)
-        extra = {"kind": "bundle", "files": bundle.file_bytes, "made_with": bundle.manifest["made_with"]}
+        extra: dict[str, Any] = {"kind": "bundle"}
+        extra["weight_bytes_by_part"] = stored_parts(bundle.config, bundle.precision, bundle.block_size)
+        extra |= {"files": bundle.file_bytes, "made_with": bundle.manifest["made_with"]}
         return bundle.config, bundle.precision, bundle.weight_bytes, extra
     checkpoint = Checkpoint.open(path)
     dtypes = sorted({checkpoint.dtype_of(name) for name in checkpoint.names})
@@ -82,12 +86,19 @@ def _open(path: Path, verify_hashes: bool, progress: Any) -> tuple[ModelConfig, 
     return checkpoint.config, precision, checkpoint.weight_bytes, {"kind": "checkpoint"}
 
 
+def _share(size: int, whole: int) -> str:
+    """Return a part's size, its share, and a bar of that length."""
+    return f"{size / _MIB:>9,.2f} MiB {size / whole:>4.0%} {'█' * round(_BAR * size / whole)}"
+
+
 def _for_people(description: dict[str, Any]) -> dict[str, str]:
     rows: dict[str, str] = {}
     for key, value in description.items():
         if value is None or key == "made_with":
             continue
-        if key == "files":
+        if key == "weight_bytes_by_part":
+            rows |= {f"  {part}": _share(size, sum(value.values())) for part, size in value.items() if size}
+        elif key == "files":
             rows |= {f"  {name}": f"{size / _MIB:,.2f} MiB" for name, size in value.items()}
         elif key == "weight_bytes":
             rows[key] = f"{value:,} ({value / _MIB:,.1f} MiB)"

@@ -146,7 +146,10 @@ def test_inspect_a_checkpoint(command: Command, tiny_checkpoint: Path) -> None:
 
 def test_inspect_a_bundle(tiny_bundle: Path) -> None:
     document = run("inspect", tiny_bundle, "--json").document
-    assert document.keys() == INSPECT | {"files", "made_with"}
+    assert document.keys() == INSPECT | {"files", "made_with", "weight_bytes_by_part"}
+    parts = document["weight_bytes_by_part"]
+    assert sum(parts.values()) == document["weight_bytes"]
+    assert min(parts["mlp"], parts["embedding"], parts["tables"]) > 0
     assert (document["kind"], document["precision"], document["parameters"]) == ("bundle", "bf16", TINY.parameters)
     assert document["weight_bytes"] == (tiny_bundle / "model.onnx.data").stat().st_size
     assert document["cache_bytes_per_token"] == 2 * (8 + 16) * 4  # a bundle computes in float32
