@@ -162,7 +162,7 @@ class Ours:
         Raises:
             BackendError: the result is wrong.
         """
-        x, weight, scale, outputs = self.prepare(product, rows, 1)(0)  # type: ignore[misc]
+        x, weight, scale, outputs = self.prepare(product, rows, 1)(0)
         packed = Packed(weight.cpu().numpy(), scale.cpu().numpy())
         bits, block = self.variant.bits, self.variant.block_size
         codes, scales = unpack(packed, product.in_features, product.out_features, bits, block)
@@ -438,7 +438,7 @@ def run(model: str, rows: tuple[int, ...], quick: bool) -> Document:
     for key in OWN:
         for product in all_products[:-1]:  # the head's matrix in float64 would take gigabytes of the host's memory
             for number in sorted({1, 16, *rows}):
-                CONTENDERS[key].check(product, number)  # type: ignore[union-attr]
+                CONTENDERS[key].check(product, number)
     found = [measure_product(product, number, place, rounds) for number in rows for product in all_products]
     found += [measure_step(all_products, number, place, rounds) for number in rows]
     return {

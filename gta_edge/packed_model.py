@@ -216,7 +216,7 @@ def _replace(model: Decoder, matrices: dict[str, _Matrix], device: str) -> None:
             single = _SINGLE[block]
             if f"{prefix}{single}.weight" in matrices:
                 matrix = _taken(module, prefix, single, matrices)
-                setattr(module, single, Product(matrix).to(device))  # type: ignore[arg-type]
+                setattr(module, single, Product(matrix).to(device))  # type: ignore[arg-type]  # a matrix, or a Linear
     head = matrices.pop("lm_head.weight", None)
     table = matrices.pop("model.embed_tokens.weight", None)
     if head is not None:
@@ -226,7 +226,7 @@ def _replace(model: Decoder, matrices: dict[str, _Matrix], device: str) -> None:
         packed = Products([table]).to(device)
         if model.config.tie_word_embeddings:
             model.packed_head = packed
-        model.model.embed_tokens = PackedEmbedding(packed.calls[0])  # type: ignore[assignment]
+        model.model.embed_tokens = PackedEmbedding(packed.calls[0])  # type: ignore[assignment]  # called likewise
 
 
 def _taken(module: nn.Module, prefix: str, name: str, matrices: dict[str, _Matrix]) -> _Matrix | nn.Linear:
