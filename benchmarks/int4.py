@@ -61,6 +61,7 @@ ROWS = (1, 8, 512)
 BLOCK = 32
 TOLERANCE = 2e-3
 _UNMEASURABLE = (RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError, BackendError)
+"""What peers raise for what they cannot do: AttributeError where a release of torch lacks an operator."""
 
 Run = Callable[[int], object]
 """Multiplies by the matrix of that number."""

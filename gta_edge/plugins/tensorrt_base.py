@@ -161,6 +161,7 @@ class Plugin:
         self._serialised: Fields | None = None
 
     # -- what an op says of itself; TensorRT's other methods are its own too
+    # Not abstract methods: ABC's metaclass does not go with that of the bindings' classes, which are mixed in.
 
     def _number_of_outputs(self) -> int:
         """Return it; TensorRT asks before it shows the inputs."""
@@ -281,7 +282,7 @@ class Creator:
 
     def _create(self, values: dict[str, Any], building: bool) -> Any:
         """Make a plugin of the values of its fields."""
-        raise NotImplementedError
+        raise NotImplementedError  # each op's creator has it; why it is not abstract: see Plugin
 
 
 # --- the classes over one TensorRT module ----------------------------------------------------------------------------
