@@ -3,6 +3,9 @@
 Past input and present output of every layer are bound to one buffer of ours, so TensorScatter writes the new rows
 where they belong and no step copies the cache. ONNX Runtime logs "in-place optimization not activated" if that ever
 fails.
+
+Attention costs as the capacity S that a step is given, so a step is given as much of the buffers as it needs: after
+``reset`` or ``truncate`` a short prompt costs as in a new session, although the memory of the longest one is kept.
 """
 
 from __future__ import annotations
@@ -94,12 +97,13 @@ class OnnxRuntimeSession(Session):
             raise BackendError(f"{bundle.model_path}: the graph is not that of config.json; export the bundle again")
         self._run_options = onnxruntime.RunOptions()
         self._run_options.log_severity_level = _WARNING  # a step that copies a cache shall be heard of
-        self._caches: dict[str, npt.NDArray[np.float32]] = {}
+        self._buffers: dict[str, npt.NDArray[np.float32]] = {}  # [B, n, capacity, d]
+        self._caches: dict[str, npt.NDArray[np.float32]] = {}  # [B, n, S, d] at their start, as steps see them
         self._step: _Step | None = None
 
     @property
     def cache_bytes(self) -> int:
-        return sum(cache.nbytes for cache in self._caches.values())
+        return sum(buffer.nbytes for buffer in self._buffers.values())
 
     def _cache_names(self) -> dict[str, CacheSpec]:
         return {
@@ -108,7 +112,7 @@ class OnnxRuntimeSession(Session):
 
     def close(self) -> None:
         super().close()
-        self._step, self._caches, self._session = None, {}, None
+        self._step, self._buffers, self._caches, self._session = None, {}, {}, None
 
     def _resize(self, batch: int, capacity: int) -> None:
         self._step = None  # it holds addresses of the old buffers
@@ -116,21 +120,43 @@ class OnnxRuntimeSession(Session):
         try:
             for name, cache in self._cache_names().items():  # one at a time: never twice the whole cache
                 old = self._caches.pop(name, None)
+                self._buffers.pop(name, None)
                 # zeroed: rows that are not visible get weight zero, and zero times garbage could be NaN
                 new = np.zeros((batch, cache.heads, capacity, cache.width), np.float32)
                 if keep and old is not None:
                     new[:, :, : old.shape[2]] = old
-                self._caches[name] = new
+                self._buffers[name] = self._caches[name] = new
         except MemoryError as error:
-            self._caches, self._capacity, self._length = {}, 0, np.zeros_like(self._length)
+            self._buffers, self._caches, self._capacity, self._length = {}, {}, 0, np.zeros_like(self._length)
             size = batch * capacity * self.config.cache_bytes_per_token()
             raise CapacityError(
                 f"no memory for a cache of {size / 2**20:.0f} MiB ({batch} rows of {capacity} tokens); "
                 "the cache was emptied: use a shorter context or fewer rows"
             ) from error
 
+    def _show(self, capacity: int) -> None:
+        """Give steps ``[B, n, capacity, d]`` of every buffer, which holds that much, or more where that would cost.
+
+        With one row and one head that is a prefix, whatever is in it. Several heads are moved apart as S grows, and
+        moved together only while nothing is in them.
+        """
+        shape = next(iter(self._caches.values())).shape
+        held = bool(self._length.any())
+        single = all(cache.shape[0] * cache.shape[1] == 1 for cache in self._caches.values())
+        if capacity == shape[2] or (capacity < shape[2] and held and not single):
+            return
+        self._step = None
+        for name, old in self._caches.items():
+            batch, heads, _, width = old.shape
+            values = self._buffers[name].reshape(-1)[: batch * heads * capacity * width]
+            new = values.reshape(batch, heads, capacity, width)
+            if held and not single:
+                new[:, :, : old.shape[2]] = old.copy()
+            self._caches[name] = new
+
     def _run(self, input_ids: Ids, past_length: Ids, logit_positions: Ids) -> Logits:
         shapes = input_ids.shape, logit_positions.shape
+        self._show(min(self._capacity_for(int(past_length.max()) + input_ids.shape[1]), self._capacity))
         try:
             step = self._step
             if step is None or (step.input_ids.shape, step.logit_positions.shape) != shapes:

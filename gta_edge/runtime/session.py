@@ -233,12 +233,16 @@ class Session(ABC):
                 )
         return chunks
 
+    def _capacity_for(self, tokens: int) -> int:
+        """Return the capacity for ``tokens`` per row: in steps, larger ones for more tokens, never past P."""
+        step = self.capacity_step * max(1, tokens // (16 * self.capacity_step))
+        return min(-(-tokens // step) * step, self.max_length)
+
     def _reserve(self, batch: int, tokens: int) -> None:
-        """Grow the cache to hold ``tokens`` per row: in steps, larger ones as it grows, never past P."""
+        """Grow the cache to hold ``tokens`` per row."""
         if batch == len(self._length) and tokens <= self._capacity:
             return
-        step = self.capacity_step * max(1, tokens // (16 * self.capacity_step))
-        capacity = min(-(-tokens // step) * step, self.max_length)
+        capacity = self._capacity_for(tokens)
         self._resize(batch, capacity)
         self._length = np.zeros(batch, np.int64) if batch != len(self._length) else self._length
         self._capacity = capacity

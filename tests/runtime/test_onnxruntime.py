@@ -22,16 +22,16 @@ VOCAB = 61
 def exported(directory: Path, model: str, precision: str | None = None) -> Path:
     small = {"vocab_size": VOCAB, "max_position_embeddings": 64}
     entries = (
-        reference.gta_entries(heads=4, n_q=4, n_k=2, n_c=1, **small)
-        if model == "gta"
-        else reference.llama_entries(heads=4, n_kv=2, **small)
+        reference.llama_entries(heads=4, n_kv=2, **small)
+        if model == "gqa"
+        else reference.gta_entries(heads=4, n_q=4, n_k=1 if model == "gta of one head" else 2, n_c=1, **small)
     )
     write_checkpoint(directory / "checkpoint", entries, reference.random_weights(entries))
     export(directory / "checkpoint", directory / "bundle", precision=precision, verify=False)
     return directory / "bundle"
 
 
-@pytest.fixture(scope="module", params=["gta", "gqa", "gta in int4"])
+@pytest.fixture(scope="module", params=["gta", "gta of one head", "gqa", "gta in int4"])
 def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     model, _, precision = request.param.partition(" in ")
     return exported(tmp_path_factory.mktemp("onnxruntime"), model, precision or None)
@@ -111,6 +111,45 @@ def test_growth_keeps_what_is_there(session: OnnxRuntimeSession) -> None:
     session.reset()
     at_once = session.forward(tokens, all_logits=True)
     np.testing.assert_allclose(np.concatenate(grown, axis=1), at_once, rtol=1e-4, atol=1e-4)
+
+
+def visible(session: OnnxRuntimeSession) -> int:
+    """Return the capacity that steps are given, and so what attention costs."""
+    (capacity,) = {cache.shape[2] for cache in session._caches.values()}
+    return capacity
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_after_a_long_prompt_a_short_one_costs_as_in_a_new_session(bundle: Path, rows: int) -> None:
+    options = {"exact": True, "chunk_size": 8, "capacity_step": 16}
+    with (
+        OnnxRuntimeSession(Bundle.open(bundle), **options) as used,
+        OnnxRuntimeSession(Bundle.open(bundle), **options) as new,
+    ):
+        used.forward(ids(rows, 60))
+        held = used.cache_bytes
+        used.reset()
+        for tokens in (5, 3, 20, 1, 30):
+            found = used.forward(ids(rows, tokens), all_logits=True)
+            np.testing.assert_array_equal(found, new.forward(ids(rows, tokens), all_logits=True))
+            assert visible(used) == visible(new) == new.capacity
+        assert used.cache_bytes == held
+
+
+def test_truncated_to_few_tokens_attention_is_cheap_again_where_nothing_has_to_move(bundle: Path) -> None:
+    options = {"exact": True, "chunk_size": 8, "capacity_step": 16}
+    with (
+        OnnxRuntimeSession(Bundle.open(bundle), **options) as used,
+        OnnxRuntimeSession(Bundle.open(bundle), **options) as new,
+    ):
+        used.forward(ids(1, 60))
+        used.truncate(4)
+        new.forward(ids(1, 60)[:, :4])
+        one_head = all(cache.heads == 1 for cache in used.config.caches)
+        for tokens in (1, 20, 3):
+            found = used.forward(ids(1, tokens), all_logits=True)
+            np.testing.assert_allclose(found, new.forward(ids(1, tokens), all_logits=True), rtol=1e-4, atol=1e-5)
+            assert visible(used) == (visible(new) if one_head else 64)
 
 
 def test_cache_bytes_are_what_is_held(session: OnnxRuntimeSession) -> None:
