@@ -27,7 +27,7 @@ def bench(
     new_tokens: Annotated[int | None, typer.Option(help="Steps timed after it; 32, or what fits the model.")] = None,
     batch: Annotated[int, typer.Option(help="Rows at once.")] = 1,
     rounds: Annotated[
-        int | None, typer.Option(help="Repeats; by default at least 3, and up to 9 while they are short.")
+        int | None, typer.Option(help="Repeats; by default at least 3, and up to 15 until medians settle.")
     ] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="A text to begin with; random tokens by default.")] = None,
     ids: Annotated[str | None, typer.Option(help="Token ids to begin with: 1,2,3.")] = None,

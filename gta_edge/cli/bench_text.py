@@ -82,7 +82,7 @@ def _static(report: Document, several: bool) -> Table:
                 *_bundle(entry, several),
                 entry["precision"],
                 entry["backend"],
-                entry["compute"] + (", int8 products" if entry["rounds_activations"] else ""),
+                _computes(entry),
                 entry["device"],
                 _size(entry["weight_bytes_per_step"]),
                 _MISSING if entry["cache_bytes_per_token"] is None else f"{entry['cache_bytes_per_token']:,} B",
@@ -91,6 +91,11 @@ def _static(report: Document, several: bool) -> Table:
             )
         )
     return (*_bundle_head(several), *heads), rows
+
+
+def _computes(entry: Document) -> str:
+    graph = {True: ", CUDA graph", False: ", no CUDA graph", None: ""}[entry.get("cuda_graph")]
+    return f"{entry['compute']}{', int8 products' if entry['rounds_activations'] else ''}{graph}"
 
 
 def _software(entry: Document) -> str:
@@ -129,14 +134,14 @@ def _memory(row: Document) -> str:
 
 
 def _distance(report: Document, several: bool) -> Table:
-    heads = ("floor", "times floor", "of bandwidth", "same answers", "rank")
+    heads = ("floor", "times floor", "of bandwidth", "same answers", "rank", "times rank 1")
     rows = []
     for row in report["results"]:
         if row["floor_ms"] is None:
             floor: tuple[str, ...] = (_MISSING,) * 3
         else:
             floor = (_ms(row["floor_ms"]), f"{row['times_floor']:.2f}", f"{row['bandwidth_fraction']:.2f}")
-        rows.append((*_key(row, several), *floor, _answers(row), f"{row['rank'] or '-'}"))
+        rows.append((*_key(row, several), *floor, _answers(row), f"{row['rank'] or '-'}", _times_first(row)))
     return (*_bundle_head(several), "context", "backend", *heads), rows
 
 
@@ -148,6 +153,15 @@ def _answers(row: Document) -> str:
     error = row["max_rel_error"]
     shown = "not finite" if error == float("inf") else f"error {error:.1e}"
     return f"{'yes' if row['agrees'] else 'WRONG'}, {shown}, {row['same_tokens']}/{row['compared_tokens']} tokens"
+
+
+def _times_first(row: Document) -> str:
+    found = row["times_first"] and row["times_first"]["tpot"]
+    if found is None:
+        return _MISSING
+    if row["rank"] == 1:
+        return "1"
+    return f"{found['median']:.2f} ({found['low']:.2f} to {found['high']:.2f})"
 
 
 def _key(row: Document, several: bool) -> tuple[str, ...]:

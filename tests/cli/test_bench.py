@@ -87,6 +87,23 @@ def test_tables(report: dict[str, Any]) -> None:
         assert f"{row['bandwidth_fraction']:.2f}" in text
 
 
+def test_the_ratio_to_the_fastest_shows(report: dict[str, Any]) -> None:
+    slower = next(row for row in report["results"] if row["rank"] == 2)
+    found = slower["times_first"]["tpot"]
+    assert f" {found['median']:.2f} ({found['low']:.2f} to {found['high']:.2f})" in shown(report)
+
+
+@pytest.mark.parametrize(
+    ("graph", "text"), [(True, "fp32, CUDA graph "), (False, "fp32, no CUDA graph "), (None, "fp32 ")]
+)
+def test_whether_tokens_are_replays_shows(report: dict[str, Any], graph: bool | None, text: str) -> None:
+    changed = copy.deepcopy(report)
+    for entry in changed["backends"]:
+        entry |= {} if graph is None else {"cuda_graph": graph}
+    assert text in shown(changed)
+    assert ("CUDA graph" in shown(changed)) is (graph is not None)
+
+
 def test_a_wrong_answer_shows(report: dict[str, Any]) -> None:
     changed = copy.deepcopy(report)
     row = changed["results"][0]

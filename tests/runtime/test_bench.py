@@ -23,7 +23,8 @@ from gta_edge.export.pipeline import export
 from gta_edge.fidelity import COMPUTE_BOUNDS
 from gta_edge.runtime.bench import process, report, run, worker
 from gta_edge.runtime.bench.agreement import Answers, agreement, bound, choose_reference, is_exact
-from gta_edge.runtime.bench.figures import percentile, spread, summarise
+from gta_edge.runtime.bench.entrant import Entrant
+from gta_edge.runtime.bench.figures import percentile, relative, settled, spread, summarise
 from gta_edge.runtime.bench.process import Worker, WorkerError, environment_for
 from gta_edge.runtime.bench.run import Settings, bench
 from gta_edge.runtime.bench.targets import Target, parse_targets
@@ -87,6 +88,56 @@ def test_a_summary_is_over_all_rounds(steps: list[list[float]], batch: int) -> N
     assert found["prefill_tokens_per_s"] == pytest.approx(batch * 50 * 1000 / found["ttft_ms"])
     assert (found["rounds"], found["steps"]) == (len(steps), len(every))
     assert (found["spread"]["tpot"] is None) == (len(steps) == 1)
+    assert found["per_round"]["ttft_ms"] == [r["ttft_ms"] for r in rounds]
+    assert found["per_round"]["tpot_ms"] == [percentile(part, 0.5) for part in steps]
+
+
+@pytest.mark.parametrize(
+    ("values", "is_settled"),
+    [
+        ([10.0], False),  # nothing says how far apart repeats would lie
+        ([10.0, 10.0], True),
+        ([10.0, 10.5, 9.5], True),  # 0.5 / sqrt(3) of 10 is 2.9%
+        ([10.0, 10.6, 9.4], False),  # 3.5%
+        ([10.0, 10.6, 9.4, 10.6, 9.4], True),  # as far apart, but more of them
+    ],
+)
+def test_repeats_settle_when_they_agree_or_are_many(values: list[float], is_settled: bool) -> None:
+    assert settled(values) is is_settled
+    assert settled([100 * value for value in values]) is is_settled
+
+
+@given(st.lists(POSITIVE, min_size=1, max_size=9), st.floats(0.1, 10), st.data())
+def test_a_ratio_within_rounds_does_not_see_what_slows_both_sides(
+    values: list[float], times: float, data: st.DataObject
+) -> None:
+    slower = data.draw(st.lists(st.floats(1, 5), min_size=len(values), max_size=len(values)))
+    mine = [value * slow for value, slow in zip(values, slower, strict=True)]
+    other = [value * slow / times for value, slow in zip(values, slower, strict=True)]
+    found = relative(mine, other)
+    assert found is not None
+    assert found == pytest.approx(dict.fromkeys(("median", "low", "high"), times))
+    assert relative(mine, []) is None
+
+
+@pytest.mark.parametrize(
+    ("rounds", "spent", "enough"),
+    [
+        ([[10.0, 10.1, 10.0], [50.0, 50.0, 51.0]], (2.0, 9.0), True),
+        ([[10.0, 13.0, 10.0], [50.0, 50.0, 51.0]], (2.0, 9.0), False),  # the first has not settled
+        ([[10.0, 10.1, 10.0], [50.0, 50.0, 51.0]], (0.2, 0.9), False),  # short: more of them cost nothing
+        ([[10.0, 13.0, 10.0], [50.0, 50.0, 51.0]], (20.0, 40.0), True),  # patience ends
+    ],
+)
+def test_when_there_are_rounds_enough(
+    tiny_bundle: Path, rounds: list[list[float]], spent: tuple[float, float], enough: bool
+) -> None:
+    opened = Bundle.open(tiny_bundle)
+    entrants = [Entrant("it", opened, Target("torch"), {}, tiny_bundle) for _ in rounds]
+    for entrant, medians in zip(entrants, rounds, strict=True):
+        entrant.rounds = {8: [{"ttft_ms": 100.0, "steps_ms": [median]} for median in medians]}
+    by_entrant = {id(entrant): seconds for entrant, seconds in zip(entrants, spent, strict=True)}
+    assert run._is_enough(entrants, 8, by_entrant) is enough
 
 
 # --- who is right --------------------------------------------------------------------------------------------------
@@ -395,6 +446,12 @@ def test_backends_that_agree_are_ranked_and_wrong_ones_are_not(whole: dict[str, 
         good = [row for row in here if row["rank"]]
         assert ranks == [*range(1, len(good) + 1), *[None] * (len(here) - len(good))]
         assert [row["tpot_ms"]["p50"] for row in good] == sorted(row["tpot_ms"]["p50"] for row in good)
+        assert good[0]["times_first"]["tpot"] == {"median": 1, "low": 1, "high": 1}
+        for row in here:
+            if row["tpot_ms"]:
+                pairs = zip(row["per_round"]["tpot_ms"], good[0]["per_round"]["tpot_ms"], strict=True)
+                found = row["times_first"]["tpot"]
+                assert [found["low"], found["high"]] == pytest.approx(sorted(a / b for a, b in pairs))
     assert [row["context"] for row in whole["results"]] == sorted(row["context"] for row in whole["results"])
 
 
@@ -490,6 +547,14 @@ def test_what_others_took_is_summed_before_it_is_divided() -> None:
     assert report._mean_busy(rounds) == pytest.approx(0.06 / 0.4)
     assert report._mean_busy(rounds[1:3]) == 0  # less than nothing is the ticks' error
     assert report._mean_busy(rounds[2:3]) is None
+
+
+def test_answers_that_are_not_asked_for(tiny_bundle: Path) -> None:
+    settings = Settings(contexts=(8,), new_tokens=2, rounds=1, compare=False)
+    (row,) = bench([tiny_bundle], [Target("onnxruntime")], settings)["results"]
+    assert row["tpot_ms"]["p50"] > 0
+    assert (row["agrees"], row["rank"]) == (None, 1)
+    assert row["notes"]["agrees"] == "answers were not asked for"
 
 
 def test_a_damaged_bundle_is_an_error_before_anything_runs(copied_bundle: Path) -> None:

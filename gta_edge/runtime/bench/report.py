@@ -10,7 +10,7 @@ from typing import Any
 from gta_edge import machine
 from gta_edge.bundle import Bundle
 from gta_edge.runtime.bench.entrant import Entrant
-from gta_edge.runtime.bench.figures import summarise
+from gta_edge.runtime.bench.figures import relative, summarise
 from gta_edge.runtime.bench.traffic import floor_ms, step_weight_bytes
 from gta_edge.version import __version__
 
@@ -27,6 +27,7 @@ _MEASURED = (
     "tpot_ms",
     "decode_tokens_per_s",
     "spread",
+    "per_round",
     "rounds",
     "steps",
     "others_busy_cores",
@@ -123,11 +124,18 @@ def _static(entrant: Entrant, batch: int, rates: Mapping[str, float], bandwidth_
         "weight_bytes_per_step": step_weight_bytes(entrant.bundle, opened, batch),
         "cache_bytes_per_token": per_token,
         "bandwidth_bytes_per_s": rates.get(device),
+        **_replays(entrant),
         "load_s": opened["load_s"],
         "python": opened["python"],
         "versions": opened["versions"],
         "notes": notes,
     }
+
+
+def _replays(entrant: Entrant) -> Document:
+    """Return whether single tokens are replays of a CUDA graph, where a backend can tell."""
+    told = [r["cuda_graph"] for rounds in entrant.rounds.values() for r in rounds if r["cuda_graph"] is not None]
+    return {"cuda_graph": told[-1]} if told else {}
 
 
 def _row(
@@ -226,7 +234,9 @@ def _floor(
 def _compared(row: Document, comparison: Comparison | None) -> Document:
     notes = row["notes"]
     if comparison is None or not comparison.has_peer:
-        reason = notes.get("ttft_ms") or "no other backend answered to compare with"
+        reason = notes.get("ttft_ms") or (
+            "answers were not asked for" if comparison is None else "no other backend answered to compare with"
+        )
         notes |= dict.fromkeys((*_COMPARED, "reference"), reason)
         return row | dict.fromkeys(_COMPARED) | {"reference": None}
     found = comparison.found
@@ -255,4 +265,16 @@ def _ranked(results: list[Document]) -> list[Document]:
             places[row["context"]] += 1
             place = places[row["context"]]
         ranked.append(row | {"rank": place})
-    return ranked
+    first = {row["context"]: row for row in ranked if row["rank"] == 1}
+    return [row | _relative(row, first.get(row["context"])) for row in ranked]
+
+
+def _relative(row: Document, first: Document | None) -> Document:
+    """Return how many times the time of the first in rank a row took, round by round, since rounds are run in turns."""
+    if row["tpot_ms"] is None or first is None:
+        row["notes"]["times_first"] = "not measured" if row["tpot_ms"] is None else "nobody has a rank here"
+        return {"times_first": None}
+    names = {"ttft": "ttft_ms", "tpot": "tpot_ms"}
+    return {
+        "times_first": {key: relative(row["per_round"][name], first["per_round"][name]) for key, name in names.items()}
+    }

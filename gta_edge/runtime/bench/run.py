@@ -2,8 +2,9 @@
 
 For each context, shortest first: every entrant reads the prompt once untimed, which warms it up and gives the logits
 that are compared; then rounds, in which all entrants take turns, so that what the machine does meanwhile hits all
-alike. Only one process works at a time. Since contexts grow, the peak of a process's memory after a context is that
-context's: nothing before it took more, except loading, which is part of it.
+alike, until the medians have settled or patience ends. Only one process works at a time. Since contexts grow, the peak
+of a process's memory after a context is that context's: nothing before it took more, except loading, which is part of
+it.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from gta_edge.errors import GtaEdgeError, InputError
 from gta_edge.progress import Progress, silent
 from gta_edge.runtime.bench.agreement import Answers, agreement, choose_reference, is_exact
 from gta_edge.runtime.bench.entrant import Entrant
+from gta_edge.runtime.bench.figures import settled, summarise
 from gta_edge.runtime.bench.process import Worker, environment_for
 from gta_edge.runtime.bench.report import Comparison, describe_machine, report
 from gta_edge.runtime.bench.targets import Target
@@ -35,8 +37,9 @@ Document = dict[str, Any]
 DEFAULT_CONTEXTS = (128, 2048)
 DEFAULT_NEW_TOKENS = 32
 _ROUNDS = 3
-_MOST_ROUNDS = 9
+_MOST_ROUNDS = 15
 _ENOUGH_S = 1.0  # of the slowest entrant at one context; what takes less is repeated
+_PATIENCE_S = 60.0  # of all entrants at one context; rounds that have not settled by then are reported as they are
 _STEADY_S = 10.0  # after which bandwidth is measured again, to see how steady the machine was
 _CHECKED_STEPS = 8
 _FIRST_SYNTHETIC_SEED = 0
@@ -51,9 +54,10 @@ class Settings:
             far as the model has positions, or the given prompt's length by default.
         new_tokens: steps that are timed after it; fewer where the model's positions end.
         batch: rows at once.
-        rounds: repeats; by default at least 3, and up to 9 while they are short.
+        rounds: repeats; by default at least 3, and up to 15 while they are short or lie far apart.
         threads: for one operator on a CPU; None for the backend's own choice.
         prompt: ids to begin with, the same in every row; random ones by default.
+        compare: whether backends are asked for their answers to compare them.
     """
 
     contexts: tuple[int, ...] | None = None
@@ -62,6 +66,7 @@ class Settings:
     rounds: int | None = None
     threads: int | None = None
     prompt: tuple[int, ...] | None = None
+    compare: bool = True
 
     def check(self) -> None:
         """Refuse what makes no sense for any model.
@@ -212,7 +217,8 @@ def _open_all(run: _Run, bundles: dict[str, Bundle], targets: Sequence[Target]) 
             continue
         _make_room(run, entrant)
     run.progress("loading", len(pairs), len(pairs))
-    run.references = [_reference(run, name) for name in bundles if _lacks_exact(run, name)]
+    if run.settings.compare:
+        run.references = [_reference(run, name) for name in bundles if _lacks_exact(run, name)]
 
 
 def _absence(name: str, target: Target, message: str) -> Document:
@@ -240,13 +246,14 @@ def _reference(run: _Run, name: str) -> Entrant:
 
 def _measure_context(run: _Run, context: int, entrants: list[Entrant]) -> None:
     prompts = {name: _prompt(run, context, name, entrants) for name in {e.name for e in entrants}}
-    for name, prompt in prompts.items():
-        _compare(run, context, prompt, [e for e in entrants if e.name == name])
+    if run.settings.compare:
+        for name, prompt in prompts.items():
+            _compare(run, context, prompt, [e for e in entrants if e.name == name])
     least, most = (run.settings.rounds,) * 2 if run.settings.rounds else (_ROUNDS, _MOST_ROUNDS)
     spent = {id(e): 0.0 for e in entrants}
     for i in range(most):
         able = [e for e in entrants if e.failure is None]
-        if i >= least and (not able or max(spent[id(e)] for e in able) >= _ENOUGH_S):
+        if i >= least and (not able or _is_enough(able, context, spent)):
             break
         for done, entrant in enumerate(able if i % 2 == 0 else reversed(able)):
             run.progress(f"context {context}", i * len(able) + done, max(least, i + 1) * len(able))
@@ -256,6 +263,15 @@ def _measure_context(run: _Run, context: int, entrants: list[Entrant]) -> None:
             spent[id(entrant)] += time.perf_counter() - begin
             _make_room(run, entrant)
     run.progress(f"context {context}", 1, 1)
+
+
+def _is_enough(entrants: list[Entrant], context: int, spent: dict[int, float]) -> bool:
+    """Tell whether more rounds would hardly change the medians, or cost more patience than they are worth."""
+    seconds = [spent[id(e)] for e in entrants]
+    if sum(seconds) >= _PATIENCE_S:
+        return True
+    per_round = (summarise(e.rounds[context], context, 1)["per_round"] for e in entrants)
+    return max(seconds) >= _ENOUGH_S and all(settled(values) for found in per_round for values in found.values())
 
 
 def _new_tokens(run: _Run, context: int, entrant: Entrant) -> int:

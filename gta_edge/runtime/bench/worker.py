@@ -129,7 +129,13 @@ class Measurer:
             steps.append(1e3 * (time.perf_counter() - start))
         busy = others.busy()
         self._count_gpu(before)
-        return {"ttft_ms": 1e3 * first, "steps_ms": steps, "others_busy_s": busy, **self._memory()}
+        return {
+            "ttft_ms": 1e3 * first,
+            "steps_ms": steps,
+            "others_busy_s": busy,
+            "cuda_graph": getattr(session, "cuda_graph", None),
+            **self._memory(),
+        }
 
     def _warm_up(self, ids: Ids, new_tokens: int) -> None:
         """Run what will be timed: the prompt in full where it is new, and else just enough steps to wake up.
