@@ -14,8 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from gta_edge.config import GTAConfig, ModelConfig
-from gta_edge.errors import InputError
-from gta_edge.quantization import BITS, BLOCK_SIZES, DEFAULT_BLOCK_SIZE
+from gta_edge.quantization import BITS
 from gta_edge.weights import PRECISIONS, is_kept, stored_dtype
 
 __all__ = [
@@ -27,7 +26,6 @@ __all__ = [
     "Execution",
     "Operator",
     "Step",
-    "block_size_for",
     "cache_bytes",
     "cpu_blocks",
     "matrices",
@@ -126,29 +124,6 @@ class Operator:
 # --- what is stored --------------------------------------------------------------------------------------------------
 
 
-def block_size_for(config: ModelConfig, precision: str, block_size: int | None = None) -> int | None:
-    """Return the block size that an export would quantise with, None for whole channels and where nothing is quantised.
-
-    Raises:
-        InputError: the precision is unknown, or does not go with this block size and model.
-    """
-    if precision not in PRECISIONS:
-        raise InputError(f"precision is {precision!r}; expected one of {', '.join(PRECISIONS)}")
-    if precision not in BITS:
-        if block_size is not None:
-            raise InputError(f"precision is {precision}, which has no blocks; a block size goes with int8 or int4")
-        return None
-    if precision == "int8" and block_size is None:
-        return None
-    block_size = DEFAULT_BLOCK_SIZE if block_size is None else block_size
-    widths = {shape[1] for name, shape in matrices(config).items() if not is_kept(name)}
-    possible = [size for size in BLOCK_SIZES if not any(width % size for width in widths)]
-    if block_size not in possible:
-        choice = f"one of {', '.join(map(str, possible))}" if possible else "none fits; use a wider precision"
-        raise InputError(f"block size is {block_size}; expected {choice}")
-    return block_size
-
-
 def matrices(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Return the shapes of all parameters of rank 2 by name; a tied head is the embedding and has no entry."""
     return {name: shape for name, shape in config.parameter_shapes().items() if len(shape) == 2}
@@ -178,7 +153,7 @@ def stored_parts(
     Args:
         config: the model's sizes.
         precision: a key of ``PRECISIONS``.
-        block_size: as ``block_size_for`` returns it.
+        block_size: as ``weights.block_size_for`` returns it.
         names: parameters that there are; all by default. A checkpoint may lack biases.
     """
     parts = dict.fromkeys(PARTS, 0)

@@ -18,7 +18,7 @@ from gta_edge.cost import Execution, Operator, Step
 from gta_edge.devices import Device
 from gta_edge.errors import InputError
 from gta_edge.quantization import BITS
-from gta_edge.weights import is_kept
+from gta_edge.weights import block_size_for, is_kept
 
 __all__ = [
     "DEFAULT_CONTEXT",
@@ -77,7 +77,7 @@ class Model:
         Raises:
             InputError: the precision is unknown, or the block size does not fit.
         """
-        block_size = cost.block_size_for(config, precision, block_size)
+        block_size = block_size_for(config, precision, block_size)
         return cls(name, config, precision, block_size, cost.stored_bytes(config, precision, block_size, names))
 
 

@@ -23,10 +23,10 @@ import numpy as np
 import numpy.typing as npt
 
 from gta_edge.config import ModelConfig
-from gta_edge.errors import BundleError, GtaEdgeError
+from gta_edge.errors import BundleError, GtaEdgeError, InputError
 from gta_edge.files import plain_name
 from gta_edge.optional import optional
-from gta_edge.quantization import unpack_nibbles
+from gta_edge.quantization import BITS, BLOCK_SIZES, DEFAULT_BLOCK_SIZE, unpack_nibbles
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -37,6 +37,7 @@ __all__ = [
     "SCALE",
     "TRANSPOSED",
     "Coded",
+    "block_size_for",
     "check_locations",
     "from_stored",
     "is_kept",
@@ -104,6 +105,39 @@ def parameter_name(stored_name: str) -> str:
 def is_kept(parameter: str) -> bool:
     """Tell whether this matrix is never quantised: the value decoder."""
     return parameter.endswith(".v_b_proj.weight")
+
+
+def block_size_for(config: ModelConfig, precision: str, block_size: int | None = None) -> int | None:
+    """Return the block size that weights are quantised with, None for whole channels and where nothing is quantised.
+
+    Args:
+        config: the model's sizes.
+        precision: a key of ``PRECISIONS``.
+        block_size: what is asked for; the precision's own by default.
+
+    Raises:
+        InputError: the precision is unknown, or does not go with this block size and model.
+    """
+    if precision not in PRECISIONS:
+        raise InputError(f"precision is {precision!r}; expected one of {', '.join(PRECISIONS)}")
+    if precision not in BITS:
+        if block_size is not None:
+            raise InputError(f"precision is {precision}, which has no blocks; a block size goes with int8 or int4")
+        return None
+    if block_size is None and precision == "int8":
+        if config.hidden_size % 4:
+            raise InputError(f"hidden_size is {config.hidden_size}; int8 needs a multiple of 4: use fp16 or bf16")
+        return None
+    block_size = DEFAULT_BLOCK_SIZE if block_size is None else block_size
+    shapes = config.parameter_shapes()
+    matrices = {name: shapes[name][1] for name in shapes if len(shapes[name]) == 2 and not is_kept(name)}
+    possible = [size for size in BLOCK_SIZES if not any(inputs % size for inputs in matrices.values())]
+    if block_size not in possible:
+        unfit = {name: n for name, n in matrices.items() if block_size in BLOCK_SIZES and n % block_size}
+        odd = next((f"; {name} has {n} inputs" for name, n in unfit.items()), "")
+        choice = f"one of {', '.join(map(str, possible))}" if possible else "none fits; use a wider precision"
+        raise InputError(f"block size is {block_size}; expected {choice}{odd}")
+    return block_size
 
 
 def stored_dtype(rank: int, precision: str) -> np.dtype[Any]:

@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 import gta_edge
 from gta_edge.bundle import Bundle
 from gta_edge.config import GQAConfig, GTAConfig, ModelConfig
-from gta_edge.cost import Execution, Step, block_size_for, cache_bytes, operators, read_bytes, stored_bytes
+from gta_edge.cost import Execution, Step, cache_bytes, operators, read_bytes, stored_bytes
 from gta_edge.errors import InputError
 from gta_edge.export.initialise import initialise
 from gta_edge.presets import preset
+from gta_edge.weights import block_size_for
 from tests.cli import ROOT
 
 EXAMPLE = ROOT / "examples" / "tiny-gta"

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from gta_edge.bundle import CONFIG, MODEL, WEIGHTS, Bundle, write_manifest
 from gta_edge.checkpoint import Checkpoint
-from gta_edge.config import ModelConfig
 from gta_edge.errors import BundleError, ExportError, InputError, OutputError
 from gta_edge.export.calibration import calibrated
 from gta_edge.export.check import check_export, raise_if_failed
@@ -21,10 +20,10 @@ from gta_edge.fidelity import Report
 from gta_edge.files import new_directory
 from gta_edge.optional import optional
 from gta_edge.progress import Progress, silent
-from gta_edge.quantization import BITS, BLOCK_SIZES, DEFAULT_BLOCK_SIZE
+from gta_edge.quantization import BITS
 from gta_edge.rope import rope_tables
 from gta_edge.version import __version__
-from gta_edge.weights import PRECISIONS, is_kept
+from gta_edge.weights import block_size_for
 
 if TYPE_CHECKING:
     import onnx
@@ -92,9 +91,7 @@ def export(
     source = Checkpoint.open(checkpoint)
     if precision is None:
         precision = _own_precision(source)
-    if precision not in PRECISIONS:
-        raise InputError(f"precision is {precision!r}; expected one of {', '.join(PRECISIONS)}")
-    block_size = _block_size(source.config, precision, block_size)
+    block_size = block_size_for(source.config, precision, block_size)
     if calibrate is not None and precision not in BITS:
         raise InputError(f"precision is {precision}, which is not calibrated; calibrate int8 or int4")
     if Path(bundle).resolve() in (origin := source.directory.resolve(), *origin.parents):
@@ -118,28 +115,6 @@ def _own_precision(source: Checkpoint) -> str:
     """Return the narrowest precision that holds every tensor of the checkpoint without loss."""
     found = {source.dtype_of(name) for name in source.names}
     return _OWN_PRECISION[found.pop()] if len(found) == 1 else "fp32"
-
-
-def _block_size(config: ModelConfig, precision: str, block_size: int | None) -> int | None:
-    """Return the block size to quantise with, None for whole channels, or refuse it."""
-    if precision not in BITS:
-        if block_size is not None:
-            raise InputError(f"precision is {precision}, which has no blocks; a block size goes with int8 or int4")
-        return None
-    if block_size is None and precision == "int8":
-        if config.hidden_size % 4:
-            raise InputError(f"hidden_size is {config.hidden_size}; int8 needs a multiple of 4: use fp16 or bf16")
-        return None
-    block_size = DEFAULT_BLOCK_SIZE if block_size is None else block_size
-    shapes = config.parameter_shapes()
-    matrices = {name: shapes[name][1] for name in shapes if len(shapes[name]) == 2 and not is_kept(name)}
-    possible = [size for size in BLOCK_SIZES if not any(inputs % size for inputs in matrices.values())]
-    if block_size not in possible:
-        unfit = {name: n for name, n in matrices.items() if block_size in BLOCK_SIZES and n % block_size}
-        odd = next((f"; {name} has {n} inputs" for name, n in unfit.items()), "")
-        choice = f"one of {', '.join(map(str, possible))}" if possible else "none fits; use a wider precision"
-        raise InputError(f"block size is {block_size}; expected {choice}{odd}")
-    return block_size
 
 
 def _write_model(

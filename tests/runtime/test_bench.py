@@ -29,6 +29,7 @@ from gta_edge.runtime.bench.process import Worker, WorkerError, environment_for
 from gta_edge.runtime.bench.run import Settings, bench
 from gta_edge.runtime.bench.targets import Target, parse_targets
 from gta_edge.runtime.bench.traffic import floor_ms, step_weight_bytes
+from gta_edge.runtime.session import Session
 from tests.conftest import TINY
 from tests.runtime.bench_interpreters import dying, interpreter, wrong
 
@@ -335,7 +336,7 @@ def test_an_error_of_a_backend_leaves_the_worker_alive(tmp_path: Path) -> None:
     with Worker(target.python, environment_for(target, tmp_path), tmp_path) as worker:
         for _ in range(2):
             with pytest.raises(BackendError, match="nothing is open"):
-                worker.ask(do="measure", prompt="none.npy", new_tokens=1)
+                worker.ask(do="measure", prompt="none.npy", new_tokens=1, warm_up=True)
         with pytest.raises(BackendError, match="does not exist"):
             worker.ask(do="open", bundle="/nonexistent", backend="onnxruntime", threads=None, exact=False)
 
@@ -549,12 +550,36 @@ def test_what_others_took_is_summed_before_it_is_divided() -> None:
     assert report._mean_busy(rounds[2:3]) is None
 
 
-def test_answers_that_are_not_asked_for(tiny_bundle: Path) -> None:
-    settings = Settings(contexts=(8,), new_tokens=2, rounds=1, compare=False)
+@pytest.mark.parametrize("warm_up", [True, False])
+def test_answers_that_are_not_asked_for(tiny_bundle: Path, warm_up: bool) -> None:
+    settings = Settings(contexts=(8,), new_tokens=2, rounds=1, compare=False, warm_up=warm_up)
     (row,) = bench([tiny_bundle], [Target("onnxruntime")], settings)["results"]
     assert row["tpot_ms"]["p50"] > 0
     assert (row["agrees"], row["rank"]) == (None, 1)
     assert row["notes"]["agrees"] == "answers were not asked for"
+
+
+@pytest.mark.parametrize("warm_up", [True, False])
+def test_a_long_prompt_is_warmed_up_in_full_only_if_that_is_asked_for(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warm_up: bool
+) -> None:
+    appended = []
+    forward = Session.forward
+
+    def note(self: Session, ids: Any, **options: Any) -> Any:
+        appended.append(ids.shape[1])
+        return forward(self, ids, **options)
+
+    monkeypatch.setattr(Session, "forward", note)
+    np.save(tmp_path / "prompt.npy", np.arange(30, dtype=np.int64)[None] % TINY.vocab_size)
+    measurer = worker.Measurer()
+    options = {"bundle": str(tiny_bundle), "backend": "torch", "threads": None, "exact": False}
+    measurer.answer({"do": "open", **options})
+    measurer._session.chunk_size = 4
+    for _ in range(2):
+        measurer.answer({"do": "measure", "prompt": str(tmp_path / "prompt.npy"), "new_tokens": 3, "warm_up": warm_up})
+    # each round's own prompt, and what comes before the first one's
+    assert [n for n in appended if n > 4] == ([30, 30, 30] if warm_up else [8, 30, 30])
 
 
 def test_a_damaged_bundle_is_an_error_before_anything_runs(copied_bundle: Path) -> None:

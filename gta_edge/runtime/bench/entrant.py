@@ -79,13 +79,13 @@ class Entrant:
         quantised = answer["cache_bytes_per_token"] < self.bundle.config.cache_bytes_per_token(COMPUTE_BYTES[compute])
         return Answers(logits, self.target.backend, compute, self.opened["rounds_activations"], quantised)
 
-    def measure(self, context: int, prompt: Path, new_tokens: int) -> None:
-        """Add one round.
+    def measure(self, context: int, prompt: Path, new_tokens: int, *, warm_up: bool = True) -> None:
+        """Add one round; see ``Settings.warm_up``.
 
         Raises:
             GtaEdgeError: the backend failed.
         """
-        answer = self._ask(do="measure", prompt=str(prompt), new_tokens=new_tokens)
+        answer = self._ask(do="measure", prompt=str(prompt), new_tokens=new_tokens, warm_up=warm_up)
         self.rounds.setdefault(context, []).append(answer)
 
     @property

@@ -58,6 +58,8 @@ class Settings:
         threads: for one operator on a CPU; None for the backend's own choice.
         prompt: ids to begin with, the same in every row; random ones by default.
         compare: whether backends are asked for their answers to compare them.
+        warm_up: whether each context is first run once untimed, in full; its first chunks are in any case. The rest of
+            a long prompt has little to warm up, and takes long.
     """
 
     contexts: tuple[int, ...] | None = None
@@ -67,6 +69,7 @@ class Settings:
     threads: int | None = None
     prompt: tuple[int, ...] | None = None
     compare: bool = True
+    warm_up: bool = True
 
     def check(self) -> None:
         """Refuse what makes no sense for any model.
@@ -259,7 +262,8 @@ def _measure_context(run: _Run, context: int, entrants: list[Entrant]) -> None:
             run.progress(f"context {context}", i * len(able) + done, max(least, i + 1) * len(able))
             begin = time.perf_counter()
             with suppress(GtaEdgeError):  # the entrant remembers it, and what was measured before stays
-                entrant.measure(context, prompts[entrant.name], _new_tokens(run, context, entrant))
+                tokens, warm_up = _new_tokens(run, context, entrant), run.settings.warm_up
+                entrant.measure(context, prompts[entrant.name], tokens, warm_up=warm_up)
             spent[id(entrant)] += time.perf_counter() - begin
             _make_room(run, entrant)
     run.progress(f"context {context}", 1, 1)

@@ -31,6 +31,7 @@ Document = dict[str, Any]
 
 _WARM_UP_S = 0.1
 _WARM_UP_STEPS = 4
+_WARM_UP_CHUNKS = 2
 
 
 class Measurer:
@@ -113,10 +114,14 @@ class Measurer:
     def _measure(self, request: Document) -> Document:
         """Time a prompt, and each greedy step after it alone. Choosing the token is part of both.
 
-        Request: ``prompt``, a .npy file of ids [B, T]; ``new_tokens``.
+        Request: ``prompt``, a .npy file of ids [B, T]; ``new_tokens``; ``warm_up``, whether a prompt of another shape
+        than the last one's is first run in full, and not just its first chunks.
         """
         session, ids, before = self._ready(), np.load(request["prompt"]), self._ask_gpu()
         others = _Others()
+        if not request["warm_up"] and ids.shape != self._warm:
+            self._warm_up(ids[:, : _WARM_UP_CHUNKS * session.chunk_size], request["new_tokens"])
+            self._warm = ids.shape
         self._warm_up(ids, request["new_tokens"])
         session.reset()
         start = time.perf_counter()
