@@ -13,11 +13,14 @@ from typing import Any
 
 __all__ = [
     "clocks_fixed",
+    "clocks_hz",
+    "clocks_text",
     "cpu_cache_bytes",
     "cpu_governor",
     "cuda_toolkit",
     "describe",
     "gpus",
+    "is_jetson",
     "package_versions",
     "power_mode",
     "timing_warnings",
@@ -38,11 +41,17 @@ PACKAGES = (
 )
 """Distributions whose versions matter to what runs, and how fast."""
 
+Clock = dict[str, int | None]
+"""``min``, ``max`` and ``now``, in Hz."""
+
 _BUSY = 0.25  # of the cores, before anything of ours runs
+_DEVFREQ = Path("/sys/class/devfreq")
+_CPUS = Path("/sys/devices/system/cpu")
+_EMC = Path("/sys/kernel/debug/bpmp/debug/clk/emc")  # a Jetson's memory controller
 
 
 def describe() -> dict[str, Any]:
-    """Return system, processor, memory and, on a Jetson, board, JetPack and power mode; None where it does not say."""
+    """Return system, processor, memory, clocks and, on a Jetson, board, JetPack and power mode; None where unknown."""
     return {
         "system": f"{platform.system()} {platform.release()}",
         "architecture": platform.machine(),
@@ -57,7 +66,13 @@ def describe() -> dict[str, Any]:
         "jetson_linux": _line(Path("/etc/nv_tegra_release")),
         "power_mode": power_mode(),
         "clocks_fixed": clocks_fixed(),
+        "clocks_hz": clocks_hz(),
     }
+
+
+def is_jetson(found: dict[str, Any]) -> bool:
+    """Tell whether what ``describe`` returned is a Jetson: by its system, or by its board's name in a container."""
+    return bool(found["jetson_linux"] or found["jetpack"] or "Jetson" in (found["board"] or ""))
 
 
 def gpus() -> list[dict[str, str]]:
@@ -82,22 +97,48 @@ def power_mode() -> str | None:
     return name[1].strip() if name else found
 
 
-def clocks_fixed(devfreq: Path = Path("/sys/class/devfreq")) -> bool | None:
+def clocks_fixed(devfreq: Path = _DEVFREQ) -> bool | None:
     """Tell whether a Jetson's GPU clock is pinned, as ``jetson_clocks`` does; None where there is no such GPU."""
-    for device in sorted(devfreq.glob("*gpu*")) + sorted(devfreq.glob("*ga10b*")) + sorted(devfreq.glob("*gb10b*")):
-        least, most = _line(device / "min_freq"), _line(device / "max_freq")
-        if least and most:
-            return least == most
-    return None
+    clock = _gpu_clock(devfreq)
+    if clock is None or clock["min"] is None or clock["max"] is None:
+        return None
+    return clock["min"] == clock["max"]
 
 
-def cpu_governor(cpus: Path = Path("/sys/devices/system/cpu")) -> str | None:
+def clocks_hz(devfreq: Path = _DEVFREQ, cpus: Path = _CPUS, emc: Path = _EMC) -> dict[str, Clock | None]:
+    """Return the clocks of a Jetson's GPU, of the first core and of a Jetson's memory, in Hz.
+
+    Each has what it may be set to, ``min`` and ``max``, and what it is ``now``, so while nothing runs; None for what
+    the system does not say, and for the clock if it says nothing of it. Only root may read the memory's.
+    """
+    cpu = cpus / "cpu0" / "cpufreq"
+    return {
+        "gpu": _gpu_clock(devfreq),
+        "cpu": _clock(cpu / "scaling_min_freq", cpu / "scaling_max_freq", cpu / "scaling_cur_freq", unit=1000),
+        "memory": _clock(emc / "min_rate", emc / "max_rate", emc / "rate"),
+    }
+
+
+def clocks_text(clocks: dict[str, Clock | None]) -> str:
+    """Return what ``clocks_hz`` returned, for people."""
+    parts = []
+    for name, title in (("gpu", "GPU"), ("cpu", "CPU"), ("memory", "memory")):
+        clock = clocks[name]
+        if clock is None:
+            parts.append(f"{title} not known")
+        else:
+            least, most, now = ("?" if hz is None else f"{hz / 1e6:.0f}" for hz in clock.values())
+            parts.append(f"{title} {least} to {most} MHz, now {now}")
+    return "; ".join(parts)
+
+
+def cpu_governor(cpus: Path = _CPUS) -> str | None:
     """Return what sets the CPU's clock, such as ``performance`` or ``schedutil``; None where the system has none."""
     found = sorted({_line(path) or "" for path in cpus.glob("cpu*/cpufreq/scaling_governor")} - {""})
     return ", ".join(found) or None
 
 
-def cpu_cache_bytes(cpus: Path = Path("/sys/devices/system/cpu")) -> int | None:
+def cpu_cache_bytes(cpus: Path = _CPUS) -> int | None:
     """Return the size of the largest cache that the first core has, by the system's table."""
     sizes = [_line(path) or "" for path in cpus.glob("cpu0/cache/index*/size")]
     units = {"K": 2**10, "M": 2**20, "G": 2**30}
@@ -111,10 +152,10 @@ def timing_warnings(found: dict[str, Any], load: float | None = None) -> list[st
         found: what ``describe`` returned.
         load: programs that are running or want to, the mean of the last minute; asked of the system by default.
     """
-    warnings = []
-    if found["clocks_fixed"] is False:
+    warnings, on_jetson = [], is_jetson(found)
+    if on_jetson and found["clocks_fixed"] is False:
         warnings.append("the GPU's clock is not fixed, so times vary; run: sudo jetson_clocks")
-    if found["board"] and not found["power_mode"]:
+    if on_jetson and not found["power_mode"]:
         warnings.append("the power mode is not known, and sets how fast the board is; see: sudo nvpmodel -q")
     governor = found["cpu_governor"]
     if governor and governor != "performance" and not found["clocks_fixed"]:
@@ -168,6 +209,21 @@ def _memory() -> int | None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError, AttributeError):
         return None
+
+
+def _gpu_clock(devfreq: Path) -> Clock | None:
+    for device in sorted(devfreq.glob("*gpu*")) + sorted(devfreq.glob("*ga10b*")) + sorted(devfreq.glob("*gb10b*")):
+        clock = _clock(device / "min_freq", device / "max_freq", device / "cur_freq")
+        if clock is not None:
+            return clock
+    return None
+
+
+def _clock(least: Path, most: Path, now: Path, unit: int = 1) -> Clock | None:
+    """Return what the files of a clock say, whole numbers of ``unit`` Hz; None if none does."""
+    lines = {name: _line(path) or "" for name, path in (("min", least), ("max", most), ("now", now))}
+    clock = {name: unit * int(line) if re.fullmatch(r"\d+", line) else None for name, line in lines.items()}
+    return clock if any(hz is not None for hz in clock.values()) else None
 
 
 def _line(path: Path) -> str | None:

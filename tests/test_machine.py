@@ -13,6 +13,7 @@ def test_this_machine() -> None:
     assert found["cores"] == os.cpu_count()
     assert 0 < found["usable_cores"] <= found["cores"]
     assert found["memory_bytes"] > 2**28
+    assert found["clocks_hz"].keys() == {"gpu", "cpu", "memory"}
     assert machine.package_versions()["numpy"]
 
 
@@ -25,6 +26,57 @@ def test_clocks(tmp_path: Path, least: str, most: str, fixed: bool) -> None:
     (device / "min_freq").write_text(f"{least}\n")
     (device / "max_freq").write_text(f"{most}\n")
     assert machine.clocks_fixed(tmp_path) is fixed
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"{text}\n")
+
+
+def test_clocks_in_hertz(tmp_path: Path) -> None:
+    gpu, cpu, emc = tmp_path / "devfreq" / "17000000.gpu", tmp_path / "cpu" / "cpu0" / "cpufreq", tmp_path / "emc"
+    places = {"devfreq": gpu.parent, "cpus": tmp_path / "cpu", "emc": emc}
+    nothing = machine.clocks_hz(**places)
+    assert nothing == {"gpu": None, "cpu": None, "memory": None}
+    assert machine.clocks_text(nothing) == "GPU not known; CPU not known; memory not known"
+    for name, hz in (("min", 306000000), ("max", 918000000), ("cur", 612000000)):
+        write(gpu / f"{name}_freq", f"{hz}")
+    write(cpu / "scaling_max_freq", "1510400")  # in kHz
+    write(cpu / "scaling_cur_freq", "<unknown>")
+    write(emc / "rate", "3199000000")
+    found = machine.clocks_hz(**places)
+    assert found == {
+        "gpu": {"min": 306_000_000, "max": 918_000_000, "now": 612_000_000},
+        "cpu": {"min": None, "max": 1_510_400_000, "now": None},
+        "memory": {"min": None, "max": None, "now": 3_199_000_000},
+    }
+    assert machine.clocks_text(found) == (
+        "GPU 306 to 918 MHz, now 612; CPU ? to 1510 MHz, now ?; memory ? to ? MHz, now 3199"
+    )
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_clock_that_only_root_may_read_is_not_known(tmp_path: Path) -> None:
+    write(tmp_path / "emc" / "rate", "3199000000")
+    (tmp_path / "emc").chmod(0)
+    try:
+        assert machine.clocks_hz(tmp_path, tmp_path, tmp_path / "emc")["memory"] is None
+    finally:
+        (tmp_path / "emc").chmod(0o700)
+
+
+@pytest.mark.parametrize(
+    ("changes", "jetson"),
+    [
+        ({}, False),
+        ({"board": "Raspberry Pi 5 Model B Rev 1.0"}, False),
+        ({"board": "NVIDIA Jetson Orin Nano Developer Kit"}, True),
+        ({"board": "NVIDIA Orin NX", "jetson_linux": "# R36 (release), REVISION: 4.3"}, True),
+        ({"jetpack": "6.2+b77"}, True),
+    ],
+)
+def test_what_is_a_jetson(changes: dict[str, str], jetson: bool) -> None:
+    assert machine.is_jetson({"board": None, "jetson_linux": None, "jetpack": None} | changes) is jetson
 
 
 @pytest.fixture
@@ -69,21 +121,31 @@ def test_cpu_clock_and_caches(tmp_path: Path) -> None:
     assert machine.cpu_cache_bytes(tmp_path) == 2 * 2**20
 
 
+JETSON = {
+    "board": "NVIDIA Jetson Orin Nano Developer Kit",
+    "jetson_linux": "# R36 (release), REVISION: 4.3",
+    "power_mode": "MAXN",
+    "clocks_fixed": True,
+}
+
+
 @pytest.mark.parametrize(
     ("changes", "load", "words"),
     [
         ({}, 0.1, []),
         ({"clocks_fixed": True, "cpu_governor": "schedutil"}, 0.1, []),
-        ({"clocks_fixed": False}, 0.1, ["sudo jetson_clocks"]),
-        ({"board": "NVIDIA Jetson Orin Nano"}, 0.1, ["nvpmodel"]),
-        ({"board": "NVIDIA Jetson Orin Nano", "power_mode": "MAXN"}, 0.1, []),
+        (JETSON, 0.1, []),
+        (JETSON | {"clocks_fixed": False}, 0.1, ["sudo jetson_clocks"]),
+        (JETSON | {"power_mode": None}, 0.1, ["nvpmodel"]),
+        (JETSON | {"power_mode": None, "clocks_fixed": False}, 0.1, ["sudo jetson_clocks", "nvpmodel"]),
+        ({"board": "Radxa ROCK 5B", "clocks_fixed": False}, 0.1, []),  # another kind of GPU, and no such commands
         ({"cpu_governor": "schedutil"}, 0.1, ["(schedutil)"]),
         ({"cpu_governor": "performance"}, 0.1, []),
         ({}, 3.25, ["3.2 of 8 cores"]),
     ],
 )
 def test_what_makes_times_vary(changes: dict[str, object], load: float, words: list[str]) -> None:
-    nothing = {"clocks_fixed": None, "board": None, "power_mode": None, "cpu_governor": None, "usable_cores": 8}
-    found = machine.timing_warnings(nothing | changes, load)
+    keys = ("clocks_fixed", "board", "jetpack", "jetson_linux", "power_mode", "cpu_governor")
+    found = machine.timing_warnings(dict.fromkeys(keys) | {"usable_cores": 8} | changes, load)
     assert len(found) == len(words)
     assert all(word in text for word, text in zip(words, found, strict=True))

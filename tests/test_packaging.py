@@ -171,6 +171,13 @@ def test_doctor_says_that_nothing_works_and_what_to_install(bare: Bare) -> None:
     assert backends["torch"]["remedy"] == "pip install 'gta-edge[export]'"
     if sys.version_info >= (3, 11):
         assert backends["onnxruntime"]["remedy"] == "pip install 'gta-edge[ort]'"
+    features = document["features"]
+    assert features["plot"]["reason"] == "matplotlib not installed"
+    assert features["export"]["reason"] == "torch, onnx, onnx_ir, onnxscript not installed"
+    assert [features[name]["remedy"] for name in ("export", "plot")] == [
+        "pip install 'gta-edge[export]'",
+        "pip install 'gta-edge[plot]'",
+    ]
     # the status is 1, so there is one line that says why
     assert re.fullmatch(r"error: .*\n", result.err)
 

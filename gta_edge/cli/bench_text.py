@@ -9,6 +9,7 @@ import rich.console
 import rich.markup
 import rich.table
 
+from gta_edge import machine
 from gta_edge.runtime.bench.report import UNSTEADY
 
 __all__ = ["as_markdown", "show"]
@@ -57,13 +58,16 @@ def _machine(report: Document) -> list[str]:
     """Return a line on what was measured where, one for every GPU, and the warnings."""
     found = report["machine"]
     memory = f", {found['memory_bytes'] / 1e9:.1f} GB" if found["memory_bytes"] else ""
-    board = (
-        f"{found['board']}, JetPack {found['jetpack']}, power mode {found['power_mode']}; " if found["board"] else ""
-    )
-    lines = [
-        f"{board}{found['cpu'] or found['architecture']}, {found['usable_cores']} cores{memory}; {found['system']}; "
-        f"gta-edge {report['gta_edge']}, {report['date'][:16].replace('T', ' ')} UTC"
+    named = {"": found["board"], "JetPack ": found["jetpack"], "power mode ": found["power_mode"]}
+    parts = [
+        ", ".join(f"{name}{value}" for name, value in named.items() if value),  # of a board
+        f"{found['cpu'] or found['architecture']}, {found['usable_cores']} cores{memory}",
+        found["system"],
+        f"gta-edge {report['gta_edge']}, {report['date'][:16].replace('T', ' ')} UTC",
     ]
+    lines = ["; ".join(filter(None, parts))]
+    if machine.is_jetson(found):
+        lines.append(f"clocks: {machine.clocks_text(found['clocks_hz'])}")
     lines += ["GPU: " + ", ".join(gpu.values()) for gpu in found["gpus"]]
     for device, rates in found["bandwidth_bytes_per_s"].items():
         memory_of = {"cpu": "the CPU reads memory", "gpu": "the GPU copies memory"}[device]
@@ -72,10 +76,13 @@ def _machine(report: Document) -> list[str]:
 
 
 def _static(report: Document, several: bool) -> Table:
-    """What a step must read: known before anything is timed."""
-    heads = ("weights", "backend", "computes in", "on", "weights read/token", "cache/token", "bandwidth", "runs on")
+    """What a step must read, and the time that memory sets for it: what a token cannot be faster than."""
+    floors = {(row["bundle"], row["backend"], row["context"]): row["floor_ms"] for row in report["results"]}
+    contexts = sorted({context for _, _, context in floors})
+    heads = ("weights", "backend", "computes in", "on", "weights read/token", "cache/token", "bandwidth")
     rows = []
     for entry in report["backends"]:
+        least = [floors.get((entry["bundle"], entry["backend"], context)) for context in contexts]
         rate = entry["bandwidth_bytes_per_s"]
         rows.append(
             (
@@ -87,14 +94,15 @@ def _static(report: Document, several: bool) -> Table:
                 _size(entry["weight_bytes_per_step"]),
                 _MISSING if entry["cache_bytes_per_token"] is None else f"{entry['cache_bytes_per_token']:,} B",
                 _MISSING if rate is None else f"{rate / 1e9:.1f} GB/s",
+                *(_MISSING if floor is None else _ms(floor) for floor in least),
                 _software(entry),
             )
         )
-    return (*_bundle_head(several), *heads), rows
+    return (*_bundle_head(several), *heads, *(f"floor at {context}" for context in contexts), "runs on"), rows
 
 
 def _computes(entry: Document) -> str:
-    graph = {True: ", CUDA graph", False: ", no CUDA graph", None: ""}[entry.get("cuda_graph")]
+    graph = {True: ", CUDA graph", False: ", no CUDA graph", None: ""}[entry["cuda_graph"]]
     return f"{entry['compute']}{', int8 products' if entry['rounds_activations'] else ''}{graph}"
 
 
@@ -134,14 +142,14 @@ def _memory(row: Document) -> str:
 
 
 def _distance(report: Document, several: bool) -> Table:
-    heads = ("floor", "times floor", "of bandwidth", "same answers", "rank", "times rank 1")
+    heads = ("times floor", "of bandwidth", "same answers", "rank", "times rank 1")
     rows = []
     for row in report["results"]:
         if row["floor_ms"] is None:
-            floor: tuple[str, ...] = (_MISSING,) * 3
+            far: tuple[str, ...] = (_MISSING,) * 2
         else:
-            floor = (_ms(row["floor_ms"]), f"{row['times_floor']:.2f}", f"{row['bandwidth_fraction']:.2f}")
-        rows.append((*_key(row, several), *floor, _answers(row), f"{row['rank'] or '-'}", _times_first(row)))
+            far = (f"{row['times_floor']:.2f}", f"{row['bandwidth_fraction']:.2f}")
+        rows.append((*_key(row, several), *far, _answers(row), f"{row['rank'] or '-'}", _times_first(row)))
     return (*_bundle_head(several), "context", "backend", *heads), rows
 
 

@@ -31,8 +31,12 @@ def doctor() -> None:
             "tensorrt": _engine_backend("tensorrt", kernels),
             "tensorrt-rtx": _engine_backend("tensorrt-rtx", kernels),
             "onnxruntime-cuda": _onnxruntime_cuda(),
-            "onnxruntime": _backend(("onnxruntime", "onnx_ir"), "ort", _load_onnxruntime),
-            "torch": _backend(("torch", "onnx_ir"), "export", None),
+            "onnxruntime": _modules(("onnxruntime", "onnx_ir"), "ort", _load_onnxruntime),
+            "torch": _modules(("torch", "onnx_ir"), "export"),
+        },
+        "features": {
+            "export": _modules(("torch", "onnx", "onnx_ir", "onnxscript"), "export"),
+            "plot": _modules(("matplotlib",), "plot"),
         },
     }
     if output.json:
@@ -48,8 +52,8 @@ def _state(reason: str | None = None, remedy: str | None = None) -> dict[str, An
     return {"works": reason is None, "reason": reason, "remedy": remedy}
 
 
-def _backend(modules: tuple[str, ...], extra: str, load: Callable[[], object] | None) -> dict[str, Any]:
-    """Whether the modules of a backend are there; ``load`` imports the one that may be there and be of no use."""
+def _modules(modules: tuple[str, ...], extra: str, load: Callable[[], object] | None = None) -> dict[str, Any]:
+    """Whether what a backend or feature imports is there; ``load`` imports what may be there and be of no use."""
     remedy = f"pip install 'gta-edge[{extra}]'"
     missing = [name for name in modules if find_spec(name) is None]
     if missing:
@@ -74,7 +78,7 @@ def _onnxruntime_cuda() -> dict[str, Any]:
     """Whether ONNX Runtime can use the GPU; an error says itself what to run."""
     from gta_edge.ort import load_onnxruntime_cuda
 
-    missing = _backend(("onnxruntime", "onnx_ir"), "ort-gpu", None)
+    missing = _modules(("onnxruntime", "onnx_ir"), "ort-gpu")
     if not missing["works"]:
         return missing
     try:
@@ -142,12 +146,15 @@ def _providers() -> list[str]:
 
 def _for_people(report: dict[str, Any]) -> dict[str, str]:
     found, gpu = dict(report["machine"]), report["gpu"]
-    memory, fixed = found.pop("memory_bytes"), found.pop("clocks_fixed")
+    on_jetson = machine.is_jetson(found)
+    memory, fixed, clocks = found.pop("memory_bytes"), found.pop("clocks_fixed"), found.pop("clocks_hz")
     rows = {"gta-edge": report["gta_edge"]}
     rows |= {key.replace("_", " "): str(value) for key, value in found.items() if value}
     if memory:
         rows["memory"] = f"{memory / 2**30:.1f} GiB"
-    if fixed is not None:
+    if on_jetson:
+        rows["clocks"] = machine.clocks_text(clocks)
+    if on_jetson and fixed is not None:
         rows["GPU clock"] = "fixed" if fixed else "varies; before measuring run: sudo jetson_clocks"
     devices = [", ".join(device.values()) for device in gpu["devices"]]
     rows["GPU"] = "; ".join(devices) or "none found (nvidia-smi lists none)"
@@ -156,7 +163,8 @@ def _for_people(report: dict[str, Any]) -> dict[str, str]:
     rows["CUDA kernels"] = report["kernels"]["gpu"] or report["kernels"]["reason"]
     rows["TensorRT"] = ", ".join(f"{name} {v}" for name, v in report["tensorrt"].items() if v) or "none"
     rows["ONNX Runtime providers"] = ", ".join(report["onnxruntime_providers"]) or "none"
-    for name, entry in report["backends"].items():
-        why = "; ".join(filter(None, (entry["reason"], entry["remedy"])))
-        rows[f"backend {name}"] = "works" if entry["works"] else why
+    for kind in ("backend", "feature"):
+        for name, entry in report[f"{kind}s"].items():
+            why = "; ".join(filter(None, (entry["reason"], entry["remedy"])))
+            rows[f"{kind} {name}"] = "works" if entry["works"] else why
     return rows

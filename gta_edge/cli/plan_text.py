@@ -42,7 +42,7 @@ def single(console: rich.console.Console, plan: Plan, document: dict[str, Any]) 
         ways = "; or ".join(document["advice"]) or "a smaller model, a shorter context and batch, or a larger device"
         _print(console, f"To make it fit: {ways}.")
     if not device.verified:
-        _print(console, f"Not checked against a data sheet: {device.source}.")
+        _print(console, f"Not checked against a page that quotes its data sheet: {device.source}.")
     for sentence in device.assumptions:
         _print(console, f"  {sentence}")
 

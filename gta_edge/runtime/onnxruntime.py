@@ -138,21 +138,20 @@ class OnnxRuntimeSession(Session):
         """Give steps ``[B, n, capacity, d]`` of every buffer, which holds that much, or more where that would cost.
 
         With one row and one head that is a prefix, whatever is in it. Several heads are moved apart as S grows, and
-        moved together only while nothing is in them.
+        moved together only while nothing is in them. It takes no memory, so it cannot fail halfway.
         """
         shape = next(iter(self._caches.values())).shape
-        held = bool(self._length.any())
+        filled = int(self._length.max(initial=0))
         single = all(cache.shape[0] * cache.shape[1] == 1 for cache in self._caches.values())
-        if capacity == shape[2] or (capacity < shape[2] and held and not single):
+        if capacity == shape[2] or (capacity < shape[2] and filled and not single):
             return
         self._step = None
         for name, old in self._caches.items():
-            batch, heads, _, width = old.shape
+            batch, heads, before, width = old.shape
             values = self._buffers[name].reshape(-1)[: batch * heads * capacity * width]
-            new = values.reshape(batch, heads, capacity, width)
-            if held and not single:
-                new[:, :, : old.shape[2]] = old.copy()
-            self._caches[name] = new
+            if filled and not single:
+                _move_apart(values, batch * heads, before * width, capacity * width, filled * width)
+            self._caches[name] = values.reshape(batch, heads, capacity, width)
 
     def _run(self, input_ids: Ids, past_length: Ids, logit_positions: Ids) -> Logits:
         shapes = input_ids.shape, logit_positions.shape
@@ -191,6 +190,16 @@ class OnnxRuntimeSession(Session):
             _bind(step.binding.bind_input, f"past_{name}", cache)
             _bind(step.binding.bind_output, f"present_{name}", cache)
         return step
+
+
+def _move_apart(values: npt.NDArray[np.float32], parts: int, before: int, after: int, filled: int) -> None:
+    """Move the first ``filled`` values of each part from ``i * before`` to ``i * after``, which is not less.
+
+    From the last to the first, so that none is overwritten before it has moved; numpy takes care of a part that
+    overlaps its own new place, in one dimension without a copy. What then lies between the parts is what was there.
+    """
+    for i in reversed(range(1, parts)):
+        values[i * after : i * after + filled] = values[i * before : i * before + filled]
 
 
 def _bind(bind: Any, name: str, buffer: npt.NDArray[Any]) -> None:

@@ -108,7 +108,7 @@ class OnnxRuntimeCudaSession(Session):
         self._onnxruntime = load_onnxruntime_cuda(device_id) if on_gpu else load_onnxruntime("ort-gpu")
         self._device = device, device_id
         self._bundle, self._progress = bundle, progress
-        self.graph_refused: str | None = None if on_gpu else "there is no GPU"
+        self.graph_refused: str | None = None if on_gpu else "there is no GPU"  # why no step is a CUDA graph
         self._session = self._open()
         self._caches: dict[str, Any] = {}
         self._steps: dict[bool, _Step] = {}  # the one of a single token, and any other
@@ -119,9 +119,12 @@ class OnnxRuntimeCudaSession(Session):
         return sum(int(cache.tensor_size_in_bytes()) for cache in self._caches.values())
 
     @property
-    def replays_graph(self) -> bool:
-        """Whether steps of one token are CUDA graphs; if not, ``graph_refused`` says why."""
-        return self.graph_refused is None
+    def cuda_graph(self) -> bool | None:
+        """Whether single tokens are replays of a CUDA graph; if False, ``graph_refused`` says why. None on the CPU, and
+        before the first token after the cache was made or grew.
+        """
+        step = self._steps.get(True)
+        return None if step is None or self._device[0] == "cpu" else step.graph_id != _NO_GRAPH
 
     # --- the model -------------------------------------------------------------------------------------------------
 
@@ -150,7 +153,7 @@ class OnnxRuntimeCudaSession(Session):
             ) from error
 
     def _created(self, graph: bytes, weights: Path) -> Any:
-        if not self.replays_graph:
+        if self.graph_refused is not None:
             return self._create(graph, weights, "0")
         try:
             return self._create(graph, weights, "1")
@@ -272,7 +275,7 @@ class OnnxRuntimeCudaSession(Session):
                 f"the GPU has too little memory left for {input_ids.size} tokens at once{_free()}; give a smaller "
                 "chunk_size or fewer rows"
             ) from error
-        if not (self.replays_graph and input_ids.shape[1] == 1):
+        if self.graph_refused is not None or input_ids.shape[1] != 1:
             raise BackendError(
                 f"ONNX Runtime failed in a step ({first_line(error)}); export the bundle again"
             ) from error
@@ -303,7 +306,7 @@ class OnnxRuntimeCudaSession(Session):
         single = shape[1:] == (1, 1)
         step = self._steps.get(single)
         if step is None or step.shape != shape:
-            step = self._steps[single] = self._bound(shape, single and self.replays_graph)
+            step = self._steps[single] = self._bound(shape, single and self.graph_refused is None)
         return step
 
     def _bound(self, shape: tuple[int, int, int], with_graph: bool) -> _Step:

@@ -87,6 +87,11 @@ class Session(ABC):
     def cache_bytes(self) -> int:
         """Bytes that the cache occupies now, over all layers."""
 
+    @property
+    def cuda_graph(self) -> bool | None:
+        """Whether single tokens are replays of a CUDA graph; None where there is none or before the first token."""
+        return None
+
     def close(self) -> None:
         """Free what the session holds; it cannot run afterwards."""
         self._closed = True

@@ -175,7 +175,6 @@ class TensorRTSession(Session):
 
     @property
     def cuda_graph(self) -> bool | None:
-        """Whether tokens are replays of a CUDA graph; None before the first one."""
         return all(each.graph is not None for each in self._decoders.values()) if self._decoders else None
 
     def _tensor(self, name: str, values: int, dtype: Any) -> _Tensor:

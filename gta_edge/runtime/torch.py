@@ -131,6 +131,10 @@ class TorchSession(Session):
     def cache_bytes(self) -> int:
         return sum(tensor.nbytes for layer in self._caches for tensor in layer)
 
+    @property
+    def cuda_graph(self) -> bool | None:
+        return None if self._graph is None else True
+
     def _resize(self, batch: int, capacity: int) -> None:
         self._graph = None  # it holds the old caches' addresses
         old, keep = self._caches, len(self._length) == batch

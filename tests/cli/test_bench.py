@@ -64,6 +64,7 @@ def test_json(report: dict[str, Any], tiny_bundle: Path) -> None:
         assert row["tpot_ms"].keys() == {"p50", "p90", "p99"}
         assert row["agrees"] is True
     assert report["machine"].keys() >= {"cpu", "gpus", "board", "jetpack", "power_mode", "clocks_fixed", "warnings"}
+    assert report["machine"]["clocks_hz"].keys() == {"gpu", "cpu", "memory"}
     (entry,) = report["absent"]
     assert entry["backend"] == "torch@/nonexistent/python"
     assert "is no program" in entry["reason"]
@@ -87,6 +88,48 @@ def test_tables(report: dict[str, Any]) -> None:
         assert f"{row['bandwidth_fraction']:.2f}" in text
 
 
+def test_the_floor_stands_above_what_was_measured(report: dict[str, Any]) -> None:
+    changed = copy.deepcopy(report)
+    named, gone = (changed["backends"][place]["backend"] for place in range(2))
+    for row in changed["results"]:
+        row["floor_ms"] = (0.25 if row["context"] == 5 else 70.5) if row["backend"] == named else None
+    changed["results"] = [row for row in changed["results"] if (row["backend"], row["context"]) != (gone, 12)]
+    static, measured, distance = (
+        [[cell.strip() for cell in line.strip("|").split("|")] for line in part.splitlines()]
+        for part in bench_text.as_markdown(changed).split("\n\n")
+        if part.startswith("|")
+    )
+    assert static[0][-4:] == ["bandwidth", "floor at 5", "floor at 12", "runs on"]
+    cells = {line[1]: line[-3:-1] for line in static[2:]}
+    assert cells == {named: ["0.25 ms", "70.50 ms"], gone: ["n/a", "n/a"]}
+    assert not any("floor" in head for head in measured[0])
+    assert [head for head in distance[0] if "floor" in head] == ["times floor"]
+    for line, row in zip(distance[2:], changed["results"], strict=True):
+        if row["backend"] == gone:
+            assert line[2:4] == ["n/a", "n/a"]
+        else:
+            assert line[2:4] == [f"{row['times_floor']:.2f}", f"{row['bandwidth_fraction']:.2f}"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "begins"),
+    [
+        ({}, "a CPU, "),
+        ({"board": "Raspberry Pi 5"}, "Raspberry Pi 5; a CPU, "),
+        ({"board": "NVIDIA Jetson", "jetpack": "6.2"}, "NVIDIA Jetson, JetPack 6.2; a CPU, "),
+        ({"board": "NVIDIA Jetson", "power_mode": "MAXN"}, "NVIDIA Jetson, power mode MAXN; a CPU, "),
+    ],
+)
+def test_a_board_shows_with_what_is_known_of_it(report: dict[str, Any], changes: dict[str, str], begins: str) -> None:
+    changed, unknown = copy.deepcopy(report), dict.fromkeys(("board", "jetpack", "jetson_linux", "power_mode"))
+    clock = {"min": 306000000, "max": 918000000, "now": None}
+    changed["machine"] |= unknown | {"cpu": "a CPU", "clocks_hz": {"gpu": clock, "cpu": None, "memory": None}} | changes
+    text = shown(changed)
+    assert text.startswith(begins)
+    clocks = "\nclocks: GPU 306 to 918 MHz, now ?; CPU not known; memory not known\n"
+    assert (clocks in text) is ("Jetson" in changes.get("board", ""))
+
+
 def test_the_ratio_to_the_fastest_shows(report: dict[str, Any]) -> None:
     slower = next(row for row in report["results"] if row["rank"] == 2)
     found = slower["times_first"]["tpot"]
@@ -99,7 +142,7 @@ def test_the_ratio_to_the_fastest_shows(report: dict[str, Any]) -> None:
 def test_whether_tokens_are_replays_shows(report: dict[str, Any], graph: bool | None, text: str) -> None:
     changed = copy.deepcopy(report)
     for entry in changed["backends"]:
-        entry |= {} if graph is None else {"cuda_graph": graph}
+        entry["cuda_graph"] = graph
     assert text in shown(changed)
     assert ("CUDA graph" in shown(changed)) is (graph is not None)
 

@@ -17,6 +17,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import gta_edge
+from gta_edge import machine
+from gta_edge.cli import doctor
 from gta_edge.cli.app import app
 from tests.cli import COMMAND, Result, environment, listing, run
 from tests.conftest import TINY
@@ -375,7 +377,8 @@ def test_a_model_without_a_tokenizer(command: Command, copied_checkpoint: Path, 
 def test_doctor() -> None:
     document = run("doctor", "--json").document
     assert document.keys() == {
-        *("gta_edge", "machine", "gpu", "packages", "kernels", "tensorrt", "onnxruntime_providers", "backends")
+        *("gta_edge", "machine", "gpu", "packages", "kernels", "tensorrt", "onnxruntime_providers", "backends"),
+        "features",
     }
     assert list(document["backends"]) == ["tensorrt", "tensorrt-rtx", "onnxruntime-cuda", "onnxruntime", "torch"]
     assert document["gta_edge"] == gta_edge.__version__
@@ -385,6 +388,8 @@ def test_doctor() -> None:
     assert kernels["works"] == (kernels["reason"] is None) == (kernels["gpu"] is not None)
     for name in ("onnxruntime", "torch"):
         assert document["backends"][name] == {"works": True, "reason": None, "remedy": None}
+    assert document["features"].keys() == {"export", "plot"}
+    assert document["features"]["export"] == {"works": True, "reason": None, "remedy": None}
     for name in ("tensorrt", "tensorrt-rtx"):
         entry = document["backends"][name]
         assert entry["works"] == (entry["reason"] is None)
@@ -395,6 +400,39 @@ def test_doctor_for_people(command: Command) -> None:
     result = command("doctor")
     assert (result.status, result.err) == (0, "")
     assert re.search(r"^backend onnxruntime +works *$", result.out, re.MULTILINE)
+    assert re.search(r"^feature export +works *$", result.out, re.MULTILINE)
+
+
+def test_doctor_names_what_a_feature_lacks_and_what_installs_it(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    find = doctor.find_spec
+    hidden = ("matplotlib", "onnxscript")
+    monkeypatch.setattr(doctor, "find_spec", lambda name: None if name in hidden else find(name))
+    assert command("doctor", "--json").document["features"] == {
+        "export": {"works": False, "reason": "onnxscript not installed", "remedy": "pip install 'gta-edge[export]'"},
+        "plot": {"works": False, "reason": "matplotlib not installed", "remedy": "pip install 'gta-edge[plot]'"},
+    }
+    text = command("doctor").out
+    assert re.search(
+        r"^feature export +onnxscript not installed; pip install 'gta-edge\[export\]' *$", text, re.MULTILINE
+    )
+    assert re.search(r"^feature plot +matplotlib not installed; pip install 'gta-edge\[plot\]' *$", text, re.MULTILINE)
+
+
+def test_doctor_shows_a_jetsons_clocks(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    clock = {"min": 306000000, "max": 918000000, "now": 306000000}
+    found = machine.describe() | {"clocks_hz": {"gpu": clock, "cpu": clock, "memory": None}, "clocks_fixed": False}
+    found |= {"jetpack": None, "jetson_linux": None}
+    monkeypatch.setattr(machine, "describe", lambda: dict(found))
+    for board in (None, "Radxa ROCK 5B", "NVIDIA Jetson Orin Nano Developer Kit"):
+        found["board"] = board
+        text = command("doctor").out
+        assert command("doctor", "--json").document["machine"]["clocks_hz"] == found["clocks_hz"]
+        assert ("sudo jetson_clocks" in text) is ("memory not known" in text) is ("Jetson" in (board or ""))
+    assert re.search(r"^clocks +GPU 306 to 918 MHz, now 306; CPU 306 to 918", text, re.MULTILINE)
 
 
 # --- terminals and pipes -------------------------------------------------------------------------------------------

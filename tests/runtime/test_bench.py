@@ -483,6 +483,28 @@ def test_what_was_measured_on(whole: dict[str, Any]) -> None:
     for entry in whole["backends"]:
         assert entry["versions"]["onnxruntime"]
         assert entry["cache_bytes_per_token"] == TINY.cache_bytes_per_token()
+        assert (entry["cuda_graph"], entry["notes"]["cuda_graph"]) == (None, "no CUDA graph on this backend")
+
+
+@pytest.mark.parametrize(
+    ("rounds", "failure", "said", "reason"),
+    [
+        ([{"cuda_graph": True}, {"cuda_graph": False}], None, False, None),  # a session may go on without
+        ([{"cuda_graph": True}, {"cuda_graph": None}], None, True, None),
+        ([{"cuda_graph": None}], "it was ended", None, "no CUDA graph on this backend"),
+        ([], "it was ended", None, "it was ended"),
+        ([], None, None, "not measured"),
+        ([{"ttft_ms": 1.0}], None, None, "not measured"),  # of a version that does not know of it
+    ],
+)
+def test_whether_tokens_are_replays_or_why_it_is_not_known(
+    tiny_bundle: Path, rounds: list[dict[str, Any]], failure: str | None, said: bool | None, reason: str | None
+) -> None:
+    entrant = Entrant("it", Bundle.open(tiny_bundle), Target("torch"), {}, tiny_bundle, failure=failure)
+    entrant.rounds = {8: rounds} if rounds else {}
+    notes: dict[str, str] = {}
+    assert report._replays(entrant, notes) is said
+    assert notes == ({} if reason is None else {"cuda_graph": reason})
 
 
 def test_a_lone_backend_that_rounds_is_compared_with_exact_arithmetic(tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -1,17 +1,20 @@
 """The onnxruntime backend: what only it promises; what every session promises is in test_session.py."""
 
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gta_edge.bundle import Bundle
 from gta_edge.errors import BackendError, CapacityError
 from gta_edge.export.pipeline import export
 from gta_edge.runtime.backends import load
-from gta_edge.runtime.onnxruntime import OnnxRuntimeSession
+from gta_edge.runtime.onnxruntime import OnnxRuntimeSession, _move_apart
 from tests import reference
 from tests.export.checkpoints import write_checkpoint
 
@@ -134,6 +137,53 @@ def test_after_a_long_prompt_a_short_one_costs_as_in_a_new_session(bundle: Path,
             np.testing.assert_array_equal(found, new.forward(ids(rows, tokens), all_logits=True))
             assert visible(used) == visible(new) == new.capacity
         assert used.cache_bytes == held
+
+
+def test_within_a_large_cache_rows_of_different_length_grow_as_in_a_new_session(bundle: Path) -> None:
+    """Heads of all rows move apart, by one token's values, and so onto themselves and their neighbours, many times."""
+    options = {"exact": True, "chunk_size": 8, "capacity_step": 1}
+    with (
+        OnnxRuntimeSession(Bundle.open(bundle), **options) as used,
+        OnnxRuntimeSession(Bundle.open(bundle), **options) as new,
+    ):
+        used.forward(ids(3, 64))
+        held = used.cache_bytes
+        used.reset()
+        capacities = set()
+        for lengths in ([5, 1, 3], [1, 3, 2], *[[1, 1, 1]] * 20, [2, 1, 1], [30, 9, 30]):
+            appended = ids(3, max(lengths))
+            found = used.forward(appended, lengths=lengths, all_logits=True)
+            np.testing.assert_array_equal(found, new.forward(appended, lengths=lengths, all_logits=True))
+            assert visible(used) == visible(new)
+            capacities.add(visible(used))
+        assert len(capacities) >= 15
+        assert used.cache_bytes == held
+
+
+@given(st.data())
+def test_parts_are_moved_apart_in_place(data: st.DataObject) -> None:
+    parts, before, more = (data.draw(st.integers(1, 12)) for _ in range(3))
+    after, filled = before + more - 1, data.draw(st.integers(0, before))
+    values = np.arange(parts * after, dtype=np.float32)
+    old = values[: parts * before].reshape(parts, before).copy()
+    _move_apart(values, parts, before, after, filled)
+    np.testing.assert_array_equal(values.reshape(parts, after)[:, :filled], old[:, :filled])
+    assert np.isin(values, np.arange(parts * after)).all()  # nothing that was not there
+
+
+def test_parts_are_moved_apart_without_memory_for_a_copy() -> None:
+    parts, before, after = 3, 100_000, 100_001
+    values = np.arange(parts * after, dtype=np.float32)
+    tracemalloc.start()
+    try:
+        _move_apart(values, parts, before, after, before)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 4 * before / 10
+    np.testing.assert_array_equal(
+        values.reshape(parts, after)[:, :before], np.arange(parts * before).reshape(parts, before)
+    )
 
 
 def test_truncated_to_few_tokens_attention_is_cheap_again_where_nothing_has_to_move(bundle: Path) -> None:

@@ -470,12 +470,14 @@ def test_on_a_gpu_it_is_near_the_formula(start, name: str, precision: str, compu
 def test_the_graph_is_the_step_without_it(start, name: str, precision: str, compute: str, rows: int) -> None:
     ids = np.random.default_rng(rows).integers(0, VOCAB, (rows, P))
     replaying = start(name, precision, compute=compute)
+    assert replaying.cuda_graph is None
     found = steps(replaying, ids, 5)
-    assert replaying.replays_graph
+    assert replaying.cuda_graph is True
     assert replaying.graph_refused is None
     plain = start(name, precision, compute=compute)
     plain.graph_refused = "for this test"
     wanted = steps(plain, ids, 5)
+    assert plain.cuda_graph is False
     assert reference.relative_error(found, wanted) <= COMPUTE_BOUNDS[compute] / 2
 
 
@@ -492,7 +494,7 @@ def test_prompts_between_replays_do_not_disturb_them(start, name: str, precision
         expected = wanted[:, at : at + tokens]
         assert reference.relative_error(found, expected) <= COMPUTE_BOUNDS[session.compute]
         at += tokens
-    assert session.replays_graph
+    assert session.cuda_graph is True
 
 
 @on_gpu
@@ -505,7 +507,7 @@ def test_another_number_of_rows_and_growth_capture_anew(start, name: str, precis
         found = np.stack([session.forward(ids[:, t : t + 1]) for t in range(P)], axis=1)
         wanted = start(name, precision, capacity_step=P).forward(ids, all_logits=True)
         assert reference.relative_error(found, wanted) <= COMPUTE_BOUNDS[session.compute]
-    assert session.replays_graph
+    assert session.cuda_graph is True
 
 
 @on_gpu

@@ -609,6 +609,14 @@ def test_another_number_of_rows_needs_a_reset(session):
     assert session.forward(prompt(3, 1)).shape == (3, VOCAB)
 
 
+def test_whether_tokens_are_replays_of_a_cuda_graph(session, backend):
+    """A CPU has no such graphs; what stands in for an engine's driver captures."""
+    assert session.cuda_graph is None
+    for tokens in (3, 1, 1):
+        session.forward(prompt(2, tokens))
+    assert session.cuda_graph is (True if backend == "tensorrt" else None)
+
+
 @pytest.mark.parametrize("by", ["close", "with"])
 def test_a_closed_session_runs_no_more(session, by):
     if by == "with":

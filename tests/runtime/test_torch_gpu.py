@@ -244,6 +244,17 @@ def test_a_growing_cache_keeps_what_it_holds(start, model, compute):
 
 
 @on_gpu
+@pytest.mark.parametrize(("model", "compute"), [("gta", "fp16"), ("gqa", "bf16")])
+def test_after_a_token_it_is_known_that_tokens_are_replays(start, model, compute):
+    session = start(capacity_step=16)
+    said = [session.cuda_graph]
+    for tokens in (15, 1, 20, 1):  # the third grows the cache
+        session.forward(prompt(1, tokens))
+        said.append(session.cuda_graph)
+    assert said == [None, None, True, None, True]
+
+
+@on_gpu
 @every_model
 @in_halves
 def test_the_first_token_of_a_graph_leaves_the_cache_as_it_was(start, model, compute):

@@ -124,7 +124,7 @@ def _static(entrant: Entrant, batch: int, rates: Mapping[str, float], bandwidth_
         "weight_bytes_per_step": step_weight_bytes(entrant.bundle, opened, batch),
         "cache_bytes_per_token": per_token,
         "bandwidth_bytes_per_s": rates.get(device),
-        **_replays(entrant),
+        "cuda_graph": _replays(entrant, notes),
         "load_s": opened["load_s"],
         "python": opened["python"],
         "versions": opened["versions"],
@@ -132,10 +132,15 @@ def _static(entrant: Entrant, batch: int, rates: Mapping[str, float], bandwidth_
     }
 
 
-def _replays(entrant: Entrant) -> Document:
-    """Return whether single tokens are replays of a CUDA graph, where a backend can tell."""
-    told = [r["cuda_graph"] for rounds in entrant.rounds.values() for r in rounds if r["cuda_graph"] is not None]
-    return {"cuda_graph": told[-1]} if told else {}
+def _replays(entrant: Entrant, notes: dict[str, str]) -> bool | None:
+    """Return whether single tokens are replays of a CUDA graph, as the worker said last."""
+    # another interpreter's worker may be of a version that does not say
+    said = [r["cuda_graph"] for rounds in entrant.rounds.values() for r in rounds if "cuda_graph" in r]
+    told: list[bool] = [value for value in said if value is not None]
+    if told:
+        return told[-1]
+    notes["cuda_graph"] = "no CUDA graph on this backend" if said else entrant.failure or "not measured"
+    return None
 
 
 def _row(

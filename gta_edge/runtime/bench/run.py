@@ -1,10 +1,10 @@
 """The benchmark: every backend on every bundle, in turns, each in a process of its own.
 
 For each context, shortest first: every entrant reads the prompt once untimed, which warms it up and gives the logits
-that are compared; then rounds, in which all entrants take turns, so that what the machine does meanwhile hits all
-alike, until the medians have settled or patience ends. Only one process works at a time. Since contexts grow, the peak
-of a process's memory after a context is that context's: nothing before it took more, except loading, which is part of
-it.
+that are compared (without ``compare`` and ``warm_up`` it reads only the prompt's beginning); then rounds, in which all
+entrants take turns, so that what the machine does meanwhile hits all alike, until the medians have settled or patience
+ends. Only one process works at a time. Since contexts grow, the peak of a process's memory after a context is that
+context's: nothing before it took more, except loading, which is part of it.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Settings:
         prompt: ids to begin with, the same in every row; random ones by default.
         compare: whether backends are asked for their answers to compare them.
         warm_up: whether each context is first run once untimed, in full; its first chunks are in any case. The rest of
-            a long prompt has little to warm up, and takes long.
+            a long prompt has little to warm up, and takes long; but then its first timed run also grows the cache.
     """
 
     contexts: tuple[int, ...] | None = None

@@ -138,7 +138,7 @@ class Measurer:
             "ttft_ms": 1e3 * first,
             "steps_ms": steps,
             "others_busy_s": busy,
-            "cuda_graph": getattr(session, "cuda_graph", None),
+            "cuda_graph": session.cuda_graph,
             **self._memory(),
         }
 
