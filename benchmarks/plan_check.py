@@ -26,34 +26,17 @@ from typing import Any
 
 import rich.console
 import rich.table
+from random_bundles import make_bundles
 
-import gta_edge
 from gta_edge.bundle import Bundle
 from gta_edge.devices import Device
 from gta_edge.errors import GtaEdgeError
-from gta_edge.export.initialise import initialise
 from gta_edge.measuring import measure_cpu
 from gta_edge.planning import Model, Plan, execution_for, make_plan
-from gta_edge.presets import preset
 from gta_edge.runtime.session import CHUNK_SIZE
 
 MEMORY_BOUND, TIME_BOUND = 0.10, 0.25
 WORKER = Path(__file__).with_name("cpu_peer_worker.py")
-
-
-def make_bundles(work: Path, name: str, layers: int | None, precisions: list[str]) -> dict[str, Path]:
-    """Return a bundle for each precision; made unless it is there."""
-    config = preset(name)
-    config = config if layers is None else config.replace(num_hidden_layers=layers)
-    stem = f"{name}-{config.num_hidden_layers}"
-    checkpoint = work / stem
-    if not checkpoint.exists():
-        initialise(config, checkpoint)
-    bundles = {precision: work / f"{stem}-{precision}" for precision in precisions}
-    for precision, path in bundles.items():
-        if not path.exists():
-            gta_edge.export(checkpoint, path, precision=precision, verify=False)
-    return bundles
 
 
 def run_once(bundle: Bundle, context: int, new_tokens: int) -> dict[str, Any]:
