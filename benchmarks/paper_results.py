@@ -218,7 +218,7 @@ def state(found: Ratio, least: float) -> str:
 
 def verdict(states: Mapping[int, str]) -> str:
     """Return in words where a claim holds, of what ``state`` says at each context."""
-    words = {"yes": "yes", "no": "no", "open": "about equal"}
+    words = {"yes": "yes", "no": "no", "open": "too close to tell"}
     spans: list[list[int]] = []
     contexts = sorted(states)
     for before, context in zip([None, *contexts], contexts, strict=False):

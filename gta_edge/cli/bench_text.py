@@ -196,11 +196,11 @@ def _closing(report: Document) -> Iterator[str]:
                 f"{row['backend']} at {row['context']} answers wrongly: its logits are {row['max_rel_error']:.2g} of "
                 f"their spread away from those of {row['reference']}; allowed are {row['bound']:.2g}"
             )
-    unsteady = [row for row in report["results"] if row["spread"] and (row["spread"]["tpot"] or 0) > UNSTEADY]
+    unsteady = [r for r in report["results"] if r["spread"] and r["spread"]["tpot"] and "spread.tpot" in r["notes"]]
     if unsteady:
         yield (
-            f"the medians of the rounds lie more than {UNSTEADY:.0%} apart in {len(unsteady)} of "
-            f"{len(report['results'])} rows (spread); run again before ranking by these"
+            f"the rounds lie more than {UNSTEADY:.0%} apart (spread) and have not settled in {len(unsteady)} of "
+            f"{len(report['results'])} rows; run again before ranking by these"
         )
     busy = max((row["others_busy_cores"] or 0 for row in report["results"]), default=0)
     if busy > _BUSY_CORES:

@@ -159,11 +159,13 @@ def test_a_wrong_answer_shows(report: dict[str, Any]) -> None:
 
 def test_rounds_that_lie_far_apart_show(report: dict[str, Any]) -> None:
     changed = copy.deepcopy(report)
-    for row, spread in zip(changed["results"], (0.1, None, 0.5, 0.19), strict=True):
+    for row, spread in zip(changed["results"], (0.1, None, 0.5, 0.4), strict=True):
         row["spread"]["tpot"] = spread
-    assert "apart in 1 of 4 rows" in shown(changed)
-    changed["results"][2]["spread"]["tpot"] = 0.0
-    assert "apart in" not in shown(changed)
+        row["notes"].pop("spread.tpot", None)
+    changed["results"][1]["notes"]["spread.tpot"] = "one round has no spread"
+    assert "not settled" not in shown(changed)
+    changed["results"][2]["notes"]["spread.tpot"] = "the rounds lie 50% apart, and …"
+    assert "have not settled in 1 of 4 rows" in shown(changed)
 
 
 def test_what_was_not_measured_shows(report: dict[str, Any]) -> None:

@@ -539,6 +539,27 @@ def test_without_room_for_two_processes_there_is_one(tiny_bundle: Path, monkeypa
     assert most == 1
 
 
+@pytest.mark.parametrize(
+    ("medians", "warned"),
+    [
+        ([10.0, 13.0, 10.0], True),
+        ([10.0, 12.5] * 8, False),  # as far apart, but so many that their median holds
+        ([10.0, 10.1, 10.0], False),
+    ],
+)
+def test_rounds_far_apart_are_warned_of_until_they_are_many(
+    tiny_bundle: Path, medians: list[float], warned: bool
+) -> None:
+    entrant = Entrant("it", Bundle.open(tiny_bundle), Target("torch"), {}, tiny_bundle)
+    memory = {"peak_host_bytes": 3, "gpu_bytes": None, "shares_memory": False, "cache_bytes": 1}
+    one = {"ttft_ms": 100.0, "others_busy_s": None, **memory}
+    entrant.rounds = {8: [one | {"steps_ms": [median]} for median in medians]}
+    static = {"device": "cpu", "cache_bytes_per_token": 1, "weight_bytes_per_step": 1, "notes": {}}
+    row = report._row(entrant, static | {"bandwidth_bytes_per_s": 1e9}, 8, 1, 1, {"cpu_cache_bytes": None})
+    assert ("not settled" in row["notes"].get("spread.tpot", "")) is warned
+    assert "spread.ttft" not in row["notes"]
+
+
 def test_a_gpu_that_shares_memory_has_one_figure() -> None:
     notes: dict[str, str] = {}
     one = {"peak_host_bytes": 3, "gpu_bytes": 7, "shares_memory": True, "cache_bytes": 1}

@@ -10,7 +10,7 @@ from typing import Any
 from gta_edge import machine
 from gta_edge.bundle import Bundle
 from gta_edge.runtime.bench.entrant import Entrant
-from gta_edge.runtime.bench.figures import relative, summarise
+from gta_edge.runtime.bench.figures import relative, settled, summarise
 from gta_edge.runtime.bench.traffic import floor_ms, step_weight_bytes
 from gta_edge.version import __version__
 
@@ -19,7 +19,8 @@ __all__ = ["UNSTEADY", "Comparison", "describe_machine", "report"]
 Document = dict[str, Any]
 
 UNSTEADY = 0.2
-"""Rounds that lie further apart than this, as a part of their median, say more of the machine than of a backend."""
+"""Rounds that lie further apart than this, as a part of their median, and have not settled (``figures.settled``), say
+more of the machine than of a backend."""
 
 _MEASURED = (
     "ttft_ms",
@@ -171,9 +172,10 @@ def _row(
     for name, value in row["spread"].items():
         if value is None:
             notes[f"spread.{name}"] = "one round has no spread"
-        elif value > UNSTEADY:
+        elif value > UNSTEADY and not settled(row["per_round"][f"{name}_ms"]):
             notes[f"spread.{name}"] = (
-                f"the rounds lie {value:.0%} apart: do not rank by it, and run again on a quiet machine"
+                f"the rounds lie {value:.0%} apart, and their median has not settled: do not rank by it, and run again "
+                "on a quiet machine"
             )
     return row | {"notes": notes}
 
