@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -108,7 +109,19 @@ def render(runs: Sequence[Run], flops: Mapping[str, Mapping[str, int]], models: 
         warnings=warnings(runs),
         absent=absences(runs),
     )
-    return re.sub(r"\n{3,}", "\n\n", text.strip()) + "\n"
+    return "\n\n".join(map(_filled, re.split(r"\n{2,}", text.strip()))) + "\n"
+
+
+def _filled(block: str) -> str:
+    """Return a paragraph or list in lines filled anew, since figures are of any width; anything else as it is."""
+    if block.startswith(("|", "#", "!", "    ")):
+        return block
+    items = [" ".join(item.split()) for item in re.split(r"\n(?=- )", block)]
+    indents = ["  " if item.startswith("- ") else "" for item in items]
+    options = {"width": 120, "break_long_words": False, "break_on_hyphens": False}
+    return "\n".join(
+        textwrap.fill(item, subsequent_indent=indent, **options) for item, indent in zip(items, indents, strict=True)
+    )
 
 
 def _largest(models: Models) -> str:

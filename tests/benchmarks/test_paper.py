@@ -329,6 +329,9 @@ def test_every_table_of_the_page_is_even(it, tmp_path):
     tables = [block.splitlines() for block in page.split("\n\n") if block.startswith("|")]
     assert len(tables) > 10
     assert all(len({line.count("|") for line in lines}) == 1 for lines in tables)
+    text = [line for line in page.splitlines() if not line.startswith(("|", "#", "!", "    "))]
+    assert max(map(len, text)) <= 120
+    assert not any(line.lstrip().startswith("+") for line in text)  # which would begin a list
     assert "\n\n\n" not in page
     assert "/somewhere" not in page
 
