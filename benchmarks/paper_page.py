@@ -209,7 +209,7 @@ def _by_model(run: Run, what: str, cell: Callable[[Document], str | None]) -> st
     rows = []
     for context in run.contexts:
         found = [run.rows.get((name, context)) for name in run.models]
-        rows.append((f"{context:,}", *(None if row is None else cell(row) for row in found)))
+        rows.append((f"{context:,}", *(None if row is None or is_wrong(row) else cell(row) for row in found)))
     return table((f"context; {what}", *(f"`{name}`" for name in run.models)), rows)
 
 

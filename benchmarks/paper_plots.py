@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from paper_results import Document, Ratio, Run, kind, pairs, ratio
+from paper_results import Document, Ratio, Run, kind, pairs, ratio, times
 
 from gta_edge.files import new_file
 from gta_edge.optional import optional
@@ -57,7 +57,7 @@ def draw_decode(path: Path, run: Run) -> None:
     figure, (axis,) = _figure(1)
     for number, name in enumerate(run.models):
         rows = [(context, run.rows.get((name, context))) for context in run.contexts]
-        points = [(context, row["tpot_ms"]["p50"]) for context, row in rows if row and row["tpot_ms"]]
+        points = [(context, row["tpot_ms"]["p50"]) for context, row in rows if row and times(row)]
         if points:
             axis.plot(*zip(*points, strict=True), marker=MARKERS[number % len(MARKERS)], label=name)
     _label(axis, run.contexts, "time per token, ms")

@@ -186,7 +186,7 @@ def ratio(run: Run, gta: str, baseline: str, context: int, phase: str) -> Ratio 
     if rows[0] is None or rows[1] is None or rows[0]["report"] != rows[1]["report"]:
         return None
     first, later = PHASES[phase]
-    own, base = ([first * ttft + later * tpot for ttft, tpot in _rounds(row)] for row in rows)
+    own, base = ([first * ttft + later * tpot for ttft, tpot in times(row)] for row in rows)
     values = [theirs / ours for ours, theirs in zip(own, base, strict=False)]  # one may have failed later
     return Ratio(statistics.median(values), min(values), max(values), len(values)) if values else None
 
@@ -196,8 +196,8 @@ def is_wrong(row: Document) -> bool:
     return row["agrees"] is False
 
 
-def _rounds(row: Document) -> list[tuple[float, float]]:
-    """Return times to the first token and of a token, in ms, round by round."""
+def times(row: Document) -> list[tuple[float, float]]:
+    """Return times to the first token and of a token, in ms, round by round; none of a wrong answer."""
     if row["tpot_ms"] is None or is_wrong(row):
         return []
     return list(zip(row["per_round"]["ttft_ms"], row["per_round"]["tpot_ms"], strict=True))

@@ -79,7 +79,7 @@ class OnnxRuntimeSession(Session):
         try:
             try:
                 self._session = onnxruntime.InferenceSession(prepared.graph, settings, providers=providers)
-            except Exception:
+            except Exception:  # ONNX Runtime's errors have no common base
                 if not prepared.kept:
                     raise
                 # another process may have replaced what was kept, between our reading and ONNX Runtime's
@@ -87,7 +87,7 @@ class OnnxRuntimeSession(Session):
                 self._session = onnxruntime.InferenceSession(prepared.graph, settings, providers=providers)
         except GtaEdgeError:
             raise
-        except Exception as error:  # ONNX Runtime's errors have no common base
+        except Exception as error:  # likewise
             raise BackendError(
                 f"{bundle.model_path}: ONNX Runtime {onnxruntime.__version__} refuses the model "
                 f"({first_line(error)}); export the bundle again"

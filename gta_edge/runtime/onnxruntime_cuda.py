@@ -231,7 +231,7 @@ class OnnxRuntimeCudaSession(Session):
                     content[:, :, :filled] = old.numpy()[:, :, :filled]
                 del old
                 self._caches[name] = self._buffer(content)
-        except Exception as error:
+        except Exception as error:  # ONNX Runtime's errors have no common base
             self._caches, self._capacity, self._length = {}, 0, np.zeros_like(self._length)
             if not (isinstance(error, MemoryError) or is_out_of_memory(error)):
                 raise BackendError(

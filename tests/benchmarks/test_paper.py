@@ -306,6 +306,9 @@ def test_a_fast_wrong_answer_is_listed_and_in_no_ratio(it, tmp_path):
     assert "| 64 | n/a |" in table
     assert "| 4,096 | 1.50 |" in table
     assert "gta-tiny, tiny, int4, onnxruntime on the CPU, at 64: its answers are wrong" in page
+    times = page.partition("ms per token |")[2].partition("\n\n")[0]
+    assert "| 64 | n/a | 15.0 |" in times
+    assert "| 4,096 | 10.0 | 15.0 |" in times
 
 
 def test_what_did_not_run_in_turns_is_in_no_ratio(it, tmp_path):
