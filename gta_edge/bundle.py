@@ -6,7 +6,8 @@
     tokenizer.json …   as in the checkpoint, if it has them
 
 A reader trusts nothing: a newer format, a file that is not as recorded, and a path that leads out of the directory
-are refused. Small files are hashed at every opening, large ones when their size or modification time changed.
+are refused. Small files are hashed at every opening, large ones when their size or modification time changed. A bundle
+is never written to by who reads it.
 """
 
 from __future__ import annotations
@@ -14,10 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import stat
-import tempfile
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +23,12 @@ from typing import Any
 from gta_edge.checkpoint import COMPANIONS
 from gta_edge.config import ModelConfig, read_config
 from gta_edge.errors import BundleError, ConfigError
-from gta_edge.files import plain_name
+from gta_edge.files import bundle_file, plain_name
+from gta_edge.formats.integrity import describe_file, is_entry, problem_of
 from gta_edge.progress import Progress, silent
 from gta_edge.quantization import BLOCK_SIZES
+from gta_edge.support.json_files import read_json
+from gta_edge.support.text import brief
 
 __all__ = ["CONFIG", "FORMAT_VERSION", "MANIFEST", "MODEL", "WEIGHTS", "Bundle", "write_manifest"]
 
@@ -38,9 +39,7 @@ MODEL = "model.onnx"
 WEIGHTS = "model.onnx.data"
 CONFIG = "config.json"
 
-_ALWAYS_HASHED_BYTES = 16 * 2**20
-_LARGEST_MANIFEST_BYTES = 2**20
-_BLOCK_BYTES = 2**22
+_MAX_MANIFEST_BYTES = 2**20
 _BYTES_PER_LAYER = 100  # far fewer than the nodes of one take in the graph's file
 _REMEDY = "export the bundle again, or copy it anew"
 
@@ -54,12 +53,14 @@ class Bundle:
         config: the model's sizes.
         precision: what the weights are stored in: fp32, fp16, bf16, int8 or int4.
         manifest: the content of ``gta_edge.json``.
+        verified: whether every file was hashed, whatever its size and time.
     """
 
     directory: Path
     config: ModelConfig
     precision: str
     manifest: Mapping[str, Any]
+    verified: bool = False
 
     @property
     def model_path(self) -> Path:
@@ -99,9 +100,8 @@ class Bundle:
         for name in COMPANIONS:
             if name not in manifest["files"] and os.path.lexists(directory / name):
                 raise BundleError(f"{directory / name}: is not in the manifest; put it into the checkpoint and export")
-        touched = [
-            name for name in manifest["files"] if _check_file(directory, name, manifest, verify_hashes, progress)
-        ]
+        for name, entry in manifest["files"].items():
+            _check_file(directory, name, entry, verify_hashes, progress)
         try:
             config = read_config(directory / CONFIG)
         except ConfigError as error:
@@ -113,12 +113,10 @@ class Bundle:
             )
         if manifest["cache"] != _cache_layout(config):
             raise BundleError(
-                f"{directory / MANIFEST}: the cache layout {manifest['cache']} is not that of {CONFIG}, "
-                f"{_cache_layout(config)}; {_REMEDY}"
+                f"{directory / MANIFEST}: the cache layout {brief(manifest['cache'])} is not that of {CONFIG}, "
+                f"{brief(_cache_layout(config))}; {_REMEDY}"
             )
-        if touched:
-            _record_times(directory, manifest, touched)
-        return cls(directory, config, manifest["precision"], manifest)
+        return cls(directory, config, manifest["precision"], manifest, verify_hashes)
 
 
 def write_manifest(
@@ -132,20 +130,18 @@ def write_manifest(
 ) -> None:
     """Write the manifest of all files that lie in ``directory``, which makes it a bundle."""
     names = sorted(path.name for path in directory.iterdir() if path.name != MANIFEST)
-    files = {name: _times(directory / name) | {"sha256": _sha256(directory / name, progress)} for name in names}
-    _store(
-        directory,
-        {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            "architecture": config.architecture,
-            "precision": precision,
-            "block_size": block_size,
-            "cache": _cache_layout(config),
-            "made_with": dict(made_with),
-            "files": files,
-        },
-    )
+    manifest = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "architecture": config.architecture,
+        "precision": precision,
+        "block_size": block_size,
+        "cache": _cache_layout(config),
+        "made_with": dict(made_with),
+        "files": {name: describe_file(directory / name, progress) for name in names},
+    }
+    text = json.dumps({**manifest, "sha256": _digest(manifest)}, indent=2) + "\n"
+    (directory / MANIFEST).write_text(text, encoding="utf-8")
 
 
 def _cache_layout(config: ModelConfig) -> list[dict[str, Any]]:
@@ -161,27 +157,19 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
     if not is_directory:
         found = "is a file" if exists else "does not exist"
         raise BundleError(f"{directory} {found}; expected a bundle directory, as `gta-edge export` writes it")
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe would wait for ever
-            raise BundleError(f"{path}: is not a regular file; {_REMEDY}")
-        if path.stat().st_size > _LARGEST_MANIFEST_BYTES:
-            raise BundleError(f"{path}: has {path.stat().st_size} bytes, too many for a manifest; {_REMEDY}")
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+    if not os.path.lexists(path):
         hint = "it looks like a checkpoint: run `gta-edge export` first" if (directory / CONFIG).exists() else _REMEDY
-        raise BundleError(f"{directory}: is not a bundle, it has no {MANIFEST}; {hint}") from error
-    except OSError as error:
-        raise BundleError(f"{path}: cannot be read ({error.strerror}); {_REMEDY}") from error
-    except (ValueError, RecursionError) as error:
-        raise BundleError(f"{path}: is not valid JSON ({error}); {_REMEDY}") from error
+        raise BundleError(f"{directory}: is not a bundle, it has no {MANIFEST}; {hint}")
+    manifest = read_json(bundle_file(directory, MANIFEST), BundleError, _REMEDY, max_bytes=_MAX_MANIFEST_BYTES)
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise BundleError(f"{path}: is not the manifest of a bundle (no format {FORMAT!r}); {_REMEDY}")
     version = manifest.get("format_version")
     if type(version) is not int or version < 1:  # JSON's true is an int to Python
-        raise BundleError(f"{path}: format_version is {version!r}; expected 1 to {FORMAT_VERSION}; {_REMEDY}")
+        raise BundleError(f"{path}: format_version is {brief(version)}; expected 1 to {FORMAT_VERSION}; {_REMEDY}")
     if version > FORMAT_VERSION:
         raise BundleError(
-            f"{path}: format_version is {version}; this version of gta-edge reads up to {FORMAT_VERSION}: upgrade it"
+            f"{path}: format_version is {brief(version)}; this version of gta-edge reads up to {FORMAT_VERSION}: "
+            "upgrade it"
         )
     try:
         intact = manifest.pop("sha256", None) == _digest(manifest)
@@ -198,85 +186,37 @@ def _check_fields(path: Path, manifest: dict[str, Any]) -> None:
     from gta_edge.weights import PRECISIONS
 
     files = manifest.get("files")
-    if manifest.get("precision") not in list(PRECISIONS):  # a list, since what is looked up may not be hashable
-        raise BundleError(
-            f"{path}: precision is {manifest.get('precision')!r}; expected one of {', '.join(PRECISIONS)}; {_REMEDY}"
-        )
+    precision = manifest.get("precision")
+    if precision not in list(PRECISIONS):  # a list, since what is looked up may not be hashable
+        known = ", ".join(PRECISIONS)
+        raise BundleError(f"{path}: precision is {brief(precision)}; expected one of {known}; {_REMEDY}")
     block_size = manifest.get("block_size")  # none in bundles of earlier versions
     if block_size is not None and (type(block_size) is not int or block_size not in BLOCK_SIZES):
-        raise BundleError(f"{path}: block_size is {block_size!r}; expected one of {BLOCK_SIZES} or none; {_REMEDY}")
+        raise BundleError(
+            f"{path}: block_size is {brief(block_size)}; expected one of {BLOCK_SIZES} or none; {_REMEDY}"
+        )
     if not isinstance(files, dict) or not {MODEL, CONFIG} <= files.keys() or "cache" not in manifest:
         raise BundleError(f"{path}: does not list {MODEL} and {CONFIG} with their cache layout; {_REMEDY}")
     if not isinstance(manifest.get("made_with"), dict):
         raise BundleError(f"{path}: does not say what made the bundle (made_with); {_REMEDY}")
     for name, entry in files.items():
         if not plain_name(name):
-            raise BundleError(f"{path}: lists the file {name!r}, which is outside the directory; {_REMEDY}")
-        kinds = {"bytes": int, "mtime_ns": int, "sha256": str}
-        if not isinstance(entry, dict) or not all(isinstance(entry.get(key), kind) for key, kind in kinds.items()):
+            raise BundleError(f"{path}: lists the file {brief(name)}, which is outside the directory; {_REMEDY}")
+        if not is_entry(entry):
             raise BundleError(f"{path}: the entry of {name} lacks bytes, mtime_ns or sha256; {_REMEDY}")
 
 
-def _check_file(
-    directory: Path, name: str, manifest: Mapping[str, Any], verify_hashes: bool, progress: Progress
-) -> bool:
-    """Check one file; tell whether its recorded time is out of date though its content is right."""
-    path, entry = directory / name, manifest["files"][name]
+def _check_file(directory: Path, name: str, entry: Mapping[str, Any], verify_hashes: bool, progress: Progress) -> None:
+    path, real = directory / name, bundle_file(directory, name)
     try:
-        if path.resolve(strict=True).parent != directory.resolve():
-            raise BundleError(f"{path}: is a link that leads out of the bundle; put the file itself there")
-        now = _times(path)
-        if not path.is_file():
-            raise BundleError(f"{path}: is not a regular file; {_REMEDY}")
-        if now["bytes"] != entry["bytes"]:
-            raise BundleError(f"{path}: has {now['bytes']} bytes, recorded were {entry['bytes']}; {_REMEDY}")
-        touched = now["mtime_ns"] != entry["mtime_ns"]
-        small = entry["bytes"] <= _ALWAYS_HASHED_BYTES
-        if (verify_hashes or touched or small) and _sha256(path, progress) != entry["sha256"]:
-            raise BundleError(f"{path}: its content is not what was written (SHA-256 differs); {_REMEDY}")
-    except FileNotFoundError as error:
-        raise BundleError(f"{path}: is missing; {_REMEDY}") from error
-    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, on older Pythons
-        raise BundleError(f"{path}: cannot be read ({error}); {_REMEDY}") from error
-    return touched and not small
-
-
-def _record_times(directory: Path, manifest: dict[str, Any], names: list[str]) -> None:
-    """Remember the times of large files found right after a copy, so that the next opening need not hash them."""
-    for name in names:
-        manifest["files"][name] |= _times(directory / name)
-    with suppress(OSError):  # a bundle on a read-only medium is hashed every time
-        _store(directory, manifest)
-
-
-def _store(directory: Path, manifest: Mapping[str, Any]) -> None:
-    text = json.dumps({**manifest, "sha256": _digest(manifest)}, indent=2) + "\n"
-    descriptor, temporary = tempfile.mkstemp(dir=directory, prefix=f".{MANIFEST}.")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(directory / MANIFEST)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        descriptor = os.open(real, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe would be waited for
+        with os.fdopen(descriptor, "rb", buffering=0) as file:
+            problem = problem_of(file, real, entry, verify_hashes=verify_hashes, progress=progress)
+    except OSError as error:
+        raise BundleError(f"{path}: cannot be read ({error.strerror or error}); {_REMEDY}") from error
+    if problem:
+        raise BundleError(f"{path}: {problem}; {_REMEDY}")
 
 
 def _digest(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-def _times(path: Path) -> dict[str, int]:
-    status = path.stat()
-    return {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
-
-
-def _sha256(path: Path, progress: Progress) -> str:
-    digest, total, done = hashlib.sha256(), path.stat().st_size, 0
-    with path.open("rb", buffering=0) as file:
-        while block := file.read(_BLOCK_BYTES):
-            digest.update(block)
-            done += len(block)
-            if total > _ALWAYS_HASHED_BYTES:
-                progress(f"hashing {path.name}", done, total)
-    return digest.hexdigest()

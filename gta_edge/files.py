@@ -1,27 +1,28 @@
-"""Outputs that appear complete or not at all, and names that lead nowhere else.
+"""Atomic file and directory writes, scratch directories, and names that lead nowhere else.
 
-A result is written under a temporary name beside its place and renamed when it is complete, so that an error, a full
-disk or Ctrl-C leaves what was there before. Links are followed: what a link points to is what is replaced.
+A result is written under a temporary name beside its place and renamed when it is complete and on the disk, so that an
+error, a full disk, Ctrl-C, a kill or a power cut leaves the old or the new. Links are followed: what a link points to
+is what is replaced. Replaced is only what this package made (``support.ownership``).
 """
 
 from __future__ import annotations
 
 import errno
 import os
-import secrets
 import shutil
 import stat
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeGuard
 
-from gta_edge.errors import OutputError
+from gta_edge.errors import BundleError, OutputError
+from gta_edge.support.ownership import check_inputs, foreign_entry
+from gta_edge.support.partials import Partial, remove_stale, replace_directory, replace_file, restore
+from gta_edge.support.text import printable
 
-__all__ = ["cache_directory", "new_directory", "new_file", "plain_name"]
-
-# A directory that holds one of these is a checkpoint, a bundle or part of one, which is all that force may replace.
-_OURS = ("config.json", "gta_edge.json", "prepared.json", "engine.json")
+__all__ = ["bundle_file", "cache_directory", "new_directory", "new_file", "plain_name", "scratch_directory"]
 
 # What the system says of the place that is written to; anything else is the writer's own error.
 _OF_THE_PLACE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG}
@@ -41,67 +42,159 @@ def plain_name(name: object) -> TypeGuard[str]:
     )
 
 
+def bundle_file(directory: Path, name: str) -> Path:
+    """Return where a file of a bundle really lies: in its directory, or where Hugging Face's cache keeps it.
+
+    That cache has a directory of links, ``models--NAME/snapshots/REVISION``, into ``models--NAME/blobs``.
+
+    Raises:
+        BundleError: there is no such file, its name is no plain one, or a link leads elsewhere.
+    """
+    shown = printable(str(directory / name))
+    if not plain_name(name):
+        raise BundleError(f"{shown}: is outside the bundle; export the bundle again, or copy it anew")
+    try:
+        root, real = directory.resolve(strict=True), (directory / name).resolve(strict=True)
+    except FileNotFoundError as error:
+        raise BundleError(f"{shown}: is missing; export the bundle again, or copy it anew") from error
+    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, on older Pythons
+        reason = getattr(error, "strerror", None) or "a loop of links"
+        raise BundleError(f"{shown}: cannot be read ({reason}); export the bundle again, or copy it anew") from error
+    model = root.parent.parent
+    in_hub_cache = root.parent.name == "snapshots" and model.name.startswith("models--")
+    if real.parent != root and not (in_hub_cache and real.parent == model / "blobs"):
+        raise BundleError(f"{shown}: is a link that leads out of the bundle; put the file itself there")
+    return real
+
+
 def cache_directory() -> Path | None:
     """Return where this package keeps what can be made again, None where that cannot be told.
 
     That is ``$GTA_EDGE_CACHE``, else ``$XDG_CACHE_HOME/gta_edge``, else ``~/.cache/gta_edge``.
     """
-    if own := os.environ.get("GTA_EDGE_CACHE"):
-        return Path(own)
-    shared = Path(os.environ.get("XDG_CACHE_HOME", ""))
     try:
+        if own := os.environ.get("GTA_EDGE_CACHE"):
+            return Path(own).expanduser().absolute()
+        shared = Path(os.environ.get("XDG_CACHE_HOME", ""))
         # A relative path is to be ignored: XDG Base Directory Specification.
         return (shared if shared.is_absolute() else Path.home() / ".cache") / "gta_edge"
-    except RuntimeError:  # a user without a home
+    except (RuntimeError, OSError):  # a user without a home, a working directory that is gone
         return None
 
 
 @contextmanager
-def new_directory(path: str | os.PathLike[str], *, force: bool = False) -> Iterator[Path]:
+def new_directory(
+    path: str | os.PathLike[str],
+    *,
+    force: bool = False,
+    inputs: Iterable[Path] = (),
+    needed_bytes: int = 0,
+    artifact: bool = False,
+) -> Iterator[Path]:
     """Yield a temporary directory that becomes ``path`` when the body succeeds, and vanishes when it does not.
+
+    All that can be known beforehand is checked before the body runs, and again before ``path`` is replaced.
 
     Args:
         path: where the result goes; its parent must exist.
-        force: replace an existing directory, once the new one is complete. Only one that is empty or holds a record
-            of ours (``_OURS``) is replaced, and never one that holds the working or home directory.
+        force: replace an existing directory, once the new one is complete. Only one that is empty or ours is
+            replaced (``support.ownership``), and never one that holds the working or home directory.
+        inputs: what the body reads, files and directories: ``path`` may not be, hold, or lie in any of them.
+        needed_bytes: what will be written, as far as it is known; less free space is an error at once.
+        artifact: replace an incomplete artifact of a bundle too, which has lost its record.
 
     Raises:
         OutputError: ``path`` exists or may not be replaced, its parent cannot be written to, or the disk is full, also
             where the body meets that. Every other exception of the body passes as it is.
     """
     target = _resolve(path)
-    _check_directory(target, force)
-    partial = _partial(target)
-    with _undone_on_error(target, partial):
+    check_inputs(target, inputs)
+    _clean(target)
+    _check_directory(target, force, artifact)
+    _check_space(target, needed_bytes)
+    with _at(target):
+        partial = Partial(target.parent, directory=True)  # and not tempfile's, which only their owner can read
+    old: Path | None = None
+    try:
+        with _translated(target, partial.path):
+            yield partial.path
+        _check_directory(target, force, artifact)  # again: it may have been made meanwhile
         with _at(target):
-            partial.mkdir()  # and not tempfile, whose directories only their owner can read
-        yield partial
-        _check_directory(target, force)  # again: it may have been made meanwhile
-        with _at(target):
-            _replace_directory(partial, target)
+            old = replace_directory(partial.path, target)
+    finally:
+        if old is None:
+            partial.remove()  # nothing, if it is in its place
+    try:
+        if old is not None:
+            shutil.rmtree(old)
+    except OSError as error:
+        raise OutputError(
+            f"{target} is written, but the one it replaces, now {old}, cannot be removed "
+            f"({error.strerror}); remove it yourself"
+        ) from error
+    finally:
+        partial.release()
 
 
 @contextmanager
-def new_file(path: str | os.PathLike[str], *, force: bool = False) -> Iterator[Path]:
+def new_file(
+    path: str | os.PathLike[str], *, force: bool = False, inputs: Iterable[Path] = (), needed_bytes: int = 0
+) -> Iterator[Path]:
     """Yield an empty temporary file that becomes ``path`` when the body succeeds, and vanishes when it does not.
 
     Args:
         path: where the result goes; its parent must exist.
         force: replace an existing regular file, once the new one is complete.
+        inputs: as for ``new_directory``.
+        needed_bytes: likewise.
 
     Raises:
         OutputError: as for ``new_directory``.
     """
     target = _resolve(path)
+    check_inputs(target, inputs)
+    _clean(target)
     _check_file(target, force)
-    partial = _partial(target)
-    with _undone_on_error(target, partial):
-        with _at(target):
-            partial.touch(exist_ok=False)
-        yield partial
+    _check_space(target, needed_bytes)
+    with _at(target):
+        partial = Partial(target.parent, directory=False)
+    try:
+        with _translated(target, partial.path):
+            yield partial.path
         _check_file(target, force)
         with _at(target):
-            partial.replace(target)
+            replace_file(partial.path, target)
+    finally:
+        partial.remove()
+
+
+@contextmanager
+def scratch_directory(parent: str | os.PathLike[str] | None = None) -> Iterator[Path]:
+    """Yield an empty directory that vanishes with the body; what killed processes left there vanishes before.
+
+    Args:
+        parent: where; the system's directory for temporary files by default.
+
+    Raises:
+        OutputError: it cannot be made; where, and why.
+    """
+    try:
+        place = Path(tempfile.gettempdir() if parent is None else parent)
+    except OSError as error:  # none of the usual places can be written to
+        raise OutputError(
+            f"there is no directory for temporary files ({error.strerror or error}); set TMPDIR to one with free space"
+        ) from error
+    remove_stale(place)
+    remedy = "set TMPDIR to a directory with free space" if parent is None else "free some space there"
+    try:
+        partial = Partial(place, directory=True)
+    except OSError as error:
+        raise OutputError(f"{place}: no directory can be made in it ({error.strerror}); {remedy}") from error
+    try:
+        partial.path.chmod(0o700)
+        yield partial.path
+    finally:
+        partial.remove()
 
 
 def _resolve(path: str | os.PathLike[str]) -> Path:
@@ -109,11 +202,6 @@ def _resolve(path: str | os.PathLike[str]) -> Path:
         return Path(path).resolve()
     except (OSError, RuntimeError, ValueError) as error:  # a loop of links, or a NUL
         raise OutputError(f"{str(path)!r} is no usable path ({error}); choose another one") from error
-
-
-def _partial(target: Path) -> Path:
-    # not made from the target's name, which may already be as long as a name can be
-    return target.with_name(f".gta-edge-{secrets.token_hex(6)}.partial")
 
 
 def _mode(target: Path) -> int | None:
@@ -125,7 +213,7 @@ def _mode(target: Path) -> int | None:
             return None
 
 
-def _check_directory(target: Path, force: bool) -> None:
+def _check_directory(target: Path, force: bool, artifact: bool) -> None:
     """Raise OutputError unless a directory may appear here."""
     _check_not_protected(target)
     mode = _mode(target)
@@ -136,11 +224,11 @@ def _check_directory(target: Path, force: bool) -> None:
     if not force:
         raise OutputError(f"{target} already exists; choose another output path, or replace it with --force")
     with _at(target):
-        is_empty = next(target.iterdir(), None) is None
-    if not is_empty and not any((target / name).is_file() for name in _OURS):
+        foreign = foreign_entry(target, artifact=artifact)
+    if foreign is not None:
         raise OutputError(
-            f"{target} is a directory without a {' or '.join(_OURS)}, so not a checkpoint or a bundle, and is not "
-            "replaced even with --force; choose another output path, or remove it yourself"
+            f"{target} holds what this program did not make ({foreign}), and is not replaced even with --force; choose "
+            "another output path, or remove it yourself"
         )
 
 
@@ -163,40 +251,32 @@ def _check_not_protected(target: Path) -> None:
                 raise OutputError(f"{target} is or holds {what}, which is never replaced; choose another output path")
 
 
-def _replace_directory(partial: Path, target: Path) -> None:
-    """Put one directory in the place of another; on an error the old one is back, or was never away."""
-    if not target.exists():
-        partial.rename(target)
+def _clean(target: Path) -> None:
+    """Put right what killed processes left beside the target."""
+    restore(target)
+    remove_stale(target.parent)
+
+
+def _check_space(target: Path, needed_bytes: int) -> None:
+    """Raise OutputError where the result cannot fit, before it is made."""
+    if not needed_bytes:
         return
-    old = _partial(target)
-    target.rename(old)
-    try:
-        partial.rename(target)
-    except BaseException:
-        if not target.exists():  # Ctrl-C may come when the new one is already there
-            old.rename(target)
-        raise
-    try:
-        shutil.rmtree(old)
-    except OSError as error:
+    with _at(target):
+        free = shutil.disk_usage(target.parent).free
+    if needed_bytes > free:
         raise OutputError(
-            f"{target} is written, but the one it replaces, now {old}, cannot be removed "
-            f"({error.strerror}); remove it yourself"
-        ) from error
+            f"{target} cannot be written (it takes about {needed_bytes / 1e9:.2f} GB and {free / 1e9:.2f} GB are "
+            "free); free some space, or choose another output path"
+        )
 
 
 @contextmanager
-def _undone_on_error(target: Path, partial: Path) -> Iterator[None]:
-    """Remove what is unfinished on any exception, and translate those that speak of the place written to."""
+def _translated(target: Path, partial: Path) -> Iterator[None]:
+    """Translate errors of the body that speak of the place written to."""
     try:
         yield
-    except BaseException as error:
-        if partial.is_dir():
-            shutil.rmtree(partial, ignore_errors=True)
-        else:
-            with suppress(OSError):
-                partial.unlink()
-        if isinstance(error, OSError) and error.errno in (None, *_OF_THE_PLACE) and _is_within(error.filename, partial):
+    except OSError as error:
+        if error.errno in (None, *_OF_THE_PLACE) and _is_within(error.filename, partial):
             raise _output_error(target, error) from error
         raise
 

@@ -1,8 +1,11 @@
 """What tests of several modules share: one tiny model, exported once per run, and the command run in this process."""
 
+import atexit
+import os
 import shutil
 import signal
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +19,11 @@ from tests.cli import Result
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# A cache of the run's own, which processes that it starts share; some of them as another user.
+if "GTA_EDGE_CACHE" not in os.environ:
+    os.environ["GTA_EDGE_CACHE"] = tempfile.mkdtemp(prefix="gta-edge-tests-")
+    Path(os.environ["GTA_EDGE_CACHE"]).chmod(0o1777)
+    atexit.register(shutil.rmtree, os.environ["GTA_EDGE_CACHE"], ignore_errors=True)
 
 TINY = preset("gta1-160m").replace(
     num_hidden_layers=2,

@@ -7,18 +7,21 @@ import os
 import sys
 from pathlib import Path
 
+from gta_edge.cli.signals import exit_status, handled
+
 __all__ = ["main"]
 
 
 def main() -> None:
     """Run ``gta-edge``; the exit status is that of the command."""
     try:
-        _prepare_streams()
-        from gta_edge.cli.app import run
+        with handled():
+            _prepare_streams()
+            from gta_edge.cli.app import run
 
-        run()
-    except KeyboardInterrupt:  # before or after the command proper; importing takes a second on a slow board
-        sys.exit(130)
+            run()
+    except KeyboardInterrupt as interrupt:  # before or after the command proper; importing takes a second on a board
+        sys.exit(exit_status(interrupt))
     except OSError as error:  # what is printed cannot be written
         print(f"error: output: {error.strerror}; check where it goes", file=sys.stderr)
         sys.exit(1)

@@ -9,7 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from gta_edge.cli.eval import read_text
-from gta_edge.cli.output import INTERRUPTED, Output, current
+from gta_edge.cli.output import Output, current
+from gta_edge.cli.signals import exit_status
 from gta_edge.errors import InputError
 
 __all__ = ["generate"]
@@ -59,10 +60,10 @@ def generate(
         try:
             for piece in generation:
                 _show(output, piece, generation)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as interrupt:
             generation.close()  # where it came while a piece was printed
             _finish(output, generation, session.backend)
-            sys.exit(INTERRUPTED)
+            sys.exit(exit_status(interrupt))
         _finish(output, generation, session.backend)
 
 

@@ -19,13 +19,15 @@ import rich.progress
 import rich.table
 import typer
 
+from gta_edge.cli.signals import exit_status
 from gta_edge.errors import GtaEdgeError
 from gta_edge.progress import Progress, silent
+from gta_edge.support.text import one_line, printable
 
-__all__ = ["FAILED", "INTERRUPTED", "Output", "command", "current", "key_value_table"]
+__all__ = ["FAILED", "Output", "command", "current", "key_value_table"]
 
 FAILED = 1
-INTERRUPTED = 130
+_MAX_MESSAGE = 2000  # characters: what is quoted in one is cut where it is quoted
 
 
 @dataclass
@@ -50,7 +52,7 @@ class Output:
     def note(self, text: str) -> None:
         """Tell a person something on stderr."""
         if not (self.json or self.quiet):
-            print(text, file=sys.stderr)
+            print(printable(text), file=sys.stderr)
 
     @contextmanager
     def progress(self) -> Iterator[Progress]:
@@ -103,10 +105,10 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             sys.stdout.flush()
         except (typer.Exit, typer.Abort, typer.BadParameter):
             raise
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as interrupt:
             if _current.debug:
                 raise
-            sys.exit(INTERRUPTED)
+            sys.exit(exit_status(interrupt))
         except BrokenPipeError:
             _leave_closed_pipe()
         except Exception as error:  # the last resort: one line for a person, whatever went wrong
@@ -127,7 +129,7 @@ def key_value_table(rows: dict[str, str]) -> rich.table.Table:
     """Return a plain two-column table."""
     table = rich.table.Table(box=None, show_header=False, pad_edge=False)
     for key, value in rows.items():
-        table.add_row(rich.markup.escape(key), rich.markup.escape(value))
+        table.add_row(rich.markup.escape(printable(key)), rich.markup.escape(printable(value)))
     return table
 
 
@@ -144,7 +146,7 @@ def _describe(error: BaseException) -> str:
 
 
 def _fail(message: str) -> None:
-    print("error:", " ".join(message.split()), file=sys.stderr)
+    print("error:", one_line(message, _MAX_MESSAGE), file=sys.stderr)
     sys.exit(FAILED)
 
 

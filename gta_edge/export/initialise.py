@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import NormalDist
@@ -25,6 +24,7 @@ from gta_edge.config import DTYPES, ModelConfig
 from gta_edge.errors import InputError, OutputError
 from gta_edge.files import new_directory
 from gta_edge.progress import Progress, silent
+from gta_edge.version import __version__
 
 __all__ = ["STANDARD_DEVIATION", "initialise"]
 
@@ -39,6 +39,7 @@ _NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
 _BLOCK = 2**20  # values drawn at a time
 _END = "<|endoftext|>"
 _END_ID = 256  # after the 256 bytes
+_RECORD = "gta_edge_checkpoint.json"
 
 
 def initialise(
@@ -72,25 +73,24 @@ def initialise(
     with_tokenizer = config.vocab_size > _END_ID
     if with_tokenizer:
         config = config.replace(bos_token_id=None, eos_token_ids=(_END_ID,))
-    with new_directory(directory, force=force) as partial:
-        _check_space(config, partial, Path(directory))
+    with new_directory(directory, force=force, needed_bytes=_weight_bytes(config)) as partial:
         _write_json(partial / "config.json", config.to_dict())
         if with_tokenizer:
             _write_tokenizer(config, partial)
         _write_weights(config, partial, seed, shard_bytes, progress)
+        _write_record(partial)
 
 
-def _check_space(config: ModelConfig, partial: Path, directory: Path) -> None:
-    """Raise OutputError where the weights cannot fit, before they are made."""
-    # from one layer and two, since the names of very many layers would not fit into memory
+def _weight_bytes(config: ModelConfig) -> int:
+    """Return the bytes of all weights, from one layer and two: the names of very many would not fit into memory."""
     one, two = (config.replace(num_hidden_layers=layers).weight_bytes for layers in (1, 2))
-    needed = one + (two - one) * (config.num_hidden_layers - 1)
-    free = shutil.disk_usage(partial).free
-    if needed > free:
-        raise OutputError(
-            f"{directory} cannot be written (it takes {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free); "
-            "free some space, or choose another output path"
-        )
+    return one + (two - one) * (config.num_hidden_layers - 1)
+
+
+def _write_record(directory: Path) -> None:
+    """List what was written: --force replaces a checkpoint that this made, and no other."""
+    files = {path.name: {"bytes": path.stat().st_size} for path in sorted(directory.iterdir())}
+    _write_json(directory / _RECORD, {"format": "gta-edge-checkpoint", "gta_edge": __version__, "files": files})
 
 
 def _write_json(path: Path, entries: dict[str, Any]) -> None:

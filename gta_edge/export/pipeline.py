@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from gta_edge.bundle import CONFIG, MODEL, WEIGHTS, Bundle, write_manifest
 from gta_edge.checkpoint import Checkpoint
-from gta_edge.errors import BundleError, ExportError, InputError, OutputError
+from gta_edge.cost import stored_bytes
+from gta_edge.errors import BundleError, ExportError, InputError
 from gta_edge.export.calibration import calibrated
 from gta_edge.export.check import check_export, raise_if_failed
 from gta_edge.export.graph import prepare, traced
@@ -94,9 +95,9 @@ def export(
     block_size = block_size_for(source.config, precision, block_size)
     if calibrate is not None and precision not in BITS:
         raise InputError(f"precision is {precision}, which is not calibrated; calibrate int8 or int4")
-    if Path(bundle).resolve() in (origin := source.directory.resolve(), *origin.parents):
-        raise OutputError(f"{bundle} is the checkpoint itself, or holds it; choose another directory for the bundle")
-    with new_directory(bundle, force=force) as directory:
+    inputs = [source.directory] if calibrate is None else [source.directory, Path(calibrate)]
+    size = stored_bytes(source.config, precision, block_size, source.names)
+    with new_directory(bundle, force=force, inputs=inputs, needed_bytes=size) as directory:
         quantizer = None
         if precision in BITS:
             corrected = calibrated(source, Path(calibrate), precision, block_size, progress) if calibrate else {}

@@ -7,7 +7,6 @@ TensorRT first (``specialise.py``), then parsed, then built; the engine and its 
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from gta_edge.bundle import Bundle
 from gta_edge.config import GTAConfig
 from gta_edge.errors import CapacityError, EngineError, InputError
-from gta_edge.files import new_directory
+from gta_edge.files import new_directory, scratch_directory
 from gta_edge.progress import Progress, silent
 from gta_edge.quantization import BITS
 from gta_edge.runtime.cuda import free_gpu_bytes
@@ -27,9 +26,11 @@ from gta_edge.runtime.engine import (
     EngineRecord,
     Purpose,
     engine_directory,
-    keep_engine,
+    engine_output,
+    has_engine,
     made_from,
     make_engines_directory,
+    write_engine,
 )
 from gta_edge.runtime.memory import available_bytes
 
@@ -59,6 +60,7 @@ LOGIT_POSITIONS = 16
 _WEIGHT_COPIES = 4
 _LAYER_BYTES = 25e6
 _BUILDER_BYTES = 1e9
+_WRITTEN_COPIES = 3  # on the disk: the model as it goes to TensorRT, perhaps in a wider type, and the engine
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ def build(
     """
     _check_purpose(bundle, purpose)
     directory = engine_directory(bundle, purpose.engine)
-    if directory.exists() and not force:
+    if not force and has_engine(bundle, purpose.engine):
         raise EngineError(f"{directory}: there is an engine already; give --force to replace it")
     needed = requirement(bundle, purpose)
     _check_memory(needed, needed.peak, available_bytes(), "here", purpose, bundle.precision)
@@ -137,16 +139,25 @@ def build(
     target = Target.choose(purpose.engine, compute_capabilities)
     if target.gpu:
         _check_memory(needed, needed.on_gpu, free_gpu_bytes(), f"on {target.gpu}", purpose, bundle.precision)
-    # On the bundle's disk, which has room for an engine: a system's temporary directory may lie in memory.
-    with tempfile.TemporaryDirectory(prefix=".build-", dir=make_engines_directory(bundle)) as scratch:
-        products, timings = _products(bundle, purpose, target, Path(scratch), progress)
-        model = _specialised(bundle, purpose, Path(scratch) / "model", target.newer_ops, products, progress)
-        plan = build_plan(model, purpose, profile_shapes(bundle, purpose), target, progress)
-    capabilities = list(target.compute_capabilities)
-    record = EngineRecord(
-        purpose, made_from(bundle), target.tensorrt, capabilities, products=products, product_timings=timings
-    )
-    return keep_engine(bundle, record, plan, force=force)
+    disk = _WRITTEN_COPIES * bundle.weight_bytes
+    with engine_output(bundle, purpose.engine, force=force, needed_bytes=disk) as output:
+        # On the bundle's disk, which has room for an engine: a system's temporary directory may lie in memory.
+        with scratch_directory(make_engines_directory(bundle)) as scratch:
+            products, timings = _products(bundle, purpose, target, scratch, progress)
+            model = _specialised(bundle, purpose, scratch / "model", target.newer_ops, products, progress)
+            plan = build_plan(model, purpose, profile_shapes(bundle, purpose), target, progress)
+        capabilities = list(target.compute_capabilities)
+        record = EngineRecord(
+            purpose,
+            made_from(bundle),
+            target.tensorrt,
+            capabilities,
+            products=products,
+            product_timings=timings,
+            gpu=target.gpu_name,
+        )
+        write_engine(output, record, plan)
+    return directory
 
 
 def prepare_only(
@@ -176,9 +187,11 @@ def prepare_only(
         OutputError: the directory exists or cannot be written.
     """
     _check_purpose(bundle, purpose)
+    # among the engines is the one place in the bundle that may be written to
+    inputs = () if output is None else (bundle.directory,)
     if output is None:
         output = make_engines_directory(bundle) / f"{purpose.engine}-onnx"
-    with new_directory(output, force=force) as partial:
+    with new_directory(output, force=force, inputs=inputs, needed_bytes=bundle.weight_bytes) as partial:
         products = "plugin" if purpose.engine == "tensorrt" and purpose.int4 != "native" else "native"
         name = _specialised(bundle, purpose, partial, newer_ops, products, progress).name
     return Path(output) / name
@@ -291,7 +304,7 @@ def products_of(written: Path) -> str:
     """
     path = written / "engine.json" if written.is_dir() else written.parent / "prepared.json"
     document = json.loads(path.read_text(encoding="utf-8"))
-    return str(document.get("record", document)["products"])
+    return str(document.get("content", document)["products"])
 
 
 def _specialised(

@@ -5,15 +5,16 @@
 
 TensorRT refuses some engines that do not fit with a message of its own, late, and runs others wrongly or slowly. So
 everything that matters is recorded, and a difference is an error that names it and the command that builds anew.
+
+An engine is native code, as TensorRT runs it: only one that this user built on this machine is loaded
+(``formats.artifacts``).
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import mmap
-import os
 import shlex
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,9 @@ from gta_edge.bundle import MODEL, WEIGHTS, Bundle
 from gta_edge.config import ModelConfig
 from gta_edge.errors import EngineError, OutputError
 from gta_edge.files import new_directory
+from gta_edge.formats.artifacts import Artifact, RefusedError, open_artifact, require_secret, write_record
+from gta_edge.support.ownership import ARTIFACTS
+from gta_edge.support.text import brief, one_line
 from gta_edge.version import __version__
 
 __all__ = [
@@ -34,11 +38,14 @@ __all__ = [
     "Purpose",
     "compute_capability",
     "engine_directory",
+    "engine_output",
+    "has_engine",
     "keep_engine",
     "load_engine",
     "made_from",
     "make_engines_directory",
     "require_engine",
+    "write_engine",
 ]
 
 ENGINES = ("tensorrt", "tensorrt-rtx")
@@ -51,7 +58,6 @@ VALUE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}
 SCALE_BYTES = 4
 """Of the scale that a token has per head in a cache of 8 bits."""
 PLAN, RECORD = "engine.plan", "engine.json"
-_LARGEST_RECORD_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -109,6 +115,7 @@ class EngineRecord:
         products: who multiplies by quantised matrices in it, ``plugin`` or ``native``.
         product_timings: what that was decided by, if it was: of each kind of product, see ``Timing.document``; or who
             could not multiply here, and why.
+        gpu: name of the GPU that kernels were timed on; empty where there was none.
     """
 
     purpose: Purpose
@@ -118,15 +125,7 @@ class EngineRecord:
     gta_edge: str = __version__
     products: str = "native"
     product_timings: list[dict[str, Any]] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class _Written:
-    """What was written as the engine."""
-
-    bytes: int
-    sha256: str
-    mtime_ns: int
+    gpu: str = ""
 
 
 def made_from(bundle: Bundle) -> dict[str, str]:
@@ -137,17 +136,19 @@ def made_from(bundle: Bundle) -> dict[str, str]:
 
 def engine_directory(bundle: Bundle, engine: str) -> Path:
     """Return where a bundle's engine lies."""
-    return bundle.directory / "engines" / engine
+    return bundle.directory / ARTIFACTS / engine
 
 
 def make_engines_directory(bundle: Bundle) -> Path:
     """Return where a bundle's engines lie, made if it is not there.
 
     Raises:
-        OutputError: the bundle cannot be written to.
+        OutputError: the bundle cannot be written to, or a link leads elsewhere.
     """
-    directory = bundle.directory / "engines"
+    directory = bundle.directory / ARTIFACTS
     try:
+        if directory.is_symlink():
+            raise OutputError(f"{directory}: is a link, and engines are read from the bundle itself; remove the link")
         directory.mkdir(exist_ok=True)
     except OSError as error:
         raise OutputError(
@@ -156,19 +157,48 @@ def make_engines_directory(bundle: Bundle) -> Path:
     return directory
 
 
+def has_engine(bundle: Bundle, engine: str) -> bool:
+    """Tell whether a bundle has an engine of this kind that was built here, whatever it was built for."""
+    try:
+        _open_engine(bundle, engine)
+    except EngineError:
+        return False
+    return True
+
+
+def engine_output(bundle: Bundle, engine: str, *, force: bool, needed_bytes: int = 0) -> AbstractContextManager[Path]:
+    """Return a context manager of the directory to write an engine into, as ``new_directory`` does.
+
+    An engine that this machine would not load is replaced in any case.
+
+    Raises:
+        OutputError: there is one already and not ``force``, the bundle cannot be written to, or the disk is too full.
+    """
+    require_secret()
+    directory = make_engines_directory(bundle) / engine
+    force = force or not has_engine(bundle, engine)
+    return new_directory(directory, force=force, needed_bytes=needed_bytes, artifact=True)
+
+
+def write_engine(directory: Path, record: EngineRecord, plan: bytes | memoryview) -> None:
+    """Write an engine and its record.
+
+    Raises:
+        OSError: they cannot be written.
+    """
+    (directory / PLAN).write_bytes(plan)
+    write_record(directory, RECORD, asdict(record))
+
+
 def keep_engine(bundle: Bundle, record: EngineRecord, plan: bytes | memoryview, *, force: bool = False) -> Path:
     """Write an engine and its record into the bundle; both appear at once, complete.
 
     Raises:
         OutputError: there is one already and not ``force``, or the bundle cannot be written to.
     """
-    directory = make_engines_directory(bundle) / record.purpose.engine
-    with new_directory(directory, force=force) as partial:
-        (partial / PLAN).write_bytes(plan)
-        document = {"record": asdict(record), "bytes": len(plan), "sha256": hashlib.sha256(plan).hexdigest()}
-        document["mtime_ns"] = (partial / PLAN).stat().st_mtime_ns
-        (partial / RECORD).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    return directory
+    with engine_output(bundle, record.purpose.engine, force=force, needed_bytes=len(plan)) as partial:
+        write_engine(partial, record, plan)
+    return engine_directory(bundle, record.purpose.engine)
 
 
 def compute_capability(architecture: str) -> str:
@@ -178,7 +208,7 @@ def compute_capability(architecture: str) -> str:
 
 
 def load_engine(
-    bundle: Bundle, engine: str, *, tensorrt: str, compute_capability: str
+    bundle: Bundle, engine: str, *, tensorrt: str, compute_capability: str, gpu: str = ""
 ) -> tuple[memoryview, EngineRecord]:
     """Return a bundle's engine, mapped from its file, and its record, if it fits what is here.
 
@@ -189,36 +219,27 @@ def load_engine(
         engine: ``tensorrt`` or ``tensorrt-rtx``.
         tensorrt: version of TensorRT that will load it.
         compute_capability: of the GPU that will run it.
+        gpu: that GPU's name; boards of one compute capability differ, and kernels were timed on one of them.
 
     Raises:
-        EngineError: there is none, it is damaged, or it was made from or for something else; which, and the command
-            that builds it anew.
+        EngineError: there is none, it is damaged or of another machine, or it was made from or for something else;
+            which, and the command that builds it anew.
     """
     directory = engine_directory(bundle, engine)
-    record, written = _read_record(bundle, directory, engine)
+    artifact, record = _open_engine(bundle, engine)
     here = {
         "the bundle's files": (made_from(bundle), record.made_from),
         "gta-edge": (__version__, record.gta_edge),
         "TensorRT": (tensorrt, record.tensorrt),
         "the GPU's compute capability": (compute_capability, _built_for(record, compute_capability)),
+        "the GPU": (gpu or record.gpu, record.gpu or gpu),
     }
     for name, (now, then) in here.items():
         if now != then:
-            found = f"is {now} here and was {then}" if isinstance(now, str) else "are others"
+            found = f"is {brief(now)} here and was {brief(then)}" if isinstance(now, str) else "are others"
             remedy = record.purpose.command(bundle.directory)
             raise EngineError(f"{directory}: {name} {found} when the engine was built; run: {remedy}")
-    remedy = f"run: {record.purpose.command(bundle.directory)}"
-    try:
-        with (directory / PLAN).open("rb") as file:
-            modified = os.fstat(file.fileno()).st_mtime_ns
-            # Not read: on a board, GPU and CPU would hold it in the same memory twice.
-            plan = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-    except (OSError, ValueError) as error:  # ValueError of an empty file
-        raise EngineError(f"{directory / PLAN}: cannot be read ({error}); {remedy}") from error
-    same = len(plan) == written.bytes
-    if not same or (modified != written.mtime_ns and hashlib.sha256(plan).hexdigest() != written.sha256):
-        raise EngineError(f"{directory / PLAN}: is not what was written; {remedy}")
-    return plan, record
+    return artifact.mapped[PLAN], record
 
 
 def _built_for(record: EngineRecord, compute_capability: str) -> str:
@@ -233,42 +254,49 @@ def require_engine(bundle: Bundle, engine: str) -> None:
         raise _no_engine(bundle, engine)
 
 
+def _build(bundle: Bundle, engine: str) -> str:
+    return f"gta-edge build {shlex.quote(str(bundle.directory))} --engine {engine}"
+
+
 def _no_engine(bundle: Bundle, engine: str) -> EngineError:
-    return EngineError(
-        f"{engine_directory(bundle, engine)}: there is no engine; "
-        f"run: gta-edge build {shlex.quote(str(bundle.directory))} --engine {engine}"
-    )
+    return EngineError(f"{engine_directory(bundle, engine)}: there is no engine; run: {_build(bundle, engine)}")
 
 
-def _read_record(bundle: Bundle, directory: Path, engine: str) -> tuple[EngineRecord, _Written]:
-    build = f"gta-edge build {shlex.quote(str(bundle.directory))} --engine {engine}"
-    path = directory / RECORD
-    for link in (directory.parent, directory, path, directory / PLAN):
+def _open_engine(bundle: Bundle, engine: str) -> tuple[Artifact, EngineRecord]:
+    """Return a bundle's engine and its record, if it is this machine's and as it was written."""
+    directory = engine_directory(bundle, engine)
+    for link in (directory.parent, directory, directory / RECORD, directory / PLAN):
         if link.is_symlink():
-            raise EngineError(f"{link}: is a link; engines are read from the bundle itself: run {build} --force")
+            raise EngineError(f"{link}: is a link, and engines are read from the bundle itself; remove the link")
     try:
-        if path.stat().st_size > _LARGEST_RECORD_BYTES:
-            raise ValueError(f"{path.stat().st_size} bytes are too many")
-        document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        entries = dict(document["record"])
-        record = EngineRecord(**entries | {"purpose": Purpose(**entries["purpose"])})
-        written = _Written(document["bytes"], document["sha256"], document["mtime_ns"])
-        _check_types(record, written)
-    except FileNotFoundError as error:
-        raise _no_engine(bundle, engine) from error
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise EngineError(f"{path}: is not the record of an engine ({error}); run: {build} --force") from error
-    if record.purpose.engine != engine:
-        raise EngineError(f"{path}: is of an engine for {record.purpose.engine}; run: {build} --force")
-    return record, written
+        artifact = open_artifact(
+            bundle.directory, f"{ARTIFACTS}/{engine}", RECORD, mapped=(PLAN,), verify_hashes=bundle.verified
+        )
+    except RefusedError as refused:
+        if refused.kind == "absent" and not directory.exists():
+            raise _no_engine(bundle, engine) from refused
+        raise EngineError(
+            f"{directory}: the engine is not used ({refused}); run: {_build(bundle, engine)}"
+        ) from refused
+    try:
+        entries: Mapping[str, Any] = artifact.content
+        record = EngineRecord(**{**entries, "purpose": Purpose(**entries["purpose"])})
+        _check_types(record)
+        if PLAN not in artifact.mapped or record.purpose.engine != engine:
+            raise ValueError(f"it is of {record.purpose.engine}, or lists no {PLAN}")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # of another version of this package
+        raise EngineError(
+            f"{directory / RECORD}: is not the record of an engine ({one_line(error)}); run: {_build(bundle, engine)}"
+        ) from error
+    return artifact, record
 
 
-def _check_types(record: EngineRecord, written: _Written) -> None:
+def _check_types(record: EngineRecord) -> None:
     """Raise ValueError where a value is not of its type; dataclasses take anything."""
     purpose, lists = record.purpose, record.compute_capabilities
-    texts = [record.tensorrt, record.gta_edge, written.sha256, purpose.engine, purpose.compute, purpose.cache_dtype]
+    texts = [record.tensorrt, record.gta_edge, record.gpu, purpose.engine, purpose.compute, purpose.cache_dtype]
     texts += [*record.made_from, *record.made_from.values(), *lists, purpose.int4, record.products]
-    numbers = [written.bytes, written.mtime_ns, purpose.max_length, purpose.max_batch, purpose.chunk_size]
+    numbers = [purpose.max_length, purpose.max_batch, purpose.chunk_size]
     if not (isinstance(lists, list) and isinstance(record.product_timings, list)):
         raise ValueError("a list is expected and something else found")
     if not all(isinstance(text, str) for text in texts):

@@ -131,10 +131,10 @@ class OnnxRuntimeCudaSession(Session):
     def _open(self) -> Any:
         """Return ONNX Runtime's session: of the graph that is kept in the bundle, or of one made for now."""
         bundle, compute = self._bundle, self.compute
-        graph = kept_graph(bundle, _form(compute), progress=self._progress)
-        if graph is not None:
+        kept = kept_graph(bundle, _form(compute), progress=self._progress)
+        if kept is not None:
             try:
-                return self._created(graph, bundle.directory)
+                return self._created(kept[0], bundle.directory)
             except CapacityError:
                 raise
             except BackendError:  # another process may have replaced what was kept, while ONNX Runtime read it

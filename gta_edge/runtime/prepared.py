@@ -8,13 +8,13 @@ This is how a form is kept, and the CPU's; the one for GPUs is in ``cuda_prepara
     engines/onnxruntime/model.onnx, exact.onnx    the two graphs: activations rounded to int8, or not
     engines/onnxruntime/weights.data              codes and scales
     engines/onnxruntime/prepared.json             what they were made from
+
+They are artifacts (``formats.artifacts``): what another user or machine made, and what is damaged, is made anew.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +23,7 @@ from typing import Any
 from gta_edge.bundle import MODEL, WEIGHTS, Bundle
 from gta_edge.errors import OutputError
 from gta_edge.files import new_directory
+from gta_edge.formats.artifacts import Artifact, RefusedError, open_artifact, require_secret, write_record
 from gta_edge.progress import Progress, silent
 from gta_edge.quantization import BITS
 from gta_edge.version import __version__
@@ -31,7 +32,6 @@ __all__ = ["GRAPH", "Form", "Prepared", "kept_graph", "prepare", "without_new_we
 
 GRAPH = "model.onnx"
 _RECORD, _EXACT, _PACKED = "prepared.json", "exact.onnx", "weights.data"
-_NAMES = {_RECORD, GRAPH, _EXACT, _PACKED}
 
 Make = Callable[[Bundle, Path, str, Progress], dict[str, bytes]]
 """Writes a form's new weights to a file, and returns its graphs by name, serialised.
@@ -64,12 +64,15 @@ class Prepared:
     Attributes:
         graph: the model, serialised; its weights are external files, named from the bundle's directory.
         rounds_activations: whether products round activations to int8.
-        kept: whether the graph is one that is kept, with weights beside it that may be replaced at any time.
+        kept: whether the graph is one that is kept.
+        weights: the files that only a kept graph names, mapped as they were verified, by the name in the graph; other
+            weights are the bundle's.
     """
 
     graph: bytes
     rounds_activations: bool
     kept: bool
+    weights: Mapping[str, memoryview] = field(default_factory=dict)
 
 
 def prepare(bundle: Bundle, *, exact: bool = False, progress: Progress = silent) -> Prepared:
@@ -84,8 +87,11 @@ def prepare(bundle: Bundle, *, exact: bool = False, progress: Progress = silent)
         BackendError: the bundle's graph cannot be read, or onnx-ir is missing to make a new one.
     """
     rounds = bundle.precision in BITS and not exact
-    graph = kept_graph(bundle, _CPU, _EXACT if exact else GRAPH, progress)
-    return without_new_weights(bundle, exact=exact) if graph is None else Prepared(graph, rounds, kept=True)
+    found = kept_graph(bundle, _CPU, _EXACT if exact else GRAPH, progress)
+    if found is None:
+        return without_new_weights(bundle, exact=exact)
+    graph, weights = found
+    return Prepared(graph, rounds, kept=True, weights=weights)
 
 
 def without_new_weights(bundle: Bundle, *, exact: bool = False) -> Prepared:
@@ -112,17 +118,24 @@ _CPU = Form("engines/onnxruntime", _for_cpu)
 # --- what any form needs to be kept --------------------------------------------------------------------------------
 
 
-def kept_graph(bundle: Bundle, form: Form, name: str = GRAPH, progress: Progress = silent) -> bytes | None:
+def kept_graph(
+    bundle: Bundle, form: Form, name: str = GRAPH, progress: Progress = silent
+) -> tuple[bytes, dict[str, memoryview]] | None:
     """Return a graph that is kept in a bundle, made now if there is none, or None if the bundle is not writable.
+
+    Returns:
+        The graph, serialised, and what it names of weights beside it: file from the bundle's directory, and content.
 
     Raises:
         BundleError, BackendError: from ``form.make``.
     """
     record = _record(bundle, form)
-    graph = _kept(bundle, form, record, name)
-    if graph is None and _keep(bundle, form, record, progress):
-        graph = _kept(bundle, form, record, name)
-    return graph
+    kept = _kept(bundle, form, record, name, progress)
+    if kept is None and _keep(bundle, form, record, progress):
+        kept = _kept(bundle, form, record, name, progress)
+    if kept is None:
+        return None
+    return kept.read[name], {f"{form.directory}/{file}": content for file, content in kept.mapped.items()}
 
 
 def _keep(bundle: Bundle, form: Form, record: dict[str, Any], progress: Progress) -> bool:
@@ -131,12 +144,13 @@ def _keep(bundle: Bundle, form: Form, record: dict[str, Any], progress: Progress
     try:
         if _leads_out(bundle, directory):
             return False
+        require_secret()
         directory.parent.mkdir(parents=True, exist_ok=True)
-        record_file = directory / _RECORD
-        if directory.is_dir() and not record_file.exists() and {path.name for path in directory.iterdir()} <= _NAMES:
-            record_file.touch()  # ours, whatever is left of it, and so to be replaced
-        with new_directory(directory, force=True) as partial:
-            _write(bundle, form, partial, record, progress)
+        with new_directory(directory, force=True, artifact=True) as partial:
+            contents = form.make(bundle, partial / _PACKED, f"{form.directory}/{_PACKED}", progress)
+            for name, content in contents.items():
+                (partial / name).write_bytes(content)
+            write_record(partial, _RECORD, record, progress)
     except (OutputError, OSError):  # read-only, or full: it goes without, slower to load
         return False
     finally:
@@ -153,26 +167,21 @@ def _record(bundle: Bundle, form: Form) -> dict[str, Any]:
     return {"gta_edge": __version__, "revision": form.revision, "made_from": made_from} | form.options
 
 
-def _kept(bundle: Bundle, form: Form, record: dict[str, Any], name: str) -> bytes | None:
-    """Return a graph that was kept, None when there is none, or it is of something else, or damaged."""
-    directory = bundle.directory / form.directory
-    packed = directory / _PACKED
-    try:  # all of it: what belongs to somebody else may not even be looked at
-        own = all(_is_own(path) for path in (directory / _RECORD, directory / name))
-        if not own or _leads_out(bundle, directory):
-            return None
-        found = json.loads((directory / _RECORD).read_text(encoding="utf-8"))
-        graph = (directory / name).read_bytes()
-        intact = found["sha256"][name] == hashlib.sha256(graph).hexdigest()
-        intact = intact and found["packed"] == ([*_times(packed)] if _is_own(packed) else None)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+def _kept(bundle: Bundle, form: Form, record: dict[str, Any], name: str, progress: Progress) -> Artifact | None:
+    """Return what was kept, None when there is none, it is of something else, or is not to be trusted."""
+    try:
+        found = open_artifact(
+            bundle.directory,
+            form.directory,
+            _RECORD,
+            read=(name,),
+            mapped=(_PACKED,),
+            verify_hashes=bundle.verified,
+            progress=progress,
+        )
+    except RefusedError:
         return None
-    return graph if intact and {key: found.get(key) for key in record} == record else None
-
-
-def _is_own(path: Path) -> bool:
-    """Tell whether this is a file, of a size that is read at once or mapped, and no link or pipe."""
-    return path.is_file() and not path.is_symlink()
+    return found if found.content == record else None
 
 
 def _above(bundle: Bundle, directory: Path) -> list[Path]:
@@ -183,18 +192,3 @@ def _above(bundle: Bundle, directory: Path) -> list[Path]:
 def _leads_out(bundle: Bundle, directory: Path) -> bool:
     """Tell whether a directory of ours is a link to another place."""
     return any(path.is_symlink() for path in (directory, *_above(bundle, directory)))
-
-
-def _times(path: Path) -> tuple[int, int]:
-    status = path.stat()
-    return status.st_size, status.st_mtime_ns
-
-
-def _write(bundle: Bundle, form: Form, directory: Path, record: dict[str, Any], progress: Progress) -> None:
-    packed = directory / _PACKED
-    contents = form.make(bundle, packed, f"{form.directory}/{_PACKED}", progress)
-    for name, content in contents.items():
-        (directory / name).write_bytes(content)
-    sums = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
-    written = record | {"sha256": sums, "packed": _times(packed) if packed.exists() else None}
-    (directory / _RECORD).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")

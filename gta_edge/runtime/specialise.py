@@ -39,8 +39,10 @@ __all__ = ["FORMS", "RECORD", "load_model", "specialise"]
 
 FORMS = ("plugin", "function")
 
+FORMAT = "gta-edge-model"
 RECORD = "prepared.json"
 """Says what a specialised model was made from and for."""
+_WRITTEN = (MODEL, WEIGHTS)
 
 _INLINE_BYTES = 1024
 
@@ -106,13 +108,16 @@ def specialise(
         passes += [WriteOutNewerOpsPass(), FoldConstantsPass()]
     passes.append(common.CommonSubexpressionEliminationPass())
     _run(model, bundle, passes)
-    record: dict[str, Any] = {"form": form, "compute": compute, "cache_dtype": quantised or compute}
+    record: dict[str, Any] = {"format": FORMAT, "form": form, "compute": compute, "cache_dtype": quantised or compute}
     record |= {"capacity": capacity, "batch": batch, "newer_ops": newer_ops}
     record |= {"products": products, "packed": packing.products, "not_packed": packing.left}
     record |= {"gta_edge": __version__, "made_from": _sums(bundle)}
     try:
         directory.mkdir(exist_ok=True)
         _write(model, directory, progress)
+        record["files"] = {
+            name: {"bytes": (directory / name).stat().st_size} for name in _WRITTEN if (directory / name).exists()
+        }
         (directory / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise OutputError(f"{directory}: cannot be written ({error.strerror}); choose another directory") from error

@@ -74,7 +74,7 @@ class TensorRTSession(Session):
         gpu = current_gpu(device_id)
         trt = load(engine)
         here = compute_capability(gpu.architecture)
-        plan, record = load_engine(bundle, engine, tensorrt=trt.version_text, compute_capability=here)
+        plan, record = load_engine(bundle, engine, tensorrt=trt.version_text, compute_capability=here, gpu=gpu.name)
         purpose = record.purpose
         super().__init__(
             bundle.config,

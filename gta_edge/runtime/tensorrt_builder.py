@@ -21,6 +21,7 @@ from gta_edge.trt import TensorRT, load
 
 __all__ = ["Target", "build_plan"]
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _OLDEST = 10 * OLDEST[0] + OLDEST[1]
 
 Shapes = Mapping[str, Sequence[Sequence[int]]]
@@ -35,11 +36,13 @@ class Target:
         trt: the TensorRT that builds.
         compute_capabilities: of the GPUs, ``8.7``.
         gpu: the GPU here if it is the only one, its name and size; TensorRT then times kernels on it.
+        gpu_name: name of that GPU alone, empty if it is none.
     """
 
     trt: TensorRT
     compute_capabilities: tuple[str, ...]
     gpu: str | None
+    gpu_name: str = ""
 
     @classmethod
     def choose(cls, engine: str, asked: Sequence[str] = ()) -> Target:
@@ -80,7 +83,9 @@ class Target:
                     f"--compute-capability is {other} and the GPU here has {here}; tensorrt builds on the GPU that "
                     "will run the engine"
                 )
-        return cls(trt, chosen, f"{gpu.name}, {gpu.processors} SMs" if gpu and chosen == (here,) else None)
+        if gpu is None or chosen != (here,):
+            return cls(trt, chosen, None)
+        return cls(trt, chosen, f"{gpu.name}, {gpu.processors} SMs", gpu.name)
 
     @property
     def tensorrt(self) -> str:
@@ -117,8 +122,7 @@ def build_plan(
         except EngineError:
             if not interrupt.asked:
                 raise
-    if interrupt.asked:
-        raise KeyboardInterrupt
+    interrupt.deliver()
     return plan
 
 
@@ -198,29 +202,45 @@ def _timing_cache(target: Target) -> Path | None:
 
 
 class _Interrupt:
-    """Ctrl-C while TensorRT works.
+    """Ctrl-C, or another signal to end, while TensorRT works.
 
     Python would raise KeyboardInterrupt in whatever of it runs next, which is the log or the monitor, called by
     TensorRT; and that prints exceptions and goes on. So it is kept here, and the monitor ends the build.
     """
 
-    asked = False
+    number: int | None = None
+
+    @property
+    def asked(self) -> bool:
+        """Whether one came."""
+        return self.number is not None
 
     @contextmanager
     def handled(self) -> Iterator[None]:
-        """Take Ctrl-C in the body; only the main thread can."""
+        """Take the signals that are handled in Python; only the main thread can."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
 
         def note(number: int, frame: Any) -> None:
-            self.asked = True
+            self.number = number
 
-        before = signal.signal(signal.SIGINT, note)
+        before = {number: signal.getsignal(number) for number in _SIGNALS}
+        for number, handler in before.items():
+            if callable(handler):
+                signal.signal(number, note)
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, before)
+            for number, handler in before.items():
+                if callable(handler):
+                    signal.signal(number, handler)
+
+    def deliver(self) -> None:
+        """Let what came have its effect now."""
+        if self.number is not None:
+            signal.raise_signal(self.number)
+            raise KeyboardInterrupt  # of the progress itself, or a handler that raises nothing
 
 
 def _monitor(trt: Any, progress: Progress, interrupt: _Interrupt) -> Any:
@@ -240,7 +260,7 @@ def _monitor(trt: Any, progress: Progress, interrupt: _Interrupt) -> Any:
                 if phase_name in self._outer:
                     progress(phase_name, step + 1, self._outer[phase_name])
             except KeyboardInterrupt:  # of the progress itself; it must not pass through C++
-                interrupt.asked = True
+                interrupt.number = signal.SIGINT
             return not interrupt.asked
 
         def phase_finish(self, phase_name: str) -> None:

@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -17,6 +18,7 @@ import pytest
 
 from gta_edge.bundle import Bundle
 from gta_edge.errors import BackendError, CapacityError, EngineError, InputError, OutputError
+from gta_edge.formats import integrity
 from gta_edge.plugins.compiler import driver_cuda_version
 from gta_edge.plugins.launch import Gpu
 from gta_edge.runtime import build as building
@@ -25,6 +27,7 @@ from gta_edge.runtime.engine import EngineRecord, Purpose, engine_directory, kee
 from gta_edge.runtime.memory import available_bytes
 from gta_edge.runtime.tensorrt_log import new_log, started
 from tests.cli import COMMAND, Result, environment
+from tests.formats.records import edit
 
 RTX = Purpose("tensorrt-rtx", "fp16", "fp16", max_length=64, max_batch=2, chunk_size=32)
 PLUGIN = replace(RTX, engine="tensorrt")
@@ -46,8 +49,12 @@ def message(error: type[Exception], call: Callable[..., Any], *arguments: Any, *
 # --- the record -------------------------------------------------------------------------------------------------------
 
 
+def kept_record(bundle: Bundle, **changes: Any) -> EngineRecord:
+    return replace(EngineRecord(PLUGIN, made_from(bundle), HERE["tensorrt"], ["8.0", "8.7"]), **changes)
+
+
 def kept(bundle: Bundle, **changes: Any) -> EngineRecord:
-    record = replace(EngineRecord(PLUGIN, made_from(bundle), HERE["tensorrt"], ["8.0", "8.7"]), **changes)
+    record = kept_record(bundle, **changes)
     keep_engine(bundle, record, b"the engine", force=True)
     return record
 
@@ -61,9 +68,9 @@ def test_an_engine_is_read_as_it_was_kept(bundle: Bundle) -> None:
 @pytest.mark.parametrize(
     ("changes", "here", "told"),
     [
-        ({"tensorrt": "10.13.2"}, {}, "TensorRT is 10.3.0 here and was 10.13.2"),
-        ({}, {"compute_capability": "11.0"}, "the GPU's compute capability is 11.0 here and was 8.0, 8.7"),
-        ({"gta_edge": "0.0.9"}, {}, "gta-edge is 0.1.0 here and was 0.0.9"),
+        ({"tensorrt": "10.13.2"}, {}, "TensorRT is '10.3.0' here and was '10.13.2'"),
+        ({}, {"compute_capability": "11.0"}, "the GPU's compute capability is '11.0' here and was '8.0, 8.7'"),
+        ({"gta_edge": "0.0.9"}, {}, "gta-edge is '0.1.0' here and was '0.0.9'"),
         ({"made_from": {"model.onnx": "0" * 64}}, {}, "the bundle's files are others"),
     ],
 )
@@ -104,13 +111,15 @@ def linked_plan(directory: Path) -> None:
     (directory / "engine.plan").symlink_to(directory.parents[1] / "elsewhere")
 
 
-def edited(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
-    def edit(directory: Path) -> None:
-        document = json.loads((directory / "engine.json").read_text())
-        change(document)
-        (directory / "engine.json").write_text(json.dumps(document))
+def edited(change: Callable[[dict[str, Any]], Any], *, sign: bool = True) -> Callable[[Path], None]:
+    def damage(directory: Path) -> None:
+        edit(directory / "engine.json", lambda document: (change(document), None)[1], sign=sign)
 
-    return edit
+    return damage
+
+
+def without_record(directory: Path) -> None:
+    (directory / "engine.json").unlink()
 
 
 DAMAGES = {
@@ -122,16 +131,21 @@ DAMAGES = {
     "no JSON": lambda directory: (directory / "engine.json").write_text("{"),
     "nested without end": lambda directory: (directory / "engine.json").write_text("[" * 100_000),
     "not a record": lambda directory: (directory / "engine.json").write_text("[]"),
-    "a name too many": edited(lambda d: d["record"].update(more=1)),
-    "no purpose": edited(lambda d: d["record"].pop("purpose")),
-    "a text for a number": edited(lambda d: d["record"]["purpose"].update(max_length="64")),
-    "a number for a text": edited(lambda d: d["record"].update(tensorrt=10)),
-    "a text for a list": edited(lambda d: d["record"].update(compute_capabilities="8.7")),
-    "numbers in a list": edited(lambda d: d["record"].update(compute_capabilities=[8.7])),
-    "no time": edited(lambda d: d.pop("mtime_ns")),
-    "a type that there is not": edited(lambda d: d["record"]["purpose"].update(cache_dtype="int3")),
-    "no rows": edited(lambda d: d["record"]["purpose"].update(max_batch=0)),
-    "another engine's": edited(lambda d: d["record"]["purpose"].update(engine="tensorrt-rtx")),
+    "no record": without_record,
+    "changed and not signed": edited(lambda d: d["content"].update(tensorrt="10.3.0"), sign=False),
+    "a name too many": edited(lambda d: d["content"].update(more=1)),
+    "no purpose": edited(lambda d: d["content"].pop("purpose")),
+    "a list": edited(lambda d: d.update(content=[])),
+    "a text for a number": edited(lambda d: d["content"]["purpose"].update(max_length="64")),
+    "a number for a text": edited(lambda d: d["content"].update(tensorrt=10)),
+    "a text for a list": edited(lambda d: d["content"].update(compute_capabilities="8.7")),
+    "numbers in a list": edited(lambda d: d["content"].update(compute_capabilities=[8.7])),
+    "made from a list": edited(lambda d: d["content"].update(made_from=[])),
+    "no time": edited(lambda d: d["files"]["engine.plan"].pop("mtime_ns")),
+    "no files": edited(lambda d: d.update(files={})),
+    "a type that there is not": edited(lambda d: d["content"]["purpose"].update(cache_dtype="int3")),
+    "no rows": edited(lambda d: d["content"]["purpose"].update(max_batch=0)),
+    "another engine's": edited(lambda d: d["content"]["purpose"].update(engine="tensorrt-rtx")),
 }
 
 
@@ -140,8 +154,71 @@ def test_damage_is_told_with_the_command_that_rebuilds(bundle: Bundle, damage: s
     kept(bundle)
     DAMAGES[damage](engine_directory(bundle, "tensorrt"))
     text = message(EngineError, load_engine, bundle, "tensorrt", **HERE)
+    assert "gta-edge build" in text or "remove the link" in text
+    # what is told to do leads on: such an engine is no engine, and is replaced without more ado
+    if damage != "a link":
+        keep_engine(bundle, kept_record(bundle), b"the engine")
+        assert load_engine(bundle, "tensorrt", **HERE)[0] == b"the engine"
+
+
+def test_an_engine_that_another_user_or_machine_made_is_not_run(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    kept(bundle)
+    monkeypatch.setenv("GTA_EDGE_CACHE", str(tmp_path / "another cache"))
+    text = message(EngineError, load_engine, bundle, "tensorrt", **HERE)
+    assert "made by another user or on another machine" in text
     assert "gta-edge build" in text
-    assert "--force" in text
+
+
+def test_an_engine_of_another_board_of_the_same_kind_is_named(bundle: Bundle) -> None:
+    kept(bundle, gpu="Orin Nano")
+    assert load_engine(bundle, "tensorrt", **HERE, gpu="Orin Nano")[0] == b"the engine"
+    text = message(EngineError, load_engine, bundle, "tensorrt", **HERE, gpu="AGX Orin")
+    assert "the GPU is 'AGX Orin' here and was 'Orin Nano'" in text
+
+
+def test_a_copied_engine_is_hashed_once(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(integrity, "_ALWAYS_HASHED_BYTES", 4)
+    hashed: list[str] = []
+    sha256 = integrity.sha256
+    kept(bundle)
+    monkeypatch.setattr(integrity, "sha256", lambda file, name, *rest: hashed.append(name) or sha256(file, name, *rest))
+    load_engine(bundle, "tensorrt", **HERE)
+    assert hashed == []
+    os.utime(engine_directory(bundle, "tensorrt") / "engine.plan", (1, 1))
+    load_engine(bundle, "tensorrt", **HERE)
+    load_engine(bundle, "tensorrt", **HERE)
+    assert hashed == ["engine.plan"]
+
+
+def test_an_engine_that_is_replaced_while_it_is_read_is_one_or_the_other(bundle: Bundle, tmp_path: Path) -> None:
+    """Two plans of different sizes, so that the record of one with the plan of the other is found out."""
+    script = """
+import sys
+from gta_edge.bundle import Bundle
+from gta_edge.runtime.engine import keep_engine, load_engine
+bundle = Bundle.open(sys.argv[1])
+record = load_engine(bundle, "tensorrt", tensorrt="10.3.0", compute_capability="8.7")[1]
+for i in range(10**6):
+    keep_engine(bundle, record, bytes(1 + i % 7), force=True)
+"""
+    kept(bundle)
+    with subprocess.Popen([sys.executable, "-c", script, bundle.directory], env=environment()) as writer:
+        try:
+            seen = set()
+            while len(seen) < 7:
+                assert writer.poll() is None
+                plan, _ = load_engine(bundle, "tensorrt", **HERE)
+                seen.add(len(plan))
+        finally:
+            writer.kill()
+
+
+def test_engines_that_are_a_link_are_refused_by_build_as_by_load(bundle: Bundle, tmp_path: Path) -> None:
+    (bundle.directory / "engines").symlink_to(tmp_path)
+    assert "remove the link" in message(OutputError, keep_engine, bundle, kept_record(bundle), b"x")
+    assert "remove the link" in message(EngineError, load_engine, bundle, "tensorrt", **HERE)
 
 
 def test_a_copy_of_an_engine_is_hashed_and_taken(bundle: Bundle) -> None:
@@ -341,7 +418,7 @@ def test_ctrl_c_in_the_midst_of_tensorrt(copied_bundle: Path, no_gpu: None) -> N
     arguments = [*COMMAND, "build", copied_bundle, "--engine", "tensorrt-rtx", "--compute-capability", "8.6"]
     engines = copied_bundle / "engines"
     with subprocess.Popen(arguments, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        while process.poll() is None and not [*engines.glob(".build-*/model/prepared.json")]:
+        while process.poll() is None and not [*engines.glob(".gta-edge-*.partial/model/prepared.json")]:
             time.sleep(0.01)
         time.sleep(0.4)  # TensorRT parses now, or builds
         process.send_signal(signal.SIGINT)
@@ -419,7 +496,7 @@ def test_an_engine_by_command(
     options = ("--engine", "tensorrt-rtx", "--max-length", 64)
     document = command("build", copied_bundle, *options, "--compute-capability", "8.6, 8.9", "--json").document
     written = json.loads((copied_bundle / "engines" / "tensorrt-rtx" / "engine.json").read_text())
-    assert written["record"]["compute_capabilities"] == ["8.6", "8.9"]
+    assert written["content"]["compute_capabilities"] == ["8.6", "8.9"]
     assert document["written"] == str(copied_bundle / "engines" / "tensorrt-rtx")
     assert document["estimated_peak_bytes"] > 0
     assert "--force" in command("build", copied_bundle, *options).error

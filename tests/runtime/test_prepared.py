@@ -30,12 +30,14 @@ from gta_edge.bundle import MANIFEST, MODEL, WEIGHTS, Bundle
 from gta_edge.config import ModelConfig
 from gta_edge.errors import BackendError, BundleError
 from gta_edge.export.pipeline import export
+from gta_edge.formats import integrity
 from gta_edge.runtime.backends import load
 from gta_edge.runtime.prepared import prepare
 from gta_edge.weights import read_weights
 from tests import reference
 from tests.cli import environment, listing
 from tests.export.checkpoints import write_checkpoint
+from tests.formats.records import edit
 from tests.runtime.test_passes import MODELS, PRECISIONS, VOCAB, traced_once
 from tests.runtime.test_passes import WEIGHTS as TENSORS
 
@@ -255,10 +257,11 @@ def test_the_first_session_keeps_the_graph_and_leaves_the_bundle_as_it_is(bundle
 def test_what_the_record_says(kept: Path) -> None:
     record = record_of(kept)
     files = json.loads((kept / MANIFEST).read_text())["files"]
-    assert record["made_from"] == {name: files[name]["sha256"] for name in (MODEL, WEIGHTS)}
-    assert record["sha256"] == {
-        name: sha256((kept / KEPT / name).read_bytes()).hexdigest() for name in (GRAPH, EXACT_GRAPH)
-    }
+    assert record["content"]["made_from"] == {name: files[name]["sha256"] for name in (MODEL, WEIGHTS)}
+    for name in (GRAPH, EXACT_GRAPH, PACKED):
+        content = (kept / KEPT / name).read_bytes()
+        assert record["files"][name]["sha256"] == sha256(content).hexdigest()
+        assert record["files"][name]["bytes"] == len(content)
 
 
 def test_weights_are_laid_out_once(bundle: Path) -> None:
@@ -386,13 +389,43 @@ def test_what_is_no_file(kept: Path, name: str, damage: Callable[[Path], None]) 
     assert_right(kept)
 
 
-def test_packed_weights_that_were_touched(kept: Path) -> None:
-    """Their content is not read for it, so a new time is taken for a new content."""
+def test_packed_weights_that_were_touched_are_hashed_and_taken(kept: Path) -> None:
     before = (kept / KEPT / PACKED).stat().st_ino
     touch(kept / KEPT / PACKED)
     assert_right(kept)
-    assert (kept / KEPT / PACKED).stat().st_ino != before
+    assert (kept / KEPT / PACKED).stat().st_ino == before
     assert_kept(kept)
+
+
+def test_what_somebody_else_kept_is_made_again(kept: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Every byte of it is as its record says, and the record was signed elsewhere: the graph may compute anything."""
+    before = (kept / KEPT / GRAPH).stat().st_ino
+    monkeypatch.setenv("GTA_EDGE_CACHE", str(tmp_path / "another machine's"))
+    assert_right(kept)
+    assert (kept / KEPT / GRAPH).stat().st_ino != before
+    assert_kept(kept)
+
+
+def test_without_a_place_for_the_secret_nothing_is_kept_or_believed(
+    kept: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("GTA_EDGE_CACHE", str(tmp_path / "file"))
+    before = listing(kept)
+    assert not prepare(Bundle.open(kept)).kept
+    assert listing(kept) == before
+
+
+def test_large_files_are_hashed_when_that_is_asked_for(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(integrity, "_ALWAYS_HASHED_BYTES", 0)
+    path = kept / KEPT / PACKED
+    times = path.stat()
+    flip(path)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    before = path.stat().st_ino
+    prepare(Bundle.open(kept, verify_hashes=True))
+    assert path.stat().st_ino != before
+    assert_right(kept)
 
 
 def test_packed_weights_of_the_same_size(kept: Path) -> None:
@@ -404,13 +437,13 @@ def test_packed_weights_of_the_same_size(kept: Path) -> None:
 
 @pytest.mark.parametrize("field", ["gta_edge", "revision", "made_from"])
 def test_a_graph_of_another_version_or_model_is_made_again(kept: Path, field: str) -> None:
-    record = record_of(kept)
-    changed = {"gta_edge": "0.0.1", "revision": 0, "made_from": record["made_from"] | {MODEL: "0" * 64}}
-    (kept / KEPT / RECORD).write_text(json.dumps(record | {field: changed[field]}))
+    content = record_of(kept)["content"]
+    changed = {"gta_edge": "0.0.1", "revision": 0, "made_from": content["made_from"] | {MODEL: "0" * 64}}
+    edit(kept / KEPT / RECORD, lambda record: record["content"].update({field: changed[field]}))
     before = (kept / KEPT / GRAPH).stat().st_ino
     assert_right(kept)
     assert (kept / KEPT / GRAPH).stat().st_ino != before
-    assert record_of(kept)[field] == record[field]
+    assert record_of(kept)["content"][field] == content[field]
     assert_kept(kept)
 
 
@@ -419,7 +452,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
     max_leaves=5,
 )
-FIELDS = ["gta_edge", "revision", "made_from", "sha256", "packed"]
+FIELDS = ["format", "format_version", "content", "files"]
 
 
 @st.composite
@@ -434,11 +467,9 @@ def records(draw: Any) -> Callable[[dict[str, Any]], Any]:
         if kind == "gone":
             return {key: value for key, value in record.items() if key != field}
         inner = record[field]
-        if kind == "field" or not isinstance(inner, (dict, list)):
+        if kind == "field" or not isinstance(inner, dict):
             return record | {field: anything}
-        entries = dict(inner) if isinstance(inner, dict) else list(inner)
-        entries[GRAPH if field == "sha256" else MODEL if isinstance(inner, dict) else 0] = anything
-        return record | {field: entries}
+        return record | {field: inner | {GRAPH if field == "files" else "made_from": anything}}
 
     return change
 
@@ -450,10 +481,10 @@ def test_a_record_of_any_json(prepared_once: Path, change: Callable[[dict[str, A
         directory = shutil.copytree(prepared_once, Path(temporary, "bundle"))
         original = record_of(directory)
         wanted = (directory / KEPT / GRAPH).read_bytes()
-        (directory / KEPT / RECORD).write_text(json.dumps(change(original)))
+        edit(directory / KEPT / RECORD, change)
         assert prepare(Bundle.open(directory)).graph == wanted
         found = record_of(directory)
-        assert {key: found[key] for key in FIELDS[:-1]} == {key: original[key] for key in FIELDS[:-1]}
+        assert found["content"] == original["content"]
 
 
 @pytest.mark.parametrize(
@@ -763,11 +794,11 @@ def test_packed_weights_outside_the_bundle_are_not_read(kept: Path, location: st
     """Also where the record was made to agree with the graph. Other weights lie there, so reading them would show."""
     (kept.parent / "outside.data").write_bytes(bytes(byte ^ 0x11 for byte in (kept / KEPT / PACKED).read_bytes()))
     (kept / "link.data").symlink_to("../outside.data")
-    record = record_of(kept)
+    files = {}
     for name in (GRAPH, EXACT_GRAPH):
         rewrite(kept / KEPT / name, relocate(f"{KEPT}/{PACKED}", location))
-        record["sha256"][name] = sha256((kept / KEPT / name).read_bytes()).hexdigest()
-    (kept / KEPT / RECORD).write_text(json.dumps(record))
+        files[name] = integrity.describe_file(kept / KEPT / name)
+    edit(kept / KEPT / RECORD, lambda record: record["files"].update(files))
     assert_right(kept)
 
 

@@ -1,0 +1,1 @@
+"""Files on disk: what lies in them, and whether it is what was written."""

@@ -1,0 +1,131 @@
+"""What this package may replace: only what it made, and never what it is reading.
+
+Every directory that it writes holds a record that lists its files. A directory with anything else in it is not
+replaced, whatever its record says.
+"""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from gta_edge.errors import OutputError
+from gta_edge.support.json_files import read_json
+from gta_edge.support.partials import is_partial
+from gta_edge.support.text import brief, printable
+
+__all__ = ["ARTIFACTS", "RECORDS", "check_inputs", "foreign_entry"]
+
+RECORDS = {
+    "gta_edge.json": ("gta-edge-bundle",),
+    "gta_edge_checkpoint.json": ("gta-edge-checkpoint",),
+    "prepared.json": ("gta-edge-model", "gta-edge-artifact"),
+    "engine.json": ("gta-edge-artifact",),
+}
+"""Names of records, with the formats that such a record may have."""
+
+ARTIFACTS = "engines"
+"""Directory in a bundle for what was derived from it. No user's files belong there; their names tell."""
+
+_ARTIFACT_FILES = {"engine.plan", "model.onnx", "model.onnx.data", "exact.onnx", "weights.data", *RECORDS}
+_MAX_RECORD_BYTES = 2**20
+_DEPTH = 3  # engines/onnxruntime-cuda/fp16
+
+
+def foreign_entry(directory: Path, *, artifact: bool = False) -> str | None:
+    """Return what keeps a directory from being ours, None if it is or is empty.
+
+    It is ours if it holds a record whose format is known, the files that this record lists, and nothing else; a bundle
+    may have artifacts too.
+
+    Args:
+        directory: to be replaced.
+        artifact: it lies among a bundle's artifacts, and is ours if it holds nothing but an artifact's files, with a
+            record or without.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    if artifact:
+        return _foreign_artifact(directory, _DEPTH)
+    names = sorted(path.name for path in directory.iterdir())
+    if not names:
+        return None
+    record = next((found for name in RECORDS if name in names and (found := _record(directory / name, name))), None)
+    if record is None:
+        return "it has no record of this program"
+    listed = {*record["files"], *RECORDS}
+    for name in names:
+        path = directory / name
+        if name == ARTIFACTS:
+            foreign = _foreign_artifact(path, _DEPTH)
+            if foreign is not None:
+                return f"{ARTIFACTS}/{foreign}"
+        elif not (is_partial(name) or (name in listed and _is_file(path))):
+            return printable(name)
+    return None
+
+
+def check_inputs(target: Path, inputs: Iterable[Path]) -> None:
+    """Refuse an output that is, holds, or lies in an input.
+
+    Args:
+        target: the output, resolved.
+        inputs: files and directories that the same command reads; what links in them point to is an input too.
+
+    Raises:
+        OutputError: it does; which.
+    """
+    for given in inputs:
+        for path in _real(given):
+            if target == path or target in path.parents or (path in target.parents and not path.is_file()):
+                how = "is" if target == path else "holds" if target in path.parents else "lies in"
+                raise OutputError(
+                    f"{printable(str(target))} {how} the input {printable(str(given))}; choose another output path"
+                )
+
+
+def _record(path: Path, name: str) -> dict[str, Any] | None:
+    """Return a record of ours, None if it is none."""
+    try:
+        record = read_json(path, OutputError, "", max_bytes=_MAX_RECORD_BYTES)
+    except OutputError:
+        return None
+    if not isinstance(record, dict) or record.get("format") not in list(RECORDS[name]):
+        return None
+    return record if isinstance(record.get("files"), dict) else None
+
+
+def _foreign_artifact(path: Path, depth: int) -> str | None:
+    """Return the first entry below that is no artifact's; a link is none, and only its own name goes with it."""
+    if path.is_symlink() or not path.is_dir():
+        return brief(path.name) + " (not a directory)"
+    for entry in sorted(path.iterdir()):
+        if is_partial(entry.name) or (entry.name in _ARTIFACT_FILES and _is_file(entry)):
+            continue
+        if depth and entry.is_dir() and not entry.is_symlink():
+            below = _foreign_artifact(entry, depth - 1)
+            if below is None:
+                continue
+            return f"{printable(entry.name)}/{below}"
+        return printable(entry.name)
+    return None
+
+
+def _is_file(path: Path) -> bool:
+    """Tell whether this is a regular file, or a link, which is removed as a link."""
+    mode = path.lstat().st_mode
+    return stat.S_ISREG(mode) or stat.S_ISLNK(mode)
+
+
+def _real(given: Path) -> Iterator[Path]:
+    """Yield where an input really lies: itself, and what the links in it point to."""
+    real = given.resolve()
+    yield real
+    try:
+        entries = list(real.iterdir()) if real.is_dir() else []
+    except OSError:  # reading it will say so
+        return
+    yield from (entry.resolve() for entry in entries if entry.is_symlink())
