@@ -250,7 +250,14 @@ def _built_for(record: EngineRecord, compute_capability: str) -> str:
 
 def require_engine(bundle: Bundle, engine: str) -> None:
     """Raise EngineError where a bundle has no engine of this kind; what there is may still not fit."""
-    if not engine_directory(bundle, engine).is_dir():
+    directory = engine_directory(bundle, engine)
+    try:
+        there = directory.is_dir()
+    except OSError as error:  # a directory that may not be searched
+        raise EngineError(
+            f"{directory}: cannot be read ({error.strerror}); give yourself access, or choose another backend"
+        ) from error
+    if not there:
         raise _no_engine(bundle, engine)
 
 
@@ -264,8 +271,9 @@ def _no_engine(bundle: Bundle, engine: str) -> EngineError:
 
 def _open_engine(bundle: Bundle, engine: str) -> tuple[Artifact, EngineRecord]:
     """Return a bundle's engine and its record, if it is this machine's and as it was written."""
+    require_engine(bundle, engine)
     directory = engine_directory(bundle, engine)
-    for link in (directory.parent, directory, directory / RECORD, directory / PLAN):
+    for link in (directory.parent, directory):
         if link.is_symlink():
             raise EngineError(f"{link}: is a link, and engines are read from the bundle itself; remove the link")
     try:
@@ -273,8 +281,6 @@ def _open_engine(bundle: Bundle, engine: str) -> tuple[Artifact, EngineRecord]:
             bundle.directory, f"{ARTIFACTS}/{engine}", RECORD, mapped=(PLAN,), verify_hashes=bundle.verified
         )
     except RefusedError as refused:
-        if refused.kind == "absent" and not directory.exists():
-            raise _no_engine(bundle, engine) from refused
         raise EngineError(
             f"{directory}: the engine is not used ({refused}); run: {_build(bundle, engine)}"
         ) from refused
