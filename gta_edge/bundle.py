@@ -203,7 +203,7 @@ def _check_fields(path: Path, manifest: dict[str, Any]) -> None:
         if not plain_name(name):
             raise BundleError(f"{path}: lists the file {brief(name)}, which is outside the directory; {_REMEDY}")
         if not is_entry(entry):
-            raise BundleError(f"{path}: the entry of {name} lacks bytes, mtime_ns or sha256; {_REMEDY}")
+            raise BundleError(f"{path}: the entry of {brief(name)} lacks bytes, mtime_ns or sha256; {_REMEDY}")
 
 
 def _check_file(directory: Path, name: str, entry: Mapping[str, Any], verify_hashes: bool, progress: Progress) -> None:

@@ -24,6 +24,7 @@ from gta_edge.support.text import printable
 
 __all__ = ["bundle_file", "cache_directory", "new_directory", "new_file", "plain_name", "scratch_directory"]
 
+_NAME_BYTES = 255  # of a name on Linux
 # What the system says of the place that is written to; anything else is the writer's own error.
 _OF_THE_PLACE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG}
 
@@ -31,13 +32,15 @@ _OF_THE_PLACE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.ER
 def plain_name(name: object) -> TypeGuard[str]:
     r"""Tell whether this is the name of a file in one directory and nothing else.
 
-    No separator of any system, no drive or stream (``:``), not empty, ``.`` or ``..``, and printable: so no NUL, no
-    line break, and nothing that a file system could not encode.
+    No separator of any system, no drive or stream (``:``), not empty, ``.`` or ``..``, of a length that there is, and
+    printable: so no NUL, no line break, and nothing that a file system could not encode.
     """
     return (
         isinstance(name, str)
         and name not in ("", ".", "..")
+        and len(name) <= _NAME_BYTES
         and name.isprintable()
+        and len(name.encode()) <= _NAME_BYTES
         and not any(mark in name for mark in "/\\:")
     )
 

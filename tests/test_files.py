@@ -660,6 +660,8 @@ def test_plain_names(name):
         "a\0b",
         "a\nb",
         "\ud800",
+        "x" * 256,
+        "é" * 128,
         None,
         3,
         b"a",
