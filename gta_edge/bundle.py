@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,9 @@ WEIGHTS = "model.onnx.data"
 CONFIG = "config.json"
 
 _MAX_MANIFEST_BYTES = 2**20
+_MAX_GRAPH_BYTES = 2**28  # a graph of a thousand layers has a tenth of that; weights lie elsewhere
+_MAX_COMPANION_BYTES = 2**26
+_TRIES = 10  # a bundle may be replaced while it is opened
 _BYTES_PER_LAYER = 100  # far fewer than the nodes of one take in the graph's file
 _REMEDY = "export the bundle again, or copy it anew"
 
@@ -54,6 +57,7 @@ class Bundle:
         precision: what the weights are stored in: fp32, fp16, bf16, int8 or int4.
         manifest: the content of ``gta_edge.json``.
         verified: whether every file was hashed, whatever its size and time.
+        identity: of the directory: another one may get its name.
     """
 
     directory: Path
@@ -61,6 +65,12 @@ class Bundle:
     precision: str
     manifest: Mapping[str, Any]
     verified: bool = False
+    identity: tuple[int, int] | None = field(default=None, compare=False)
+
+    @property
+    def was_replaced(self) -> bool:
+        """Whether another directory is at its place by now: what is read there is not what was checked."""
+        return _identity(self.directory) != self.identity
 
     @property
     def model_path(self) -> Path:
@@ -96,6 +106,22 @@ class Bundle:
             BundleError: no bundle, a newer format, or a file that is missing, changed or outside the directory.
         """
         directory = Path(directory)
+        for remaining in reversed(range(_TRIES)):
+            identity = _identity(directory)
+            try:
+                bundle = cls._open(directory, verify_hashes, progress, identity)
+            except BundleError:
+                if not remaining or _identity(directory) == identity:
+                    raise
+            else:
+                if not remaining or not bundle.was_replaced:
+                    return bundle
+        raise AssertionError("the last try returns or raises")
+
+    @classmethod
+    def _open(
+        cls, directory: Path, verify_hashes: bool, progress: Progress, identity: tuple[int, int] | None
+    ) -> Bundle:
         manifest = _read_manifest(directory)
         for name in COMPANIONS:
             if name not in manifest["files"] and os.path.lexists(directory / name):
@@ -116,7 +142,7 @@ class Bundle:
                 f"{directory / MANIFEST}: the cache layout {brief(manifest['cache'])} is not that of {CONFIG}, "
                 f"{brief(_cache_layout(config))}; {_REMEDY}"
             )
-        return cls(directory, config, manifest["precision"], manifest, verify_hashes)
+        return cls(directory, config, manifest["precision"], manifest, verify_hashes, identity)
 
 
 def write_manifest(
@@ -142,6 +168,14 @@ def write_manifest(
     }
     text = json.dumps({**manifest, "sha256": _digest(manifest)}, indent=2) + "\n"
     (directory / MANIFEST).write_text(text, encoding="utf-8")
+
+
+def _identity(directory: Path) -> tuple[int, int] | None:
+    try:
+        info = directory.stat()
+    except (OSError, ValueError):  # ValueError: a NUL in the path
+        return None
+    return info.st_dev, info.st_ino
 
 
 def _cache_layout(config: ModelConfig) -> list[dict[str, Any]]:
@@ -204,6 +238,9 @@ def _check_fields(path: Path, manifest: dict[str, Any]) -> None:
             raise BundleError(f"{path}: lists the file {brief(name)}, which is outside the directory; {_REMEDY}")
         if not is_entry(entry):
             raise BundleError(f"{path}: the entry of {brief(name)} lacks bytes, mtime_ns or sha256; {_REMEDY}")
+        limit = _MAX_GRAPH_BYTES if name == MODEL else _MAX_COMPANION_BYTES if name in (CONFIG, *COMPANIONS) else None
+        if limit is not None and entry["bytes"] > limit:
+            raise BundleError(f"{path}: {name} has {brief(entry['bytes'])} bytes, expected at most {limit}; {_REMEDY}")
 
 
 def _check_file(directory: Path, name: str, entry: Mapping[str, Any], verify_hashes: bool, progress: Progress) -> None:

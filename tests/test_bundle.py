@@ -25,6 +25,7 @@ import gta_edge
 from gta_edge.bundle import Bundle
 from gta_edge.errors import BackendError, BundleError, InputError
 from gta_edge.formats import integrity
+from tests.cli import environment
 from tests.conftest import TINY
 
 MANIFEST, MODEL, WEIGHTS, CONFIG = "gta_edge.json", "model.onnx", "model.onnx.data", "config.json"
@@ -506,6 +507,52 @@ def test_a_model_that_does_not_fit_its_config(copied_bundle: Path, change: dict[
     (copied_bundle / CONFIG).write_text(json.dumps(entries | change))
     relist(copied_bundle)
     does_not_load(copied_bundle, backend)
+
+
+# --- a bundle that is replaced while it is opened ---------------------------------------------------------------------
+
+
+def test_a_bundle_that_is_replaced_while_it_is_opened_is_one_or_the_other(copied_bundle: Path) -> None:
+    """Two bundles that differ in a small file take turns at one place."""
+    other = shutil.copytree(copied_bundle, copied_bundle.with_name("other"))
+    forge(other, made_with={"other": "1"})
+    (other / "config.json").write_text((other / "config.json").read_text() + "\n")
+    manifest = manifest_of(other)
+    forge(other, files=manifest["files"] | {"config.json": integrity.describe_file(other / "config.json")})
+    script = """
+import sys, time
+from pathlib import Path
+from gta_edge.support.partials import _exchange
+while True:
+    time.sleep(0.05)
+    _exchange(Path(sys.argv[1]), Path(sys.argv[2]))
+"""
+    with subprocess.Popen([sys.executable, "-c", script, str(copied_bundle), str(other)], env=environment()) as writer:
+        try:
+            seen = {"other" in Bundle.open(copied_bundle).manifest["made_with"] for _ in range(60)}
+            assert writer.poll() is None
+        finally:
+            writer.kill()
+    assert seen <= {True, False}
+    assert seen
+
+
+def test_a_bundle_knows_that_it_was_replaced(copied_bundle: Path) -> None:
+    bundle = Bundle.open(copied_bundle)
+    assert not bundle.was_replaced
+    copied_bundle.rename(copied_bundle.with_name("old"))
+    assert bundle.was_replaced
+    shutil.copytree(copied_bundle.with_name("old"), copied_bundle)
+    assert bundle.was_replaced
+
+
+@pytest.mark.parametrize("name", [CONFIG, MODEL, "tokenizer.json"])
+def test_a_sparse_file_of_terabytes_is_refused_unread(copied_bundle: Path, name: str) -> None:
+    os.truncate(copied_bundle / name, 2**40)
+    files = manifest_of(copied_bundle)["files"]
+    files[name] |= {"bytes": 2**40, "mtime_ns": (copied_bundle / name).stat().st_mtime_ns}
+    forge(copied_bundle, files=files)
+    assert "expected at most" in refused(copied_bundle)
 
 
 # --- when weights are hashed -----------------------------------------------------------------------------------------

@@ -26,6 +26,8 @@ from gta_edge.files import new_directory
 from gta_edge.formats.artifacts import Artifact, RefusedError, open_artifact, require_secret, write_record
 from gta_edge.progress import Progress, silent
 from gta_edge.quantization import BITS
+from gta_edge.support.ownership import ARTIFACTS
+from gta_edge.support.partials import remove_stale
 from gta_edge.version import __version__
 
 __all__ = ["GRAPH", "Form", "Prepared", "kept_graph", "prepare", "without_new_weights"]
@@ -129,6 +131,7 @@ def kept_graph(
     Raises:
         BundleError, BackendError: from ``form.make``.
     """
+    remove_stale(bundle.directory / ARTIFACTS)
     record = _record(bundle, form)
     kept = _kept(bundle, form, record, name, progress)
     if kept is None and _keep(bundle, form, record, progress):

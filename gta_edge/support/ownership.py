@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import stat
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -78,13 +79,33 @@ def check_inputs(target: Path, inputs: Iterable[Path]) -> None:
     Raises:
         OutputError: it does; which.
     """
+    above = _ids_upwards(target)
     for given in inputs:
         for path in _real(given):
-            if target == path or target in path.parents or (path in target.parents and not path.is_file()):
-                how = "is" if target == path else "holds" if target in path.parents else "lies in"
-                raise OutputError(
-                    f"{printable(str(target))} {how} the input {printable(str(given))}; choose another output path"
-                )
+            its = _ids_upwards(path)
+            if target == path or (above[0] is not None and above[0] == its[0]):
+                how = "is"
+            elif above[0] is not None and above[0] in its:
+                how = "holds"
+            elif path.is_dir() and its[0] in above:
+                how = "lies in"
+            else:
+                continue
+            raise OutputError(
+                f"{printable(str(target))} {how} the input {printable(str(given))}; choose another output path"
+            )
+
+
+def _ids_upwards(path: Path) -> list[tuple[int, int] | None]:
+    """Return what identifies a path and each directory above it, by whatever name; None for what is not there."""
+    found: list[tuple[int, int] | None] = []
+    for each in (path, *path.parents):
+        try:
+            info = each.stat()
+            found.append((info.st_dev, info.st_ino))
+        except OSError:
+            found.append(None)
+    return found
 
 
 def _record(path: Path, name: str) -> dict[str, Any] | None:
@@ -122,10 +143,10 @@ def _is_file(path: Path) -> bool:
 
 def _real(given: Path) -> Iterator[Path]:
     """Yield where an input really lies: itself, and what the links in it point to."""
-    real = given.resolve()
-    yield real
-    try:
-        entries = list(real.iterdir()) if real.is_dir() else []
-    except OSError:  # reading it will say so
-        return
-    yield from (entry.resolve() for entry in entries if entry.is_symlink())
+    with suppress(OSError, RuntimeError):  # reading it will say so; RuntimeError: a loop of links
+        real = given.resolve()
+        yield real
+        for entry in real.iterdir() if real.is_dir() else ():
+            if entry.is_symlink():
+                with suppress(OSError, RuntimeError):
+                    yield entry.resolve(strict=True)
