@@ -1,5 +1,6 @@
 # make demo   export the example model, generate text with it, print a latency table
 # make test   run the tests
+# make fuzz   run the fuzzers with CASES cases each, 5000 by default
 # make lint   run the linters and the type checker
 # make test-jetson   run the tests that need a GPU and TensorRT, with JetPack's own Python packages visible
 # All set-up happens here, in .venv; PYTHON chooses the interpreter (3.11 or later: ONNX Runtime needs it; on a board,
@@ -18,7 +19,9 @@ NVRTC_12   := 'nvidia-cuda-nvrtc-cu12==12.6.*'
 NVRTC_13   := 'nvidia-cuda-nvrtc==13.0.*'
 BUNDLES    ?= build/test-bundles
 
-.PHONY: demo test test-jetson lint format clean
+CASES      ?= 5000
+
+.PHONY: demo test fuzz test-jetson lint format clean
 
 demo: $(VENV)/.demo
 	rm -rf $(DEMO) && mkdir $(DEMO)
@@ -29,6 +32,9 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n auto --dist loadfile
+
+fuzz: $(VENV)/.dev
+	GTA_EDGE_FUZZ_CASES=$(CASES) $(BIN)/python -m pytest -n auto --dist worksteal tests/fuzz
 
 # Left out are modules that import what a board need not have, such as torch; other plugins of pytest (ROS has some) too.
 test-jetson: $(VENV)/.jetson
