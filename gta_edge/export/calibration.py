@@ -54,7 +54,8 @@ def calibrated(
         table = quantize(source.read(_EMBEDDING), BITS[precision], block_size).values
     x = torch.from_numpy(table[ids])  # [rows, T, H]
     del table
-    cos, sin = rope_tables(config.key_width, config.rope_theta, config.rope_scaling, ids.shape[1])
+    rope = config.key_width, config.rope_theta, config.rope_scaling, config.max_position_embeddings
+    cos, sin = rope_tables(*rope, positions=ids.shape[1])
     tables = torch.from_numpy(cos), torch.from_numpy(sin)
     result: dict[str, Quantized] = {}
     with torch.inference_mode(), _not_finite():

@@ -82,9 +82,7 @@ def initialise(
 
 def _check_space(config: ModelConfig, partial: Path, directory: Path) -> None:
     """Raise OutputError where the weights cannot fit, before they are made."""
-    # from one layer and two, since the names of very many layers would not fit into memory
-    one, two = (config.replace(num_hidden_layers=layers).weight_bytes for layers in (1, 2))
-    needed = one + (two - one) * (config.num_hidden_layers - 1)
+    needed = config.weight_bytes
     free = shutil.disk_usage(partial).free
     if needed > free:
         raise OutputError(
