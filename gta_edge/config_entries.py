@@ -79,7 +79,11 @@ def _check_windows(entries: Mapping[str, Any]) -> None:
     """Raise ConfigError where a layer attends to less than all of the tokens before."""
     layers = entries.get("layer_types")
     if layers:
-        other = [each for each in layers if each not in ("full_attention", "attention")] if isinstance(layers, list) else layers
+        other = (
+            [each for each in layers if each not in ("full_attention", "attention")]
+            if isinstance(layers, list)
+            else layers
+        )
         if other:
             raise ConfigError(f"layer_types is {brief(layers)}; only full attention in every layer is supported")
         return  # said for every layer, so a window is not used

@@ -404,7 +404,7 @@ def test_a_value_of_any_size_gives_finite_tables_or_is_refused(rope_type, name, 
     ],
 )
 def test_what_would_not_be_finite_is_refused_with_its_values(entry, theta):
-    with pytest.raises(ConfigError, match="gives rotations that are not finite.*trained with") as caught:
+    with pytest.raises(ConfigError, match=r"gives rotations that are not finite.*trained with") as caught:
         inverse_frequencies(64, theta, RopeScaling.from_config(entry), 2048)
     assert str(caught.value).isprintable()
 
