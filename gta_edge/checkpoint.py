@@ -57,7 +57,10 @@ COMPANIONS = (
 
 _MAX_COMPANION_BYTES = 64 * 2**20  # real ones stay far below
 _MAX_BIAS_BYTES = 2**20  # of one that is read to see whether it is zero
+_PREFIX = "model."
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+_TIED = (_HEAD, _EMBEDDING, _EMBEDDING.removeprefix(_PREFIX))
 
 # Types that a parameter may be stored in, by the name that safetensors gives them.
 _DTYPES: dict[str, np.dtype[Any]] = {
@@ -199,7 +202,7 @@ def _match(directory: Path, config: ModelConfig, found: Mapping[str, StoredTenso
             "config.json; one of the two belongs to another model"
         )
     shapes = config.parameter_shapes()
-    present = _untied(config, found)
+    present = _untied(config, _prefixed(found))
     missing = [name for name in shapes if name not in present and not config.is_optional(name)]
     surplus = [name for name in present if name not in shapes and not _adds_nothing(name, present[name])]
     faults = [f"lacks {len(missing)} of the tensors that its config.json asks for: {first_names(missing)}"]
@@ -224,6 +227,13 @@ def _match(directory: Path, config: ModelConfig, found: Mapping[str, StoredTenso
     return parameters
 
 
+def _prefixed(found: Mapping[str, StoredTensor]) -> Mapping[str, StoredTensor]:
+    """Return the tensors under the names of a whole model, where a model without its head was saved."""
+    if _EMBEDDING.removeprefix(_PREFIX) not in found or any(name.startswith(_PREFIX) for name in found):
+        return found
+    return {name if name == _HEAD else f"{_PREFIX}{name}": tensor for name, tensor in found.items()}
+
+
 def _untied(config: ModelConfig, found: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     """Return the tensors with a tied matrix under the embedding's name alone, whichever of the two the file has.
 
@@ -244,7 +254,7 @@ def _untied(config: ModelConfig, found: Mapping[str, StoredTensor]) -> dict[str,
 
 def _says_nothing_new(name: str, config: ModelConfig) -> bool:
     """Tell whether it does not matter where a tensor is, or that it is missing: ``_match`` sees what is needed."""
-    return _TABLES.search(name) is not None or (config.tie_word_embeddings and name in (_HEAD, _EMBEDDING))
+    return _TABLES.search(name) is not None or (config.tie_word_embeddings and name in _TIED)
 
 
 def _adds_nothing(name: str, tensor: StoredTensor) -> bool:

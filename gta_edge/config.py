@@ -29,7 +29,8 @@ __all__ = ["DTYPES", "CacheSpec", "GQAConfig", "GTAConfig", "ModelConfig", "read
 _MAX_NUMBER = sys.float_info.max
 _MAX_KEY_WIDTH = 2**16
 _MAX_FILE_BYTES = 2**20  # of a config.json; real ones have a few thousand
-_LLAMA_NAMES = frozenset({"LlamaForCausalLM", "LLaMAForCausalLM"})  # the second is an early spelling
+# With the early spelling, and the model without its head: whether that is tied or there, the checkpoint shows.
+_LLAMA_NAMES = frozenset({"LlamaForCausalLM", "LLaMAForCausalLM", "LlamaModel"})
 _GTA_KEYS = ("num_query_heads", "query_dim", "num_key_heads", "key_dim", "num_value_heads", "value_dim")
 
 

@@ -249,6 +249,27 @@ def test_a_tied_checkpoint_may_hold_only_the_head(tmp_path, config, write):
     _refused(directory, f"lacks 1 of the tensors that its config.json asks for: {EMBEDDING}")
 
 
+@pytest.mark.parametrize("write", [_write, _write_shards])
+@pytest.mark.parametrize("config", [TIED, SMALLEST], ids=["gta", "llama"])
+def test_a_model_saved_without_its_head_has_names_without_a_prefix(tmp_path, config, write):
+    directory = write(tmp_path / "c", config)
+    for path in directory.glob("*.safetensors"):
+        save_file({n.removeprefix("model."): value for n, value in load_file(path).items()}, path)
+    if write is _write_shards:
+        _write_index(directory, {n.removeprefix("model."): f for n, f in _read_index(directory).items()})
+    checkpoint = Checkpoint.open(directory)
+    assert checkpoint.names == tuple(config.parameter_shapes())
+    for name, values in _tensors(config).items():
+        assert checkpoint.read(name).tobytes() == values.tobytes()
+    (directory / "config.json").write_text(json.dumps(config.replace(tie_word_embeddings=False).to_dict()))
+    _refused(directory, f"lacks 1 of the tensors that its config.json asks for: {HEAD}")
+
+
+def test_names_with_and_without_a_prefix_are_not_mixed(tmp_path):
+    tensors = {n.removeprefix("model.") if "norm" in n else n: value for n, value in _tensors(TIED).items()}
+    _refused(_write(tmp_path / "c", TIED, tensors), "lacks 5 .* holds 5 that no GTAForCausalLM has")
+
+
 def test_a_tied_head_alone_must_have_the_embeddings_shape(tmp_path):
     tensors = _tensors(TIED)
     tensors[HEAD] = np.ascontiguousarray(tensors.pop(EMBEDDING)[:-1])

@@ -511,6 +511,7 @@ def test_no_architecture_and_another_model_type_is_refused():
         {"model_type": None},
         {"model_type": "llama"},
         {"architectures": ["LLaMAForCausalLM"], "model_type": "llama"},
+        {"architectures": ["LlamaModel"]},
         {"architectures": ["GTAForCausalLM", "LlamaForCausalLM"], "num_query_heads": None},
     ],
 )

@@ -34,7 +34,8 @@ def all_finite(values: npt.NDArray[Any]) -> bool:
 
 def first_not_finite(values: npt.NDArray[Any]) -> str:
     """Say what is not finite and where: ``nan at [17, 3], 1 of 24576 values``; there must be such a value."""
-    wrong = ~np.isfinite(values)
+    with np.errstate(invalid="ignore"):  # signalling NaNs
+        wrong = ~np.isfinite(values)
     place = np.unravel_index(int(wrong.argmax()), values.shape)
     found = float(values[place])
     return f"{found} at {[int(i) for i in place]}, {int(wrong.sum())} of {values.size} values"
