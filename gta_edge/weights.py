@@ -27,6 +27,7 @@ from gta_edge.errors import BundleError, GtaEdgeError, InputError
 from gta_edge.files import plain_name
 from gta_edge.optional import optional
 from gta_edge.quantization import BITS, BLOCK_SIZES, DEFAULT_BLOCK_SIZE, unpack_nibbles
+from gta_edge.support.floats import all_finite
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -156,10 +157,10 @@ def to_stored(array: Array, stored_name: str, shape: Sequence[int], dtype: npt.D
     if array.dtype != dtype:
         with np.errstate(over="ignore"):
             converted = array.astype(dtype)
-        if np.dtype(dtype) == np.float16 and not np.isfinite(converted).all() and np.isfinite(array).all():
+        if not all_finite(converted) and all_finite(array):
             raise OverflowError(
                 f"{parameter_name(stored_name)} has values up to {float(np.abs(array.astype(np.float32)).max()):.4g}, "
-                "beyond float16's 65504; use bf16 or fp32"
+                + ("beyond float16's 65504; use bf16 or fp32" if dtype == np.float16 else "beyond bfloat16; use fp32")
             )
         array = converted
     return np.ascontiguousarray(array).reshape(tuple(shape))
