@@ -60,7 +60,7 @@ _MAX_BIAS_BYTES = 2**20  # of one that is read to see whether it is zero
 _PREFIX = "model."
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
-_TIED = (_HEAD, _EMBEDDING, _EMBEDDING.removeprefix(_PREFIX))
+_TIED = (_HEAD, _EMBEDDING, _EMBEDDING.removeprefix(_PREFIX))  # names of one matrix, where it is tied
 
 # Types that a parameter may be stored in, by the name that safetensors gives them.
 _DTYPES: dict[str, np.dtype[Any]] = {
@@ -105,7 +105,7 @@ class Checkpoint:
         _check_directory(root)
         regular_file(root / "config.json")
         config = read_config(root / "config.json")
-        found = read_headers(root, lambda name: _says_nothing_new(name, config))
+        found = read_headers(root, _is_table, _TIED if config.tie_word_embeddings else ())
         parameters = _match(root, config, found)
         return cls(
             directory=root,
@@ -204,7 +204,7 @@ def _match(directory: Path, config: ModelConfig, found: Mapping[str, StoredTenso
     shapes = config.parameter_shapes()
     present = _untied(config, _prefixed(found))
     missing = [name for name in shapes if name not in present and not config.is_optional(name)]
-    surplus = [name for name in present if name not in shapes and not _adds_nothing(name, present[name])]
+    surplus = [name for name in present if name not in shapes and not _is_zero_bias(name, present[name])]
     faults = [f"lacks {len(missing)} of the tensors that its config.json asks for: {first_names(missing)}"]
     faults = faults if missing else []
     faults += [f"holds {len(surplus)} that no {config.architecture} has: {first_names(surplus)}"] if surplus else []
@@ -252,14 +252,12 @@ def _untied(config: ModelConfig, found: Mapping[str, StoredTensor]) -> dict[str,
     return tensors
 
 
-def _says_nothing_new(name: str, config: ModelConfig) -> bool:
-    """Tell whether it does not matter where a tensor is, or that it is missing: ``_match`` sees what is needed."""
-    return _TABLES.search(name) is not None or (config.tie_word_embeddings and name in _TIED)
+def _is_table(name: str) -> bool:
+    """Tell whether this names a table that follows from the config."""
+    return _TABLES.search(name) is not None
 
 
-def _adds_nothing(name: str, tensor: StoredTensor) -> bool:
-    """Tell whether a model is the same without this tensor."""
-    if _TABLES.search(name):
-        return True
+def _is_zero_bias(name: str, tensor: StoredTensor) -> bool:
+    """Tell whether this is a bias that no supported model has, and that adds nothing."""
     is_bias = _BIASES.fullmatch(name) and len(tensor.shape) == 1 and tensor.size <= _MAX_BIAS_BYTES
     return bool(is_bias) and tensor.dtype in _DTYPES and not _values(name, tensor).any()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,20 +143,23 @@ def same_bytes(a: StoredTensor, b: StoredTensor) -> bool:
 # --- headers -------------------------------------------------------------------------------------------------------
 
 
-def read_headers(directory: Path, may_be_misplaced: Callable[[str], bool]) -> dict[str, StoredTensor]:
-    """Return every tensor of a checkpoint's weight files: the single file if there is one, else the shards.
+def read_headers(
+    directory: Path, ignored: Callable[[str], bool], movable: Collection[str] = ()
+) -> dict[str, StoredTensor]:
+    """Return the tensors of a checkpoint's weight files: of the single file if there is one, else of the shards.
 
     Args:
         directory: the checkpoint.
-        may_be_misplaced: tells of a tensor's name whether it does not matter if the index is wrong about it.
+        ignored: tells of a tensor's name whether it means nothing, wherever it is; such tensors are not returned.
+        movable: names about which the index may be wrong.
 
     Raises:
         CheckpointError: a file is missing, damaged or a pickle, or index and shards contradict each other.
     """
     if os.path.lexists(directory / SINGLE):
-        return _read_header(directory / SINGLE)
+        return {name: tensor for name, tensor in _read_header(directory / SINGLE).items() if not ignored(name)}
     if os.path.lexists(directory / INDEX):
-        return _read_shards(directory, may_be_misplaced)
+        return _read_shards(directory, ignored, movable)
     raise CheckpointError(f"{quote(directory)}: holds neither {SINGLE} nor {INDEX}; {_what_instead(directory)}")
 
 
@@ -175,13 +178,17 @@ def _what_instead(directory: Path) -> str:
     return "give the directory of a checkpoint in the Hugging Face layout"
 
 
-def _read_shards(directory: Path, may_be_misplaced: Callable[[str], bool]) -> dict[str, StoredTensor]:
+def _read_shards(directory: Path, ignored: Callable[[str], bool], movable: Collection[str]) -> dict[str, StoredTensor]:
     """Return the tensors of all shards; index and headers must say the same."""
     index = directory / INDEX
     placed = _read_index(index)  # tensor to shard
     found: dict[str, StoredTensor] = {}
     for shard in sorted(set(placed.values())):
         for name, tensor in _read_header(directory / shard).items():
+            if ignored(name):
+                continue
+            if name not in placed and name not in movable:  # at once: shards together may hold any number of tensors
+                raise _contradiction(index, name, "nowhere", f"in {shard}")
             if name not in found:
                 found[name] = tensor
             elif not same_bytes(found[name], tensor):
@@ -191,15 +198,21 @@ def _read_shards(directory: Path, may_be_misplaced: Callable[[str], bool]) -> di
                 )
             elif placed.get(name) == shard:
                 found[name] = tensor
-    for name in sorted(placed.keys() | found.keys()):
-        said = f"in {placed[name]}" if name in placed else "nowhere"
-        is_in = f"in {found[name].file.path.name}" if name in found else "in none of its files"
-        if said != is_in and not may_be_misplaced(name):
-            raise CheckpointError(
-                f"{quote(index)}: says that {_name(name)} is {_name(said)}, but it is {_name(is_in)}; "
-                "copy index and shards anew"
-            )
+    for name, shard in placed.items():
+        if name in movable or ignored(name):
+            continue
+        if name not in found:
+            raise _contradiction(index, name, f"in {shard}", "in none of its files")
+        if found[name].file.path.name != shard:
+            raise _contradiction(index, name, f"in {shard}", f"in {found[name].file.path.name}")
     return found
+
+
+def _contradiction(index: Path, name: str, said: str, is_in: str) -> CheckpointError:
+    return CheckpointError(
+        f"{quote(index)}: says that {_name(name)} is {_name(said)}, but it is {_name(is_in)}; "
+        "copy index and shards anew"
+    )
 
 
 def _read_index(path: Path) -> dict[str, str]:

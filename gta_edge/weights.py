@@ -28,6 +28,7 @@ from gta_edge.files import plain_name
 from gta_edge.optional import optional
 from gta_edge.quantization import BITS, BLOCK_SIZES, DEFAULT_BLOCK_SIZE, unpack_nibbles
 from gta_edge.support.floats import all_finite
+from gta_edge.support.text import brief
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -120,7 +121,7 @@ def block_size_for(config: ModelConfig, precision: str, block_size: int | None =
         InputError: the precision is unknown, or does not go with this block size and model.
     """
     if precision not in PRECISIONS:
-        raise InputError(f"precision is {precision!r}; expected one of {', '.join(PRECISIONS)}")
+        raise InputError(f"precision is {brief(precision)}; expected one of {', '.join(PRECISIONS)}")
     if precision not in BITS:
         if block_size is not None:
             raise InputError(f"precision is {precision}, which has no blocks; a block size goes with int8 or int4")
@@ -137,7 +138,7 @@ def block_size_for(config: ModelConfig, precision: str, block_size: int | None =
         unfit = {name: n for name, n in matrices.items() if block_size in BLOCK_SIZES and n % block_size}
         odd = next((f"; {name} has {n} inputs" for name, n in unfit.items()), "")
         choice = f"one of {', '.join(map(str, possible))}" if possible else "none fits; use a wider precision"
-        raise InputError(f"block size is {block_size}; expected {choice}{odd}")
+        raise InputError(f"block size is {brief(block_size)}; expected {choice}{odd}")
     return block_size
 
 

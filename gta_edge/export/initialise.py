@@ -25,6 +25,7 @@ from gta_edge.config import DTYPES, ModelConfig
 from gta_edge.errors import InputError, OutputError
 from gta_edge.files import new_directory
 from gta_edge.progress import Progress, silent
+from gta_edge.support.text import one_line
 
 __all__ = ["STANDARD_DEVIATION", "initialise"]
 
@@ -164,7 +165,7 @@ def _save(tensors: dict[str, npt.NDArray[Any]], path: Path) -> None:
     try:
         save_file(tensors, path, metadata={"format": "pt"})
     except SafetensorError as error:  # it wraps what the system says, such as a full disk
-        raise OutputError(f"{path.name} cannot be written ({error}); check the disk's free space") from error
+        raise OutputError(f"{path.name} cannot be written ({one_line(error)}); check the disk's free space") from error
     # the library may write through a temporary file that only its owner can read; the directory has the usual mode
     path.chmod(path.parent.stat().st_mode & 0o666)
 

@@ -22,6 +22,7 @@ from gta_edge.optional import optional
 from gta_edge.progress import Progress, silent
 from gta_edge.quantization import BITS
 from gta_edge.rope import check_table_size, rope_tables
+from gta_edge.support.text import one_line
 from gta_edge.version import __version__
 from gta_edge.weights import block_size_for
 
@@ -141,7 +142,7 @@ def _write_model(
     try:
         onnx.checker.check_model(path, full_check=True)
     except onnx.checker.ValidationError as error:
-        raise ExportError(f"the exported graph is not valid ONNX ({error}); please report this") from error
+        raise ExportError(f"the exported graph is not valid ONNX ({one_line(error)}); please report this") from error
 
 
 def _raise_cause(error: Exception) -> NoReturn:

@@ -310,6 +310,14 @@ def refused(checkpoint: Path, kind: type[Exception], **options: Any) -> str:
     return str(caught.value)
 
 
+def test_a_byte_order_mark_is_no_part_of_the_text(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    source = Checkpoint.open(tiny_checkpoint)
+    plain, marked = tmp_path / "plain", tmp_path / "marked"
+    plain.write_text(TEXT, encoding="utf-8")
+    marked.write_text(TEXT, encoding="utf-8-sig")
+    np.testing.assert_array_equal(calibration_ids(source, plain), calibration_ids(source, marked))
+
+
 TEXTS: dict[str, tuple[bytes | None, str]] = {
     "missing": (None, "cannot be read as UTF-8 text .*No such file.*give another calibration text"),
     "in another encoding": ("Größe ".encode("latin-1") * 99, "cannot be read as UTF-8 text"),
