@@ -313,8 +313,8 @@ def refused(checkpoint: Path, kind: type[Exception], **options: Any) -> str:
 def test_a_byte_order_mark_is_no_part_of_the_text(tiny_checkpoint: Path, tmp_path: Path) -> None:
     source = Checkpoint.open(tiny_checkpoint)
     plain, marked = tmp_path / "plain", tmp_path / "marked"
-    plain.write_text(TEXT, encoding="utf-8")
-    marked.write_text(TEXT, encoding="utf-8-sig")
+    plain.write_text(TEXT * 9, encoding="utf-8")
+    marked.write_text(TEXT * 9, encoding="utf-8-sig")
     np.testing.assert_array_equal(calibration_ids(source, plain), calibration_ids(source, marked))
 
 
