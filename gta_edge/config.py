@@ -7,7 +7,6 @@ with (grouped-query attention, or multi-head where every query head has a key he
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from abc import ABC, abstractmethod
@@ -16,19 +15,22 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from gta_edge.config_entries import DTYPES, check_size, check_supported, common_entries, is_int, is_number, require
 from gta_edge.errors import ConfigError
-from gta_edge.rope import ROPE_TYPES, RopeScaling
+from gta_edge.rope import RopeScaling, inverse_frequencies
+from gta_edge.support.json_files import read_json
+from gta_edge.support.text import brief, printable
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 __all__ = ["DTYPES", "CacheSpec", "GQAConfig", "GTAConfig", "ModelConfig", "read_config"]
 
-# Types a checkpoint may be stored in, by the name that config.json uses, with their bytes per value.
-DTYPES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
-
-_LARGEST_SIZE = 2**31 - 1
-_LARGEST_NUMBER = sys.float_info.max
+_MAX_NUMBER = sys.float_info.max
+_MAX_KEY_WIDTH = 2**16
+_MAX_FILE_BYTES = 2**20  # of a config.json; real ones have a few thousand
+# With the early spelling, and the model without its head: whether that is tied or there, the checkpoint shows.
+_LLAMA_NAMES = frozenset({"LlamaForCausalLM", "LLaMAForCausalLM", "LlamaModel"})
 _GTA_KEYS = ("num_query_heads", "query_dim", "num_key_heads", "key_dim", "num_value_heads", "value_dim")
 
 
@@ -75,30 +77,37 @@ class ModelConfig(ABC):
     def __post_init__(self) -> None:
         for entry in fields(self):
             if entry.type == "int":
-                _check_size(entry.name, getattr(self, entry.name))
-        if not (_is_number(self.rms_norm_eps) and 0 < self.rms_norm_eps < 1):
-            raise ConfigError(f"rms_norm_eps is {self.rms_norm_eps!r}; expected a number between 0 and 1")
-        if not (_is_number(self.rope_theta) and 1 < self.rope_theta <= _LARGEST_NUMBER):
-            raise ConfigError(f"rope_theta is {_brief(self.rope_theta)}; expected a finite number above 1")
+                check_size(entry.name, getattr(self, entry.name))
+        if not (is_number(self.rms_norm_eps) and 0 < self.rms_norm_eps < 1):
+            raise ConfigError(f"rms_norm_eps is {brief(self.rms_norm_eps)}; expected a number between 0 and 1")
+        if not (is_number(self.rope_theta) and 1 < self.rope_theta <= _MAX_NUMBER):
+            raise ConfigError(f"rope_theta is {brief(self.rope_theta)}; expected a finite number above 1")
         if not isinstance(self.dtype, str) or self.dtype not in DTYPES:
-            raise ConfigError(f"dtype is {self.dtype!r}; expected one of {', '.join(DTYPES)}")
+            raise ConfigError(f"dtype is {brief(self.dtype)}; expected one of {', '.join(DTYPES)}")
         if not isinstance(self.tie_word_embeddings, bool):
-            raise ConfigError(f"tie_word_embeddings is {self.tie_word_embeddings!r}; expected true or false")
-        begin = () if self.bos_token_id is None else (self.bos_token_id,)
-        for name, ids in (("bos_token_id", begin), ("eos_token_id", self.eos_token_ids)):
-            for token in ids:
-                if not (_is_int(token) and 0 <= token < self.vocab_size):
-                    raise ConfigError(
-                        f"{name} is {_brief(token)}; expected a token id below vocab_size {self.vocab_size}"
-                    )
+            raise ConfigError(f"tie_word_embeddings is {brief(self.tie_word_embeddings)}; expected true or false")
+        self._check_tokens()
         if self.num_attention_heads * self.head_dim != self.hidden_size:
             raise ConfigError(
                 f"num_attention_heads {self.num_attention_heads} times head_dim {self.head_dim} is "
                 f"{self.num_attention_heads * self.head_dim}; expected hidden_size {self.hidden_size}"
             )
         self._check_attention()
-        if self.key_width % 2:
-            raise ConfigError(f"the key width is {self.key_width}; expected an even number, since RoPE turns pairs")
+        if self.key_width % 2 or self.key_width > _MAX_KEY_WIDTH:
+            raise ConfigError(
+                f"the key width is {self.key_width}; expected an even number, since RoPE turns pairs, "
+                f"and at most {_MAX_KEY_WIDTH}"
+            )
+        inverse_frequencies(self.key_width, self.rope_theta, self.rope_scaling, self.max_position_embeddings)
+
+    def _check_tokens(self) -> None:
+        begin = () if self.bos_token_id is None else (self.bos_token_id,)
+        for name, ids in (("bos_token_id", begin), ("eos_token_id", self.eos_token_ids)):
+            for token in ids:
+                if not (is_int(token) and 0 <= token < self.vocab_size):
+                    raise ConfigError(
+                        f"{name} is {brief(token)}; expected a token id below vocab_size {self.vocab_size}"
+                    )
 
     @abstractmethod
     def _check_attention(self) -> None:
@@ -137,21 +146,28 @@ class ModelConfig(ABC):
 
     # --- figures -----------------------------------------------------------------------------------------------
 
+    def layer_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the tensors of one layer with their shapes, by name below ``model.layers.N.``, biases included."""
+        h, f = self.hidden_size, self.intermediate_size
+        return {
+            "input_layernorm.weight": (h,),
+            **{f"self_attn.{name}": shape for name, shape in self.attention_shapes().items()},
+            "post_attention_layernorm.weight": (h,),
+            "mlp.gate_proj.weight": (f, h),
+            "mlp.up_proj.weight": (f, h),
+            "mlp.down_proj.weight": (h, f),
+        }
+
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return every tensor of a checkpoint with its shape, in the order of the forward pass, biases included."""
-        h, f = self.hidden_size, self.intermediate_size
-        shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab_size, h)}
+        table = (self.vocab_size, self.hidden_size)
+        layer = self.layer_shapes()
+        shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": table}
         for i in range(self.num_hidden_layers):
-            layer = f"model.layers.{i}."
-            shapes[f"{layer}input_layernorm.weight"] = (h,)
-            shapes |= {f"{layer}self_attn.{name}": shape for name, shape in self.attention_shapes().items()}
-            shapes[f"{layer}post_attention_layernorm.weight"] = (h,)
-            shapes[f"{layer}mlp.gate_proj.weight"] = (f, h)
-            shapes[f"{layer}mlp.up_proj.weight"] = (f, h)
-            shapes[f"{layer}mlp.down_proj.weight"] = (h, f)
-        shapes["model.norm.weight"] = (h,)
+            shapes |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
+        shapes["model.norm.weight"] = (self.hidden_size,)
         if not self.tie_word_embeddings:
-            shapes["lm_head.weight"] = (self.vocab_size, h)
+            shapes["lm_head.weight"] = table
         return shapes
 
     def is_optional(self, parameter: str) -> bool:
@@ -162,7 +178,9 @@ class ModelConfig(ABC):
     @property
     def parameters(self) -> int:
         """Learned values, biases included, a tied embedding counted once."""
-        return sum(math.prod(shape) for shape in self.parameter_shapes().values())
+        layer = sum(math.prod(shape) for shape in self.layer_shapes().values())
+        tables = (1 if self.tie_word_embeddings else 2) * self.vocab_size * self.hidden_size
+        return tables + self.num_hidden_layers * layer + self.hidden_size
 
     @property
     def weight_bytes(self) -> int:
@@ -180,13 +198,8 @@ class ModelConfig(ABC):
 
     def flops_per_token(self, context: int) -> int:
         """FLOPs of one decode step with ``context`` tokens attended: every matrix once, and the attention."""
-        matrices = sum(
-            math.prod(shape)
-            for name, shape in self.parameter_shapes().items()
-            if len(shape) == 2 and name != "model.embed_tokens.weight"
-        )
-        if self.tie_word_embeddings:
-            matrices += self.vocab_size * self.hidden_size
+        layer = sum(math.prod(shape) for shape in self.layer_shapes().values() if len(shape) == 2)
+        matrices = self.num_hidden_layers * layer + self.vocab_size * self.hidden_size
         return 2 * matrices + self.num_hidden_layers * self.attention_flops_per_pair * context
 
     def replace(self, **changes: Any) -> Self:
@@ -236,18 +249,18 @@ class ModelConfig(ABC):
             raise ConfigError(f"the config is {type(entries).__name__}; expected a JSON object")
         names = entries.get("architectures") or []
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise ConfigError(f"architectures is {names!r}; expected a list of names")
+            raise ConfigError(f"architectures is {brief(names)}; expected a list of names")
+        model_type = entries.get("model_type")
         is_gta = any(name.startswith(("GTA", "GLA")) for name in names) if names else "num_query_heads" in entries
-        is_llama = "LlamaForCausalLM" in names if names else entries.get("model_type") == "llama"
-        if not (is_gta or is_llama):
+        is_llama = not _LLAMA_NAMES.isdisjoint(names) if names else model_type == "llama"
+        if not is_gta and (not is_llama or model_type not in (None, "", "llama")):
             raise ConfigError(
-                f"architectures is {names!r} and model_type {entries.get('model_type')!r}; "
+                f"architectures is {brief(names)} and model_type {brief(model_type)}; "
                 "expected GTAForCausalLM, or LlamaForCausalLM for a baseline"
             )
-        if entries.get("hidden_act", "silu") != "silu":
-            raise ConfigError(f"hidden_act is {entries['hidden_act']!r}; only 'silu' is supported")
+        check_supported(entries)
         cls: type[GTAConfig | GQAConfig] = GTAConfig if is_gta else GQAConfig
-        return cls(**_common_entries(entries), **cls._read_attention(entries))
+        return cls(**common_entries(entries), **cls._read_attention(entries))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -335,9 +348,9 @@ class GTAConfig(ModelConfig):
 
     @classmethod
     def _read_attention(cls, entries: Mapping[str, Any]) -> dict[str, Any]:
-        values = {key: _require(entries, key) for key in _GTA_KEYS}
+        values = {key: require(entries, key) for key in _GTA_KEYS}
         for key, value in values.items():
-            _check_size(key, value)
+            check_size(key, value)
         if values["query_dim"] != values["key_dim"]:
             raise ConfigError(
                 f"query_dim is {values['query_dim']} and key_dim {values['key_dim']}; they must be equal, "
@@ -391,9 +404,12 @@ class GQAConfig(ModelConfig):
     def _read_attention(cls, entries: Mapping[str, Any]) -> dict[str, Any]:
         for name in ("attention_bias", "mlp_bias"):
             if entries.get(name):
-                raise ConfigError(f"{name} is {entries[name]!r}; a Llama baseline with biases is not supported")
+                raise ConfigError(
+                    f"{name} is {brief(entries[name])}; a Llama baseline with biases is not supported: set it to "
+                    "false if they are all zero"
+                )
         heads = entries.get("num_key_value_heads")
-        return {"num_key_value_heads": _require(entries, "num_attention_heads") if heads is None else heads}
+        return {"num_key_value_heads": require(entries, "num_attention_heads") if heads is None else heads}
 
 
 def read_config(path: Path) -> ModelConfig:
@@ -403,80 +419,8 @@ def read_config(path: Path) -> ModelConfig:
         ConfigError: the file is missing, is no JSON, or describes no model that is supported; the message starts
             with the path.
     """
+    entries = read_json(path, ConfigError, "expected a model's config.json: copy it anew", max_bytes=_MAX_FILE_BYTES)
     try:
-        return ModelConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); expected a model's config.json") from error
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: is not valid JSON ({error}); copy the file anew") from error
+        return ModelConfig.from_dict(entries)
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
-
-
-def _common_entries(entries: Mapping[str, Any]) -> dict[str, Any]:
-    """Read the entries that every architecture has, defaults as in transformers' LlamaConfig."""
-    scaling = _rope_scaling(entries)
-    theta = scaling.get("rope_theta") if isinstance(scaling, Mapping) else None
-    heads, hidden = _require(entries, "num_attention_heads"), _require(entries, "hidden_size")
-    _check_size("num_attention_heads", heads)
-    _check_size("hidden_size", hidden)
-    head_dim = entries.get("head_dim")
-    eos = entries.get("eos_token_id")
-    return {
-        "vocab_size": _require(entries, "vocab_size"),
-        "hidden_size": hidden,
-        "intermediate_size": _require(entries, "intermediate_size"),
-        "num_hidden_layers": _require(entries, "num_hidden_layers"),
-        "num_attention_heads": heads,
-        "head_dim": hidden // heads if head_dim is None else head_dim,
-        "max_position_embeddings": entries.get("max_position_embeddings", 2048),
-        "rms_norm_eps": entries.get("rms_norm_eps", 1e-6),
-        "rope_theta": theta if theta is not None else entries.get("rope_theta", 10000.0),
-        "rope_scaling": RopeScaling.from_config(scaling),
-        "tie_word_embeddings": entries.get("tie_word_embeddings", False),
-        "bos_token_id": entries.get("bos_token_id"),
-        "eos_token_ids": tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
-        "dtype": entries.get("torch_dtype") or entries.get("dtype") or "float32",
-    }
-
-
-def _rope_scaling(entries: Mapping[str, Any]) -> Any:
-    """Return the rope settings that count where a config.json gives several, as transformers chooses them."""
-    scaling = entries.get("rope_scaling") or entries.get("rope_parameters")
-    if entries.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ConfigError(
-            f"partial_rotary_factor is {entries['partial_rotary_factor']!r}; only 1.0 is supported "
-            "(every key dimension rotates)"
-        )
-    original = "original_max_position_embeddings"
-    if not isinstance(scaling, Mapping) or entries.get(original) is None:
-        return scaling
-    takes_it = original in ROPE_TYPES.get(str(scaling.get("rope_type", scaling.get("type"))), {})
-    return {**scaling, original: entries[original]} if takes_it else scaling
-
-
-def _require(entries: Mapping[str, Any], key: str) -> Any:
-    if entries.get(key) is None:
-        raise ConfigError(f"the config has no {key!r}; add it")
-    return entries[key]
-
-
-def _check_size(name: str, value: object) -> None:
-    if not (_is_int(value) and isinstance(value, int) and 1 <= value <= _LARGEST_SIZE):
-        raise ConfigError(f"{name} is {_brief(value)}; expected a whole number from 1 to {_LARGEST_SIZE}")
-
-
-def _brief(value: object) -> str:
-    """Return a value as a message can hold it: JSON may bring numbers of any length."""
-    if isinstance(value, int) and abs(value) > 10**20:
-        return "a whole number of more than 20 digits"
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}…"
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+        raise ConfigError(f"{printable(str(path))}: {error}") from error

@@ -27,6 +27,8 @@ from gta_edge.errors import BundleError, GtaEdgeError, InputError
 from gta_edge.files import plain_name
 from gta_edge.optional import optional
 from gta_edge.quantization import BITS, BLOCK_SIZES, DEFAULT_BLOCK_SIZE, unpack_nibbles
+from gta_edge.support.floats import all_finite
+from gta_edge.support.text import brief
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -119,7 +121,7 @@ def block_size_for(config: ModelConfig, precision: str, block_size: int | None =
         InputError: the precision is unknown, or does not go with this block size and model.
     """
     if precision not in PRECISIONS:
-        raise InputError(f"precision is {precision!r}; expected one of {', '.join(PRECISIONS)}")
+        raise InputError(f"precision is {brief(precision)}; expected one of {', '.join(PRECISIONS)}")
     if precision not in BITS:
         if block_size is not None:
             raise InputError(f"precision is {precision}, which has no blocks; a block size goes with int8 or int4")
@@ -136,7 +138,7 @@ def block_size_for(config: ModelConfig, precision: str, block_size: int | None =
         unfit = {name: n for name, n in matrices.items() if block_size in BLOCK_SIZES and n % block_size}
         odd = next((f"; {name} has {n} inputs" for name, n in unfit.items()), "")
         choice = f"one of {', '.join(map(str, possible))}" if possible else "none fits; use a wider precision"
-        raise InputError(f"block size is {block_size}; expected {choice}{odd}")
+        raise InputError(f"block size is {brief(block_size)}; expected {choice}{odd}")
     return block_size
 
 
@@ -156,10 +158,10 @@ def to_stored(array: Array, stored_name: str, shape: Sequence[int], dtype: npt.D
     if array.dtype != dtype:
         with np.errstate(over="ignore"):
             converted = array.astype(dtype)
-        if np.dtype(dtype) == np.float16 and not np.isfinite(converted).all() and np.isfinite(array).all():
+        if not all_finite(converted) and all_finite(array):
             raise OverflowError(
                 f"{parameter_name(stored_name)} has values up to {float(np.abs(array.astype(np.float32)).max()):.4g}, "
-                "beyond float16's 65504; use bf16 or fp32"
+                + ("beyond float16's 65504; use bf16 or fp32" if dtype == np.float16 else "beyond bfloat16; use fp32")
             )
         array = converted
     return np.ascontiguousarray(array).reshape(tuple(shape))

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 
 import pytest
@@ -326,15 +327,35 @@ def test_what_is_not_given_is_as_in_transformers():
 
 
 @pytest.mark.parametrize(
-    ("value", "ids"), [(None, ()), (2, (2,)), ([2], (2,)), ([2, 5], (2, 5)), ([], ()), (0, (0,)), (96, (96,))]
+    ("value", "ids"),
+    [
+        *((None, ()), (2, (2,)), ([2], (2,)), ([2, 5], (2, 5)), ([], ()), (0, (0,)), (96, (96,))),
+        *((-1, ()), (-100, ()), ([-1], ()), ([2, -1, 5], (2, 5)), ([None, 2], (2,))),
+    ],
 )
 def test_one_end_token_several_or_none(value, ids):
     assert make(reference.gta_entries(eos_token_id=value)).eos_token_ids == ids
 
 
-@pytest.mark.parametrize("changes", [{"torch_dtype": "float16"}, {"torch_dtype": None, "dtype": "float16"}])
-def test_the_dtype_under_its_old_and_new_name(changes):
-    assert make(reference.gta_entries(**changes)).dtype == "float16"
+@pytest.mark.parametrize(("value", "token"), [(None, None), (-1, None), (-2, None), (0, 0), (3, 3)])
+def test_a_first_token_or_none(value, token):
+    assert make(reference.gta_entries(bos_token_id=value)).bos_token_id == token
+
+
+@pytest.mark.parametrize(
+    ("changes", "dtype"),
+    [
+        ({"torch_dtype": "float16"}, "float16"),
+        ({"torch_dtype": None, "dtype": "float16"}, "float16"),
+        ({"torch_dtype": "bfloat16", "dtype": "float16"}, "float16"),  # the new name counts, as in transformers
+        ({"torch_dtype": "torch.bfloat16"}, "bfloat16"),
+        ({"torch_dtype": "half"}, "float16"),
+        ({"torch_dtype": "auto"}, "float32"),
+        ({"torch_dtype": None}, "float32"),
+    ],
+)
+def test_the_dtype_under_its_old_and_new_name(changes, dtype):
+    assert make(reference.gta_entries(**changes)).dtype == dtype
 
 
 @pytest.mark.parametrize("scaling", SCALINGS, ids=lambda scaling: scaling.rope_type)
@@ -452,11 +473,11 @@ def test_a_baseline_that_does_not_fit_is_refused_by_name(changes, name):
         *(("rope_theta", value) for value in (math.nan, math.inf, -math.inf, 0, 1, -10000.0, "10000", True, [1e4])),
         pytest.param("rope_theta", 10**400, id="rope_theta-larger-than-any-float"),
         *(("rms_norm_eps", value) for value in (math.nan, math.inf, 0, 0.0, -1e-5, 1, "1e-5", True, None)),
-        *(("eos_token_id", value) for value in (97, -1, "2", 2.0, True, [2, 97], [[2]], {"a": 2})),
-        *(("bos_token_id", value) for value in (97, -1, "1", 1.0, False)),
+        *(("eos_token_id", value) for value in (97, "2", 2.0, True, [2, 97], [[2]], {"a": 2})),
+        *(("bos_token_id", value) for value in (97, "1", 1.0, False)),
         *(("tie_word_embeddings", value) for value in ("true", 1, None)),
         *(("dtype", value) for value in ("float64", "int8", 5, ["bfloat16"], {"text": "bfloat16"})),
-        *(("hidden_act", value) for value in ("gelu", None, ["silu"])),
+        *(("hidden_act", value) for value in ("gelu", None, ["silu"], "SiLU", "silu_and_mul")),
         *(("architectures", value) for value in (["GPT2LMHeadModel"], "GTAForCausalLM", [5], {"GTA": 1}, 7)),
         *(("rope_scaling", value) for value in ("linear", [2.0], 4)),
     ],
@@ -477,9 +498,30 @@ def test_an_unknown_architecture_is_refused_with_the_known_ones(architectures):
 
 def test_no_architecture_and_another_model_type_is_refused():
     entries = reference.llama_entries(model_type="mistral")
+    with pytest.raises(ConfigError, match="mistral"):
+        make(entries)  # transformers would make a Mistral of it, whatever the architecture says
     del entries["architectures"]
     with pytest.raises(ConfigError, match="mistral"):
         make(entries)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model_type": None},
+        {"model_type": "llama"},
+        {"architectures": ["LLaMAForCausalLM"], "model_type": "llama"},
+        {"architectures": ["LlamaModel"]},
+        {"architectures": ["GTAForCausalLM", "LlamaForCausalLM"], "num_query_heads": None},
+    ],
+)
+def test_spellings_of_an_architecture(changes):
+    entries = reference.llama_entries(**changes)
+    if "num_query_heads" in changes:
+        with pytest.raises(ConfigError, match="num_query_heads"):
+            make(entries)
+    else:
+        assert make(entries) == make(reference.llama_entries())
 
 
 @pytest.mark.parametrize("content", [None, [], [1, 2], "text", 5, True])
@@ -512,9 +554,43 @@ def test_a_file_that_is_no_config_is_refused_with_its_path(content, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_a_file_that_is_too_large_is_not_read(tmp_path):
+    path = tmp_path / "config.json"
+    with path.open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(ConfigError, match=r"config\.json: has 1099511627776 bytes; expected at most 1048576"):
+        read_config(path)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    path = tmp_path / "config.json"
+    os.mkfifo(path)
+    with pytest.raises(ConfigError, match="is not a regular file"):
+        read_config(path)
+
+
+@pytest.mark.parametrize("key", ["architectures", "hidden_act", "rope_scaling", "dtype", "eos_token_id", "layer_types"])
+@pytest.mark.parametrize("value", ["x" * 10**6, ["\x1b[2J"] * 10**5, {"\x1b]0;t\x07": ["a\nb"] * 10**5}, 10**4000])
+def test_what_is_found_is_quoted_in_one_short_printable_line(key, value):
+    with pytest.raises(ConfigError, match=key.replace("_", "[_ ]")) as caught:
+        make(reference.llama_entries(**{key: value}))
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 600
+
+
+def test_figures_of_absurdly_many_layers_are_computed_at_once():
+    config = make(reference.gta_entries(num_hidden_layers=2**31 - 1))
+    one, two = (config.replace(num_hidden_layers=layers) for layers in (1, 2))
+    layers = config.num_hidden_layers
+    assert config.parameters == one.parameters + (two.parameters - one.parameters) * (layers - 1)
+    assert config.flops_per_token(7) == one.flops_per_token(7) + (two.flops_per_token(7) - one.flops_per_token(7)) * (
+        layers - 1
+    )
+
+
 def test_a_file_that_cannot_be_read_is_refused_with_its_path(tmp_path):
-    for path in (tmp_path / "config.json", tmp_path):
-        with pytest.raises(ConfigError, match=f"^{re.escape(str(path))}: cannot be read"):
+    for path, said in ((tmp_path / "config.json", "cannot be read"), (tmp_path, "is not a regular file")):
+        with pytest.raises(ConfigError, match=f"^{re.escape(str(path))}: {said}"):
             read_config(path)
 
 

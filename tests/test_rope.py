@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from gta_edge.config import ModelConfig
 from gta_edge.errors import ConfigError
-from gta_edge.rope import RopeScaling, inverse_frequencies, rope_tables
+from gta_edge.rope import ROPE_TYPES, RopeScaling, check_table_size, inverse_frequencies, rope_tables
 from tests import reference
 
 SETTINGS = settings(max_examples=60, deadline=None, derandomize=True)
@@ -204,8 +204,13 @@ def test_the_type_under_its_old_name():
 
 
 def test_parameters_that_are_null_are_absent():
-    entry = YARN | {"attention_factor": None, "beta_fast": None, "truncate": None}
+    entry = YARN | {"attention_factor": None, "beta_fast": None, "mscale": None, "rope_type": None, "type": "yarn"}
     assert RopeScaling.from_config(entry) == RopeScaling.from_config(YARN)
+
+
+def test_truncate_null_is_false_as_in_transformers():
+    assert_agrees(64, 10000.0, YARN | {"truncate": None}, 2048)
+    assert RopeScaling.from_config(YARN | {"truncate": None}).parameters["truncate"] is False
 
 
 @pytest.mark.parametrize("spelling", ["rope_scaling", "rope_parameters"])
@@ -321,12 +326,30 @@ def test_an_optional_parameter_that_makes_no_sense_is_refused_by_name(name, valu
 
 
 @pytest.mark.parametrize(
-    ("rope_type", "name"),
-    [("default", "factor"), ("linear", "beta_fast"), ("llama3", "truncate"), ("yarn", "long_factor")],
+    ("rope_type", "name", "value"),
+    [
+        ("yarn", "long_factor", 2.0),
+        ("default", "long_factor", [1.0, 2.0]),
+        ("linear", "short_factor", [1.0] * 100_000),
+        ("default", "mrope_section", [16, 24, 24]),
+        ("default", "full_attention", {"rope_type": "linear", "factor": 2.0}),
+        ("linear", "factors", [2.0, 4.0]),
+    ],
 )
-def test_a_parameter_of_another_type_is_refused_by_name(rope_type, name):
-    with pytest.raises(ConfigError, match=name):
-        RopeScaling.from_config({"rope_type": rope_type, **COMPLETE.get(rope_type, {}), name: 2.0})
+def test_what_no_supported_type_has_is_refused_by_name(rope_type, name, value):
+    with pytest.raises(ConfigError, match=name) as caught:
+        RopeScaling.from_config({"rope_type": rope_type, **COMPLETE.get(rope_type, {}), name: value})
+    assert len(str(caught.value)) < 600
+
+
+def test_a_scaling_that_is_constructed_has_no_parameters_of_another_type():
+    with pytest.raises(ConfigError, match="'linear' has the unknown parameter 'beta_fast'"):
+        RopeScaling("linear", {"factor": 2.0, "beta_fast": 32.0})
+
+
+def test_two_types_that_contradict_each_other_are_refused():
+    with pytest.raises(ConfigError, match="rope_type is 'linear' and type, its old name, is 'yarn'"):
+        RopeScaling.from_config({"rope_type": "linear", "type": "yarn", "factor": 2.0})
 
 
 @pytest.mark.parametrize(("low", "high"), [(4.0, 1.0), (2.0, 2.0)])
@@ -340,3 +363,66 @@ def test_partial_rotation_is_refused(value):
     with pytest.raises(ConfigError, match="partial_rotary_factor"):
         RopeScaling.from_config({"rope_type": "default", "partial_rotary_factor": value})
     assert RopeScaling.from_config({"rope_type": "default", "partial_rotary_factor": 1.0}) == RopeScaling()
+    assert RopeScaling.from_config({"rope_type": "default", "partial_rotary_factor": None}) == RopeScaling()
+
+
+# --- values of any size ----------------------------------------------------------------------------------------------
+
+EXTREMES = (1e308, 1e-320, 5e-324, 10**39, 10**300, 1e30, 1e-30, 1, 1.0000000000000002, 2**53)
+
+
+@pytest.mark.parametrize("value", EXTREMES, ids=lambda value: f"{value:.1e}" if value < 1e300 else str(value)[:6])
+@pytest.mark.parametrize(
+    ("rope_type", "name"),
+    [(kind, name) for kind, names in ROPE_TYPES.items() for name in names if name != "truncate"]
+    + [("default", "rope_theta"), ("yarn", "rope_theta")],
+)
+def test_a_value_of_any_size_gives_finite_tables_or_is_refused(rope_type, name, value):
+    entry = {"rope_type": rope_type, **COMPLETE.get(rope_type, {})}
+    theta = 10000.0
+    if name == "rope_theta":
+        theta = value
+    else:
+        entry[name] = value
+    try:
+        config = ModelConfig.from_dict(reference.llama_entries(rope_theta=theta, rope_scaling=entry))
+    except ConfigError as error:
+        assert str(error).isprintable()  # noqa: PT017 - either outcome is right
+        return
+    tables = rope_tables(config.key_width, config.rope_theta, config.rope_scaling, config.max_position_embeddings)
+    assert all(np.isfinite(table).all() for table in tables)
+
+
+@pytest.mark.parametrize(
+    ("entry", "theta"),
+    [
+        (YARN | {"beta_fast": 1e308}, 10000.0),
+        (YARN | {"beta_fast": 1e-320, "truncate": False}, 10000.0),
+        (YARN | {"attention_factor": 1e300}, 10000.0),
+        (YARN | {"mscale": 1e308, "mscale_all_dim": 1e-300}, 10000.0),
+        ({"rope_type": "linear", "factor": 5e-324}, 10000.0),
+    ],
+)
+def test_what_would_not_be_finite_is_refused_with_its_values(entry, theta):
+    with pytest.raises(ConfigError, match=r"gives rotations that are not finite.*trained with") as caught:
+        inverse_frequencies(64, theta, RopeScaling.from_config(entry), 2048)
+    assert str(caught.value).isprintable()
+
+
+def test_tables_of_absurd_sizes_are_refused_before_they_are_made():
+    for dim, positions in ((128, 2**31 - 1), (2**16, 2**20), (2, 2**30)):
+        with pytest.raises(ConfigError, match=r"tables of RoPE take .* GB; expected at most .*lower max_position"):
+            rope_tables(dim, 10000.0, RopeScaling(), positions)
+    with pytest.raises(ConfigError, match="at most 2097152"):
+        check_table_size(128, 2097153)
+    check_table_size(128, 2097152)
+    with pytest.raises(ConfigError, match="the key width is 131072"):
+        ModelConfig.from_dict(reference.llama_entries(heads=2, n_kv=1, d_h=2**17))
+
+
+def test_some_of_the_positions_are_the_first_of_all():
+    scaling = RopeScaling.from_config({"rope_type": "yarn", "factor": 8.0})  # depends on how many there are
+    whole = rope_tables(64, 10000.0, scaling, 40000)  # more than are computed at a time
+    for table, part in zip(whole, rope_tables(64, 10000.0, scaling, 40000, positions=100), strict=True):
+        assert part.shape == (100, 32)
+        np.testing.assert_array_equal(table[:100], part)

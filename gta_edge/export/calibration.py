@@ -22,6 +22,7 @@ from gta_edge.optional import optional
 from gta_edge.progress import Progress, silent
 from gta_edge.quantization import BITS, Quantized, quantize
 from gta_edge.rope import rope_tables
+from gta_edge.support.text import one_line
 
 if TYPE_CHECKING:
     import tokenizers
@@ -54,7 +55,8 @@ def calibrated(
         table = quantize(source.read(_EMBEDDING), BITS[precision], block_size).values
     x = torch.from_numpy(table[ids])  # [rows, T, H]
     del table
-    cos, sin = rope_tables(config.key_width, config.rope_theta, config.rope_scaling, ids.shape[1])
+    rope = config.key_width, config.rope_theta, config.rope_scaling, config.max_position_embeddings
+    cos, sin = rope_tables(*rope, positions=ids.shape[1])
     tables = torch.from_numpy(cos), torch.from_numpy(sin)
     result: dict[str, Quantized] = {}
     with torch.inference_mode(), _not_finite():
@@ -99,13 +101,15 @@ def calibration_ids(source: Checkpoint, text: Path) -> Any:
     if tokenizer not in source.companions:
         raise InputError(f"{source.directory} has no tokenizer.json to read a calibration text with; leave it out")
     try:
-        content = text.read_text(encoding="utf-8")
+        content = text.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{text}: cannot be read as UTF-8 text ({error}); give another calibration text") from error
+        raise InputError(
+            f"{text}: cannot be read as UTF-8 text ({one_line(error)}); give another calibration text"
+        ) from error
     try:
         encoded = tokenizers.Tokenizer.from_file(str(tokenizer)).encode(content, add_special_tokens=False).ids
     except Exception as error:  # the library raises plain Exceptions
-        raise InputError(f"{tokenizer}: cannot encode the calibration text ({error}); repair it") from error
+        raise InputError(f"{tokenizer}: cannot encode the calibration text ({one_line(error)}); repair it") from error
     tokens = min(_TOKENS, source.config.max_position_embeddings)
     ids = np.asarray(encoded, np.int64)
     if len(ids) < tokens or (ids >= source.config.vocab_size).any():

@@ -24,6 +24,7 @@ from gta_edge.config import DTYPES, ModelConfig
 from gta_edge.errors import InputError, OutputError
 from gta_edge.files import new_directory
 from gta_edge.progress import Progress, silent
+from gta_edge.support.text import one_line
 from gta_edge.version import __version__
 
 __all__ = ["STANDARD_DEVIATION", "initialise"]
@@ -73,18 +74,12 @@ def initialise(
     with_tokenizer = config.vocab_size > _END_ID
     if with_tokenizer:
         config = config.replace(bos_token_id=None, eos_token_ids=(_END_ID,))
-    with new_directory(directory, force=force, needed_bytes=_weight_bytes(config)) as partial:
+    with new_directory(directory, force=force, needed_bytes=config.weight_bytes) as partial:
         _write_json(partial / "config.json", config.to_dict())
         if with_tokenizer:
             _write_tokenizer(config, partial)
         _write_weights(config, partial, seed, shard_bytes, progress)
         _write_record(partial)
-
-
-def _weight_bytes(config: ModelConfig) -> int:
-    """Return the bytes of all weights, from one layer and two: the names of very many would not fit into memory."""
-    one, two = (config.replace(num_hidden_layers=layers).weight_bytes for layers in (1, 2))
-    return one + (two - one) * (config.num_hidden_layers - 1)
 
 
 def _write_record(directory: Path) -> None:
@@ -166,7 +161,7 @@ def _save(tensors: dict[str, npt.NDArray[Any]], path: Path) -> None:
     try:
         save_file(tensors, path, metadata={"format": "pt"})
     except SafetensorError as error:  # it wraps what the system says, such as a full disk
-        raise OutputError(f"{path.name} cannot be written ({error}); check the disk's free space") from error
+        raise OutputError(f"{path.name} cannot be written ({one_line(error)}); check the disk's free space") from error
     # the library may write through a temporary file that only its owner can read; the directory has the usual mode
     path.chmod(path.parent.stat().st_mode & 0o666)
 

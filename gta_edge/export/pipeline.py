@@ -7,12 +7,12 @@ import shutil
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from gta_edge.bundle import CONFIG, MODEL, WEIGHTS, Bundle, write_manifest
 from gta_edge.checkpoint import Checkpoint
 from gta_edge.cost import stored_bytes
-from gta_edge.errors import BundleError, ExportError, InputError
+from gta_edge.errors import BundleError, ExportError, GtaEdgeError, InputError
 from gta_edge.export.calibration import calibrated
 from gta_edge.export.check import check_export, raise_if_failed
 from gta_edge.export.graph import prepare, traced
@@ -22,7 +22,8 @@ from gta_edge.files import new_directory
 from gta_edge.optional import optional
 from gta_edge.progress import Progress, silent
 from gta_edge.quantization import BITS
-from gta_edge.rope import rope_tables
+from gta_edge.rope import check_table_size, rope_tables
+from gta_edge.support.text import one_line
 from gta_edge.version import __version__
 from gta_edge.weights import block_size_for
 
@@ -84,12 +85,14 @@ def export(
 
     Raises:
         InputError: unknown precision, or a block size or text that does not fit it.
-        CheckpointError: the checkpoint cannot be read.
+        ConfigError: the checkpoint's config describes no model that is supported.
+        CheckpointError: the checkpoint cannot be read, or a value in it is not finite.
         ExportError: the weights do not fit the precision, or the result does not agree with PyTorch.
         OutputError: ``bundle`` exists or cannot be written.
         BackendError: an extra is not installed.
     """
     source = Checkpoint.open(checkpoint)
+    check_table_size(source.config.key_width, source.config.max_position_embeddings)
     if precision is None:
         precision = _own_precision(source)
     block_size = block_size_for(source.config, precision, block_size)
@@ -135,12 +138,22 @@ def _write_model(
     path = directory / MODEL
     try:
         ir.save(model, path, external_data=WEIGHTS, size_threshold_bytes=_INLINE_BYTES, callback=wrote)
-    except OverflowError as error:
-        raise ExportError(str(error)) from error
+    except (OverflowError, ir.serde.SerdeError) as error:
+        _raise_cause(error)
     try:
         onnx.checker.check_model(path, full_check=True)
     except onnx.checker.ValidationError as error:
-        raise ExportError(f"the exported graph is not valid ONNX ({error}); please report this") from error
+        raise ExportError(f"the exported graph is not valid ONNX ({one_line(error)}); please report this") from error
+
+
+def _raise_cause(error: Exception) -> NoReturn:
+    """Raise what failed while weights were read and converted: onnx-ir wraps it, where a tensor is stored inline."""
+    cause: BaseException = error
+    while cause.__cause__ is not None and not isinstance(cause, (GtaEdgeError, OverflowError)):
+        cause = cause.__cause__
+    if isinstance(cause, OverflowError):
+        raise ExportError(str(cause)) from error
+    raise cause if isinstance(cause, GtaEdgeError) else error
 
 
 def _check(directory: Path, source: Checkpoint, bundle: Path, progress: Progress) -> Report:

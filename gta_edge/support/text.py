@@ -29,7 +29,8 @@ def brief(value: object, limit: int = MAX_QUOTED) -> str:
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) > 10**20:
         return "a whole number of more than 20 digits"
     if isinstance(value, (str, bytes)) and len(value) > limit:
-        return f"{printable(repr(value[:limit]))}… ({len(value)} {'characters' if isinstance(value, str) else 'bytes'})"
+        quoted = printable(repr(value[:limit]))[: limit + 2]  # escapes are longer than what they stand for
+        return f"{quoted}… ({len(value)} {'characters' if isinstance(value, str) else 'bytes'})"
     if isinstance(value, (dict, list, tuple, set, frozenset)) and len(value) > limit // 4:
         return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value)} entries"
     if isinstance(value, (list, tuple)):

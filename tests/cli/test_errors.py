@@ -453,12 +453,16 @@ def test_a_damaged_checkpoint(failing: Callable[..., str], copied_checkpoint: Pa
     assert expected in failing("inspect", copied_checkpoint)
 
 
-def test_weights_that_fail_the_check(failing: Callable[..., str], copied_checkpoint: Path, tmp_path: Path) -> None:
+def test_weights_that_are_not_finite(
+    failing: Callable[..., str], copied_checkpoint: Path, tiny_bundle: Path, tmp_path: Path
+) -> None:
     def spoil(tensors: dict[str, Any]) -> None:
         tensors[NORM][3] = float("nan")
 
     set_tensors(spoil)(copied_checkpoint)
-    assert "does not agree with PyTorch" in failing("export", copied_checkpoint, tmp_path / "out")
+    said = f"{NORM} holds nan at [3], 1 of 96 values are not finite"
+    assert said in failing("export", copied_checkpoint, tmp_path / "out", "--no-verify")
+    assert said in failing("verify", tiny_bundle, "--checkpoint", copied_checkpoint)
 
 
 def test_weights_that_do_not_fit_a_precision(

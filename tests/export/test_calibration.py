@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 import gta_edge
 from gta_edge.checkpoint import Checkpoint
-from gta_edge.errors import ExportError, InputError
+from gta_edge.errors import CheckpointError, ExportError, InputError
 from gta_edge.export.calibration import calibrated, calibration_ids
 from gta_edge.export.gptq import corrected, inverse_factor
 from gta_edge.export.pipeline import export
@@ -310,6 +310,14 @@ def refused(checkpoint: Path, kind: type[Exception], **options: Any) -> str:
     return str(caught.value)
 
 
+def test_a_byte_order_mark_is_no_part_of_the_text(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    source = Checkpoint.open(tiny_checkpoint)
+    plain, marked = tmp_path / "plain", tmp_path / "marked"
+    plain.write_text(TEXT * 9, encoding="utf-8")
+    marked.write_text(TEXT * 9, encoding="utf-8-sig")
+    np.testing.assert_array_equal(calibration_ids(source, plain), calibration_ids(source, marked))
+
+
 TEXTS: dict[str, tuple[bytes | None, str]] = {
     "missing": (None, "cannot be read as UTF-8 text .*No such file.*give another calibration text"),
     "in another encoding": ("Größe ".encode("latin-1") * 99, "cannot be read as UTF-8 text"),
@@ -391,7 +399,9 @@ def test_weights_that_cannot_be_calibrated(name: str, value: float, tiny_checkpo
     save_file(weights, checkpoint / "model.safetensors")
     text = tmp_path / "text"
     text.write_text(TEXT, encoding="utf-8")
-    refused(checkpoint, ExportError, precision="int4", block_size=16, calibrate=text, verify=False)
+    error = ExportError if np.isfinite(value) else CheckpointError
+    said = refused(checkpoint, error, precision="int4", block_size=16, calibrate=text, verify=False)
+    assert np.isfinite(value) or f"{name} holds {value} at [" in said
 
 
 # --- what it is for --------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import pytest
 
 import gta_edge
 from gta_edge.bundle import Bundle
-from gta_edge.errors import ExportError, InputError, OutputError
+from gta_edge.errors import CheckpointError, ConfigError, ExportError, InputError, OutputError
 from gta_edge.export.pipeline import export
 from gta_edge.plugins import grouped_latent_attention as op
 from gta_edge.weights import read_weights
@@ -273,13 +273,46 @@ def damage(checkpoint: Path, name: str, change: Any) -> None:
     save_file(weights, checkpoint / "model.safetensors")
 
 
-def test_weights_that_are_not_finite_fail_the_check(checkpoint: Path, tmp_path: Path) -> None:
+# The last row of the table, which no check draws, and vectors, which are stored in the graph's own file.
+@pytest.mark.parametrize(
+    ("precision", "name", "value"),
+    [
+        ("fp32", "model.embed_tokens.weight", np.nan),
+        ("bf16", "model.norm.weight", np.nan),
+        ("int4", "model.layers.0.self_attn.g_proj.bias", -np.inf),
+    ],
+)
+def test_one_weight_that_is_not_finite_fails_any_export(
+    checkpoint: Path, precision: str, name: str, value: float
+) -> None:
     def poison(weight: np.ndarray) -> np.ndarray:
-        weight.flat[3] = np.nan
+        weight.flat[-1] = value
         return weight
 
-    damage(checkpoint, "model.layers.0.mlp.up_proj.weight", poison)
-    with pytest.raises(ExportError, match="does not agree with PyTorch"):
+    damage(checkpoint, name, poison)
+    block = {"block_size": 16} if precision == "int4" else {}
+    with pytest.raises(CheckpointError) as caught:
+        export(checkpoint, checkpoint.parent / "bundle", precision=precision, verify=False, **block)
+    said = rf"{re.escape(name)} holds {value} at \[.*\], 1 of \d+ values are not finite; "
+    assert re.search(said, str(caught.value))
+    assert sorted(path.name for path in checkpoint.parent.iterdir()) == ["checkpoint"]
+
+
+def test_weights_beyond_bfloat16_are_refused(checkpoint: Path, tmp_path: Path) -> None:
+    def enlarge(weight: np.ndarray) -> np.ndarray:
+        weight.flat[3] = np.finfo(np.float32).max
+        return weight
+
+    damage(checkpoint, "model.layers.0.self_attn.k_proj.weight", enlarge)
+    with pytest.raises(ExportError, match=r"k_proj.weight has values up to 3.403e\+38, beyond bfloat16; use fp32"):
+        export(checkpoint, tmp_path / "bundle", precision="bf16", verify=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint"]
+
+
+def test_tables_that_are_too_large_are_refused_at_once(checkpoint: Path, tmp_path: Path) -> None:
+    entries = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps({**entries, "max_position_embeddings": 2**31 - 1}))
+    with pytest.raises(ConfigError, match=r"max_position_embeddings is 2147483647 .* lower max_position_embeddings"):
         export(checkpoint, tmp_path / "bundle")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint"]
 

@@ -403,13 +403,10 @@ def test_widths_of_what_is_not_quantised_do_not_matter(tmp_path: Path) -> None:
     assert result.bundle.block_size == 32
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("model.layers.1.mlp.up_proj.weight", np.nan), (TABLE, 1e6)],
-)
-def test_weights_that_no_scale_reaches(checkpoint: Path, name: str, value: float) -> None:
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", TABLE])
+def test_weights_that_no_scale_reaches(checkpoint: Path, name: str) -> None:
     weights = load_file(checkpoint / "model.safetensors")
-    weights[name].flat[11] = value
+    weights[name].flat[11] = 1e6
     save_file(weights, checkpoint / "model.safetensors")
     said = export_refused(checkpoint, ExportError, precision="int4", verify=False)
     assert said.startswith(f"{name} cannot be quantised: ")

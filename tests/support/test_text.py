@@ -19,6 +19,7 @@ def test_what_people_write_stays_as_it_is() -> None:
 
 def test_values_of_any_size_are_quoted_in_a_few_hundred_characters() -> None:
     values = ["x" * 10**7, b"x" * 10**7, [0] * 10**6, [["y" * 10**6] * 20] * 20, 10**5000, {"k" * 10**6: "v" * 10**6}]
+    values += ["\U000e0001" * 1000, "\x1b" * 200, {"\u202e" * 50: ["\x07" * 300] * 9}]
     for value in values:
         assert len(brief(value)) < 300
     assert len(one_line("x" * 10**7)) < 500
