@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 import gta_edge
 from gta_edge.checkpoint import Checkpoint
-from gta_edge.errors import ExportError, InputError
+from gta_edge.errors import CheckpointError, ExportError, InputError
 from gta_edge.export.calibration import calibrated, calibration_ids
 from gta_edge.export.gptq import corrected, inverse_factor
 from gta_edge.export.pipeline import export
@@ -311,8 +311,11 @@ def refused(checkpoint: Path, kind: type[Exception], **options: Any) -> str:
 
 
 TEXTS: dict[str, tuple[bytes | None, str]] = {
-    "missing": (None, "cannot be read as UTF-8 text .*No such file.*give another calibration text"),
-    "in another encoding": ("Größe ".encode("latin-1") * 99, "cannot be read as UTF-8 text"),
+    "missing": (None, r"cannot be read \(No such file.*give another calibration text"),
+    "in another encoding": (
+        "Größe ".encode("latin-1") * 99,
+        r"is not UTF-8 text \(byte 2\).*give another calibration text",
+    ),
     "empty": (b"", f"gives 0 tokens .*expected at least {CONTEXT}, .*give a longer text"),
     "too short": (b"a" * (CONTEXT - 1), f"gives {CONTEXT - 1} tokens .*expected at least {CONTEXT}"),
 }
@@ -359,7 +362,16 @@ def test_a_damaged_tokenizer(checkpoint: Path) -> None:
     (checkpoint / "tokenizer.json").write_text('{"model": 1}')
     text = checkpoint.parent / "text"
     text.write_text(TEXT, encoding="utf-8")
-    assert "cannot encode the calibration text" in refused(checkpoint, InputError, precision="int4", calibrate=text)
+    said = refused(checkpoint, CheckpointError, precision="int4", calibrate=text)
+    assert f"{checkpoint / 'tokenizer.json'}: is not a tokenizer" in said
+
+
+def test_a_byte_order_mark_is_no_part_of_the_text(checkpoint: Path) -> None:
+    text, marked = checkpoint.parent / "text", checkpoint.parent / "marked"
+    text.write_text(TEXT, encoding="utf-8")
+    marked.write_text(TEXT, encoding="utf-8-sig")
+    source = Checkpoint.open(checkpoint)
+    assert calibration_ids(source, marked).tolist() == calibration_ids(source, text).tolist()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", None])
