@@ -43,6 +43,7 @@ class IncrementalDecoder:
         self._tokenizer = tokenizer
         self._window: list[int] = []
         self._returned = 0  # characters of the window's text that were returned, or belong to tokens before
+        self._begun = False
         self._bytes = codecs.getincrementaldecoder("utf-8")(errors="replace")
         for token in self._last_with_text(prompt):
             self.push(token)
@@ -61,10 +62,12 @@ class IncrementalDecoder:
         if self._tokenizer.is_silent(token):
             return ""
         value = self._tokenizer.byte_value(token)
+        is_first, self._begun = not self._begun, True
         if value is not None:
             # not by the window: the library spoils the whole run of byte tokens while its last character is incomplete
             self._restart([token])
-            return self._bytes.decode(bytes([value]))
+            piece = self._bytes.decode(bytes([value]))
+            return self._tokenizer.decode([token]) if is_first and piece else piece  # a space may be dropped
         broken = self._bytes.decode(b"", final=True)  # U+FFFD if the byte tokens before ended within a character
         return broken + self._grow(token)
 
