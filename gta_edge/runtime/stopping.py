@@ -9,8 +9,9 @@ from gta_edge.support.text import brief
 
 __all__ = ["StopTexts"]
 
-_FIRST_MARK, _LAST_MARK = 0xD800, 0xDFFF
-"""Surrogates, which no decoded text contains: each stands for one special token in a stop string."""
+_FIRST_MARK, _OTHER_MARK = 0xD800, 0xDFFF
+"""Surrogates, which no decoded text contains: each stands for one special token in a stop string, the last for any
+that is in none."""
 
 
 class StopTexts:
@@ -40,13 +41,15 @@ class StopTexts:
             if not isinstance(text, str) or not text or any("\ud800" <= character <= "\udfff" for character in text):
                 raise InputError(f"a stop text is {brief(text)}; expected Unicode text of at least one character")
         named = {id_: name for id_, name in (special_tokens or {}).items() if name and any(name in t for t in given)}
-        if len(named) > _LAST_MARK - _FIRST_MARK:
+        if len(named) > _OTHER_MARK - _FIRST_MARK:
             raise InputError(f"the stop texts name {len(named)} special tokens; give fewer")
         self.token_ids = frozenset(id_ for id_, name in named.items() if name in given)
-        self._marks = {id_: chr(_FIRST_MARK + i) for i, id_ in enumerate(named)}
-        self._no_marks = {ord(mark): None for mark in self._marks.values()}
+        marks = {id_: chr(_FIRST_MARK + i) for i, id_ in enumerate(named)}
+        others = dict.fromkeys(special_tokens or (), chr(_OTHER_MARK)) if named else {}
+        self._mark_of = {**others, **marks}
+        self._no_marks = {ord(mark): None for mark in self._mark_of.values()}
         self._texts = {text: text for text in given}  # what to look for in text that shows, with what it means
-        marked = {_with_marks(text, named, self._marks): text for text in given}
+        marked = {_with_marks(text, named, marks): text for text in given}
         self._marked = {form: text for form, text in marked.items() if form != text}
         self._held = ""
         self.found: str | None = None
@@ -56,11 +59,11 @@ class StopTexts:
 
         Args:
             piece: text.
-            token: the special token that came before it, if one did.
+            token: the token that it is of; a special one has no text.
         """
         if self.found is not None:
             return ""
-        text = self._held + self._marks.get(-1 if token is None else token, "") + piece
+        text = self._held + self._mark_of.get(-1 if token is None else token, "") + piece
         shown = self._shown(text)
         matches = _matches(text, text, self._marked) + _matches(text, shown, self._texts)
         if matches:

@@ -1,4 +1,4 @@
-"""What streamed pieces add to a prompt: together with it, the text of all ids, whatever the tokenizer's decoder does."""
+"""What streamed pieces add to a prompt: together with it, the text of all ids, whatever the decoder does."""
 
 import itertools
 
@@ -150,7 +150,7 @@ def test_stop_strings_that_begin_with_a_space(name, stop, text):
 
 def test_the_same_for_every_way_to_split_ids_between_prompt_and_answer():
     for library, tokenizer in MADE.values():
-        ids = [token for token in range(0, min(library.get_vocab_size(), 700), 7)][:20]
+        ids = list(range(0, min(library.get_vocab_size(), 700), 7))[:20]
         ids = [i for i in ids if "\ufffd" not in tokenizer.decode([i])]
         for at in range(1, len(ids)):
             decoder = IncrementalDecoder(tokenizer, ids[:at])
