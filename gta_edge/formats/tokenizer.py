@@ -65,7 +65,7 @@ class Tokenizer:
         library = read_library(path)
         settings_path = directory / _SETTINGS
         settings = read_object(settings_path)
-        variables = special_tokens(directory, settings, read_object(directory / "config.json"))
+        variables = special_tokens(directory, settings, read_object(directory / "config.json"), library.token_to_id)
         with _refused(path):
             _add(library, added_tokens(settings_path, settings), variables)
         return cls(library, _read_template(directory, settings), variables)

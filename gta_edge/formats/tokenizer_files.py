@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -174,23 +174,27 @@ def _entries(part: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 # --- special tokens ------------------------------------------------------------------------------------------------
 
 
-def special_tokens(directory: Path, settings: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+def special_tokens(
+    directory: Path, settings: Mapping[str, Any], config: Mapping[str, Any], vocabulary: Callable[[str], int | None]
+) -> dict[str, str]:
     """Return the special tokens by the names that templates use, such as ``bos_token``.
 
     As transformers has it: what ``tokenizer_config.json`` says, where null is none; what it leaves open, from
     ``special_tokens_map.json``, which wins over a config of the time before ``added_tokens_decoder``; then what the
-    tokenizer's class has.
+    tokenizer's class has, if the vocabulary has it too.
 
     Args:
         directory: of the files, for messages.
         settings: content of ``tokenizer_config.json``.
         config: content of ``config.json``, which may name the class.
+        vocabulary: gives a token's id, None for what is none.
 
     Raises:
         BundleError: a token is neither text, nor an object with ``content``, nor null.
     """
     path, map_path = directory / "tokenizer_config.json", directory / "special_tokens_map.json"
-    tokens: dict[str, str | None] = dict(_class_defaults(path, settings, config))
+    defaults = _class_defaults(path, settings, config)
+    tokens: dict[str, str | None] = {name: text for name, text in defaults.items() if vocabulary(text) is not None}
     own = dict(_named_tokens(path, settings))
     mapped = dict(_named_tokens(map_path, read_object(map_path)))
     if "added_tokens_decoder" in settings:
