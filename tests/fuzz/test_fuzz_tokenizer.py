@@ -121,7 +121,7 @@ def changed(random, content):
         elif kind == 2:
             place[key] = parts(random)
         else:
-            place[key] = random.choice(ODD)
+            place[key] = copy.deepcopy(random.choice(ODD))
     return content
 
 
