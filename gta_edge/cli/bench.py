@@ -8,9 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from gta_edge.cli.eval import read_text
 from gta_edge.cli.output import FAILED, current
 from gta_edge.errors import InputError
+from gta_edge.support.text_files import read_text_or_stdin
 
 __all__ = ["bench"]
 
@@ -102,10 +102,10 @@ def _prompt(bundles: list[Path], file: Path | None, ids: str | None) -> tuple[in
     if file is None:
         return None
     from gta_edge.bundle import Bundle
-    from gta_edge.runtime.tokenizer import Tokenizer
+    from gta_edge.formats.tokenizer import NO_TOKENIZER, Tokenizer
 
-    text = read_text(file)
+    text = read_text_or_stdin(file)
     tokenizer = Tokenizer.load(Bundle.open(bundles[0]).directory)
     if tokenizer is None:
-        raise InputError(f"{bundles[0]} has no tokenizer; give token ids with --ids")
+        raise InputError(f"{bundles[0]} has no tokenizer; {NO_TOKENIZER}")
     return tuple(int(i) for i in tokenizer.encode(text))

@@ -10,13 +10,16 @@ import typer
 
 from gta_edge.cli.output import current, key_value_table
 from gta_edge.errors import InputError
+from gta_edge.formats.tokenizer import NO_TOKENIZER
+from gta_edge.support.text import printable
+from gta_edge.support.text_files import read_text_or_stdin
 
-__all__ = ["evaluate", "read_text"]
+__all__ = ["evaluate"]
 
 
 def evaluate(
     bundle: Annotated[Path, typer.Argument(help="The bundle.")],
-    text: Annotated[Path | None, typer.Option(help="A text file, UTF-8.")] = None,
+    text: Annotated[Path | None, typer.Option(help="A text file, UTF-8; - is standard input.")] = None,
     ids: Annotated[Path | None, typer.Option(help="Token ids: a .npy file of integers.")] = None,
     window: Annotated[int | None, typer.Option(help="Tokens attended at most; all positions by default.")] = None,
     backend: Annotated[str, typer.Option(help="A backend, or auto.")] = "auto",
@@ -31,7 +34,7 @@ def evaluate(
     if (text is None) == (ids is None):
         raise typer.BadParameter("give one of --text and --ids")
     output = current()
-    content = None if text is None else read_text(text)
+    content = None if text is None else read_text_or_stdin(text)
     tokens = None if ids is None else read_ids(ids)
     with (
         output.progress() as progress,
@@ -39,7 +42,7 @@ def evaluate(
     ):
         if content is not None:
             if session.tokenizer is None:
-                raise InputError(f"{bundle} has no tokenizer; give token ids with --ids")
+                raise InputError(f"{printable(str(bundle))} has no tokenizer; {NO_TOKENIZER}")
             tokens = np.asarray(session.tokenizer.encode(content), np.int64)
         assert tokens is not None  # one of the two was given
         result = run(session, tokens, window=window, progress=progress)
@@ -52,17 +55,3 @@ def evaluate(
     else:
         rows = {key: f"{value:.4f}" if isinstance(value, float) else f"{value}" for key, value in document.items()}
         output.console.print(key_value_table(rows))
-
-
-def read_text(path: Path) -> str:
-    """Read a text file that a user names.
-
-    Raises:
-        InputError: it cannot be read, or is not UTF-8.
-    """
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); give a text file") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: is not UTF-8 text (byte {error.start}); convert it, or give token ids") from error

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from gta_edge.cli.output import current
+from gta_edge.support.text import printable
 from gta_edge.weights import PRECISIONS
 
 __all__ = ["export"]
@@ -45,6 +46,8 @@ def export(
             force=force,
             progress=progress,
         )
+    for note in result.notes:
+        output.note(f"note: {printable(note)}")
     written = result.bundle
     if output.json:
         checked = result.report.to_dict() if result.report else None

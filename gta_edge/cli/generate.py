@@ -8,10 +8,11 @@ from typing import Annotated, Any
 
 import typer
 
-from gta_edge.cli.eval import read_text
 from gta_edge.cli.output import Output, current
 from gta_edge.cli.signals import exit_status
 from gta_edge.errors import InputError
+from gta_edge.support.text import brief, printable
+from gta_edge.support.text_files import STANDARD_INPUT, read_text_or_stdin
 
 __all__ = ["generate"]
 
@@ -19,15 +20,17 @@ __all__ = ["generate"]
 def generate(
     bundle: Annotated[Path, typer.Argument(help="The bundle.")],
     prompt: Annotated[str | None, typer.Option(help="Text to continue.")] = None,
-    prompt_file: Annotated[Path | None, typer.Option(help="A file with the text to continue.")] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option(help="A file with the text to continue; - is standard input.")
+    ] = None,
     ids: Annotated[str | None, typer.Option(help="Token ids to continue: 1,2,3.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 256,
-    temperature: Annotated[float | None, typer.Option(help="0 is greedy, the default.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Draw from the k likeliest tokens.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy, the default outside chats.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Draw from the k likeliest tokens; 0 is all.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest tokens of this total.")] = None,
     min_p: Annotated[float | None, typer.Option(help="Drop tokens below this fraction of the likeliest.")] = None,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1 discourages tokens seen before.")] = 1.0,
+    repetition_penalty: Annotated[float | None, typer.Option(help="Above 1 discourages tokens seen before.")] = None,
     stop: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End before this text; repeatable.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the draws.")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after an end token.")] = False,
@@ -57,6 +60,9 @@ def generate(
             chat=chat,
             ignore_eos=ignore_eos,
         )
+        if generation.defaults:
+            taken = ", ".join(f"{name} {value:g}" for name, value in generation.defaults.items())
+            output.note(f"from the model's generation_config.json: {taken}; options of the command come first")
         try:
             for piece in generation:
                 _show(output, piece, generation)
@@ -73,11 +79,13 @@ def _prompt(text: str | None, file: Path | None, ids: str | None) -> Any:
     if text is not None:
         return text
     if file is not None:
-        return read_text(file)
+        if str(file) == STANDARD_INPUT and sys.stdin is not None and sys.stdin.isatty():
+            current().note("type the prompt; Ctrl-D on a line of its own ends it")
+        return read_text_or_stdin(file)
     try:
         return [int(part) for part in str(ids).split(",")]
     except ValueError as error:
-        raise InputError(f"--ids is {ids!r}; expected whole numbers with commas between, such as 1,2,3") from error
+        raise InputError(f"--ids is {brief(ids)}; expected whole numbers with commas between, such as 1,2,3") from error
 
 
 def _show(output: Output, piece: str, generation: Any) -> None:
@@ -86,8 +94,13 @@ def _show(output: Output, piece: str, generation: Any) -> None:
         return
     if generation.text is None and generation.ids:
         piece = f"{',' if len(generation.ids) > 1 else ''}{generation.ids[-1]}"
-    sys.stdout.write(piece)
+    sys.stdout.write(_shown(piece) if sys.stdout.isatty() else piece)
     sys.stdout.flush()
+
+
+def _shown(text: str) -> str:
+    """Return a model's text as a terminal may have it: control characters escaped, but for line ends and tabs."""
+    return "".join(c if c in "\n\t" or ord(c) > 0x9F else printable(c) for c in text)
 
 
 def _finish(output: Output, generation: Any, backend: str) -> None:

@@ -17,24 +17,25 @@ from gta_edge.checkpoint import Checkpoint
 from gta_edge.config import ModelConfig
 from gta_edge.errors import ExportError, InputError
 from gta_edge.export.gptq import corrected, inverse_factor
+from gta_edge.formats.tokenizer import Tokenizer
 from gta_edge.model import Layer
 from gta_edge.optional import optional
 from gta_edge.progress import Progress, silent
 from gta_edge.quantization import BITS, Quantized, quantize
 from gta_edge.rope import rope_tables
-from gta_edge.support.text import one_line
+from gta_edge.support.text_files import read_text
 
 if TYPE_CHECKING:
-    import tokenizers
     import torch
     from torch import Tensor, nn
 else:
-    torch, tokenizers = optional("torch", "export"), optional("tokenizers", "export")
+    torch = optional("torch", "export")
     Tensor, nn = torch.Tensor, torch.nn
 
 __all__ = ["calibrated", "calibration_ids"]
 
 _ROWS, _TOKENS = 32, 1024  # of the text; twice as many helped little
+_TEXT = "give another calibration text, in UTF-8"
 _EMBEDDING = "model.embed_tokens.weight"
 _VALUE_DECODER = "self_attn.v_b_proj.weight"  # not quantised
 
@@ -97,19 +98,10 @@ def calibration_ids(source: Checkpoint, text: Path) -> Any:
     Raises:
         InputError: it cannot be read, is shorter than one row, or there is no tokenizer.
     """
-    tokenizer = source.directory / "tokenizer.json"
-    if tokenizer not in source.companions:
+    tokenizer = Tokenizer.load(source.directory)
+    if tokenizer is None:
         raise InputError(f"{source.directory} has no tokenizer.json to read a calibration text with; leave it out")
-    try:
-        content = text.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"{text}: cannot be read as UTF-8 text ({one_line(error)}); give another calibration text"
-        ) from error
-    try:
-        encoded = tokenizers.Tokenizer.from_file(str(tokenizer)).encode(content, add_special_tokens=False).ids
-    except Exception as error:  # the library raises plain Exceptions
-        raise InputError(f"{tokenizer}: cannot encode the calibration text ({one_line(error)}); repair it") from error
+    encoded = tokenizer.encode(read_text(text, remedy=_TEXT), add_special_tokens=False)
     tokens = min(_TOKENS, source.config.max_position_embeddings)
     ids = np.asarray(encoded, np.int64)
     if len(ids) < tokens or (ids >= source.config.vocab_size).any():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import shlex
 import shutil
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -19,6 +20,7 @@ from gta_edge.export.graph import prepare, traced
 from gta_edge.export.quantizer import Quantizer
 from gta_edge.fidelity import Report
 from gta_edge.files import new_directory
+from gta_edge.formats.text_files import TextFiles, check_text_files
 from gta_edge.optional import optional
 from gta_edge.progress import Progress, silent
 from gta_edge.quantization import BITS
@@ -38,6 +40,7 @@ __all__ = ["Export", "export"]
 _EMBEDDING = "model.embed_tokens.weight"
 _INLINE_BYTES = 1024  # smaller tensors stay in the graph's own file
 _MADE_WITH = ("torch", "onnx", "onnx-ir", "onnxscript")
+_OTHER_TOKENIZERS = ("tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "vocab.txt", "tekken.json")
 _OWN_PRECISION = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
@@ -48,10 +51,12 @@ class Export:
     Attributes:
         bundle: what was written.
         report: what the check found; None when it was left out.
+        notes: what a person should know of it.
     """
 
     bundle: Bundle
     report: Report | None
+    notes: tuple[str, ...] = ()
 
 
 def export(
@@ -86,7 +91,8 @@ def export(
     Raises:
         InputError: unknown precision, or a block size or text that does not fit it.
         ConfigError: the checkpoint's config describes no model that is supported.
-        CheckpointError: the checkpoint cannot be read, or a value in it is not finite.
+        CheckpointError: the checkpoint cannot be read, a value in it is not finite, or a bundle could not be opened
+            with its tokenizer's files.
         ExportError: the weights do not fit the precision, or the result does not agree with PyTorch.
         OutputError: ``bundle`` exists or cannot be written.
         BackendError: an extra is not installed.
@@ -98,6 +104,7 @@ def export(
     block_size = block_size_for(source.config, precision, block_size)
     if calibrate is not None and precision not in BITS:
         raise InputError(f"precision is {precision}, which is not calibrated; calibrate int8 or int4")
+    text = check_text_files(source.directory, source.config)
     inputs = [source.directory] if calibrate is None else [source.directory, Path(calibrate)]
     size = stored_bytes(source.config, precision, block_size, source.names)
     with new_directory(bundle, force=force, inputs=inputs, needed_bytes=size) as directory:
@@ -111,8 +118,9 @@ def export(
         made_with = {"gta-edge": __version__, "python": platform.python_version()}
         made_with |= {name: version(name) for name in _MADE_WITH}
         write_manifest(directory, source.config, precision, made_with, progress, block_size=block_size)
+        _check_text(directory, source, Path(bundle))
         report = _check(directory, source, Path(bundle), progress) if verify else None
-    return Export(Bundle.open(bundle), report)
+    return Export(Bundle.open(bundle), report, () if text.tokenizer else (_no_tokenizer(source.directory),))
 
 
 def _own_precision(source: Checkpoint) -> str:
@@ -154,6 +162,25 @@ def _raise_cause(error: Exception) -> NoReturn:
     if isinstance(cause, OverflowError):
         raise ExportError(str(cause)) from error
     raise cause if isinstance(cause, GtaEdgeError) else error
+
+
+def _check_text(directory: Path, source: Checkpoint, bundle: Path) -> None:
+    """Open the bundle's tokenizer and settings: they were checked in the checkpoint, which may have changed since."""
+    try:
+        TextFiles.load(directory, source.config)
+    except BundleError as error:
+        raise ExportError(f"{bundle}: the result cannot be read back ({error})") from error
+
+
+def _no_tokenizer(directory: Path) -> str:
+    """Say how a model without ``tokenizer.json`` gets one."""
+    found = [name for name in _OTHER_TOKENIZERS if (directory / name).exists()]
+    path = str(directory.resolve())
+    code = f"from transformers import AutoTokenizer as T; T.from_pretrained({path!r}).save_pretrained({path!r})"
+    make = f"python -c {shlex.quote(code)}, then export again"
+    if found:
+        return f"no tokenizer.json, but {', '.join(found)}: the bundle takes token ids only; for text, run: {make}"
+    return "no tokenizer.json: the bundle takes token ids only; for text, put one into the checkpoint and export again"
 
 
 def _check(directory: Path, source: Checkpoint, bundle: Path, progress: Progress) -> Report:

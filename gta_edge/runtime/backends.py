@@ -8,9 +8,9 @@ from typing import Any
 
 from gta_edge.bundle import Bundle
 from gta_edge.errors import BackendError, EngineError
+from gta_edge.formats.text_files import TextFiles
 from gta_edge.progress import Progress, silent
 from gta_edge.runtime.session import Session
-from gta_edge.runtime.tokenizer import Tokenizer, end_token_ids
 
 __all__ = ["BACKENDS", "load", "open_session"]
 
@@ -119,14 +119,17 @@ def load(
 
 def open_session(bundle: Bundle, backend: str = "auto", **options: Any) -> Session:
     """Return a session for a bundle that is already open; otherwise as ``load``."""
+    text = TextFiles.load(bundle.directory, bundle.config)  # small files first: a model may take a minute
     if backend == "auto":
         session = _first_that_works(bundle, options)
     elif backend in BACKENDS:
         session = BACKENDS[backend](bundle, **options)
     else:
         raise BackendError(f"no backend is called {backend!r}; there are {', '.join(BACKENDS)} and auto")
-    session.tokenizer = Tokenizer.load(bundle.directory)
-    session.end_token_ids = end_token_ids(bundle.directory, bundle.config)
+    session.tokenizer = text.tokenizer
+    session.end_token_ids = text.generation.end_token_ids
+    session.chat_end_token_ids = text.generation.chat_end_token_ids
+    session.chat_sampling = text.generation.sampling
     return session
 
 

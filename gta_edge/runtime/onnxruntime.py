@@ -110,8 +110,7 @@ class OnnxRuntimeSession(Session):
             f"{cache.name}.{i}": cache for i in range(self.config.num_hidden_layers) for cache in self.config.caches
         }
 
-    def close(self) -> None:
-        super().close()
+    def _release(self) -> None:
         self._step, self._buffers, self._caches, self._session = None, {}, {}, None
 
     def _resize(self, batch: int, capacity: int) -> None:

@@ -206,8 +206,7 @@ class OnnxRuntimeCudaSession(Session):
             raise BackendError(f"{model}: the graph is not that of config.json; export the bundle again")
         return session
 
-    def close(self) -> None:
-        super().close()
+    def _release(self) -> None:
         self._steps, self._caches, self._session = {}, {}, None
 
     # --- the cache -------------------------------------------------------------------------------------------------

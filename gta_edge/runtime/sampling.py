@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gta_edge.errors import BackendError, InputError
+from gta_edge.support.text import brief
 
 __all__ = ["Sampler", "Sampling", "draw"]
 
@@ -39,7 +40,7 @@ class Sampling:
 
     Args:
         temperature: divides the logits; 0 is greedy. None is greedy too, unless top_k, top_p or min_p is given: then 1.
-        top_k: keep the k largest logits, and those equal to the k-th (arXiv 1805.04833).
+        top_k: keep the k largest logits, and those equal to the k-th (arXiv 1805.04833); 0 keeps all.
         top_p: keep the fewest tokens whose probabilities reach this sum, at least one (arXiv 1904.09751).
         min_p: keep tokens at least this fraction as probable as the most probable one (arXiv 2407.01082).
         repetition_penalty: divides positive and multiplies negative logits of the tokens seen so far, prompt included
@@ -62,7 +63,7 @@ class Sampling:
         if self.temperature is not None:
             _check("temperature", self.temperature, number, "from 0 up", lambda x: 0 <= x < math.inf)
         if self.top_k is not None:
-            _check("top_k", self.top_k, whole, "from 1 up", lambda x: x >= 1)
+            _check("top_k", self.top_k, whole, "from 0 up", lambda x: x >= 0)
         if self.top_p is not None:
             _check("top_p", self.top_p, number, "above 0 and at most 1", lambda x: 0 < x <= 1)
         if self.min_p is not None:
@@ -76,7 +77,7 @@ class Sampling:
         """The temperature that is used; 0 for greedy."""
         if self.temperature is not None:
             return float(self.temperature)
-        return 0.0 if self.top_k is None and self.top_p is None and self.min_p is None else 1.0
+        return 0.0 if not self.top_k and self.top_p is None and self.min_p is None else 1.0
 
     @property
     def greedy(self) -> bool:
@@ -92,7 +93,7 @@ def _check(name: str, value: Any, kind: tuple[type, str], allowed: str, is_allow
     except OverflowError:
         fits = False
     if not fits:
-        raise InputError(f"{name} is {value!r}; expected {kind[1]} {allowed}")
+        raise InputError(f"{name} is {brief(value)}; expected {kind[1]} {allowed}")
 
 
 class Sampler:
@@ -157,7 +158,7 @@ class Sampler:
     def _candidates(self, scores: npt.NDArray[Any]) -> tuple[Ids, Weights]:
         """Return the tokens that may be drawn, ascending, and their probabilities over that of the most probable."""
         options, tokens, kept = self.sampling, None, scores
-        if options.top_k is not None and options.top_k < len(scores):
+        if options.top_k and options.top_k < len(scores):
             tokens = _top_k(scores, options.top_k)
             kept = scores[tokens]
         with np.errstate(over="ignore"):  # a tiny temperature makes -inf of everything but the largest

@@ -8,6 +8,7 @@ how memory is held (``_resize``) and how one chunk is run (``_run``).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -16,13 +17,14 @@ import numpy.typing as npt
 
 from gta_edge.config import ModelConfig
 from gta_edge.errors import BackendError, CapacityError, InputError
+from gta_edge.support.exclusive import Exclusive
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from gta_edge.runtime.tokenizer import Tokenizer
+    from gta_edge.formats.tokenizer import Tokenizer
 
-__all__ = ["CAPACITY_STEP", "CHUNK_SIZE", "Session"]
+__all__ = ["CAPACITY_STEP", "CHUNK_SIZE", "Claim", "Session"]
 
 Ids = npt.NDArray[np.int64]
 Logits = npt.NDArray[np.float32]
@@ -43,6 +45,10 @@ class Session(ABC):
         capacity_step: granularity in tokens of the cache's growth.
 
     Rows of a batch may differ in length; the first ``forward`` on an empty cache sets their number.
+
+    There is one cache, and so one text at a time. What needs the cache to stay as it left it (a generation, an
+    evaluation) takes a ``claim``, and learns from an error when something else used the session meanwhile. Two threads
+    never run at once: the second call is an InputError, but ``close`` waits.
     """
 
     backend: str
@@ -63,11 +69,16 @@ class Session(ABC):
         # for text in and out; who loads a bundle sets them from its files
         self.tokenizer: Tokenizer | None = None
         self.end_token_ids: frozenset[int] = frozenset(config.eos_token_ids)
+        self.chat_end_token_ids: frozenset[int] = frozenset()  # besides those
+        self.chat_sampling: Mapping[str, float] = {}  # options of ``generate`` where a chat leaves them open
         self.chunk_size = chunk_size
         self.capacity_step = capacity_step
         self._length: Ids = np.zeros(1, np.int64)
         self._capacity = 0
         self._closed = False
+        self._calls = Exclusive("the session", "load the bundle once for each thread, or let them take turns")
+        self._owner: Claim | None = None  # the claim that the cache is of; None after anybody else changed it
+        self._changed_by = "nothing"
 
     # --- what a backend adds -----------------------------------------------------------------------------------
 
@@ -92,11 +103,24 @@ class Session(ABC):
         """Whether single tokens are replays of a CUDA graph; None where there is none or before the first token."""
         return None
 
-    def close(self) -> None:
-        """Free what the session holds; it cannot run afterwards."""
-        self._closed = True
+    def _release(self) -> None:  # noqa: B027  a backend may have nothing to free
+        """Free what the session holds; called once."""
 
     # --- what everyone uses ------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Free what the session holds; it cannot run afterwards. A step that another thread runs is waited for."""
+        with self._calls.held(wait=True):
+            if not self._closed:
+                self._closed = True
+                self._release()
+
+    def claim(self) -> Claim:
+        """Empty the cache and return the right to it, which lasts until something else changes it."""
+        claim = Claim(self)
+        with self._calls.held():
+            self._empty(claim)
+        return claim
 
     @property
     def length(self) -> Ids:
@@ -130,8 +154,55 @@ class Session(ABC):
             CapacityError: a row, padding included, would pass the model's last position. The cache is unchanged.
             BackendError: the session is closed, or the backend failed.
         """
+        with self._calls.held():
+            return self._forward(ids, lengths, all_logits, None)
+
+    def truncate(self, length: Any) -> None:
+        """Forget all but the first ``length`` tokens of the cache: one number, or one per row.
+
+        Raises:
+            InputError: a length below 0 or above what the row holds.
+        """
+        with self._calls.held():
+            self._truncate(length, None)
+
+    def reset(self) -> None:
+        """Empty the cache; its memory stays for the next prompt."""
+        with self._calls.held():
+            self._empty(None)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # --- how -----------------------------------------------------------------------------------------------------
+
+    def _check_owner(self, owner: Claim | None) -> None:
+        """Raise unless the cache is as this claim left it; None is anybody, who takes it as it is."""
+        if owner is not None and owner is not self._owner and not self._closed:
+            raise InputError(
+                f"the session is no longer as it was left, something else used it: {self._changed_by}; "
+                "finish one generation or evaluation before the next, or load the bundle once for each"
+            )
+
+    def _changed(self, owner: Claim | None, call: str) -> None:
+        """Note who changed the cache, and for claims that end with it, how."""
+        self._owner = owner
+        self._changed_by = f"{call} was called on it" if owner is None else "another generation or evaluation began"
+
+    def _empty(self, owner: Claim | None) -> None:
+        self._length = np.zeros_like(self._length)
+        self._changed(owner, "reset()")
+
+    def _forward(self, ids: Any, lengths: Any, all_logits: bool, owner: Claim | None) -> Logits:
+        """``forward``, of a claim or of anybody."""
         if self._closed:
             raise BackendError("the session is closed; load the bundle again")
+        self._check_owner(owner)
         ids = self._check_ids(ids)
         batch, tokens = ids.shape
         counts = self._check_lengths(lengths, batch, tokens)
@@ -140,6 +211,7 @@ class Session(ABC):
 
         logits: Logits = np.zeros((batch, tokens, self.config.vocab_size) if all_logits else
                                   (batch, self.config.vocab_size), np.float32)  # fmt: skip
+        self._changed(None, "a forward() that failed")  # what it leaves is nobody's
         for start, stop in chunks:
             real = np.clip(counts - start, 0, stop - start)  # tokens of this chunk that count, per row
             if all_logits:
@@ -155,14 +227,11 @@ class Session(ABC):
                 logits[ends_here] = part[ends_here, 0]
             past = past + real
             self._length = past
+        self._changed(owner, "forward()")
         return logits
 
-    def truncate(self, length: Any) -> None:
-        """Forget all but the first ``length`` tokens of the cache: one number, or one per row.
-
-        Raises:
-            InputError: a length below 0 or above what the row holds.
-        """
+    def _truncate(self, length: Any, owner: Claim | None) -> None:
+        self._check_owner(owner)
         wanted = _as_array(length, "a length for truncate")
         if wanted.dtype.kind not in "iu" or wanted.shape not in ((), self._length.shape):
             raise InputError(
@@ -174,20 +243,7 @@ class Session(ABC):
                 "expected numbers from 0 to those"
             )
         self._length = np.broadcast_to(wanted, self._length.shape).astype(np.int64)
-
-    def reset(self) -> None:
-        """Empty the cache; its memory stays for the next prompt."""
-        self._length = np.zeros_like(self._length)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    # --- how -----------------------------------------------------------------------------------------------------
+        self._changed(owner, "truncate()")
 
     def _check_ids(self, ids: Any) -> Ids:
         array = _as_array(ids, "ids")
@@ -251,6 +307,33 @@ class Session(ABC):
         self._resize(batch, capacity)
         self._length = np.zeros(batch, np.int64) if batch != len(self._length) else self._length
         self._capacity = capacity
+
+
+class Claim:
+    """The right to a session's cache, from ``Session.claim`` until something else changes the cache.
+
+    Its methods are the session's, on the cache as this claim left it; once something else called one of those, they
+    raise an InputError that says what happened, and change nothing.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    def forward(self, ids: Any, *, lengths: Any = None, all_logits: bool = False) -> Logits:
+        """Append tokens; see ``Session.forward``."""
+        with self._session._calls.held():
+            return self._session._forward(ids, lengths, all_logits, self)
+
+    def truncate(self, length: Any) -> None:
+        """Forget all but the first tokens; see ``Session.truncate``."""
+        with self._session._calls.held():
+            self._session._truncate(length, self)
+
+    def reset(self) -> None:
+        """Empty the cache; see ``Session.reset``."""
+        with self._session._calls.held():
+            self._session._check_owner(self)
+            self._session._empty(self)
 
 
 def _as_array(value: Any, what: str) -> npt.NDArray[Any]:

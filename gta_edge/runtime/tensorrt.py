@@ -294,14 +294,12 @@ class TensorRTSession(Session):
     def _rebuild(self) -> str:
         return f"run: {self._record.purpose.command(self._directory)}"
 
-    def close(self) -> None:
-        if not self._closed:
-            super().close()
-            if self._kernels:
-                with suppress(BackendError):
-                    self._cuda.make_current()
-                self._kernels.keep()
-            self._drop()
+    def _release(self) -> None:
+        if self._kernels:
+            with suppress(BackendError):
+                self._cuda.make_current()
+            self._kernels.keep()
+        self._drop()
 
     def _drop(self) -> None:
         """Free TensorRT's objects, contexts first, and then the memory that they use."""

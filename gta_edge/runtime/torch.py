@@ -180,8 +180,7 @@ class TorchSession(Session):
         result: Logits = logits.numpy()
         return result
 
-    def close(self) -> None:
-        super().close()
+    def _release(self) -> None:
         self._graph = None
         self._caches = []
 

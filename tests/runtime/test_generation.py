@@ -123,6 +123,33 @@ def test_text_held_for_a_stop_text_is_given_when_none_comes():
         assert generation.text == "a\n\nUs"
 
 
+SPECIAL = byte_level()
+SPECIAL.add_special_tokens(["<|im_end|>", "<|end|>"])
+IM_END, END = (SPECIAL.token_to_id(name) for name in ("<|im_end|>", "<|end|>"))
+
+
+@pytest.mark.parametrize(
+    ("script", "options", "text", "ids"),
+    [
+        ([*b"Hi", IM_END, *b"no"], {"stop": ["<|im_end|>"]}, "Hi", [*b"Hi"]),  # as an end token
+        ([*b"Hi", IM_END, *b"no"], {"stop": "<|im_end|>"}, "Hi", [*b"Hi"]),
+        ([*b"Hi", IM_END, *b"no"], {"stop": ["<|end|>", "<|im_end|>"]}, "Hi", [*b"Hi"]),
+        ([*b"Hi", IM_END, *b"no"], {"stop": ["<|im_end|>"], "ignore_eos": True}, "Hi", [*b"Hi"]),
+        ([*b"Hi<|im_end|>no"], {"stop": ["<|im_end|>"]}, "Hi", [*b"Hi<|im_end|>"]),
+        ([*b"Hi\n", IM_END, *b"no"], {"stop": ["\n<|im_end|>"]}, "Hi", [*b"Hi\n", IM_END]),
+        ([*b"Hi", IM_END, *b"\nno"], {"stop": ["<|im_end|>\n"]}, "Hi", [*b"Hi", IM_END, *b"\n"]),
+        ([*b"Hi", IM_END, END, *b"no"], {"stop": ["<|im_end|><|end|>"]}, "Hi", [*b"Hi", IM_END, END]),
+        ([*b"a", IM_END, *b"b", EOS], {"stop": ["<|im_end|>\n"]}, "ab", [*b"a", IM_END, *b"b"]),
+        ([*b"a", IM_END, *b"bc"], {"stop": ["ab"]}, "", [*b"a", IM_END, *b"b"]),
+        ([*"é中".encode(), IM_END], {"stop": ["é", "中<|im_end|>"]}, "", [*"é".encode()]),
+    ],
+)
+def test_stop_strings_that_name_special_tokens(script, options, text, ids):
+    session = ScriptedSession(script, Tokenizer(SPECIAL))
+    generation = run(session, **options)
+    assert (generation.text, generation.ids, generation.finish_reason) == (text, ids, "stop")
+
+
 def test_max_new_tokens_1_runs_the_model_once():
     session = said("ab")
     generation = run(session, max_new_tokens=1)
@@ -246,6 +273,44 @@ def test_chat_prompt():
         session = ScriptedSession([EOS], chatty)
         run(session, prompt, **options)
         assert session.steps[0] == (0, [BOS, *b"[user]Hi>"])  # one <s>, not two
+
+
+def chat_session(script, sampling=None):
+    session = ScriptedSession(script, Tokenizer(SPECIAL, CHAT, {"bos_token": "<s>"}))
+    session.chat_end_token_ids = frozenset({IM_END})
+    session.chat_sampling = sampling or {}
+    return session
+
+
+def test_a_chat_also_ends_at_its_own_end_tokens():
+    for end in (IM_END, EOS):
+        generation = run(chat_session([*b"Hi", end, *b"no"]), "a", chat=True)
+        assert (generation.text, generation.finish_reason) == ("Hi", "stop")
+    plain = run(chat_session([*b"Hi", IM_END, EOS]), "a")
+    assert plain.ids == [*b"Hi", IM_END]
+    assert run(chat_session([IM_END, EOS]), "a", chat=True, ignore_eos=True, max_new_tokens=2).ids == [IM_END, EOS]
+
+
+SAMPLING = {"temperature": 0.6, "top_k": 50, "top_p": 0.9, "repetition_penalty": 1.1}
+
+
+@pytest.mark.parametrize(
+    ("options", "taken"),
+    [
+        ({}, SAMPLING),
+        ({"temperature": 1.0}, {"top_k": 50, "top_p": 0.9, "repetition_penalty": 1.1}),
+        ({"temperature": 0}, {"repetition_penalty": 1.1}),
+        ({"top_k": 0, "top_p": 1, "repetition_penalty": 1}, {"temperature": 0.6}),
+        ({"min_p": 0.1}, SAMPLING),
+    ],
+)
+def test_a_chat_takes_the_models_sampling_where_it_is_left_open(options, taken):
+    for prompt, chat in ("a", {"chat": True}), ([{"role": "user", "content": "a"}], {}):
+        generation = generate(chat_session([], SAMPLING), prompt, **options, **chat)
+        assert generation.defaults == taken
+        assert generation._sampler.sampling == Sampling(**{**taken, **options})
+    assert generate(chat_session([], SAMPLING), "a").defaults == {}
+    assert generate(chat_session([], SAMPLING), "a")._sampler.sampling.greedy
 
 
 @pytest.mark.parametrize(

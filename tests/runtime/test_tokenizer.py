@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models
 
 from gta_edge.errors import BundleError, InputError
-from gta_edge.runtime.tokenizer import Tokenizer, end_token_ids
+from gta_edge.formats.generation_config import GenerationConfig
+from gta_edge.runtime.tokenizer import Tokenizer
 from tests.runtime.helpers_generation import BOS, CONFIG, EOS, byte_level, save, sentencepiece, stream
 
 TEXT = "naïve 中文 😀👩‍👩‍👧 né\n"
@@ -63,7 +64,9 @@ def test_saved_truncation_and_padding_do_not_apply(tmp_path):
 )  # fmt: skip
 def test_a_damaged_tokenizer_is_one_line(tmp_path, content):
     (tmp_path / "tokenizer.json").write_bytes(content)
-    with pytest.raises(BundleError, match=r"tokenizer\.json: is not a tokenizer \(.+\); copy the file anew$") as caught:
+    with pytest.raises(
+        BundleError, match=r"tokenizer\.json: is not a tokenizer \(.+\); copy the file anew, or correct it in .*$"
+    ) as caught:
         Tokenizer.load(tmp_path)
     assert "\n" not in str(caught.value)
 
@@ -272,16 +275,18 @@ def test_where_templates_and_special_tokens_are_read_from(tmp_path):
         ({"eos_token_id": None}, {EOS}),
         ({"eos_token_id": 0}, {0}),
         ({"eos_token_id": [1, 299]}, {1, 299}),
+        ({"eos_token_id": -1}, set()),
+        ({"eos_token_id": [-1, 1]}, {1}),
     ],
 )
 def test_end_tokens(tmp_path: Path, content, expected):
     if content is not None:
         (tmp_path / "generation_config.json").write_text(json.dumps(content))
-    assert end_token_ids(tmp_path, CONFIG) == expected
+    assert GenerationConfig.load(tmp_path, CONFIG, None).end_token_ids == expected
 
 
-@pytest.mark.parametrize("value", [300, -1, "2", 1.0, True, [1, 300], [[1]], {}])
+@pytest.mark.parametrize("value", [300, -2, "2", 1.0, True, [1, 300], [[1]], {}])
 def test_end_tokens_outside_the_vocabulary_are_refused(tmp_path, value):
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
     with pytest.raises(BundleError, match=r"generation_config\.json: eos_token_id is .*expected ids from 0 to 299"):
-        end_token_ids(tmp_path, CONFIG)
+        GenerationConfig.load(tmp_path, CONFIG, None)

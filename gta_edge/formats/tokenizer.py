@@ -1,0 +1,197 @@
+"""Text to ids and back, as the files beside a model say: tokenizer, special tokens and chat template.
+
+The work is done by the ``tokenizers`` library, imported when first needed. What is here: errors in our terms, and the
+names that the files give to tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from gta_edge.errors import BundleError, InputError
+from gta_edge.formats.chat_template import ChatTemplate
+from gta_edge.formats.tokenizer_files import REMEDY, added_tokens, read_library, read_object, special_tokens
+from gta_edge.support.native_errors import quiet_when_failing, translated
+from gta_edge.support.text import brief, printable
+from gta_edge.support.text_files import read_text
+
+__all__ = ["NO_TOKENIZER", "Tokenizer"]
+
+NO_TOKENIZER = (
+    "give token ids, or export a checkpoint that has a tokenizer.json (transformers makes one of tokenizer.model or "
+    "vocab files: AutoTokenizer.from_pretrained(CHECKPOINT).save_pretrained(CHECKPOINT))"
+)
+"""Remedy for text without a tokenizer."""
+
+_SETTINGS = "tokenizer_config.json"
+_MAX_TEMPLATE_BYTES = 4 * 2**20
+
+
+class Tokenizer:
+    """The tokenizer of one model; ``load`` makes it from files.
+
+    Args:
+        library: a ``tokenizers.Tokenizer``.
+        chat_template: jinja source of the chat template; None where the model has none.
+        variables: the special tokens by the names that templates use, such as ``bos_token``.
+    """
+
+    def __init__(
+        self, library: Any, chat_template: str | None = None, variables: Mapping[str, Any] | None = None
+    ) -> None:
+        # a saved limit would cut prompts in silence
+        library.no_truncation()
+        library.no_padding()
+        self._library = library
+        self._variables = dict(variables or {})
+        self._template = None if chat_template is None else ChatTemplate(chat_template)
+        self._special = {
+            id_: token.content for id_, token in library.get_added_tokens_decoder().items() if token.special
+        }
+
+    @classmethod
+    def load(cls, directory: Path) -> Tokenizer | None:
+        """Read the tokenizer of a bundle or checkpoint; None where the directory has no ``tokenizer.json``.
+
+        Raises:
+            BundleError: a file of the tokenizer is damaged or cannot be read.
+        """
+        path = directory / "tokenizer.json"
+        if not path.exists():
+            return None
+        library = read_library(path)
+        settings_path = directory / _SETTINGS
+        settings = read_object(settings_path)
+        variables = special_tokens(directory, settings, read_object(directory / "config.json"), library.token_to_id)
+        with _refused(path):
+            _add(library, added_tokens(settings_path, settings), variables)
+        return cls(library, _read_template(directory, settings), variables)
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Return the ids of a text, with the special tokens that ``tokenizer.json`` puts around one.
+
+        Raises:
+            InputError: no text, not encodable as UTF-8, or text that this tokenizer has no tokens for.
+        """
+        if not isinstance(text, str):
+            raise InputError(f"the text cannot be tokenized (it is {type(text).__name__}); give valid Unicode text")
+        with (
+            quiet_when_failing(),
+            translated(lambda reason: InputError(f"the text cannot be tokenized ({reason}); give valid Unicode text")),
+        ):
+            ids: list[int] = self._library.encode(text, add_special_tokens=add_special_tokens).ids
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of ids, without special tokens and ids that the tokenizer does not know.
+
+        Raises:
+            BundleError: the tokenizer's decoder fails.
+        """
+        with translated(lambda reason: BundleError(f"the tokenizer cannot decode ({reason}); {REMEDY}")):
+            text: str = self._library.decode([int(token) for token in ids], skip_special_tokens=True)
+        return text
+
+    def is_silent(self, token: int) -> bool:
+        """Tell whether an id has no text: a special token, or one the tokenizer does not know."""
+        return token in self._special or self._library.id_to_token(token) is None
+
+    @property
+    def special_tokens(self) -> Mapping[int, str]:
+        """Special tokens, which have no part in the decoded text, with their contents."""
+        return self._special
+
+    @property
+    def end_token_id(self) -> int | None:
+        """The id of ``eos_token``; None where there is none."""
+        content = self._variables.get("eos_token")
+        token: int | None = self._library.token_to_id(content) if content else None
+        return token
+
+    def byte_value(self, token: int) -> int | None:
+        """Return the byte that a byte-fallback token such as ``<0xE4>`` stands for; None for any other token."""
+        return self._byte_values.get(token)
+
+    @property
+    def has_byte_fallback(self) -> bool:
+        """Whether characters outside the vocabulary are spelled in byte tokens (sentencepiece)."""
+        return bool(self._byte_values)
+
+    @cached_property
+    def _byte_values(self) -> dict[int, int]:
+        """Byte-fallback tokens with their bytes; none where the decoder does not turn them into bytes."""
+        probe = self._library.token_to_id("<0x41>")
+        if probe is None or self.decode([probe]) != "A":
+            return {}
+        tokens = {self._library.token_to_id(f"<0x{value:02X}>"): value for value in range(256)}
+        tokens.pop(None, None)
+        return tokens
+
+    @property
+    def chat_template(self) -> ChatTemplate | None:
+        """The chat template; None where the model has none."""
+        return self._template
+
+    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """Return the text that asks the model for its answer to ``messages``.
+
+        Encode it with ``add_special_tokens=False``: a template writes the special tokens itself.
+
+        Args:
+            messages: each with a ``role``, and with ``content``: text, parts ``{"type": "text", "text": …}``, or none
+                beside ``tool_calls``. Other keys reach the template as they are.
+
+        Raises:
+            InputError: no template, messages of another form, or a template that is wrong, refuses them or takes too
+                much.
+        """
+        if self._template is None:
+            raise InputError(
+                "the model has no chat template; give the prompt as plain text, "
+                "or put a chat_template.jinja into the checkpoint and export it again"
+            )
+        return self._template.render(messages, self._variables)
+
+
+def _refused(path: Path) -> Any:
+    return translated(lambda reason: BundleError(f"{printable(str(path))}: is not a tokenizer ({reason}); {REMEDY}"))
+
+
+def _add(library: Any, tokens: list[Any], variables: Mapping[str, Any]) -> None:
+    """Add the tokens that the settings name and ``tokenizer.json`` does not, as transformers does.
+
+    A named token that is an ordinary entry of the vocabulary would else be cut into pieces where a template writes it.
+    """
+    known = set(library.get_added_tokens_decoder().values())
+    for token in tokens:
+        if token not in known:
+            add = library.add_special_tokens if token.special else library.add_tokens
+            add([token])
+    added = {token.content for token in library.get_added_tokens_decoder().values()}
+    named = [text for text in variables.values() if isinstance(text, str) and text and text not in added]
+    library.add_special_tokens([text for text in named if library.token_to_id(text) is not None])
+
+
+def _read_template(directory: Path, settings: Mapping[str, Any]) -> str | None:
+    """Return the chat template: a file of its own, or the (default) one of ``tokenizer_config.json``."""
+    try:
+        path = directory / "chat_template.jinja"
+        return read_text(path, BundleError, REMEDY, max_bytes=_MAX_TEMPLATE_BYTES)
+    except BundleError as error:
+        if not isinstance(error.__cause__, FileNotFoundError):
+            raise
+    template = settings.get("chat_template")
+    if isinstance(template, list):
+        named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
+        template = named[-1].get("template") if named else None
+    elif isinstance(template, dict):
+        template = template.get("default")
+    if template is None or isinstance(template, str):
+        return template
+    raise BundleError(
+        f"{printable(str(directory / _SETTINGS))}: chat_template is {brief(template)}; "
+        f"expected text, or a list of {{name, template}}; {REMEDY}"
+    )
