@@ -18,7 +18,7 @@ from typing import TypeGuard
 
 from gta_edge.errors import OutputError
 
-__all__ = ["cache_directory", "new_directory", "new_file", "plain_name"]
+__all__ = ["bundle_file", "cache_directory", "new_directory", "new_file", "plain_name"]
 
 # A directory that holds one of these is a checkpoint, a bundle or part of one, which is all that force may replace.
 _OURS = ("config.json", "gta_edge.json", "prepared.json", "engine.json")
@@ -227,3 +227,18 @@ def _output_error(target: Path, error: OSError) -> OutputError:
     else:
         remedy = "choose another output path"
     return OutputError(f"{target} cannot be written ({reason}); {remedy}")
+
+
+def bundle_file(directory: Path, name: str) -> Path:
+    """Return the real file that a file's name in a bundle stands for.
+
+    Raises:
+        BundleError: it is no plain name, not there, no regular file, or a link that leads out of the bundle.
+    """
+    # placeholder
+    from gta_edge.errors import BundleError
+
+    path = directory / name
+    if not plain_name(name) or path.is_symlink() or not path.is_file():
+        raise BundleError(f"{path}: lies outside the bundle; export it again")
+    return path
