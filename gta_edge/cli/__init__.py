@@ -15,7 +15,9 @@ def main() -> None:
     try:
         _prepare_streams()
         from gta_edge.cli.app import run
+        from gta_edge.support.truncation import report_truncated_files
 
+        report_truncated_files()
         run()
     except KeyboardInterrupt:  # before or after the command proper; importing takes a second on a slow board
         sys.exit(130)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 else:
     onnx, ir = optional("onnx", "ort"), optional("onnx_ir", "ort")
 
-__all__ = ["add_function", "load_graph", "rewriting", "run_passes"]
+__all__ = ["add_function", "load_graph", "rewriting", "run_passes", "serialised"]
 
 _FIXED_BYTES, _LAYER_BYTES, _MOST_BYTES = 2**22, 2**16, 2**24
 """Of a graph's file: a layer takes a fifth of that, and parsed it takes many times its size."""
@@ -108,6 +108,16 @@ def run_passes(model: ir.Model, where: Path | str, *passes: ir.passes.PassBase) 
     """
     with rewriting(where):
         ir.passes.Sequential(*passes)(model)
+
+
+def serialised(model: ir.Model, where: Path | str) -> bytes:
+    """Return a model as its file holds it; weights that were put off and stay in it are made now.
+
+    Raises:
+        GtaEdgeError: as ``rewriting`` has it.
+    """
+    with rewriting(where):
+        return bytes(ir.to_proto(model).SerializeToString())
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import numpy as np
 
 from gta_edge.bundle import Bundle
 from gta_edge.errors import BundleError
-from gta_edge.graph.io import load_graph, rewriting
+from gta_edge.graph.io import load_graph, rewriting, serialised
 from gta_edge.nodes import Nodes, take_place
 from gta_edge.optional import optional
 from gta_edge.progress import Progress, silent
@@ -67,7 +67,7 @@ def cuda_graph(
     model = cuda_model(bundle, compute)
     with rewriting(bundle.model_path):
         store_weights(model, weights, location, progress, everything=everything)
-    return bytes(ir.to_proto(model).SerializeToString())
+    return serialised(model, bundle.model_path)
 
 
 def cuda_model(bundle: Bundle, compute: str) -> ir.Model:

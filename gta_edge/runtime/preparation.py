@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gta_edge.bundle import Bundle
-from gta_edge.graph.io import load_graph, rewriting, run_passes
+from gta_edge.graph.io import load_graph, rewriting, run_passes, serialised
 from gta_edge.optional import optional
 from gta_edge.progress import Progress, silent
 from gta_edge.quantization import BITS
@@ -56,20 +56,20 @@ def graphs(bundle: Bundle, weights: Path, location: str, progress: Progress = si
     )
     with rewriting(bundle.model_path):
         store_weights(model, weights, location, progress)
-    default = bytes(ir.to_proto(model).SerializeToString())
+    default = serialised(model, bundle.model_path)
     if bundle.precision not in BITS:
         return default, default
     for node in model.graph:
         if node.op_type == "MatMulNBits":
             node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", _FLOAT32)
-    return default, bytes(ir.to_proto(model).SerializeToString())
+    return default, serialised(model, bundle.model_path)
 
 
 def graph_without_new_weights(bundle: Bundle) -> bytes:
     """Return a graph that reads the bundle's weights as they are: for where no file can be written."""
     model = load_graph(bundle.model_path, bundle.config)
     tidied(model, bundle, common.InlinePass(), ShareDimensionsPass(), FuseNormsPass())
-    return bytes(ir.to_proto(model).SerializeToString())
+    return serialised(model, bundle.model_path)
 
 
 def tidied(model: ir.Model, bundle: Bundle, *passes: ir.passes.PassBase) -> ir.Model:
