@@ -13,7 +13,7 @@ from gta_edge.config import ModelConfig
 from gta_edge.errors import BundleError, CapacityError, GtaEdgeError
 from gta_edge.files import bundle_file
 from gta_edge.graph.stored import StoredTensor
-from gta_edge.graph.validate import check_model
+from gta_edge.graph.validate import check_model, keep_known_fields
 from gta_edge.optional import installed, optional
 from gta_edge.plugins import grouped_latent_attention as op
 from gta_edge.support.text import one_line, printable
@@ -55,6 +55,7 @@ def load_graph(model_path: Path, config: ModelConfig, extra: str = "ort") -> ir.
         file = bundle_file(directory, WEIGHTS) if weights.exists() or weights.is_symlink() else None
         file_bytes = {} if file is None else {WEIGHTS: file.stat().st_size}
         proto = onnx.ModelProto.FromString(content)
+        keep_known_fields(proto)
         check_model(proto, config, file_bytes)
         del proto.functions[:]
         model: ir.Model = ir.from_proto(proto)

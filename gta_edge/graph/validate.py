@@ -38,7 +38,7 @@ from gta_edge.weights import PACKED, SCALE, TRANSPOSED, parameter_name
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["check_model"]
+__all__ = ["check_model", "keep_known_fields"]
 
 _IR_VERSIONS = range(8, 16)
 _BITS = {FLOAT: 32, FLOAT16: 16, BFLOAT16: 16, INT32: 32, INT64: 64, INT8: 8, INT4: 4}
@@ -56,6 +56,27 @@ _ROOM = 4
 
 Symbols = Mapping[str, int]
 
+_FIELDS = {
+    "ModelProto": {"ir_version", "opset_import", "producer_name", "graph", "functions", "training_info"},
+    "GraphProto": {"node", "name", "initializer", "input", "output", "value_info", "sparse_initializer"},
+    "NodeProto": {"input", "output", "name", "op_type", "domain", "overload", "attribute"},
+    "AttributeProto": {"name", "type", "ref_attr_name", "f", "i", "s", "t", "ints"},
+    "TensorProto": {"dims", "data_type", "segment", "raw_data", "name", "external_data", "data_location"},
+    "ValueInfoProto": {"name", "type"},
+}
+"""Fields of a model's messages that are looked at; what lies in others, remarks and hints, nobody gets to see."""
+
+
+def keep_known_fields(message: Any) -> None:
+    """Clear every field of a protobuf message of a model, and of those in it, that ``check_model`` does not look at."""
+    for field, content in message.ListFields():
+        known = _FIELDS[message.DESCRIPTOR.name]
+        if field.name not in known:
+            message.ClearField(field.name)
+        elif field.message_type is not None and field.message_type.name in _FIELDS:
+            for each in content if field.is_repeated else [content]:
+                keep_known_fields(each)
+
 
 def check_model(model: onnx.ModelProto, config: ModelConfig, file_bytes: Mapping[str, int]) -> None:
     """Raise ValueError, saying what is wrong, unless a model is one that export writes for a config.
@@ -71,8 +92,8 @@ def check_model(model: onnx.ModelProto, config: ModelConfig, file_bytes: Mapping
     for what in ("node", "initializer", "value_info"):
         if len(getattr(graph, what)) > most:
             raise ValueError(f"it has {len(getattr(graph, what))} entries of {what}, expected at most {most}")
-    if graph.sparse_initializer or graph.quantization_annotation:
-        raise ValueError("it has sparse or annotated tensors")
+    if graph.sparse_initializer:
+        raise ValueError("it has sparse tensors")
     inputs, outputs = _interface(config)
     _check_interface("input", graph.input, inputs)
     _check_interface("output", graph.output, outputs)

@@ -113,6 +113,23 @@ def test_the_function_is_our_own(copied_bundle: Path) -> None:
     assert [node.op_type for node in function] == [node.op_type for node in own.node]
 
 
+def test_remarks_and_hints_are_left_behind(copied_bundle: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """onnx-ir prints warnings of some of them."""
+    bundle = Bundle.open(copied_bundle)
+    proto = onnx.load(bundle.model_path, load_external_data=False)
+    expected = load_graph(bundle.model_path, bundle.config)
+    proto.configuration.add(name="devices", num_devices=2)
+    proto.doc_string = proto.graph.doc_string = "remark"
+    proto.graph.quantization_annotation.add(tensor_name="cos")
+    for node in proto.graph.node:
+        node.device_configurations.add(configuration_id="devices")
+        node.metadata_props.add(key="namespace", value="elsewhere")
+    bundle.model_path.write_bytes(proto.SerializeToString())
+    found = load_graph(bundle.model_path, bundle.config)
+    assert ir.to_proto(found).SerializeToString() == ir.to_proto(expected).SerializeToString()
+    assert capfd.readouterr() == ("", "")
+
+
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
@@ -299,7 +316,7 @@ REFUSED: dict[str, tuple[Edit, str]] = {
     ),
     "a tensor twice": (lambda m: m.graph.initializer.append(m.graph.initializer[0]), "two tensors called"),
     "an input that is stored": (inline("past_length", [1], bytes(8), TensorProto.INT64), "unknown to config.json"),
-    "a sparse tensor": (lambda m: m.graph.sparse_initializer.add(), "sparse or annotated"),
+    "a sparse tensor": (lambda m: m.graph.sparse_initializer.add(), "sparse tensors"),
     "weights elsewhere": (last_tensor(location="../elsewhere"), "lies outside the bundle, in '../elsewhere'"),
     "weights at the root": (last_tensor(location="/etc/passwd"), "lies outside the bundle, in '/etc/passwd'"),
     "weights in the graph's file": (last_tensor(location=MODEL), "lies outside the bundle, in 'model.onnx'"),
