@@ -157,8 +157,9 @@ def why_no_gpu(module: Any, error: Exception) -> str:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Tell whether an error of ONNX Runtime is that a device has no memory left."""
-    return any(text in str(error) for text in ("Failed to allocate memory", "out of memory", "CUDA failure 2:"))
+    """Tell whether an error of ONNX Runtime, or around it, is that a device or the host has no memory left."""
+    texts = "Failed to allocate memory", "out of memory", "CUDA failure 2:", "bad_alloc", "bad allocation"
+    return isinstance(error, MemoryError) or any(text in str(error) for text in texts)
 
 
 def _cuda_libraries(cuda: str) -> list[str]:

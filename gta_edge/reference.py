@@ -15,6 +15,7 @@ from gta_edge.errors import BundleError
 from gta_edge.fidelity import Difference, difference
 from gta_edge.model import Decoder, empty_cache
 from gta_edge.optional import optional
+from gta_edge.support.threads import threads_to_use
 from gta_edge.weights import read_weights
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 else:
     torch = optional("torch", "export")
 
-__all__ = ["build_decoder", "compare_weights", "reference_logits"]
+__all__ = ["build_decoder", "compare_weights", "reference_logits", "use_startable_threads"]
 
 
 def build_decoder(config: ModelConfig, weights: Iterable[tuple[str, npt.NDArray[Any]]]) -> Decoder:
@@ -35,6 +36,7 @@ def build_decoder(config: ModelConfig, weights: Iterable[tuple[str, npt.NDArray[
     Raises:
         BundleError: a parameter is missing.
     """
+    use_startable_threads()
     tensors = {name: torch.from_numpy(array.astype(np.float32, copy=False)) for name, array in weights}
     missing = [n for n in config.parameter_shapes() if n not in tensors and not config.is_optional(n)]
     if missing:
@@ -43,6 +45,21 @@ def build_decoder(config: ModelConfig, weights: Iterable[tuple[str, npt.NDArray[
         model = Decoder(config, tensors.keys())
     model.load_state_dict(tensors, assign=True)
     return model.eval().requires_grad_(False)
+
+
+def use_startable_threads(asked: int | None = None) -> None:
+    """Let torch compute with as many threads as the system lets start: where one does not, OpenMP ends the process.
+
+    Args:
+        asked: how many, for the whole process; None for torch's own choice, or fewer.
+
+    Raises:
+        CapacityError: fewer can be started than were asked for.
+    """
+    wanted = asked or torch.get_num_threads()
+    possible = threads_to_use(wanted, asked=asked is not None)
+    if asked or possible != wanted:
+        torch.set_num_threads(possible)
 
 
 def reference_logits(model: Decoder, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:

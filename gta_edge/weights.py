@@ -23,9 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gta_edge.config import ModelConfig
-from gta_edge.errors import BundleError, GtaEdgeError, InputError
-from gta_edge.files import plain_name
-from gta_edge.optional import optional
+from gta_edge.errors import BundleError, CapacityError, InputError
 from gta_edge.quantization import BITS, BLOCK_SIZES, DEFAULT_BLOCK_SIZE, unpack_nibbles
 from gta_edge.support.floats import all_finite
 from gta_edge.support.text import brief
@@ -40,7 +38,6 @@ __all__ = [
     "TRANSPOSED",
     "Coded",
     "block_size_for",
-    "check_locations",
     "from_stored",
     "is_kept",
     "parameter_name",
@@ -194,14 +191,9 @@ def read_weights(model_path: Path, config: ModelConfig) -> Iterator[tuple[str, n
 
 def read_stored(model_path: Path, config: ModelConfig) -> Iterator[tuple[str, npt.NDArray[np.float32] | Coded]]:
     """Yield the parameters as ``read_weights`` does, but leave quantised matrices in codes."""
-    onnx_ir = optional("onnx_ir", "export")  # here and not above: opening a bundle needs only the names
-    try:
-        model = onnx_ir.load(model_path)
-    except GtaEdgeError:
-        raise
-    except Exception as error:  # the parser's errors have no common base
-        raise BundleError(f"{model_path}: is not a readable ONNX model ({error}); export the bundle again") from error
-    check_locations(model, model_path)
+    from gta_edge.graph.io import load_graph  # here and not above: opening a bundle needs only the names
+
+    model = load_graph(model_path, config, "export")
     shapes = config.parameter_shapes()
     for stored_name, value in model.graph.initializers.items():
         if stored_name.endswith(SCALE):
@@ -221,24 +213,6 @@ def read_stored(model_path: Path, config: ModelConfig) -> Iterator[tuple[str, np
             yield parameter_name(stored_name), _coded(stored_name, values, shape, model.graph.initializers, model_path)
         else:
             yield parameter_name(stored_name), from_stored(values, stored_name, shape)
-
-
-def check_locations(model: ir.Model, model_path: Path) -> None:
-    """Refuse a model whose external tensors do not lie wholly within files of its own directory.
-
-    Raises:
-        BundleError: one does not.
-    """
-    external = optional("onnx_ir", "export").ExternalTensor
-    for name, value in model.graph.initializers.items():
-        tensor = value.const_value
-        if not isinstance(tensor, external):
-            continue
-        file = model_path.parent / str(tensor.location)
-        if not plain_name(str(tensor.location)) or file.is_symlink() or not file.is_file():
-            raise BundleError(f"{model_path}: {name} lies outside the bundle, in {tensor.location}; export it again")
-        if (tensor.offset or 0) + tensor.nbytes > file.stat().st_size or tensor.length not in (None, tensor.nbytes):
-            raise BundleError(f"{model_path}: {name} passes the end of {file}; export the bundle again")
 
 
 def _coded(
@@ -275,15 +249,11 @@ def _table_codes(
 
 
 def _values(value: ir.Value, model_path: Path) -> Array:
-    external = optional("onnx_ir", "export").ExternalTensor
     tensor = value.const_value
     if tensor is None:
         raise BundleError(f"{model_path}: initializer {value.name} has no data; export the bundle again")
     try:
         values: Array = tensor.numpy()
-    except (OSError, ValueError) as error:
-        raise BundleError(f"{model_path}: {value.name} cannot be read ({error}); export the bundle again") from error
-    if isinstance(tensor, external):
-        values = values.copy()
-        tensor.release()  # mapped pages count as memory in use
+    except MemoryError as error:
+        raise CapacityError(f"{model_path}: no memory to read {value.name}; close other programs") from error
     return values

@@ -18,7 +18,9 @@ def main() -> None:
         with handled():
             _prepare_streams()
             from gta_edge.cli.app import run
+            from gta_edge.support.truncation import report_truncated_files
 
+            report_truncated_files()
             run()
     except KeyboardInterrupt as interrupt:  # before or after the command proper; importing takes a second on a board
         sys.exit(exit_status(interrupt))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -17,6 +18,7 @@ from gta_edge.fidelity import Report, difference, probe
 from gta_edge.ort import EXACT_PRODUCTS, first_line, load_onnxruntime
 from gta_edge.progress import Progress, silent
 from gta_edge.reference import compare_weights
+from gta_edge.support.threads import threads_to_use
 
 __all__ = ["check_export", "raise_if_failed"]
 
@@ -46,9 +48,12 @@ def _plain_logits(bundle: Bundle, ids: npt.NDArray[np.int64], prefill: int) -> n
     onnxruntime = load_onnxruntime()
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # copying the cache is meant here, and errors are raised
+    options.intra_op_num_threads = threads_to_use(len(os.sched_getaffinity(0)), asked=False)
     options.add_session_config_entry(*EXACT_PRODUCTS)
     try:
-        session = onnxruntime.InferenceSession(bundle.model_path, options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(
+            bundle.model_path, options, providers=["CPUExecutionProvider"], enable_fallback=0
+        )
         return np.concatenate(list(_steps(session, bundle, ids, prefill)), axis=1)
     except Exception as error:  # ONNX Runtime's errors have no common base
         raise ExportError(

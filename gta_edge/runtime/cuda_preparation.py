@@ -14,16 +14,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gta_edge.bundle import Bundle
-from gta_edge.errors import BackendError
+from gta_edge.errors import BundleError
+from gta_edge.graph.io import load_graph, rewriting, serialised
 from gta_edge.nodes import Nodes, take_place
-from gta_edge.optional import installed, optional
+from gta_edge.optional import optional
 from gta_edge.progress import Progress, silent
 from gta_edge.runtime.passes.fuse_norms import FuseNormsPass
 from gta_edge.runtime.passes.fuse_products import FuseProductsPass
 from gta_edge.runtime.passes.multiply_by_head import MultiplyByHeadPass
 from gta_edge.runtime.passes.retype import COMPUTE_TYPES, RetypePass
 from gta_edge.runtime.passes.share_dimensions import ShareDimensionsPass
-from gta_edge.runtime.preparation import load_graph, run_passes, store_weights
+from gta_edge.runtime.preparation import store_weights, tidied
+from gta_edge.support.text import brief
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -57,22 +59,23 @@ def cuda_graph(
         everything: write all weights, so that the graph needs nothing of the bundle.
 
     Raises:
-        BundleError: the weights do not lie within the bundle.
-        BackendError: the bundle's graph cannot be read, or onnx-ir is not installed.
+        BundleError: the bundle's graph cannot be read or is none that export writes, or its weights cannot be read.
+        CapacityError: there is not enough memory.
+        BackendError: onnx-ir is not installed.
         EngineError: a weight is beyond float16's range.
     """
     model = cuda_model(bundle, compute)
-    store_weights(model, weights, location, progress, everything=everything)
-    return bytes(ir.to_proto(model).SerializeToString())
+    with rewriting(bundle.model_path):
+        store_weights(model, weights, location, progress, everything=everything)
+    return serialised(model, bundle.model_path)
 
 
 def cuda_model(bundle: Bundle, compute: str) -> ir.Model:
     """Return the graph with its weights still to be written; otherwise as ``cuda_graph``."""
-    if not installed(ir):
-        ir.load(bundle.model_path)  # says what to install
-    model = load_graph(bundle)
-    run_passes(
+    model = load_graph(bundle.model_path, bundle.config, "ort-gpu")
+    tidied(
         model,
+        bundle,
         common.InlinePass(),
         ShareDimensionsPass(),
         RetypePass(compute),
@@ -80,11 +83,12 @@ def cuda_model(bundle: Bundle, compute: str) -> ir.Model:
         FuseNormsPass(),
         MultiplyByHeadPass(),
     )
-    _suit_products(model, ir.DataType[COMPUTE_TYPES[compute]])
-    _slice_splits(model)
+    with rewriting(bundle.model_path):
+        _suit_products(model, ir.DataType[COMPUTE_TYPES[compute]])
+        _slice_splits(model)
     left = next((node for node in model.graph if node.op_type == "DequantizeLinear"), None)
     if left is not None:
-        raise BackendError(f"{left.name} dequantises outside of a product; export the bundle again")
+        raise BundleError(f"{brief(left.name)} dequantises outside of a product; export the bundle again")
     return model
 
 

@@ -8,6 +8,7 @@ logits have memory of their own that stays where it is.
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,9 @@ import numpy as np
 
 from gta_edge.bundle import Bundle
 from gta_edge.config import CacheSpec
-from gta_edge.errors import BackendError, CapacityError
+from gta_edge.errors import BackendError, CapacityError, GtaEdgeError
 from gta_edge.ort import (
     CUDA_PROVIDER,
-    WEIGHTS_FOLDER,
     first_line,
     is_out_of_memory,
     load_onnxruntime,
@@ -29,6 +29,7 @@ from gta_edge.ort import (
 )
 from gta_edge.progress import Progress, silent
 from gta_edge.runtime.cuda import free_gpu_bytes
+from gta_edge.runtime.onnxruntime_model import OpenModel, model_files, open_model
 from gta_edge.runtime.prepared import GRAPH, Form, kept_graph
 from gta_edge.runtime.session import Ids, Logits, Session
 
@@ -109,7 +110,7 @@ class OnnxRuntimeCudaSession(Session):
         self._device = device, device_id
         self._bundle, self._progress = bundle, progress
         self.graph_refused: str | None = None if on_gpu else "there is no GPU"  # why no step is a CUDA graph
-        self._session = self._open()
+        self._model: OpenModel | None = self._open()
         self._caches: dict[str, Any] = {}
         self._steps: dict[bool, _Step] = {}  # the one of a single token, and any other
         self._graph_ids = 0
@@ -128,13 +129,13 @@ class OnnxRuntimeCudaSession(Session):
 
     # --- the model -------------------------------------------------------------------------------------------------
 
-    def _open(self) -> Any:
-        """Return ONNX Runtime's session: of the graph that is kept in the bundle, or of one made for now."""
+    def _open(self) -> OpenModel:
+        """Return the model in ONNX Runtime: of the graph that is kept in the bundle, or of one made for now."""
         bundle, compute = self._bundle, self.compute
-        kept = kept_graph(bundle, _form(compute), progress=self._progress)
-        if kept is not None:
+        graph = kept_graph(bundle, _form(compute), progress=self._progress)
+        if graph is not None:
             try:
-                return self._created(kept[0], bundle.directory)
+                return self._created(graph, model_files(bundle, _form(compute).directory))
             except CapacityError:
                 raise
             except BackendError:  # another process may have replaced what was kept, while ONNX Runtime read it
@@ -145,33 +146,32 @@ class OnnxRuntimeCudaSession(Session):
             with tempfile.TemporaryDirectory(prefix="gta-edge-") as temporary:
                 weights = Path(temporary).resolve() / "weights.data"
                 graph = cuda_graph(bundle, compute, weights, weights.name, self._progress, everything=True)
-                return self._created(graph, weights.parent)
+                return self._created(graph, {weights.name: weights})
         except OSError as error:
             raise BackendError(
                 f"{bundle.directory} cannot be written to, and neither can a copy of its weights in {compute} "
                 f"({error.strerror or error}); free some space, or set TMPDIR to a place that has more"
             ) from error
 
-    def _created(self, graph: bytes, weights: Path) -> Any:
+    def _created(self, graph: bytes, files: Mapping[str, Path]) -> OpenModel:
         if self.graph_refused is not None:
-            return self._create(graph, weights, "0")
+            return self._create(graph, files, "0")
         try:
-            return self._create(graph, weights, "1")
+            return self._create(graph, files, "1")
         except CapacityError:
             raise
         except BackendError as error:
             refusal = first_line(error.__cause__) if isinstance(error.__cause__, Exception) else str(error)
-        session = self._create(graph, weights, "0")
+        opened = self._create(graph, files, "0")
         self.graph_refused = refusal
-        return session
+        return opened
 
-    def _create(self, graph: bytes, weights: Path, enable_cuda_graph: str) -> Any:
+    def _create(self, graph: bytes, files: Mapping[str, Path], enable_cuda_graph: str) -> OpenModel:
         module = self._onnxruntime
         settings = module.SessionOptions()
         settings.log_severity_level = _FATAL  # its errors are raised, and must not stand beside ours on stderr
         # The graph has its fusions. Of the others one makes a Split of Slices again, see cuda_preparation.
         settings.graph_optimization_level = module.GraphOptimizationLevel.ORT_ENABLE_BASIC
-        settings.add_session_config_entry(WEIGHTS_FOLDER, str(weights.resolve()))
         device, device_id = self._device
         on_cuda = (
             CUDA_PROVIDER,
@@ -186,7 +186,9 @@ class OnnxRuntimeCudaSession(Session):
         model = self._bundle.model_path
         try:
             with quiet(module):
-                session = module.InferenceSession(graph, settings, providers=providers, enable_fallback=0)
+                opened = open_model(module, graph, files, settings, providers)
+        except GtaEdgeError:
+            raise
         except Exception as error:  # ONNX Runtime's errors have no common base
             if is_out_of_memory(error):
                 raise CapacityError(
@@ -199,15 +201,25 @@ class OnnxRuntimeCudaSession(Session):
                 f"{model}: ONNX Runtime {module.__version__} refuses the model ({first_line(error)}); "
                 "export the bundle again"
             ) from error
-        if device == "cuda" and CUDA_PROVIDER not in session.get_providers():
+        if device == "cuda" and CUDA_PROVIDER not in opened.session.get_providers():
             raise BackendError(f"ONNX Runtime {module.__version__} left the GPU unused; run `gta-edge doctor`")
         expected = {"input_ids", "past_length", "logit_positions"} | {f"past_{name}" for name in self._cache_names()}
-        if {value.name for value in session.get_inputs()} != expected:
+        if {value.name for value in opened.session.get_inputs()} != expected:
             raise BackendError(f"{model}: the graph is not that of config.json; export the bundle again")
-        return session
+        return opened
 
     def _release(self) -> None:
-        self._steps, self._caches, self._session = {}, {}, None
+        self._steps, self._caches = {}, {}
+        self._close_model()
+
+    def _close_model(self) -> None:
+        if self._model is not None:
+            self._model.close()
+        self._model = None
+
+    @property
+    def _session(self) -> Any:
+        return None if self._model is None else self._model.session
 
     # --- the cache -------------------------------------------------------------------------------------------------
 
@@ -230,9 +242,11 @@ class OnnxRuntimeCudaSession(Session):
                     content[:, :, :filled] = old.numpy()[:, :, :filled]
                 del old
                 self._caches[name] = self._buffer(content)
-        except Exception as error:  # ONNX Runtime's errors have no common base
+        except BaseException as error:  # ONNX Runtime's errors have no common base
             self._caches, self._capacity, self._length = {}, 0, np.zeros_like(self._length)
-            if not (isinstance(error, MemoryError) or is_out_of_memory(error)):
+            if not isinstance(error, Exception):
+                raise
+            if not is_out_of_memory(error):
                 raise BackendError(
                     f"ONNX Runtime made no cache ({first_line(error)}); run `gta-edge doctor`"
                 ) from error
@@ -252,6 +266,8 @@ class OnnxRuntimeCudaSession(Session):
 
     def _run(self, input_ids: Ids, past_length: Ids, logit_positions: Ids) -> Logits:
         wanted = logit_positions.shape[1]
+        if self._model is not None and self._device[0] == "cpu":  # a GPU has the weights in its own memory
+            self._model.check()
         if not wanted:  # logits for one position at least: not every kernel takes none
             logit_positions = np.zeros((len(input_ids), 1), np.int64)
         try:
@@ -262,8 +278,8 @@ class OnnxRuntimeCudaSession(Session):
         # Again, without a graph: it writes the same rows to the same places. What is left of a capture may not be run
         # on, so first that session goes, which the error held.
         self._forget_steps()
-        self._session = None
-        self._session = self._open()
+        self._close_model()
+        self._model = self._open()
         return self._run(input_ids, past_length, logit_positions)[:, :wanted]
 
     def _reject(self, error: Exception, input_ids: Ids) -> None:

@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gta_edge.bundle import Bundle
-from gta_edge.errors import BackendError, GtaEdgeError
-from gta_edge.optional import installed, optional
+from gta_edge.graph.io import load_graph, rewriting, run_passes, serialised
+from gta_edge.optional import optional
 from gta_edge.progress import Progress, silent
 from gta_edge.quantization import BITS
 from gta_edge.runtime.passes.expand_attention import ExpandAttentionPass
 from gta_edge.runtime.passes.fuse_norms import FuseNormsPass
 from gta_edge.runtime.passes.fuse_products import FuseProductsPass
 from gta_edge.runtime.passes.share_dimensions import ShareDimensionsPass
-from gta_edge.weights import check_locations
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 else:
     ir, common = optional("onnx_ir", "ort"), optional("onnx_ir.passes.common", "ort")
 
-__all__ = ["graph_without_new_weights", "graphs", "load_graph", "run_passes", "store_weights"]
+__all__ = ["graph_without_new_weights", "graphs", "store_weights", "tidied"]
 
 _INLINE_BYTES = 1024
 _INT8_ACTIVATIONS, _FLOAT32 = 4, 1  # MatMulNBits' accuracy levels
@@ -41,66 +40,47 @@ def graphs(bundle: Bundle, weights: Path, location: str, progress: Progress = si
         progress: told of each.
 
     Raises:
-        BundleError: the weights do not lie within the bundle.
-        BackendError: the bundle's graph cannot be read, or onnx-ir is not installed.
+        BundleError: the bundle's graph cannot be read or is none that export writes, or its weights cannot be read.
+        CapacityError: there is not enough memory.
+        BackendError: onnx-ir is not installed.
     """
-    model = load_graph(bundle)
-    run_passes(
+    model = load_graph(bundle.model_path, bundle.config)
+    tidied(
         model,
+        bundle,
         ExpandAttentionPass(),
         common.InlinePass(),
         ShareDimensionsPass(),
         FuseProductsPass(_INT8_ACTIVATIONS),
         FuseNormsPass(),
     )
-    store_weights(model, weights, location, progress)
-    default = bytes(ir.to_proto(model).SerializeToString())
+    with rewriting(bundle.model_path):
+        store_weights(model, weights, location, progress)
+    default = serialised(model, bundle.model_path)
     if bundle.precision not in BITS:
         return default, default
     for node in model.graph:
         if node.op_type == "MatMulNBits":
             node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", _FLOAT32)
-    return default, bytes(ir.to_proto(model).SerializeToString())
+    return default, serialised(model, bundle.model_path)
 
 
 def graph_without_new_weights(bundle: Bundle) -> bytes:
     """Return a graph that reads the bundle's weights as they are: for where no file can be written."""
-    model = load_graph(bundle)
-    run_passes(model, common.InlinePass(), ShareDimensionsPass(), FuseNormsPass())
-    return bytes(ir.to_proto(model).SerializeToString())
+    model = load_graph(bundle.model_path, bundle.config)
+    tidied(model, bundle, common.InlinePass(), ShareDimensionsPass(), FuseNormsPass())
+    return serialised(model, bundle.model_path)
 
 
-def load_graph(bundle: Bundle) -> ir.Model:
-    """Return a bundle's graph, whose weights are read when they are asked for.
-
-    Raises:
-        BundleError: the weights do not lie within the bundle.
-        BackendError: it cannot be read, or onnx-ir is not installed.
-    """
-    if not installed(ir):
-        ir.load(bundle.model_path)  # says what to install
-    try:
-        model = ir.load(bundle.model_path)
-    except Exception as error:  # the parser's errors have no common base
-        raise BackendError(f"{bundle.model_path}: is not a readable ONNX model ({error}); export it again") from error
-    check_locations(model, bundle.model_path)
-    return model
-
-
-def run_passes(model: ir.Model, *passes: ir.passes.PassBase) -> None:
-    """Run passes, and those that tidy up after any: unused nodes, common subexpressions, names.
+def tidied(model: ir.Model, bundle: Bundle, *passes: ir.passes.PassBase) -> ir.Model:
+    """Run passes, and those that tidy up after any: unused nodes, common subexpressions, names; return the model.
 
     Raises:
-        BackendError: a pass meets what it does not expect. An error of ours from within one passes as it is.
+        BundleError: a pass meets what it does not expect. An error of ours from within one passes as it is.
     """
     cleaning = common.RemoveUnusedNodesPass(), common.CommonSubexpressionEliminationPass(), common.NameFixPass()
-    try:
-        ir.passes.Sequential(*passes, *cleaning)(model)
-    except ir.passes.PassError as error:
-        cause = error.__cause__
-        if isinstance(cause, GtaEdgeError):
-            raise cause from error
-        raise BackendError(f"the graph is none that this version writes ({cause}); export the bundle again") from error
+    run_passes(model, bundle.model_path, *passes, *cleaning)
+    return model
 
 
 def store_weights(

@@ -14,7 +14,7 @@ They are artifacts (``formats.artifacts``): what another user or machine made, a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,15 +66,12 @@ class Prepared:
     Attributes:
         graph: the model, serialised; its weights are external files, named from the bundle's directory.
         rounds_activations: whether products round activations to int8.
-        kept: whether the graph is one that is kept.
-        weights: the files that only a kept graph names, mapped as they were verified, by the name in the graph; other
-            weights are the bundle's.
+        kept: whether the graph is one that is kept, with weights beside it that may be replaced at any time.
     """
 
     graph: bytes
     rounds_activations: bool
     kept: bool
-    weights: Mapping[str, memoryview] = field(default_factory=dict)
 
 
 def prepare(bundle: Bundle, *, exact: bool = False, progress: Progress = silent) -> Prepared:
@@ -89,11 +86,8 @@ def prepare(bundle: Bundle, *, exact: bool = False, progress: Progress = silent)
         BackendError: the bundle's graph cannot be read, or onnx-ir is missing to make a new one.
     """
     rounds = bundle.precision in BITS and not exact
-    found = kept_graph(bundle, _CPU, _EXACT if exact else GRAPH, progress)
-    if found is None:
-        return without_new_weights(bundle, exact=exact)
-    graph, weights = found
-    return Prepared(graph, rounds, kept=True, weights=weights)
+    graph = kept_graph(bundle, _CPU, _EXACT if exact else GRAPH, progress)
+    return without_new_weights(bundle, exact=exact) if graph is None else Prepared(graph, rounds, kept=True)
 
 
 def without_new_weights(bundle: Bundle, *, exact: bool = False) -> Prepared:
@@ -120,13 +114,8 @@ _CPU = Form("engines/onnxruntime", _for_cpu)
 # --- what any form needs to be kept --------------------------------------------------------------------------------
 
 
-def kept_graph(
-    bundle: Bundle, form: Form, name: str = GRAPH, progress: Progress = silent
-) -> tuple[bytes, dict[str, memoryview]] | None:
+def kept_graph(bundle: Bundle, form: Form, name: str = GRAPH, progress: Progress = silent) -> bytes | None:
     """Return a graph that is kept in a bundle, made now if there is none, or None if the bundle is not writable.
-
-    Returns:
-        The graph, serialised, and what it names of weights beside it: file from the bundle's directory, and content.
 
     Raises:
         BundleError, BackendError: from ``form.make``.
@@ -136,9 +125,7 @@ def kept_graph(
     kept = _kept(bundle, form, record, name, progress)
     if kept is None and _keep(bundle, form, record, progress):
         kept = _kept(bundle, form, record, name, progress)
-    if kept is None:
-        return None
-    return kept.read[name], {f"{form.directory}/{file}": content for file, content in kept.mapped.items()}
+    return None if kept is None else kept.read[name]
 
 
 def _keep(bundle: Bundle, form: Form, record: dict[str, Any], progress: Progress) -> bool:

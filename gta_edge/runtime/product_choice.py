@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from gta_edge.errors import EngineError
+from gta_edge.graph.io import run_passes
 from gta_edge.optional import optional
 from gta_edge.plugins import blockwise_matmul as op
 from gta_edge.runtime.engine import PRODUCTS
@@ -100,7 +101,7 @@ def calls_of(model: ir.Model) -> Counter[ProductCall]:
     Raises:
         EngineError: an input's width is not known.
     """
-    PackProductsPass()(model)
+    run_passes(model, "the bundle's graph", PackProductsPass())
     bits = {name: width for width, name in op.OPS.items()}
     return Counter(
         ProductCall(

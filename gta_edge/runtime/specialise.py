@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from gta_edge.bundle import MODEL, WEIGHTS, Bundle
 from gta_edge.config import GTAConfig
-from gta_edge.errors import CapacityError, EngineError, GtaEdgeError, InputError, OutputError
-from gta_edge.optional import installed, optional
+from gta_edge.errors import CapacityError, InputError, OutputError
+from gta_edge.graph.io import load_graph, rewriting, run_passes
+from gta_edge.optional import optional
 from gta_edge.progress import Progress, silent
 from gta_edge.runtime.engine import PRODUCTS
 from gta_edge.runtime.passes.fold_constants import FoldConstantsPass
@@ -27,7 +28,6 @@ from gta_edge.runtime.passes.set_capacity import SetCapacityPass
 from gta_edge.runtime.passes.share_dimensions import ShareDimensionsPass
 from gta_edge.runtime.passes.write_out_newer_ops import WriteOutNewerOpsPass
 from gta_edge.version import __version__
-from gta_edge.weights import check_locations
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -81,9 +81,9 @@ def specialise(
     Raises:
         InputError: the options do not go together, or not with this model.
         CapacityError: the model's positions do not reach that capacity.
-        BundleError: the weights do not lie within the bundle.
+        BundleError: the bundle's graph cannot be read or is none that export writes, or its weights cannot be read.
         OutputError: the directory holds a model, or cannot be written.
-        EngineError: the bundle's graph cannot be read or is none that this version writes.
+        EngineError: a weight is beyond float16's range, or an operator has no form that older parsers know.
         BackendError: onnx-ir is not installed.
     """
     _check(bundle, form, compute, cache_dtype, capacity, batch)
@@ -107,14 +107,16 @@ def specialise(
     if not newer_ops:
         passes += [WriteOutNewerOpsPass(), FoldConstantsPass()]
     passes.append(common.CommonSubexpressionEliminationPass())
-    _run(model, bundle, passes)
+    cleaning = common.RemoveUnusedNodesPass(), common.RemoveUnusedOpsetsPass(), common.NameFixPass()
+    run_passes(model, bundle.model_path, *passes, *cleaning)
     record: dict[str, Any] = {"format": FORMAT, "form": form, "compute": compute, "cache_dtype": quantised or compute}
     record |= {"capacity": capacity, "batch": batch, "newer_ops": newer_ops}
     record |= {"products": products, "packed": packing.products, "not_packed": packing.left}
     record |= {"gta_edge": __version__, "made_from": _sums(bundle)}
     try:
         directory.mkdir(exist_ok=True)
-        _write(model, directory, progress)
+        with rewriting(bundle.model_path):
+            _write(model, directory, progress)
         record["files"] = {
             name: {"bytes": (directory / name).stat().st_size} for name in _WRITTEN if (directory / name).exists()
         }
@@ -153,70 +155,26 @@ def load_model(bundle: Bundle) -> ir.Model:
     """Return a bundle's graph, whose weights are read when they are asked for.
 
     Raises:
-        EngineError: it cannot be read.
-        BundleError: the weights do not lie within the bundle.
+        BundleError: it cannot be read or is none that export writes, or the weights do not lie within the bundle.
         BackendError: onnx-ir is not installed.
     """
-    if not installed(ir):
-        ir.load(bundle.model_path)  # says what to install
-    try:
-        model = ir.load(bundle.model_path)
-    except Exception as error:  # the parser's errors have no common base
-        raise EngineError(f"{bundle.model_path}: is not a readable ONNX model ({error}); export it again") from error
-    check_locations(model, bundle.model_path)
-    return model
-
-
-def _run(model: ir.Model, bundle: Bundle, passes: list[ir.passes.PassBase]) -> None:
-    cleaning = common.RemoveUnusedNodesPass(), common.RemoveUnusedOpsetsPass(), common.NameFixPass()
-    try:
-        ir.passes.Sequential(*passes, *cleaning)(model)
-    except Exception as error:  # PassError wraps whatever a pass meets in a graph that it does not expect
-        raise _translated(error, f"{bundle.model_path}: is none that this version writes") from error
+    return load_graph(bundle.model_path, bundle.config, "tensorrt")
 
 
 def _write(model: ir.Model, directory: Path, progress: Progress) -> None:
     """Write graph and weights, one tensor in memory at a time."""
-    written: list[Any] = []
 
     def writing(tensor: Any, info: Any) -> None:
-        _release(written)
-        written.append(tensor)
         progress("writing weights", info.index + 1, info.total)
 
-    try:
-        ir.save(
-            model,
-            directory / MODEL,
-            external_data=WEIGHTS,
-            size_threshold_bytes=_INLINE_BYTES,
-            callback=writing,
-            max_workers=1,
-        )
-    except OSError:
-        raise
-    except Exception as error:  # of a lazy tensor, whose weight is read only now
-        raise _translated(error, "a weight cannot be written") from error
-    finally:
-        _release(written)
-
-
-def _release(tensors: list[Any]) -> None:
-    while tensors:
-        tensor = tensors.pop()
-        if isinstance(tensor, ir.ExternalTensor):
-            tensor.release()  # mapped pages count as memory in use
-
-
-def _translated(error: BaseException, what: str) -> GtaEdgeError:
-    """Return the error of ours behind one of onnx-ir's, or a new one."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, GtaEdgeError):
-            return cause
-        last, cause = cause, cause.__cause__
-    text = " ".join(str(last).split()) or type(last).__name__
-    return EngineError(f"{what} ({text}); export the bundle again")
+    ir.save(
+        model,
+        directory / MODEL,
+        external_data=WEIGHTS,
+        size_threshold_bytes=_INLINE_BYTES,
+        callback=writing,
+        max_workers=1,
+    )
 
 
 def _sums(bundle: Bundle) -> dict[str, str]:

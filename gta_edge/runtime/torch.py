@@ -7,6 +7,8 @@ stay in codes. Logits of a head in codes are rounded to fp16.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from gta_edge.bundle import Bundle
@@ -18,7 +20,7 @@ from gta_edge.packed_model import build_packed_decoder
 from gta_edge.plugins import torch_ops
 from gta_edge.plugins.launch import OLDEST
 from gta_edge.quantization import BITS
-from gta_edge.reference import build_decoder
+from gta_edge.reference import build_decoder, use_startable_threads
 from gta_edge.runtime.session import Ids, Logits, Session
 from gta_edge.runtime.torch_graph import DecodeGraph
 from gta_edge.weights import read_stored, read_weights
@@ -67,10 +69,35 @@ def load_decoder(bundle: Bundle, device: str, compute: str) -> Decoder:
 
     Raises:
         BundleError: the weights cannot be read, or do not fit the config.
+        CapacityError: there is no memory for it.
     """
-    if multiplies_codes(bundle.precision, device, compute):
-        return build_packed_decoder(bundle.config, read_stored(bundle.model_path, bundle.config), device)
-    return build_decoder(bundle.config, read_weights(bundle.model_path, bundle.config))
+    with _within_memory(f"{bundle.model_path}: there is no memory for the model"):
+        if multiplies_codes(bundle.precision, device, compute):
+            return build_packed_decoder(bundle.config, read_stored(bundle.model_path, bundle.config), device)
+        return build_decoder(bundle.config, read_weights(bundle.model_path, bundle.config))
+
+
+_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc", "bad allocation")
+"""What torch says on a CPU, in a RuntimeError."""
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY)
+
+
+@contextmanager
+def _within_memory(
+    problem: str, remedy: str = "close other programs, or export with --precision int4"
+) -> Iterator[None]:
+    """Turn torch's errors for want of memory, on a GPU or a CPU, into a CapacityError."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise CapacityError(f"{problem}; {remedy}") from error
 
 
 def _latent_in_place(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -94,6 +121,7 @@ class TorchSession(Session):
 
     Raises:
         BackendError: an unknown type to compute in, or no such device.
+        CapacityError: there is no memory for the model in that type, or the system lets fewer threads start.
     """
 
     backend = "torch"
@@ -116,14 +144,14 @@ class TorchSession(Session):
             raise BackendError(f"torch computes in {', '.join(COMPUTE_TYPES)}, not in {compute}")
         if on_gpu and not torch.cuda.is_available():
             raise BackendError("torch finds no CUDA GPU here; run `gta-edge doctor`, or take the device cpu")
-        if threads:
-            torch.set_num_threads(threads)
+        use_startable_threads(threads)
         in_place = _latent_in_place if isinstance(model.config, GTAConfig) else _query_in_place
         for layer in model.model.layers:
             layer.self_attn.attention = in_place  # type: ignore[union-attr]  # torch types every module's child so
         self.compute = compute
         self._options = {"device": torch.device(device), "dtype": getattr(torch, COMPUTE_TYPES[compute])}
-        self._model = model.eval().requires_grad_(False).to(**self._options)
+        with _within_memory(f"there is no memory for the model in {compute}"):
+            self._model = model.eval().requires_grad_(False).to(**self._options)
         self._caches: list[Cache] = []
         self._graph: DecodeGraph | None = None
 
@@ -145,24 +173,26 @@ class TorchSession(Session):
                 return
             for i, layer in enumerate(old):  # a layer at a time: never twice the whole cache
                 self._caches[i] = (_grown(layer[0], capacity), _grown(layer[1], capacity))
-        except torch.OutOfMemoryError as error:
-            needed = batch * capacity * self.config.cache_bytes_per_token(2 if self.compute != "fp32" else 4)
+        except BaseException as error:
             self._caches = []  # layers of both sizes are of no use
             self._length[:] = 0
             self._capacity = 0
+            if not _is_out_of_memory(error):
+                raise
+            needed = batch * capacity * self.config.cache_bytes_per_token(2 if self.compute != "fp32" else 4)
             raise CapacityError(
-                f"a cache of {capacity} tokens for {batch} rows takes {needed / 2**30:.2f} GiB, and the GPU has not "
-                "that much left; the session is now empty: give shorter prompts or fewer rows"
+                f"a cache of {capacity} tokens for {batch} rows takes {needed / 2**30:.2f} GiB, and {self._place} has "
+                "not that much left; the session is now empty: give shorter prompts or fewer rows"
             ) from error
 
     def _run(self, input_ids: Ids, past_length: Ids, logit_positions: Ids) -> Logits:
-        try:
+        problem = f"{self._place} has too little memory left for {input_ids.size} tokens at once"
+        with _within_memory(problem, "give a smaller chunk_size or fewer rows"):
             return self._appended(input_ids, past_length, logit_positions)
-        except torch.OutOfMemoryError as error:
-            raise CapacityError(
-                f"the GPU has too little memory left for {input_ids.size} tokens at once; give a smaller chunk_size "
-                "or fewer rows"
-            ) from error
+
+    @property
+    def _place(self) -> str:
+        return "the machine" if self._options["device"].type == "cpu" else "the GPU"
 
     def _appended(self, input_ids: Ids, past_length: Ids, logit_positions: Ids) -> Logits:
         with torch.inference_mode():

@@ -19,6 +19,7 @@ from tests import reference
 from tests.export.checkpoints import write_checkpoint
 
 COPIED = "in-place optimization not activated"  # what ONNX Runtime logs when it copies a cache
+WARNINGS = 2  # the severity from which on it does
 VOCAB = 61
 
 
@@ -51,6 +52,7 @@ def ids(batch: int, tokens: int) -> np.ndarray:
 
 
 def test_no_step_copies_the_cache(session: OnnxRuntimeSession, capfd: pytest.CaptureFixture[str]) -> None:
+    session._run_options.log_severity_level = WARNINGS
     session.forward(ids(2, 10))
     addresses = {name: cache.ctypes.data for name, cache in session._caches.items()}
     before = {name: cache.copy() for name, cache in session._caches.items()}
@@ -68,6 +70,7 @@ def test_no_step_copies_the_cache(session: OnnxRuntimeSession, capfd: pytest.Cap
 
 def test_a_copy_would_be_heard_of(session: OnnxRuntimeSession, capfd: pytest.CaptureFixture[str]) -> None:
     """With other memory behind its outputs the same step copies, and says so: the test above can fail."""
+    session._run_options.log_severity_level = WARNINGS
     session.forward(ids(1, 1))
     for name in session._caches:
         session._step.binding.bind_output(f"present_{name}", "cpu")
@@ -80,6 +83,8 @@ def test_no_step_copies_the_cache_where_activations_are_rounded(
 ) -> None:
     """What sessions do by default; for integers it is another graph than the exact one."""
     with load(bundle, "onnxruntime") as session:
+        assert isinstance(session, OnnxRuntimeSession)
+        session._run_options.log_severity_level = WARNINGS
         for tokens in (5, 1, 2, 1):
             session.forward(ids(2, tokens))
             assert all((cache[:, :, : session.length[0]] != 0).any(axis=-1).all() for cache in session._caches.values())

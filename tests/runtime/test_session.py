@@ -1,7 +1,9 @@
 """What every session does, whatever its backend."""
 
 import functools
+import itertools
 import json
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -706,3 +708,54 @@ def test_any_sequence_of_calls_gives_what_the_tokens_in_the_cache_give(name, mod
                         assert_same(found[i], exact_logits(model, row)[-1])
             np.testing.assert_array_equal(session.length, [len(row) for row in held])
             assert max(len(row) for row in held) <= session.capacity <= P
+
+
+# --- Ctrl-C ----------------------------------------------------------------------------------------------------------
+
+
+def interrupted(call: Callable[[], Any], line: int) -> bool:
+    """Let Ctrl-C come before the given line that runs in a session's own modules; tell whether there were so many."""
+    left = line
+
+    def trace(frame: Any, event: str, argument: Any) -> Any:
+        nonlocal left
+        if "/gta_edge/runtime/" not in frame.f_code.co_filename:
+            return None
+        left -= event == "line"
+        if left == 0 and event == "line":
+            raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+@pytest.mark.parametrize(("backend", "model"), [(backend, "gta") for backend in SESSIONS], indirect=True)
+def test_ctrl_c_at_any_line_leaves_what_was_appended(start, model):
+    """In the middle of a prompt's chunks, of growth, of a step: the length is of what is there, and it goes on."""
+    ids = prompt(2, 14)
+    exact = np.stack([exact_logits(model, row)[-1] for row in ids])
+    lengths = set()
+    for line in itertools.count(1, 23):
+        session = start(chunk_size=4, capacity_step=5)
+        stopped = interrupted(lambda session=session: session.forward(ids), line)
+        there = set(session.length.tolist())
+        assert len(there) == 1
+        (length,) = there
+        lengths.add(length)
+        if length == 14:
+            session.truncate(13)
+            length = 13
+        assert_same(session.forward(ids[:, length:]), exact)
+        session.close()
+        if not stopped:
+            break
+    assert lengths >= {0, 14}
+    assert len(lengths) > 2

@@ -674,32 +674,32 @@ def damaged(model: onnx.ModelProto, what: str) -> None:
 
 @pytest.mark.parametrize("newer_ops", [True, False])
 @pytest.mark.parametrize(
-    ("what", "kind", "message"),
+    ("what", "message"),
     [
-        ("an operator", EngineError, "Strange is no operator"),
-        ("a plugin that there is none of", EngineError, "no plugin implements gta::Strange"),
-        ("a file elsewhere", BundleError, "lies outside the bundle"),
-        ("a cache without a name", EngineError, "axis 2 of past_key.0 has no name"),
-        ("an attention with fewer inputs", EngineError, "export the bundle again"),
-        ("no standard opset", EngineError, "export the bundle again"),
+        ("an operator", "a node 'Strange', which no bundle has"),
+        ("a plugin that there is none of", "a node 'gta::Strange', which no bundle has"),
+        ("a file elsewhere", "lies outside the bundle"),
+        ("a cache without a name", "its input past_key.0 is"),
+        ("an attention with fewer inputs", "a GroupedLatentAttention has 3 inputs"),
+        ("no standard opset", "its opsets are"),
     ],
 )
 def test_bundles_that_were_tampered_with(
-    copied_bundle: Path, tmp_path: Path, what: str, kind: type[GtaEdgeError], message: str, newer_ops: bool
+    copied_bundle: Path, tmp_path: Path, what: str, message: str, newer_ops: bool
 ) -> None:
     bundle = Bundle.open(copied_bundle)
     model = onnx.load(bundle.model_path, load_external_data=False)
     damaged(model, what)
     bundle.model_path.write_bytes(model.SerializeToString())
-    with pytest.raises(kind) as caught:
+    with pytest.raises(BundleError) as caught:
         plugin_form(bundle, tmp_path / "model", compute="fp16", newer_ops=newer_ops)
-    assert_one_line(caught.value, kind, message)
+    assert_one_line(caught.value, BundleError, message)
 
 
 def test_a_file_that_is_no_model(copied_bundle: Path, tmp_path: Path) -> None:
     bundle = Bundle.open(copied_bundle)
     bundle.model_path.write_bytes(b"no model")
-    with pytest.raises(EngineError, match=r"model\.onnx: is not a readable ONNX model .*; export it again$"):
+    with pytest.raises(BundleError, match=r"model\.onnx: is no graph that gta-edge writes \(.*\); export the bundle"):
         plugin_form(bundle, tmp_path / "model", compute="fp16")
 
 

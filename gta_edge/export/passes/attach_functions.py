@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from gta_edge.graph.io import add_function
 from gta_edge.optional import optional
 from gta_edge.plugins import grouped_latent_attention as op
 
 if TYPE_CHECKING:
-    import onnx
     import onnx_ir as ir
 else:
-    onnx, ir = optional("onnx", "export"), optional("onnx_ir", "export")
+    ir = optional("onnx_ir", "export")
 
 __all__ = ["AttachFunctionsPass"]
 
@@ -34,16 +34,9 @@ class AttachFunctionsPass(ir.passes.InPlacePass):
         # what torch writes for opset 23 means the same in opset 24
         model.graph.opset_imports[""] = op.OPSET
         if op.OP in used - attached:
-            _add(model, op.FUNCTION)
+            add_function(model, op.FUNCTION)
         if op.BASELINE_OP in used:
-            _add(model, op.BASELINE_FUNCTION)
+            add_function(model, op.BASELINE_FUNCTION)
             model = ir.passes.common.InlinePass()(model).model
             model.graph.opset_imports.pop(op.DOMAIN, None)
         return ir.passes.PassResult(model, modified)
-
-
-def _add(model: ir.Model, text: str) -> None:
-    import onnx.parser
-
-    function = ir.serde.deserialize_function(onnx.parser.parse_function(text))
-    model.functions[function.identifier()] = function

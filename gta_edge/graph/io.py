@@ -1,0 +1,147 @@
+"""A bundle's graph, from its file to passes and on: every path to a session or an engine reads it here."""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gta_edge.bundle import WEIGHTS
+from gta_edge.config import ModelConfig
+from gta_edge.errors import BundleError, CapacityError, GtaEdgeError
+from gta_edge.files import bundle_file
+from gta_edge.graph.stored import StoredTensor
+from gta_edge.graph.validate import check_model, keep_known_fields
+from gta_edge.optional import installed, optional
+from gta_edge.plugins import grouped_latent_attention as op
+from gta_edge.support.text import one_line, printable
+
+if TYPE_CHECKING:
+    import onnx
+    import onnx_ir as ir
+else:
+    onnx, ir = optional("onnx", "ort"), optional("onnx_ir", "ort")
+
+__all__ = ["add_function", "load_graph", "rewriting", "run_passes", "serialised"]
+
+_FIXED_BYTES, _LAYER_BYTES, _MOST_BYTES = 2**22, 2**16, 2**24
+"""Of a graph's file: a layer takes a fifth of that, and parsed it takes many times its size."""
+_REMEDY = "export the bundle again, or copy it anew"
+
+
+def load_graph(model_path: Path, config: ModelConfig, extra: str = "ort") -> ir.Model:
+    """Return a bundle's graph, whose weights are read when they are asked for.
+
+    The file may be anybody's; see ``validate``. What the attention's function means is written down in this package,
+    and its own definition takes the place of the file's.
+
+    Args:
+        model_path: the bundle's ONNX file.
+        config: of the bundle.
+        extra: of this package that brings onnx-ir, for what the error says where it is missing.
+
+    Raises:
+        BundleError: it is not a graph that export writes for this config, or its weights do not lie in the bundle.
+        BackendError: onnx-ir is not installed.
+    """
+    if not installed(ir):
+        optional("onnx_ir", extra)()  # says what to install
+    directory = model_path.parent
+    content = _content(model_path, config)
+    weights = directory / WEIGHTS
+    try:
+        file = bundle_file(directory, WEIGHTS) if weights.exists() or weights.is_symlink() else None
+        file_bytes = {} if file is None else {WEIGHTS: file.stat().st_size}
+        proto = onnx.ModelProto.FromString(content)
+        keep_known_fields(proto)
+        check_model(proto, config, file_bytes)
+        del proto.functions[:]
+        model: ir.Model = ir.from_proto(proto)
+    except GtaEdgeError:
+        raise
+    except MemoryError as error:
+        raise CapacityError(f"{printable(str(model_path))}: no memory to read it; close other programs") from error
+    except Exception as error:  # the parser's errors have no common base
+        raise BundleError(
+            f"{printable(str(model_path))}: is no graph that gta-edge writes ({one_line(error, 250)}); {_REMEDY}"
+        ) from error
+    for value in model.graph.initializers.values():
+        if isinstance(value.const_value, ir.ExternalTensor):
+            assert file is not None  # check_model found it there
+            value.const_value = StoredTensor(file, value.const_value)
+    if any(node.domain == op.DOMAIN for node in model.graph):
+        add_function(model, op.FUNCTION)
+    return model
+
+
+def add_function(model: ir.Model, text: str) -> None:
+    """Add a function of ours to a model, given in ONNX's text form."""
+    import onnx.parser
+
+    function = ir.serde.deserialize_function(onnx.parser.parse_function(text))
+    model.functions[function.identifier()] = function
+
+
+def _content(path: Path, config: ModelConfig) -> bytes:
+    most = min(_FIXED_BYTES + _LAYER_BYTES * config.num_hidden_layers, _MOST_BYTES)
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise BundleError(f"{printable(str(path))}: is not a regular file; {_REMEDY}")
+        with path.open("rb") as file:
+            content = file.read(most + 1)
+    except OSError as error:
+        raise BundleError(f"{printable(str(path))}: cannot be read ({error.strerror}); {_REMEDY}") from error
+    if len(content) > most:
+        raise BundleError(
+            f"{printable(str(path))}: has more than {most} bytes, too many for a graph of "
+            f"{config.num_hidden_layers} layers; {_REMEDY}"
+        )
+    return content
+
+
+def run_passes(model: ir.Model, where: Path | str, *passes: ir.passes.PassBase) -> None:
+    """Run passes over a bundle's graph; ``where`` is the file that it comes from.
+
+    Raises:
+        GtaEdgeError: as ``rewriting`` has it.
+    """
+    with rewriting(where):
+        ir.passes.Sequential(*passes)(model)
+
+
+def serialised(model: ir.Model, where: Path | str) -> bytes:
+    """Return a model as its file holds it; weights that were put off and stay in it are made now.
+
+    Raises:
+        GtaEdgeError: as ``rewriting`` has it.
+    """
+    with rewriting(where):
+        return bytes(ir.to_proto(model).SerializeToString())
+
+
+@contextmanager
+def rewriting(where: Path | str) -> Iterator[None]:
+    """Turn whatever passes, and the making of weights that they have put off, meet in a graph into an error of ours.
+
+    An error of ours from within one passes as it is, and so does an OSError, which is of the place written to.
+
+    Raises:
+        BundleError: the graph is not as a pass relies on.
+        CapacityError: there is not enough memory.
+    """
+    try:
+        yield
+    except (GtaEdgeError, OSError):
+        raise
+    except Exception as error:  # a pass may meet anything, and onnx-ir wraps it in errors of its own
+        cause: BaseException = error
+        while not isinstance(cause, (GtaEdgeError, MemoryError, OSError)) and cause.__cause__ is not None:
+            cause = cause.__cause__
+        if isinstance(cause, (GtaEdgeError, OSError)):
+            raise cause from error
+        name = printable(str(where))
+        if isinstance(cause, MemoryError):
+            raise CapacityError(f"{name}: no memory to lay out its weights; close other programs") from error
+        raise BundleError(f"{name}: is no graph that gta-edge writes ({one_line(cause, 250)}); {_REMEDY}") from error

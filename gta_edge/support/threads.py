@@ -1,0 +1,52 @@
+"""How many threads the system lets this process start: limits of processes (``ulimit -u``, a container's) make it few.
+
+Libraries do not ask. ONNX Runtime waits for ever where some of its threads start and others do not, and OpenMP ends the
+process where one does not.
+"""
+
+from __future__ import annotations
+
+import threading
+
+from gta_edge.errors import CapacityError
+
+__all__ = ["startable_threads", "threads_to_use"]
+
+
+def startable_threads(wanted: int) -> int:
+    """Return how many threads can be started beside those that run, ``wanted`` at most: as many are, and end again."""
+    end = threading.Event()
+    started: list[threading.Thread] = []
+    try:
+        for _ in range(wanted):
+            thread = threading.Thread(target=end.wait, daemon=True)
+            thread.start()
+            started.append(thread)
+    except RuntimeError:  # "can't start new thread"
+        pass
+    finally:
+        end.set()
+        for thread in started:
+            thread.join()
+    return len(started)
+
+
+def threads_to_use(wanted: int, *, asked: bool) -> int:
+    """Return how many threads a library may be told to compute with, this one included.
+
+    Args:
+        wanted: how many are of use.
+        asked: whether somebody asked for this number, who then is told that there are fewer.
+
+    Raises:
+        CapacityError: there are fewer, and this number was asked for.
+    """
+    if wanted < 2:
+        return wanted
+    possible = min(wanted, max(1, startable_threads(wanted)))  # one more than it starts, for what else it may start
+    if asked and possible < wanted:
+        raise CapacityError(
+            f"{wanted} threads were asked for, and this process may start {possible - 1} beside its own (ulimit -u, or "
+            f"the container's limit of processes); raise the limit, or give --threads {possible}"
+        )
+    return possible
