@@ -23,6 +23,7 @@ from gta_edge.ort import EXACT_PRODUCTS, INT8_PRODUCTS, WEIGHTS_FOLDER, first_li
 from gta_edge.progress import Progress, silent
 from gta_edge.runtime.prepared import prepare, without_new_weights
 from gta_edge.runtime.session import Ids, Logits, Session
+from gta_edge.support.cores import threads_for
 
 __all__ = ["OnnxRuntimeSession"]
 
@@ -46,13 +47,14 @@ class OnnxRuntimeSession(Session):
 
     Args:
         bundle: the model.
-        threads: threads for one operator; None for one per core.
+        threads: threads for one operator; None for one on each core that this process may use.
         exact: multiply by int8 and int4 weights in float32, instead of rounding activations to int8.
         progress: told of weights that are laid out anew.
         options: as ``Session`` takes them.
 
     Raises:
         BackendError: ONNX Runtime is missing, too old, or refuses the model.
+        InputError: more threads than could be of use.
     """
 
     backend = "onnxruntime"
@@ -72,7 +74,7 @@ class OnnxRuntimeSession(Session):
         self.rounds_activations = prepared.rounds_activations
         settings = onnxruntime.SessionOptions()
         settings.log_severity_level = _FATAL  # its errors are raised, and must not stand beside ours on stderr
-        settings.intra_op_num_threads = threads or 0
+        settings.intra_op_num_threads = threads_for(threads)  # its own default are all cores of the machine
         settings.add_session_config_entry(WEIGHTS_FOLDER, str(bundle.directory.resolve()))
         settings.add_session_config_entry(*(EXACT_PRODUCTS if exact else INT8_PRODUCTS))
         providers = ["CPUExecutionProvider"]
@@ -113,6 +115,9 @@ class OnnxRuntimeSession(Session):
     def close(self) -> None:
         super().close()
         self._step, self._buffers, self._caches, self._session = None, {}, {}, None
+
+    def _host_cache_bytes(self, batch: int, capacity: int) -> int:
+        return batch * capacity * self.config.cache_bytes_per_token()
 
     def _resize(self, batch: int, capacity: int) -> None:
         self._step = None  # it holds addresses of the old buffers

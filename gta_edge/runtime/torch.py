@@ -21,6 +21,7 @@ from gta_edge.quantization import BITS
 from gta_edge.reference import build_decoder
 from gta_edge.runtime.session import Ids, Logits, Session
 from gta_edge.runtime.torch_graph import DecodeGraph
+from gta_edge.support.cores import threads_for
 from gta_edge.weights import read_stored, read_weights
 
 if TYPE_CHECKING:
@@ -89,11 +90,13 @@ class TorchSession(Session):
             the in-place op.
         device: ``cpu``, or ``cuda`` with or without a number.
         compute: ``fp32``, ``fp16`` or ``bf16``.
-        threads: threads for one operator, for the whole process; None leaves torch's own choice.
+        threads: threads for one operator, for the whole process; None leaves torch's own choice, as far as this process
+            may use so many cores.
         options: as ``Session`` takes them.
 
     Raises:
         BackendError: an unknown type to compute in, or no such device.
+        InputError: more threads than could be of use.
     """
 
     backend = "torch"
@@ -116,8 +119,9 @@ class TorchSession(Session):
             raise BackendError(f"torch computes in {', '.join(COMPUTE_TYPES)}, not in {compute}")
         if on_gpu and not torch.cuda.is_available():
             raise BackendError("torch finds no CUDA GPU here; run `gta-edge doctor`, or take the device cpu")
-        if threads:
-            torch.set_num_threads(threads)
+        # torch counts the cores that the process may run on, and not how much of their time it gets
+        threads = threads_for(threads) if threads else min(torch.get_num_threads(), threads_for(None))
+        torch.set_num_threads(threads)
         in_place = _latent_in_place if isinstance(model.config, GTAConfig) else _query_in_place
         for layer in model.model.layers:
             layer.self_attn.attention = in_place  # type: ignore[union-attr]  # torch types every module's child so
@@ -134,6 +138,10 @@ class TorchSession(Session):
     @property
     def cuda_graph(self) -> bool | None:
         return None if self._graph is None else True
+
+    def _host_cache_bytes(self, batch: int, capacity: int) -> int:
+        on_cpu = self._options["device"].type == "cpu"
+        return batch * capacity * self.config.cache_bytes_per_token(4 if self.compute == "fp32" else 2) if on_cpu else 0
 
     def _resize(self, batch: int, capacity: int) -> None:
         self._graph = None  # it holds the old caches' addresses

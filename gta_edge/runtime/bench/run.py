@@ -28,7 +28,7 @@ from gta_edge.runtime.bench.figures import settled, summarise
 from gta_edge.runtime.bench.process import Worker, environment_for
 from gta_edge.runtime.bench.report import Comparison, describe_machine, report
 from gta_edge.runtime.bench.targets import Target
-from gta_edge.runtime.memory import available_bytes
+from gta_edge.support.memory import available_bytes
 
 __all__ = ["DEFAULT_CONTEXTS", "Settings", "bench"]
 
