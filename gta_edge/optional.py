@@ -110,8 +110,13 @@ def _failed(name: str, error: BaseException) -> UnusableError:
     """
     for each in (name, getattr(error, "name", None)):
         _check_version(each or name)
-    _failures[name] = f"is installed and cannot be loaded ({type(error).__name__}: {one_line(error)})"
+    _failures[name] = f"is installed and cannot be loaded ({type(error).__name__}: {_said(error)})"
     return UnusableError(name, _failures[name])
+
+
+def _said(error: BaseException) -> str:
+    """Return what an import said, without the mark that parts a message from its remedy."""
+    return one_line(error).replace("; ", ", ")
 
 
 def _check_parent(name: str, error: ModuleNotFoundError) -> None:

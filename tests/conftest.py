@@ -1,10 +1,14 @@
 """What tests of several modules share: one tiny model, exported once per run, and the command run in this process."""
 
+import os
 import shutil
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+
+# Many tests import ONNX Runtime themselves, which must not write into a home directory nor ask a name server.
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 import pytest
 

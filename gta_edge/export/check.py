@@ -17,6 +17,7 @@ from gta_edge.fidelity import Report, difference, probe
 from gta_edge.ort import EXACT_PRODUCTS, first_line, load_onnxruntime
 from gta_edge.progress import Progress, silent
 from gta_edge.reference import compare_weights
+from gta_edge.support.cores import threads_for
 
 __all__ = ["check_export", "raise_if_failed"]
 
@@ -46,6 +47,7 @@ def _plain_logits(bundle: Bundle, ids: npt.NDArray[np.int64], prefill: int) -> n
     onnxruntime = load_onnxruntime()
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # copying the cache is meant here, and errors are raised
+    options.intra_op_num_threads = threads_for(None)
     options.add_session_config_entry(*EXACT_PRODUCTS)
     try:
         session = onnxruntime.InferenceSession(bundle.model_path, options, providers=["CPUExecutionProvider"])

@@ -31,6 +31,7 @@ from gta_edge.progress import Progress, silent
 from gta_edge.runtime.cuda import free_gpu_bytes
 from gta_edge.runtime.prepared import GRAPH, Form, kept_graph
 from gta_edge.runtime.session import Ids, Logits, Session
+from gta_edge.support.cores import threads_for
 
 __all__ = ["COMPUTE_TYPES", "OnnxRuntimeCudaSession", "default_compute"]
 
@@ -169,6 +170,7 @@ class OnnxRuntimeCudaSession(Session):
         module = self._onnxruntime
         settings = module.SessionOptions()
         settings.log_severity_level = _FATAL  # its errors are raised, and must not stand beside ours on stderr
+        settings.intra_op_num_threads = threads_for(None)
         # The graph has its fusions. Of the others one makes a Split of Slices again, see cuda_preparation.
         settings.graph_optimization_level = module.GraphOptimizationLevel.ORT_ENABLE_BASIC
         settings.add_session_config_entry(WEIGHTS_FOLDER, str(weights.resolve()))
