@@ -19,7 +19,7 @@ from gta_edge.errors import BackendError
 from gta_edge.files import cache_directory
 from gta_edge.support.text import one_line, printable
 
-__all__ = ["UnusableError", "find_module", "installed", "keep_silent", "optional"]
+__all__ = ["UnusableError", "find_module", "installed", "keep_silent", "optional", "too_old"]
 
 _DISTRIBUTION = "gta-edge"
 
@@ -86,6 +86,25 @@ def find_module(name: str) -> ModuleType | None:
     return module
 
 
+def too_old() -> str | None:
+    """Return in one line which installed library is older than this package requires, None where none is.
+
+    For errors that nobody expected; pip sees to it at installation, and whoever installs something else later may undo
+    it.
+    """
+    for distribution, floor in _floors().items():
+        try:
+            found = version(distribution)
+        except PackageNotFoundError:
+            continue
+        if floor and _numbers(found) < _numbers(floor):
+            return (
+                f"{distribution} {printable(found)} is too old; expected {floor} or later: "
+                f"run: pip install '{distribution}>={floor}'"
+            )
+    return None
+
+
 def keep_silent(name: str) -> None:
     """Turn off what a library would send or write into the home directory; to be called before it is imported.
 
@@ -127,7 +146,7 @@ def _check_parent(name: str, error: ModuleNotFoundError) -> None:
     """
     above = str(error.name).rpartition(".")[0]
     parent = sys.modules.get(above)
-    if parent is None:
+    if parent is None or str(error.name) in sys.modules:  # there it is None, by which Python is told that it is absent
         return
     if not hasattr(parent, "__path__"):
         raise _hidden(name, parent)

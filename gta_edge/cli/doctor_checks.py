@@ -58,7 +58,7 @@ def _ask(names: Sequence[str]) -> tuple[list[Answer], Answer]:
             done = subprocess.run(
                 command,
                 stdin=subprocess.DEVNULL,
-                stdout=errors,
+                stdout=subprocess.DEVNULL,
                 stderr=errors,
                 pass_fds=(out.fileno(),),
                 timeout=_TIMEOUT_S,

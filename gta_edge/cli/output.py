@@ -20,6 +20,7 @@ import rich.table
 import typer
 
 from gta_edge.errors import GtaEdgeError
+from gta_edge.optional import too_old
 from gta_edge.progress import Progress, silent
 
 __all__ = ["FAILED", "INTERRUPTED", "Output", "command", "current", "key_value_table"]
@@ -140,6 +141,8 @@ def _describe(error: BaseException) -> str:
         return f"{error.filename or 'input or output'}: {error.strerror or error}; check the path and its permissions"
     if isinstance(error, GtaEdgeError):
         return str(error)
+    if isinstance(error, (AttributeError, ImportError, TypeError)) and (old := too_old()):
+        return f"{old} ({type(error).__name__}: {error})"  # what it lacks, or took in another form then
     return f"unexpected {type(error).__name__}: {error}; run again with --debug and please report it"
 
 

@@ -29,7 +29,7 @@ def usable_cores(proc: Path = PROC) -> int:
     return max(1, min([len(_affinity()), *_quotas(proc)]))
 
 
-def threads_for(asked: int | None, proc: Path = PROC) -> int:
+def threads_for(asked: int | None, proc: Path = PROC, topology: Path = TOPOLOGY) -> int:
     """Return how many threads are to compute: as many as asked for, else one for each core that may be used.
 
     Two hardware threads of one core count once, since they share what multiplies.
@@ -38,7 +38,7 @@ def threads_for(asked: int | None, proc: Path = PROC) -> int:
         InputError: more than ``check_threads`` lets pass.
     """
     check_threads(asked)
-    return asked or max(1, min([_physical(_affinity()), *_quotas(proc)]))
+    return asked or max(1, min([_physical(_affinity(), topology), *_quotas(proc)]))
 
 
 def check_threads(asked: int | None) -> None:
@@ -62,7 +62,7 @@ def _affinity() -> set[int]:
         return set(range(installed_cores()))
 
 
-def _physical(cpus: set[int], topology: Path = TOPOLOGY) -> int:
+def _physical(cpus: set[int], topology: Path) -> int:
     """Return how many cores these CPUs are on, each counted by itself where the system does not say."""
     cores = set()
     for cpu in cpus:
