@@ -37,6 +37,7 @@ from gta_edge.config import ModelConfig
 from gta_edge.errors import BackendError, GtaEdgeError, InputError, OutputError
 from gta_edge.export.initialise import initialise
 from gta_edge.presets import preset
+from gta_edge.support.cores import usable_cores
 
 TORCH = ("torch==2.13.0",)
 PEER_PACKAGES = ("onnxruntime-genai==0.18.0", "transformers", "onnx", "onnx-ir", "sentencepiece")
@@ -166,7 +167,8 @@ class Models:
 def logged(command: list[str], log: Path, what: str) -> None:
     """Run a command with its output in a log; where it fails, the error has the log's last lines."""
     with log.open("w", encoding="utf-8") as file:
-        environment = os.environ | {"HF_HUB_OFFLINE": "1"}  # everything it needs lies in the checkpoint
+        # everything it needs lies in the checkpoint, and nothing is told to anybody
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "ORT_DISABLE_TELEMETRY": "1"}
         result = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment, check=False)
     if result.returncode:
         last = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
@@ -205,7 +207,10 @@ def _peer_versions(python: Path) -> tuple[dict[str, str] | None, str]:
         "print(json.dumps({'python': platform.python_version()} | {name: version(name) for name in names}))"
     )
     try:
-        result = subprocess.run([str(python), "-E", "-c", program], capture_output=True, text=True, check=False)
+        silent = os.environ | {"ORT_DISABLE_TELEMETRY": "1"}
+        result = subprocess.run(
+            [str(python), "-E", "-c", program], env=silent, capture_output=True, text=True, check=False
+        )
     except OSError as error:
         return None, str(error.strerror)
     if result.returncode:
@@ -338,7 +343,7 @@ def machine() -> Document:
     """Return what the figures depend on beside the software."""
     return {
         "cpu": _proc("/proc/cpuinfo", "model name") or platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": usable_cores(),
         "memory_bytes": int((_proc("/proc/meminfo", "MemTotal") or "0").split()[0]) * 1024,
         "os": f"{_distribution()}, Linux {platform.release()}",
     }
@@ -601,7 +606,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--block-size", type=int, choices=[16, 32, 64, 128], default=32, help="for int4")
     parser.add_argument("--layers", type=_positive, help="layers, instead of the models' own 54")
     # the same for all but the peer as it comes, which takes half of the cores
-    parser.add_argument("--threads", type=_positive, default=len(os.sched_getaffinity(0)), help="one per core")
+    parser.add_argument("--threads", type=_positive, default=usable_cores(), help="one per core")
     parser.add_argument("--peer-python", type=Path, help="an interpreter that has onnxruntime-genai and its builder")
     parser.add_argument("--fresh", action="store_true", help="make the models anew")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure of every round")

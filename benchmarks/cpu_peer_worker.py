@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import statistics
 import sys
 import time
@@ -83,6 +84,7 @@ class Peer:
     cache_bytes = None
 
     def __init__(self, spec: dict[str, Any]) -> None:
+        os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # before its libraries are loaded; the call below comes too late
         import onnxruntime_genai
 
         self._genai = onnxruntime_genai

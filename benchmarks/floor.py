@@ -5,7 +5,6 @@ The benchmarks beside this file print it next to what they measured.
 
 from __future__ import annotations
 
-import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -13,6 +12,7 @@ import numpy as np
 
 from gta_edge.bundle import Bundle
 from gta_edge.config import ModelConfig
+from gta_edge.support.cores import usable_cores
 
 __all__ = ["bandwidth", "floor_ms", "table_bytes", "token_bytes"]
 
@@ -22,7 +22,7 @@ _SCALE_BYTES = 2
 
 def bandwidth() -> float:
     """Return the bytes per second at which all cores of this process together read memory that no cache holds."""
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     parts = [np.ones(2**25, np.float32) for _ in range(cores)]  # 128 MiB each
     best = 0.0
     with ThreadPoolExecutor(cores) as pool:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import statistics
 import subprocess
@@ -34,6 +33,7 @@ from gta_edge.errors import GtaEdgeError
 from gta_edge.measuring import measure_cpu
 from gta_edge.planning import Model, Plan, execution_for, make_plan
 from gta_edge.runtime.session import CHUNK_SIZE
+from gta_edge.support.cores import usable_cores
 
 MEMORY_BOUND, TIME_BOUND = 0.10, 0.25
 WORKER = Path(__file__).with_name("cpu_peer_worker.py")
@@ -47,7 +47,7 @@ def run_once(bundle: Bundle, context: int, new_tokens: int) -> dict[str, Any]:
         "context": context,
         "new_tokens": new_tokens,
         "vocab_size": bundle.config.vocab_size,
-        "threads": len(os.sched_getaffinity(0)),
+        "threads": usable_cores(),
     }
     process = subprocess.run([sys.executable, WORKER, json.dumps(spec)], capture_output=True, text=True, check=False)
     if process.returncode:

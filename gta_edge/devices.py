@@ -41,6 +41,7 @@ class Device:
         source: where the figures are from.
         verified: whether that was checked.
         assumptions: sentences on what is not from the source.
+        fallback_reason: why this is the CPU where a GPU would have been taken; None elsewhere.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Device:
     source: str = ""
     verified: bool = False
     assumptions: tuple[str, ...] = field(default=())
+    fallback_reason: str | None = None
 
     @property
     def available_bytes(self) -> int:

@@ -11,6 +11,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from gta_edge.support.cores import installed_cores, usable_cores
+from gta_edge.support.memory import available_bytes, installed_bytes, total_bytes
+from gta_edge.support.text import printable
+
 __all__ = [
     "clocks_fixed",
     "clocks_hz",
@@ -44,25 +48,32 @@ PACKAGES = (
 Clock = dict[str, int | None]
 """``min``, ``max`` and ``now``, in Hz."""
 
-_BUSY = 0.25  # of the cores, before anything of ours runs
+_BUSY = 0.25  # of the machine's cores, before anything of ours runs
+_DRIVER = re.compile(r"\d+(\.\d+)+|\[?N/A\]?")
 _DEVFREQ = Path("/sys/class/devfreq")
 _CPUS = Path("/sys/devices/system/cpu")
 _EMC = Path("/sys/kernel/debug/bpmp/debug/clk/emc")  # a Jetson's memory controller
 
 
 def describe() -> dict[str, Any]:
-    """Return system, processor, memory, clocks and, on a Jetson, board, JetPack and power mode; None where unknown."""
+    """Return system, processor, memory, clocks and, on a Jetson, board, JetPack and power mode; None where unknown.
+
+    ``cores`` and ``installed_bytes`` are the machine's, ``usable_cores`` and ``memory_bytes`` what a container, a batch
+    system or the like lets this process have of them.
+    """
     return {
         "system": f"{platform.system()} {platform.release()}",
         "architecture": platform.machine(),
         "python": platform.python_version(),
         "cpu": _cpu(),
-        "cores": os.cpu_count(),
-        "usable_cores": _usable_cores(),
+        "cores": installed_cores(),
+        "usable_cores": usable_cores(),
         "cpu_governor": cpu_governor(),
-        "memory_bytes": _memory(),
+        "memory_bytes": total_bytes(),
+        "available_bytes": available_bytes(),
+        "installed_bytes": installed_bytes(),
         "board": _line(Path("/proc/device-tree/model")),
-        "jetpack": _run("dpkg-query", "--show", "--showformat=${Version}", "nvidia-jetpack"),
+        "jetpack": _jetpack(),
         "jetson_linux": _line(Path("/etc/nv_tegra_release")),
         "power_mode": power_mode(),
         "clocks_fixed": clocks_fixed(),
@@ -76,11 +87,14 @@ def is_jetson(found: dict[str, Any]) -> bool:
 
 
 def gpus() -> list[dict[str, str]]:
-    """Return name, driver and memory of each GPU that nvidia-smi lists; a Jetson's it lists without memory."""
+    """Return name, driver and memory of each GPU that nvidia-smi lists; a Jetson's it lists without memory.
+
+    What it prints in place of a list, as where there is no GPU or no driver, is none, whatever its exit status.
+    """
     found = _run("nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader")
+    fields = [[part.strip() for part in line.rsplit(",", 2)] for line in (found or "").splitlines()]
     keys = ("name", "driver", "memory")
-    lines = found.splitlines() if found else []
-    return [dict(zip(keys, map(str.strip, line.split(",")), strict=False)) for line in lines]
+    return [dict(zip(keys, line, strict=True)) for line in fields if len(line) == 3 and _DRIVER.fullmatch(line[1])]
 
 
 def cuda_toolkit() -> str | None:
@@ -91,10 +105,10 @@ def cuda_toolkit() -> str | None:
 
 
 def power_mode() -> str | None:
-    """Return a Jetson's power mode, by ``nvpmodel``."""
+    """Return a Jetson's power mode, by ``nvpmodel``; None where it names none, whatever else it prints."""
     found = _run("nvpmodel", "-q")
-    name = re.search(r"NV Power Mode: *(.+)", found) if found else None
-    return name[1].strip() if name else found
+    name = re.search(r"^NV Power Mode: *(\S.*)$", found or "", re.MULTILINE)
+    return name[1].strip() if name else None
 
 
 def clocks_fixed(devfreq: Path = _DEVFREQ) -> bool | None:
@@ -161,12 +175,18 @@ def timing_warnings(found: dict[str, Any], load: float | None = None) -> list[st
     if governor and governor != "performance" and not found["clocks_fixed"]:
         warnings.append(f"the CPU's clock follows the load ({governor}), so short runs vary")
     load = _load() if load is None else load
-    if load is not None and load > _BUSY * (found["usable_cores"] or 1):
+    cores = found.get("cores") or found["usable_cores"] or 1  # the load is the whole machine's
+    if load is not None and load > _BUSY * cores:
+        busy = f"{load:.1f} of {cores} cores busy" if load <= cores else f"all {cores} cores busy, and more waiting,"
         warnings.append(
-            f"other programs have kept {load:.1f} of {found['usable_cores']} cores busy in the last minute; "
-            "what is measured beside them is slower and varies"
+            f"other programs have kept {busy} in the last minute; what is measured beside them is slower and varies"
         )
     return warnings
+
+
+def _jetpack() -> str | None:
+    found = _run("dpkg-query", "--show", "--showformat=${Version}", "nvidia-jetpack")
+    return found if found and re.fullmatch(r"\d[\w.+:~-]*", found) else None
 
 
 def package_versions() -> dict[str, str]:
@@ -189,25 +209,10 @@ def _cpu() -> str | None:
     return names.get("model name") or platform.processor() or None
 
 
-def _usable_cores() -> int | None:
-    """Cores that this process may use: containers and taskset allow fewer than there are."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except (AttributeError, OSError):  # not on every system
-        return os.cpu_count()
-
-
 def _load() -> float | None:
     try:
         return os.getloadavg()[0]
     except (OSError, AttributeError):
-        return None
-
-
-def _memory() -> int | None:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError, AttributeError):
         return None
 
 
@@ -228,7 +233,7 @@ def _clock(least: Path, most: Path, now: Path, unit: int = 1) -> Clock | None:
 
 def _line(path: Path) -> str | None:
     try:
-        return path.read_text(encoding="utf-8", errors="replace").strip("\0\n ").splitlines()[0]
+        return printable(path.read_text(encoding="utf-8", errors="replace").strip("\0\n ").splitlines()[0])
     except (OSError, IndexError):
         return None
 
@@ -237,7 +242,9 @@ def _run(*command: str) -> str | None:
     if shutil.which(command[0]) is None:
         return None
     try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        result = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=10, check=True
+        )
     except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
         return None
-    return result.stdout.strip() or None
+    return "\n".join(map(printable, result.stdout.splitlines())).strip() or None

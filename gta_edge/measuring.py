@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,10 @@ from gta_edge.devices import Device
 from gta_edge.errors import BackendError
 from gta_edge.optional import optional
 from gta_edge.plugins.compiler import cuda_extra
-from gta_edge.plugins.gpu import current_gpu
+from gta_edge.plugins.gpu import Gpu, current_gpu
+from gta_edge.support.cores import usable_cores
+from gta_edge.support.memory import available_bytes, total_bytes
+from gta_edge.support.text import one_line
 
 __all__ = ["cpu_bandwidth", "measure", "measure_cpu", "measure_gpu"]
 
@@ -27,9 +30,11 @@ _GPU_EFFICIENCY = 0.8
 _GPU_RUNTIME_BYTES = 600_000_000
 
 _READ_BYTES = 2**27  # by each core: more than caches hold
+_LEAST_READ_BYTES = 2**23
 _READ_SECONDS = 0.5
 _MATRIX = 1024
 _GPU_COPY_BYTES = 2**29
+_LEAST_COPY_BYTES = 2**26  # free; smaller copies would measure its caches
 
 # Dense operations per multiprocessor and clock in fp32, in fp16 with float32 sums, and in int8, by compute capability:
 # NVIDIA's architecture whitepapers.
@@ -47,13 +52,16 @@ _PER_CLOCK = {
 
 
 def measure(name: str) -> Device:
-    """Return this machine: its GPU if it has one that can be used, otherwise its CPU; ``this-cpu`` its CPU at once."""
-    if name != "this-cpu":
-        try:
-            return measure_gpu()
-        except BackendError:
-            pass
-    return measure_cpu(name)
+    """Return this machine: its GPU if it has one that can be used, otherwise its CPU; ``this-cpu`` its CPU at once.
+
+    A CPU that was not asked for says why it is not the GPU.
+    """
+    if name == "this-cpu":
+        return measure_cpu(name)
+    try:
+        return measure_gpu()
+    except BackendError as error:
+        return replace(measure_cpu(name), fallback_reason=str(error))
 
 
 # --- the CPU ---------------------------------------------------------------------------------------------------------
@@ -66,7 +74,7 @@ def measure_cpu(name: str = "this-cpu") -> Device:
         BackendError: the system does not say how much memory there is.
     """
     total, free = _memory()
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     rate = _matmul_rate()
     return Device(
         name=name,
@@ -87,12 +95,23 @@ def measure_cpu(name: str = "this-cpu") -> Device:
 
 def cpu_bandwidth() -> float:
     """Return the bytes per second at which the cores that this process may use read memory together. Takes a second."""
-    return _read_bandwidth(len(os.sched_getaffinity(0)))
+    return _read_bandwidth(usable_cores())
 
 
 def _read_bandwidth(cores: int) -> float:
-    """Return the bytes per second at which all cores together read memory that no cache holds."""
-    parts = [np.ones(_READ_BYTES // 4, np.float32) for _ in range(cores)]
+    """Return the bytes per second at which all cores together read memory that no cache holds.
+
+    Raises:
+        BackendError: there is no memory to read.
+    """
+    free = available_bytes()
+    each = _READ_BYTES if free is None else min(_READ_BYTES, free // (2 * cores))
+    if each < _LEAST_READ_BYTES:
+        raise BackendError(
+            f"{(free or 0) / 1e6:.0f} MB of memory are available, too little to measure with; close other programs, or "
+            "name a --device"
+        )
+    parts = [np.ones(each // 4, np.float32) for _ in range(cores)]
     size = sum(part.nbytes for part in parts)
     with ThreadPoolExecutor(cores) as pool:
         return _best(lambda: list(pool.map(np.max, parts)), size)
@@ -117,14 +136,12 @@ def _best(work: Any, amount: float) -> float:
             return best
 
 
-def _memory(path: Path = Path("/proc/meminfo")) -> tuple[int, int]:
-    """Return the bytes of memory in all, and those that new work can take without swapping."""
-    try:
-        lines = path.read_text(encoding="ascii").splitlines()
-        found = {key: int(value.split()[0]) * 1024 for key, _, value in (line.partition(":") for line in lines)}
-        return found["MemTotal"], found["MemAvailable"]
-    except (OSError, ValueError, LookupError) as error:
-        raise BackendError(f"{path} does not say how much memory there is ({error}); name a --device") from error
+def _memory() -> tuple[int, int]:
+    """Return the bytes of memory in all that this process may have, and those that new work can take."""
+    total, free = total_bytes(), available_bytes()
+    if total is None or free is None:
+        raise BackendError("the system does not say how much memory there is (no /proc/meminfo); name a --device")
+    return total, min(free, total)
 
 
 def _processor() -> str:
@@ -153,23 +170,31 @@ def measure_gpu(name: str = "this") -> Device:
         known = ", ".join(_PER_CLOCK)
         raise BackendError(f"{gpu.name} is {gpu.architecture}; rates are known of {known}: name a --device")
     core = optional("cuda.core", cuda_extra())
-    driver = optional("cuda.bindings.driver", cuda_extra())
-    device = core.Device(gpu.device_id)
-    device.set_current()
-    _, free, total = driver.cuMemGetInfo()
-    clock_hz = 1e3 * device.properties.clock_rate
+    try:
+        device = core.Device(gpu.device_id)
+        device.set_current()
+        free, total = _gpu_memory()
+        clock_hz, shared = 1e3 * device.properties.clock_rate, bool(device.properties.integrated)
+        if shared:  # what CUDA calls free leaves out file caches, which can go
+            total, free = _memory()
+        _check_usable(gpu, free, clock_hz)
+        bandwidth = _copy_bandwidth(device, min(_GPU_COPY_BYTES, free // 4))
+    except BackendError:
+        raise
+    except Exception as error:  # CUDAError or a driver's code: memory that is full, a GPU that is another's alone
+        raise BackendError(
+            f"{gpu.name} cannot be used ({one_line(error)}); end the programs that nvidia-smi lists there, or name a "
+            "--device"
+        ) from error
     rates = dict(zip(("fp32", "fp16", "int8"), (gpu.processors * clock_hz * n for n in per_clock), strict=True))
-    shared = bool(device.properties.integrated)
-    if shared:  # what CUDA calls free leaves out file caches, which can go
-        total, free = _memory()
     return Device(
         name=name,
         title=f"{gpu.name}, {gpu.architecture}",
         backend="tensorrt",
-        memory_bytes=int(total),
-        system_bytes=int(total) - int(free),
+        memory_bytes=total,
+        system_bytes=total - free,
         runtime_bytes=_GPU_RUNTIME_BYTES,
-        bandwidth=_copy_bandwidth(device, min(_GPU_COPY_BYTES, int(free) // 4)),
+        bandwidth=bandwidth,
         rates=rates,
         efficiency=_GPU_EFFICIENCY,
         shared_memory=shared,
@@ -177,6 +202,29 @@ def measure_gpu(name: str = "this") -> Device:
         verified=True,
         assumptions=("system: what other programs take now", f"runtime: {_GPU_RUNTIME_BYTES / 1e9:.1f} GB assumed"),
     )
+
+
+def _gpu_memory() -> tuple[int, int]:
+    """Return the free bytes of the current GPU, and all of them."""
+    status, *sizes = optional("cuda.bindings.driver", cuda_extra()).cuMemGetInfo()
+    if int(status):
+        raise RuntimeError(getattr(status, "name", str(status)))
+    free, total = map(int, sizes)
+    return free, total
+
+
+def _check_usable(gpu: Gpu, free: int, clock_hz: float) -> None:
+    """Refuse a GPU that nothing can be measured on.
+
+    Raises:
+        BackendError: its memory is full, or it does not say its clock.
+    """
+    if free < _LEAST_COPY_BYTES:
+        raise BackendError(
+            f"the memory of {gpu.name} is full ({free / 1e6:.0f} MB free); close other programs, or name a --device"
+        )
+    if clock_hz <= 0:
+        raise BackendError(f"{gpu.name} does not say its clock; name a --device")
 
 
 def _copy_bandwidth(device: Any, size: int) -> float:

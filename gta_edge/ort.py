@@ -1,4 +1,9 @@
-"""ONNX Runtime, as the whole package takes it: recent enough, and without telemetry."""
+"""ONNX Runtime, as the whole package takes it: recent enough, and without telemetry.
+
+Its events are turned off by a variable that ``optional`` sets before it is imported: releases from 1.31 on have begun
+to write and send some by the time that its own function for that can be called. A program that imports it before this
+package has to set ``ORT_DISABLE_TELEMETRY=1`` itself.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +12,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
+from importlib.util import find_spec
 from io import StringIO
 from typing import Any
 
@@ -14,6 +20,7 @@ import numpy as np
 
 from gta_edge.errors import BackendError
 from gta_edge.optional import installed, optional
+from gta_edge.plugins.compiler import driver_problem
 
 __all__ = [
     "CUDA_PROVIDER",
@@ -57,17 +64,17 @@ def load_onnxruntime(extra: str = "ort") -> Any:
     """
     module = optional("onnxruntime", extra)
     if not installed(module):
-        if sys.version_info < (3, 11):
+        if sys.version_info < (3, 11) and find_spec("onnxruntime") is None:
             raise BackendError("ONNX Runtime 1.25 needs Python 3.11 or later; use one, or choose another backend")
-        module()  # says what to install
+        module()  # says what is wrong, and what to do
     package = "onnxruntime-gpu" if extra == "ort-gpu" else "onnxruntime"
-    found = str(getattr(module, "__version__", "0"))  # what a half-removed installation leaves has none
+    found = str(module.__version__)
     if _numbers(found) < _OLDEST_VERSION:
         raise BackendError(
             f"ONNX Runtime {found} is too old for opset 24; "
             f"run: pip install '{package}>=1.25' (it needs Python 3.11 or later)"
         )
-    module.disable_telemetry_events()
+    module.disable_telemetry_events()  # what is left to do where somebody imported it before
     return module
 
 
@@ -90,16 +97,9 @@ def load_onnxruntime_cuda(device_id: int = 0) -> Any:
             f"ONNX Runtime {module.__version__} would run a part of every layer on the CPU, "
             f"as releases for CUDA 12 do; run: {_LIBRARIES}"
         )
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError as error:
-        raise BackendError(
-            "there is no NVIDIA driver (libcuda.so.1 is not found); install it, in a container pass the GPU in "
-            "(docker run --gpus all), or choose another backend"
-        ) from error
-    if driver.cuInit(0):
-        raise BackendError("the NVIDIA driver finds no GPU that it can use; run `gta-edge doctor`")
-    _check_driver(module, driver)
+    if problem := driver_problem():
+        raise BackendError(problem)
+    _check_driver(module, ctypes.CDLL("libcuda.so.1"))
     if hasattr(module, "preload_dlls"):
         with redirect_stdout(StringIO()), suppress(Exception):  # what it could not load is found out below
             module.preload_dlls()  # CUDA's libraries from NVIDIA's wheels, where the linker does not look

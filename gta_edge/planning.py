@@ -28,6 +28,7 @@ __all__ = [
     "Phase",
     "Plan",
     "Timed",
+    "activation_bytes",
     "execution_for",
     "make_plan",
 ]
@@ -212,7 +213,7 @@ class Plan:
         return Memory(
             weights=weights,
             cache=cost.cache_bytes(self.model.config, self.execution.cache_dtype, context, batch),
-            activations=_activations(self.model.config, self.execution, batch, tokens, context),
+            activations=activation_bytes(self.model.config, self.execution, batch, tokens, context),
             runtime=self.device.runtime_bytes,
             loading=loading,
         )
@@ -358,7 +359,7 @@ def _on_cpu(model: Model, execution: Execution, tokens: int) -> tuple[int, int]:
     return held, _FLOAT_BYTES * widest if model.precision in ("fp16", "bf16") else 0
 
 
-def _activations(config: ModelConfig, execution: Execution, batch: int, tokens: int, context: int) -> int:
+def activation_bytes(config: ModelConfig, execution: Execution, batch: int, tokens: int, context: int) -> int:
     """Return what one step of ``tokens`` takes beside weights and cache, its last token at the end of the context."""
     value_bytes = cost.COMPUTE_BYTES[execution.compute]
     attention = sum(shape[0] for name, shape in config.attention_shapes().items() if len(shape) == 2)

@@ -8,7 +8,6 @@ compares ``(Σ w q)² / Σ q²`` finds codes and scale together. Nothing here ne
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,6 +15,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from gta_edge.support.cores import usable_cores
 
 __all__ = ["BITS", "BLOCK_SIZES", "DEFAULT_BLOCK_SIZE", "Quantized", "pack_nibbles", "quantize", "unpack_nibbles"]
 
@@ -77,7 +78,7 @@ def quantize(weight: npt.NDArray[Any], bits: int, block_size: int | None = None)
         scales[part] = best_scales(blocks, bits).reshape(-1, columns // size)
         codes[part] = to_codes(blocks, scales[part].reshape(-1), bits).reshape(-1, columns)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(usable_cores()) as pool:
         list(pool.map(work, range(0, rows, step)))
     if not np.isfinite(scales).all():
         raise OverflowError("it holds values that are not finite, or too large for a float16 scale")

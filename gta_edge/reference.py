@@ -15,7 +15,7 @@ from gta_edge.errors import BundleError
 from gta_edge.fidelity import Difference, difference
 from gta_edge.model import Decoder, empty_cache
 from gta_edge.optional import optional
-from gta_edge.support.threads import threads_to_use
+from gta_edge.support.threads import compute_threads
 from gta_edge.weights import read_weights
 
 if TYPE_CHECKING:
@@ -54,11 +54,12 @@ def use_startable_threads(asked: int | None = None) -> None:
         asked: how many, for the whole process; None for torch's own choice, or fewer.
 
     Raises:
+        InputError: more than could be of use.
         CapacityError: fewer can be started than were asked for.
     """
-    wanted = asked or torch.get_num_threads()
-    possible = threads_to_use(wanted, asked=asked is not None)
-    if asked or possible != wanted:
+    possible = compute_threads(asked)
+    # torch counts the cores that the process may run on, and not how much of their time it gets
+    if asked or possible < torch.get_num_threads():
         torch.set_num_threads(possible)
 
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 import platform
 import re
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from gta_edge.errors import BackendError
+from gta_edge.optional import UnusableError, find_module
 
 __all__ = ["FLAVOURS", "TensorRT", "describe", "load"]
 
@@ -120,18 +120,9 @@ def describe(module: Any) -> TensorRT:
 def _import(name: str, flavour: str) -> Any:
     """Return a module, None where it is not installed."""
     try:
-        return import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name == name:
-            return None
-        raise _broken(name, flavour, error) from error
-    except Exception as error:  # a library that is missing is an ImportError, OSError or RuntimeError
-        raise _broken(name, flavour, error) from error
-
-
-def _broken(name: str, flavour: str, error: Exception) -> BackendError:
-    reason = " ".join(str(error).split()) or type(error).__name__
-    return BackendError(f"the Python module {name} cannot be loaded ({reason}); {_install(flavour)}")
+        return find_module(name)
+    except UnusableError as error:
+        raise BackendError(f"{error}; {error.remedy or _install(flavour)}") from error
 
 
 def _flavour(module: Any) -> str:

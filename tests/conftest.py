@@ -9,6 +9,9 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+# Many tests import ONNX Runtime themselves, which must not write into a home directory nor ask a name server.
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+
 import pytest
 
 from gta_edge.cli import main

@@ -12,7 +12,8 @@ def test_this_machine() -> None:
     found = machine.describe()
     assert found["cores"] == os.cpu_count()
     assert 0 < found["usable_cores"] <= found["cores"]
-    assert found["memory_bytes"] > 2**28
+    assert 2**26 < found["memory_bytes"] <= found["installed_bytes"]
+    assert found["available_bytes"] > 0
     assert found["clocks_hz"].keys() == {"gpu", "cpu", "memory"}
     assert machine.package_versions()["numpy"]
 
@@ -102,6 +103,50 @@ def test_commands_of_a_jetson(commands: Path) -> None:
     assert machine.describe()["jetpack"] == "6.2+b77"
 
 
+@pytest.mark.parametrize("status", [0, 9])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "No devices were found",
+        "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver. Make sure that the latest "
+        "NVIDIA driver is installed and running.",
+        "Failed to initialize NVML: Driver/library version mismatch\nNVML library version: 570.86",
+        "Unable to determine the device handle for GPU0: 0000:01:00.0: Unknown Error",
+        "error, error, error",
+        "",
+    ],
+)
+def test_nvidia_smi_that_lists_no_gpu(commands: Path, text: str, status: int) -> None:
+    command(commands, "nvidia-smi", text, status)
+    assert machine.gpus() == []
+
+
+def test_nvidia_smi_with_a_name_of_several_words(commands: Path) -> None:
+    command(commands, "nvidia-smi", "NVIDIA H100, PCIe, 570.86.15, 81559 MiB\nNo devices were found")
+    assert machine.gpus() == [{"name": "NVIDIA H100, PCIe", "driver": "570.86.15", "memory": "81559 MiB"}]
+
+
+@pytest.mark.parametrize(
+    ("text", "mode"),
+    [
+        ("NVPM WARN: fan mode is not set!\nNV Power Mode: MODE_15W\n2", "MODE_15W"),
+        ("NVPM ERROR: failed to open /var/lib/nvpmodel/status\nNVPM ERROR: optMask is 2, no request", None),
+        ("NVPM ERROR: Error opening /etc/nvpmodel.conf: No such file or directory", None),
+        ("NV Power Mode:", None),
+        ("2", None),
+        ("\x1b[31mNV Power Mode: \x1b[0m", None),
+    ],
+)
+def test_nvpmodel_that_names_a_mode_or_none(commands: Path, text: str, mode: str | None) -> None:
+    command(commands, "nvpmodel", text)
+    assert machine.power_mode() == mode
+
+
+def test_dpkg_that_has_no_version(commands: Path) -> None:
+    command(commands, "dpkg-query", "dpkg-query: no packages found matching nvidia-jetpack")
+    assert machine.describe()["jetpack"] is None
+
+
 def test_commands_that_fail(commands: Path) -> None:
     for name in ("nvpmodel", "nvidia-smi", "nvcc", "dpkg-query"):
         command(commands, name, "NVIDIA-SMI has failed", status=9)
@@ -142,10 +187,14 @@ JETSON = {
         ({"cpu_governor": "schedutil"}, 0.1, ["(schedutil)"]),
         ({"cpu_governor": "performance"}, 0.1, []),
         ({}, 3.25, ["3.2 of 8 cores"]),
+        ({}, 17.0, ["all 8 cores busy, and more waiting"]),
+        ({"usable_cores": 1}, 1.9, []),  # of eight: there are cores to spare
+        ({"usable_cores": 1}, 7.0, ["7.0 of 8 cores"]),  # the load is the machine's
+        ({"usable_cores": 1, "cores": 2}, 7.0, ["all 2 cores"]),
     ],
 )
 def test_what_makes_times_vary(changes: dict[str, object], load: float, words: list[str]) -> None:
     keys = ("clocks_fixed", "board", "jetpack", "jetson_linux", "power_mode", "cpu_governor")
-    found = machine.timing_warnings(dict.fromkeys(keys) | {"usable_cores": 8} | changes, load)
+    found = machine.timing_warnings(dict.fromkeys(keys) | {"usable_cores": 8, "cores": 8} | changes, load)
     assert len(found) == len(words)
     assert all(word in text for word, text in zip(words, found, strict=True))

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from gta_edge import optional
 from gta_edge import trt as module
 from gta_edge.errors import BackendError
 from gta_edge.trt import FLAVOURS, TensorRT, describe, load
@@ -40,7 +41,7 @@ def nothing_installed(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
     for name in [name for names in FLAVOURS.values() for name in names]:
         monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.setattr(module, "import_module", find)
+    monkeypatch.setattr(optional, "import_module", find)
     monkeypatch.setattr(module, "_on_jetson", lambda: False)
     return monkeypatch
 
@@ -185,10 +186,12 @@ def test_one_that_is_broken(monkeypatch: pytest.MonkeyPatch, error: Exception, r
     def fails(name: str) -> Any:
         raise error
 
-    monkeypatch.setattr(module, "import_module", fails)
+    monkeypatch.setattr(optional, "import_module", fails)
+    monkeypatch.setattr(optional, "_failures", {})
     monkeypatch.setattr(module, "_on_jetson", lambda: False)
     text = message(load, "tensorrt")
-    assert text.startswith(f"the Python module tensorrt cannot be loaded ({reason}")
+    reason = f"{type(error).__name__}: {reason}"
+    assert text.startswith(f"the Python module tensorrt is installed and cannot be loaded ({reason}")
     assert text.endswith(PIP)
 
 

@@ -21,6 +21,7 @@ import typer
 
 from gta_edge.cli.signals import exit_status
 from gta_edge.errors import GtaEdgeError
+from gta_edge.optional import too_old
 from gta_edge.progress import Progress, silent
 from gta_edge.support.text import one_line, printable
 
@@ -142,6 +143,8 @@ def _describe(error: BaseException) -> str:
         return f"{error.filename or 'input or output'}: {error.strerror or error}; check the path and its permissions"
     if isinstance(error, GtaEdgeError):
         return str(error)
+    if isinstance(error, (AttributeError, ImportError, TypeError)) and (old := too_old()):
+        return f"{old} ({type(error).__name__}: {error})"  # what it lacks, or took in another form then
     return f"unexpected {type(error).__name__}: {error}; run again with --debug and please report it"
 
 

@@ -231,6 +231,7 @@ def _document(plan: Plan) -> dict[str, Any]:
         "source": machine.source,
         "verified": machine.verified,
         "assumptions": list(machine.assumptions),
+        "fallback_reason": machine.fallback_reason,
     }
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import rich.console
 
+from gta_edge.devices import Device
 from gta_edge.planning import LARGEST_BATCH, Phase, Plan
 
 __all__ = ["comparison", "operator_table", "single"]
@@ -43,6 +44,7 @@ def single(console: rich.console.Console, plan: Plan, document: dict[str, Any]) 
         _print(console, f"To make it fit: {ways}.")
     if not device.verified:
         _print(console, f"Not checked against a page that quotes its data sheet: {device.source}.")
+    _print_fallback(console, device)
     for sentence in device.assumptions:
         _print(console, f"  {sentence}")
 
@@ -72,6 +74,7 @@ def comparison(console: rich.console.Console, plans: list[Plan]) -> None:
     for key, cells in lines:
         _print(console, f"{key:<17}" + "".join(f"{cell:>{width}}" for cell in cells))
     _print(console, "\n" + "\n".join(_by_context(plans)))
+    _print_fallback(console, first.device)
 
 
 def operator_table(console: rich.console.Console, plan: Plan) -> None:
@@ -107,6 +110,11 @@ def _by_context(plans: list[Plan]) -> list[str]:
         lines.append(f"{context:<17,}" + "".join(f"{cell:>{width}}" for cell in peaks + times))
         some_do_not = some_do_not or not all(plan.fits for plan in moved)
     return [*lines, "! does not fit"] if some_do_not else lines
+
+
+def _print_fallback(console: rich.console.Console, device: Device) -> None:
+    if device.fallback_reason:
+        _print(console, f"This is the CPU; the GPU cannot be used: {device.fallback_reason}")
 
 
 def _context(plan: Plan) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -18,7 +17,7 @@ from gta_edge.fidelity import Report, difference, probe
 from gta_edge.ort import EXACT_PRODUCTS, first_line, load_onnxruntime
 from gta_edge.progress import Progress, silent
 from gta_edge.reference import compare_weights
-from gta_edge.support.threads import threads_to_use
+from gta_edge.support.threads import compute_threads
 
 __all__ = ["check_export", "raise_if_failed"]
 
@@ -48,7 +47,7 @@ def _plain_logits(bundle: Bundle, ids: npt.NDArray[np.int64], prefill: int) -> n
     onnxruntime = load_onnxruntime()
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # copying the cache is meant here, and errors are raised
-    options.intra_op_num_threads = threads_to_use(len(os.sched_getaffinity(0)), asked=False)
+    options.intra_op_num_threads = compute_threads()
     options.add_session_config_entry(*EXACT_PRODUCTS)
     try:
         session = onnxruntime.InferenceSession(

@@ -13,7 +13,7 @@ from typing import Any
 
 from gta_edge.errors import BackendError
 from gta_edge.optional import optional
-from gta_edge.plugins.compiler import Compilable, compile_program, cuda_extra, driver_cuda_version
+from gta_edge.plugins.compiler import Compilable, compile_program, cuda_extra, driver_cuda_version, driver_problem
 from gta_edge.plugins.tiling import Launch
 
 __all__ = ["OLDEST", "Gpu", "Launcher", "current_gpu"]
@@ -44,13 +44,10 @@ def current_gpu(device_id: int = 0) -> Gpu:
         device_id: CUDA's number for it.
 
     Raises:
-        BackendError: there is no driver, no such GPU, or the kernels cannot run on it.
+        BackendError: there is no driver that starts, no such GPU, or the kernels cannot run on it.
     """
     if driver_cuda_version() is None:
-        raise BackendError(
-            "there is no NVIDIA driver (libcuda.so.1 is not found); install it, in a container pass the GPU in "
-            "(docker run --gpus all), or choose another backend"
-        )
+        raise BackendError(driver_problem() or "the NVIDIA driver does not say what CUDA it knows; install it again")
     core = optional("cuda.core", cuda_extra())
     try:
         device = core.Device(device_id)

@@ -11,6 +11,7 @@ from gta_edge.errors import BackendError, EngineError
 from gta_edge.formats.text_files import TextFiles
 from gta_edge.progress import Progress, silent
 from gta_edge.runtime.session import Session
+from gta_edge.support.cores import check_threads
 
 __all__ = ["BACKENDS", "load", "open_session"]
 
@@ -97,7 +98,7 @@ def load(
     Args:
         bundle: directory that ``export`` wrote.
         backend: a name from ``BACKENDS``, or ``auto`` for the fastest that works; ``session.backend`` says which.
-        threads: threads for one operator; one per core by default.
+        threads: threads for one operator; by default one for each core that this process may use.
         chunk_size: tokens of a prompt that are run at once; by default what suits the backend.
         exact: multiply by int8 and int4 weights in float32 where the backend would round activations to int8.
         compute: type that a GPU computes in, ``fp16``, ``bf16`` or ``fp32``; by default the bundle's own 16-bit type,
@@ -107,6 +108,7 @@ def load(
 
     Raises:
         BundleError: the bundle is damaged.
+        InputError: more threads than could be of use.
         BackendError: the backend is unknown, not installed, or refuses the model.
         EngineError: there is no engine of the bundle, or it does not fit what is here.
     """
@@ -119,6 +121,7 @@ def load(
 
 def open_session(bundle: Bundle, backend: str = "auto", **options: Any) -> Session:
     """Return a session for a bundle that is already open; otherwise as ``load``."""
+    check_threads(options.get("threads"))  # also where a backend has no use for them
     text = TextFiles.load(bundle.directory, bundle.config)  # small files first: a model may take a minute
     if backend == "auto":
         session = _first_that_works(bundle, options)

@@ -32,7 +32,7 @@ from gta_edge.runtime.engine import (
     make_engines_directory,
     write_engine,
 )
-from gta_edge.runtime.memory import available_bytes
+from gta_edge.support.memory import available_bytes
 
 if TYPE_CHECKING:
     from gta_edge.runtime.tensorrt_builder import Target

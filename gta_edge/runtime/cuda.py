@@ -13,7 +13,7 @@ import numpy.typing as npt
 from gta_edge.errors import BackendError, CapacityError
 from gta_edge.optional import optional
 from gta_edge.plugins.compiler import cuda_extra
-from gta_edge.runtime.memory import available_bytes
+from gta_edge.support.memory import available_bytes
 
 __all__ = ["Cuda", "free_gpu_bytes"]
 

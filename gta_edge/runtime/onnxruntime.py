@@ -10,7 +10,6 @@ Attention costs as the capacity S that a step is given, so a step is given as mu
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +24,7 @@ from gta_edge.progress import Progress, silent
 from gta_edge.runtime.onnxruntime_model import OpenModel, model_files, open_model
 from gta_edge.runtime.prepared import Prepared, prepare, without_new_weights
 from gta_edge.runtime.session import Ids, Logits, Session
-from gta_edge.support.threads import threads_to_use
+from gta_edge.support.threads import compute_threads
 
 __all__ = ["OnnxRuntimeSession"]
 
@@ -50,13 +49,14 @@ class OnnxRuntimeSession(Session):
 
     Args:
         bundle: the model.
-        threads: threads for one operator; None for one per core.
+        threads: threads for one operator; None for one on each core that this process may use.
         exact: multiply by int8 and int4 weights in float32, instead of rounding activations to int8.
         progress: told of weights that are laid out anew.
         options: as ``Session`` takes them.
 
     Raises:
         BackendError: ONNX Runtime is missing, too old, or refuses the model.
+        InputError: more threads than could be of use.
         CapacityError: there is no memory for it, or the system lets fewer threads start than were asked for.
     """
 
@@ -76,7 +76,7 @@ class OnnxRuntimeSession(Session):
         prepared = prepare(bundle, exact=exact, progress=progress)
         self.rounds_activations = prepared.rounds_activations
         self._bundle, self._exact = bundle, exact
-        self._threads = threads_to_use(threads or len(os.sched_getaffinity(0)), asked=threads is not None)
+        self._threads = compute_threads(threads)  # its own default are all cores of the machine
         self._model: OpenModel | None = None
         try:
             self._model = self._open(prepared)
@@ -135,6 +135,9 @@ class OnnxRuntimeSession(Session):
         self._step, self._buffers, self._caches = None, {}, {}
         if self._model is not None:
             self._model.close()
+
+    def _host_cache_bytes(self, batch: int, capacity: int) -> int:
+        return batch * capacity * self.config.cache_bytes_per_token()
 
     def _resize(self, batch: int, capacity: int) -> None:
         self._step = None  # it holds addresses of the old buffers

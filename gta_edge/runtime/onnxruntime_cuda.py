@@ -32,6 +32,7 @@ from gta_edge.runtime.cuda import free_gpu_bytes
 from gta_edge.runtime.onnxruntime_model import OpenModel, model_files, open_model
 from gta_edge.runtime.prepared import GRAPH, Form, kept_graph
 from gta_edge.runtime.session import Ids, Logits, Session
+from gta_edge.support.threads import compute_threads
 
 __all__ = ["COMPUTE_TYPES", "OnnxRuntimeCudaSession", "default_compute"]
 
@@ -170,6 +171,7 @@ class OnnxRuntimeCudaSession(Session):
         module = self._onnxruntime
         settings = module.SessionOptions()
         settings.log_severity_level = _FATAL  # its errors are raised, and must not stand beside ours on stderr
+        settings.intra_op_num_threads = compute_threads()
         # The graph has its fusions. Of the others one makes a Split of Slices again, see cuda_preparation.
         settings.graph_optimization_level = module.GraphOptimizationLevel.ORT_ENABLE_BASIC
         device, device_id = self._device

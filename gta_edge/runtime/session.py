@@ -7,6 +7,7 @@ how memory is held (``_resize``) and how one chunk is run (``_run``).
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from types import TracebackType
@@ -16,8 +17,11 @@ import numpy as np
 import numpy.typing as npt
 
 from gta_edge.config import ModelConfig
+from gta_edge.cost import Execution
 from gta_edge.errors import BackendError, CapacityError, InputError
+from gta_edge.planning import activation_bytes
 from gta_edge.support.exclusive import Exclusive
+from gta_edge.support.memory import available_bytes
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -34,6 +38,9 @@ CHUNK_SIZE = 256
 
 CAPACITY_STEP = 256
 """The cache grows in multiples of this many tokens, since attention costs as its capacity."""
+
+_FEW_BYTES = 2**24
+"""Logits that nobody need ask the system for."""
 
 
 class Session(ABC):
@@ -75,6 +82,7 @@ class Session(ABC):
         self.capacity_step = capacity_step
         self._length: Ids = np.zeros(1, np.int64)
         self._capacity = 0
+        self._step_size = 0  # rows times tokens of the largest chunk that there was room for
         self._closed = False
         self._calls = Exclusive("the session", "load the bundle once for each thread, or let them take turns")
         self._owner: Claim | None = None  # the claim that the cache is of; None after anybody else changed it
@@ -92,6 +100,10 @@ class Session(ABC):
     @abstractmethod
     def _run(self, input_ids: Ids, past_length: Ids, logit_positions: Ids) -> Logits:
         """Append ``input_ids`` [B, T] and return logits [B, M, V]; there is room for them."""
+
+    def _host_cache_bytes(self, batch: int, capacity: int) -> int:
+        """Return the bytes of the host's memory that the cache of this size takes; 0 where it is not there."""
+        return 0
 
     @property
     @abstractmethod
@@ -151,7 +163,8 @@ class Session(ABC):
         Raises:
             InputError: ids that are no integers, of another shape or outside the vocabulary; lengths outside 1 to T;
                 another number of rows than the cache holds.
-            CapacityError: a row, padding included, would pass the model's last position. The cache is unchanged.
+            CapacityError: a row, padding included, would pass the model's last position, or there is not as much memory
+                as it would take. The cache is unchanged.
             BackendError: the session is closed, or the backend failed.
         """
         with self._calls.held():
@@ -208,9 +221,11 @@ class Session(ABC):
         counts = self._check_lengths(lengths, batch, tokens)
         past = self._past_for(batch)
         chunks = self._plan(past, counts, tokens)
+        shape = (batch, tokens, self.config.vocab_size) if all_logits else (batch, self.config.vocab_size)
+        ends = max(int((past + np.minimum(counts, start)).max()) + stop - start for start, stop in chunks)
+        self._check_memory_for(batch, ends, min(tokens, self.chunk_size), 4 * math.prod(shape))
 
-        logits: Logits = np.zeros((batch, tokens, self.config.vocab_size) if all_logits else
-                                  (batch, self.config.vocab_size), np.float32)  # fmt: skip
+        logits: Logits = np.zeros(shape, np.float32)
         self._changed(None, "a forward() that failed")  # what it leaves is nobody's
         for start, stop in chunks:
             real = np.clip(counts - start, 0, stop - start)  # tokens of this chunk that count, per row
@@ -293,6 +308,36 @@ class Session(ABC):
                     f"padding included; {self._limit}: truncate, reset, or give fewer"
                 )
         return chunks
+
+    def _check_memory_for(self, batch: int, tokens: int, width: int, logits_bytes: int) -> None:
+        """Refuse what the system would end halfway, without a word, for want of memory.
+
+        Args:
+            batch: rows.
+            tokens: that each row's cache has to hold.
+            width: tokens of a row that are run at once, at most.
+            logits_bytes: that are returned.
+
+        Raises:
+            CapacityError: it takes more than is available.
+        """
+        grows = batch != len(self._length) or tokens > self._capacity
+        if not grows and batch * width <= self._step_size and logits_bytes < _FEW_BYTES:
+            return
+        capacity = self._capacity_for(tokens) if grows else self._capacity
+        needed, held = logits_bytes, self._host_cache_bytes(batch, capacity)
+        if held:
+            needed += max(0, held - self.cache_bytes)
+            if batch * width > self._step_size:
+                execution = Execution("onnxruntime", self.compute, self.compute, width, writes_scores=True)
+                needed += activation_bytes(self.config, execution, batch, width, capacity)
+        available = available_bytes()
+        if available is not None and needed > available:
+            raise CapacityError(
+                f"{batch} rows of {tokens} tokens take {needed / 1e9:.2f} GB more of memory than the session has, and "
+                f"{available / 1e9:.2f} GB are available; give fewer rows or shorter prompts, or close other programs"
+            )
+        self._step_size = max(self._step_size, batch * width)
 
     def _capacity_for(self, tokens: int) -> int:
         """Return the capacity for ``tokens`` per row: in steps, larger ones for more tokens, never past P."""

@@ -116,11 +116,13 @@ class TorchSession(Session):
             the in-place op.
         device: ``cpu``, or ``cuda`` with or without a number.
         compute: ``fp32``, ``fp16`` or ``bf16``.
-        threads: threads for one operator, for the whole process; None leaves torch's own choice.
+        threads: threads for one operator, for the whole process; None leaves torch's own choice, as far as this process
+            may use so many cores.
         options: as ``Session`` takes them.
 
     Raises:
         BackendError: an unknown type to compute in, or no such device.
+        InputError: more threads than could be of use.
         CapacityError: there is no memory for the model in that type, or the system lets fewer threads start.
     """
 
@@ -162,6 +164,10 @@ class TorchSession(Session):
     @property
     def cuda_graph(self) -> bool | None:
         return None if self._graph is None else True
+
+    def _host_cache_bytes(self, batch: int, capacity: int) -> int:
+        on_cpu = self._options["device"].type == "cpu"
+        return batch * capacity * self.config.cache_bytes_per_token(4 if self.compute == "fp32" else 2) if on_cpu else 0
 
     def _resize(self, batch: int, capacity: int) -> None:
         self._graph = None  # it holds the old caches' addresses

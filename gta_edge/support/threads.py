@@ -9,8 +9,19 @@ from __future__ import annotations
 import threading
 
 from gta_edge.errors import CapacityError
+from gta_edge.support.cores import threads_for
 
-__all__ = ["startable_threads", "threads_to_use"]
+__all__ = ["compute_threads", "startable_threads", "threads_to_use"]
+
+
+def compute_threads(asked: int | None = None) -> int:
+    """Return how many threads a library is to compute with: as many as asked for, else one for each usable core.
+
+    Raises:
+        InputError: more were asked for than could be of use.
+        CapacityError: more were asked for than can be started.
+    """
+    return threads_to_use(threads_for(asked), asked=asked is not None)
 
 
 def startable_threads(wanted: int) -> int:

@@ -24,8 +24,8 @@ from gta_edge.plugins.launch import Gpu
 from gta_edge.runtime import build as building
 from gta_edge.runtime.build import LOGIT_POSITIONS, build, prepare_only, profile_shapes, requirement
 from gta_edge.runtime.engine import EngineRecord, Purpose, engine_directory, keep_engine, load_engine, made_from
-from gta_edge.runtime.memory import available_bytes
 from gta_edge.runtime.tensorrt_log import new_log, started
+from gta_edge.support.memory import available_bytes
 from tests.cli import COMMAND, Result, environment
 from tests.formats.records import edit
 

@@ -25,10 +25,12 @@ from gta_edge.progress import Progress, silent
 from gta_edge.runtime.bench.agreement import Answers, agreement, choose_reference, is_exact
 from gta_edge.runtime.bench.entrant import Entrant
 from gta_edge.runtime.bench.figures import settled, summarise
+from gta_edge.runtime.bench.limits import check_memory
 from gta_edge.runtime.bench.process import Worker, environment_for
 from gta_edge.runtime.bench.report import Comparison, describe_machine, report
 from gta_edge.runtime.bench.targets import Target
-from gta_edge.runtime.memory import available_bytes
+from gta_edge.support.cores import check_threads
+from gta_edge.support.memory import available_bytes
 
 __all__ = ["DEFAULT_CONTEXTS", "Settings", "bench"]
 
@@ -75,8 +77,9 @@ class Settings:
         """Refuse what makes no sense for any model.
 
         Raises:
-            InputError: a number below 1, or a prompt that is shorter than a context.
+            InputError: a number below 1, more threads than could be of use, or a prompt that is shorter than a context.
         """
+        check_threads(self.threads)
         for name, value in (("--batch", self.batch), ("--new-tokens", self.new_tokens), ("--rounds", self.rounds)):
             if value is not None and value < 1:
                 raise InputError(f"{name} is {value}; expected a whole number above 0")
@@ -156,10 +159,12 @@ def bench(
     Raises:
         BundleError: a bundle does not exist or is damaged.
         InputError: settings that make no sense, for one of the models.
+        CapacityError: a batch that takes more memory than is available.
     """
     settings.check()
     opened = {str(name): Bundle.open(name) for name in bundles}
     contexts = {name: settings.contexts_for(name, bundle) for name, bundle in opened.items()}
+    check_memory(opened, contexts, settings.batch, 1 + _CHECKED_STEPS if settings.compare else 1)
     described = describe_machine()  # now: later the load would be our own
     with tempfile.TemporaryDirectory(prefix="gta-edge-bench-") as name:
         run = _Run(settings, Path(name), progress)

@@ -21,8 +21,8 @@ import numpy.typing as npt
 from gta_edge.bundle import Bundle
 from gta_edge.errors import BackendError, GtaEdgeError
 from gta_edge.runtime.backends import open_session
-from gta_edge.runtime.memory import available_bytes
 from gta_edge.runtime.session import Session
+from gta_edge.support.memory import available_bytes
 
 __all__ = ["Measurer", "serve"]
 
