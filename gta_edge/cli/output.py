@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import functools
 import inspect
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -21,11 +20,14 @@ import typer
 
 from gta_edge.errors import GtaEdgeError
 from gta_edge.progress import Progress, silent
+from gta_edge.support.json_text import json_text
 
-__all__ = ["FAILED", "INTERRUPTED", "Output", "command", "current", "key_value_table"]
+__all__ = ["FAILED", "INTERRUPTED", "SCHEMA_VERSION", "Output", "command", "current", "key_value_table"]
 
 FAILED = 1
 INTERRUPTED = 130
+SCHEMA_VERSION = 1
+"""Of all documents that ``--json`` prints; it grows when a key goes or changes its meaning, not when one is added."""
 
 
 @dataclass
@@ -44,8 +46,8 @@ class Output:
     console: rich.console.Console = field(default_factory=rich.console.Console)
 
     def document(self, content: dict[str, Any]) -> None:
-        """Print the result as JSON; what JSON cannot say (infinity, NaN) becomes null."""
-        print(json.dumps(_finite(content), ensure_ascii=False, allow_nan=False))
+        """Print the result as JSON (docs/json.md); what JSON cannot say (infinity, NaN) becomes null."""
+        print(json_text({"schema_version": SCHEMA_VERSION, **content}, sys.stdout.encoding))
 
     def note(self, text: str) -> None:
         """Tell a person something on stderr."""
@@ -152,13 +154,3 @@ def _leave_closed_pipe() -> None:
     """Whoever read our output has gone: that is no error, and Python must not complain when it exits."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(0)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(entry) for entry in value]
-    if (isinstance(value, float) and value != value) or value in (float("inf"), float("-inf")):
-        return None
-    return value
