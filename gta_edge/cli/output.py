@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import inspect
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ import typer
 from gta_edge.errors import GtaEdgeError
 from gta_edge.progress import Progress, silent
 from gta_edge.support.json_text import json_text
+from gta_edge.support.text import one_line
 
 __all__ = ["FAILED", "INTERRUPTED", "SCHEMA_VERSION", "Output", "command", "current", "key_value_table"]
 
@@ -101,7 +103,8 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         global _current  # one command a process
         _current = Output(**{name: options.pop(name) for name in _COMMON})
         try:
-            function(**options)
+            with _notes():
+                function(**options)
             sys.stdout.flush()
         except (typer.Exit, typer.Abort, typer.BadParameter):
             raise
@@ -123,6 +126,23 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     run.__signature__ = inspect.Signature([*own, *common])  # type: ignore[attr-defined]  # what typer reads
     run.__annotations__ = {**hints, **_COMMON}
     return run
+
+
+class _Notes(logging.Handler):
+    """Says on stderr what the package warns of; with ``--quiet`` and ``--json`` nobody hears it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        _current.note(f"note: {one_line(record.getMessage())}")
+
+
+@contextmanager
+def _notes() -> Iterator[None]:
+    handler, log = _Notes(logging.WARNING), logging.getLogger("gta_edge")
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
 
 
 def key_value_table(rows: dict[str, str]) -> rich.table.Table:

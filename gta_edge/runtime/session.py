@@ -63,6 +63,7 @@ class Session(ABC):
         # for text in and out; who loads a bundle sets them from its files
         self.tokenizer: Tokenizer | None = None
         self.end_token_ids: frozenset[int] = frozenset(config.eos_token_ids)
+        self.skipped: dict[str, str] = {}  # by name, why ``auto`` passed over a backend that is there
         self.chunk_size = chunk_size
         self.capacity_step = capacity_step
         self._length: Ids = np.zeros(1, np.int64)
