@@ -44,10 +44,14 @@ def plain_name(name: object) -> TypeGuard[str]:
 def cache_directory() -> Path | None:
     """Return where this package keeps what can be made again, None where that cannot be told.
 
-    That is ``$GTA_EDGE_CACHE``, else ``$XDG_CACHE_HOME/gta_edge``, else ``~/.cache/gta_edge``.
+    That is ``$GTA_EDGE_CACHE``, else ``$XDG_CACHE_HOME/gta_edge``, else ``~/.cache/gta_edge``; always absolute. A ``~``
+    in the first is the home directory, as a shell has it.
     """
     if own := os.environ.get("GTA_EDGE_CACHE"):
-        return Path(own)
+        try:
+            return Path(own).expanduser().absolute()
+        except (OSError, RuntimeError):  # nobody's home; a working directory that was removed
+            return None
     shared = Path(os.environ.get("XDG_CACHE_HOME", ""))
     try:
         # A relative path is to be ignored: XDG Base Directory Specification.
