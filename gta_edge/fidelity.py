@@ -73,6 +73,8 @@ class Report:
         precision: what the weights are stored in.
         int8_activations: the backends that by default round activations to int8, as they run by default.
         compute: type that each backend computes in; float32 if it is not named.
+        unavailable: backends that are here and could not be verified, each with its reason.
+        absent: backends that are not here, each with what is missing.
     """
 
     backends: dict[str, Difference]
@@ -80,6 +82,8 @@ class Report:
     precision: str
     int8_activations: dict[str, Difference] = field(default_factory=dict)
     compute: dict[str, str] = field(default_factory=dict)
+    unavailable: dict[str, str] = field(default_factory=dict)
+    absent: dict[str, str] = field(default_factory=dict)
 
     @property
     def failures(self) -> list[str]:
@@ -116,6 +120,8 @@ class Report:
             "quantisation": asdict(self.quantisation),
             "precision": self.precision,
             "compute": self.compute,
+            "unavailable": self.unavailable,
+            "absent": self.absent,
             "passed": self.passed,
         }
 

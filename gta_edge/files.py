@@ -73,7 +73,8 @@ def bundle_file(directory: Path, name: str) -> Path:
 def cache_directory() -> Path | None:
     """Return where this package keeps what can be made again, None where that cannot be told.
 
-    That is ``$GTA_EDGE_CACHE``, else ``$XDG_CACHE_HOME/gta_edge``, else ``~/.cache/gta_edge``.
+    That is ``$GTA_EDGE_CACHE``, else ``$XDG_CACHE_HOME/gta_edge``, else ``~/.cache/gta_edge``; always absolute. A ``~``
+    in the first is the home directory, as a shell has it.
     """
     try:
         if own := os.environ.get("GTA_EDGE_CACHE"):

@@ -10,9 +10,12 @@ import typer
 
 from gta_edge.cli.output import FAILED, current
 from gta_edge.errors import InputError
+from gta_edge.support.text import brief, one_line, printable
 from gta_edge.support.text_files import read_text_or_stdin
 
 __all__ = ["bench"]
+
+_MAX_MESSAGE = 500
 
 
 def bench(
@@ -69,8 +72,20 @@ def bench(
         draw(plot, report)
         output.note(f"drawn: {plot}")
     if not any(row["tpot_ms"] for row in report["results"]):
-        print("error: no backend could be measured; the report says why of each", file=sys.stderr)
-        sys.exit(FAILED)
+        _fail("no backend could be measured; the report says why of each")
+    wrong = [row for row in report["results"] if row["agrees"] is False]
+    if wrong:
+        from gta_edge.cli.bench_text import how_wrong
+
+        names = ", ".join(dict.fromkeys(row["backend"] for row in wrong))
+        _fail(f"{how_wrong(wrong[0])}; do not use {names} for this bundle: run `gta-edge verify`, or export it again")
+
+
+def _fail(message: str) -> None:
+    """End after a report that is there but not good, which is printed all the same."""
+    sys.stdout.flush()
+    print(f"error: {one_line(message, _MAX_MESSAGE)}", file=sys.stderr)
+    sys.exit(FAILED)
 
 
 def _show(report: dict[str, Any], *, markdown: bool) -> None:
@@ -91,7 +106,7 @@ def _numbers(option: str, text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError as error:
         raise InputError(
-            f"{option} is {text!r}; expected whole numbers with commas between, such as 128,2048"
+            f"{option} is {brief(text)}; expected whole numbers with commas between, such as 128,2048"
         ) from error
 
 
@@ -107,5 +122,5 @@ def _prompt(bundles: list[Path], file: Path | None, ids: str | None) -> tuple[in
     text = read_text_or_stdin(file)
     tokenizer = Tokenizer.load(Bundle.open(bundles[0]).directory)
     if tokenizer is None:
-        raise InputError(f"{bundles[0]} has no tokenizer; {NO_TOKENIZER}")
+        raise InputError(f"{printable(str(bundles[0]))} has no tokenizer; {NO_TOKENIZER}")
     return tuple(int(i) for i in tokenizer.encode(text))

@@ -12,7 +12,7 @@ import rich.table
 from gta_edge import machine
 from gta_edge.runtime.bench.report import UNSTEADY
 
-__all__ = ["as_markdown", "show"]
+__all__ = ["as_markdown", "how_wrong", "show"]
 
 Document = dict[str, Any]
 Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
@@ -192,10 +192,7 @@ def _closing(report: Document) -> Iterator[str]:
         if reason:
             yield f"{row['backend']} at {row['context']}: {reason}"
         if row["agrees"] is False:
-            yield (
-                f"{row['backend']} at {row['context']} answers wrongly: its logits are {row['max_rel_error']:.2g} of "
-                f"their spread away from those of {row['reference']}; allowed are {row['bound']:.2g}"
-            )
+            yield how_wrong(row)
     unsteady = [r for r in report["results"] if r["spread"] and r["spread"]["tpot"] and "spread.tpot" in r["notes"]]
     if unsteady:
         yield (
@@ -212,6 +209,17 @@ def _closing(report: Document) -> Iterator[str]:
         if line not in said:  # the same for every bundle, mostly
             said.add(line)
             yield line
+
+
+def how_wrong(row: Document) -> str:
+    """Say how far a result's answers are from the reference's, and how far they may be."""
+    which, error, allowed = "", row["max_rel_error"], row["bound"]
+    if error <= allowed:  # so it is their mean
+        which, error, allowed = "on average ", row["mean_error"], row["mean_bound"]
+    return (
+        f"{row['backend']} at {row['context']} answers wrongly: its logits are {which}{error:.2g} of "
+        f"their spread away from those of {row['reference']}; allowed are {allowed:.2g}"
+    )
 
 
 def _ms(value: float) -> str:

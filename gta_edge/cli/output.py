@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import inspect
-import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -23,11 +23,14 @@ from gta_edge.cli.signals import exit_status
 from gta_edge.errors import GtaEdgeError
 from gta_edge.optional import too_old
 from gta_edge.progress import Progress, silent
+from gta_edge.support.json_text import json_text
 from gta_edge.support.text import one_line, printable
 
-__all__ = ["FAILED", "Output", "command", "current", "key_value_table"]
+__all__ = ["FAILED", "SCHEMA_VERSION", "Output", "command", "current", "key_value_table"]
 
 FAILED = 1
+SCHEMA_VERSION = 1
+"""Of all documents that ``--json`` prints; it grows when a key goes or changes its meaning, not when one is added."""
 _MAX_MESSAGE = 2000  # characters: what is quoted in one is cut where it is quoted
 
 
@@ -47,8 +50,8 @@ class Output:
     console: rich.console.Console = field(default_factory=rich.console.Console)
 
     def document(self, content: dict[str, Any]) -> None:
-        """Print the result as JSON; what JSON cannot say (infinity, NaN) becomes null."""
-        print(json.dumps(_finite(content), ensure_ascii=False, allow_nan=False))
+        """Print the result as JSON (docs/json.md); what JSON cannot say (infinity, NaN) becomes null."""
+        print(json_text({"schema_version": SCHEMA_VERSION, **content}, sys.stdout.encoding))
 
     def note(self, text: str) -> None:
         """Tell a person something on stderr."""
@@ -102,7 +105,8 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         global _current  # one command a process
         _current = Output(**{name: options.pop(name) for name in _COMMON})
         try:
-            function(**options)
+            with _notes():
+                function(**options)
             sys.stdout.flush()
         except (typer.Exit, typer.Abort, typer.BadParameter):
             raise
@@ -124,6 +128,23 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     run.__signature__ = inspect.Signature([*own, *common])  # type: ignore[attr-defined]  # what typer reads
     run.__annotations__ = {**hints, **_COMMON}
     return run
+
+
+class _Notes(logging.Handler):
+    """Says on stderr what the package warns of; with ``--quiet`` and ``--json`` nobody hears it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        _current.note(f"note: {one_line(record.getMessage())}")
+
+
+@contextmanager
+def _notes() -> Iterator[None]:
+    handler, log = _Notes(logging.WARNING), logging.getLogger("gta_edge")
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
 
 
 def key_value_table(rows: dict[str, str]) -> rich.table.Table:
@@ -157,13 +178,3 @@ def _leave_closed_pipe() -> None:
     """Whoever read our output has gone: that is no error, and Python must not complain when it exits."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(0)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(entry) for entry in value]
-    if (isinstance(value, float) and value != value) or value in (float("inf"), float("-inf")):
-        return None
-    return value

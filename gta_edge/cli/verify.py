@@ -37,6 +37,8 @@ def verify(
         for name, d in {**report.backends, **rounded, f"{report.precision} weights": report.quantisation}.items():
             table.add_row(name, f"{d.max_abs_error:.2e}", f"{d.max_rel_error:.2e}", f"{d.top1_agreement:.4f}")
         output.console.print(table)
+        for name, reason in report.unavailable.items():
+            print(f"not verified: {name}: {reason}")
         print("passed" if report.passed else "failed")
     if not report.passed:
         print("error:", "; ".join(report.failures), file=sys.stderr)

@@ -2,18 +2,40 @@
 
 from __future__ import annotations
 
+import gc
+import logging
+import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from gta_edge.bundle import Bundle
-from gta_edge.errors import BackendError, EngineError
+from gta_edge.errors import (
+    BackendError,
+    BundleError,
+    CheckpointError,
+    ConfigError,
+    EngineError,
+    GtaEdgeError,
+    InputError,
+)
 from gta_edge.formats.text_files import TextFiles
 from gta_edge.progress import Progress, silent
+from gta_edge.runtime.engine import ENGINES, require_engine
 from gta_edge.runtime.session import Session
+from gta_edge.support.choices import unknown
 from gta_edge.support.cores import check_threads
+from gta_edge.support.text import one_line
 
-__all__ = ["BACKENDS", "load", "open_session"]
+__all__ = ["BACKENDS", "OF_THE_MODEL", "check_backend", "is_here", "load", "open_session", "reason_of"]
+
+_log = logging.getLogger(__name__)
+
+OF_THE_MODEL = (BundleError, CheckpointError, ConfigError, InputError)
+"""Errors that no other backend helps against: of the files, or of what was asked for."""
+
+_MAX_REASON = 200
 
 
 def _onnxruntime(bundle: Bundle, *, compute: str | None = None, **options: Any) -> Session:
@@ -97,7 +119,8 @@ def load(
 
     Args:
         bundle: directory that ``export`` wrote.
-        backend: a name from ``BACKENDS``, or ``auto`` for the fastest that works; ``session.backend`` says which.
+        backend: a name from ``BACKENDS``, or ``auto`` for the fastest that works; ``session.backend`` says which, and
+            ``session.skipped`` which others are there and did not work, and why.
         threads: threads for one operator; by default one for each core that this process may use.
         chunk_size: tokens of a prompt that are run at once; by default what suits the backend.
         exact: multiply by int8 and int4 weights in float32 where the backend would round activations to int8.
@@ -125,10 +148,9 @@ def open_session(bundle: Bundle, backend: str = "auto", **options: Any) -> Sessi
     text = TextFiles.load(bundle.directory, bundle.config)  # small files first: a model may take a minute
     if backend == "auto":
         session = _first_that_works(bundle, options)
-    elif backend in BACKENDS:
-        session = BACKENDS[backend](bundle, **options)
     else:
-        raise BackendError(f"no backend is called {backend!r}; there are {', '.join(BACKENDS)} and auto")
+        check_backend(backend, ("auto",))
+        session = BACKENDS[backend](bundle, **options)
     session.tokenizer = text.tokenizer
     session.end_token_ids = text.generation.end_token_ids
     session.chat_end_token_ids = text.generation.chat_end_token_ids
@@ -136,11 +158,74 @@ def open_session(bundle: Bundle, backend: str = "auto", **options: Any) -> Sessi
     return session
 
 
+def check_backend(name: str, more: tuple[str, ...] = ()) -> None:
+    """Refuse the name of a backend that there is not.
+
+    Args:
+        name: as it was given.
+        more: other names that are allowed.
+
+    Raises:
+        BackendError: it is unknown; those that there are.
+    """
+    if name not in BACKENDS and name not in more:
+        raise BackendError(unknown("no backend is called {}; there are {}", name, (*BACKENDS, *more)))
+
+
 def _first_that_works(bundle: Bundle, options: dict[str, Any]) -> Session:
-    reasons = []
+    """Try backends in order; whatever one of them dies of is no reason not to try the next."""
+    skipped: dict[str, str] = {}
+    absent: dict[str, str] = {}
     for name, make in BACKENDS.items():
+        session, reason = _tried(make, bundle, options)
+        if session is None:
+            gc.collect()  # what was loaded so far goes before the next one comes
+            (skipped if is_here(bundle, name) else absent)[name] = reason
+            continue
+        session.skipped = skipped
+        for other, why in skipped.items():
+            _log.warning("%s is there and was passed over for %s: %s", other, name, why)
+        return session
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in (skipped or absent).items())
+    others = f"; not here: {', '.join(absent)}" if skipped and absent else ""
+    raise BackendError(f"no backend works here ({reasons}{others}); run `gta-edge doctor`")
+
+
+def _tried(make: Callable[..., Session], bundle: Bundle, options: dict[str, Any]) -> tuple[Session | None, str]:
+    """Return a session, or why there is none; in a function of its own, which an error's traceback does not outlive."""
+    try:
+        return make(bundle, **options), ""
+    except OF_THE_MODEL:
+        raise
+    except Exception as error:  # a library's own errors have no common base, and a full GPU is some of them
+        return None, reason_of(error)
+
+
+def is_here(bundle: Bundle, name: str) -> bool:
+    """Tell whether a backend is meant to be used here: installed, and for an engine, built.
+
+    What is and does not work is worth a word; what was never installed is not.
+    """
+    if name in ENGINES:
         try:
-            return make(bundle, **options)
-        except (BackendError, EngineError) as error:
-            reasons.append(f"{name}: {error}")
-    raise BackendError(f"no backend works here ({'; '.join(reasons)})")
+            require_engine(bundle, name)
+        except EngineError:
+            return False
+        except OSError:  # it cannot be told, which is the trouble
+            return True
+        return True
+    if name == "onnxruntime-cuda":  # the same module as the CPU's, imported when it was tried
+        providers = getattr(sys.modules.get("onnxruntime"), "get_available_providers", list)
+        return "CUDAExecutionProvider" in providers()
+    return find_spec(name) is not None
+
+
+def reason_of(error: Exception) -> str:
+    """Return in one line of bounded length why a backend does not work."""
+    if isinstance(error, GtaEdgeError):
+        return one_line(error, _MAX_REASON)
+    if isinstance(error, MemoryError):
+        return "there is not enough memory"
+    if isinstance(error, OSError) and error.filename is not None:
+        return one_line(f"{error.filename}: {error.strerror or error}", _MAX_REASON)
+    return one_line(f"{type(error).__name__}: {error}", _MAX_REASON)

@@ -78,6 +78,7 @@ class Session(ABC):
         self.end_token_ids: frozenset[int] = frozenset(config.eos_token_ids)
         self.chat_end_token_ids: frozenset[int] = frozenset()  # besides those
         self.chat_sampling: Mapping[str, float] = {}  # options of ``generate`` where a chat leaves them open
+        self.skipped: dict[str, str] = {}  # by name, why ``auto`` passed over a backend that is there
         self.chunk_size = chunk_size
         self.capacity_step = capacity_step
         self._length: Ids = np.zeros(1, np.int64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,11 +11,11 @@ import numpy.typing as npt
 
 from gta_edge.bundle import Bundle
 from gta_edge.checkpoint import Checkpoint
-from gta_edge.errors import BackendError, CheckpointError, EngineError
-from gta_edge.fidelity import Difference, Report, difference, probe
+from gta_edge.errors import BackendError, CheckpointError
+from gta_edge.fidelity import Report, difference, probe
 from gta_edge.progress import Progress, silent
 from gta_edge.reference import compare_weights
-from gta_edge.runtime.backends import BACKENDS, open_session
+from gta_edge.runtime.backends import BACKENDS, OF_THE_MODEL, check_backend, is_here, open_session, reason_of
 from gta_edge.runtime.session import Session
 
 __all__ = ["verify"]
@@ -33,7 +34,8 @@ def verify(
     Args:
         bundle: directory that ``export`` wrote.
         checkpoint: what it was exported from.
-        backends: names from ``BACKENDS``; None for every one that works here.
+        backends: names from ``BACKENDS``; None for every one that works here: what does not is in the report with its
+            reason, and stops no other.
         verify_hashes: hash the bundle's weights first.
         progress: told of each backend.
 
@@ -41,6 +43,8 @@ def verify(
         CheckpointError: the checkpoint cannot be read, or describes another model than the bundle.
         BackendError: a backend that was asked for does not work, or none does, or PyTorch is not installed.
     """
+    for name in backends or ():
+        check_backend(name)
     opened = Bundle.open(bundle, verify_hashes=verify_hashes, progress=progress)
     source = Checkpoint.open(checkpoint)
     if source.config.parameter_shapes() != opened.config.parameter_shapes():
@@ -51,27 +55,53 @@ def verify(
     names = list(backends or BACKENDS)
     ids, prefill = probe(opened.config)
     reference, quantisation = compare_weights(opened, source, ids)
-    differences: dict[str, Difference] = {}
-    rounded: dict[str, Difference] = {}
-    compute: dict[str, str] = {}
+    report = Report({}, quantisation, opened.precision)
     for done, name in enumerate(names):
         progress("verifying backends", done, len(names))
-        try:
-            with open_session(opened, name) as session:
-                found = difference(_logits(session, ids, prefill), reference)
-            if session.rounds_activations:
-                rounded[session.backend] = found
-                with open_session(opened, name, exact=True) as session:
-                    found = difference(_logits(session, ids, prefill), reference)
-            differences[session.backend] = found
-            compute[session.backend] = session.compute
-        except (BackendError, EngineError):
-            if backends:  # asked for by name: not having it is an error
-                raise
+        reason = _verified(report, opened, name, (ids, prefill, reference), asked=bool(backends))
+        if reason:
+            gc.collect()  # what was loaded so far goes before the next one comes
+            (report.unavailable if is_here(opened, name) else report.absent)[name] = reason
     progress("verifying backends", len(names), len(names))
-    if not differences:
-        raise BackendError(f"none of the backends {', '.join(names)} works here; run `gta-edge doctor`")
-    return Report(differences, quantisation, opened.precision, rounded, compute)
+    if not report.backends:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in (report.unavailable or report.absent).items())
+        raise BackendError(f"none of the backends works here ({reasons}); run `gta-edge doctor`")
+    return report
+
+
+def _verified(
+    report: Report,
+    bundle: Bundle,
+    name: str,
+    probed: tuple[npt.NDArray[np.int64], int, npt.NDArray[np.float32]],
+    *,
+    asked: bool,
+) -> str:
+    """Add what is found of one backend, all of it or nothing; return why nothing.
+
+    Args:
+        report: to add to.
+        bundle: the model.
+        name: of the backend.
+        probed: ids [1, N], how many of them are the prompt, and the reference's logits [1, N, V].
+        asked: whether it was asked for by name: then not having it is an error.
+    """
+    ids, prefill, reference = probed
+    try:
+        with open_session(bundle, name) as session:
+            found = difference(_logits(session, ids, prefill), reference)
+        if session.rounds_activations:
+            with open_session(bundle, name, exact=True) as exact:
+                rounded, found = found, difference(_logits(exact, ids, prefill), reference)
+            report.int8_activations[name] = rounded
+    except OF_THE_MODEL:
+        raise
+    except Exception as error:  # a library's own errors have no common base
+        if asked:
+            raise
+        return reason_of(error)
+    report.backends[name], report.compute[name] = found, session.compute
+    return ""
 
 
 def _logits(session: Session, ids: npt.NDArray[np.int64], prefill: int) -> npt.NDArray[np.float32]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from gta_edge.errors import InputError
 from gta_edge.support.cgroups import PROC, Group, groups
+from gta_edge.support.text import brief
 
 __all__ = ["check_threads", "installed_cores", "threads_for", "usable_cores"]
 
@@ -50,7 +51,7 @@ def check_threads(asked: int | None) -> None:
     most = max(_MOST_AT_LEAST, _MOST_PER_CORE * installed_cores())
     if asked is not None and not 1 <= asked <= most:
         raise InputError(
-            f"{asked} threads were asked for, and of the machine's {installed_cores()} cores {usable_cores()} may be "
+            f"{brief(asked)} threads were asked for, and of the machine's {installed_cores()} cores {usable_cores()} may be "
             f"used; expected 1 to {most}"
         )
 

@@ -12,12 +12,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import rich.console
 
 from gta_edge.cli import bench_plot, bench_text
 from tests.cli import COMMAND, Result, environment
 from tests.conftest import TINY
+from tests.runtime.bench_bundles import damaged
+from tests.runtime.bench_interpreters import wrong
 
 Command = Callable[..., Result]
 
@@ -42,9 +45,15 @@ QUICK = ("--rounds", 1, "--new-tokens", 2)
 
 
 @pytest.fixture(scope="module")
-def report(tiny_bundle: Path) -> dict[str, Any]:
+def absent(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A backend under an interpreter that there is not."""
+    return f"torch@{tmp_path_factory.mktemp('absent')}/python"
+
+
+@pytest.fixture(scope="module")
+def report(tiny_bundle: Path, absent: str) -> dict[str, Any]:
     """What the command prints of two backends that are there and one that is not; not to be changed."""
-    backends = f"onnxruntime,onnxruntime@{sys.executable},torch@/nonexistent/python"
+    backends = f"onnxruntime,onnxruntime@{sys.executable},{absent}"
     arguments = ["bench", tiny_bundle, "--backend", backends, "--contexts", "12,5", "--rounds", 2, "--new-tokens", 3]
     result = subprocess.run(
         [*COMMAND, *map(str, arguments), "--json"], env=environment(), capture_output=True, text=True, check=False
@@ -55,7 +64,7 @@ def report(tiny_bundle: Path) -> dict[str, Any]:
 # --- results -------------------------------------------------------------------------------------------------------
 
 
-def test_json(report: dict[str, Any], tiny_bundle: Path) -> None:
+def test_json(report: dict[str, Any], tiny_bundle: Path, absent: str) -> None:
     assert report.keys() >= {"machine", "results", "absent", "backends"}
     assert [row["context"] for row in report["results"]] == [5, 5, 12, 12]
     for row in report["results"]:
@@ -66,7 +75,7 @@ def test_json(report: dict[str, Any], tiny_bundle: Path) -> None:
     assert report["machine"].keys() >= {"cpu", "gpus", "board", "jetpack", "power_mode", "clocks_fixed", "warnings"}
     assert report["machine"]["clocks_hz"].keys() == {"gpu", "cpu", "memory"}
     (entry,) = report["absent"]
-    assert entry["backend"] == "torch@/nonexistent/python"
+    assert entry["backend"] == absent
     assert "is no program" in entry["reason"]
 
 
@@ -77,10 +86,10 @@ def shown(report: dict[str, Any]) -> str:
     return text
 
 
-def test_tables(report: dict[str, Any]) -> None:
+def test_tables(report: dict[str, Any], absent: str) -> None:
     text = shown(report)
     assert text.index("weights read/token") < text.index("\nmeasured") < text.index("\ndistance")
-    assert text.index("\ndistance") < text.index("not there: torch@/nonexistent/python")
+    assert text.index("\ndistance") < text.index(f"not there: {absent}")
     assert "…" not in text
     assert text.count(f"onnxruntime@{sys.executable} ") == 1 + 2 + 2
     for row in report["results"]:
@@ -181,13 +190,13 @@ def test_what_was_not_measured_shows(report: dict[str, Any]) -> None:
         assert "it was ended by SIGKILL" in text
 
 
-def test_markdown(report: dict[str, Any]) -> None:
+def test_markdown(report: dict[str, Any], absent: str) -> None:
     text = bench_text.as_markdown(report)
     tables = [part.splitlines() for part in text.split("\n\n") if part.startswith("|")]
     assert [len(table) for table in tables] == [2 + 2, 2 + 4, 2 + 4]
     for table in tables:
         assert len({line.count("|") for line in table}) == 1
-    assert "- not there: torch@/nonexistent/python" in text
+    assert f"- not there: {absent}" in text
 
 
 def test_several_bundles_and_a_prompt(command: Command, tiny_bundle: Path, tmp_path: Path) -> None:
@@ -238,20 +247,29 @@ def test_a_plot_of_wrong_answers_says_so(report: dict[str, Any], tmp_path: Path)
         (("--rounds", 0), "--rounds is 0"),
         (("--ids", "1,x"), "--ids is '1,x'"),
         (("--ids", "1,2", "--contexts", "3"), "the prompt has 2 tokens"),
-        (("--prompt-file", "/nonexistent"), "/nonexistent: cannot be read"),
-        (("--plot", "/nonexistent/x.png"), "its directory does not exist"),
-        (("--plot", "/tmp/x.txt"), "expected a name that ends in .png"),
+        (("--prompt-file", "{tmp}/missing"), "/missing: cannot be read"),
+        (("--plot", "{tmp}/missing/x.png"), "its directory does not exist"),
+        (("--plot", "{tmp}/x.txt"), "expected a name that ends in .png"),
+        (("--batch", 10**9), "GB are free; give a smaller --batch or --contexts"),
+        (("--batch", 10**300), "GB are free; give a smaller --batch or --contexts"),
+        (("--threads", 100_000), "--threads is 100000; expected 1 to"),
+        (("--rounds", 10**9), "--rounds is 1000000000; expected 1 to"),
     ],
 )
 def test_refused_before_anything_starts(
-    command: Command, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[object, ...], message: str
+    command: Command,
+    tiny_bundle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: tuple[object, ...],
+    message: str,
 ) -> None:
-    monkeypatch.setattr(subprocess, "Popen", None)  # starting a process would fail
-    assert message in command("bench", tiny_bundle, *arguments).error
+    monkeypatch.setattr("gta_edge.runtime.bench.process.subprocess.Popen", None)  # starting a process would fail
+    assert message in command("bench", tiny_bundle, *(str(word).format(tmp=tmp_path) for word in arguments)).error
 
 
-def test_a_bundle_that_does_not_exist(command: Command, tiny_bundle: Path) -> None:
-    assert "does not exist" in command("bench", tiny_bundle, "/nonexistent").error
+def test_a_bundle_that_does_not_exist(command: Command, tiny_bundle: Path, tmp_path: Path) -> None:
+    assert "does not exist" in command("bench", tiny_bundle, tmp_path / "missing").error
 
 
 @pytest.mark.parametrize("options", [("--markdown", "--json"), ("--ids", "1", "--prompt-file", "x")])
@@ -259,13 +277,37 @@ def test_options_that_exclude_each_other(command: Command, tiny_bundle: Path, op
     assert "give one of" in command("bench", tiny_bundle, *options).usage
 
 
-def test_nobody_could_be_measured(command: Command, tiny_bundle: Path) -> None:
-    result = command("bench", tiny_bundle, "--backend", "onnxruntime@/nonexistent/python", "--json")
+def test_nobody_could_be_measured(command: Command, tiny_bundle: Path, absent: str) -> None:
+    result = command("bench", tiny_bundle, "--backend", absent, "--json")
     assert result.status == 1
     assert result.err == "error: no backend could be measured; the report says why of each\n"
     document = json.loads(result.out)
     assert document["results"] == []
-    assert [entry["backend"] for entry in document["absent"]] == ["onnxruntime@/nonexistent/python"]
+    assert [entry["backend"] for entry in document["absent"]] == [absent]
+
+
+@pytest.fixture(scope="module")
+def liar(tiny_bundle: Path, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A backend that has a layer's sign changed."""
+    directory = tmp_path_factory.mktemp("liar")
+    other = damaged(tiny_checkpoint, directory, "layers.1.mlp.down_proj", np.negative)
+    return f"onnxruntime@{wrong(directory / 'wrong', tiny_bundle.resolve(), other.resolve())}"
+
+
+@pytest.mark.parametrize("options", [(), ("--json",), ("--markdown",)])
+def test_wrong_answers_are_an_error_after_the_report(
+    command: Command, tiny_bundle: Path, liar: str, options: tuple[str, ...]
+) -> None:
+    result = command("bench", tiny_bundle, "--backend", f"onnxruntime,{liar}", "--contexts", "8", *QUICK, *options)
+    assert result.status == 1
+    assert result.err.startswith(f"error: {liar} at 8 answers wrongly: its logits are ")
+    assert len(result.err.splitlines()) == 1
+    assert len(result.err) < 600
+    if "--json" in options:
+        agrees = {row["backend"]: row["agrees"] for row in json.loads(result.out)["results"]}
+        assert agrees == {"onnxruntime": True, liar: False}
+    else:
+        assert "WRONG" in result.out
 
 
 # --- Ctrl-C --------------------------------------------------------------------------------------------------------

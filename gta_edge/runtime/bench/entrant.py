@@ -13,7 +13,7 @@ from gta_edge.bundle import Bundle
 from gta_edge.cost import COMPUTE_BYTES
 from gta_edge.errors import BackendError, GtaEdgeError
 from gta_edge.runtime.bench.agreement import Answers
-from gta_edge.runtime.bench.process import Worker
+from gta_edge.runtime.bench.process import Worker, temporary_files
 from gta_edge.runtime.bench.targets import Target
 
 __all__ = ["Entrant"]
@@ -72,8 +72,9 @@ class Entrant:
         """
         path = self.directory / "logits"
         answer = self._ask(do="check", prompt=str(prompt), steps=shape[0] - 1, logits=str(path))
-        logits = np.fromfile(path, np.float32).reshape(shape)
-        path.unlink()
+        with temporary_files(self.directory):
+            logits = np.fromfile(path, np.float32).reshape(shape)
+            path.unlink()
         assert self.opened is not None  # it was asked
         compute = self.opened["compute"]
         quantised = answer["cache_bytes_per_token"] < self.bundle.config.cache_bytes_per_token(COMPUTE_BYTES[compute])
@@ -127,8 +128,8 @@ class Entrant:
 
     def _start(self) -> Document:
         """Start the process and load the bundle into it."""
-        python = self.target.python
-        self._worker = Worker(python, self.environment, self.directory)
+        target = self.target
+        self._worker = Worker(target.python, self.environment, self.directory, target.arguments)
         try:
             self.opened = self._worker.ask(
                 do="open",

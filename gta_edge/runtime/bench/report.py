@@ -41,7 +41,7 @@ _MEASURED = (
     "times_floor",
     "bandwidth_fraction",
 )
-_COMPARED = ("agrees", "max_rel_error", "bound", "same_tokens", "compared_tokens")
+_COMPARED = ("agrees", "max_rel_error", "bound", "mean_error", "mean_bound", "same_tokens", "compared_tokens")
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,8 @@ class Comparison:
         has_peer: whether anybody else answered.
         exact: whether the reference rounds nothing below float32.
         found: as ``agreement`` returns it.
+        in_exact_arithmetic: the same, of an entrant that rounds activations and is asked once not to; why it could not
+            be asked; None if it does not round, or is itself what others are compared with.
     """
 
     reference: str
@@ -61,6 +63,7 @@ class Comparison:
     has_peer: bool
     exact: bool
     found: Document
+    in_exact_arithmetic: Document | str | None = None
 
 
 def report(
@@ -251,6 +254,12 @@ def _compared(row: Document, comparison: Comparison | None) -> Document:
         notes["agrees"] = "the others are compared with it, as the most exact of them"
     elif not comparison.exact:
         notes["agrees"] = f"compared with {comparison.reference}, which rounds too: no backend here is exact"
+    once = comparison.in_exact_arithmetic
+    if isinstance(once, str):
+        notes["max_rel_error"] = f"only as it rounds activations: in exact arithmetic it could not be asked ({once})"
+    elif once is not None and not once["agrees"]:  # rounding hid it
+        found = found | {key: once[key] for key in ("agrees", "max_rel_error", "bound", "mean_error", "mean_bound")}
+        notes["max_rel_error"] = "in exact arithmetic, without rounding activations"
     return row | {key: found[key] for key in _COMPARED} | {"reference": comparison.reference}
 
 

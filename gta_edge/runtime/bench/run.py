@@ -9,10 +9,11 @@ context's: nothing before it took more, except loading, which is part of it.
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,110 +21,28 @@ from typing import Any
 import numpy as np
 
 from gta_edge.bundle import Bundle
-from gta_edge.errors import GtaEdgeError, InputError
+from gta_edge.errors import GtaEdgeError, OutputError
 from gta_edge.progress import Progress, silent
 from gta_edge.runtime.bench.agreement import Answers, agreement, choose_reference, is_exact
 from gta_edge.runtime.bench.entrant import Entrant
 from gta_edge.runtime.bench.figures import settled, summarise
-from gta_edge.runtime.bench.limits import check_memory
-from gta_edge.runtime.bench.process import Worker, environment_for
+from gta_edge.runtime.bench.process import Worker, environment_for, temporary_files
 from gta_edge.runtime.bench.report import Comparison, describe_machine, report
+from gta_edge.runtime.bench.settings import CHECKED_STEPS, DEFAULT_CONTEXTS, DEFAULT_NEW_TOKENS, Settings, check_room
 from gta_edge.runtime.bench.targets import Target
-from gta_edge.support.cores import check_threads
 from gta_edge.support.memory import available_bytes
+from gta_edge.support.text import printable
 
-__all__ = ["DEFAULT_CONTEXTS", "Settings", "bench"]
+__all__ = ["DEFAULT_CONTEXTS", "DEFAULT_NEW_TOKENS", "Settings", "bench"]
 
 Document = dict[str, Any]
 
-DEFAULT_CONTEXTS = (128, 2048)
-DEFAULT_NEW_TOKENS = 32
 _ROUNDS = 3
 _MOST_ROUNDS = 15
 _ENOUGH_S = 1.0  # of the slowest entrant at one context; what takes less is repeated
 _PATIENCE_S = 60.0  # of all entrants at one context; rounds that have not settled by then are reported as they are
 _STEADY_S = 10.0  # after which bandwidth is measured again, to see how steady the machine was
-_CHECKED_STEPS = 8
 _FIRST_SYNTHETIC_SEED = 0
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What is asked of every backend.
-
-    Attributes:
-        contexts: tokens of the prompt, and so in the cache when the first token is decoded; ``DEFAULT_CONTEXTS``, as
-            far as the model has positions, or the given prompt's length by default.
-        new_tokens: steps that are timed after it; fewer where the model's positions end.
-        batch: rows at once.
-        rounds: repeats; by default at least 3, and up to 15 while they are short or lie far apart.
-        threads: for one operator on a CPU; None for the backend's own choice.
-        prompt: ids to begin with, the same in every row; random ones by default.
-        compare: whether backends are asked for their answers to compare them.
-        warm_up: whether each context is first run once untimed, in full; its first chunks are in any case. The rest of
-            a long prompt has little to warm up, and takes long; but then its first timed run also grows the cache.
-    """
-
-    contexts: tuple[int, ...] | None = None
-    new_tokens: int = DEFAULT_NEW_TOKENS
-    batch: int = 1
-    rounds: int | None = None
-    threads: int | None = None
-    prompt: tuple[int, ...] | None = None
-    compare: bool = True
-    warm_up: bool = True
-
-    def check(self) -> None:
-        """Refuse what makes no sense for any model.
-
-        Raises:
-            InputError: a number below 1, more threads than could be of use, or a prompt that is shorter than a context.
-        """
-        check_threads(self.threads)
-        for name, value in (("--batch", self.batch), ("--new-tokens", self.new_tokens), ("--rounds", self.rounds)):
-            if value is not None and value < 1:
-                raise InputError(f"{name} is {value}; expected a whole number above 0")
-        for context in self.contexts or ():
-            if context < 1:
-                raise InputError(f"--contexts has {context}; expected whole numbers above 0")
-            if self.prompt is not None and context > len(self.prompt):
-                raise InputError(
-                    f"--contexts has {context} and the prompt has {len(self.prompt)} tokens; give a longer prompt or a "
-                    "shorter context"
-                )
-        if self.prompt is not None and not self.prompt:
-            raise InputError("the prompt is empty; give one with a token at least")
-
-    def contexts_for(self, name: str, bundle: Bundle) -> tuple[int, ...]:
-        """Return the contexts for a bundle, ascending.
-
-        Raises:
-            InputError: one leaves no position for a new token, or the prompt has ids that the model does not know.
-        """
-        longest = bundle.config.max_position_embeddings - 1
-        if self.contexts is not None:
-            contexts = self.contexts
-        elif self.prompt is not None:
-            contexts = (len(self.prompt),)
-        else:
-            room = max(1, longest + 1 - self.new_tokens)
-            contexts = tuple(min(context, room) for context in DEFAULT_CONTEXTS)
-        for context in contexts:
-            if context > longest:
-                raise InputError(
-                    f"the context {context} leaves no room for a new token: {name} has {longest + 1} positions; "
-                    f"choose at most {longest}"
-                )
-        unknown = [i for i in self.prompt or () if not 0 <= i < bundle.config.vocab_size]
-        if unknown:
-            raise InputError(
-                f"token id {unknown[0]} is outside the vocabulary of {name}: 0 to {bundle.config.vocab_size - 1}"
-            )
-        return tuple(sorted(set(contexts)))
-
-    def new_tokens_at(self, context: int, bundle: Bundle) -> int:
-        """Return how many steps there is room for."""
-        return min(self.new_tokens, bundle.config.max_position_embeddings - context)
 
 
 @dataclass
@@ -134,7 +53,12 @@ class _Run:
     directory: Path
     progress: Progress
     entrants: list[Entrant] = field(default_factory=list)
-    references: list[Entrant] = field(default_factory=list)
+    twins: dict[int, Entrant] = field(default_factory=dict)
+    """By the identity of each entrant that rounds activations: the same in exact arithmetic, asked and not measured."""
+    exact: dict[int, Document | str] = field(default_factory=dict)
+    """By the same: how its twin compared with the reference, or why it was not compared."""
+    checked: set[str] = field(default_factory=set)
+    """Bundles whose twins were asked."""
     absent: list[Document] = field(default_factory=list)
     bandwidths: dict[str, list[float]] = field(default_factory=dict)
     bandwidth_notes: dict[str, str] = field(default_factory=dict)
@@ -142,7 +66,8 @@ class _Run:
     """By place among the entrants, and context."""
 
     def new_directory(self) -> Path:
-        return Path(tempfile.mkdtemp(dir=self.directory))
+        with temporary_files(self.directory):
+            return Path(tempfile.mkdtemp(dir=self.directory))
 
 
 def bench(
@@ -159,15 +84,16 @@ def bench(
     Raises:
         BundleError: a bundle does not exist or is damaged.
         InputError: settings that make no sense, for one of the models.
-        CapacityError: a batch that takes more memory than is available.
+        CapacityError: rows and contexts that there is no memory for.
+        OutputError: temporary files cannot be written.
     """
     settings.check()
     opened = {str(name): Bundle.open(name) for name in bundles}
     contexts = {name: settings.contexts_for(name, bundle) for name, bundle in opened.items()}
-    check_memory(opened, contexts, settings.batch, 1 + _CHECKED_STEPS if settings.compare else 1)
     described = describe_machine()  # now: later the load would be our own
-    with tempfile.TemporaryDirectory(prefix="gta-edge-bench-") as name:
-        run = _Run(settings, Path(name), progress)
+    file_bytes = check_room(settings, opened, contexts, targets, gpu=bool(described["gpus"]))
+    with _scratch(file_bytes) as directory:
+        run = _Run(settings, directory, progress)
         try:
             _open_all(run, opened, targets)
             begin = time.monotonic()
@@ -179,7 +105,7 @@ def bench(
             if time.monotonic() - begin > _STEADY_S:
                 _measure_bandwidths(run)
         finally:
-            for entrant in (*run.entrants, *run.references):
+            for entrant in (*run.entrants, *run.twins.values()):
                 entrant.put_away(patient=False)
     return report(
         entrants=run.entrants,
@@ -192,6 +118,30 @@ def bench(
         new_tokens=settings.new_tokens_at,
         described=described,
     )
+
+
+@contextmanager
+def _scratch(file_bytes: int) -> Iterator[Path]:
+    """Yield a directory for temporary files, which goes with the body.
+
+    Raises:
+        OutputError: there is none, or no room for so many bytes in it.
+    """
+    prefix = "gta-edge-bench-"
+    try:
+        holder = tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True)
+    except OSError as error:
+        raise OutputError(
+            f"there is no directory for temporary files ({printable(str(error))}); set TMPDIR to one that is writable"
+        ) from error
+    with holder as name:
+        free = shutil.disk_usage(name).free
+        if free < file_bytes:
+            raise OutputError(
+                f"{printable(tempfile.gettempdir())}: has {free / 1e6:.1f} MB free, and prompts and answers take "
+                f"{file_bytes / 1e6:.1f} MB; free some space, or set TMPDIR to another directory"
+            )
+        yield Path(name)
 
 
 # --- who is there ----------------------------------------------------------------------------------------------------
@@ -226,7 +176,7 @@ def _open_all(run: _Run, bundles: dict[str, Bundle], targets: Sequence[Target]) 
         _make_room(run, entrant)
     run.progress("loading", len(pairs), len(pairs))
     if run.settings.compare:
-        run.references = [_reference(run, name) for name in bundles if _lacks_exact(run, name)]
+        run.twins = {id(e): _twin(run, e) for e in run.entrants if e.opened and e.opened["rounds_activations"]}
 
 
 def _absence(name: str, target: Target, message: str) -> Document:
@@ -234,19 +184,10 @@ def _absence(name: str, target: Target, message: str) -> Document:
     return {"bundle": name, "backend": target.label, "reason": reason, "remedy": remedy or "run `gta-edge doctor`"}
 
 
-def _lacks_exact(run: _Run, name: str) -> bool:
-    """Tell whether all that is measured of a bundle rounds, and ONNX Runtime could be asked not to."""
-    found = [e for e in run.entrants if e.name == name]
-    exact = [e for e in found if e.opened and e.opened["compute"] == "fp32" and not e.opened["rounds_activations"]]
-    return not exact and any(e.target.backend == "onnxruntime" for e in found)
-
-
-def _reference(run: _Run, name: str) -> Entrant:
-    """Return the bundle on ONNX Runtime in exact arithmetic, which is asked for its answers and not measured."""
-    like = next(e for e in run.entrants if e.name == name and e.target.backend == "onnxruntime")
-    return Entrant(
-        name, like.bundle, like.target, like.environment, run.new_directory(), run.settings.threads, exact=True
-    )
+def _twin(run: _Run, of: Entrant) -> Entrant:
+    """Return an entrant in exact arithmetic: where rounding hides what is wrong, it shows there."""
+    directory, threads = run.new_directory(), run.settings.threads
+    return Entrant(of.name, of.bundle, of.target, of.environment, directory, threads, exact=True)
 
 
 # --- turns -----------------------------------------------------------------------------------------------------------
@@ -266,7 +207,7 @@ def _measure_context(run: _Run, context: int, entrants: list[Entrant]) -> None:
         for done, entrant in enumerate(able if i % 2 == 0 else reversed(able)):
             run.progress(f"context {context}", i * len(able) + done, max(least, i + 1) * len(able))
             begin = time.perf_counter()
-            with suppress(GtaEdgeError):  # the entrant remembers it, and what was measured before stays
+            with _going_on():  # the entrant remembers it, and what was measured before stays
                 tokens, warm_up = _new_tokens(run, context, entrant), run.settings.warm_up
                 entrant.measure(context, prompts[entrant.name], tokens, warm_up=warm_up)
             spent[id(entrant)] += time.perf_counter() - begin
@@ -297,35 +238,78 @@ def _prompt(run: _Run, context: int, name: str, entrants: list[Entrant]) -> Path
     else:
         ids = np.random.default_rng(_FIRST_SYNTHETIC_SEED).integers(0, vocab, (run.settings.batch, context))
     path = run.new_directory() / "prompt.npy"
-    np.save(path, ids.astype(np.int64))
+    with temporary_files(path.parent):
+        np.save(path, ids.astype(np.int64))
     return path
 
 
+@contextmanager
+def _going_on() -> Iterator[None]:
+    """Go on after what stops one backend, and not after what stops them all."""
+    try:
+        yield
+    except OutputError:
+        raise
+    except GtaEdgeError:
+        pass
+
+
 def _compare(run: _Run, context: int, prompt: Path, entrants: list[Entrant]) -> None:
-    """Ask all of a bundle's entrants, and its reference, for their answers to the same prompt, and compare."""
+    """Ask all of a bundle's entrants, and twins as needed, for their answers to the same prompt, and compare."""
+    if not entrants:
+        return
     given: dict[int, Answers] = {}
-    for entrant in (*entrants, *(e for e in run.references if entrants and e.name == entrants[0].name)):
+    twins = _twins_to_ask(run, entrants)
+    for entrant in (*entrants, *twins):
         if entrant.failure is not None:
             continue
-        steps = min(_CHECKED_STEPS, *(_new_tokens(run, context, e) for e in entrants))
+        steps = min(CHECKED_STEPS, *(_new_tokens(run, context, e) for e in entrants))
         shape = (1 + steps, run.settings.batch, entrant.bundle.config.vocab_size)
-        with suppress(GtaEdgeError):
+        with _going_on():
             given[id(entrant)] = entrant.check(prompt, shape)
-        if entrant in run.references:
+        if entrant.exact:
             entrant.put_away()
         _make_room(run, entrant)
     if not given:
         return
     chosen = choose_reference(given)
-    reference = next(e for e in (*run.entrants, *run.references) if id(e) == chosen)
+    reference = next(e for e in (*entrants, *twins) if id(e) == chosen)
     label = f"{reference.target.label}, exact" if reference.exact else reference.target.label
     for entrant in entrants:
+        _note_exact(run, entrant, given, chosen)
         if id(entrant) in given:
             place = next(i for i, e in enumerate(run.entrants) if e is entrant)
             found = agreement(given[id(entrant)], given[chosen])
             run.comparisons[place, context] = Comparison(
-                label, entrant is reference, len(given) > 1, is_exact(given[chosen]), found
+                label,
+                entrant is reference,
+                len(given) > 1,
+                is_exact(given[chosen]),
+                found,
+                run.exact.get(id(entrant)),
             )
+
+
+def _twins_to_ask(run: _Run, entrants: list[Entrant]) -> list[Entrant]:
+    """Return the twins that are asked now: all of them once, then one as the reference if nobody else is exact."""
+    twins = [run.twins[id(e)] for e in entrants if id(e) in run.twins]
+    if entrants[0].name not in run.checked:
+        run.checked.add(entrants[0].name)
+        return twins
+    able = [e for e in entrants if e.failure is None]
+    exact = [e for e in able if e.opened and e.opened["compute"] == "fp32" and id(e) not in run.twins]
+    return [] if exact else [e for e in twins if e.failure is None][:1]
+
+
+def _note_exact(run: _Run, entrant: Entrant, given: dict[int, Answers], chosen: int) -> None:
+    """Keep how an entrant's twin compares with the reference: within float32's bound, whatever rounding hides."""
+    twin = run.twins.get(id(entrant))
+    if twin is None or id(twin) == chosen:
+        return
+    if id(twin) in given:
+        run.exact[id(entrant)] = agreement(given[id(twin)], given[chosen])
+    elif twin.failure is not None:
+        run.exact.setdefault(id(entrant), twin.failure)
 
 
 def _make_room(run: _Run, entrant: Entrant) -> None:
@@ -350,7 +334,7 @@ def _measure_bandwidths(run: _Run) -> None:
             continue
         run.progress("bandwidth", 0, 1)
         try:
-            with Worker(user.target.python, user.environment, user.directory) as worker:
+            with Worker(user.target.python, user.environment, user.directory, user.target.arguments) as worker:
                 rate = worker.ask(do="bandwidth", device=device)["bytes_per_s"]
             run.bandwidths.setdefault(device, []).append(rate)
         except GtaEdgeError as error:

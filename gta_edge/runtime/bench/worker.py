@@ -1,25 +1,29 @@
 """The process that measures one bundle on one backend: ``python -m gta_edge.runtime.bench.worker``.
 
 It reads one JSON object per line on stdin and answers each with one on stdout; ``process.py`` is the other end. Being a
-process of its own makes its peak of memory its own, and lets it be another interpreter's. It ends with its stdin, so it
-does not outlive who asked.
+process of its own makes its peak of memory its own, and lets it be another interpreter's. It does not outlive who
+asked, whatever it is doing: it ends with its stdin, and where the system tells it, with its parent.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
-import sys
+import queue
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
 
 import numpy as np
 import numpy.typing as npt
 
 from gta_edge.bundle import Bundle
-from gta_edge.errors import BackendError, GtaEdgeError
+from gta_edge.errors import BackendError, GtaEdgeError, OutputError
 from gta_edge.runtime.backends import open_session
 from gta_edge.runtime.session import Session
 from gta_edge.support.memory import available_bytes
@@ -32,6 +36,8 @@ Document = dict[str, Any]
 _WARM_UP_S = 0.1
 _WARM_UP_STEPS = 4
 _WARM_UP_CHUNKS = 2
+_SECONDS_TO_END = 10.0
+_PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 class Measurer:
@@ -59,6 +65,11 @@ class Measurer:
             "bandwidth": _bandwidth,
         }
         return operations[request["do"]](request)
+
+    def close(self) -> None:
+        """Free what was loaded; a backend may keep on disk what it compiled."""
+        if self._session:
+            self._session.close()
 
     def _open(self, request: Document) -> Document:
         """Load a bundle and say what of it matters to the figures."""
@@ -101,12 +112,12 @@ class Measurer:
         """
         session, ids, before = self._ready(), np.load(request["prompt"]), self._ask_gpu()
         session.reset()
-        with Path(request["logits"]).open("wb") as file:
-            logits = session.forward(ids)
-            file.write(logits.tobytes())
-            for _ in range(request["steps"]):
-                logits = session.forward(logits.argmax(-1)[:, None])
-                file.write(logits.tobytes())
+        path = Path(request["logits"])
+        logits = session.forward(ids)
+        _write(path, logits, "wb")
+        for _ in range(request["steps"]):
+            logits = session.forward(logits.argmax(-1)[:, None])
+            _write(path, logits, "ab")
         self._warm = ids.shape
         self._count_gpu(before)
         return self._memory()
@@ -280,7 +291,23 @@ def _status_bytes(entry: str) -> int | None:
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{entry}:")), None)
 
 
-def serve(requests: TextIO, answers: TextIO) -> None:
+def _write(path: Path, logits: npt.NDArray[np.float32], mode: str) -> None:
+    """Add logits to a file.
+
+    Raises:
+        OutputError: there is no room for them.
+    """
+    try:
+        with path.open(mode) as file:
+            file.write(logits.tobytes())
+    except OSError as error:
+        raise OutputError(
+            f"{path.parent}: temporary files cannot be written there ({error.strerror}); free some space, or set "
+            "TMPDIR to another directory"
+        ) from error
+
+
+def serve(requests: Iterable[str | bytes], answers: TextIO) -> None:
     """Answer requests until there are no more; an error is an answer too."""
     measurer = Measurer()
     for line in requests:
@@ -288,21 +315,66 @@ def serve(requests: TextIO, answers: TextIO) -> None:
         try:
             answer = {"ok": True} | measurer.answer(json.loads(line))
         except GtaEdgeError as error:
-            answer = {"ok": False, "reason": str(error)}
+            answer = {"ok": False, "kind": type(error).__name__, "reason": str(error)}
         except MemoryError:
             answer = {"ok": False, "reason": "not enough memory; use a shorter context, or close other programs"}
         except Exception as error:  # a backend's own: the parent reports it in one line
             answer = {"ok": False, "reason": f"{type(error).__name__}: {error}"}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
+    measurer.close()
+
+
+class _Requests:
+    """The lines of a stream, read by a thread of their own, which ends the process where it works and they end.
+
+    Who asks waits for the answer. So a stream that ends before it has gone with whoever asked.
+    """
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self._lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._working = False
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def __iter__(self) -> _Requests:
+        return self
+
+    def __next__(self) -> bytes:
+        self._working = False
+        line = self._lines.get()
+        if line is None:
+            raise StopIteration
+        self._working = True
+        return line
+
+    def _read(self) -> None:
+        with suppress(OSError):
+            for line in self._stream:
+                self._lines.put(line)
+        if self._working:
+            os._exit(1)
+        self._lines.put(None)
+        time.sleep(_SECONDS_TO_END)  # for what a backend has to tidy up
+        os._exit(1)
+
+
+def _end_with_parent() -> None:
+    """Have the system end this process when its parent ends, where it can (Linux)."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def main() -> None:
     """Serve stdin and stdout; what libraries print goes to stderr."""
+    _end_with_parent()
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     try:
-        serve(sys.stdin, answers)
+        answers.write("\n")  # ends a line that was begun before this was ours
+        answers.flush()
+        # unbuffered: no lock that a thread could hold when the interpreter ends
+        serve(_Requests(open(0, "rb", buffering=0, closefd=False)), answers)  # noqa: SIM115  # as long as the process
     except BrokenPipeError:  # who asked has gone
         os._exit(1)
 
