@@ -51,8 +51,8 @@ def check_threads(asked: int | None) -> None:
     most = max(_MOST_AT_LEAST, _MOST_PER_CORE * installed_cores())
     if asked is not None and not 1 <= asked <= most:
         raise InputError(
-            f"{brief(asked)} threads were asked for, and of the machine's {installed_cores()} cores {usable_cores()} may be "
-            f"used; expected 1 to {most}"
+            f"{brief(asked)} threads were asked for, and of the machine's {installed_cores()} cores {usable_cores()} "
+            f"may be used; expected 1 to {most}"
         )
 
 
