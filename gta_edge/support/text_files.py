@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import codecs
+import errno
+import os
 import stat
 import sys
 from pathlib import Path
@@ -42,6 +44,8 @@ def read_text(
     name = printable(str(path))
     try:
         info = path.stat()
+        if stat.S_ISDIR(info.st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         if not stat.S_ISREG(info.st_mode):  # reading a pipe would wait for ever
             raise raises(f"{name}: is not a regular file; {remedy}")
         if info.st_size > max_bytes:

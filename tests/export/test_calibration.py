@@ -333,7 +333,7 @@ def test_a_text_that_cannot_be_used(checkpoint: Path, precision: str, content: b
 
 
 def test_a_text_that_is_a_directory(checkpoint: Path) -> None:
-    assert "is not a regular file" in refused(checkpoint, InputError, precision="int4", calibrate=checkpoint)
+    assert "cannot be read" in refused(checkpoint, InputError, precision="int4", calibrate=checkpoint)
 
 
 def test_a_text_just_long_enough(checkpoint: Path) -> None:

@@ -49,7 +49,7 @@ def test_what_is_no_file(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for name, reason in {
         "none": "cannot be read",
-        ".": "is not a regular file",
+        ".": "cannot be read .Is a directory",
         "pipe": "is not a regular file.*or - to read standard input",
         "a\0b": "is no path",
         "\x1b[31m": "cannot be read",
