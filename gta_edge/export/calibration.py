@@ -101,7 +101,7 @@ def calibration_ids(source: Checkpoint, text: Path) -> Any:
     tokenizer = Tokenizer.load(source.directory)
     if tokenizer is None:
         raise InputError(f"{source.directory} has no tokenizer.json to read a calibration text with; leave it out")
-    encoded = tokenizer.encode(read_text(text, remedy=_TEXT), add_special_tokens=False)
+    encoded = tokenizer.encode(read_text(text, remedy=_TEXT, pipes=True), add_special_tokens=False)
     tokens = min(_TOKENS, source.config.max_position_embeddings)
     ids = np.asarray(encoded, np.int64)
     if len(ids) < tokens or (ids >= source.config.vocab_size).any():

@@ -145,7 +145,7 @@ class _Worker:
         paths = [str(Path(spec.origin).parents[1]) for spec in specs if spec and spec.origin]
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-I", str(_WORKER), *paths],
+                [sys.executable or "python3", "-I", str(_WORKER), *paths],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,

@@ -113,10 +113,8 @@ def _answer(templates: _Templates, request: dict[str, Any]) -> dict[str, str]:
 
 
 def _first_that_works(templates: _Templates, source: str, variables: dict[str, Any], messages: list[Any]) -> str:
-    """Render content in parts, and none, as it is; where the template only takes text, as text."""
-    forms: list[Callable[[Any], Any]] = [_as_it_is]
-    if any(not isinstance(message.get("content", ""), str) for message in messages):
-        forms += [_text_or_left_out, _text]
+    """Render content in parts, and content that is null or missing, in the first form that the template takes."""
+    forms = _FORMS if any(not isinstance(message.get("content"), str) for message in messages) else _FORMS[:1]
     for form in forms[:-1]:
         try:
             return templates.render(source, variables, [form(message) for message in messages])
@@ -134,16 +132,27 @@ def _as_it_is(message: dict[str, Any]) -> dict[str, Any]:
     return {**message, "content": _Nothing()} if content is None else dict(message)
 
 
-def _text_or_left_out(message: dict[str, Any]) -> dict[str, Any]:
-    text = _text(message)
-    return text if message.get("content") is not None else {name: text[name] for name in text if name != "content"}
-
-
-def _text(message: dict[str, Any]) -> dict[str, Any]:
+def _joined(message: dict[str, Any]) -> dict[str, Any]:
     content = message.get("content")
     if isinstance(content, list):
-        content = "\n".join(part["text"] for part in content)
-    return {**message, "content": "" if content is None else content}
+        return {**message, "content": "\n".join(part["text"] for part in content)}
+    return _as_it_is(message)
+
+
+def _null(message: dict[str, Any]) -> dict[str, Any]:
+    return _joined({"content": None, **message})
+
+
+def _left_out(message: dict[str, Any]) -> dict[str, Any]:
+    given = {name: value for name, value in message.items() if name != "content" or value is not None}
+    return _joined(given)
+
+
+def _empty(message: dict[str, Any]) -> dict[str, Any]:
+    return {"content": "", **_left_out(message)}
+
+
+_FORMS: list[Callable[[dict[str, Any]], dict[str, Any]]] = [_as_it_is, _joined, _null, _left_out, _empty]
 
 
 class _Templates:

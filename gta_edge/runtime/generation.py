@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from numbers import Integral
 from typing import Any, Literal
 
@@ -76,8 +76,9 @@ def generate(
     limit: Any = max_new_tokens
     if isinstance(limit, bool) or not isinstance(limit, Integral) or int(limit) < 1:
         raise InputError(f"max_new_tokens is {brief(max_new_tokens)}; expected a whole number from 1 up")
-    if not isinstance(stop, str) and not isinstance(stop, Sequence):
+    if not isinstance(stop, Iterable):
         raise InputError(f"stop is {brief(stop)}; expected a list of texts")
+    stop = stop if isinstance(stop, str) else tuple(stop)
     stops = StopTexts(stop, session.tokenizer.special_tokens if session.tokenizer else None)
     if stop and session.tokenizer is None:
         raise InputError("stop texts need a tokenizer, and this model has none; leave them out")
@@ -219,7 +220,9 @@ class Generation(Iterator[str]):
     def _take(self, token: int) -> str | None:
         """Note a new token and return its piece; None for an end token that leaves nothing to say."""
         if token in self._end_token_ids:
-            return self._finish("stop") or None
+            piece = self._stops.feed("", token)  # a stop string may end with it
+            self._pieces.append(piece)
+            return piece + self._finish("stop") or None
         self._all_ids[self.prompt_tokens + len(self.ids)] = token
         self.ids.append(token)
         piece = self._stops.feed(self._decoder.push(token), token) if self._decoder else ""

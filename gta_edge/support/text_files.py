@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import codecs
+import errno
+import os
 import stat
 import sys
 from pathlib import Path
@@ -26,6 +28,7 @@ def read_text(
     remedy: str = "give a text file in UTF-8",
     *,
     max_bytes: int = MAX_TEXT_BYTES,
+    pipes: bool = False,
 ) -> str:
     """Return the content of a text file in UTF-8, without a byte order mark.
 
@@ -34,6 +37,7 @@ def read_text(
         raises: class of the error.
         remedy: what its message tells to do.
         max_bytes: a larger file is refused before it is read.
+        pipes: take a pipe too, as ``<(command)`` of a shell is one, and wait for its end.
 
     Raises:
         GtaEdgeError: of class ``raises``: no such file (``__cause__`` is the FileNotFoundError), not a regular one, too
@@ -42,7 +46,9 @@ def read_text(
     name = printable(str(path))
     try:
         info = path.stat()
-        if not stat.S_ISREG(info.st_mode):  # reading a pipe would wait for ever
+        if stat.S_ISDIR(info.st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if not (pipes or stat.S_ISREG(info.st_mode)):  # reading a pipe would wait for ever
             raise raises(f"{name}: is not a regular file; {remedy}")
         if info.st_size > max_bytes:
             raise raises(f"{name}: has {info.st_size} bytes; expected at most {max_bytes}; {remedy}")
@@ -62,7 +68,7 @@ def read_text_or_stdin(path: Path) -> str:
         InputError: as there, or there is no standard input.
     """
     if str(path) != STANDARD_INPUT:
-        return read_text(path, remedy="give a text file in UTF-8, or - to read standard input")
+        return read_text(path, remedy="give a text file in UTF-8, or - to read standard input", pipes=True)
     remedy = "pipe a text in UTF-8 into it"
     if sys.stdin is None:  # closed by whoever started us
         raise InputError(f"standard input is closed; {remedy}")

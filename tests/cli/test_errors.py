@@ -182,7 +182,7 @@ def test_names_of_what_there_is_not(
         (["--prompt", "a", "--temperature=-1"], "temperature is -1"),
         (["--prompt", "a", "--temperature", "nan"], "temperature is nan"),
         (["--prompt", "a", "--temperature", "inf"], "temperature is inf"),
-        (["--prompt", "a", "--top-k", "0"], "top_k is 0"),
+        (["--prompt", "a", "--top-k=-1"], "top_k is -1"),
         (["--prompt", "a", "--top-p", "0"], "top_p is 0"),
         (["--prompt", "a", "--top-p", "1.01"], "top_p is 1.01"),
         (["--prompt", "a", "--min-p", "2"], "min_p is 2"),

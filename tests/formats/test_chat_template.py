@@ -35,6 +35,10 @@ PARTS = [{"role": "user", "content": [{"type": "text", "text": "one"}, {"type": 
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
 CALLS = [{"role": "assistant", "content": None, "tool_calls": [CALL]}]
 NO_CONTENT = [{"role": "assistant", "tool_calls": [CALL]}]
+CALLS_BY_NULL = (
+    "{% for m in messages %}{% if m['content'] is none %}{{ m.tool_calls[0].function.name + ';' }}"
+    "{% else %}{{ m['content'] + ';' }}{% endif %}{% endfor %}"
+)
 WALKS = (
     "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}"
     "{% for p in m.content %}<{{ p.text }}>{% endfor %}{% endif %}{% endfor %}"
@@ -73,6 +77,10 @@ WALKS = (
          CALLS, 'f{"x": 1}'),
         ("{{ messages[0].name }}{{ messages[0].tools[0].type }}",
          [{"role": "user", "content": "x", "name": "n", "tools": [{"type": "t"}]}], "nt"),
+        # calls that a template asks null for are not lost beside parts that it cannot take, nor left out with null
+        (CALLS_BY_NULL, [*PARTS, *CALLS], "one\ntwo;f;"),
+        (CALLS_BY_NULL, [*PARTS, *NO_CONTENT], "one\ntwo;f;"),
+        (CALLS_BY_NULL, NO_CONTENT, "f;"),
         ("{{ messages[0].tool_call_id }}", [{"role": "tool", "content": "3", "tool_call_id": "7"}], "7"),
         ("{{ messages[0].content }}", [{"role": "user", "content": ""}], ""),
         ("{{ messages[0].role }}", tuple(PARTS), "user"),

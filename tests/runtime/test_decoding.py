@@ -81,7 +81,7 @@ def is_whole(tokenizer, ids):
 
 
 @pytest.mark.parametrize("name", MADE)
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=80)
 @given(data=st.data())
 def test_prompt_and_pieces_are_the_text_of_all_ids(name, data):
     library, tokenizer = MADE[name]
@@ -96,7 +96,7 @@ def test_prompt_and_pieces_are_the_text_of_all_ids(name, data):
     assert not any("\ufffd" in piece for piece in pieces if "\ufffd" not in tokenizer.decode([*prompt, *new]))
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 @given(
     text=st.text("a é中😀👩‍👩‍👧", min_size=1, max_size=12),
     at=st.integers(0, 40),

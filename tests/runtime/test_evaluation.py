@@ -1,8 +1,10 @@
 """Loss and perplexity, and verification of a bundle that exists."""
 
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from gta_edge.runtime.session import Session
 from gta_edge.runtime.verification import verify
 from tests import reference
 from tests.export.checkpoints import write_checkpoint
+from tests.runtime.helpers_generation import ScriptedSession
 
 ENTRIES = reference.gta_entries(heads=4, n_q=2, e=2, vocab_size=61, max_position_embeddings=24)
 WEIGHTS = reference.random_weights(ENTRIES)
@@ -113,3 +116,31 @@ def test_verify_of_what_is_not_there(directory: Path, tmp_path: Path) -> None:
         verify(directory / "bundle", directory / "checkpoint", ["tensorflow"])
     with pytest.raises(BundleError, match="does not exist"):
         verify(tmp_path / "none", directory / "checkpoint")
+
+
+class NanSession(ScriptedSession):
+    def _run(self, input_ids, past_length, logit_positions):
+        return super()._run(input_ids, past_length, logit_positions) * np.float32("nan")
+
+
+def test_logits_that_are_nan_are_no_loss() -> None:
+    with pytest.raises(BackendError, match="the model's logits hold NaN"):
+        evaluate(NanSession([1]), np.arange(5))
+
+
+@pytest.mark.parametrize("window", [True, 2.5, "4", 0, -1, 10**30])
+def test_windows_of_any_other_kind(window: Any) -> None:
+    with pytest.raises(InputError, match=r"window is .*; expected 1 to 64"):
+        evaluate(ScriptedSession([]), np.arange(5), window=window)
+
+
+@pytest.mark.parametrize("ids", [np.arange(5.0), [[1], [2, 3]], ["a", "b"], np.array([True, False]), 3, None])
+def test_ids_of_any_other_kind(ids: Any) -> None:
+    with pytest.raises(InputError, match=r"the ids|at least two"):
+        evaluate(ScriptedSession([]), ids)
+
+
+def test_ids_that_are_a_pipe(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "ids.npy")
+    with pytest.raises(InputError, match="is not a regular file"):
+        read_ids(tmp_path / "ids.npy")

@@ -141,6 +141,9 @@ IM_END, END = (SPECIAL.token_to_id(name) for name in ("<|im_end|>", "<|end|>"))
         ([*b"Hi", IM_END, END, *b"no"], {"stop": ["<|im_end|><|end|>"]}, "Hi", [*b"Hi", IM_END, END]),
         ([*b"a", IM_END, *b"b", EOS], {"stop": ["<|im_end|>\n"]}, "ab", [*b"a", IM_END, *b"b"]),
         ([*b"a", IM_END, *b"bc"], {"stop": ["ab"]}, "", [*b"a", IM_END, *b"b"]),
+        ([*b"axy", IM_END], {"stop": ["xy<|im_end|>", "<|im_end|>"]}, "a", [*b"axy"]),  # the longest
+        ([*b"axy", EOS], {"stop": ["xy</s>"]}, "a", [*b"axy"]),
+        ([*b"axy", EOS], {"stop": {"yx</s>"}}, "axy", [*b"axy"]),
         ([*"é中".encode(), IM_END], {"stop": ["é", "中<|im_end|>"]}, "", [*"é".encode()]),
     ],
 )
@@ -334,6 +337,8 @@ def test_a_chat_takes_the_models_sampling_where_it_is_left_open(options, taken):
         ([1], {"max_new_tokens": 2.5}, "max_new_tokens is 2.5"),
         ([1], {"temperature": -1}, "temperature is -1"),
         ([1], {"stop": ["a", ""]}, "a stop text is ''"),
+        ([1], {"stop": 3}, "stop is 3; expected a list of texts"),
+        ([1], {"stop": [b"a"]}, "a stop text is b'a'"),
     ],
 )  # fmt: skip
 def test_input_that_makes_no_sense_is_refused_before_anything_runs(prompt, options, message):

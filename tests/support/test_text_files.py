@@ -3,6 +3,7 @@
 import io
 import os
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -49,8 +50,8 @@ def test_what_is_no_file(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for name, reason in {
         "none": "cannot be read",
-        ".": "is not a regular file",
-        "pipe": "is not a regular file.*or - to read standard input",
+        ".": "cannot be read .Is a directory",
+        "none/at/all": "cannot be read.*or - to read standard input",
         "a\0b": "is no path",
         "\x1b[31m": "cannot be read",
         "x" * 300: "cannot be read",
@@ -58,9 +59,21 @@ def test_what_is_no_file(tmp_path):
         with pytest.raises(InputError, match=reason) as caught:
             read_text_or_stdin(tmp_path / name)
         assert str(caught.value).isprintable()
+    with pytest.raises(InputError, match="is not a regular file"):
+        read_text(tmp_path / "pipe")
     with pytest.raises(InputError, match="cannot be read") as caught:
         read_text(tmp_path / "none")
     assert isinstance(caught.value.__cause__, FileNotFoundError)
+
+
+def test_a_pipe_that_a_user_names(tmp_path):
+    reading, writing = os.pipe()
+    os.write(writing, "né".encode("utf-8-sig"))
+    os.close(writing)
+    try:
+        assert read_text_or_stdin(Path(f"/dev/fd/{reading}")) == "né"
+    finally:
+        os.close(reading)
 
 
 def stdin_of(monkeypatch, content):
@@ -68,8 +81,6 @@ def stdin_of(monkeypatch, content):
 
 
 def test_standard_input(monkeypatch):
-    from pathlib import Path
-
     stdin_of(monkeypatch, "né\n".encode("utf-8-sig"))
     assert read_text_or_stdin(Path("-")) == "né\n"
     stdin_of(monkeypatch, b"\xff")
