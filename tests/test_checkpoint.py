@@ -218,6 +218,8 @@ def test_what_is_only_named_alike_is_not_ignored(tmp_path, name):
     [
         (GTA, "model.layers.1.self_attn.o_proj.bias"),
         (GTA, "lm_head.bias"),
+        (GTA, "model.norm.bias"),
+        (SMALLEST, "model.layers.0.post_attention_layernorm.bias"),
         (SMALLEST, "model.layers.0.self_attn.q_proj.bias"),
         (SMALLEST, "model.layers.0.mlp.down_proj.bias"),
     ],
