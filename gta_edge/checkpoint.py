@@ -73,7 +73,9 @@ _DTYPES: dict[str, np.dtype[Any]] = {
 _TABLES = re.compile(r"rotary_emb\.((original_)?inv_freq|(cos|sin)_cached)$|rotary_emb\.inv_freq|decoder\.version$")
 
 # Biases that no supported model has, of modules that it has; zeros add nothing.
-_BIASES = re.compile(r"(lm_head|model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj)\.bias")
+_BIASES = re.compile(
+    r"(lm_head|model\.norm|model\.layers\.\d+\.((input|post_attention)_layernorm|(self_attn|mlp)\.\w+_proj))\.bias"
+)
 
 
 @dataclass(frozen=True, eq=False)

@@ -65,7 +65,7 @@ def check_supported(entries: Mapping[str, Any]) -> None:
             continue
         if value not in _ACTIVATIONS:
             raise ConfigError(f"{name} is {brief(value)}; only 'silu', also called 'swish', is supported")
-    for name in ("quantization_config", "compression_config"):
+    for name in ("quantization_config", "quantization", "compression_config"):
         if entries.get(name):
             raise ConfigError(f"{name} is {brief(entries[name])}; {_QUANTISED}")
     for name, harmless in _REFUSED.items():

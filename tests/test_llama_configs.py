@@ -152,6 +152,7 @@ REFUSED = {
     "experts": ({"num_local_experts": 8}, "num_local_experts"),
     "quantised": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config"),
     "quantised, of any size": ({"quantization_config": {"ignored": ["x" * 500] * 1000}}, "quantization_config"),
+    "quantised by MLX": ({"quantization": {"group_size": 64, "bits": 4}}, "quantization"),
     "head width": ({"head_dim": 32}, "head_dim"),
     "dtype": ({"torch_dtype": "float8_e4m3fn"}, "dtype"),
 }
