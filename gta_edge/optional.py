@@ -224,10 +224,13 @@ def _floors() -> dict[str, str]:
         return {}
     floors = {}
     for requirement in found:
-        name = re.match(r"[A-Za-z0-9._-]+", requirement)
-        floor = re.search(r">=\s*(\d+(?:\.\d+)*)", requirement.partition(";")[0])
-        if name:
-            floors[re.sub(r"[._-]+", "-", name[0]).lower()] = floor[1] if floor else ""
+        if re.search(r"extra == ['\"](dev|test)['\"]", requirement):  # what nobody runs models with
+            continue
+        wanted, _, marker = requirement.partition(";")
+        name, floor = re.match(r"[A-Za-z0-9._-]+", wanted), re.search(r">=\s*(\d+(?:\.\d+)*)", wanted)
+        if name:  # ONNX Runtime, which not every Python has a release for, says itself which is too old
+            everywhere = floor and "python_version" not in marker
+            floors[re.sub(r"[._-]+", "-", name[0]).lower()] = floor[1] if floor and everywhere else ""
     return floors
 
 

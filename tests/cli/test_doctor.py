@@ -210,6 +210,13 @@ def test_a_gpu_that_tensorrt_rtx_does_not_build_for(gpu: Callable[[str], None]) 
     assert found["version"]
 
 
+def test_the_kernel_that_onnxruntime_is_asked_to_run() -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    doctor_checks._run_a_kernel(onnxruntime, "CPUExecutionProvider")
+    with pytest.raises(Exception, match="Provider"):
+        doctor_checks._run_a_kernel(onnxruntime, "NoExecutionProvider")
+
+
 def test_a_gpu_that_is_anothers(gpu: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> None:
     gpu("sm_87")
     nvrtc(monkeypatch, 87)
