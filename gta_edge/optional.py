@@ -112,6 +112,7 @@ def keep_silent(name: str) -> None:
     Matplotlib keeps a list of the system's fonts.
     """
     os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     if name.partition(".")[0] == "matplotlib" and (directory := cache_directory()):
         os.environ.setdefault("MPLCONFIGDIR", str(directory / "matplotlib"))
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import io
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+
+from gta_edge.support.text import one_line
 
 __all__ = ["main"]
 
@@ -14,14 +17,28 @@ def main() -> None:
     """Run ``gta-edge``; the exit status is that of the command."""
     try:
         _prepare_streams()
-        from gta_edge.cli.app import run
-
-        run()
+        _load()()
     except KeyboardInterrupt:  # before or after the command proper; importing takes a second on a slow board
         sys.exit(130)
     except OSError as error:  # what is printed cannot be written
         print(f"error: output: {error.strerror}; check where it goes", file=sys.stderr)
         sys.exit(1)
+
+
+def _load() -> Callable[[], None]:
+    """Return what runs the command; a library that is always needed may be there and broken."""
+    try:
+        from gta_edge.cli.app import run
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # whatever its import raises
+        if "--debug" in sys.argv:
+            raise
+        said = f"{type(error).__name__}: {one_line(error)}"
+        remedy = "run: pip install --upgrade --force-reinstall gta-edge"
+        print(f"error: a library that gta-edge needs cannot be loaded ({said}); {remedy}", file=sys.stderr)
+        sys.exit(1)
+    return run
 
 
 def _prepare_streams() -> None:

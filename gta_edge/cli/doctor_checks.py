@@ -87,6 +87,7 @@ def _ending(status: int, errors: IO[bytes]) -> str:
     lines = [line.strip() for line in errors.read().decode(errors="replace").splitlines() if line.strip()]
     said = f" ({one_line(lines[-1])})" if lines else ""
     how = f"with {signal.Signals(-status).name}" if status < 0 else f"with status {status}"
+    how += ", probably for lack of memory" if status == -signal.SIGKILL else ""
     return f"ends the process {how}{said}"
 
 
@@ -199,7 +200,7 @@ def _onnxruntime() -> Answer:
     """Whether ONNX Runtime is there, with what it needs to be given a graph, and what it can run on."""
     from gta_edge.ort import load_onnxruntime
 
-    missing = _modules("onnxruntime", "onnx_ir", extra="ort")
+    missing = _modules("onnxruntime", "onnx_ir", "tokenizers", extra="ort")
     providers = _providers()
     if missing["works"]:
         try:
@@ -222,7 +223,7 @@ def _onnxruntime_cuda() -> Answer:
     """Whether ONNX Runtime can use the GPU."""
     from gta_edge.ort import CUDA_PROVIDER, load_onnxruntime_cuda, why_no_gpu
 
-    found = _modules("onnxruntime", "onnx", "onnx_ir", extra="ort-gpu")
+    found = _modules("onnxruntime", "onnx", "onnx_ir", "tokenizers", extra="ort-gpu")
     if found["works"]:
         module = load_onnxruntime_cuda()
         try:
@@ -251,7 +252,7 @@ def _run_a_kernel(onnxruntime: Any, provider: str) -> None:
 
 def _torch() -> Answer:
     """Whether PyTorch is there, and made for the GPU where it would take that."""
-    found = _modules("torch", "onnx_ir", extra="export")
+    found = _modules("torch", "onnx_ir", "tokenizers", extra="export")
     if found["works"]:
         from gta_edge.runtime.torch import default_device
 

@@ -22,6 +22,7 @@ import typer
 from gta_edge.errors import GtaEdgeError
 from gta_edge.optional import too_old
 from gta_edge.progress import Progress, silent
+from gta_edge.support.text import one_line
 
 __all__ = ["FAILED", "INTERRUPTED", "Output", "command", "current", "key_value_table"]
 
@@ -143,6 +144,8 @@ def _describe(error: BaseException) -> str:
         return str(error)
     if isinstance(error, (AttributeError, ImportError, TypeError)) and (old := too_old()):
         return f"{old} ({type(error).__name__}: {error})"  # what it lacks, or took in another form then
+    if isinstance(error, ImportError):
+        return f"a library cannot be loaded ({one_line(error)}); run: pip install --upgrade --force-reinstall gta-edge"
     return f"unexpected {type(error).__name__}: {error}; run again with --debug and please report it"
 
 
