@@ -112,6 +112,7 @@ def keep_silent(name: str) -> None:
     Matplotlib keeps a list of the system's fonts.
     """
     os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     if name.partition(".")[0] == "matplotlib" and (directory := cache_directory()):
         os.environ.setdefault("MPLCONFIGDIR", str(directory / "matplotlib"))
 
@@ -224,10 +225,13 @@ def _floors() -> dict[str, str]:
         return {}
     floors = {}
     for requirement in found:
-        name = re.match(r"[A-Za-z0-9._-]+", requirement)
-        floor = re.search(r">=\s*(\d+(?:\.\d+)*)", requirement.partition(";")[0])
-        if name:
-            floors[re.sub(r"[._-]+", "-", name[0]).lower()] = floor[1] if floor else ""
+        if re.search(r"extra == ['\"](dev|test)['\"]", requirement):  # what nobody runs models with
+            continue
+        wanted, _, marker = requirement.partition(";")
+        name, floor = re.match(r"[A-Za-z0-9._-]+", wanted), re.search(r">=\s*(\d+(?:\.\d+)*)", wanted)
+        if name:  # ONNX Runtime, which not every Python has a release for, says itself which is too old
+            everywhere = floor and "python_version" not in marker
+            floors[re.sub(r"[._-]+", "-", name[0]).lower()] = floor[1] if floor and everywhere else ""
     return floors
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from gta_edge.cli.signals import exit_status, handled
+from gta_edge.support.text import one_line
 
 __all__ = ["main"]
 
@@ -17,7 +19,7 @@ def main() -> None:
     try:
         with handled():
             _prepare_streams()
-            from gta_edge.cli.app import run
+            run = _load()
             from gta_edge.support.truncation import report_truncated_files
 
             report_truncated_files()
@@ -27,6 +29,22 @@ def main() -> None:
     except OSError as error:  # what is printed cannot be written
         print(f"error: output: {error.strerror}; check where it goes", file=sys.stderr)
         sys.exit(1)
+
+
+def _load() -> Callable[[], None]:
+    """Return what runs the command; a library that is always needed may be there and broken."""
+    try:
+        from gta_edge.cli.app import run
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # whatever its import raises
+        if "--debug" in sys.argv:
+            raise
+        said = f"{type(error).__name__}: {one_line(error)}"
+        remedy = "run: pip install --upgrade --force-reinstall gta-edge"
+        print(f"error: a library that gta-edge needs cannot be loaded ({said}); {remedy}", file=sys.stderr)
+        sys.exit(1)
+    return run
 
 
 def _prepare_streams() -> None:

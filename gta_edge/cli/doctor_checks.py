@@ -15,7 +15,9 @@ import tempfile
 from collections.abc import Callable, Sequence
 from typing import IO, Any
 
-from gta_edge.errors import GtaEdgeError
+import numpy as np
+
+from gta_edge.errors import BackendError, GtaEdgeError
 from gta_edge.optional import UnusableError, find_module
 from gta_edge.support.text import one_line
 
@@ -85,6 +87,7 @@ def _ending(status: int, errors: IO[bytes]) -> str:
     lines = [line.strip() for line in errors.read().decode(errors="replace").splitlines() if line.strip()]
     said = f" ({one_line(lines[-1])})" if lines else ""
     how = f"with {signal.Signals(-status).name}" if status < 0 else f"with status {status}"
+    how += ", probably for lack of memory" if status == -signal.SIGKILL else ""
     return f"ends the process {how}{said}"
 
 
@@ -197,7 +200,7 @@ def _onnxruntime() -> Answer:
     """Whether ONNX Runtime is there, with what it needs to be given a graph, and what it can run on."""
     from gta_edge.ort import load_onnxruntime
 
-    missing = _modules("onnxruntime", "onnx_ir", extra="ort")
+    missing = _modules("onnxruntime", "onnx_ir", "tokenizers", extra="ort")
     providers = _providers()
     if missing["works"]:
         try:
@@ -218,17 +221,38 @@ def _providers() -> list[str]:
 
 def _onnxruntime_cuda() -> Answer:
     """Whether ONNX Runtime can use the GPU."""
-    from gta_edge.ort import load_onnxruntime_cuda
+    from gta_edge.ort import CUDA_PROVIDER, load_onnxruntime_cuda, why_no_gpu
 
-    missing = _modules("onnxruntime", "onnx_ir", extra="ort-gpu")
-    if missing["works"]:
-        load_onnxruntime_cuda()
-    return missing
+    found = _modules("onnxruntime", "onnx", "onnx_ir", "tokenizers", extra="ort-gpu")
+    if found["works"]:
+        module = load_onnxruntime_cuda()
+        try:
+            _run_a_kernel(module, CUDA_PROVIDER)
+        except Exception as error:  # ONNX Runtime's errors have no common base
+            raise BackendError(why_no_gpu(module, error)) from error
+    return found
+
+
+def _run_a_kernel(onnxruntime: Any, provider: str) -> None:
+    """Add two numbers, which fails where ONNX Runtime holds no code for this GPU."""
+    import onnx
+
+    value = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in "abc"]
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Add", ["a", "b"], ["c"])], "sum", value[:2], value[2:])
+    opset = [onnx.helper.make_opsetid("", 17)]
+    model = onnx.helper.make_model(graph, opset_imports=opset, ir_version=8)
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level = 4  # what is wrong is raised
+    session = onnxruntime.InferenceSession(model.SerializeToString(), settings, providers=[provider])
+    ones = np.ones(1, np.float32)
+    (total,) = session.run(None, {"a": ones, "b": ones})
+    if total.tolist() != [2.0]:
+        raise RuntimeError(f"1 + 1 is {total.tolist()} there")
 
 
 def _torch() -> Answer:
     """Whether PyTorch is there, and made for the GPU where it would take that."""
-    found = _modules("torch", "onnx_ir", extra="export")
+    found = _modules("torch", "onnx_ir", "tokenizers", extra="export")
     if found["works"]:
         from gta_edge.runtime.torch import default_device
 

@@ -166,6 +166,8 @@ def _describe(error: BaseException) -> str:
         return str(error)
     if isinstance(error, (AttributeError, ImportError, TypeError)) and (old := too_old()):
         return f"{old} ({type(error).__name__}: {error})"  # what it lacks, or took in another form then
+    if isinstance(error, ImportError):
+        return f"a library cannot be loaded ({one_line(error)}); run: pip install --upgrade --force-reinstall gta-edge"
     return f"unexpected {type(error).__name__}: {error}; run again with --debug and please report it"
 
 

@@ -99,6 +99,23 @@ def test_a_check_that_does_not_end(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert doctor_checks.run(["plot"])["plot"]["reason"] == "importing matplotlib did not end in 3 s"
 
 
+@pytest.mark.parametrize("name", ["numpy", "safetensors", "rich"])
+def test_a_library_that_is_always_needed(tmp_path: Path, name: str) -> None:
+    fake(tmp_path, name, "raise ImportError('made for another Python')")
+    message = doctor(tmp_path).error
+    assert message.startswith("a library that gta-edge needs cannot be loaded (")
+    assert "made for another Python" in message
+
+
+def test_a_library_that_is_needed_for_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("torch", "onnx_ir"):
+        fake(tmp_path, name, "__version__ = '99'")
+    fake(tmp_path, "tokenizers", "raise ImportError('made for another Python')")
+    monkeypatch.syspath_prepend(tmp_path)
+    reason = "is installed and cannot be loaded (ImportError: made for another Python)"
+    assert doctor_checks.run(["torch"])["torch"]["reason"] == f"the Python module tokenizers {reason}"
+
+
 # --- GPUs that cannot be used ----------------------------------------------------------------------------------------
 
 
@@ -208,6 +225,13 @@ def test_a_gpu_that_tensorrt_rtx_does_not_build_for(gpu: Callable[[str], None]) 
     assert re.fullmatch(r"tensorrt-rtx \S+ does not build for compute capability 9\.0", found["reason"])
     assert found["remedy"].startswith("expected 8.")
     assert found["version"]
+
+
+def test_the_kernel_that_onnxruntime_is_asked_to_run() -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    doctor_checks._run_a_kernel(onnxruntime, "CPUExecutionProvider")
+    with pytest.raises(Exception, match="Provider"):
+        doctor_checks._run_a_kernel(onnxruntime, "NoExecutionProvider")
 
 
 def test_a_gpu_that_is_anothers(gpu: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> None:
