@@ -27,6 +27,7 @@ from gta_edge.errors import BundleError, GtaEdgeError, InputError
 from gta_edge.files import plain_name
 from gta_edge.optional import optional
 from gta_edge.quantization import BITS, BLOCK_SIZES, DEFAULT_BLOCK_SIZE, unpack_nibbles
+from gta_edge.support.choices import unknown
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -119,7 +120,7 @@ def block_size_for(config: ModelConfig, precision: str, block_size: int | None =
         InputError: the precision is unknown, or does not go with this block size and model.
     """
     if precision not in PRECISIONS:
-        raise InputError(f"precision is {precision!r}; expected one of {', '.join(PRECISIONS)}")
+        raise InputError(unknown("precision is {}; expected one of {}", precision, PRECISIONS))
     if precision not in BITS:
         if block_size is not None:
             raise InputError(f"precision is {precision}, which has no blocks; a block size goes with int8 or int4")

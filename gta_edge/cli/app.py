@@ -6,11 +6,12 @@ import sys
 from collections.abc import Callable
 from typing import Annotated
 
+import click
 import typer
 
 from gta_edge.cli import bench, build, doctor, export, generate, init, inspect, plan, verify
 from gta_edge.cli import eval as evaluate
-from gta_edge.cli.output import command
+from gta_edge.cli.output import FAILED, as_line, command
 from gta_edge.version import __version__
 
 __all__ = ["app", "run"]
@@ -57,5 +58,14 @@ def _options(
 
 def run() -> None:
     """Parse the arguments and run the verb."""
-    app()
+    try:
+        # in this mode click leaves its errors to us: they quote what was given, however long and whatever is in it
+        status = app(standalone_mode=False)
+    except click.ClickException as error:
+        error.message = as_line(error.message)  # type: ignore[misc]  # what show() prints
+        error.show()
+        status = error.exit_code
+    except click.Abort:
+        status = FAILED
     sys.stdout.flush()
+    sys.exit(status or 0)

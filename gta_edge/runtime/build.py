@@ -32,6 +32,8 @@ from gta_edge.runtime.engine import (
     make_engines_directory,
 )
 from gta_edge.runtime.memory import available_bytes
+from gta_edge.support.choices import unknown
+from gta_edge.support.text import brief
 
 if TYPE_CHECKING:
     from gta_edge.runtime.tensorrt_builder import Target
@@ -41,6 +43,7 @@ __all__ = [
     "LOGIT_POSITIONS",
     "Requirement",
     "build",
+    "check_purpose",
     "prepare_only",
     "products_of",
     "profile_shapes",
@@ -125,7 +128,7 @@ def build(
         CapacityError: the memory that is free here is less than the build is expected to take.
         BackendError: TensorRT or the GPU is missing.
     """
-    _check_purpose(bundle, purpose)
+    check_purpose(bundle, purpose)
     directory = engine_directory(bundle, purpose.engine)
     if directory.exists() and not force:
         raise EngineError(f"{directory}: there is an engine already; give --force to replace it")
@@ -175,7 +178,7 @@ def prepare_only(
         InputError: the purpose does not fit the model.
         OutputError: the directory exists or cannot be written.
     """
-    _check_purpose(bundle, purpose)
+    check_purpose(bundle, purpose)
     if output is None:
         output = make_engines_directory(bundle) / f"{purpose.engine}-onnx"
     with new_directory(output, force=force) as partial:
@@ -208,31 +211,41 @@ def profile_shapes(bundle: Bundle, purpose: Purpose) -> list[dict[str, tuple[tup
     return profiles
 
 
-def _check_purpose(bundle: Bundle, purpose: Purpose) -> None:
+def check_purpose(bundle: Bundle, purpose: Purpose) -> None:
+    """Refuse what no engine of this model can be built for, before anything is worked out from it.
+
+    Raises:
+        InputError: a name that there is not, or a size outside of what the model has; which, and what is expected.
+    """
     config = bundle.config
     if purpose.engine not in ENGINES:
-        raise InputError(f"no engine is called {purpose.engine!r}; there are {', '.join(ENGINES)}")
+        raise InputError(unknown("no engine is called {}; there are {}", purpose.engine, ENGINES))
     allowed: Sequence[str] = ("fp16", "bf16", "fp32") if purpose.engine == "tensorrt-rtx" else ("fp16", "bf16")
     if purpose.compute not in allowed:
-        raise InputError(f"{purpose.engine} computes in {' or '.join(allowed)}, not in {purpose.compute}")
+        raise InputError(unknown(f"{purpose.engine} does not compute in {{}}; expected {{}}", purpose.compute, allowed))
     plugin = purpose.engine == "tensorrt" and isinstance(config, GTAConfig)
     caches = (purpose.compute, "int8", "fp8") if plugin else (purpose.compute,)
     if purpose.cache_dtype not in caches:
         raise InputError(
-            f"a cache of {purpose.cache_dtype} is not possible with --engine {purpose.engine} and --compute "
-            f"{purpose.compute} for {config.architecture}; expected {' or '.join(caches)}"
+            unknown(
+                f"a cache of {{}} is not possible with --engine {purpose.engine} and --compute {purpose.compute} for "
+                f"{config.architecture}; expected {{}}",
+                purpose.cache_dtype,
+                caches,
+            )
         )
     _check_int4(bundle, purpose)
     if not 1 <= purpose.max_length <= config.max_position_embeddings:
         raise InputError(
-            f"--max-length is {purpose.max_length}; the model has positions for 1 to {config.max_position_embeddings}"
+            f"--max-length is {brief(purpose.max_length)}; the model has positions for 1 to "
+            f"{config.max_position_embeddings}"
         )
     if not 1 <= purpose.chunk_size <= purpose.max_length:
         raise InputError(
             f"a chunk has {purpose.chunk_size} tokens; expected 1 to the {purpose.max_length} of the cache"
         )
     if not 1 <= purpose.max_batch <= 256:
-        raise InputError(f"--max-batch is {purpose.max_batch}; expected 1 to 256")
+        raise InputError(f"--max-batch is {brief(purpose.max_batch)}; expected 1 to 256")
 
 
 def _check_memory(
@@ -253,7 +266,7 @@ def _check_memory(
 
 def _check_int4(bundle: Bundle, purpose: Purpose) -> None:
     if purpose.int4 not in CHOICES:
-        raise InputError(f"--int4 is {purpose.int4!r}; expected {', '.join(CHOICES)}")
+        raise InputError(unknown("--int4 is {}; expected {}", purpose.int4, CHOICES))
     if purpose.int4 == "plugin" and purpose.engine != "tensorrt":
         raise InputError(f"{purpose.engine} takes no plugins; leave out --int4 plugin, or build with --engine tensorrt")
     if purpose.int4 == "plugin" and bundle.precision not in BITS:
