@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gta_edge.bundle import Bundle
-from gta_edge.config import GTAConfig
+from gta_edge.config import GTAConfig, ModelConfig
 from gta_edge.errors import CapacityError, EngineError, InputError
 from gta_edge.files import new_directory
 from gta_edge.progress import Progress, silent
@@ -42,6 +42,7 @@ __all__ = [
     "CHUNK_SIZE",
     "LOGIT_POSITIONS",
     "Requirement",
+    "buffer_bytes",
     "build",
     "check_purpose",
     "prepare_only",
@@ -62,6 +63,7 @@ LOGIT_POSITIONS = 16
 _WEIGHT_COPIES = 4
 _LAYER_BYTES = 25e6
 _BUILDER_BYTES = 1e9
+_ID_BYTES, _LOGIT_BYTES = 8, 4
 
 
 @dataclass(frozen=True)
@@ -73,22 +75,25 @@ class Requirement:
         cache: of all rows at full length, which the builder allocates to time kernels, in and out.
         logits: of one run.
         builder: TensorRT's libraries, its own representations of the layers, and CUDA's context.
+        buffers: inputs and outputs beside the cache that a session has on the GPU, and pinned, once it is built: what
+            cannot run need not be built.
     """
 
     weights: int
     cache: int
     logits: int
     builder: int
+    buffers: int = 0
 
     @property
     def peak(self) -> int:
-        """All of it."""
-        return self.weights + self.cache + self.logits + self.builder
+        """All of it; buffers are pinned on the host too."""
+        return self.weights + self.cache + max(self.logits, 2 * self.buffers) + self.builder
 
     @property
     def on_gpu(self) -> int:
         """What a GPU with memory of its own holds of it: the weights of the layer that is timed are few."""
-        return self.cache + self.logits + self.weights // _WEIGHT_COPIES
+        return self.cache + max(self.logits, self.buffers) + self.weights // _WEIGHT_COPIES
 
 
 def requirement(bundle: Bundle, purpose: Purpose) -> Requirement:
@@ -98,7 +103,14 @@ def requirement(bundle: Bundle, purpose: Purpose) -> Requirement:
         cache=2 * purpose.cache_bytes(bundle.config),
         logits=4 * purpose.max_batch * LOGIT_POSITIONS * bundle.config.vocab_size,
         builder=int(_BUILDER_BYTES + _LAYER_BYTES * bundle.config.num_hidden_layers),
+        buffers=buffer_bytes(bundle.config, purpose),
     )
+
+
+def buffer_bytes(config: ModelConfig, purpose: Purpose) -> int:
+    """Return the bytes of a session's ids, lengths, positions and logits, which it has on the GPU and pinned."""
+    ids = purpose.max_batch * (purpose.chunk_size + 1 + LOGIT_POSITIONS)
+    return _ID_BYTES * ids + _LOGIT_BYTES * purpose.max_batch * LOGIT_POSITIONS * config.vocab_size
 
 
 def build(
