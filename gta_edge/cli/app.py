@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Any
 
-import click
 import typer
 
 from gta_edge.cli import bench, build, doctor, export, generate, init, inspect, plan, verify
@@ -24,6 +23,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+# The base of what is wrong with a call: click's, which some versions of typer have as a part of their own.
+_USAGE_ERRORS: Any = typer.BadParameter.__mro__[2]
 
 _VERBS: dict[str, Callable[..., None]] = {
     "init": init.init,
@@ -61,11 +63,11 @@ def run() -> None:
     try:
         # in this mode click leaves its errors to us: they quote what was given, however long and whatever is in it
         status = app(standalone_mode=False)
-    except click.ClickException as error:
-        error.message = as_line(error.message)  # type: ignore[misc]  # what show() prints
+    except _USAGE_ERRORS as error:
+        error.message = as_line(error.message)
         error.show()
         status = error.exit_code
-    except click.Abort:
+    except typer.Abort:
         status = FAILED
     sys.stdout.flush()
     sys.exit(status or 0)
