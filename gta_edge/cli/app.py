@@ -64,7 +64,8 @@ def run() -> None:
         # in this mode click leaves its errors to us: they quote what was given, however long and whatever is in it
         status = app(standalone_mode=False)
     except _USAGE_ERRORS as error:
-        error.message = as_line(error.message)
+        if not error.message.startswith("Usage:"):  # without a command it is the help
+            error.message = as_line(error.message)
         error.show()
         status = error.exit_code
     except typer.Abort:
