@@ -10,6 +10,7 @@ from importlib.resources import files
 from typing import Any
 
 from gta_edge.errors import InputError
+from gta_edge.support.choices import unknown
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -79,7 +80,7 @@ def device(name: str) -> Device:
     """
     table = _table()
     if name not in table["devices"]:
-        raise InputError(f"no device is called {name!r}; there are {', '.join(device_names())}")
+        raise InputError(unknown("no device is called {}; there are {}", name, device_names()))
     entry = table["devices"][name]
     kind = table["classes"][entry["class"]]
     return Device(

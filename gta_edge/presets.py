@@ -11,7 +11,7 @@ from typing import Any
 
 from gta_edge.config import GQAConfig, GTAConfig, ModelConfig
 from gta_edge.errors import InputError
-from gta_edge.support.text import brief
+from gta_edge.support.choices import unknown
 
 __all__ = ["DEFAULT_MAX_LENGTH", "PRESETS", "preset"]
 
@@ -59,7 +59,7 @@ def preset(name: str) -> ModelConfig:
         InputError: no preset of this name.
     """
     if name not in PRESETS:
-        raise InputError(f"no preset is called {brief(name)}; there are {', '.join(PRESETS)}")
+        raise InputError(unknown("no preset is called {}; there are {}", name, PRESETS))
     family = (_GTA.get(name) or _BASELINES[name])[0]
     common: dict[str, Any] = {
         "vocab_size": family.vocab,

@@ -25,6 +25,7 @@ import numpy.typing as npt
 from gta_edge.config import ModelConfig
 from gta_edge.errors import BundleError, CapacityError, InputError
 from gta_edge.quantization import BITS, BLOCK_SIZES, DEFAULT_BLOCK_SIZE, unpack_nibbles
+from gta_edge.support.choices import unknown
 from gta_edge.support.floats import all_finite
 from gta_edge.support.text import brief
 
@@ -118,7 +119,7 @@ def block_size_for(config: ModelConfig, precision: str, block_size: int | None =
         InputError: the precision is unknown, or does not go with this block size and model.
     """
     if precision not in PRECISIONS:
-        raise InputError(f"precision is {brief(precision)}; expected one of {', '.join(PRECISIONS)}")
+        raise InputError(unknown("precision is {}; expected one of {}", precision, PRECISIONS))
     if precision not in BITS:
         if block_size is not None:
             raise InputError(f"precision is {precision}, which has no blocks; a block size goes with int8 or int4")

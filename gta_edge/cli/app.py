@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from gta_edge.cli import bench, build, doctor, export, generate, init, inspect, plan, verify
 from gta_edge.cli import eval as evaluate
-from gta_edge.cli.output import command
+from gta_edge.cli.output import FAILED, as_line, command
 from gta_edge.version import __version__
 
 __all__ = ["app", "run"]
@@ -23,6 +23,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+# The base of what is wrong with a call: click's, which some versions of typer have as a part of their own.
+_USAGE_ERRORS: Any = typer.BadParameter.__mro__[2]
 
 _VERBS: dict[str, Callable[..., None]] = {
     "init": init.init,
@@ -57,5 +60,15 @@ def _options(
 
 def run() -> None:
     """Parse the arguments and run the verb."""
-    app()
+    try:
+        # in this mode click leaves its errors to us: they quote what was given, however long and whatever is in it
+        status = app(standalone_mode=False)
+    except _USAGE_ERRORS as error:
+        if not error.message.startswith("Usage:"):  # without a command it is the help
+            error.message = as_line(error.message)
+        error.show()
+        status = error.exit_code
+    except typer.Abort:
+        status = FAILED
     sys.stdout.flush()
+    sys.exit(status or 0)

@@ -71,6 +71,7 @@ def build(
             chunk_size=min(builder.CHUNK_SIZE, length),
             int4=int4,
         )
+        builder.check_purpose(opened, purpose)
         needed = builder.requirement(opened, purpose)
         if onnx_only:
             written = builder.prepare_only(

@@ -26,12 +26,14 @@ from gta_edge.progress import Progress, silent
 from gta_edge.support.json_text import json_text
 from gta_edge.support.text import one_line, printable
 
-__all__ = ["FAILED", "SCHEMA_VERSION", "Output", "command", "current", "key_value_table"]
+__all__ = ["FAILED", "SCHEMA_VERSION", "Output", "as_line", "command", "current", "key_value_table"]
 
 FAILED = 1
 SCHEMA_VERSION = 1
 """Of all documents that ``--json`` prints; it grows when a key goes or changes its meaning, not when one is added."""
-_MAX_MESSAGE = 2000  # characters: what is quoted in one is cut where it is quoted
+
+_MAX_LINE = 560
+_KEPT_END = 160
 
 
 @dataclass
@@ -171,8 +173,14 @@ def _describe(error: BaseException) -> str:
     return f"unexpected {type(error).__name__}: {error}; run again with --debug and please report it"
 
 
+def as_line(message: str) -> str:
+    """Return a message as one printable line; the middle of one that is too long goes, the remedy at its end stays."""
+    line = printable(" ".join(message.split()))
+    return line if len(line) <= _MAX_LINE else f"{line[: _MAX_LINE - _KEPT_END]} … {line[-_KEPT_END:]}"
+
+
 def _fail(message: str) -> None:
-    print("error:", one_line(message, _MAX_MESSAGE), file=sys.stderr)
+    print("error:", as_line(message), file=sys.stderr)
     sys.exit(FAILED)
 
 

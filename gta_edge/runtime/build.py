@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gta_edge.bundle import Bundle
-from gta_edge.config import GTAConfig
+from gta_edge.config import GTAConfig, ModelConfig
 from gta_edge.errors import CapacityError, EngineError, InputError
 from gta_edge.files import new_directory, scratch_directory
 from gta_edge.progress import Progress, silent
@@ -32,7 +32,9 @@ from gta_edge.runtime.engine import (
     make_engines_directory,
     write_engine,
 )
+from gta_edge.support.choices import unknown
 from gta_edge.support.memory import available_bytes
+from gta_edge.support.text import brief
 
 if TYPE_CHECKING:
     from gta_edge.runtime.tensorrt_builder import Target
@@ -41,7 +43,9 @@ __all__ = [
     "CHUNK_SIZE",
     "LOGIT_POSITIONS",
     "Requirement",
+    "buffer_bytes",
     "build",
+    "check_purpose",
     "prepare_only",
     "products_of",
     "profile_shapes",
@@ -61,6 +65,7 @@ _WEIGHT_COPIES = 4
 _LAYER_BYTES = 25e6
 _BUILDER_BYTES = 1e9
 _WRITTEN_COPIES = 3  # on the disk: the model as it goes to TensorRT, perhaps in a wider type, and the engine
+_ID_BYTES, _LOGIT_BYTES = 8, 4
 
 
 @dataclass(frozen=True)
@@ -72,22 +77,25 @@ class Requirement:
         cache: of all rows at full length, which the builder allocates to time kernels, in and out.
         logits: of one run.
         builder: TensorRT's libraries, its own representations of the layers, and CUDA's context.
+        buffers: inputs and outputs beside the cache that a session has on the GPU, and pinned, once it is built: what
+            cannot run need not be built.
     """
 
     weights: int
     cache: int
     logits: int
     builder: int
+    buffers: int = 0
 
     @property
     def peak(self) -> int:
-        """All of it."""
-        return self.weights + self.cache + self.logits + self.builder
+        """All of it; buffers are pinned on the host too."""
+        return self.weights + self.cache + max(self.logits, 2 * self.buffers) + self.builder
 
     @property
     def on_gpu(self) -> int:
         """What a GPU with memory of its own holds of it: the weights of the layer that is timed are few."""
-        return self.cache + self.logits + self.weights // _WEIGHT_COPIES
+        return self.cache + max(self.logits, self.buffers) + self.weights // _WEIGHT_COPIES
 
 
 def requirement(bundle: Bundle, purpose: Purpose) -> Requirement:
@@ -97,7 +105,14 @@ def requirement(bundle: Bundle, purpose: Purpose) -> Requirement:
         cache=2 * purpose.cache_bytes(bundle.config),
         logits=4 * purpose.max_batch * LOGIT_POSITIONS * bundle.config.vocab_size,
         builder=int(_BUILDER_BYTES + _LAYER_BYTES * bundle.config.num_hidden_layers),
+        buffers=buffer_bytes(bundle.config, purpose),
     )
+
+
+def buffer_bytes(config: ModelConfig, purpose: Purpose) -> int:
+    """Return the bytes of a session's ids, lengths, positions and logits, which it has on the GPU and pinned."""
+    ids = purpose.max_batch * (purpose.chunk_size + 1 + LOGIT_POSITIONS)
+    return _ID_BYTES * ids + _LOGIT_BYTES * purpose.max_batch * LOGIT_POSITIONS * config.vocab_size
 
 
 def build(
@@ -127,7 +142,7 @@ def build(
         CapacityError: the memory that is free here is less than the build is expected to take.
         BackendError: TensorRT or the GPU is missing.
     """
-    _check_purpose(bundle, purpose)
+    check_purpose(bundle, purpose)
     directory = engine_directory(bundle, purpose.engine)
     if not force and has_engine(bundle, purpose.engine):
         raise EngineError(f"{directory}: there is an engine already; give --force to replace it")
@@ -186,7 +201,7 @@ def prepare_only(
         InputError: the purpose does not fit the model.
         OutputError: the directory exists or cannot be written.
     """
-    _check_purpose(bundle, purpose)
+    check_purpose(bundle, purpose)
     # among the engines is the one place in the bundle that may be written to
     inputs = () if output is None else (bundle.directory,)
     if output is None:
@@ -221,31 +236,41 @@ def profile_shapes(bundle: Bundle, purpose: Purpose) -> list[dict[str, tuple[tup
     return profiles
 
 
-def _check_purpose(bundle: Bundle, purpose: Purpose) -> None:
+def check_purpose(bundle: Bundle, purpose: Purpose) -> None:
+    """Refuse what no engine of this model can be built for, before anything is worked out from it.
+
+    Raises:
+        InputError: a name that there is not, or a size outside of what the model has; which, and what is expected.
+    """
     config = bundle.config
     if purpose.engine not in ENGINES:
-        raise InputError(f"no engine is called {purpose.engine!r}; there are {', '.join(ENGINES)}")
+        raise InputError(unknown("no engine is called {}; there are {}", purpose.engine, ENGINES))
     allowed: Sequence[str] = ("fp16", "bf16", "fp32") if purpose.engine == "tensorrt-rtx" else ("fp16", "bf16")
     if purpose.compute not in allowed:
-        raise InputError(f"{purpose.engine} computes in {' or '.join(allowed)}, not in {purpose.compute}")
+        raise InputError(unknown(f"{purpose.engine} does not compute in {{}}; expected {{}}", purpose.compute, allowed))
     plugin = purpose.engine == "tensorrt" and isinstance(config, GTAConfig)
     caches = (purpose.compute, "int8", "fp8") if plugin else (purpose.compute,)
     if purpose.cache_dtype not in caches:
         raise InputError(
-            f"a cache of {purpose.cache_dtype} is not possible with --engine {purpose.engine} and --compute "
-            f"{purpose.compute} for {config.architecture}; expected {' or '.join(caches)}"
+            unknown(
+                f"a cache of {{}} is not possible with --engine {purpose.engine} and --compute {purpose.compute} for "
+                f"{config.architecture}; expected {{}}",
+                purpose.cache_dtype,
+                caches,
+            )
         )
     _check_int4(bundle, purpose)
     if not 1 <= purpose.max_length <= config.max_position_embeddings:
         raise InputError(
-            f"--max-length is {purpose.max_length}; the model has positions for 1 to {config.max_position_embeddings}"
+            f"--max-length is {brief(purpose.max_length)}; the model has positions for 1 to "
+            f"{config.max_position_embeddings}"
         )
     if not 1 <= purpose.chunk_size <= purpose.max_length:
         raise InputError(
             f"a chunk has {purpose.chunk_size} tokens; expected 1 to the {purpose.max_length} of the cache"
         )
     if not 1 <= purpose.max_batch <= 256:
-        raise InputError(f"--max-batch is {purpose.max_batch}; expected 1 to 256")
+        raise InputError(f"--max-batch is {brief(purpose.max_batch)}; expected 1 to 256")
 
 
 def _check_memory(
@@ -266,7 +291,7 @@ def _check_memory(
 
 def _check_int4(bundle: Bundle, purpose: Purpose) -> None:
     if purpose.int4 not in CHOICES:
-        raise InputError(f"--int4 is {purpose.int4!r}; expected {', '.join(CHOICES)}")
+        raise InputError(unknown("--int4 is {}; expected {}", purpose.int4, CHOICES))
     if purpose.int4 == "plugin" and purpose.engine != "tensorrt":
         raise InputError(f"{purpose.engine} takes no plugins; leave out --int4 plugin, or build with --engine tensorrt")
     if purpose.int4 == "plugin" and bundle.precision not in BITS:

@@ -17,6 +17,9 @@ from gta_edge.support.memory import available_bytes
 
 __all__ = ["Cuda", "free_gpu_bytes"]
 
+_BLOCK_TRIES = 8
+"""Halvings of the interval in which the largest block is looked for: to half a percent of what was asked for."""
+
 
 class Cuda:
     """One GPU's primary context with a stream of its own; everything allocated here goes with ``close``.
@@ -80,18 +83,59 @@ class Cuda:
         if int(status):
             if status != self._driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
                 raise BackendError(f"the GPU gave no memory for {what} ({_name(status)}); run `gta-edge doctor`")
-            raise CapacityError(
-                f"{what} takes {size_bytes / 1e9:.3f} GB and the GPU has {self.free_bytes() / 1e9:.3f} GB free; "
-                "close other programs, or build with a smaller --max-length or --max-batch"
-            )
+            raise CapacityError(f"{what} takes {_gb(size_bytes)} and {self._room(size_bytes)}")
         self._addresses.append(int(address))
         self._call("cuMemsetD8Async", address, 0, size_bytes, self._stream)
         return int(address)
 
-    def host_array(self, shape: Sequence[int], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-        """Return an array in pinned memory, which copies reach without a detour."""
+    def _room(self, size_bytes: int) -> str:
+        """Say why so many bytes could not be had, and what helps."""
+        free, remedy = self.free_bytes(), "build with a smaller --max-length or --max-batch"
+        if size_bytes > free:
+            return f"the GPU has {_gb(free)} free; close other programs, or {remedy}"
+        largest = self._largest_block(size_bytes)
+        if not self.shares_memory:
+            return (
+                f"the largest block that the GPU gives is {_gb(largest)}, of {_gb(free)} free in pieces; close other "
+                f"programs, or {remedy}"
+            )
+        return (
+            f"the largest block that CUDA gives is {_gb(largest)}: it shares the system's memory, of which {_gb(free)} "
+            "are free only once file caches are dropped; run: sync; echo 3 | sudo tee /proc/sys/vm/drop_caches, close "
+            f"other programs, or {remedy}"
+        )
+
+    def _largest_block(self, limit: int) -> int:
+        """Return about the most bytes below ``limit`` that can be had at once now."""
+        low, high = 0, limit
+        for _ in range(_BLOCK_TRIES):
+            middle = (low + high) // 2
+            status, address = self._driver.cuMemAlloc(middle) if middle else (1, None)
+            if int(status):
+                high = middle
+            else:
+                self._call("cuMemFree", address)
+                low = middle
+        return low
+
+    def host_array(self, shape: Sequence[int], dtype: npt.DTypeLike, what: str = "a buffer") -> npt.NDArray[Any]:
+        """Return an array in pinned memory, which copies reach without a detour.
+
+        Raises:
+            CapacityError: there is not as much; ``what`` it was for, how much, and what is free.
+        """
         size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
-        address = int(self._call("cuMemAllocHost", size))
+        status, found = self._driver.cuMemAllocHost(size)
+        if int(status):
+            if status != self._driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
+                raise BackendError(f"CUDA's cuMemAllocHost failed ({_name(status)}); run `gta-edge doctor`")
+            free = available_bytes()
+            raise CapacityError(
+                f"{what} takes {_gb(size)} of pinned memory, which CUDA does not give"
+                f"{'' if free is None else f' ({_gb(free)} of the system are free)'}; close other programs, raise the "
+                "limit of the container, or build with a smaller --max-batch"
+            )
+        address = int(found)
         self._pinned.append(address)
         buffer: Any = (ctypes.c_byte * size).from_address(address)
         array: npt.NDArray[Any] = np.frombuffer(buffer, dtype)
@@ -173,6 +217,10 @@ def free_gpu_bytes() -> int | None:
         return None if cuda.shares_memory else cuda.free_bytes()
     finally:
         cuda.close()
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.3f} GB"
 
 
 def _name(status: Any) -> str:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import stat
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +19,11 @@ from gta_edge.errors import OutputError
 from gta_edge.files import cache_directory, new_file
 from gta_edge.runtime.engine import EngineRecord
 
-__all__ = ["RunTimeKernels"]
+__all__ = ["RunTimeKernels", "read_cached"]
+
+_log = logging.getLogger(__name__)
+
+_MAX_CACHED_BYTES = 2**30
 
 
 class RunTimeKernels:
@@ -34,10 +40,7 @@ class RunTimeKernels:
         self._path = _path(gpu, record)
         self._cache: Any = None
         self._configs: list[Any] = []
-        self._read = b""
-        if self._path is not None:
-            with suppress(OSError):
-                self._read = self._path.read_bytes()
+        self._read = read_cached(self._path) if self._path is not None else b""
 
     def configure(self, engine: Any, strategy: Any, *, eager: bool) -> Any:
         """Return how an execution context is to be made.
@@ -55,8 +58,9 @@ class RunTimeKernels:
         config.dynamic_shapes_kernel_specialization_strategy = kinds.EAGER if eager else kinds.LAZY
         if self._cache is None:
             self._cache = config.create_runtime_cache()
-            if self._read:
-                self._cache.deserialize(self._read)
+            if self._read and not self._cache.deserialize(self._read):
+                _log.warning("%s: is not used (TensorRT-RTX does not take it); kernels are compiled anew", self._path)
+                self._cache, self._read = config.create_runtime_cache(), b""
         config.set_runtime_cache(self._cache)
         self._configs.append(config)  # the bindings keep it alive for nobody
         return config
@@ -71,6 +75,22 @@ class RunTimeKernels:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 with new_file(self._path, force=True) as partial:
                     partial.write_bytes(compiled)
+
+
+def read_cached(path: Path) -> bytes:
+    """Return the content of a file that can be made again; where it cannot be read, nothing, and a warning says why."""
+    try:
+        info = path.stat()
+        if not stat.S_ISREG(info.st_mode):
+            raise OSError("it is not a regular file")
+        if info.st_size > _MAX_CACHED_BYTES:
+            raise OSError(f"it has {info.st_size} bytes")
+        return path.read_bytes()
+    except FileNotFoundError:
+        return b""
+    except OSError as error:
+        _log.warning("%s: is not used (%s); it is made anew", path, error.strerror or error)
+        return b""
 
 
 def _path(gpu: str, record: EngineRecord) -> Path | None:

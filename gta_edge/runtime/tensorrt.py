@@ -20,7 +20,7 @@ from gta_edge.bundle import Bundle
 from gta_edge.errors import BackendError, CapacityError, InputError
 from gta_edge.plugins import register
 from gta_edge.plugins.launch import Gpu, current_gpu
-from gta_edge.runtime.build import LOGIT_POSITIONS
+from gta_edge.runtime.build import LOGIT_POSITIONS, buffer_bytes
 from gta_edge.runtime.cuda import Cuda
 from gta_edge.runtime.engine import SCALE_BYTES, VALUE_BYTES, compute_capability, load_engine, require_engine
 from gta_edge.runtime.run_time_kernels import RunTimeKernels
@@ -133,15 +133,21 @@ class TensorRTSession(Session):
         """Refuse what TensorRT would fail at halfway, or the system end, with a message that has figures."""
         purpose = self._record.purpose
         cache_bytes, free = purpose.cache_bytes(self.config), self._cuda.free_bytes()
-        if engine_bytes + cache_bytes > free:
+        buffers = buffer_bytes(self.config, purpose)
+        needed = (
+            engine_bytes + cache_bytes + buffers * (2 if self._cuda.shares_memory else 1)
+        )  # pinned ones beside them
+        if needed > free:
             raise CapacityError(
                 f"the engine takes {engine_bytes / 1e9:.2f} GB, its cache of {purpose.max_length} tokens for "
-                f"{purpose.max_batch} rows {cache_bytes / 1e9:.2f} GB, and the GPU has {free / 1e9:.2f} GB free; close "
-                "other programs, or build with a smaller --max-length or --max-batch"
+                f"{purpose.max_batch} rows {cache_bytes / 1e9:.2f} GB, its buffers {buffers / 1e9:.2f} GB: all of it "
+                f"takes {needed / 1e9:.3f} GB and the GPU has {free / 1e9:.3f} GB free; close other programs, or build "
+                "with a smaller --max-length or --max-batch"
             )
 
     def _context(self, profile: int) -> Any:
         """Return a new execution context for a profile, all its tensors bound."""
+        self._log.errors.clear()
         how, strategy = self._user_managed, self._user_managed
         if self._kernels:
             how = self._kernels.configure(self._engine, strategy, eager=profile == _DECODE)
@@ -178,7 +184,7 @@ class TensorRTSession(Session):
         return all(each.graph is not None for each in self._decoders.values()) if self._decoders else None
 
     def _tensor(self, name: str, values: int, dtype: Any) -> _Tensor:
-        host = self._cuda.host_array((values,), dtype)
+        host = self._cuda.host_array((values,), dtype, f"a buffer for {name}")
         self._addresses[name] = self._cuda.allocate(host.nbytes, name)
         return _Tensor(self._addresses[name], host)
 
@@ -270,6 +276,7 @@ class TensorRTSession(Session):
             "logit_positions": (rows, logits),
         }
         length = self.max_length
+        self._log.errors.clear()
         for layer in range(self.config.num_hidden_layers):
             for cache in self.config.caches:
                 shapes[f"past_{cache.name}.{layer}"] = (rows, cache.heads, length, cache.width)
@@ -284,12 +291,14 @@ class TensorRTSession(Session):
     def _enqueue(self, context: Any, ids: int, rows: int, positions: int, logits: Logits) -> None:
         for tensor, count in ((self._ids, ids), (self._past, rows), (self._positions, positions)):
             self._cuda.copy_in(tensor.address, tensor.host[:count])
+        self._log.errors.clear()
         if not context.execute_async_v3(self._cuda.stream):
             raise BackendError(f"TensorRT could not run the engine ({self._reason()}); run `gta-edge doctor`")
         self._cuda.copy_out(logits, self._logits.address)
 
     def _reason(self) -> str:
-        return first_reason(self._log.errors[-1:])
+        """Return the first of what TensorRT said of the step that failed: what follows only follows from it."""
+        return first_reason(self._log.errors)
 
     def _rebuild(self) -> str:
         return f"run: {self._record.purpose.command(self._directory)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,10 +17,14 @@ from gta_edge.plugins import register
 from gta_edge.plugins.launch import OLDEST, current_gpu
 from gta_edge.progress import Progress, silent
 from gta_edge.runtime.engine import Purpose, compute_capability
+from gta_edge.runtime.run_time_kernels import read_cached
 from gta_edge.runtime.tensorrt_log import first_reason, new_log, started
+from gta_edge.support.text import brief
 from gta_edge.trt import TensorRT, load
 
 __all__ = ["Target", "build_plan"]
+
+_log = logging.getLogger(__name__)
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _OLDEST = 10 * OLDEST[0] + OLDEST[1]
@@ -72,7 +77,7 @@ class Target:
             unknown = next((each for each in chosen if each not in known), None)
             if unknown is not None:
                 raise BackendError(
-                    f"tensorrt-rtx {trt.version_text} does not build for compute capability {unknown}; "
+                    f"tensorrt-rtx {trt.version_text} does not build for compute capability {brief(unknown)}; "
                     f"expected {', '.join(known)}"
                 )
         else:
@@ -80,8 +85,8 @@ class Target:
             other = next((each for each in asked if each != here), None)
             if other is not None:
                 raise BackendError(
-                    f"--compute-capability is {other} and the GPU here has {here}; tensorrt builds on the GPU that "
-                    "will run the engine"
+                    f"--compute-capability is {brief(other)} and the GPU here has {here}; tensorrt builds on the GPU "
+                    "that will run the engine"
                 )
         if gpu is None or chosen != (here,):
             return cls(trt, chosen, None)
@@ -163,9 +168,10 @@ def _plan(
         config.add_optimization_profile(profile)
     timings = _timing_cache(target)
     if timings:
-        content = timings.read_bytes() if timings.is_file() else b""
+        content = read_cached(timings)
         known = config.create_timing_cache(content)
         if known is None or not config.set_timing_cache(known, ignore_mismatch=False):  # damaged, or another GPU's
+            _log.warning("%s: is not used (%s); kernels are timed anew", timings, first_reason(log.errors))
             log.errors.clear()
             config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
 

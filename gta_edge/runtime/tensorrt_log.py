@@ -7,6 +7,7 @@ from typing import Any
 
 from gta_edge.errors import BackendError
 from gta_edge.plugins.tensorrt_base import take_failures
+from gta_edge.support.text import one_line
 
 __all__ = ["first_reason", "new_log", "started"]
 
@@ -61,4 +62,4 @@ def started(make: Callable[[Any], Any], log: Any, what: str) -> Any:
 def first_reason(errors: list[str]) -> str:
     """Return what went wrong first, in one line: a plugin's words, which TensorRT does not pass on, or its own."""
     reasons = (*take_failures(), *errors)
-    return next((" ".join(reason.split()) for reason in reasons if reason.strip()), "without a reason")
+    return next((one_line(reason) for reason in reasons if reason.strip()), "without a reason")

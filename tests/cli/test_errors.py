@@ -192,15 +192,15 @@ def test_names_of_what_there_is_not(
         (["--prompt", "a", "--stop", ""], "stop text"),
         (["--prompt", "a", "--chat"], "no chat template"),
         (["--ids", "1", "--chat"], "chat"),
-        (["--prompt-file", "/nonexistent"], "/nonexistent"),
+        (["--prompt-file", "{tmp}/missing"], "/missing"),
         (["--prompt-file", "/"], "Is a directory"),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
 )
 def test_prompts_and_options_that_make_no_sense(
-    failing: Callable[..., str], tiny_bundle: Path, options: list[str], expected: str
+    failing: Callable[..., str], tiny_bundle: Path, tmp_path: Path, options: list[str], expected: str
 ) -> None:
-    assert expected in failing("generate", tiny_bundle, *options)
+    assert expected in failing("generate", tiny_bundle, *(word.replace("{tmp}", str(tmp_path)) for word in options))
 
 
 @pytest.mark.parametrize(("content", "expected"), [(b"", "no tokens"), (b"a\xff", "not UTF-8")])

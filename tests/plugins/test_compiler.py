@@ -426,7 +426,7 @@ assert set(compile_program(program, "sm_87").resources) == set(program.kernels)
 mapped = {line.split(maxsplit=5)[5] for line in Path("/proc/self/maps").read_text().splitlines() if "nvrtc" in line}
 print(*sorted(mapped), sep="\\n")
 """
-    environment = {"PATH": "/nonexistent", "HOME": str(tmp_path), "GTA_EDGE_CACHE": str(tmp_path / "cache")}
+    environment = {"PATH": str(tmp_path / "missing"), "HOME": str(tmp_path), "GTA_EDGE_CACHE": str(tmp_path / "cache")}
     environment |= {name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ}
     process = subprocess.run(
         [sys.executable, "-c", script], env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True

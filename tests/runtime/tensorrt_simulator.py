@@ -52,9 +52,15 @@ class Driver:
 
     Args:
         memory_bytes: of the GPU.
+        block_bytes: the most that it gives at once.
+        pinned_bytes: the most that it pins of the host's.
+        integrated: whether its memory is the host's.
     """
 
     memory_bytes: int = 2**28
+    block_bytes: int = 2**28
+    pinned_bytes: int = 2**28
+    integrated: bool = False
     live: dict[int, tuple[Any, str]] = field(default_factory=dict)
     """Buffers by address, and whose memory it is: ``device`` or ``pinned``."""
     calls: list[str] = field(default_factory=list)
@@ -74,8 +80,8 @@ class Driver:
             return getattr(driver_enums, name)
         raise AttributeError(name)
 
-    def used_bytes(self) -> int:
-        return sum(len(buffer) for buffer, kind in self.live.values() if kind == "device")
+    def used_bytes(self, whose: str = "device") -> int:
+        return sum(len(buffer) for buffer, kind in self.live.values() if kind == whose)
 
     def within(self, address: int, size: int, kind: str) -> bool:
         return any(
@@ -95,7 +101,8 @@ class Driver:
             return _RESULT.CUDA_ERROR_INVALID_CONTEXT, None
         if self.captured is not None:
             return _RESULT.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED, None
-        if kind == "device" and self.used_bytes() + size > self.memory_bytes:
+        limit = self.memory_bytes if kind == "device" else self.pinned_bytes
+        if self.used_bytes(kind) + size > limit or (kind == "device" and size > self.block_bytes):
             return _RESULT.CUDA_ERROR_OUT_OF_MEMORY, None
         buffer = (ctypes.c_ubyte * size)()
         address = ctypes.addressof(buffer)
@@ -129,7 +136,7 @@ class Driver:
         return _OK, number
 
     def cuDeviceGetAttribute(self, attribute: Any, device: int) -> tuple[Any, int]:
-        return _OK, 0
+        return _OK, int(self.integrated and attribute == driver_enums.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_INTEGRATED)
 
     def cuDevicePrimaryCtxRetain(self, device: int) -> tuple[Any, int]:
         self.calls.append("retain")

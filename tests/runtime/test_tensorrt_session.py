@@ -1,5 +1,6 @@
 """What a session of an engine asks of CUDA and TensorRT, on the simulation of both; ``test_session`` has the logits."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 
 from gta_edge.bundle import Bundle
 from gta_edge.errors import BackendError, CapacityError, InputError
-from gta_edge.runtime.build import LOGIT_POSITIONS
+from gta_edge.runtime.build import LOGIT_POSITIONS, buffer_bytes
 from gta_edge.runtime.engine import Purpose
 from gta_edge.runtime.tensorrt import TensorRTSession
 from tests.runtime import tensorrt_simulator as simulator
@@ -185,6 +186,68 @@ def test_a_gpu_that_is_too_small_is_refused_with_figures(bundle: Bundle) -> None
     assert driver.calls.count("retain") == driver.calls.count("release") == 1
 
 
+@pytest.mark.parametrize("integrated", [False, True])
+def test_memory_in_pieces_is_said_by_the_largest(bundle: Bundle, integrated: bool) -> None:
+    """That so much is free and so little cannot be had makes no sense without."""
+    driver = Driver(block_bytes=40_000, integrated=integrated)
+    with pytest.raises(CapacityError) as raised:
+        open_simulated(bundle, PURPOSE.engine, driver)
+    message = str(raised.value)
+    assert re.search(r"takes 0\.000 GB and the largest block that (the GPU|CUDA) gives is 0\.000 GB", message)
+    assert ("drop_caches" in message) is integrated
+    assert "and the GPU has" not in message
+    assert not driver.live
+    assert driver.calls.count("retain") == driver.calls.count("release") == 1
+
+
+def test_pinned_memory_that_runs_out_is_named(bundle: Bundle) -> None:
+    buffers = buffer_bytes(bundle.config, PURPOSE)
+    driver = Driver(pinned_bytes=buffers - 1)
+    with pytest.raises(
+        CapacityError, match=r"a buffer for logits takes 0\.\d+ GB of pinned memory, which CUDA does not"
+    ):
+        open_simulated(bundle, PURPOSE.engine, driver)
+    assert not driver.live
+    assert driver.calls.count("retain") == driver.calls.count("release") == 1
+    with open_simulated(bundle, PURPOSE.engine, Driver(pinned_bytes=buffers)):
+        pass
+
+
+def test_buffers_are_in_the_estimates(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gta_edge.runtime.build import requirement
+
+    rows, vocab = 200, bundle.config.vocab_size
+    many = replace(PURPOSE, max_batch=rows)
+    found = buffer_bytes(bundle.config, many)
+    assert found == 8 * rows * (CHUNK + 1 + LOGIT_POSITIONS) + 4 * rows * LOGIT_POSITIONS * vocab
+    needed = requirement(bundle, many)
+    assert needed.peak >= needed.weights + needed.cache + needed.builder + 2 * found
+    assert needed.on_gpu >= needed.cache + found
+    # where the memory is the host's, pinned buffers take it too
+    cache, plan = PURPOSE.cache_bytes(bundle.config), 20_000
+    memory = cache + plan + int(1.5 * buffer_bytes(bundle.config, PURPOSE))
+    open_simulated(bundle, PURPOSE.engine, Driver(memory_bytes=memory)).close()
+    monkeypatch.setattr("gta_edge.runtime.cuda.available_bytes", lambda: memory)
+    with pytest.raises(CapacityError, match="its buffers"):
+        open_simulated(bundle, PURPOSE.engine, Driver(memory_bytes=memory, integrated=True))
+
+
+def test_the_first_error_is_the_reason(session: TensorRTSession, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What TensorRT says after it only follows; and what it said in a step before has nothing to do with it."""
+    session._log.log(1, "something that did not matter")
+    context = session._prefill
+
+    def fail(stream: int) -> bool:
+        for message in ("the cause", "a consequence", "CUDA error 700 in the last thing that was tried"):
+            session._log.log(1, message)
+        return False
+
+    monkeypatch.setattr(context, "execute_async_v3", fail)
+    for _ in range(2):
+        with pytest.raises(BackendError, match=r"could not run the engine \(the cause\)"):
+            session.forward(ids(session, 1, 3))
+
+
 def test_more_rows_than_it_was_built_for(session: TensorRTSession) -> None:
     with pytest.raises(InputError, match=f"built for {ROWS}; .*--max-batch {ROWS + 1} --force"):
         session.forward(ids(session, ROWS + 1, 2))
@@ -210,7 +273,7 @@ def test_what_tensorrt_refuses_to_run_is_an_error_with_its_words(
 
 
 def test_kernels_that_were_compiled_at_run_time_are_kept(
-    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("GTA_EDGE_CACHE", str(tmp_path / "cache"))
 
@@ -227,9 +290,20 @@ def test_kernels_that_were_compiled_at_run_time_are_kept(
     kept.write_bytes(b"kernels 7")
     opened().close()
     assert kept.read_bytes() == b"kernels 7"  # read, and nothing is new
-    kept.write_bytes(b"another release's")
+    for damage in (b"another release's", b"\xff" * 1000):
+        kept.write_bytes(damage)
+        caplog.clear()
+        opened().close()
+        assert kept.read_bytes() == b"kernels 2"
+        assert [message.split(": ")[1][:11] for message in caplog.messages] == ["is not used"]
+    kept.unlink()
+    kept.mkdir()  # what nobody can read, not even root
+    caplog.clear()
     opened().close()
-    assert kept.read_bytes() == b"kernels 2"
+    (message,) = caplog.messages
+    assert "is not used (it is not a regular file); it is made anew" in message
+    kept.rmdir()
+    kept.write_bytes(b"kernels 2")
     monkeypatch.setenv("GTA_EDGE_CACHE", str(kept / "no directory"))
     opened().close()  # nowhere to keep them, which stops nobody
 
