@@ -7,6 +7,7 @@ logits have memory of their own that stays where it is.
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from gta_edge.runtime.cuda import free_gpu_bytes
 from gta_edge.runtime.onnxruntime_model import OpenModel, model_files, open_model
 from gta_edge.runtime.prepared import GRAPH, Form, kept_graph
 from gta_edge.runtime.session import Ids, Logits, Session
+from gta_edge.support.threads import threads_to_use
 
 __all__ = ["COMPUTE_TYPES", "OnnxRuntimeCudaSession", "default_compute"]
 
@@ -170,6 +172,7 @@ class OnnxRuntimeCudaSession(Session):
         module = self._onnxruntime
         settings = module.SessionOptions()
         settings.log_severity_level = _FATAL  # its errors are raised, and must not stand beside ours on stderr
+        settings.intra_op_num_threads = threads_to_use(len(os.sched_getaffinity(0)), asked=False)
         # The graph has its fusions. Of the others one makes a Split of Slices again, see cuda_preparation.
         settings.graph_optimization_level = module.GraphOptimizationLevel.ORT_ENABLE_BASIC
         device, device_id = self._device

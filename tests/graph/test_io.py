@@ -297,8 +297,12 @@ REFUSED: dict[str, tuple[Edit, str]] = {
     "too few inputs": (nodes(helper.make_node("Add", ["cos"], ["x.y"])), "a Add has 1 inputs"),
     "too many outputs": (nodes(helper.make_node("Add", ["cos", "sin"], ["x.y", "x.z"])), "and 2 outputs"),
     "too many nodes": (
-        lambda model: model.graph.node.extend([helper.make_node("Identity", ["cos"], [f"n{i}"]) for i in range(5000)]),
+        lambda model: model.graph.node.extend([helper.make_node("Identity", ["cos"], [f"n{i}"]) for i in range(1000)]),
         "entries of node, expected at most",
+    ),
+    "too many attributes": (
+        lambda model: [model.graph.node[-1].attribute.add() for _ in range(9)],
+        "a node of more than 8 attributes",
     ),
     "a tensor of 1.1 TiB": (set_dims(2**19, 2**19), "passes the end of model.onnx.data"),
     "a tensor beyond all bounds": (set_dims(2**62, 2**62, 2**62), "passes the end of model.onnx.data"),
@@ -370,7 +374,7 @@ def test_sums_within_bounds_are_taken(copied_bundle: Path) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"no graph" * 100, b"\x3a" * 3000, b"\x3a\xff\xff\xff\xff\x0f", b"\x00" * 2**20],
+    [b"", b"no graph" * 100, b"\x3a" * 3000, b"\x3a\xff\xff\xff\xff\x0f", b"\x00" * 2**18],
     ids=["nothing", "text", "nested", "a length beyond the end", "zeros"],
 )
 def test_files_that_are_no_graph(copied_bundle: Path, content: bytes) -> None:
