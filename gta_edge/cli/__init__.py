@@ -14,10 +14,13 @@ def main() -> None:
     """Run ``gta-edge``; the exit status is that of the command."""
     try:
         _prepare_streams()
-        from gta_edge.cli.app import run
+        from gta_edge.support.threads import spare_threads
         from gta_edge.support.truncation import report_truncated_files
 
+        spare_threads()
         report_truncated_files()
+        from gta_edge.cli.app import run  # and with it numpy
+
         run()
     except KeyboardInterrupt:  # before or after the command proper; importing takes a second on a slow board
         sys.exit(130)
