@@ -20,6 +20,10 @@ from gta_edge.graph.io import load_graph, rewriting, run_passes
 from gta_edge.graph.shapes import Known
 from gta_edge.graph.validate import check_model
 from gta_edge.plugins import grouped_latent_attention as op
+from gta_edge.runtime.cuda_preparation import cuda_graph
+from gta_edge.runtime.preparation import graphs
+from gta_edge.runtime.specialise import specialise
+from gta_edge.weights import read_weights
 from tests import reference
 from tests.export.checkpoints import write_checkpoint
 
@@ -462,6 +466,19 @@ def test_weights_that_are_cut_short_after_they_were_looked_at(copied_bundle: Pat
     (copied_bundle / WEIGHTS).unlink()
     with pytest.raises(BundleError, match="cannot be read"):
         tensors[-1].numpy()
+
+
+def test_numbers_that_are_none_make_no_warnings(copied_bundle: Path, tmp_path: Path) -> None:
+    """numpy warns of signalling ones, on stderr, when it converts or looks at them; here a warning is an error."""
+    bundle = Bundle.open(copied_bundle)
+    content = np.frombuffer((copied_bundle / WEIGHTS).read_bytes(), "<u2").copy()
+    content[::7] = 0x7F81  # a signalling NaN in bfloat16
+    (copied_bundle / WEIGHTS).write_bytes(content.tobytes())
+    assert any(np.isnan(values).any() for _, values in read_weights(bundle.model_path, bundle.config))
+    for form in ("plugin", "function"):
+        specialise(bundle, tmp_path / form, form=form, compute="fp16", capacity=16)
+    cuda_graph(bundle, "fp16", tmp_path / "weights.data", "weights.data")
+    graphs(bundle, tmp_path / "cpu.data", "cpu.data")
 
 
 # --- passes ----------------------------------------------------------------------------------------------------------
