@@ -50,8 +50,16 @@ class Nodes:
 def lazy_initializer(
     graph: ir.Graph, name: str, dtype: ir.DataType, shape: Sequence[int], make: Callable[[], ir.TensorProtocol]
 ) -> ir.Value:
-    """Add an initializer whose data is made when the model is written, and return it."""
-    data = ir.LazyTensor(make, dtype=dtype, shape=ir.Shape(shape), name=name)
+    """Add an initializer whose data is made when the model is written, and return it.
+
+    Numbers that are none, in damaged weights, are no reason for numpy's warnings on stderr.
+    """
+
+    def quietly() -> ir.TensorProtocol:
+        with np.errstate(all="ignore"):
+            return make()
+
+    data = ir.LazyTensor(quietly, dtype=dtype, shape=ir.Shape(shape), name=name)
     value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype), const_value=data)
     graph.register_initializer(value)
     return value

@@ -21,6 +21,7 @@ import numpy as np
 from gta_edge.errors import BackendError
 from gta_edge.optional import installed, optional
 from gta_edge.plugins.compiler import driver_problem
+from gta_edge.support.text import one_line
 
 __all__ = [
     "CUDA_PROVIDER",
@@ -180,7 +181,10 @@ def _loads(name: str) -> bool:
 
 
 def first_line(error: Exception) -> str:
-    """Return what an error of ONNX Runtime says, which has no base class and often many lines, in one."""
+    """Return what an error of ONNX Runtime says, which has no base class and often many lines, in a printable one.
+
+    It quotes names of the graph, which may be anything.
+    """
     text = str(error)
     failure = _CUDA_FAILURE.search(text)  # hidden behind the name of a template
-    return failure.group().strip() if failure else (text.splitlines() or [type(error).__name__])[0]
+    return one_line(failure.group() if failure else (text.splitlines() or [type(error).__name__])[0])

@@ -92,8 +92,9 @@ class Coded:
     def values(self) -> npt.NDArray[np.float32]:
         """What is meant, float32 [out, in], as in a checkpoint."""
         inputs, outputs = self.codes.shape
-        factors = self.scales.astype(np.float32).reshape(-1, 1, outputs)
-        split = self.codes.reshape(len(factors), -1, outputs) * factors
+        with np.errstate(all="ignore"):  # of damaged scales, which are as they are
+            factors = self.scales.astype(np.float32).reshape(-1, 1, outputs)
+            split = self.codes.reshape(len(factors), -1, outputs) * factors
         return np.ascontiguousarray(split.reshape(inputs, outputs).T)
 
 
@@ -167,7 +168,8 @@ def to_stored(array: Array, stored_name: str, shape: Sequence[int], dtype: npt.D
 
 def from_stored(array: Array, stored_name: str, shape: Sequence[int]) -> npt.NDArray[np.float32]:
     """Undo ``to_stored``: return float32 in the checkpoint's shape."""
-    values = array.astype(np.float32)
+    with np.errstate(all="ignore"):  # of damaged weights, which are as they are
+        values = array.astype(np.float32)
     if stored_name.endswith(TRANSPOSED):
         values = values.T
     return np.ascontiguousarray(values).reshape(tuple(shape))

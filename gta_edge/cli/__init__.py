@@ -19,11 +19,12 @@ def main() -> None:
     try:
         with handled():
             _prepare_streams()
-            run = _load()
+            from gta_edge.support.threads import spare_threads
             from gta_edge.support.truncation import report_truncated_files
 
+            spare_threads()  # before numpy is loaded
             report_truncated_files()
-            run()
+            _load()()
     except KeyboardInterrupt as interrupt:  # before or after the command proper; importing takes a second on a board
         sys.exit(exit_status(interrupt))
     except OSError as error:  # what is printed cannot be written

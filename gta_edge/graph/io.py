@@ -13,7 +13,7 @@ from gta_edge.config import ModelConfig
 from gta_edge.errors import BundleError, CapacityError, GtaEdgeError
 from gta_edge.files import bundle_file
 from gta_edge.graph.stored import StoredTensor
-from gta_edge.graph.validate import check_model, keep_known_fields
+from gta_edge.graph.validate import check_model
 from gta_edge.optional import installed, optional
 from gta_edge.plugins import grouped_latent_attention as op
 from gta_edge.support.text import one_line, printable
@@ -26,8 +26,8 @@ else:
 
 __all__ = ["add_function", "load_graph", "rewriting", "run_passes", "serialised"]
 
-_FIXED_BYTES, _LAYER_BYTES, _MOST_BYTES = 2**22, 2**16, 2**24
-"""Of a graph's file: a layer takes a fifth of that, and parsed it takes many times its size."""
+_FIXED_BYTES, _LAYER_BYTES, _MOST_BYTES = 2**18, 2**16, 2**24
+"""Of a graph's file: a layer takes a third of that at most, and parsed it may take eighty times its size."""
 _REMEDY = "export the bundle again, or copy it anew"
 
 
@@ -55,7 +55,6 @@ def load_graph(model_path: Path, config: ModelConfig, extra: str = "ort") -> ir.
         file = bundle_file(directory, WEIGHTS) if weights.exists() or weights.is_symlink() else None
         file_bytes = {} if file is None else {WEIGHTS: file.stat().st_size}
         proto = onnx.ModelProto.FromString(content)
-        keep_known_fields(proto)
         check_model(proto, config, file_bytes)
         del proto.functions[:]
         model: ir.Model = ir.from_proto(proto)

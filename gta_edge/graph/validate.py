@@ -38,7 +38,7 @@ from gta_edge.weights import PACKED, SCALE, TRANSPOSED, parameter_name
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["check_model", "keep_known_fields"]
+__all__ = ["check_model"]
 
 _IR_VERSIONS = range(8, 16)
 _BITS = {FLOAT: 32, FLOAT16: 16, BFLOAT16: 16, INT32: 32, INT64: 64, INT8: 8, INT4: 4}
@@ -46,6 +46,8 @@ _STORED = _BITS.keys() - {INT64}
 _NUMPY = {FLOAT: "<f4", FLOAT16: "<f2", INT32: "<i4", INT64: "<i8"}
 _MOST_INLINE_BYTES = 2**16
 _MOST_FIXED, _MOST_PER_LAYER = 400, 200  # nodes, or stored tensors: a baseline in int4 has 100 nodes in a layer
+
+_MOST_ATTRIBUTES = 8
 
 # Sizes of the inputs' axes to look at a graph with. The first are so small that no two dimensions are equal by chance;
 # the second are those of a large step.
@@ -67,7 +69,7 @@ _FIELDS = {
 """Fields of a model's messages that are looked at; what lies in others, remarks and hints, nobody gets to see."""
 
 
-def keep_known_fields(message: Any) -> None:
+def _keep_known_fields(message: Any) -> None:
     """Clear every field of a protobuf message of a model, and of those in it, that ``check_model`` does not look at."""
     for field, content in message.ListFields():
         known = _FIELDS[message.DESCRIPTOR.name]
@@ -75,23 +77,21 @@ def keep_known_fields(message: Any) -> None:
             message.ClearField(field.name)
         elif field.message_type is not None and field.message_type.name in _FIELDS:
             for each in content if field.is_repeated else [content]:
-                keep_known_fields(each)
+                _keep_known_fields(each)
 
 
 def check_model(model: onnx.ModelProto, config: ModelConfig, file_bytes: Mapping[str, int]) -> None:
     """Raise ValueError, saying what is wrong, unless a model is one that export writes for a config.
 
     Args:
-        model: as parsed from its file.
+        model: as parsed from its file; what lies in fields that are not looked at is cleared.
         config: of the bundle.
         file_bytes: size of each file that weights may lie in, by name.
     """
-    _check_header(model)
     graph = model.graph
-    most = _MOST_FIXED + _MOST_PER_LAYER * config.num_hidden_layers
-    for what in ("node", "initializer", "value_info"):
-        if len(getattr(graph, what)) > most:
-            raise ValueError(f"it has {len(getattr(graph, what))} entries of {what}, expected at most {most}")
+    _check_counts(graph, config)
+    _keep_known_fields(model)
+    _check_header(model)
     if graph.sparse_initializer:
         raise ValueError("it has sparse tensors")
     inputs, outputs = _interface(config)
@@ -103,6 +103,16 @@ def check_model(model: onnx.ModelProto, config: ModelConfig, file_bytes: Mapping
         values = _evaluated(nodes, _inputs(inputs, symbols), stored)
         _check_declared((*graph.value_info, *graph.output), values, symbols)
         _check_size(values, nodes, config, symbols)
+
+
+def _check_counts(graph: onnx.GraphProto, config: ModelConfig) -> None:
+    """Refuse more than can be looked at in a short time: an empty message takes two bytes of a file."""
+    most = _MOST_FIXED + _MOST_PER_LAYER * config.num_hidden_layers
+    for what in ("node", "initializer", "value_info"):
+        if len(getattr(graph, what)) > most:
+            raise ValueError(f"it has {len(getattr(graph, what))} entries of {what}, expected at most {most}")
+    if any(len(node.attribute) > _MOST_ATTRIBUTES for node in graph.node):
+        raise ValueError(f"it has a node of more than {_MOST_ATTRIBUTES} attributes")
 
 
 def _check_header(model: onnx.ModelProto) -> None:

@@ -138,8 +138,8 @@ def _retype(value: ir.Value, dtype: ir.DataType) -> None:
     assert stored is not None  # FuseProductsPass made it
 
     def data() -> ir.TensorProtocol:
-        array = np.asarray(stored.numpy(), np.float32)  # as float16 already, by RetypePass, which checked the range
-        return ir.tensor(array.astype(dtype.numpy()), dtype=dtype)
+        with np.errstate(all="ignore"):  # as float16 already, by RetypePass, which checked the range
+            return ir.tensor(np.asarray(stored.numpy(), np.float32).astype(dtype.numpy()), dtype=dtype)
 
     value.const_value = ir.LazyTensor(data, dtype=dtype, shape=ir.Shape(stored.shape.numpy()), name=value.name)
     value.type = ir.TensorType(dtype)

@@ -87,6 +87,7 @@ class OnnxRuntimeSession(Session):
             self._model = self._open(without_new_weights(bundle, exact=exact))
         expected = {"input_ids", "past_length", "logit_positions"} | {f"past_{name}" for name in self._cache_names()}
         if {value.name for value in self._model.session.get_inputs()} != expected:
+            self._model.close()
             raise BackendError(f"{bundle.model_path}: the graph is not that of config.json; export the bundle again")
         self._run_options = self._onnxruntime.RunOptions()
         self._run_options.log_severity_level = _FATAL  # likewise

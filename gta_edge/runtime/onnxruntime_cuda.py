@@ -207,6 +207,7 @@ class OnnxRuntimeCudaSession(Session):
             raise BackendError(f"ONNX Runtime {module.__version__} left the GPU unused; run `gta-edge doctor`")
         expected = {"input_ids", "past_length", "logit_positions"} | {f"past_{name}" for name in self._cache_names()}
         if {value.name for value in opened.session.get_inputs()} != expected:
+            opened.close()
             raise BackendError(f"{model}: the graph is not that of config.json; export the bundle again")
         return opened
 

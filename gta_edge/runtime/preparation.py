@@ -17,6 +17,7 @@ from gta_edge.runtime.passes.expand_attention import ExpandAttentionPass
 from gta_edge.runtime.passes.fuse_norms import FuseNormsPass
 from gta_edge.runtime.passes.fuse_products import FuseProductsPass
 from gta_edge.runtime.passes.share_dimensions import ShareDimensionsPass
+from gta_edge.support.threads import threads_to_use
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -97,7 +98,7 @@ def store_weights(
     if not large:
         return
     written = ir.external_data.convert_tensors_to_external(
-        tensors, weights.parent, weights.name, callback=wrote, max_workers=2
+        tensors, weights.parent, weights.name, callback=wrote, max_workers=threads_to_use(2, asked=False)
     )
     for value, tensor in zip(large, written, strict=True):
         value.const_value = ir.ExternalTensor(

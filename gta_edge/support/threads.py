@@ -1,17 +1,18 @@
 """How many threads the system lets this process start: limits of processes (``ulimit -u``, a container's) make it few.
 
-Libraries do not ask. ONNX Runtime waits for ever where some of its threads start and others do not, and OpenMP ends the
-process where one does not.
+Libraries do not ask. ONNX Runtime waits for ever where some of its threads start and others do not; OpenMP, and
+OpenBLAS when numpy loads it, end the process where one does not.
 """
 
 from __future__ import annotations
 
+import os
 import threading
 
 from gta_edge.errors import CapacityError
 from gta_edge.support.cores import threads_for
 
-__all__ = ["compute_threads", "startable_threads", "threads_to_use"]
+__all__ = ["compute_threads", "spare_threads", "startable_threads", "threads_to_use"]
 
 
 def compute_threads(asked: int | None = None) -> int:
@@ -61,3 +62,10 @@ def threads_to_use(wanted: int, *, asked: bool) -> int:
             f"the container's limit of processes); raise the limit, or give --threads {possible}"
         )
     return possible
+
+
+def spare_threads() -> None:
+    """Let OpenBLAS start no threads where not all can: for a program's main function, before numpy is loaded."""
+    cores = os.cpu_count() or 1
+    if startable_threads(cores) < cores:
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")

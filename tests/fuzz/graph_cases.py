@@ -31,6 +31,7 @@ from gta_edge.weights import read_stored
 from tests.fuzz.helpers import ends_well, rng
 
 MEMORY_BYTES = 6 * 2**30
+ALL_PATHS_EVERY = 8
 NUMBERS = [0, 1, -1, 2, 3, 7, 8, 16, 24, 64, 255, 2**16, 2**31 - 1, 2**31, 2**40, 2**62, 2**63 - 1, -(2**63)]
 FLOATS = [0.0, -1.0, 1e-45, 3.4e38, float("inf"), float("-inf"), float("nan")]
 TEXTS = [
@@ -222,11 +223,11 @@ def paths(directory: Path, scratch: Path) -> dict[str, Callable[[], object]]:
             pass
 
     return {
+        "stored weights": stored,
         "onnxruntime": run,
         "plugin form": engine("plugin", products="plugin"),
         "function form": engine("function", newer_ops=False),
         "CUDA form": cuda,
-        "stored weights": stored,
         "products": lambda: calls_of(load_model(Bundle.open(directory))),
     }
 
@@ -239,6 +240,9 @@ def run_case(bundles: Path, case: int) -> dict[str, Any]:
         before = {path.name for path in scratch.parent.iterdir()}
         ends, faults = {}, {}
         for name, call in paths(scratch / "bundle", scratch).items():
+            # all paths read with one reader, and what it refuses once it refuses again: looked at now and then
+            if any(ends.values()) and case % ALL_PATHS_EVERY:
+                break
             try:
                 error = ends_well(call)
                 ends[name] = "" if error is None else f"{type(error).__name__}: {error}"

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +49,9 @@ def run(directory: Path, cases: list[int]) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     while cases:
         command = [sys.executable, "-m", "tests.fuzz.graph_cases", str(directory), *map(str, cases[:AT_ONCE])]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment())
-        lines = list(lines_of(process))
-        process.kill()
-        process.wait()
+        with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment()) as process:
+            lines = list(lines_of(process))
+            process.kill()
         documents = [json.loads(line) for line in lines]
         found += [document for document in documents if "case" in document]
         begun = next((d["begins"] for d in reversed(documents) if "begins" in d), None)
@@ -64,7 +64,7 @@ def run(directory: Path, cases: list[int]) -> list[dict[str, Any]]:
     return found
 
 
-def lines_of(process: "subprocess.Popen[bytes]") -> "Any":
+def lines_of(process: "subprocess.Popen[bytes]") -> Iterator[bytes]:
     """Yield what a process writes, line by line, until it ends or nothing comes for too long."""
     assert process.stdout is not None
     pending, last = b"", time.monotonic()

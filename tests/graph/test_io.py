@@ -20,6 +20,10 @@ from gta_edge.graph.io import load_graph, rewriting, run_passes
 from gta_edge.graph.shapes import Known
 from gta_edge.graph.validate import check_model
 from gta_edge.plugins import grouped_latent_attention as op
+from gta_edge.runtime.cuda_preparation import cuda_graph
+from gta_edge.runtime.preparation import graphs
+from gta_edge.runtime.specialise import specialise
+from gta_edge.weights import read_weights
 from tests import reference
 from tests.export.checkpoints import write_checkpoint
 
@@ -297,8 +301,12 @@ REFUSED: dict[str, tuple[Edit, str]] = {
     "too few inputs": (nodes(helper.make_node("Add", ["cos"], ["x.y"])), "a Add has 1 inputs"),
     "too many outputs": (nodes(helper.make_node("Add", ["cos", "sin"], ["x.y", "x.z"])), "and 2 outputs"),
     "too many nodes": (
-        lambda model: model.graph.node.extend([helper.make_node("Identity", ["cos"], [f"n{i}"]) for i in range(5000)]),
+        lambda model: model.graph.node.extend([helper.make_node("Identity", ["cos"], [f"n{i}"]) for i in range(1000)]),
         "entries of node, expected at most",
+    ),
+    "too many attributes": (
+        lambda model: [model.graph.node[-1].attribute.add() for _ in range(9)],
+        "a node of more than 8 attributes",
     ),
     "a tensor of 1.1 TiB": (set_dims(2**19, 2**19), "passes the end of model.onnx.data"),
     "a tensor beyond all bounds": (set_dims(2**62, 2**62, 2**62), "passes the end of model.onnx.data"),
@@ -370,7 +378,7 @@ def test_sums_within_bounds_are_taken(copied_bundle: Path) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"no graph" * 100, b"\x3a" * 3000, b"\x3a\xff\xff\xff\xff\x0f", b"\x00" * 2**20],
+    [b"", b"no graph" * 100, b"\x3a" * 3000, b"\x3a\xff\xff\xff\xff\x0f", b"\x00" * 2**18],
     ids=["nothing", "text", "nested", "a length beyond the end", "zeros"],
 )
 def test_files_that_are_no_graph(copied_bundle: Path, content: bytes) -> None:
@@ -458,6 +466,19 @@ def test_weights_that_are_cut_short_after_they_were_looked_at(copied_bundle: Pat
     (copied_bundle / WEIGHTS).unlink()
     with pytest.raises(BundleError, match="cannot be read"):
         tensors[-1].numpy()
+
+
+def test_numbers_that_are_none_make_no_warnings(copied_bundle: Path, tmp_path: Path) -> None:
+    """numpy warns of signalling ones, on stderr, when it converts or looks at them; here a warning is an error."""
+    bundle = Bundle.open(copied_bundle)
+    content = np.frombuffer((copied_bundle / WEIGHTS).read_bytes(), "<u2").copy()
+    content[::7] = 0x7F81  # a signalling NaN in bfloat16
+    (copied_bundle / WEIGHTS).write_bytes(content.tobytes())
+    assert any(np.isnan(values).any() for _, values in read_weights(bundle.model_path, bundle.config))
+    for form in ("plugin", "function"):
+        specialise(bundle, tmp_path / form, form=form, compute="fp16", capacity=16)
+    cuda_graph(bundle, "fp16", tmp_path / "weights.data", "weights.data")
+    graphs(bundle, tmp_path / "cpu.data", "cpu.data")
 
 
 # --- passes ----------------------------------------------------------------------------------------------------------

@@ -81,6 +81,18 @@ except Exception as error:
     assert len(found.splitlines()) == 1
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit counts threads on Linux alone")
+@pytest.mark.parametrize(("threads", "found"), [(0, "1"), (500, "None")])
+def test_openblas_is_told(threads: int, found: str) -> None:
+    program = f"""
+os.environ.pop("OPENBLAS_NUM_THREADS")
+limit({threads})
+spare_threads()
+print(os.environ.get("OPENBLAS_NUM_THREADS"))
+"""
+    assert run(program, "from gta_edge.support.threads import spare_threads\n") == f"{found}\n"
+
+
 OPEN = """
 bundle = {bundle!r}
 for threads in (None, 1, 3):

@@ -49,3 +49,18 @@ def test_one_line_and_status_1(reader: str) -> None:
 def test_without_it_the_process_ends_without_a_word() -> None:
     found = run(READERS["here"])
     assert (found.returncode < 0, found.stderr) == (True, "")
+
+
+def test_the_command_has_it() -> None:
+    program = """
+import os, signal, sys
+from gta_edge.cli import main
+sys.argv = ["gta-edge", "--version"]
+try:
+    main()
+except SystemExit:
+    os.kill(os.getpid(), signal.SIGBUS)
+"""
+    found = run(program)
+    assert found.returncode == 1
+    assert found.stderr.startswith("error: a file of the model was cut short while in use; ")

@@ -208,9 +208,9 @@ def _convert(value: ir.Value, dtype: ir.DataType) -> None:
 
 def _within(array: npt.NDArray[Any], dtype: ir.DataType, name: str) -> npt.NDArray[Any]:
     """Return an array in another type, none of whose finite numbers became infinite."""
-    with np.errstate(over="ignore"):
+    with np.errstate(all="ignore"):
         converted: npt.NDArray[Any] = array.astype(dtype.numpy())
-    if dtype == ir.DataType.FLOAT16 and not np.isfinite(converted).all() and np.isfinite(array).all():
-        largest = float(np.abs(array.astype(np.float32)).max())
-        raise EngineError(f"{name} has values up to {largest:.4g}, beyond float16's 65504; use --compute bf16")
+        if dtype == ir.DataType.FLOAT16 and not np.isfinite(converted).all() and np.isfinite(array).all():
+            largest = float(np.abs(array.astype(np.float32)).max())
+            raise EngineError(f"{name} has values up to {largest:.4g}, beyond float16's 65504; use --compute bf16")
     return converted
