@@ -264,7 +264,7 @@ def test_refused_before_anything_starts(
     arguments: tuple[object, ...],
     message: str,
 ) -> None:
-    monkeypatch.setattr("gta_edge.runtime.bench.process.subprocess.Popen", None)  # starting a process would fail
+    monkeypatch.setattr("gta_edge.runtime.bench.entrant.Worker", None)  # starting a process would fail
     assert message in command("bench", tiny_bundle, *(str(word).format(tmp=tmp_path) for word in arguments)).error
 
 

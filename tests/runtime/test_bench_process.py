@@ -235,7 +235,7 @@ def test_too_little_place_is_said_before_anything_starts(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100))
-    monkeypatch.setattr("gta_edge.runtime.bench.process.subprocess.Popen", None)  # starting a process would fail
+    monkeypatch.setattr("gta_edge.runtime.bench.entrant.Worker", None)  # starting a process would fail
     with pytest.raises(OutputError, match=rf"{re.escape(str(tmp_path))}: has 0\.0 MB free, and .* or set TMPDIR to"):
         bench([tiny_bundle], [Target("onnxruntime")], Settings(contexts=(8,)))
     assert list(tmp_path.iterdir()) == []
@@ -281,8 +281,10 @@ def test_rows_that_there_is_no_memory_for(
     tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, backend: str, batch: int, fits: bool
 ) -> None:
     monkeypatch.setattr(bench_settings, "available_bytes", lambda: 500_000_000)
-    monkeypatch.setattr("gta_edge.runtime.bench.process.subprocess.Popen", None)  # starting a process would fail
-    with pytest.raises(TypeError if fits else CapacityError, match="" if fits else r"takes .* and 0\.50 GB are free"):
+    monkeypatch.setattr("gta_edge.runtime.bench.entrant.Worker", None)  # starting a process would fail
+    with pytest.raises(
+        TypeError if fits else CapacityError, match="not callable" if fits else r"takes .* and 0\.50 GB are free"
+    ):
         bench([tiny_bundle], [Target(backend)], Settings(contexts=(100,), batch=batch))
 
 
