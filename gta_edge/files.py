@@ -22,7 +22,15 @@ from gta_edge.support.ownership import check_inputs, foreign_entry
 from gta_edge.support.partials import Partial, remove_stale, replace_directory, replace_file, restore
 from gta_edge.support.text import printable
 
-__all__ = ["bundle_file", "cache_directory", "new_directory", "new_file", "plain_name", "scratch_directory"]
+__all__ = [
+    "bundle_file",
+    "cache_directory",
+    "check_new_file",
+    "new_directory",
+    "new_file",
+    "plain_name",
+    "scratch_directory",
+]
 
 _NAME_BYTES = 255  # of a name on Linux
 # What the system says of the place that is written to; anything else is the writer's own error.
@@ -155,11 +163,7 @@ def new_file(
     Raises:
         OutputError: as for ``new_directory``.
     """
-    target = _resolve(path)
-    check_inputs(target, inputs)
-    _clean(target)
-    _check_file(target, force)
-    _check_space(target, needed_bytes)
+    target = check_new_file(path, force=force, inputs=inputs, needed_bytes=needed_bytes)
     with _at(target):
         partial = Partial(target.parent, directory=False)
     try:
@@ -172,12 +176,29 @@ def new_file(
         partial.remove()
 
 
+def check_new_file(
+    path: str | os.PathLike[str], *, force: bool = False, inputs: Iterable[Path] = (), needed_bytes: int = 0
+) -> Path:
+    """Return where ``new_file`` would write, once it is sure that nothing known beforehand is against it.
+
+    Raises:
+        OutputError: as for ``new_file``.
+    """
+    target = _resolve(path)
+    check_inputs(target, inputs)
+    _clean(target)
+    _check_file(target, force)
+    _check_space(target, needed_bytes)
+    return target
+
+
 @contextmanager
-def scratch_directory(parent: str | os.PathLike[str] | None = None) -> Iterator[Path]:
+def scratch_directory(parent: str | os.PathLike[str] | None = None, *, needed_bytes: int = 0) -> Iterator[Path]:
     """Yield an empty directory that vanishes with the body; what killed processes left there vanishes before.
 
     Args:
         parent: where; the system's directory for temporary files by default.
+        needed_bytes: what will be written, as far as it is known; less free space is an error at once.
 
     Raises:
         OutputError: it cannot be made; where, and why.
@@ -196,6 +217,11 @@ def scratch_directory(parent: str | os.PathLike[str] | None = None) -> Iterator[
         raise OutputError(f"{place}: no directory can be made in it ({error.strerror}); {remedy}") from error
     try:
         partial.path.chmod(0o700)
+        free = shutil.disk_usage(partial.path).free
+        if needed_bytes > free:
+            raise OutputError(
+                f"{place}: has {free / 1e6:.1f} MB free, and temporary files take {needed_bytes / 1e6:.1f} MB; {remedy}"
+            )
         yield partial.path
     finally:
         partial.remove()

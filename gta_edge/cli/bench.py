@@ -39,6 +39,7 @@ def bench(
     plot: Annotated[
         Path | None, typer.Option(help="Draw latency against context, a line per backend: a .png, .svg or .pdf.")
     ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a picture that is there.")] = False,
 ) -> None:
     """Measure every backend at hand on the same bundles, in turns, and compare their answers."""
     from gta_edge.runtime.bench.run import DEFAULT_NEW_TOKENS, Settings
@@ -53,7 +54,7 @@ def bench(
     if plot is not None:
         from gta_edge.cli.plan_plot import check
 
-        check(plot)
+        check(plot, force=force, inputs=[*bundles, *([prompt_file] if prompt_file else [])])
     targets = parse_targets(backend)
     settings = Settings(
         contexts=None if contexts is None else _numbers("--contexts", contexts),
@@ -69,7 +70,7 @@ def bench(
     if plot is not None:
         from gta_edge.cli.bench_plot import draw
 
-        draw(plot, report)
+        draw(plot, report, force=force)
         output.note(f"drawn: {plot}")
     if not any(row["tpot_ms"] for row in report["results"]):
         _fail("no backend could be measured; the report says why of each")

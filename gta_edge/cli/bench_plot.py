@@ -11,8 +11,8 @@ from gta_edge.optional import optional
 __all__ = ["draw"]
 
 
-def draw(path: Path, report: dict[str, Any]) -> None:
-    """Draw a line for every bundle and backend, with the band from p50 to p90; wrong answers dashed. Replaces the file.
+def draw(path: Path, report: dict[str, Any], *, force: bool) -> None:
+    """Draw a line for every bundle and backend, with the band from p50 to p90; wrong answers dashed.
 
     Raises:
         BackendError: matplotlib is not installed.
@@ -46,5 +46,5 @@ def draw(path: Path, report: dict[str, Any]) -> None:
     batch = rows[0]["batch"] if rows else 1
     title = found["board"] or f"{found['cpu'] or found['architecture']}, {found['usable_cores']} cores"
     figure.suptitle(f"{title}, batch {batch}, {report['date'][:10]}")
-    with new_file(path, force=True) as partial:
+    with new_file(path, force=force) as partial:
         figure.savefig(partial, format=path.suffix[1:].lower(), dpi=150)

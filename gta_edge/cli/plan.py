@@ -43,13 +43,14 @@ def plan(
     plot: Annotated[
         Path | None, typer.Option(help="Draw memory and time against context, baselines beside it: a .png or .svg.")
     ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a picture that is there.")] = False,
 ) -> None:
     """Say what a model takes on a device before anything is built: memory, longest context, and a bound on speed."""
     output = current()
     if plot is not None:
         from gta_edge.cli.plan_plot import check
 
-        check(plot)
+        check(plot, force=force, inputs=[Path(target) for target in targets if target not in PRESETS])
     models = [_model(target, precision, block_size) for target in targets]
     machine = _device(device, efficiency)
     plans = [_plan(model, machine, cache_dtype, context=context, batch=batch, prompt=prompt) for model in models]
@@ -57,7 +58,7 @@ def plan(
         from gta_edge.cli.plan_plot import draw
 
         peers = [_model(name, plans[0].model.precision, block_size) for name in _baselines(plans[0], targets)]
-        draw(plot, [*plans, *(_plan(peer, machine, None, context=context, batch=batch) for peer in peers)])
+        draw(plot, [*plans, *(_plan(peer, machine, None, context=context, batch=batch) for peer in peers)], force=force)
     documents = [_document(entry) for entry in plans]
     if len(plans) == 1 and not plans[0].fits:
         documents[0]["advice"] = _advice(plans[0], targets[0], block_size)

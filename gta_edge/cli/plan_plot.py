@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 
 from gta_edge.errors import BackendError, OutputError
-from gta_edge.files import new_file
+from gta_edge.files import check_new_file, new_file
 from gta_edge.optional import optional
 from gta_edge.planning import Plan
 
@@ -16,8 +17,13 @@ _SUFFIXES = (".png", ".svg", ".pdf")
 _SHORTEST = 128
 
 
-def check(path: Path) -> None:
+def check(path: Path, *, force: bool, inputs: Sequence[Path]) -> None:
     """Find out before any work what would fail after it.
+
+    Args:
+        path: the picture.
+        force: replace a file that is there.
+        inputs: what the command reads, which is not drawn over.
 
     Raises:
         OutputError: the file cannot be written there, or its name says no format.
@@ -29,14 +35,15 @@ def check(path: Path) -> None:
         raise OutputError(f"{path}: its directory does not exist; make it, or choose another")
     if path.is_dir():
         raise OutputError(f"{path}: is a directory; give the name of a file")
+    check_new_file(path, force=force, inputs=inputs)
     if importlib.util.find_spec("matplotlib") is None:
         raise BackendError(
             "the Python module matplotlib is needed and not installed; run: pip install 'gta-edge[plot]'"
         )
 
 
-def draw(path: Path, plans: list[Plan]) -> None:
-    """Draw peak memory and milliseconds per token of every plan's model; replaces the file.
+def draw(path: Path, plans: list[Plan], *, force: bool) -> None:
+    """Draw peak memory and milliseconds per token of every plan's model.
 
     Raises:
         BackendError: matplotlib is not installed.
@@ -59,7 +66,7 @@ def draw(path: Path, plans: list[Plan]) -> None:
         axis.set_xlabel("context, tokens")
     memory.legend()
     figure.suptitle(f"{device.title}, weights in {plans[0].model.precision}, batch {plans[0].batch}")
-    with new_file(path, force=True) as partial:
+    with new_file(path, force=force) as partial:
         figure.savefig(partial, format=path.suffix[1:].lower(), dpi=150)
 
 

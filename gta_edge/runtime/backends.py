@@ -135,11 +135,15 @@ def load(
         BackendError: the backend is unknown, not installed, or refuses the model.
         EngineError: there is no engine of the bundle, or it does not fit what is here.
     """
-    opened = Bundle.open(bundle, verify_hashes=verify_hashes, progress=progress)
     options: dict[str, Any] = {"threads": threads, "exact": exact, "compute": compute, "progress": progress}
     if chunk_size is not None:
         options["chunk_size"] = chunk_size
-    return open_session(opened, backend, **options)
+    while True:
+        opened = Bundle.open(bundle, verify_hashes=verify_hashes, progress=progress)
+        session = open_session(opened, backend, **options)
+        if not opened.was_replaced:
+            return session
+        session.close()  # what it read may be of the bundle that is there now, and was not checked
 
 
 def open_session(bundle: Bundle, backend: str = "auto", **options: Any) -> Session:

@@ -7,7 +7,6 @@ logits have memory of their own that stays where it is.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 from gta_edge.bundle import Bundle
 from gta_edge.config import CacheSpec
 from gta_edge.errors import BackendError, CapacityError, GtaEdgeError
+from gta_edge.files import scratch_directory
 from gta_edge.ort import (
     CUDA_PROVIDER,
     first_line,
@@ -144,8 +144,8 @@ class OnnxRuntimeCudaSession(Session):
         from gta_edge.runtime.cuda_preparation import cuda_graph
 
         try:
-            with tempfile.TemporaryDirectory(prefix="gta-edge-") as temporary:
-                weights = Path(temporary).resolve() / "weights.data"
+            with scratch_directory() as temporary:
+                weights = temporary.resolve() / "weights.data"
                 graph = cuda_graph(bundle, compute, weights, weights.name, self._progress, everything=True)
                 return self._created(graph, {weights.name: weights})
         except OSError as error:

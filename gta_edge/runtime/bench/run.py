@@ -9,7 +9,6 @@ context's: nothing before it took more, except loading, which is part of it.
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -22,6 +21,7 @@ import numpy as np
 
 from gta_edge.bundle import Bundle
 from gta_edge.errors import GtaEdgeError, OutputError
+from gta_edge.files import scratch_directory
 from gta_edge.progress import Progress, silent
 from gta_edge.runtime.bench.agreement import Answers, agreement, choose_reference, is_exact
 from gta_edge.runtime.bench.entrant import Entrant
@@ -31,7 +31,6 @@ from gta_edge.runtime.bench.report import Comparison, describe_machine, report
 from gta_edge.runtime.bench.settings import CHECKED_STEPS, DEFAULT_CONTEXTS, DEFAULT_NEW_TOKENS, Settings, check_room
 from gta_edge.runtime.bench.targets import Target
 from gta_edge.support.memory import available_bytes
-from gta_edge.support.text import printable
 
 __all__ = ["DEFAULT_CONTEXTS", "DEFAULT_NEW_TOKENS", "Settings", "bench"]
 
@@ -92,7 +91,7 @@ def bench(
     contexts = {name: settings.contexts_for(name, bundle) for name, bundle in opened.items()}
     described = describe_machine()  # now: later the load would be our own
     file_bytes = check_room(settings, opened, contexts, targets, gpu=bool(described["gpus"]))
-    with _scratch(file_bytes) as directory:
+    with scratch_directory(needed_bytes=file_bytes) as directory:
         run = _Run(settings, directory, progress)
         try:
             _open_all(run, opened, targets)
@@ -118,30 +117,6 @@ def bench(
         new_tokens=settings.new_tokens_at,
         described=described,
     )
-
-
-@contextmanager
-def _scratch(file_bytes: int) -> Iterator[Path]:
-    """Yield a directory for temporary files, which goes with the body.
-
-    Raises:
-        OutputError: there is none, or no room for so many bytes in it.
-    """
-    prefix = "gta-edge-bench-"
-    try:
-        holder = tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True)
-    except OSError as error:
-        raise OutputError(
-            f"there is no directory for temporary files ({printable(str(error))}); set TMPDIR to one that is writable"
-        ) from error
-    with holder as name:
-        free = shutil.disk_usage(name).free
-        if free < file_bytes:
-            raise OutputError(
-                f"{printable(tempfile.gettempdir())}: has {free / 1e6:.1f} MB free, and prompts and answers take "
-                f"{file_bytes / 1e6:.1f} MB; free some space, or set TMPDIR to another directory"
-            )
-        yield Path(name)
 
 
 # --- who is there ----------------------------------------------------------------------------------------------------
