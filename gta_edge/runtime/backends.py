@@ -183,8 +183,11 @@ def _first_that_works(bundle: Bundle, options: dict[str, Any]) -> Session:
     for name, make in BACKENDS.items():
         session, reason = _tried(make, bundle, options)
         if session is None:
-            gc.collect()  # what was loaded so far goes before the next one comes
-            (skipped if is_here(bundle, name) else absent)[name] = reason
+            if is_here(bundle, name):
+                gc.collect()  # what was loaded so far goes before the next one comes
+                skipped[name] = reason
+            else:
+                absent[name] = reason
             continue
         session.skipped = skipped
         for other, why in skipped.items():

@@ -16,7 +16,7 @@ import numpy as np
 
 from gta_edge.bundle import Bundle
 from gta_edge.config import CacheSpec
-from gta_edge.errors import BackendError, CapacityError, GtaEdgeError
+from gta_edge.errors import BackendError, CapacityError, GtaEdgeError, OutputError
 from gta_edge.files import scratch_directory
 from gta_edge.ort import (
     CUDA_PROVIDER,
@@ -32,6 +32,7 @@ from gta_edge.runtime.cuda import free_gpu_bytes
 from gta_edge.runtime.onnxruntime_model import OpenModel, model_files, open_model
 from gta_edge.runtime.prepared import GRAPH, Form, kept_graph
 from gta_edge.runtime.session import Ids, Logits, Session
+from gta_edge.support.text import one_line
 from gta_edge.support.threads import compute_threads
 
 __all__ = ["COMPUTE_TYPES", "OnnxRuntimeCudaSession", "default_compute"]
@@ -148,10 +149,11 @@ class OnnxRuntimeCudaSession(Session):
                 weights = temporary.resolve() / "weights.data"
                 graph = cuda_graph(bundle, compute, weights, weights.name, self._progress, everything=True)
                 return self._created(graph, {weights.name: weights})
-        except OSError as error:
+        except (OSError, OutputError) as error:
+            reason = (error.strerror or error) if isinstance(error, OSError) else error
             raise BackendError(
                 f"{bundle.directory} cannot be written to, and neither can a copy of its weights in {compute} "
-                f"({error.strerror or error}); free some space, or set TMPDIR to a place that has more"
+                f"({one_line(reason)}); free some space, or set TMPDIR to a place that has more"
             ) from error
 
     def _created(self, graph: bytes, files: Mapping[str, Path]) -> OpenModel:

@@ -611,7 +611,10 @@ def test_the_result_needs_nothing_of_the_bundle(bundles: Bundles, tmp_path: Path
     }
     assert seen == [("writing weights", i + 1, len(outside)) for i in range(len(outside))]
     record = json.loads((path.parent / "prepared.json").read_text())
+    written = ("model.onnx", "model.onnx.data")
     assert record | {"gta_edge": ""} == {
+        "format": "gta-edge-model",
+        "files": {name: {"bytes": (path.parent / name).stat().st_size} for name in written},
         "form": "plugin",
         "compute": "bf16",
         "cache_dtype": "fp8",
