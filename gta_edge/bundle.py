@@ -30,7 +30,7 @@ from gta_edge.quantization import BLOCK_SIZES
 from gta_edge.support.json_files import read_json
 from gta_edge.support.text import brief
 
-__all__ = ["CONFIG", "FORMAT_VERSION", "MANIFEST", "MODEL", "WEIGHTS", "Bundle", "write_manifest"]
+__all__ = ["CONFIG", "FORMAT", "FORMAT_VERSION", "MANIFEST", "MODEL", "WEIGHTS", "Bundle", "write_manifest"]
 
 FORMAT = "gta-edge-bundle"
 FORMAT_VERSION = 1

@@ -101,6 +101,7 @@ def new_directory(
     force: bool = False,
     inputs: Iterable[Path] = (),
     needed_bytes: int = 0,
+    kind: str | None = None,
     artifact: bool = False,
 ) -> Iterator[Path]:
     """Yield a temporary directory that becomes ``path`` when the body succeeds, and vanishes when it does not.
@@ -113,6 +114,7 @@ def new_directory(
             replaced (``support.ownership``), and never one that holds the working or home directory.
         inputs: what the body reads, files and directories: ``path`` may not be, hold, or lie in any of them.
         needed_bytes: what will be written, as far as it is known; less free space is an error at once.
+        kind: format of the record that a directory to be replaced must have; any of ours by default.
         artifact: replace an incomplete artifact of a bundle too, which has lost its record.
 
     Raises:
@@ -122,7 +124,7 @@ def new_directory(
     target = _resolve(path)
     check_inputs(target, inputs)
     _clean(target)
-    _check_directory(target, force, artifact)
+    _check_directory(target, force, kind, artifact)
     _check_space(target, needed_bytes)
     with _at(target):
         partial = Partial(target.parent, directory=True)  # and not tempfile's, which only their owner can read
@@ -130,7 +132,7 @@ def new_directory(
     try:
         with _translated(target, partial.path):
             yield partial.path
-        _check_directory(target, force, artifact)  # again: it may have been made meanwhile
+        _check_directory(target, force, kind, artifact)  # again: it may have been made meanwhile
         with _at(target):
             old = replace_directory(partial.path, target)
     finally:
@@ -243,7 +245,7 @@ def _mode(target: Path) -> int | None:
             return None
 
 
-def _check_directory(target: Path, force: bool, artifact: bool) -> None:
+def _check_directory(target: Path, force: bool, kind: str | None, artifact: bool) -> None:
     """Raise OutputError unless a directory may appear here."""
     _check_not_protected(target)
     mode = _mode(target)
@@ -254,7 +256,7 @@ def _check_directory(target: Path, force: bool, artifact: bool) -> None:
     if not force:
         raise OutputError(f"{target} already exists; choose another output path, or replace it with --force")
     with _at(target):
-        foreign = foreign_entry(target, artifact=artifact)
+        foreign = foreign_entry(target, kind=kind, artifact=artifact)
     if foreign is not None:
         raise OutputError(
             f"{target} holds what this program did not make ({foreign}), and is not replaced even with --force; choose "

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from contextlib import redirect_stdout
 from functools import cache
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, requires, version
@@ -69,9 +70,10 @@ def find_module(name: str) -> ModuleType | None:
     """
     if name in _failures:  # a second try fails by what the first has left, which says nothing of the cause
         raise UnusableError(name, _failures[name])
-    keep_silent(name)
+    keep_silent()
     try:
-        module = import_module(name)
+        with redirect_stdout(sys.stderr):  # what a library prints is no result of ours
+            module = import_module(name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise _failed(name, error) from error
@@ -105,16 +107,17 @@ def too_old() -> str | None:
     return None
 
 
-def keep_silent(name: str) -> None:
+def keep_silent() -> None:
     """Turn off what a library would send or write into the home directory; to be called before it is imported.
 
     ONNX Runtime, which others import too, writes and sends events unless this variable is there when it is loaded.
-    Matplotlib keeps a list of the system's fonts.
+    Matplotlib keeps a list of the system's fonts, torch makes a directory for compiled code among temporary files.
     """
     os.environ["ORT_DISABLE_TELEMETRY"] = "1"
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-    if name.partition(".")[0] == "matplotlib" and (directory := cache_directory()):
+    if directory := cache_directory():
         os.environ.setdefault("MPLCONFIGDIR", str(directory / "matplotlib"))
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(directory / "torchinductor"))
 
 
 # --- what is there and cannot be used --------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 
 from gta_edge.errors import BundleError, OutputError
 from gta_edge.files import bundle_file, cache_directory, new_directory, new_file, plain_name, scratch_directory
+from gta_edge.formats import integrity
 from tests.cli import environment
 
 
@@ -138,6 +140,16 @@ def test_an_existing_directory_is_refused_without_force(tmp_path):
     assert (tmp_path / "out" / "config.json").read_text() == "old"
 
 
+def held(path):
+    """Lock what another process works on."""
+    lock = os.open(next(path.glob(".gta-edge-*")), os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    LOCKS.append(lock)
+
+
+LOCKS = []
+
+
 def test_force_replaces_what_is_empty(tmp_path):
     target = tmp_path / "out"
     target.mkdir()
@@ -167,6 +179,10 @@ def test_force_replaces_what_is_ours_once_the_new_one_is_complete(tmp_path):
         lambda path: (path / "gta_edge_checkpoint.json").write_text('{"format": ["gta-edge-checkpoint"], "files": {}}'),
         lambda path: (path / "gta_edge_checkpoint.json").write_text('{"format": "gta-edge-checkpoint", "files": []}'),
         lambda path: ((path / "config.json").unlink(), (path / "config.json").mkdir()),
+        lambda path: (path / "config.json").write_text("changed"),  # by training, or by hand
+        lambda path: (path / "engine.json").write_text("{}"),
+        lambda path: (path / f".gta-edge-{os.getpid()}-0123456789ab.partial").mkdir() or held(path),
+        lambda path: ((path / "engines").mkdir(), (path / "engines" / "model.onnx").write_text("x")),
         lambda path: ((path / "engines").mkdir(), (path / "engines" / "notes.txt").write_text("x")),
         lambda path: ((path / "engines" / "mine").mkdir(parents=True), (path / "engines" / "mine" / "a.py").touch()),
         lambda path: (path / "engines").symlink_to(path.parent),
@@ -181,6 +197,32 @@ def test_force_replaces_nothing_with_anything_else_in_it(tmp_path, add):
     _one_line(caught)
     assert sorted(str(path) for path in target.rglob("*")) == before
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_file_that_is_as_long_as_it_was_and_another_is_somebodys(tmp_path):
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "weights").write_text("trained for an hour")
+    files = {"weights": integrity.describe_file(target / "weights")}
+    (target / "gta_edge_checkpoint.json").write_text(json.dumps({"format": "gta-edge-checkpoint", "files": files}))
+    os.utime(target / "weights", (1, 1))  # a copy without times is still ours
+    with new_directory(target, force=True) as partial:
+        shutil.copytree(target, partial, dirs_exist_ok=True)
+    (target / "weights").write_text("trained for a month")
+    with pytest.raises(OutputError, match="weights, changed since it was written"), new_directory(target, force=True):
+        pass
+    assert (target / "weights").read_text() == "trained for a month"
+
+
+def test_force_replaces_its_own_kind(tmp_path):
+    target = _old(tmp_path / "out")
+    with (
+        pytest.raises(OutputError, match="no record of a gta-edge-bundle"),
+        new_directory(target, force=True, kind="gta-edge-bundle"),
+    ):
+        pass
+    with new_directory(target, force=True, kind="gta-edge-checkpoint"):
+        pass
 
 
 def test_an_artifact_that_lost_its_record_is_replaced_and_what_a_user_put_there_is_not(tmp_path):
@@ -297,6 +339,15 @@ def test_a_lock_keeps_what_belongs_to_a_process_that_cannot_be_seen(tmp_path):
     with new_file(tmp_path / "b"):
         pass
     assert not left.exists()
+
+
+def test_what_a_process_of_the_same_number_left_goes(tmp_path):
+    """In a container every run is process 1, or another small number."""
+    left = tmp_path / f".gta-edge-{os.getpid()}-0123456789ab.partial"
+    left.mkdir()
+    with new_directory(tmp_path / "out") as working, new_file(tmp_path / "other"):
+        assert not left.exists()
+        assert working.exists()
 
 
 def test_hidden_files_of_others_stay(tmp_path):

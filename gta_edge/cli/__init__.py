@@ -16,8 +16,9 @@ __all__ = ["main"]
 
 def main() -> None:
     """Run ``gta-edge``; the exit status is that of the command."""
+    received: list[int] = []
     try:
-        with handled():
+        with handled(received):
             _prepare_streams()
             from gta_edge.support.threads import spare_threads
             from gta_edge.support.truncation import report_truncated_files
@@ -27,6 +28,10 @@ def main() -> None:
             _load()()
     except KeyboardInterrupt as interrupt:  # before or after the command proper; importing takes a second on a board
         sys.exit(exit_status(interrupt))
+    except SystemExit:
+        if received:  # a library took it for Ctrl-C
+            sys.exit(128 + received[0])
+        raise
     except OSError as error:  # what is printed cannot be written
         print(f"error: output: {error.strerror}; check where it goes", file=sys.stderr)
         sys.exit(1)

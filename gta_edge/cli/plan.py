@@ -50,7 +50,7 @@ def plan(
     if plot is not None:
         from gta_edge.cli.plan_plot import check
 
-        check(plot, force=force, inputs=[Path(target) for target in targets if target not in PRESETS])
+        check(plot, force=force, inputs=[Path(target) for target in targets])
     models = [_model(target, precision, block_size) for target in targets]
     machine = _device(device, efficiency)
     plans = [_plan(model, machine, cache_dtype, context=context, batch=batch, prompt=prompt) for model in models]

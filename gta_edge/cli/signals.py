@@ -32,21 +32,25 @@ def exit_status(interrupt: KeyboardInterrupt) -> int:
 
 
 @contextmanager
-def handled() -> Iterator[None]:
-    """Let the signals raise ``Terminated`` in the body; those that whoever started us has ignored stay ignored."""
+def handled(received: list[int]) -> Iterator[None]:
+    """Let the signals raise ``Terminated`` in the body; those that whoever started us has ignored stay ignored.
+
+    Args:
+        received: gets the number of the signal that came, if one did: a library may take the exception for Ctrl-C.
+    """
+
+    def end(number: int, frame: FrameType | None) -> None:
+        for each in before:  # a second one must not interrupt the tidying up
+            signal.signal(each, signal.SIG_IGN)
+        received.append(number)
+        raise Terminated(number)
+
     before = {}
     for number in _SIGNALS if threading.current_thread() is threading.main_thread() else ():  # no other one can
         if signal.getsignal(number) == signal.SIG_DFL:  # ``nohup`` ignores SIGHUP
-            before[number] = signal.signal(number, _raise)
+            before[number] = signal.signal(number, end)
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _raise(number: int, frame: FrameType | None) -> None:
-    for each in _SIGNALS:  # a second one must not interrupt the tidying up
-        if signal.getsignal(each) == _raise:
-            signal.signal(each, signal.SIG_IGN)
-    raise Terminated(number)

@@ -23,6 +23,7 @@ from safetensors.numpy import save_file
 from gta_edge.config import DTYPES, ModelConfig
 from gta_edge.errors import InputError, OutputError
 from gta_edge.files import new_directory
+from gta_edge.formats.integrity import describe_file
 from gta_edge.progress import Progress, silent
 from gta_edge.support.text import one_line
 from gta_edge.version import __version__
@@ -40,7 +41,7 @@ _NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
 _BLOCK = 2**20  # values drawn at a time
 _END = "<|endoftext|>"
 _END_ID = 256  # after the 256 bytes
-_RECORD = "gta_edge_checkpoint.json"
+_RECORD, _FORMAT = "gta_edge_checkpoint.json", "gta-edge-checkpoint"
 
 
 def initialise(
@@ -74,7 +75,7 @@ def initialise(
     with_tokenizer = config.vocab_size > _END_ID
     if with_tokenizer:
         config = config.replace(bos_token_id=None, eos_token_ids=(_END_ID,))
-    with new_directory(directory, force=force, needed_bytes=config.weight_bytes) as partial:
+    with new_directory(directory, force=force, needed_bytes=config.weight_bytes, kind=_FORMAT) as partial:
         _write_json(partial / "config.json", config.to_dict())
         if with_tokenizer:
             _write_tokenizer(config, partial)
@@ -84,8 +85,8 @@ def initialise(
 
 def _write_record(directory: Path) -> None:
     """List what was written: --force replaces a checkpoint that this made, and no other."""
-    files = {path.name: {"bytes": path.stat().st_size} for path in sorted(directory.iterdir())}
-    _write_json(directory / _RECORD, {"format": "gta-edge-checkpoint", "gta_edge": __version__, "files": files})
+    files = {path.name: describe_file(path) for path in sorted(directory.iterdir())}
+    _write_json(directory / _RECORD, {"format": _FORMAT, "gta_edge": __version__, "files": files})
 
 
 def _write_json(path: Path, entries: dict[str, Any]) -> None:

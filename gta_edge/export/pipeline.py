@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from gta_edge.bundle import CONFIG, MODEL, WEIGHTS, Bundle, write_manifest
+from gta_edge.bundle import CONFIG, FORMAT, MODEL, WEIGHTS, Bundle, write_manifest
 from gta_edge.checkpoint import Checkpoint
 from gta_edge.cost import stored_bytes
 from gta_edge.errors import BundleError, ExportError, GtaEdgeError, InputError
@@ -107,7 +107,7 @@ def export(
     text = check_text_files(source.directory, source.config)
     inputs = [source.directory] if calibrate is None else [source.directory, Path(calibrate)]
     size = stored_bytes(source.config, precision, block_size, source.names)
-    with new_directory(bundle, force=force, inputs=inputs, needed_bytes=size) as directory:
+    with new_directory(bundle, force=force, inputs=inputs, needed_bytes=size, kind=FORMAT) as directory:
         quantizer = None
         if precision in BITS:
             corrected = calibrated(source, Path(calibrate), precision, block_size, progress) if calibrate else {}

@@ -206,7 +206,9 @@ def prepare_only(
     inputs = () if output is None else (bundle.directory,)
     if output is None:
         output = make_engines_directory(bundle) / f"{purpose.engine}-onnx"
-    with new_directory(output, force=force, inputs=inputs, needed_bytes=bundle.weight_bytes) as partial:
+    with new_directory(
+        output, force=force, inputs=inputs, needed_bytes=bundle.weight_bytes, kind="gta-edge-model"
+    ) as partial:
         products = "plugin" if purpose.engine == "tensorrt" and purpose.int4 != "native" else "native"
         name = _specialised(bundle, purpose, partial, newer_ops, products, progress).name
     return Path(output) / name

@@ -122,9 +122,18 @@ def _folder(files: Mapping[str, Path]) -> Path | None:
     folders = set()
     for name, path in files.items():
         folder = Path(str(path).removesuffix(f"/{name}") or "/")
-        own = folder / name == path and path.stat().st_nlink == 1 and path.resolve() == path
+        own = folder / name == path and path.stat().st_nlink == 1 and path.resolve() == path and _is_utf8(folder)
         folders.add(folder if own else None)
     return folders.pop() if len(folders) == 1 else None
+
+
+def _is_utf8(path: Path) -> bool:
+    """Tell whether a path can be handed to ONNX Runtime as text."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:  # bytes that are no UTF-8 are surrogates in Python
+        return False
+    return True
 
 
 def _state(file: io.BufferedReader) -> tuple[int, int]:

@@ -6,6 +6,7 @@ replaced, whatever its record says.
 
 from __future__ import annotations
 
+import hashlib
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -14,8 +15,8 @@ from typing import Any
 
 from gta_edge.errors import OutputError
 from gta_edge.support.json_files import read_json
-from gta_edge.support.partials import is_partial
-from gta_edge.support.text import brief, printable
+from gta_edge.support.partials import is_stale_partial
+from gta_edge.support.text import printable
 
 __all__ = ["ARTIFACTS", "RECORDS", "check_inputs", "foreign_entry"]
 
@@ -31,18 +32,21 @@ ARTIFACTS = "engines"
 """Directory in a bundle for what was derived from it. No user's files belong there; their names tell."""
 
 _ARTIFACT_FILES = {"engine.plan", "model.onnx", "model.onnx.data", "exact.onnx", "weights.data", *RECORDS}
+_BUNDLE = "gta_edge.json"
 _MAX_RECORD_BYTES = 2**20
+_BLOCK_BYTES = 2**22
 _DEPTH = 3  # engines/onnxruntime-cuda/fp16
 
 
-def foreign_entry(directory: Path, *, artifact: bool = False) -> str | None:
+def foreign_entry(directory: Path, *, kind: str | None = None, artifact: bool = False) -> str | None:
     """Return what keeps a directory from being ours, None if it is or is empty.
 
-    It is ours if it holds a record whose format is known, the files that this record lists, and nothing else; a bundle
-    may have artifacts too.
+    It is ours if it holds a record whose format is known, the files that this record lists as they were written, and
+    nothing else; a bundle may have artifacts too.
 
     Args:
         directory: to be replaced.
+        kind: the format that its record must have; any by default.
         artifact: it lies among a bundle's artifacts, and is ours if it holds nothing but an artifact's files, with a
             record or without.
 
@@ -54,17 +58,20 @@ def foreign_entry(directory: Path, *, artifact: bool = False) -> str | None:
     names = sorted(path.name for path in directory.iterdir())
     if not names:
         return None
-    record = next((found for name in RECORDS if name in names and (found := _record(directory / name, name))), None)
-    if record is None:
-        return "it has no record of this program"
-    listed = {*record["files"], *RECORDS}
+    found = ((name, record) for name in RECORDS if name in names and (record := _record(directory / name, name, kind)))
+    own, record = next(found, (None, None))
+    if own is None or record is None:
+        return f"it has no record of {f'a {kind}' if kind else 'this program'}"
     for name in names:
         path = directory / name
-        if name == ARTIFACTS:
+        if name == ARTIFACTS and own == _BUNDLE:
             foreign = _foreign_artifact(path, _DEPTH)
             if foreign is not None:
                 return f"{ARTIFACTS}/{foreign}"
-        elif not (is_partial(name) or (name in listed and _is_file(path))):
+        elif name in record["files"] and _is_file(path):
+            if _is_changed(path, record["files"][name]):
+                return f"{printable(name)}, changed since it was written"
+        elif name != own and not is_stale_partial(path):
             return printable(name)
     return None
 
@@ -108,23 +115,38 @@ def _ids_upwards(path: Path) -> list[tuple[int, int] | None]:
     return found
 
 
-def _record(path: Path, name: str) -> dict[str, Any] | None:
+def _record(path: Path, name: str, kind: str | None) -> dict[str, Any] | None:
     """Return a record of ours, None if it is none."""
     try:
         record = read_json(path, OutputError, "", max_bytes=_MAX_RECORD_BYTES)
     except OutputError:
         return None
-    if not isinstance(record, dict) or record.get("format") not in list(RECORDS[name]):
+    formats = [kind] if kind in RECORDS[name] else [] if kind else list(RECORDS[name])
+    if not isinstance(record, dict) or record.get("format") not in formats:
         return None
     return record if isinstance(record.get("files"), dict) else None
+
+
+def _is_changed(path: Path, entry: Any) -> bool:
+    """Tell whether a file is another than its record says, as far as that says it."""
+    info = path.stat()
+    if not isinstance(entry, dict) or info.st_size != entry.get("bytes"):
+        return True
+    if "sha256" not in entry or info.st_mtime_ns == entry.get("mtime_ns"):
+        return False
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(_BLOCK_BYTES):
+            digest.update(block)
+    return bool(digest.hexdigest() != entry["sha256"])
 
 
 def _foreign_artifact(path: Path, depth: int) -> str | None:
     """Return the first entry below that is no artifact's; a link is none, and only its own name goes with it."""
     if path.is_symlink() or not path.is_dir():
-        return brief(path.name) + " (not a directory)"
+        return "is no directory"
     for entry in sorted(path.iterdir()):
-        if is_partial(entry.name) or (entry.name in _ARTIFACT_FILES and _is_file(entry)):
+        if (entry.name in _ARTIFACT_FILES and _is_file(entry)) or is_stale_partial(entry):
             continue
         if depth and entry.is_dir() and not entry.is_symlink():
             below = _foreign_artifact(entry, depth - 1)

@@ -21,13 +21,17 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["Partial", "is_partial", "remove_stale", "replace_directory", "replace_file", "restore"]
+__all__ = ["Partial", "is_stale_partial", "remove_stale", "replace_directory", "replace_file", "restore"]
 
 _PREFIX = ".gta-edge-"
 _NAME = re.compile(r"\.gta-edge-(?:(\d+)-)?[0-9a-f]{12}\.(partial|of-[0-9a-f]{12})")
 _UNKNOWN_OWNER_SECONDS = 24 * 3600  # names without a process id, as earlier versions made them, without locks
+_UNLOCKED_SECONDS = 10  # more than lies between making a partial and locking it
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 _NO_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM}
+
+_working_on: set[Path] = set()
+"""Partials of this process."""
 
 
 class Partial:
@@ -49,12 +53,14 @@ class Partial:
             self.path.mkdir()
         else:
             self.path.touch(exist_ok=False)
+        _working_on.add(self.path)
         self._lock: int | None = None
         with suppress(OSError):  # a file system without locks: then the process id alone tells
             self._lock = _locked(self.path)
 
     def release(self) -> None:
         """Give the lock up; for what is in its place, or gone."""
+        _working_on.discard(self.path)
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
@@ -65,9 +71,9 @@ class Partial:
         self.release()
 
 
-def is_partial(name: str) -> bool:
-    """Tell whether this is the name of something unfinished, of this process or another."""
-    return _NAME.fullmatch(name) is not None
+def is_stale_partial(path: Path) -> bool:
+    """Tell whether this is something unfinished that its owner, who was killed, has left behind."""
+    return _NAME.fullmatch(path.name) is not None and _is_stale(path)
 
 
 def remove_stale(directory: Path) -> None:
@@ -124,13 +130,16 @@ def replace_directory(partial: Path, target: Path) -> Path | None:
         _sync(target.parent)
         return partial
     old = target.with_name(f"{_PREFIX}{os.getpid()}-{secrets.token_hex(6)}.of-{_tag(target.name)}")
-    target.rename(old)
+    _working_on.add(old)
     try:
+        target.rename(old)
         partial.rename(target)
     except BaseException:
         if not target.exists():  # Ctrl-C may come when the new one is already there
             old.rename(target)
         raise
+    finally:
+        _working_on.discard(old)
     _sync(target.parent)
     return old
 
@@ -139,7 +148,7 @@ def replace_directory(partial: Path, target: Path) -> Path | None:
 
 
 def _partials(directory: Path) -> Iterator[Path]:
-    yield from (directory / name for name in _names(directory) if is_partial(name))
+    yield from (directory / name for name in _names(directory) if _NAME.fullmatch(name))
 
 
 def _names(directory: Path) -> list[str]:
@@ -151,20 +160,26 @@ def _tag(name: str) -> str:
 
 
 def _is_stale(path: Path) -> bool:
-    """Tell whether nobody works on it: the process has ended, and nobody holds the lock (its id may be another's)."""
+    """Tell whether nobody works on it.
+
+    The lock tells, where there are locks: a process's id may be another's by now, and in a container nearly always is
+    the same small number. Between the making of a partial and its lock the id and its age tell.
+    """
     found = _NAME.fullmatch(path.name)
     assert found  # only such names are asked for
-    if found[1] is None:
-        return time.time() - path.lstat().st_mtime > _UNKNOWN_OWNER_SECONDS
-    if int(found[1]) == os.getpid() or _runs(int(found[1])):
+    if path in _working_on:
         return False
     try:
+        age = time.time() - path.lstat().st_ctime
+        if found[1] is None:
+            return age > _UNKNOWN_OWNER_SECONDS
+        process = int(found[1])
         os.close(_locked(path))
-    except BlockingIOError:  # a process of another container
+    except BlockingIOError:
         return False
-    except OSError:  # no locks here
-        pass
-    return True
+    except OSError:  # no locks here, or it is gone
+        return found[1] is not None and not _runs(int(found[1]))
+    return process == os.getpid() or not _runs(process) or age > _UNLOCKED_SECONDS
 
 
 def _runs(process: int) -> bool:

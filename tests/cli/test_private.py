@@ -56,7 +56,7 @@ ssize_t sendto(int socket, const void *data, size_t size, int flags, const struc
 }
 """
 
-HIDDEN = ("ORT_DISABLE_TELEMETRY", "GTA_EDGE_CACHE", "MPLCONFIGDIR")
+HIDDEN = ("ORT_DISABLE_TELEMETRY", "GTA_EDGE_CACHE", "MPLCONFIGDIR", "TORCHINDUCTOR_CACHE_DIR")
 """Variables that would keep libraries silent, and that a user does not have."""
 
 Run = Callable[..., list[str]]
@@ -77,22 +77,24 @@ def notes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def alone(notes: Path, tmp_path: Path) -> Run:
-    """Run a command line in a new home; return what it left there, and what it asked of the network."""
+    """Run a command line in a new home; return what it left there and in TMPDIR, and what it asked of the network."""
 
     def run(*command: object) -> list[str]:
-        home, log = tmp_path / "home", tmp_path / "notes"
+        home, log, temporary = tmp_path / "home", tmp_path / "notes", tmp_path / "temporary"
         home.mkdir()
+        temporary.mkdir()
         kept = {
             name: value for name, value in environment().items() if name not in HIDDEN and not name.startswith("XDG_")
         }
-        variables = {"HOME": str(home), "LD_PRELOAD": str(notes), "NETWORK_NOTES": str(log)}
+        variables = {"HOME": str(home), "TMPDIR": str(temporary), "LD_PRELOAD": str(notes), "NETWORK_NOTES": str(log)}
         done = subprocess.run(
             [*map(str, command)], env=kept | variables, cwd=home, capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, done.stderr
         left = sorted(str(path.relative_to(home)) for path in home.rglob("*") if not path.is_dir())
         asked = log.read_text().splitlines() if log.exists() else []
-        return [*(name for name in left if not name.startswith(".cache/gta_edge/")), *asked]
+        left = [name for name in left if not name.startswith(".cache/gta_edge/")]
+        return [*left, *(path.name for path in temporary.iterdir()), *asked]
 
     return run
 

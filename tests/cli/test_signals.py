@@ -57,3 +57,22 @@ def test_a_hangup_that_is_ignored_stays_ignored(tmp_path: Path) -> None:
         process.send_signal(signal.SIGHUP)
         assert process.wait(timeout=120) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_a_signal_while_arguments_are_parsed_is_no_ctrl_c(tmp_path: Path) -> None:
+    """The library that parses them takes every KeyboardInterrupt for Ctrl-C, and its status is 130."""
+    script = """
+import os, signal, sys
+import typer.core
+parse = typer.core.TyperCommand.parse_args
+def interrupted(*arguments):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return parse(*arguments)
+typer.core.TyperCommand.parse_args = interrupted
+sys.argv[0] = "gta-edge"
+from gta_edge.cli import main
+main()
+"""
+    command = [COMMAND[0], "-c", script, "inspect", "gta-1b"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, check=False, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (143, b"", b"")
