@@ -252,6 +252,9 @@ def require_engine(bundle: Bundle, engine: str) -> None:
     """Raise EngineError where a bundle has no engine of this kind; what there is may still not fit."""
     directory = engine_directory(bundle, engine)
     try:
+        for link in (directory.parent, directory):
+            if link.is_symlink():
+                raise EngineError(f"{link}: is a link, and engines are read from the bundle itself; remove the link")
         there = directory.is_dir()
     except OSError as error:  # a directory that may not be searched
         raise EngineError(
@@ -273,9 +276,6 @@ def _open_engine(bundle: Bundle, engine: str) -> tuple[Artifact, EngineRecord]:
     """Return a bundle's engine and its record, if it is this machine's and as it was written."""
     require_engine(bundle, engine)
     directory = engine_directory(bundle, engine)
-    for link in (directory.parent, directory):
-        if link.is_symlink():
-            raise EngineError(f"{link}: is a link, and engines are read from the bundle itself; remove the link")
     try:
         artifact = open_artifact(
             bundle.directory, f"{ARTIFACTS}/{engine}", RECORD, mapped=(PLAN,), verify_hashes=bundle.verified

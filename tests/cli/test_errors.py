@@ -510,7 +510,7 @@ def test_a_bundle_in_the_place_of_its_checkpoint(
 ) -> None:
     (tmp_path / "link").symlink_to(copied_checkpoint)
     for target in (copied_checkpoint, tmp_path / "link"):
-        assert "checkpoint itself" in failing("export", copied_checkpoint, target, "--force")
+        assert "is the input" in failing("export", copied_checkpoint, target, "--force")
 
 
 def test_force_does_not_remove_the_checkpoint_that_is_read(

@@ -265,7 +265,7 @@ def test_unknown_backend(bundle: Path) -> None:
     with pytest.raises(
         BackendError,
         match="no backend is called 'cuda'; there are "
-        "tensorrt, tensorrt-rtx, onnxruntime-cuda, onnxruntime, torch and auto",
+        "tensorrt, tensorrt-rtx, onnxruntime-cuda, onnxruntime, torch, auto",
     ):
         load(bundle, "cuda")
 
