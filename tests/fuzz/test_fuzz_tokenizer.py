@@ -199,6 +199,7 @@ def test_tokenizer_json(tmp_path, part):
     [
         ("tokenizer_config.json", SETTINGS),
         ("special_tokens_map.json", {name: SETTINGS[name] for name in ("bos_token", "eos_token", "unk_token")}),
+        ("added_tokens.json", {"<s>": 256, "<|new|>": 300, "a": 1}),
         ("generation_config.json", GENERATION),
     ],
 )
