@@ -110,7 +110,7 @@ def _answer(templates: _Templates, request: dict[str, Any]) -> dict[str, str]:
     except RecursionError:
         return {"error": "it calls itself too often"}
     except _RefusedError as error:
-        return {"error": str(error)[:_MESSAGE], "refused": "yes"}
+        return {"error": str(error)[:_MESSAGE] or "it gives no reason", "refused": "yes"}
     except Exception as error:  # whatever a template makes of its data
         return {"error": str(error)[:_MESSAGE] or type(error).__name__}
 

@@ -109,6 +109,8 @@ def test_the_remedy_makes_a_tokenizer(tmp_path):
 TEMPLATES = {
     "{{ raise_exception('never') }}": "refuses a chat of one message by the user: never",
     "{% if messages[0].role != 'system' %}{{ raise_exception('no \x1bsystem') }}{% endif %}": "no \\x1bsystem",
+    "{{ raise_exception('') }}": "it gives no reason",
+    "{{ raise_exception('a' * 9999) }}": "one message by the user: aaa",
     "{{ messages[0].content }}": None,
     "{{ messages[0].content + '!' }}{{ bos_token + eos_token }}": None,  # names that only the files give
     "{% for part in messages[0].content %}{{ part.text + '!' }}{% endfor %}": None,  # takes parts alone
@@ -121,7 +123,7 @@ def test_a_template_that_may_be_right(copied_checkpoint, template, message):
     put("tokenizer_config.json", {"bos_token": "<s>", "eos_token": "</s>"})(copied_checkpoint)
     notes = check_text_files(copied_checkpoint, CONFIG.replace(vocab_size=10**6)).notes
     assert len(notes) == (message is not None)
-    assert all(message in note for note in notes)
+    assert all(message in note and note.isprintable() and len(note) < 600 for note in notes)
 
 
 def test_tokens_that_the_model_has_no_id_for(copied_checkpoint):
