@@ -153,6 +153,10 @@ def test_a_tokenizer_that_is_larger_than_the_model(copied_checkpoint, tmp_path, 
     ]
     refused = command("generate", tmp_path / "bundle", "--prompt", "a<|42|>")
     assert "the prompt has token id 300; expected 0 to 299, the model's vocabulary" in refused.error
+    (tmp_path / "text").write_text("abc<|42|>" * 9)
+    for words in ["eval", tmp_path / "bundle"], ["bench", tmp_path / "bundle", "--backend", "onnxruntime"]:
+        option = "--text" if words[0] == "eval" else "--prompt-file"
+        assert "token id 300" in command(*words, option, tmp_path / "text").error
     assert command("generate", tmp_path / "bundle", "--prompt", "a<|more|>", "--max-new-tokens", 1).status == 0
     assert "failed: never" in command("generate", tmp_path / "bundle", "--prompt", "a", "--chat").error
 
