@@ -60,7 +60,7 @@ class Tokenizer:
         self._template = None if chat_template is None else ChatTemplate(chat_template)
         added = library.get_added_tokens_decoder().items()
         self._whole = {id_: token.content for id_, token in added}
-        self._special = {id_: token.content for id_, token in added if token.special}
+        self._special = {id_ for id_, token in added if token.special}
 
     @classmethod
     def load(cls, directory: Path) -> Tokenizer | None:
@@ -109,11 +109,6 @@ class Tokenizer:
     def is_silent(self, token: int) -> bool:
         """Tell whether an id has no text: a special token, or one the tokenizer does not know."""
         return token in self._special or self._library.id_to_token(token) is None
-
-    @property
-    def special_tokens(self) -> Mapping[int, str]:
-        """Special tokens, which have no part in the decoded text, with their contents."""
-        return self._special
 
     @property
     def whole_tokens(self) -> Mapping[int, str]:

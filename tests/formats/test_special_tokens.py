@@ -180,7 +180,8 @@ def test_listed_tokens_are_one_token_wherever_they_are_listed(directory, file, n
     write(directory, **{file: {"extra_special_tokens": ["<eos>"], name: ["<pad>", entry]}})
     tokenizer = Tokenizer.load(directory)
     assert tokenizer.encode("a<|im_end|>") == [97, 261]
-    assert tokenizer.special_tokens[261] == "<|im_end|>"
+    assert tokenizer.whole_tokens[261] == "<|im_end|>"
+    assert tokenizer.is_silent(261)
     assert tokenizer.decode([97, 261]) == "a"
 
 

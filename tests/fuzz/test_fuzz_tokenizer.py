@@ -161,7 +161,7 @@ def use(directory: Path, random) -> None:
     tokenizer = files.tokenizer
     if tokenizer is None:
         return
-    assert all(isinstance(name, str) for name in tokenizer.special_tokens.values())
+    assert all(isinstance(name, str) for name in tokenizer.whole_tokens.values())
     for text in TEXTS:
         ends_well(lambda text=text: tokenizer.decode(tokenizer.encode(text)))
     ids = [random.randrange(320) for _ in range(20)]
