@@ -13,7 +13,16 @@ from gta_edge.errors import ConfigError
 from gta_edge.rope import ROPE_TYPES, RopeScaling, rope_type_of
 from gta_edge.support.text import brief
 
-__all__ = ["DTYPES", "check_size", "check_supported", "common_entries", "is_int", "is_number", "require"]
+__all__ = [
+    "DTYPES",
+    "check_size",
+    "check_supported",
+    "common_entries",
+    "is_int",
+    "is_number",
+    "names_no_token",
+    "require",
+]
 
 # Types a checkpoint may be stored in, by the name that config.json uses, with their bytes per value.
 DTYPES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -122,13 +131,13 @@ def common_entries(entries: Mapping[str, Any]) -> dict[str, Any]:
         "rope_theta": theta if theta is not None else entries.get("rope_theta", 10000.0),
         "rope_scaling": RopeScaling.from_config(scaling),
         "tie_word_embeddings": entries.get("tie_word_embeddings", False),
-        "bos_token_id": None if _names_no_token(bos) else bos,
-        "eos_token_ids": tuple(i for i in (eos if isinstance(eos, list) else [eos]) if not _names_no_token(i)),
+        "bos_token_id": None if names_no_token(bos) else bos,
+        "eos_token_ids": tuple(i for i in (eos if isinstance(eos, list) else [eos]) if not names_no_token(i)),
         "dtype": _dtype(entries.get("dtype") or entries.get("torch_dtype") or "float32"),
     }
 
 
-def _names_no_token(value: object) -> bool:
+def names_no_token(value: object) -> bool:
     """Tell whether this stands for no token: null, or as in many published configs -1."""
     return value is None or (is_int(value) and value < 0)
 

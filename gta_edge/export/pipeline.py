@@ -120,7 +120,8 @@ def export(
         write_manifest(directory, source.config, precision, made_with, progress, block_size=block_size)
         _check_text(directory, source, Path(bundle))
         report = _check(directory, source, Path(bundle), progress) if verify else None
-    return Export(Bundle.open(bundle), report, () if text.tokenizer else (_no_tokenizer(source.directory),))
+    notes = text.notes if text.tokenizer else (_no_tokenizer(source.directory),)
+    return Export(Bundle.open(bundle), report, notes)
 
 
 def _own_precision(source: Checkpoint) -> str:

@@ -21,6 +21,7 @@ import threading
 import time
 import weakref
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -54,13 +55,25 @@ class ChatTemplate:
         self._worker: _Worker | None = None
         self._turn = threading.Lock()
 
-    def check(self) -> None:
-        """Compile the template.
+    def check(self, variables: Mapping[str, Any]) -> str | None:
+        """Render one message of the user, as text or, for templates that take no text, in parts.
+
+        Returns:
+            Why the template refuses it with ``raise_exception``, since it may be meant for other chats; else None.
 
         Raises:
-            InputError: it is wrong, too long, or takes too much to compile.
+            InputError: it is wrong or too long, fails otherwise, or takes too much.
         """
-        self._ask(None, {})
+        try:
+            self.render([{"role": "user", "content": "Hi"}], variables)
+        except _RefusedError as error:
+            return error.reason
+        except InputError:
+            with suppress(InputError):
+                self.render([{"role": "user", "content": [{"type": "text", "text": "Hi"}]}], variables)
+                return None
+            raise
+        return None
 
     def render(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> str:
         """Return the text for ``messages``, with the special tokens by name in ``variables``.
@@ -73,7 +86,7 @@ class ChatTemplate:
         """
         return self._ask(_checked(messages), variables)
 
-    def _ask(self, messages: list[dict[str, Any]] | None, variables: Mapping[str, Any]) -> str:
+    def _ask(self, messages: list[dict[str, Any]], variables: Mapping[str, Any]) -> str:
         if len(self._source) > _MAX_SOURCE:
             raise _failed(f"it has {len(self._source)} characters, more than {_MAX_SOURCE}")
         request = {
@@ -97,11 +110,21 @@ class ChatTemplate:
         reason = answer.get("error")
         if answer.get("signal") == signal.SIGPROF:
             reason = f"it takes more than {self._cpu_seconds:g} s of computing time"
+        if "refused" in answer:
+            raise _RefusedError(str(reason))
         raise _failed(str(reason or "the process that renders it ended over it"))
 
 
 def _failed(reason: str) -> InputError:
     return InputError(f"the chat template failed: {one_line(reason)}; check it and the messages")
+
+
+class _RefusedError(InputError):
+    """The template called ``raise_exception``."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(str(_failed(reason)))
+        self.reason = one_line(reason)
 
 
 def _checked(messages: object) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gta_edge.config import ModelConfig
+from gta_edge.config_entries import is_int, names_no_token
 from gta_edge.errors import BundleError
 from gta_edge.formats.tokenizer_files import REMEDY, read_object
 from gta_edge.support.text import brief, printable
@@ -64,17 +65,17 @@ class GenerationConfig:
 
 
 def _end_token_ids(path: Path, value: Any, vocab_size: int) -> frozenset[int] | None:
-    """Return the ids of ``eos_token_id``, None where it says nothing; -1 is a way to write that there is none."""
+    """Return the ids of ``eos_token_id``, None where it says nothing; as in the config, -1 or such is no token."""
     if value is None:
         return None
-    ids = value if isinstance(value, list) else [value]
+    ids = [token for token in (value if isinstance(value, list) else [value]) if not names_no_token(token)]
     for token in ids:
-        if isinstance(token, bool) or not isinstance(token, int) or not -1 <= token < vocab_size:
+        if not is_int(token) or token >= vocab_size:
             raise BundleError(
                 f"{printable(str(path))}: eos_token_id is {brief(value)}; expected ids from 0 to {vocab_size - 1}; "
                 f"{REMEDY}"
             )
-    return frozenset(ids) - {-1}
+    return frozenset(ids)
 
 
 def _sampling(path: Path, content: Mapping[str, Any]) -> dict[str, float]:

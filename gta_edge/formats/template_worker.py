@@ -35,6 +35,10 @@ class _LimitError(Exception):
     """The template asks for more than it may have."""
 
 
+class _RefusedError(Exception):
+    """The template refuses the messages."""
+
+
 class _Parts(list):  # type: ignore[type-arg]  # of whatever JSON holds
     """Content in parts, for templates that walk through them; as text it would be Python's notation of a list."""
 
@@ -97,17 +101,16 @@ def _answer(templates: _Templates, request: dict[str, Any]) -> dict[str, str]:
     # in computing time, so that a busy machine fails nothing; the signal ends the process, and no code can catch it
     signal.setitimer(signal.ITIMER_PROF, request["seconds"])
     try:
-        messages = request["messages"]
-        if messages is None:
-            templates.compile(request["template"])
-            return {"text": ""}
-        return {"text": _first_that_works(templates, request["template"], request["variables"], messages)}
+        source, variables, messages = request["template"], request["variables"], request["messages"]
+        return {"text": _first_that_works(templates, source, variables, messages)}
     except MemoryError:
         return {"error": f"it takes more than {MEMORY_BYTES >> 20} MiB of memory", "limit": "memory"}
     except _LimitError as error:
         return {"error": str(error), "limit": "size"}
     except RecursionError:
         return {"error": "it calls itself too often"}
+    except _RefusedError as error:
+        return {"error": str(error)[:_MESSAGE] or "it gives no reason", "refused": "yes"}
     except Exception as error:  # whatever a template makes of its data
         return {"error": str(error)[:_MESSAGE] or type(error).__name__}
 
@@ -187,7 +190,7 @@ def _bounded(pending: Iterator[str], pieces: list[str]) -> list[str]:
 
 
 def _environment() -> jinja2.Environment:
-    from jinja2 import TemplateError, nodes
+    from jinja2 import nodes
     from jinja2.exceptions import SecurityError
     from jinja2.ext import Extension
     from jinja2.parser import Parser
@@ -218,7 +221,7 @@ def _environment() -> jinja2.Environment:
         return result
 
     def raise_exception(message: str) -> None:
-        raise TemplateError(message)
+        raise _RefusedError(message)
 
     def to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
         # without HTML escapes, unlike jinja2's

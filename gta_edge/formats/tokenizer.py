@@ -11,9 +11,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from gta_edge.config_entries import is_int
 from gta_edge.errors import BundleError, InputError
 from gta_edge.formats.chat_template import ChatTemplate
-from gta_edge.formats.tokenizer_files import REMEDY, added_tokens, read_library, read_object, special_tokens
+from gta_edge.formats.tokenizer_files import REMEDY, SpecialTokens, read_library, read_object, special_tokens
 from gta_edge.support.native_errors import quiet_when_failing, translated
 from gta_edge.support.text import brief, printable
 from gta_edge.support.text_files import read_text
@@ -37,20 +38,29 @@ class Tokenizer:
         library: a ``tokenizers.Tokenizer``.
         chat_template: jinja source of the chat template; None where the model has none.
         variables: the special tokens by the names that templates use, such as ``bos_token``.
+        left_out: see there.
+
+    Attributes:
+        left_out: tokens that the files name, the vocabulary lacks, and the model has no row for: they are none.
     """
 
     def __init__(
-        self, library: Any, chat_template: str | None = None, variables: Mapping[str, Any] | None = None
+        self,
+        library: Any,
+        chat_template: str | None = None,
+        variables: Mapping[str, Any] | None = None,
+        left_out: Sequence[str] = (),
     ) -> None:
+        self.left_out = tuple(left_out)
         # a saved limit would cut prompts in silence
         library.no_truncation()
         library.no_padding()
         self._library = library
         self._variables = dict(variables or {})
         self._template = None if chat_template is None else ChatTemplate(chat_template)
-        self._special = {
-            id_: token.content for id_, token in library.get_added_tokens_decoder().items() if token.special
-        }
+        added = library.get_added_tokens_decoder().items()
+        self._whole = {id_: token.content for id_, token in added}
+        self._special = {id_ for id_, token in added if token.special}
 
     @classmethod
     def load(cls, directory: Path) -> Tokenizer | None:
@@ -65,10 +75,11 @@ class Tokenizer:
         library = read_library(path)
         settings_path = directory / _SETTINGS
         settings = read_object(settings_path)
-        variables = special_tokens(directory, settings, read_object(directory / "config.json"), library.token_to_id)
+        config = read_object(directory / "config.json")
+        special = special_tokens(directory, settings, config, library.token_to_id)
         with _refused(path):
-            _add(library, added_tokens(settings_path, settings), variables)
-        return cls(library, _read_template(directory, settings), variables)
+            left_out = _add(library, special, config.get("vocab_size"))
+        return cls(library, _read_template(directory, settings), special.variables, left_out)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Return the ids of a text, with the special tokens that ``tokenizer.json`` puts around one.
@@ -100,9 +111,9 @@ class Tokenizer:
         return token in self._special or self._library.id_to_token(token) is None
 
     @property
-    def special_tokens(self) -> Mapping[int, str]:
-        """Special tokens, which have no part in the decoded text, with their contents."""
-        return self._special
+    def whole_tokens(self) -> Mapping[int, str]:
+        """Tokens that are never cut into pieces, the special ones and those that have a text, with their contents."""
+        return self._whole
 
     @property
     def end_token_id(self) -> int | None:
@@ -110,6 +121,11 @@ class Tokenizer:
         content = self._variables.get("eos_token")
         token: int | None = self._library.token_to_id(content) if content else None
         return token
+
+    def beyond(self, vocab_size: int) -> dict[int, str]:
+        """Return the tokens whose id a model of ``vocab_size`` ids does not have, in the order of their ids."""
+        vocabulary: dict[str, int] = self._library.get_vocab()
+        return dict(sorted((id_, text) for text, id_ in vocabulary.items() if id_ >= vocab_size))
 
     def byte_value(self, token: int) -> int | None:
         """Return the byte that a byte-fallback token such as ``<0xE4>`` stands for; None for any other token."""
@@ -130,10 +146,16 @@ class Tokenizer:
         tokens.pop(None, None)
         return tokens
 
-    @property
-    def chat_template(self) -> ChatTemplate | None:
-        """The chat template; None where the model has none."""
-        return self._template
+    def check_chat_template(self) -> str | None:
+        """Render the chat template, if there is one, with one message of the user.
+
+        Returns:
+            Why the template refuses such a chat, with ``raise_exception``; None where it does not.
+
+        Raises:
+            InputError: it fails otherwise.
+        """
+        return None if self._template is None else self._template.check(self._variables)
 
     def apply_chat_template(self, messages: Sequence[Mapping[str, Any]]) -> str:
         """Return the text that asks the model for its answer to ``messages``.
@@ -160,19 +182,41 @@ def _refused(path: Path) -> Any:
     return translated(lambda reason: BundleError(f"{printable(str(path))}: is not a tokenizer ({reason}); {REMEDY}"))
 
 
-def _add(library: Any, tokens: list[Any], variables: Mapping[str, Any]) -> None:
-    """Add the tokens that the settings name and ``tokenizer.json`` does not, as transformers does.
+def _add(library: Any, special: SpecialTokens, vocab_size: Any) -> list[str]:
+    """Add the tokens that the files beside ``tokenizer.json`` name and it does not, as transformers does.
 
     A named token that is an ordinary entry of the vocabulary would else be cut into pieces where a template writes it.
+    One that is no entry gets the next id, if the model has that.
+
+    Returns:
+        The texts of those that the model has no id for.
     """
-    known = set(library.get_added_tokens_decoder().values())
-    for token in tokens:
-        if token not in known:
-            add = library.add_special_tokens if token.special else library.add_tokens
-            add([token])
-    added = {token.content for token in library.get_added_tokens_decoder().values()}
-    named = [text for text in variables.values() if isinstance(text, str) and text and text not in added]
-    library.add_special_tokens([text for text in named if library.token_to_id(text) is not None])
+    known = {token.content: token for token in library.get_added_tokens_decoder().values()}
+    wanted = {token.content: token for token in special.declared if token != known.get(token.content)}
+    for token in special.named.values():
+        before = wanted.get(token.content) or known.get(token.content)
+        if before is None:
+            wanted[token.content] = token
+        elif not before.special:
+            wanted[token.content] = _as_special(before)
+    for token in special.listed:
+        if token.content not in known:
+            wanted.setdefault(token.content, token)
+    wanted.pop("", None)
+    fresh = [content for content in wanted if library.token_to_id(content) is None]
+    first = max(
+        [library.get_vocab_size(with_added_tokens=False), *(id_ + 1 for id_ in library.get_added_tokens_decoder())]
+    )
+    room = max(0, vocab_size - first) if is_int(vocab_size) else len(fresh)
+    left_out = fresh[room:]
+    lacking = set(left_out)
+    library.add_tokens([token for content, token in wanted.items() if content not in lacking])
+    return left_out
+
+
+def _as_special(token: Any) -> Any:
+    flags = {name: getattr(token, name) for name in ("lstrip", "rstrip", "single_word", "normalized")}
+    return type(token)(token.content, **flags, special=True)
 
 
 def _read_template(directory: Path, settings: Mapping[str, Any]) -> str | None:

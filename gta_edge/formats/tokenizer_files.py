@@ -12,9 +12,11 @@ import json
 import re
 import stat
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gta_edge.config_entries import is_int
 from gta_edge.errors import BundleError
 from gta_edge.formats.charsmap import check_charsmap
 from gta_edge.support.json_files import read_json
@@ -24,12 +26,15 @@ from gta_edge.support.text import brief, printable
 if TYPE_CHECKING:
     import tokenizers
 
-__all__ = ["REMEDY", "added_tokens", "read_library", "read_object", "special_tokens"]
+__all__ = ["REMEDY", "SpecialTokens", "read_library", "read_object", "special_tokens"]
 
 REMEDY = "copy the file anew, or correct it in the checkpoint and export again"
 
 _MAX_BYTES = 64 * 2**20  # of tokenizer.json; the largest in use have 35 MB
 _MAX_GROWTH = 4096  # bytes that one byte of a text may become
+_STANDARD = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_NAMED = ("extra_special_tokens", "model_specific_special_tokens", "additional_special_tokens")  # objects
+_LISTS = ("extra_special_tokens", "additional_special_tokens")  # or lists
 _FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")  # of an added token
 _TRIAL = "A text of 1 line:\n\té 中 😀"
 
@@ -174,34 +179,60 @@ def _entries(part: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 # --- special tokens ------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class SpecialTokens:
+    """What the files beside ``tokenizer.json`` say about its tokens.
+
+    Attributes:
+        named: the special tokens by the names that templates use, such as ``bos_token``.
+        listed: special tokens that have no name.
+        declared: tokens with all their switches, in the order of the ids that their file gives them.
+    """
+
+    named: Mapping[str, tokenizers.AddedToken]
+    listed: list[tokenizers.AddedToken]
+    declared: list[tokenizers.AddedToken]
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """The texts of the named ones, for templates."""
+        return {name: token.content for name, token in self.named.items()}
+
+
 def special_tokens(
     directory: Path, settings: Mapping[str, Any], config: Mapping[str, Any], vocabulary: Callable[[str], int | None]
-) -> dict[str, str]:
-    """Return the special tokens by the names that templates use, such as ``bos_token``.
+) -> SpecialTokens:
+    """Read what the files say.
 
     As transformers has it: what ``tokenizer_config.json`` says, where null is none; what it leaves open, from
     ``special_tokens_map.json``, which wins over a config of the time before ``added_tokens_decoder``; then what the
-    tokenizer's class has, if the vocabulary has it too.
+    tokenizer's class has, if the vocabulary has it too. ``added_tokens.json`` is of that time, and read for it alone.
 
     Args:
-        directory: of the files, for messages.
+        directory: of the files.
         settings: content of ``tokenizer_config.json``.
         config: content of ``config.json``, which may name the class.
         vocabulary: gives a token's id, None for what is none.
 
     Raises:
-        BundleError: a token is neither text, nor an object with ``content``, nor null.
+        BundleError: a token is neither text, nor an object with ``content``, nor null; or a list of them is none.
     """
     path, map_path = directory / "tokenizer_config.json", directory / "special_tokens_map.json"
-    defaults = _class_defaults(path, settings, config)
-    tokens: dict[str, str | None] = {name: text for name, text in defaults.items() if vocabulary(text) is not None}
-    own = dict(_named_tokens(path, settings))
-    mapped = dict(_named_tokens(map_path, read_object(map_path)))
-    if "added_tokens_decoder" in settings:
-        tokens |= {name: token for name, token in mapped.items() if tokens.get(name) is None} | own
-    else:
+    mapping = read_object(map_path)
+    defaults = _class_defaults(path, settings, config).items()
+    tokens = {name: _token(path, name, text) for name, text in defaults if vocabulary(text) is not None}
+    own, mapped = dict(_named_tokens(path, settings)), dict(_named_tokens(map_path, mapping))
+    is_old = settings.get("added_tokens_decoder") is None
+    if is_old:
         tokens |= own | mapped
-    return {name: token for name, token in tokens.items() if token is not None}
+    else:
+        tokens |= {name: token for name, token in mapped.items() if tokens.get(name) is None} | own
+    order = [*_STANDARD, *(name for name in tokens if name not in _STANDARD)]  # in which ids are given
+    named = {name: token for name in order if (token := tokens.get(name)) is not None}
+    listed = [*_listed_tokens(path, settings), *_listed_tokens(map_path, mapping)]
+    special = {token.content for token in (*named.values(), *listed)}
+    declared = _old_added_tokens(directory / "added_tokens.json", special) if is_old else _added_tokens(path, settings)
+    return SpecialTokens(named, listed, declared)
 
 
 def _class_defaults(path: Path, settings: Mapping[str, Any], config: Mapping[str, Any]) -> Mapping[str, str]:
@@ -212,44 +243,60 @@ def _class_defaults(path: Path, settings: Mapping[str, Any], config: Mapping[str
     return _CLASS_DEFAULTS.get((named or by_model).removesuffix("Fast"), {})
 
 
-def _named_tokens(path: Path, entries: Mapping[str, Any]) -> Iterator[tuple[str, str | None]]:
+def _named_tokens(path: Path, entries: Mapping[str, Any]) -> Iterator[tuple[str, tokenizers.AddedToken | None]]:
     """Yield the tokens that a file names, those of ``extra_special_tokens`` too; a null is none."""
-    groups = [(name, entries.get(name)) for name in ("extra_special_tokens", "model_specific_special_tokens")]
-    for group, extra in groups:
+    for name, value in entries.items():
+        if name.endswith("_token") and not isinstance(value, bool):  # add_bos_token is a switch
+            yield name, _token(path, name, value)
+    for group in _NAMED:
+        extra = entries.get(group)
         if isinstance(extra, dict):
             for name, value in extra.items():
-                yield name, _content(path, f"{group}.{name}", value)
-        elif extra is not None and not isinstance(extra, list):
+                yield name, _token(path, f"{group}.{name}", value)
+        elif extra is not None and not (group in _LISTS and isinstance(extra, list)):
             raise BundleError(
                 f"{printable(str(path))}: {group} is {brief(extra)}; expected an object or a list; {REMEDY}"
             )
-    for name, value in entries.items():
-        if name.endswith("_token") and not isinstance(value, bool):  # add_bos_token is a switch
-            yield name, _content(path, name, value)
 
 
-def _content(path: Path, name: str, value: Any) -> str | None:
-    """Return a token's text, given as such or as an object with ``content``."""
+def _listed_tokens(path: Path, entries: Mapping[str, Any]) -> Iterator[tokenizers.AddedToken]:
+    for group in _LISTS:
+        values = entries.get(group)
+        for i, value in enumerate(values if isinstance(values, list) else ()):
+            token = _token(path, f"{group}[{i}]", value)
+            if token is not None:
+                yield token
+
+
+def _token(path: Path, name: str, value: Any) -> tokenizers.AddedToken | None:
+    """Return a special token, given as text or as an object with ``content`` and switches."""
+    import tokenizers
+
     text = value.get("content") if isinstance(value, dict) else value
-    if (text is None and value is None) or isinstance(text, str):
-        return text
+    if value is None:
+        return None
+    flags = _flags(value) | {"special": True}
+    if isinstance(text, str) and _are_switches(flags):
+        return tokenizers.AddedToken(text, **flags)
     raise BundleError(
         f"{printable(str(path))}: {printable(name[:80])} is {brief(value)}; expected text, an object with content, or "
         f"null; {REMEDY}"
     )
 
 
-def added_tokens(path: Path, settings: Mapping[str, Any]) -> list[Any]:
-    """Return the tokens of ``added_tokens_decoder`` in the order of their ids, as the library takes them.
+def _flags(entry: Any) -> dict[str, Any]:
+    return {name: entry[name] for name in _FLAGS if name in entry} if isinstance(entry, dict) else {}
 
-    Raises:
-        BundleError: an entry that is none.
-    """
+
+def _are_switches(flags: Mapping[str, Any]) -> bool:
+    return all(isinstance(flag, bool) for flag in flags.values())
+
+
+def _added_tokens(path: Path, settings: Mapping[str, Any]) -> list[tokenizers.AddedToken]:
+    """Return the tokens of ``added_tokens_decoder`` in the order of their ids."""
     import tokenizers
 
-    entries = settings.get("added_tokens_decoder")
-    if entries is None:
-        return []
+    entries = settings["added_tokens_decoder"]
     if not isinstance(entries, dict):
         raise BundleError(
             f"{printable(str(path))}: added_tokens_decoder is {brief(entries)}; expected an object; {REMEDY}"
@@ -257,8 +304,8 @@ def added_tokens(path: Path, settings: Mapping[str, Any]) -> list[Any]:
     found = []
     for number, entry in entries.items():
         content = entry.get("content") if isinstance(entry, dict) else None
-        flags = {name: entry[name] for name in _FLAGS if name in entry} if isinstance(entry, dict) else {}
-        is_token = isinstance(content, str) and content and all(isinstance(flag, bool) for flag in flags.values())
+        flags = _flags(entry)
+        is_token = isinstance(content, str) and content and _are_switches(flags)
         if not (is_token and re.fullmatch("[0-9]{1,10}", number)):
             raise BundleError(
                 f"{printable(str(path))}: added_tokens_decoder has the entry {brief(number)}: {brief(entry)}; expected "
@@ -266,3 +313,21 @@ def added_tokens(path: Path, settings: Mapping[str, Any]) -> list[Any]:
             )
         found.append((int(number), tokenizers.AddedToken(content, **flags)))
     return [token for _, token in sorted(found, key=lambda each: each[0])]
+
+
+def _old_added_tokens(path: Path, special: set[str]) -> list[tokenizers.AddedToken]:
+    """Return the tokens of ``added_tokens.json`` in the order of their ids, with those in ``special`` so marked."""
+    import tokenizers
+
+    entries = read_object(path)
+    for content, number in entries.items():
+        if not content or not is_int(number) or number < 0:
+            raise BundleError(
+                f"{printable(str(path))}: has the entry {brief(content)}: {brief(number)}; expected a token's text, "
+                f"and its id; {REMEDY}"
+            )
+    ordered = sorted(entries, key=lambda content: entries[content])
+    return [
+        tokenizers.AddedToken(content, normalized=content not in special, special=content in special)
+        for content in ordered
+    ]

@@ -57,8 +57,8 @@ def generate(
         top_p: see there.
         min_p: see there.
         repetition_penalty: see there.
-        stop: texts at which generation stops; they are not part of the result. A special token's name is met where
-            the token comes.
+        stop: texts at which generation stops; they are not part of the result. The name of a special or added token is
+            met where the token comes.
         seed: of the draws; the same seed on the same backend gives the same text.
         chat: wrap a prompt of text as one message of the user in the model's chat template.
         ignore_eos: treat end tokens as any other.
@@ -79,7 +79,7 @@ def generate(
     if not isinstance(stop, Iterable):
         raise InputError(f"stop is {brief(stop)}; expected a list of texts")
     stop = stop if isinstance(stop, str) else tuple(stop)
-    stops = StopTexts(stop, session.tokenizer.special_tokens if session.tokenizer else None)
+    stops = StopTexts(stop, session.tokenizer.whole_tokens if session.tokenizer else None)
     if stop and session.tokenizer is None:
         raise InputError("stop texts need a tokenizer, and this model has none; leave them out")
     ends: frozenset[int] = frozenset()
@@ -256,6 +256,8 @@ def _encode(tokenizer: Tokenizer | None, prompt: Any, chat: bool) -> tuple[Any, 
         return prompt, False
     if tokenizer is None:
         raise InputError(f"the prompt is text, and this model has no tokenizer; {NO_TOKENIZER}")
+    if is_text:
+        prompt = prompt.removeprefix("\ufeff")  # the byte order mark of a file that a shell or a program read
     if is_text and not chat:
         return tokenizer.encode(prompt), False
     messages = [{"role": "user", "content": prompt}] if is_text else prompt

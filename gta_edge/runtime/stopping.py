@@ -21,18 +21,19 @@ class StopTexts:
     depend on how the text was cut into pieces. Only an end that could still become a stop string is held back.
 
     A special token has no part in the text that is passed on, but a stop string may contain what it is called, such as
-    ``<|im_end|>``: then it is met where that token comes, and also where its name is spelled in ordinary text.
+    ``<|im_end|>``: then it is met where that token comes, and also where its name is spelled in ordinary text. An added
+    token that is not special has its name for a text, and is met in the same way.
 
     Args:
         texts: any number of stop strings, or a single one.
-        special_tokens: what the special tokens are called, by id.
+        special_tokens: what the special and other added tokens are called, by id.
 
     Raises:
         InputError: a stop string that is empty or no text, or too many special tokens in them.
 
     Attributes:
         found: the stop string that was met, None before.
-        token_ids: special tokens that are a stop string by themselves.
+        token_ids: those of ``special_tokens`` that are a stop string by themselves.
     """
 
     def __init__(self, texts: Sequence[str] = (), special_tokens: Mapping[int, str] | None = None) -> None:

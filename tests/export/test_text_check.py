@@ -10,8 +10,11 @@ from pathlib import Path
 import pytest
 
 import gta_edge
+from gta_edge.config import read_config
 from gta_edge.errors import CheckpointError
 from gta_edge.export.pipeline import _no_tokenizer, export
+from gta_edge.formats.text_files import check_text_files
+from tests.runtime.helpers_generation import CONFIG, byte_level
 
 
 def put(name, content):
@@ -32,6 +35,15 @@ FAULTS = {
     "a template that is a number": (put("tokenizer_config.json", {"chat_template": 3}), "chat_template is 3"),
     "a template that is wrong": (put("chat_template.jinja", b"{% if %}"), "failed: Expected an expression"),
     "a template with an unknown filter": (put("chat_template.jinja", b"{{ 1 | no }}"), "No filter named 'no'"),
+    "a template that divides by zero": (put("chat_template.jinja", b"{{ 1 / 0 }}"), "failed: division by zero"),
+    "a template of two files": (put("chat_template.jinja", b"{% include 'x' %}"), "failed: no loader for this"),
+    "a template that asks too much of a name": (put("chat_template.jinja", b"{{ a.b.c }}"), "failed: 'a' is undefined"),
+    "a template that calls itself": (
+        put("chat_template.jinja", b"{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"), "it calls itself too often"
+    ),
+    "a template that writes too much": (
+        put("chat_template.jinja", b"{% for i in range(99999) %}{{ 'x' * 99999 }}{% endfor %}"), "it writes more than"
+    ),
     "a template that is not UTF-8": (put("chat_template.jinja", b"\xff"), "chat_template.jinja: is not UTF-8"),
     "an end token outside": (put("generation_config.json", {"eos_token_id": 300}), "eos_token_id is 300; expected"),
     "an end token of text": (put("generation_config.json", {"eos_token_id": "a"}), "eos_token_id is 'a'"),
@@ -92,6 +104,72 @@ def test_the_remedy_makes_a_tokenizer(tmp_path):
 
     tokenizer = Tokenizer.load(tmp_path)
     assert tokenizer.decode(tokenizer.encode("né")) == "né"
+
+
+TEMPLATES = {
+    "{{ raise_exception('never') }}": "refuses a chat of one message by the user: never",
+    "{% if messages[0].role != 'system' %}{{ raise_exception('no \x1bsystem') }}{% endif %}": "no \\x1bsystem",
+    "{{ raise_exception('') }}": "it gives no reason",
+    "{{ raise_exception('a' * 9999) }}": "one message by the user: aaa",
+    "{{ messages[0].content }}": None,
+    "{{ messages[0].content + '!' }}{{ bos_token + eos_token }}": None,  # names that only the files give
+    "{% for part in messages[0].content %}{{ part.text + '!' }}{% endfor %}": None,  # takes parts alone
+}
+
+
+@pytest.mark.parametrize(("template", "message"), TEMPLATES.items())
+def test_a_template_that_may_be_right(copied_checkpoint, template, message):
+    put("chat_template.jinja", template.encode())(copied_checkpoint)
+    put("tokenizer_config.json", {"bos_token": "<s>", "eos_token": "</s>"})(copied_checkpoint)
+    notes = check_text_files(copied_checkpoint, CONFIG.replace(vocab_size=10**6)).notes
+    assert len(notes) == (message is not None)
+    assert all(message in note and note.isprintable() and len(note) < 600 for note in notes)
+
+
+def test_tokens_that_the_model_has_no_id_for(copied_checkpoint):
+    byte_level(["<|a|>", "<|b|>"]).save(str(copied_checkpoint / "tokenizer.json"))
+    put("tokenizer_config.json", {"eos_token": "<|end|>", "extra_special_tokens": ["<|c|>"]})(copied_checkpoint)
+    config = json.loads((copied_checkpoint / "config.json").read_text())
+    cases = {262: [], 261: ["'<|c|>'"], 260: ["'<|end|>', '<|c|>'"], 259: ["'<|end|>', '<|c|>'", "'<|b|>' (259)"]}
+    for size, named in cases.items():
+        put("config.json", {**config, "vocab_size": size})(copied_checkpoint)
+        notes = check_text_files(copied_checkpoint, CONFIG.replace(vocab_size=size, eos_token_ids=())).notes
+        assert len(notes) == len(named)
+        assert all(each in note for each, note in zip(named, notes, strict=True))
+
+
+def test_a_tokenizer_that_is_larger_than_the_model(copied_checkpoint, tmp_path, command):
+    byte_level([f"<|{i}|>" for i in range(50)]).save(str(copied_checkpoint / "tokenizer.json"))
+    put("tokenizer_config.json", {"additional_special_tokens": ["<|more|>"]})(copied_checkpoint)
+    put("chat_template.jinja", b"{{ raise_exception('never') }}")(copied_checkpoint)
+    result = command("export", copied_checkpoint, tmp_path / "bundle", "--no-verify")
+    assert result.status == 0
+    assert [line for line in result.err.splitlines() if line.startswith("note: ")] == [
+        "note: the chat template refuses a chat of one message by the user: never",
+        "note: the tokenizer's files name '<|more|>', which tokenizer.json lacks and the model's vocabulary of 300 has "
+        "no room for: such text is ordinary text",
+        "note: tokenizer.json has 8 tokens that the model's vocabulary of 300 lacks, '<|42|>' (300), '<|43|>' (301), "
+        "'<|44|>' (302) ...: a prompt with one of them is refused",
+    ]
+    refused = command("generate", tmp_path / "bundle", "--prompt", "a<|42|>")
+    assert "the prompt has token id 300; expected 0 to 299, the model's vocabulary" in refused.error
+    (tmp_path / "text").write_text("abc<|42|>" * 9)
+    for words in ["eval", tmp_path / "bundle"], ["bench", tmp_path / "bundle", "--backend", "onnxruntime"]:
+        option = "--text" if words[0] == "eval" else "--prompt-file"
+        assert "token id 300" in command(*words, option, tmp_path / "text").error
+    assert command("generate", tmp_path / "bundle", "--prompt", "a<|more|>", "--max-new-tokens", 1).status == 0
+    assert "failed: never" in command("generate", tmp_path / "bundle", "--prompt", "a", "--chat").error
+
+
+@pytest.mark.parametrize("none", [-1, -7, [], [-1], [None], [None, -2]])
+def test_end_tokens_that_are_none(copied_checkpoint, none):
+    """The same in both files."""
+    put("generation_config.json", {"eos_token_id": none})(copied_checkpoint)
+    files = check_text_files(copied_checkpoint, CONFIG)
+    assert files.generation.end_token_ids == frozenset()
+    config = json.loads((copied_checkpoint / "config.json").read_text())
+    put("config.json", {**config, "eos_token_id": none})(copied_checkpoint)
+    assert read_config(copied_checkpoint / "config.json").eos_token_ids == ()
 
 
 def test_files_that_are_sound_reach_the_session(copied_checkpoint, tmp_path):

@@ -104,12 +104,97 @@ def test_named_tokens_of_the_vocabulary_are_one_token(directory):
     assert Tokenizer.load(directory).encode("<|im_start|>") == [260]
 
 
-def test_a_named_token_that_is_in_no_vocabulary_adds_none(directory):
-    before = len(Tokenizer.load(directory).encode("<|none|>"))
-    write(directory, tokenizer_config={"eos_token": "<|none|>"})
+DECODER = {"256": {"content": "<s>", "special": True}}
+OBJECT = {"__type": "AddedToken", **TOKEN, "special": True}
+NEW = ["<|n1|>", "<|n2|>", "<|n3|>"]
+ADDED = {
+    "a list in the config": {"tokenizer_config": {"additional_special_tokens": ["<|im_end|>"]}},
+    "a list of objects": {"tokenizer_config": {"additional_special_tokens": [OBJECT]}},
+    "the new name of the list": {"tokenizer_config": {"extra_special_tokens": ["<|im_end|>"]}},
+    "an empty list before it": {
+        "tokenizer_config": {"extra_special_tokens": [], "additional_special_tokens": ["<|im_end|>"]}
+    },
+    "a list in the map": {"special_tokens_map": {"additional_special_tokens": ["<|im_end|>"]}},
+    "a list of objects in the map": {"special_tokens_map": {"extra_special_tokens": [TOKEN]}},
+    "a list beside the decoder": {
+        "tokenizer_config": {"added_tokens_decoder": DECODER, "additional_special_tokens": ["<|im_end|>"]}
+    },
+    "a file of added tokens": {"added_tokens": {"<|im_end|>": 2}},
+    "a file of added tokens beside a name": {
+        "tokenizer_config": {"eos_token": "<|im_end|>"}, "added_tokens": {"<|im_end|>": 261}
+    },
+    "a file of added tokens beside a list": {
+        "tokenizer_config": {"extra_special_tokens": ["<|im_end|>"]}, "added_tokens": {"<|im_end|>": 261}
+    },
+    "a file of added tokens beside the decoder": {
+        "tokenizer_config": {"added_tokens_decoder": DECODER}, "added_tokens": {"<|im_end|>": 261}
+    },
+    "new added tokens": {
+        "tokenizer_config": {"eos_token": "<|n2|>"}, "added_tokens": {"<|n1|>": 900, "<|n2|>": 268, "<|n3|>": 267}
+    },
+    "a new name": {"tokenizer_config": {"eos_token": "<|n1|>"}},
+    "new names and a list": {
+        "tokenizer_config": {
+            "image_token": "<|n1|>", "extra_special_tokens": ["<|n2|>"], "unk_token": "<pad>", "eos_token": "<|n3|>"
+        }
+    },
+    "new names": {
+        "tokenizer_config": {
+            "image_token": "<|n1|>", "extra_special_tokens": {"sound_token": "<|n2|>"}, "bos_token": "<|n3|>"
+        }
+    },
+    "a name of a token with a text": {"tokenizer_config": {"eos_token": "<plain>"}},
+    "another name of it": {"tokenizer_config": {"image_token": "<plain>"}},
+    "a list with it": {"tokenizer_config": {"extra_special_tokens": ["<plain>"]}},
+    "a name of a token that the decoder gives a text": {
+        "tokenizer_config": {
+            "eos_token": "<|im_end|>", "added_tokens_decoder": {"261": {"content": "<|im_end|>", "special": False}}
+        }
+    },
+    "switches of an object": {"special_tokens_map": {"eos_token": {**TOKEN, "rstrip": True, "lstrip": True}}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("files", ADDED.values(), ids=ADDED)
+def test_tokens_as_transformers_adds_them(directory, files):
+    from transformers import PreTrainedTokenizerFast
+
+    library = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+    library.add_tokens([tokenizers.AddedToken("<plain>", special=False)])
+    library.save(str(directory / "tokenizer.json"))
+    write(directory, **{"tokenizer_config": {}, **files})
+    ours, theirs = Tokenizer.load(directory), PreTrainedTokenizerFast.from_pretrained(str(directory))
+    text = "a <|im_end|> b <plain> " + "".join(NEW) + " c"
+    ids = theirs.encode(text, add_special_tokens=False)
+    assert ours.encode(text) == ids
+    assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+    assert ours.end_token_id == theirs.eos_token_id
+
+
+@pytest.mark.parametrize("name", ["additional_special_tokens", "extra_special_tokens"])
+@pytest.mark.parametrize("file", ["tokenizer_config", "special_tokens_map"])
+@pytest.mark.parametrize("entry", ["<|im_end|>", TOKEN, OBJECT])
+def test_listed_tokens_are_one_token_wherever_they_are_listed(directory, file, name, entry):
+    """Also in the list that transformers overlooks where there are both, and in a plain object."""
+    write(directory, tokenizer_config={"extra_special_tokens": ["<bos>"]})
+    write(directory, **{file: {"extra_special_tokens": ["<eos>"], name: ["<pad>", entry]}})
     tokenizer = Tokenizer.load(directory)
-    assert len(tokenizer.encode("<|none|>")) == before
-    assert tokenizer.end_token_id is None
+    assert tokenizer.encode("a<|im_end|>") == [97, 261]
+    assert tokenizer.whole_tokens[261] == "<|im_end|>"
+    assert tokenizer.is_silent(261)
+    assert tokenizer.decode([97, 261]) == "a"
+
+
+def test_new_tokens_end_where_the_model_does(directory):
+    settings = {"eos_token": "<|n1|>", "pad_token": "<|n2|>", "extra_special_tokens": ["<|n3|>", "<image>", ""]}
+    write(directory, tokenizer_config=settings, config={"vocab_size": 267})
+    tokenizer = Tokenizer.load(directory)
+    assert tokenizer.end_token_id == 266
+    assert tokenizer.left_out == ("<|n2|>", "<|n3|>")
+    assert tokenizer.encode("<|n1|><image>") == [266, 265]
+    assert tokenizer.encode("<|n2|>") == list(b"<|n2|>")
+    assert tokenizer.beyond(267) == {}
+    assert tokenizer.beyond(265) == {265: "<image>", 266: "<|n1|>"}
 
 
 WRONG = [["<s>"], 3, 1.5, {"text": "<s>"}, {"content": 3}, {"content": None}, {}, [{"content": "<s>"}]]
@@ -134,6 +219,11 @@ def test_a_token_that_is_none(directory, file, name, value):
         ({"tokenizer_class": {"a": 1}}, "tokenizer_class is .*expected a name"),
         ({"extra_special_tokens": "<a>"}, "extra_special_tokens is .*expected an object or a list"),
         ({"extra_special_tokens": {"image_token": ["a"]}}, r"extra_special_tokens.image_token is \['a'\]"),
+        ({"extra_special_tokens": ["<a>", 3]}, r"extra_special_tokens\[1\] is 3; expected text"),
+        ({"additional_special_tokens": "<a>"}, "additional_special_tokens is .*expected an object or a list"),
+        ({"additional_special_tokens": [["<a>"]]}, r"additional_special_tokens\[0\] is \['<a>'\]"),
+        ({"model_specific_special_tokens": ["<a>"]}, "model_specific_special_tokens is .*expected an object"),
+        ({"eos_token": {"content": "<s>", "lstrip": 1}}, "eos_token is .*expected text, an object with content"),
         ({"added_tokens_decoder": [1]}, "added_tokens_decoder is .*expected an object"),
         ({"added_tokens_decoder": {"x": {"content": "a"}}}, "the entry 'x'"),
         ({"added_tokens_decoder": {"-1": {"content": "a"}}}, "the entry '-1'"),
@@ -150,6 +240,15 @@ def test_settings_of_another_form(directory, settings, message):
     with pytest.raises(BundleError, match=message or "chat_template is .*expected text, or a list") as caught:
         Tokenizer.load(directory)
     assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("entries", [["<a>"], {"<a>": "3"}, {"<a>": None}, {"<a>": True}, {"<a>": -1}, {"": 3}])
+def test_added_tokens_of_another_form(directory, entries):
+    write(directory, added_tokens=entries)
+    with pytest.raises(
+        BundleError, match=r"added_tokens\.json: (holds list|has the entry .*; expected a token's text)"
+    ):
+        Tokenizer.load(directory)
 
 
 def test_files_of_any_size_are_bounded(directory):

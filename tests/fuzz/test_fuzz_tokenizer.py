@@ -161,7 +161,7 @@ def use(directory: Path, random) -> None:
     tokenizer = files.tokenizer
     if tokenizer is None:
         return
-    assert all(isinstance(name, str) for name in tokenizer.special_tokens.values())
+    assert all(isinstance(name, str) for name in tokenizer.whole_tokens.values())
     for text in TEXTS:
         ends_well(lambda text=text: tokenizer.decode(tokenizer.encode(text)))
     ids = [random.randrange(320) for _ in range(20)]
@@ -199,6 +199,7 @@ def test_tokenizer_json(tmp_path, part):
     [
         ("tokenizer_config.json", SETTINGS),
         ("special_tokens_map.json", {name: SETTINGS[name] for name in ("bos_token", "eos_token", "unk_token")}),
+        ("added_tokens.json", {"<s>": 256, "<|new|>": 300, "a": 1}),
         ("generation_config.json", GENERATION),
     ],
 )

@@ -153,6 +153,26 @@ def test_stop_strings_that_name_special_tokens(script, options, text, ids):
     assert (generation.text, generation.ids, generation.finish_reason) == (text, ids, "stop")
 
 
+PLAIN = byte_level()
+PLAIN.add_tokens(["<|im_end|>", "ab"])
+PLAIN_END, AB = PLAIN.token_to_id("<|im_end|>"), PLAIN.token_to_id("ab")
+
+
+@pytest.mark.parametrize(
+    ("script", "options", "text", "ids"),
+    [
+        ([*b"Hi", PLAIN_END, *b"no"], {"stop": ["<|im_end|>"]}, "Hi", [*b"Hi"]),
+        ([*b"Hi\n", PLAIN_END, *b"no"], {"stop": ["\n<|im_end|>"]}, "Hi", [*b"Hi\n", PLAIN_END]),
+        ([*b"Hi<|im_end|>no"], {"stop": ["<|im_end|>"]}, "Hi", [*b"Hi<|im_end|>"]),
+        ([*b"x", AB, *b"y", PLAIN_END], {"stop": ["by", "<|im_end|>"]}, "xa", [*b"x", AB, *b"y"]),
+        ([*b"x", AB, EOS], {"stop": ["<|im_end|>", "abc"]}, "xab", [*b"x", AB]),
+    ],
+)
+def test_stop_strings_that_name_added_tokens_with_a_text(script, options, text, ids):
+    generation = run(ScriptedSession(script, Tokenizer(PLAIN)), **options)
+    assert (generation.text, generation.ids, generation.finish_reason) == (text, ids, "stop")
+
+
 def test_max_new_tokens_1_runs_the_model_once():
     session = said("ab")
     generation = run(session, max_new_tokens=1)
@@ -276,6 +296,19 @@ def test_chat_prompt():
         session = ScriptedSession([EOS], chatty)
         run(session, prompt, **options)
         assert session.steps[0] == (0, [BOS, *b"[user]Hi>"])  # one <s>, not two
+
+
+def test_a_prompt_loses_its_byte_order_mark():
+    for prompt in "Hi", "\ufeffHi":
+        session = ScriptedSession([EOS], Tokenizer(byte_level(), CHAT))
+        run(session, prompt)
+        assert session.steps[0] == (0, [BOS, *b"Hi"])
+        session = ScriptedSession([EOS], Tokenizer(byte_level(), CHAT))
+        run(session, prompt, chat=True)
+        assert session.steps[0] == (0, [*b"[user]Hi>"])
+    session = ScriptedSession([EOS], Tokenizer(byte_level()))
+    run(session, "a\ufeff")  # elsewhere it is a character
+    assert session.steps[0] == (0, [BOS, *"a\ufeff".encode()])
 
 
 def chat_session(script, sampling=None):

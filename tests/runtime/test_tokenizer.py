@@ -285,7 +285,7 @@ def test_end_tokens(tmp_path: Path, content, expected):
     assert GenerationConfig.load(tmp_path, CONFIG, None).end_token_ids == expected
 
 
-@pytest.mark.parametrize("value", [300, -2, "2", 1.0, True, [1, 300], [[1]], {}])
+@pytest.mark.parametrize("value", [300, [-2, 300], "2", 1.0, True, [1, 300], [[1]], {}])
 def test_end_tokens_outside_the_vocabulary_are_refused(tmp_path, value):
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
     with pytest.raises(BundleError, match=r"generation_config\.json: eos_token_id is .*expected ids from 0 to 299"):
