@@ -64,17 +64,21 @@ class GenerationConfig:
 
 
 def _end_token_ids(path: Path, value: Any, vocab_size: int) -> frozenset[int] | None:
-    """Return the ids of ``eos_token_id``, None where it says nothing; -1 is a way to write that there is none."""
+    """Return the ids of ``eos_token_id``, None where it says nothing; -1 is a way to write that there is none.
+
+    As in ``config.json``, ids that the model cannot produce are passed over beside one that it can.
+    """
     if value is None:
         return None
     ids = value if isinstance(value, list) else [value]
-    for token in ids:
+    possible = [token for token in ids if not (isinstance(token, int) and token >= vocab_size)]
+    for token in possible if any(token != -1 for token in possible) else ids:
         if isinstance(token, bool) or not isinstance(token, int) or not -1 <= token < vocab_size:
             raise BundleError(
                 f"{printable(str(path))}: eos_token_id is {brief(value)}; expected ids from 0 to {vocab_size - 1}; "
                 f"{REMEDY}"
             )
-    return frozenset(ids) - {-1}
+    return frozenset(possible) - {-1}
 
 
 def _sampling(path: Path, content: Mapping[str, Any]) -> dict[str, float]:
