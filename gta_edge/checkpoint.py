@@ -73,10 +73,12 @@ _DTYPES: dict[str, np.dtype[Any]] = {
 # Tables that follow from the config, which earlier releases of transformers saved: wherever its own code ignores them.
 _TABLES = re.compile(r"rotary_emb\.((original_)?inv_freq|(cos|sin)_cached)$|rotary_emb\.inv_freq|decoder\.version$")
 
-# Biases that no supported model has, of modules that it has; zeros add nothing.
+# Biases of modules that a model has; zeros add nothing. What is not there, transformers sets to zero, whatever a
+# switch of config.json promises.
 _BIASES = re.compile(
-    r"(lm_head|model\.norm|model\.layers\.\d+\.((input|post_attention)_layernorm|(self_attn|mlp)\.\w+_proj))\.bias"
+    r"(lm_head|(model\.)?(norm|layers\.\d+\.((input|post_attention)_layernorm|(self_attn|mlp)\.\w+_proj)))\.bias"
 )
+_BIAS_SWITCHES = {".self_attn.": "attention_bias", ".mlp.": "mlp_bias"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +110,7 @@ class Checkpoint:
         _check_directory(root)
         regular_file(root / "config.json")
         config = read_config(root / "config.json")
-        found = read_headers(root, _is_table, _TIED if config.tie_word_embeddings else ())
+        found = read_headers(root, _is_table, _TIED if config.tie_word_embeddings else (), _is_zero_bias)
         parameters = _match(root, config, found)
         return cls(
             directory=root,
@@ -211,6 +213,7 @@ def _match(directory: Path, config: ModelConfig, found: Mapping[str, StoredTenso
     faults = [f"lacks {len(missing)} of the tensors that its config.json asks for: {first_names(missing)}"]
     faults = faults if missing else []
     faults += [f"holds {len(surplus)} that no {config.architecture} has: {first_names(surplus)}"] if surplus else []
+    faults += _of_biases(surplus)
     if faults:
         raise CheckpointError(
             f"{quote(directory)}: {'; '.join(faults)}; copy the checkpoint anew, or give it its own config.json"
@@ -260,7 +263,16 @@ def _is_table(name: str) -> bool:
     return _TABLES.search(name) is not None
 
 
+def _of_biases(surplus: list[str]) -> list[str]:
+    """Say which of config.json's switches ask for biases that are not supported, and so what is wrong with them."""
+    biases = [name for name in surplus if _BIASES.fullmatch(name)]
+    switches = [switch for part, switch in _BIAS_SWITCHES.items() if any(part in name for name in biases)]
+    if not switches:
+        return []
+    return [f"biases of {' and '.join(switches)} that are not all zero are not supported"]
+
+
 def _is_zero_bias(name: str, tensor: StoredTensor) -> bool:
-    """Tell whether this is a bias that no supported model has, and that adds nothing."""
+    """Tell whether this is a bias that adds nothing."""
     is_bias = _BIASES.fullmatch(name) and len(tensor.shape) == 1 and tensor.size <= _MAX_BIAS_BYTES
     return bool(is_bias) and tensor.dtype in _DTYPES and not _values(name, tensor).any()

@@ -402,12 +402,7 @@ class GQAConfig(ModelConfig):
 
     @classmethod
     def _read_attention(cls, entries: Mapping[str, Any]) -> dict[str, Any]:
-        for name in ("attention_bias", "mlp_bias"):
-            if entries.get(name):
-                raise ConfigError(
-                    f"{name} is {brief(entries[name])}; a Llama baseline with biases is not supported: set it to "
-                    "false if they are all zero"
-                )
+        # attention_bias and mlp_bias may say anything: whether there are biases that add something, the tensors show
         heads = entries.get("num_key_value_heads")
         return {"num_key_value_heads": require(entries, "num_attention_heads") if heads is None else heads}
 

@@ -6,6 +6,7 @@ refused by name, so that no model is exported as something that it is not.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, TypeGuard
 
@@ -28,6 +29,9 @@ __all__ = [
 DTYPES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 _DTYPE_NAMES = {"half": "float16", "float": "float32", "auto": "float32"}  # what is stored, the tensors say themselves
+# Other floating types, which config.json may name whatever the tensors are stored in.
+_OTHER_DTYPE = re.compile(r"double|float64|float[48]_e\w{1,16}")
+_WINDOWS = ("sliding_window", "attention_chunk_size")
 _ACTIVATIONS = ("silu", "swish")  # two names of one function
 _LARGEST_SIZE = 2**31 - 1
 _ORIGINAL = "original_max_position_embeddings"
@@ -97,7 +101,9 @@ def _check_windows(entries: Mapping[str, Any]) -> None:
             raise ConfigError(f"layer_types is {brief(layers)}; only full attention in every layer is supported")
         return  # said for every layer, so a window is not used
     positions = entries.get("max_position_embeddings", 2048)
-    for name in ("sliding_window", "attention_chunk_size"):
+    # models made from others may have a window that is switched off
+    windows = ("attention_chunk_size",) if entries.get("use_sliding_window") is False else _WINDOWS
+    for name in windows:
         value = entries.get(name)
         if value is not None and not (is_int(value) and is_int(positions) and value >= positions):
             raise ConfigError(
@@ -109,6 +115,10 @@ def _check_windows(entries: Mapping[str, Any]) -> None:
 def common_entries(entries: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of a config that every architecture has, defaults as in transformers' LlamaConfig.
 
+    A first token beyond the vocabulary can never be given to the model, and counts as none; so does an end token that
+    the model can never produce, beside others. Where no end token is left of those that are named, they stay, and the
+    config refuses them: every generation would run on.
+
     Raises:
         ConfigError: one is missing or cannot be read. What their values may be, the config checks.
     """
@@ -118,9 +128,12 @@ def common_entries(entries: Mapping[str, Any]) -> dict[str, Any]:
     check_size("num_attention_heads", heads)
     check_size("hidden_size", hidden)
     head_dim = entries.get("head_dim")
+    vocab_size = require(entries, "vocab_size")
+    check_size("vocab_size", vocab_size)
     eos, bos = entries.get("eos_token_id"), entries.get("bos_token_id")
+    ends = [i for i in (eos if isinstance(eos, list) else [eos]) if not names_no_token(i)]
     return {
-        "vocab_size": require(entries, "vocab_size"),
+        "vocab_size": vocab_size,
         "hidden_size": hidden,
         "intermediate_size": require(entries, "intermediate_size"),
         "num_hidden_layers": require(entries, "num_hidden_layers"),
@@ -131,8 +144,8 @@ def common_entries(entries: Mapping[str, Any]) -> dict[str, Any]:
         "rope_theta": theta if theta is not None else entries.get("rope_theta", 10000.0),
         "rope_scaling": RopeScaling.from_config(scaling),
         "tie_word_embeddings": entries.get("tie_word_embeddings", False),
-        "bos_token_id": None if names_no_token(bos) else bos,
-        "eos_token_ids": tuple(i for i in (eos if isinstance(eos, list) else [eos]) if not names_no_token(i)),
+        "bos_token_id": None if names_no_token(bos) or _is_beyond(bos, vocab_size) else bos,
+        "eos_token_ids": tuple([i for i in ends if not _is_beyond(i, vocab_size)] or ends),
         "dtype": _dtype(entries.get("dtype") or entries.get("torch_dtype") or "float32"),
     }
 
@@ -142,11 +155,16 @@ def names_no_token(value: object) -> bool:
     return value is None or (is_int(value) and value < 0)
 
 
+def _is_beyond(token: object, vocab_size: int) -> bool:
+    """Tell whether this is an id of no row of the embedding table."""
+    return is_int(token) and token >= vocab_size
+
+
 def _dtype(value: object) -> object:
     if not isinstance(value, str):
         return value
     name = value.removeprefix("torch.")
-    return _DTYPE_NAMES.get(name, name)
+    return "float32" if _OTHER_DTYPE.fullmatch(name) else _DTYPE_NAMES.get(name, name)
 
 
 def _rope_entry(entries: Mapping[str, Any]) -> Any:

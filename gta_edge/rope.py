@@ -100,6 +100,7 @@ class RopeScaling:
         if not isinstance(entry, Mapping):
             raise ConfigError(f"rope scaling is {brief(entry)}; expected an object with a rope_type")
         rope_type = rope_type_of(entry)
+        _check_type_of_parameters(entry)
         if entry.get("partial_rotary_factor") not in (None, 1):
             raise ConfigError(
                 f"partial_rotary_factor is {brief(entry['partial_rotary_factor'])}; only 1.0 is supported "
@@ -140,6 +141,17 @@ def rope_type_of(entry: Mapping[str, Any]) -> str:
             "remove the one that is wrong"
         )
     return next(iter(named.values()), "default")
+
+
+def _check_type_of_parameters(entry: Mapping[str, Any]) -> None:
+    """Raise ConfigError where the type is null and something is said of it: what that means, nothing says."""
+    named = [key for key in ("rope_type", "type") if key in entry]
+    parameters = [name for name, value in entry.items() if value is not None and name not in _FOREIGN_KEYS]
+    if named and parameters and all(entry[key] is None for key in named):
+        raise ConfigError(
+            f"{named[0]} is null, with {brief(parameters[0])} beside it ({brief(entry[parameters[0]])}); expected one "
+            f"of {', '.join(ROPE_TYPES)}: restore the type that the model was trained with"
+        )
 
 
 def _check_parameter(name: str, value: object) -> None:

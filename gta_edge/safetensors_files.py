@@ -144,7 +144,10 @@ def same_bytes(a: StoredTensor, b: StoredTensor) -> bool:
 
 
 def read_headers(
-    directory: Path, ignored: Callable[[str], bool], movable: Collection[str] = ()
+    directory: Path,
+    ignored: Callable[[str], bool],
+    movable: Collection[str] = (),
+    adds_nothing: Callable[[str, StoredTensor], bool] = lambda name, tensor: False,
 ) -> dict[str, StoredTensor]:
     """Return the tensors of a checkpoint's weight files: of the single file if there is one, else of the shards.
 
@@ -152,6 +155,7 @@ def read_headers(
         directory: the checkpoint.
         ignored: tells of a tensor's name whether it means nothing, wherever it is; such tensors are not returned.
         movable: names about which the index may be wrong.
+        adds_nothing: tells of a tensor that is not where the index has it whether the model is the same without.
 
     Raises:
         CheckpointError: a file is missing, damaged or a pickle, or index and shards contradict each other.
@@ -159,7 +163,7 @@ def read_headers(
     if os.path.lexists(directory / SINGLE):
         return {name: tensor for name, tensor in _read_header(directory / SINGLE).items() if not ignored(name)}
     if os.path.lexists(directory / INDEX):
-        return _read_shards(directory, ignored, movable)
+        return _read_shards(directory, ignored, movable, adds_nothing)
     raise CheckpointError(f"{quote(directory)}: holds neither {SINGLE} nor {INDEX}; {_what_instead(directory)}")
 
 
@@ -178,7 +182,12 @@ def _what_instead(directory: Path) -> str:
     return "give the directory of a checkpoint in the Hugging Face layout"
 
 
-def _read_shards(directory: Path, ignored: Callable[[str], bool], movable: Collection[str]) -> dict[str, StoredTensor]:
+def _read_shards(
+    directory: Path,
+    ignored: Callable[[str], bool],
+    movable: Collection[str],
+    adds_nothing: Callable[[str, StoredTensor], bool],
+) -> dict[str, StoredTensor]:
     """Return the tensors of all shards; index and headers must say the same."""
     index = directory / INDEX
     placed = _read_index(index)  # tensor to shard
@@ -188,6 +197,8 @@ def _read_shards(directory: Path, ignored: Callable[[str], bool], movable: Colle
             if ignored(name):
                 continue
             if name not in placed and name not in movable:  # at once: shards together may hold any number of tensors
+                if adds_nothing(name, tensor):
+                    continue
                 raise _contradiction(index, name, "nowhere", f"in {shard}")
             if name not in found:
                 found[name] = tensor
@@ -203,7 +214,7 @@ def _read_shards(directory: Path, ignored: Callable[[str], bool], movable: Colle
             continue
         if name not in found:
             raise _contradiction(index, name, f"in {shard}", "in none of its files")
-        if found[name].file.path.name != shard:
+        if found[name].file.path.name != shard and not adds_nothing(name, found[name]):
             raise _contradiction(index, name, f"in {shard}", f"in {found[name].file.path.name}")
     return found
 

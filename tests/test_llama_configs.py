@@ -95,9 +95,15 @@ SAME = {
     "no end": {"eos_token_id": -1, "bos_token_id": -1, "pad_token_id": -1},
     "null tokens": {"eos_token_id": None, "bos_token_id": None, "pad_token_id": None},
     "several ends": {"eos_token_id": [2, -1, 5]},
+    "an end that there is not": {"eos_token_id": [2, 97, 5]},
+    "a beginning that there is not": {"bos_token_id": 97},
+    "biases that the checkpoint lacks": {"attention_bias": True, "mlp_bias": True},
     "half": {"torch_dtype": "half"},
     "new dtype": {"torch_dtype": "bfloat16", "dtype": "float32"},
     "no dtype": {"torch_dtype": None},
+    "wide dtype": {"torch_dtype": "float64"},
+    "wide dtype by another name": {"dtype": "double"},
+    "narrow dtype": {"dtype": "float8_e4m3fn"},
     "slices": {"pretraining_tp": 4},
     "window as long as the model": {"sliding_window": 256},
     "no window": {"sliding_window": None, "attention_chunk_size": None},
@@ -138,8 +144,6 @@ REFUSED = {
     "half of them, inside": ({"rope_scaling": {**LINEAR, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
     "gelu": ({"hidden_act": "gelu"}, "hidden_act"),
     "another name of the activation": ({"hidden_activation": "gelu_pytorch_tanh"}, "hidden_activation"),
-    "biases": ({"attention_bias": True}, "attention_bias"),
-    "biases of the MLP": ({"mlp_bias": True}, "mlp_bias"),
     "a window": ({"sliding_window": 255}, "sliding_window"),
     "a window of nothing": ({"sliding_window": 0}, "sliding_window"),
     "chunks": ({"attention_chunk_size": 8}, "attention_chunk_size"),
@@ -154,7 +158,13 @@ REFUSED = {
     "quantised, of any size": ({"quantization_config": {"ignored": ["x" * 500] * 1000}}, "quantization_config"),
     "quantised by MLX": ({"quantization": {"group_size": 64, "bits": 4}}, "quantization"),
     "head width": ({"head_dim": 32}, "head_dim"),
-    "dtype": ({"torch_dtype": "float8_e4m3fn"}, "dtype"),
+    "dtype": ({"torch_dtype": "nonsense"}, "dtype"),
+    "null for a type": ({"rope_scaling": {"rope_type": None, "factor": 8.0}}, "rope_type is null, with 'factor'"),
+    "null for a type by its old name": ({"rope_scaling": {"type": None, "beta_fast": 8.0}}, "type is null"),
+    "null under both names": ({"rope_parameters": {"rope_type": None, "type": None, "alpha": 8.0}}, "is null"),
+    "a window that may be used": ({"sliding_window": 255, "use_sliding_window": True}, "sliding_window"),
+    "chunks, whatever of the window": ({"attention_chunk_size": 8, "use_sliding_window": False}, "attention_chunk"),
+    "no end within the vocabulary": ({"eos_token_id": [97, -1]}, "eos_token_id"),
 }
 
 
@@ -198,6 +208,18 @@ def test_what_is_read_means_what_it_means_to_transformers(name: str) -> None:
     assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
+def test_a_window_that_is_switched_off_is_none() -> None:
+    """In one pass; transformers' cache for single tokens goes by the window's width alone."""
+    entries = changed({"sliding_window": 8, "use_sliding_window": False, "max_window_layers": 1})
+    config = ModelConfig.from_dict(entries)
+    assert config == ModelConfig.from_dict(changed({}))
+    model, _ = transformers_logits(entries)
+    with torch.inference_mode():
+        expected = model(torch.from_numpy(IDS), use_cache=False).logits.numpy()
+    logits = reference_logits(build_decoder(config, weights(entries).items()), IDS)
+    assert np.abs(logits - expected).max() < 1e-4 * expected.std()
+
+
 def test_the_logits_tell_rotations_apart() -> None:
     """So agreement above is no accident: no two of these spellings mean the same."""
     names = ("as it is", "linear below 1", "yarn", "yarn not truncated", "yarn with two", "yarn, two lengths", "llama3")
@@ -207,13 +229,7 @@ def test_the_logits_tell_rotations_apart() -> None:
             assert np.abs(first - second).max() > 1e-3 * first.std()
 
 
-# What published GTA configs say of biases has no meaning.
-CASES = [
-    (make, *REFUSED[name])
-    for make in (reference.llama_entries, reference.gta_entries)
-    for name in REFUSED
-    if make is reference.llama_entries or "biases" not in name
-]
+CASES = [(make, *case) for make in (reference.llama_entries, reference.gta_entries) for case in REFUSED.values()]
 
 
 @pytest.mark.parametrize(("make", "changes", "word"), CASES)

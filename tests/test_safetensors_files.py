@@ -244,6 +244,27 @@ def test_an_index_may_be_wrong_about_what_does_not_matter(tmp_path, config):
     assert Checkpoint.open(directory).names == tuple(config.parameter_shapes())
 
 
+@pytest.mark.parametrize("config", [GTA, TIED, SMALLEST], ids=["untied", "tied", "llama"])
+@pytest.mark.parametrize("name", ["model.layers.0.self_attn.o_proj.bias", "model.layers.0.mlp.up_proj.bias"])
+def test_an_index_may_be_wrong_about_a_bias_of_zeros(tmp_path, config, name):
+    directory = write_shards(tmp_path / "c", config)
+    placed = read_index(directory)
+    shard, other = sorted(set(placed.values()))[:2]
+    without = load_file(directory / shard)
+    zeros = np.zeros(2, np.float32)
+    for values, index in ((zeros, placed), (zeros, placed | {name: other}), (zeros, placed | {name: shard})):
+        save_file(without | {name: values}, directory / shard)
+        write_index(directory, index)
+        assert Checkpoint.open(directory).names == tuple(config.parameter_shapes())
+    for values, index in ((zeros + 1, placed), (zeros + 1, placed | {name: other}), (zeros.astype(np.int8), placed)):
+        save_file(without | {name: values}, directory / shard)
+        write_index(directory, index)
+        refused(directory, f"says that {name} is .*, but it is in {shard}")
+    save_file(without, directory / shard)
+    write_index(directory, placed | {name: shard})
+    refused(directory, f"says that {name} is in {shard}, but it is in none of its files")
+
+
 def test_an_index_needs_a_map_and_nothing_else(tmp_path):
     directory = write_shards(tmp_path / "c")
     placed = read_index(directory)

@@ -25,6 +25,7 @@ from gta_edge.errors import InputError, OutputError
 from gta_edge.files import new_directory
 from gta_edge.formats.integrity import describe_file
 from gta_edge.progress import Progress, silent
+from gta_edge.support.memory import require_bytes
 from gta_edge.support.text import one_line
 from gta_edge.version import __version__
 
@@ -66,6 +67,7 @@ def initialise(
 
     Raises:
         InputError: a seed below 0 or a shard size below 1.
+        CapacityError: there is no memory for the tensors of one file.
         OutputError: the directory exists or cannot be written, or the disk has no room for the weights.
     """
     if seed < 0:
@@ -75,11 +77,13 @@ def initialise(
     with_tokenizer = config.vocab_size > _END_ID
     if with_tokenizer:
         config = config.replace(bos_token_id=None, eos_token_ids=(_END_ID,))
+    shards = list(_split(config.parameter_shapes(), DTYPES[config.dtype], shard_bytes))
+    _require_memory(config, shards)
     with new_directory(directory, force=force, needed_bytes=config.weight_bytes, kind=_FORMAT) as partial:
         _write_json(partial / "config.json", config.to_dict())
         if with_tokenizer:
             _write_tokenizer(config, partial)
-        _write_weights(config, partial, seed, shard_bytes, progress)
+        _write_weights(config, partial, seed, shards, progress)
         _write_record(partial)
 
 
@@ -96,10 +100,18 @@ def _write_json(path: Path, entries: dict[str, Any]) -> None:
 # --- weights -------------------------------------------------------------------------------------------------------
 
 
-def _write_weights(config: ModelConfig, directory: Path, seed: int, shard_bytes: int, progress: Progress) -> None:
+def _require_memory(config: ModelConfig, shards: list[list[str]]) -> None:
+    """Refuse weights of which one file's, which are in memory together, have no room."""
+    shapes = config.parameter_shapes()
+    largest = max(sum(math.prod(shapes[name]) for name in names) for names in shards) * DTYPES[config.dtype]
+    require_bytes(largest, "writing the weights", "close other programs, or use a machine with more memory")
+
+
+def _write_weights(
+    config: ModelConfig, directory: Path, seed: int, shards: list[list[str]], progress: Progress
+) -> None:
     shapes = config.parameter_shapes()
     streams = {name: i for i, name in enumerate(shapes)}
-    shards = list(_split(shapes, DTYPES[config.dtype], shard_bytes))
     values = _normal_values(_NUMPY_DTYPES[config.dtype])
     total, done = config.weight_bytes, 0
     placed: dict[str, str] = {}

@@ -14,13 +14,11 @@ from gta_edge.bundle import CONFIG, FORMAT, MODEL, WEIGHTS, Bundle, write_manife
 from gta_edge.checkpoint import Checkpoint
 from gta_edge.cost import stored_bytes
 from gta_edge.errors import BundleError, ExportError, GtaEdgeError, InputError
-from gta_edge.export.calibration import calibrated
-from gta_edge.export.check import check_export, raise_if_failed
-from gta_edge.export.graph import prepare, traced
 from gta_edge.export.quantizer import Quantizer
 from gta_edge.fidelity import Report
 from gta_edge.files import new_directory
 from gta_edge.formats.text_files import TextFiles, check_text_files
+from gta_edge.needed_memory import require_memory_for_export
 from gta_edge.optional import optional
 from gta_edge.progress import Progress, silent
 from gta_edge.quantization import BITS
@@ -94,6 +92,7 @@ def export(
         CheckpointError: the checkpoint cannot be read, a value in it is not finite, or a bundle could not be opened
             with its tokenizer's files.
         ExportError: the weights do not fit the precision, or the result does not agree with PyTorch.
+        CapacityError: it takes more memory than there is.
         OutputError: ``bundle`` exists or cannot be written.
         BackendError: an extra is not installed.
     """
@@ -105,12 +104,17 @@ def export(
     if calibrate is not None and precision not in BITS:
         raise InputError(f"precision is {precision}, which is not calibrated; calibrate int8 or int4")
     text = check_text_files(source.directory, source.config)
+    require_memory_for_export(source, precision, calibrated=calibrate is not None, verify=verify)
     inputs = [source.directory] if calibrate is None else [source.directory, Path(calibrate)]
     size = stored_bytes(source.config, precision, block_size, source.names)
     with new_directory(bundle, force=force, inputs=inputs, needed_bytes=size, kind=FORMAT) as directory:
         quantizer = None
         if precision in BITS:
-            corrected = calibrated(source, Path(calibrate), precision, block_size, progress) if calibrate else {}
+            corrected = {}
+            if calibrate:
+                from gta_edge.export.calibration import calibrated  # and with it torch, as below
+
+                corrected = calibrated(source, Path(calibrate), precision, block_size, progress)
             quantizer = Quantizer(source.read, precision, block_size, corrected)
         _write_model(source, directory, precision, quantizer, progress)
         for companion in (source.directory / CONFIG, *source.companions):
@@ -133,6 +137,8 @@ def _own_precision(source: Checkpoint) -> str:
 def _write_model(
     source: Checkpoint, directory: Path, precision: str, quantizer: Quantizer | None, progress: Progress
 ) -> None:
+    from gta_edge.export.graph import prepare, traced
+
     config = source.config
     cos, sin = rope_tables(config.key_width, config.rope_theta, config.rope_scaling, config.max_position_embeddings)
 
@@ -185,6 +191,8 @@ def _no_tokenizer(directory: Path) -> str:
 
 
 def _check(directory: Path, source: Checkpoint, bundle: Path, progress: Progress) -> Report:
+    from gta_edge.export.check import check_export, raise_if_failed
+
     try:
         report = check_export(Bundle.open(directory), source, progress)
     except BundleError as error:

@@ -65,17 +65,21 @@ class GenerationConfig:
 
 
 def _end_token_ids(path: Path, value: Any, vocab_size: int) -> frozenset[int] | None:
-    """Return the ids of ``eos_token_id``, None where it says nothing; as in the config, -1 or such is no token."""
+    """Return the ids of ``eos_token_id``, None where it says nothing; as in the config, -1 or such is no token.
+
+    As in ``config.json``, ids that the model cannot produce are passed over beside one that it can.
+    """
     if value is None:
         return None
     ids = [token for token in (value if isinstance(value, list) else [value]) if not names_no_token(token)]
-    for token in ids:
+    possible = [token for token in ids if not (is_int(token) and token >= vocab_size)]
+    for token in possible or ids:
         if not is_int(token) or token >= vocab_size:
             raise BundleError(
                 f"{printable(str(path))}: eos_token_id is {brief(value)}; expected ids from 0 to {vocab_size - 1}; "
                 f"{REMEDY}"
             )
-    return frozenset(ids)
+    return frozenset(possible)
 
 
 def _sampling(path: Path, content: Mapping[str, Any]) -> dict[str, float]:

@@ -21,6 +21,7 @@ from gta_edge.errors import (
     InputError,
 )
 from gta_edge.formats.text_files import TextFiles
+from gta_edge.needed_memory import require_memory_for_torch
 from gta_edge.progress import Progress, silent
 from gta_edge.runtime.engine import ENGINES, require_engine
 from gta_edge.runtime.session import Session
@@ -63,6 +64,7 @@ def _torch(
     progress: Progress = silent,
     **options: Any,
 ) -> Session:
+    require_memory_for_torch(bundle.config, "fp32", "PyTorch")  # the model's, ``load_decoder`` asks for
     from gta_edge.runtime.torch import TorchSession, default_compute, default_device, load_decoder
 
     device = default_device()

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from gta_edge.bundle import Bundle
 from gta_edge.config import CacheSpec
 from gta_edge.errors import BackendError, CapacityError, GtaEdgeError
+from gta_edge.needed_memory import require_memory_for_onnxruntime
 from gta_edge.ort import EXACT_PRODUCTS, INT8_PRODUCTS, first_line, is_out_of_memory, load_onnxruntime
 from gta_edge.progress import Progress, silent
 from gta_edge.runtime.onnxruntime_model import OpenModel, model_files, open_model
@@ -72,6 +73,7 @@ class OnnxRuntimeSession(Session):
         **options: Any,
     ) -> None:
         super().__init__(bundle.config, **options)
+        require_memory_for_onnxruntime(bundle.config, bundle.precision, bundle.block_size)
         self._onnxruntime = load_onnxruntime()
         prepared = prepare(bundle, exact=exact, progress=progress)
         self.rounds_activations = prepared.rounds_activations

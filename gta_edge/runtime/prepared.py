@@ -24,6 +24,7 @@ from gta_edge.bundle import MODEL, WEIGHTS, Bundle
 from gta_edge.errors import OutputError
 from gta_edge.files import new_directory
 from gta_edge.formats.artifacts import Artifact, RefusedError, open_artifact, require_secret, write_record
+from gta_edge.needed_memory import require_memory_for_preparation
 from gta_edge.progress import Progress, silent
 from gta_edge.quantization import BITS
 from gta_edge.support.ownership import ARTIFACTS
@@ -96,12 +97,14 @@ def without_new_weights(bundle: Bundle, *, exact: bool = False) -> Prepared:
     Raises:
         BackendError: the bundle's graph cannot be read, or onnx-ir is missing.
     """
+    require_memory_for_preparation()
     from gta_edge.runtime.preparation import graph_without_new_weights
 
     return Prepared(graph_without_new_weights(bundle), bundle.precision in BITS and not exact, kept=False)
 
 
 def _for_cpu(bundle: Bundle, weights: Path, location: str, progress: Progress) -> dict[str, bytes]:
+    require_memory_for_preparation()
     from gta_edge.runtime.preparation import graphs
 
     default, exact = graphs(bundle, weights, location, progress)

@@ -15,6 +15,7 @@ from gta_edge.bundle import Bundle
 from gta_edge.config import GTAConfig
 from gta_edge.errors import BackendError, CapacityError
 from gta_edge.model import Cache, Decoder, empty_cache
+from gta_edge.needed_memory import require_memory_for_torch
 from gta_edge.optional import optional
 from gta_edge.packed_model import build_packed_decoder
 from gta_edge.plugins import torch_ops
@@ -74,6 +75,7 @@ def load_decoder(bundle: Bundle, device: str, compute: str) -> Decoder:
     with _within_memory(f"{bundle.model_path}: there is no memory for the model"):
         if multiplies_codes(bundle.precision, device, compute):
             return build_packed_decoder(bundle.config, read_stored(bundle.model_path, bundle.config), device)
+        require_memory_for_torch(bundle.config, bundle.precision, "the model in PyTorch")
         return build_decoder(bundle.config, read_weights(bundle.model_path, bundle.config))
 
 

@@ -13,8 +13,8 @@ from gta_edge.bundle import Bundle
 from gta_edge.checkpoint import Checkpoint
 from gta_edge.errors import BackendError, CheckpointError
 from gta_edge.fidelity import Report, difference, probe
+from gta_edge.needed_memory import require_memory_for_torch
 from gta_edge.progress import Progress, silent
-from gta_edge.reference import compare_weights
 from gta_edge.runtime.backends import BACKENDS, OF_THE_MODEL, check_backend, is_here, open_session, reason_of
 from gta_edge.runtime.session import Session
 
@@ -51,6 +51,9 @@ def verify(
         raise CheckpointError(
             f"{checkpoint}: is another model than the one in {bundle}; give what it was exported from"
         )
+
+    require_memory_for_torch(opened.config, opened.precision, "comparing with PyTorch")
+    from gta_edge.reference import compare_weights  # and with it torch
 
     names = list(backends or BACKENDS)
     ids, prefill = probe(opened.config)

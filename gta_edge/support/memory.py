@@ -9,9 +9,10 @@ import re
 import resource
 from pathlib import Path
 
+from gta_edge.errors import CapacityError
 from gta_edge.support.cgroups import PROC, Group, groups
 
-__all__ = ["available_bytes", "installed_bytes", "total_bytes"]
+__all__ = ["available_bytes", "installed_bytes", "reachable_bytes", "require_bytes", "total_bytes"]
 
 MEMINFO = Path("/proc/meminfo")
 
@@ -28,6 +29,35 @@ def available_bytes(meminfo: Path = MEMINFO, proc: Path = PROC) -> int | None:
     rooms = [_meminfo(meminfo, "MemAvailable"), _address_space()]
     rooms += [room for group in groups("memory", proc) for room in _rooms(group)]
     return _least(rooms)
+
+
+def reachable_bytes(meminfo: Path = MEMINFO, proc: Path = PROC) -> int | None:
+    """Return the bytes that new work can take before the system ends it, however slow that gets.
+
+    As ``available_bytes``, with swap and with every file cache. None where the system does not say.
+    """
+    free, swap = _meminfo(meminfo, "MemAvailable"), _meminfo(meminfo, "SwapFree") or 0
+    rooms = [None if free is None else free + swap, _address_space()]
+    rooms += [room for group in groups("memory", proc) for room in _last_rooms(group, swap)]
+    return _least(rooms)
+
+
+def require_bytes(needed: int, what: str, remedy: str) -> None:
+    """Refuse work that the system would end halfway, without a word, for want of memory.
+
+    Args:
+        needed: bytes that it takes at the very least.
+        what: the work, as the subject of a sentence.
+        remedy: what to do.
+
+    Raises:
+        CapacityError: there are fewer.
+    """
+    free = reachable_bytes()
+    if free is not None and needed > free:
+        raise CapacityError(
+            f"{what} takes at least {needed / 1e6:,.0f} MB of memory, and {free / 1e6:,.0f} MB are available; {remedy}"
+        )
 
 
 def total_bytes(meminfo: Path = MEMINFO, proc: Path = PROC) -> int | None:
@@ -70,6 +100,27 @@ def _rooms(group: Group) -> list[int]:
     """Return what each limit of a group leaves; file caches that nobody has used twice can be dropped."""
     droppable = group.entry("memory.stat", "total_inactive_file" if group.version == 1 else "inactive_file")
     return [limit - max(0, (used or 0) - droppable) for limit, used in _limits(group)]
+
+
+def _last_rooms(group: Group, swap: int) -> list[int]:
+    """Return what the limits of a group leave at which the system ends processes, with ``swap`` bytes of it free."""
+    if group.version == 1:
+        caches = "total_inactive_file", "total_active_file"
+        limits = [("memory.limit_in_bytes", "memory.usage_in_bytes", swap)]
+        limits += [("memory.memsw.limit_in_bytes", "memory.memsw.usage_in_bytes", 0)]
+    else:
+        caches = "inactive_file", "active_file"
+        most = group.number("memory.swap.max")
+        if most is not None:
+            swap = min(swap, max(0, most - (group.number("memory.swap.current") or 0)))
+        limits = [("memory.max", "memory.current", swap)]
+    droppable = sum(group.entry("memory.stat", cache) for cache in caches)
+    found = [(group.number(limit), group.number(usage), more) for limit, usage, more in limits]
+    return [
+        limit - max(0, (used or 0) - droppable) + more
+        for limit, used, more in found
+        if limit is not None and 0 <= limit < _UNLIMITED
+    ]
 
 
 def _address_space() -> int | None:

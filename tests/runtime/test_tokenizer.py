@@ -277,6 +277,7 @@ def test_where_templates_and_special_tokens_are_read_from(tmp_path):
         ({"eos_token_id": [1, 299]}, {1, 299}),
         ({"eos_token_id": -1}, set()),
         ({"eos_token_id": [-1, 1]}, {1}),
+        ({"eos_token_id": [1, 300]}, {1}),  # what can never be produced ends nothing
     ],
 )
 def test_end_tokens(tmp_path: Path, content, expected):
@@ -285,7 +286,7 @@ def test_end_tokens(tmp_path: Path, content, expected):
     assert GenerationConfig.load(tmp_path, CONFIG, None).end_token_ids == expected
 
 
-@pytest.mark.parametrize("value", [300, [-2, 300], "2", 1.0, True, [1, 300], [[1]], {}])
+@pytest.mark.parametrize("value", [300, [-2, 300], "2", 1.0, True, [-1, 300], [True, 300], [[1]], {}])
 def test_end_tokens_outside_the_vocabulary_are_refused(tmp_path, value):
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
     with pytest.raises(BundleError, match=r"generation_config\.json: eos_token_id is .*expected ids from 0 to 299"):

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from gta_edge.support.memory import available_bytes, total_bytes
+from gta_edge.support.memory import available_bytes, reachable_bytes, total_bytes
 
 
 class Machine:
@@ -34,6 +34,9 @@ class Machine:
 
     def available(self) -> int | None:
         return available_bytes(self.meminfo, self.proc)
+
+    def reachable(self) -> int | None:
+        return reachable_bytes(self.meminfo, self.proc)
 
     def total(self) -> int | None:
         return total_bytes(self.meminfo, self.proc)

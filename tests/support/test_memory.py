@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from gta_edge.support.memory import available_bytes, installed_bytes, total_bytes
+from gta_edge.errors import CapacityError
+from gta_edge.support.memory import available_bytes, installed_bytes, require_bytes, total_bytes
 from tests.cli import environment
 from tests.support.machines import Machine
 
@@ -54,6 +55,40 @@ def test_a_container_of_version_1(machine: Machine) -> None:
     swap = {"memory__memsw__limit_in_bytes": 310 * MiB, "memory__memsw__usage_in_bytes": 280 * MiB}
     machine.group("memory", **swap)
     assert machine.available() == 50 * MiB
+
+
+def test_what_can_be_reached_before_the_system_ends_a_process(machine: Machine) -> None:
+    """With swap and all caches, and without limits that only slow it down."""
+    assert machine.reachable() == machine.available()
+    machine.meminfo.write_text(f"MemAvailable: {5 * 2**20} kB\nSwapFree: {100 * 2**10} kB\n")
+    assert machine.reachable() == 5 * 2**30 + 100 * MiB
+    machine.is_in("/")
+    stat = f"anon 1\ninactive_file {20 * MiB}\nactive_file {5 * MiB}\n"
+    machine.group("", memory__max=300 * MiB, memory__high=MiB, memory__current=120 * MiB, memory__stat=stat)
+    assert machine.reachable() == 305 * MiB
+    machine.group("", memory__swap__max=30 * MiB, memory__swap__current=10 * MiB)
+    assert machine.reachable() == 225 * MiB
+    machine.group("", memory__swap__max=0)
+    assert machine.reachable() == 205 * MiB
+
+
+def test_what_can_be_reached_in_version_1(machine: Machine) -> None:
+    machine.meminfo.write_text(f"MemAvailable: {5 * 2**20} kB\nSwapFree: {100 * 2**10} kB\n")
+    machine.is_in("/docker/abc", "memory", root="/docker/abc", mount="memory")
+    files = {"memory__limit_in_bytes": 300 * MiB, "memory__usage_in_bytes": 120 * MiB}
+    stat = f"active_file 9\ntotal_inactive_file {20 * MiB}\ntotal_active_file {5 * MiB}\n"
+    machine.group("memory", **files, memory__stat=stat)
+    assert machine.reachable() == 305 * MiB
+    machine.group("memory", memory__memsw__limit_in_bytes=310 * MiB, memory__memsw__usage_in_bytes=280 * MiB)
+    assert machine.reachable() == 55 * MiB
+
+
+def test_what_has_no_room_is_refused_with_both_figures() -> None:
+    require_bytes(1, "this", "never mind")
+    with pytest.raises(
+        CapacityError, match=r"^this takes at least 1,000,000,000,000 MB of memory, and [\d,]+ MB are available; rest$"
+    ):
+        require_bytes(10**18, "this", "rest")
 
 
 @pytest.mark.parametrize("level", ["", "a", "a/b", "a/b/c"])
