@@ -77,9 +77,10 @@ def initialise(
     with_tokenizer = config.vocab_size > _END_ID
     if with_tokenizer:
         config = config.replace(bos_token_id=None, eos_token_ids=(_END_ID,))
-    shards = list(_split(config.parameter_shapes(), DTYPES[config.dtype], shard_bytes))
-    _require_memory(config, shards)
     with new_directory(directory, force=force, needed_bytes=config.weight_bytes, kind=_FORMAT) as partial:
+        # now: the names of layers that no disk has room for would not fit into memory
+        shards = list(_split(config.parameter_shapes(), DTYPES[config.dtype], shard_bytes))
+        _require_memory(config, shards)
         _write_json(partial / "config.json", config.to_dict())
         if with_tokenizer:
             _write_tokenizer(config, partial)

@@ -14,7 +14,7 @@ from typing import Any
 
 from gta_edge.errors import GtaEdgeError
 
-CASES = int(os.environ.get("GTA_EDGE_FUZZ_CASES", "40"))
+CASES = int(os.environ.get("GTA_EDGE_FUZZ_CASES", "20"))
 """Cases of each fuzzer."""
 
 _MOST_CHARACTERS = 600
