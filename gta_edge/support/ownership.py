@@ -32,7 +32,7 @@ ARTIFACTS = "engines"
 """Directory in a bundle for what was derived from it. No user's files belong there; their names tell."""
 
 _ARTIFACT_FILES = {"engine.plan", "model.onnx", "model.onnx.data", "exact.onnx", "weights.data", *RECORDS}
-_BUNDLE = "gta_edge.json"
+_BUNDLE, _CHECKPOINT = "gta_edge.json", "gta_edge_checkpoint.json"
 _MAX_RECORD_BYTES = 2**20
 _BLOCK_BYTES = 2**22
 _DEPTH = 3  # engines/onnxruntime-cuda/fp16
@@ -41,8 +41,9 @@ _DEPTH = 3  # engines/onnxruntime-cuda/fp16
 def foreign_entry(directory: Path, *, kind: str | None = None, artifact: bool = False) -> str | None:
     """Return what keeps a directory from being ours, None if it is or is empty.
 
-    It is ours if it holds a record whose format is known, the files that this record lists as they were written, and
-    nothing else; a bundle may have artifacts too.
+    It is ours if it holds a record whose format is known, the files that this record lists, and nothing else. A bundle
+    may have artifacts too, and be damaged: it can be exported again. A checkpoint's files must be as they were written:
+    others may have been trained since.
 
     Args:
         directory: to be replaced.
@@ -69,7 +70,7 @@ def foreign_entry(directory: Path, *, kind: str | None = None, artifact: bool = 
             if foreign is not None:
                 return f"{ARTIFACTS}/{foreign}"
         elif name in record["files"] and _is_file(path):
-            if _is_changed(path, record["files"][name]):
+            if own == _CHECKPOINT and _is_changed(path, record["files"][name]):
                 return f"{printable(name)}, changed since it was written"
         elif name != own and not is_stale_partial(path):
             return printable(name)

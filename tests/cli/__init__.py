@@ -29,6 +29,13 @@ class Result:
         return json.loads(self.out, parse_constant=_refuse)
 
     @property
+    def content(self) -> dict[str, Any]:
+        """The document without what every document has."""
+        document = self.document
+        assert document.pop("schema_version") == 1
+        return document
+
+    @property
     def error(self) -> str:
         """The message of a command that failed as commands must: status 1, one line, no results."""
         assert (self.status, self.out) == (1, ""), self

@@ -222,7 +222,7 @@ def test_a_gpu_that_tensorrt_rtx_does_not_build_for(gpu: Callable[[str], None]) 
     pytest.importorskip("cuda.bindings", reason="needs CUDA's bindings")
     gpu("sm_90")
     found = asked("tensorrt-rtx")
-    assert re.fullmatch(r"tensorrt-rtx \S+ does not build for compute capability 9\.0", found["reason"])
+    assert re.fullmatch(r"tensorrt-rtx \S+ does not build for compute capability '9\.0'", found["reason"])
     assert found["remedy"].startswith("expected 8.")
     assert found["version"]
 
