@@ -209,8 +209,8 @@ def test_a_call_while_another_thread_is_in_one_is_refused(call):
 
 
 def test_closing_waits_for_the_step_of_another_thread():
-    session = SlowSession([7, 8])
-    generation = generate(session, ONE)
+    session = SlowSession([7] * 100_000)  # whichever thread is faster, the generation does not end by itself
+    generation = generate(session, ONE, max_new_tokens=90_000)
     ended = in_thread(lambda: list(generation))
     assert session.running.wait(30)
     closed = in_thread(session.close)
@@ -219,7 +219,7 @@ def test_closing_waits_for_the_step_of_another_thread():
     closed()
     assert session.released
     assert isinstance(ended(), BackendError | InputError)
-    assert generation.ids in ([7], [7, 8])  # as many as came before the close
+    assert set(generation.ids) == {7}  # as many as came before the close
 
 
 def test_one_generation_asked_by_two_threads():

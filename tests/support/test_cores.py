@@ -8,6 +8,7 @@ import pytest
 
 from gta_edge.errors import InputError
 from gta_edge.support.cores import check_threads, installed_cores, threads_for, usable_cores
+from gta_edge.support.text import brief
 from tests.support.machines import Machine
 
 
@@ -77,7 +78,7 @@ def test_as_many_threads_as_were_asked_for(eight_cores: object, asked: int) -> N
 @pytest.mark.parametrize("asked", [0, -1, 33, 100_000, 2**70])
 def test_threads_that_could_be_of_no_use(eight_cores: object, asked: int) -> None:
     with pytest.raises(
-        InputError, match=rf"^{asked} threads were asked for, .*8 cores 8 may be used; expected 1 to 32$"
+        InputError, match=rf"^{brief(asked)} threads were asked for, .*8 cores 8 may be used; expected 1 to 32$"
     ):
         check_threads(asked)
 

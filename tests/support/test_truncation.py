@@ -42,7 +42,7 @@ def run(program: str) -> "subprocess.CompletedProcess[str]":
 def test_one_line_and_status_1(reader: str) -> None:
     found = run(f"report_truncated_files()\nreport_truncated_files()\n{READERS[reader]}\nprint('went on')")
     assert (found.returncode, found.stdout) == (1, "")
-    assert found.stderr.startswith("error: a file of the model was cut short while in use; ")
+    assert found.stderr.startswith("error: a file in use was cut short or changed on its disk; ")
     assert len(found.stderr.splitlines()) == 1
 
 
@@ -63,4 +63,4 @@ except SystemExit:
 """
     found = run(program)
     assert found.returncode == 1
-    assert found.stderr.startswith("error: a file of the model was cut short while in use; ")
+    assert found.stderr.startswith("error: a file in use was cut short or changed on its disk; ")
