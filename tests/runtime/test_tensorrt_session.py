@@ -1,5 +1,6 @@
 """What a session of an engine asks of CUDA and TensorRT, on the simulation of both; ``test_session`` has the logits."""
 
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -275,6 +276,9 @@ def test_what_tensorrt_refuses_to_run_is_an_error_with_its_words(
 def test_kernels_that_were_compiled_at_run_time_are_kept(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    (tmp_path / "cache").mkdir()
+    for key in Path(os.environ["GTA_EDGE_CACHE"]).glob("machine-*.key"):  # that the engine is signed with
+        shutil.copy2(key, tmp_path / "cache")
     monkeypatch.setenv("GTA_EDGE_CACHE", str(tmp_path / "cache"))
 
     def opened() -> TensorRTSession:
