@@ -1,6 +1,5 @@
 """What a session of an engine asks of CUDA and TensorRT, on the simulation of both; ``test_session`` has the logits."""
 
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -25,7 +24,6 @@ STEP = ["copy pinned to device"] * 3 + ["run", "copy device to pinned"]
 
 @pytest.fixture(scope="module")
 def bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    import shutil
 
     directory = tmp_path_factory.mktemp("simulated")
     shutil.copytree(tiny_bundle, directory / "bundle")
@@ -277,10 +275,8 @@ def test_what_tensorrt_refuses_to_run_is_an_error_with_its_words(
 def test_kernels_that_were_compiled_at_run_time_are_kept(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (tmp_path / "cache").mkdir()
-    for key in Path(os.environ["GTA_EDGE_CACHE"]).glob("machine-*.key"):  # that the engine is signed with
-        shutil.copy2(key, tmp_path / "cache")
-    monkeypatch.setenv("GTA_EDGE_CACHE", str(tmp_path / "cache"))
+    # of these kernels alone: the engine's key stays where it is
+    monkeypatch.setattr("gta_edge.runtime.run_time_kernels.cache_directory", lambda: tmp_path / "cache")
 
     def opened() -> TensorRTSession:
         return open_simulated(bundle, PURPOSE.engine, compiles_at_run_time=True)
