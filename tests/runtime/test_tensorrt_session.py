@@ -305,7 +305,7 @@ def test_kernels_that_were_compiled_at_run_time_are_kept(
     assert "is not used (it is not a regular file); it is made anew" in message
     kept.rmdir()
     kept.write_bytes(b"kernels 2")
-    monkeypatch.setenv("GTA_EDGE_CACHE", str(kept / "no directory"))
+    monkeypatch.setattr("gta_edge.runtime.run_time_kernels.cache_directory", lambda: kept / "no directory")
     opened().close()  # nowhere to keep them, which stops nobody
 
 
@@ -314,7 +314,7 @@ def test_a_smaller_engine_is_another_engine(bundle: Bundle, monkeypatch: pytest.
     from gta_edge.runtime.engine import EngineRecord
     from gta_edge.runtime.run_time_kernels import RunTimeKernels
 
-    monkeypatch.setenv("GTA_EDGE_CACHE", str(tmp_path))
+    monkeypatch.setattr("gta_edge.runtime.run_time_kernels.cache_directory", lambda: tmp_path)
     records = [
         EngineRecord(replace(PURPOSE, max_length=length), {"model.onnx": "0"}, "1.7", ["8.6"]) for length in (10, 20)
     ]
