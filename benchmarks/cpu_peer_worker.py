@@ -8,6 +8,7 @@ a JSON object with the figures.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -48,6 +49,9 @@ class Engine(Protocol):
     def cache_bytes(self) -> int | None:
         """Bytes of the cache; None where the engine does not say."""
 
+    def close(self) -> None:
+        """Give up the model."""
+
 
 class Ours:
     """A bundle on the backend ``onnxruntime``."""
@@ -76,6 +80,9 @@ class Ours:
     @property
     def cache_bytes(self) -> int | None:
         return self._session.cache_bytes
+
+    def close(self) -> None:
+        self._session.close()
 
 
 class Peer:
@@ -121,6 +128,9 @@ class Peer:
         self._generator.append_tokens(ids)
         self._generator.generate_next_token()  # chooses from the prompt's logits, runs nothing
 
+    def close(self) -> None:
+        del self._generator, self._model
+
 
 def measure(spec: dict[str, Any]) -> dict[str, Any]:
     """Load a model, read a random prompt, continue it token by token; return what it took.
@@ -136,6 +146,11 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     start = time.perf_counter()
     engine: Engine = Ours(spec) if spec["engine"] == "ours" else Peer(spec)
     load_s = time.perf_counter() - start
+    with contextlib.closing(engine):
+        return {"load_s": load_s, **_measured(engine, ids, spec)}
+
+
+def _measured(engine: Engine, ids: Ids, spec: dict[str, Any]) -> dict[str, Any]:
     engine.warm_up(ids[:_WARM_UP_TOKENS])
     loaded = memory("VmRSS")
     start = time.perf_counter()
@@ -146,7 +161,6 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     if engine.length != spec["context"] + 1 + spec["new_tokens"]:
         raise RuntimeError(f"generation ended after {engine.length - spec['context']} tokens")
     return {
-        "load_s": load_s,
         "prefill_s": prefill_s,
         "prefill_tokens_per_s": spec["context"] / prefill_s,
         **summary(steps),

@@ -337,7 +337,7 @@ def test_ctrl_c_leaves_nothing(tiny_bundle: Path, tmp_path: Path) -> None:
     )
     try:
         deadline = time.monotonic() + 60
-        while not list(tmp_path.glob("gta-edge*/*/prompt.npy")) and time.monotonic() < deadline:
+        while not list(tmp_path.rglob("prompt.npy")) and time.monotonic() < deadline:
             time.sleep(0.02)  # until it measures
         started = workers(process.pid)
         process.send_signal(signal.SIGINT)
@@ -348,4 +348,4 @@ def test_ctrl_c_leaves_nothing(tiny_bundle: Path, tmp_path: Path) -> None:
     assert started
     assert (process.returncode, out, err) == (130, "", "")
     assert not [pid for pid in started if Path(f"/proc/{pid}/cmdline").exists() and os.getpgid(pid) == pid]
-    assert list(tmp_path.glob("gta-edge*")) == []
+    assert list(tmp_path.iterdir()) == []

@@ -324,7 +324,7 @@ def test_gpus_that_tensorrt_rtx_does_not_build_for(
 
     told = f"does not build for compute capability '8.7'; expected {', '.join(RTX_KNOWS)}"
     assert told in message(BackendError, build, bundle, RTX, compute_capabilities=["8.6", "8.7"])
-    assert "capability 7.5; expected 8.0" in message(BackendError, build, bundle, RTX, compute_capabilities=["7.5"])
+    assert "capability '7.5'; expected 8.0" in message(BackendError, build, bundle, RTX, compute_capabilities=["7.5"])
     monkeypatch.setattr(tensorrt_builder, "current_gpu", lambda: Gpu(0, "Orin", "sm_87", 8))
     assert told in message(BackendError, build, bundle, RTX)
     assert not engine_directory(bundle, RTX.engine).exists()

@@ -21,6 +21,7 @@ from gta_edge.runtime.engine import Purpose, load_engine
 from gta_edge.runtime.product_choice import PHASES, ProductCall, Timing
 from gta_edge.runtime.specialise import specialise
 from tests.cli import Result
+from tests.formats.records import edit
 
 PURPOSE = Purpose("tensorrt", "bf16", "bf16", max_length=64, max_batch=2, chunk_size=32)
 HERE = {"tensorrt": "10.3.0", "compute_capability": "8.7"}
@@ -149,7 +150,9 @@ class Gpu:
         self.built: collections.Counter[str] = collections.Counter()
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> "Gpu":
-        target = SimpleNamespace(gpu=None, newer_ops=True, compute_capabilities=("8.7",), tensorrt=HERE["tensorrt"])
+        target = SimpleNamespace(
+            gpu=None, gpu_name="", newer_ops=True, compute_capabilities=("8.7",), tensorrt=HERE["tensorrt"]
+        )
         monkeypatch.setattr(building, "available_bytes", lambda: None)
         monkeypatch.setattr(tensorrt_builder.Target, "choose", lambda *arguments: target)
         monkeypatch.setattr(tensorrt_builder, "build_plan", self.build_plan)
@@ -235,8 +238,6 @@ def test_what_was_asked_for_is_not_timed(bundle: Bundle, monkeypatch: pytest.Mon
 def test_a_damaged_record(bundle: Bundle, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Any], None]) -> None:
     Gpu(FASTER, FASTER).install(monkeypatch)
     path = build(bundle, PURPOSE) / "engine.json"
-    document = json.loads(path.read_text())
-    damage(document["record"])
-    path.write_text(json.dumps(document))
+    edit(path, lambda document: damage(document["content"]))
     with pytest.raises(EngineError, match="is not the record of an engine"):
         load_engine(bundle, "tensorrt", **HERE)
