@@ -177,9 +177,9 @@ def _concat(inputs: Sequence[Known], attributes: Attributes) -> list[Known]:
     rests = {(value.dtype, len(value.shape), value.shape[:axis], value.shape[axis + 1 :]) for value in inputs}
     _require(len(rests) == 1, "one of its inputs")
     shape = [*first.shape[:axis], sum(value.shape[axis] for value in inputs), *first.shape[axis + 1 :]]
-    parts = [value.numbers for value in inputs]
-    followed = math.prod(shape) <= _MOST_VALUES and all(part is not None for part in parts)
-    return _known(first.dtype, shape, np.concatenate(parts, axis) if followed else None)  # type: ignore[arg-type]  # none is None
+    parts = [value.numbers for value in inputs if value.numbers is not None]
+    followed = math.prod(shape) <= _MOST_VALUES and len(parts) == len(inputs)
+    return _known(first.dtype, shape, np.concatenate(parts, axis) if followed else None)
 
 
 def _unsqueeze(inputs: Sequence[Known], attributes: Attributes) -> list[Known]:
