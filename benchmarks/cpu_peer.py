@@ -32,11 +32,11 @@ import rich.table
 from floor import bandwidth, floor_ms, table_bytes, token_bytes
 
 import gta_edge
-from gta_edge.bundle import MANIFEST, Bundle
-from gta_edge.config import ModelConfig
 from gta_edge.errors import BackendError, GtaEdgeError, InputError, OutputError
-from gta_edge.export.initialise import initialise
-from gta_edge.presets import preset
+from gta_edge.formats.bundle import MANIFEST, Bundle
+from gta_edge.formats.random_checkpoint import initialise
+from gta_edge.model.config import ModelConfig
+from gta_edge.model.presets import preset
 from gta_edge.support.cores import usable_cores
 
 TORCH = ("torch==2.13.0",)

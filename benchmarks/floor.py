@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from gta_edge.bundle import Bundle
-from gta_edge.config import ModelConfig
+from gta_edge.formats.bundle import Bundle
+from gta_edge.model.config import ModelConfig
 from gta_edge.support.cores import usable_cores
 
 __all__ = ["bandwidth", "floor_ms", "table_bytes", "token_bytes"]

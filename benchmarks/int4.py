@@ -43,14 +43,14 @@ from kernels import (
     versions,
 )
 
-from gta_edge.config import GTAConfig, ModelConfig
 from gta_edge.errors import BackendError, GtaEdgeError, InputError, OutputError
-from gta_edge.optional import optional
-from gta_edge.plugins.launch import current_gpu
-from gta_edge.plugins.matmul_launch import matmul_kernels
-from gta_edge.plugins.matmul_tiling import MatMulVariant
-from gta_edge.plugins.packing import Packed, packed_shapes, unpack
-from gta_edge.presets import PRESETS, preset
+from gta_edge.libraries.optional import optional
+from gta_edge.model.config import GTAConfig, ModelConfig
+from gta_edge.model.presets import PRESETS, preset
+from gta_edge.plugins.attention.kernels import current_gpu
+from gta_edge.plugins.matmul.kernels import matmul_kernels
+from gta_edge.plugins.matmul.packing import Packed, packed_shapes, unpack
+from gta_edge.plugins.matmul.tiling import MatMulVariant
 
 if TYPE_CHECKING:
     import torch

@@ -27,12 +27,12 @@ from random_bundles import make_bundles
 
 from gta_edge.cli.output import Output
 from gta_edge.errors import BackendError, GtaEdgeError, InputError
-from gta_edge.files import new_file
-from gta_edge.progress import Progress
-from gta_edge.runtime.backends import BACKENDS
-from gta_edge.runtime.bench.run import Settings, bench
-from gta_edge.runtime.bench.targets import parse_targets
-from gta_edge.weights import PRECISIONS
+from gta_edge.evaluate.bench.run import Settings, bench
+from gta_edge.evaluate.bench.targets import parse_targets
+from gta_edge.formats.weights import PRECISIONS
+from gta_edge.runtime.registry import BACKENDS
+from gta_edge.support.files import new_file
+from gta_edge.support.progress import Progress
 
 CONTEXTS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 FLOPS = "flops.json"

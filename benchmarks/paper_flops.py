@@ -1,6 +1,6 @@
 """FLOPs counted in an exported graph: what its matrix products do, and how much of it grows with the cache.
 
-This is a second way to the figures of ``gta_edge.config``, and knows nothing of them: it multiplies out the shapes that
+A second way to the figures of ``gta_edge.model.config``, which knows nothing of them: it multiplies out the shapes that
 ONNX's shape inference finds for two sizes of the cache. Products that are the same for both work on tokens; what the
 others do more for the longer cache is what a pair of a token and a cached one costs.
 """

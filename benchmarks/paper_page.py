@@ -39,7 +39,7 @@ from paper_tables import (
 )
 from paper_theory import claims, prompt_flops, reduction, simulated, step_bytes
 
-from gta_edge.files import new_file
+from gta_edge.support.files import new_file
 
 TEMPLATE = Path(__file__).with_name("paper.md.jinja")
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from paper_results import Document, Ratio, Run, kind, pairs, ratio, times
 
-from gta_edge.files import new_file
-from gta_edge.optional import optional
+from gta_edge.libraries.optional import optional
+from gta_edge.support.files import new_file
 
 PHASE_TITLES = {"prefill": "prefill", "decode": "decode"}
 MARKERS = "os^Dv"

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gta_edge.config import GQAConfig, GTAConfig, ModelConfig
 from gta_edge.errors import InputError
-from gta_edge.presets import PRESETS, preset
+from gta_edge.model.config import GQAConfig, GTAConfig, ModelConfig
+from gta_edge.model.presets import PRESETS, preset
 
 Document = dict[str, Any]
 Models = Mapping[str, Mapping[str, ModelConfig]]

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from paper_results import Document, Models, kind, pairs
 from paper_theory import attention_share, cache_formula, claims, flops_formula, prompt_flops
 
-from gta_edge.config import ModelConfig
+from gta_edge.model.config import ModelConfig
 
 NOT_MEASURED = "n/a"
 FIGURES = {"cache": "cache_values_per_token_per_layer", "flops": "attention_flops_per_pair"}

@@ -11,11 +11,11 @@ from typing import Any
 
 from paper_results import Document, Run, kind
 
-from gta_edge.config import GTAConfig, ModelConfig
-from gta_edge.cost import COMPUTE_BYTES, Execution, Step, operators, query_heads
-from gta_edge.devices import Device
-from gta_edge.planning import Model, Phase, Plan, make_plan
-from gta_edge.presets import preset
+from gta_edge.machine.devices import Device
+from gta_edge.model.config import GTAConfig, ModelConfig
+from gta_edge.model.presets import preset
+from gta_edge.plan.cost import COMPUTE_BYTES, Execution, Step, operators, query_heads
+from gta_edge.plan.roofline import Model, Phase, Plan, make_plan
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -27,11 +27,11 @@ import rich.console
 import rich.table
 from random_bundles import make_bundles
 
-from gta_edge.bundle import Bundle
-from gta_edge.devices import Device
 from gta_edge.errors import GtaEdgeError
-from gta_edge.measuring import measure_cpu
-from gta_edge.planning import Model, Plan, execution_for, make_plan
+from gta_edge.formats.bundle import Bundle
+from gta_edge.machine.devices import Device
+from gta_edge.machine.probe import measure_cpu
+from gta_edge.plan.roofline import Model, Plan, execution_for, make_plan
 from gta_edge.runtime.session import CHUNK_SIZE
 from gta_edge.support.cores import usable_cores
 

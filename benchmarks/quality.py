@@ -32,14 +32,14 @@ import rich.table
 from cpu_peer import machine
 
 import gta_edge
-from gta_edge.bundle import Bundle
-from gta_edge.checkpoint import Checkpoint
-from gta_edge.config import ModelConfig
 from gta_edge.errors import GtaEdgeError, InputError, OutputError
-from gta_edge.progress import Progress
-from gta_edge.quantization import BITS, BLOCK_SIZES, DEFAULT_BLOCK_SIZE
-from gta_edge.runtime.evaluation import evaluate
-from gta_edge.runtime.tokenizer import Tokenizer
+from gta_edge.evaluate.perplexity import evaluate
+from gta_edge.formats.bundle import Bundle
+from gta_edge.formats.checkpoint import Checkpoint
+from gta_edge.model.config import ModelConfig
+from gta_edge.numerics.quantization import BITS, BLOCK_SIZES, DEFAULT_BLOCK_SIZE
+from gta_edge.runtime.generation.incremental_decoder import Tokenizer
+from gta_edge.support.progress import Progress
 from gta_edge.support.text_files import read_text
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

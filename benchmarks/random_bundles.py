@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import gta_edge
-from gta_edge.config import ModelConfig
-from gta_edge.export.initialise import initialise
-from gta_edge.presets import preset
-from gta_edge.progress import Progress, silent
+from gta_edge.formats.random_checkpoint import initialise
+from gta_edge.model.config import ModelConfig
+from gta_edge.model.presets import preset
+from gta_edge.support.progress import Progress, silent
 
 
 def make_bundles(

@@ -49,7 +49,7 @@ for tool in memcheck racecheck synccheck initcheck; do
     fi
     printf '\n== %s\n' "$tool"
     if ! "$sanitizer" "${arguments[@]}" "$python" -m pytest -q -p no:cacheprovider -m gpu \
-        tests/plugins/test_kernels_gpu.py tests/plugins/test_matmul_gpu.py -k "$tests"; then
+        tests/plugins/attention/test_kernels_gpu.py tests/plugins/matmul/test_kernels_gpu.py -k "$tests"; then
         failed+=("$tool")
     fi
 done

@@ -24,8 +24,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn import functional
 
-from gta_edge.config import GQAConfig, GTAConfig, ModelConfig
-from gta_edge.model import Decoder
+from gta_edge.model.config import GQAConfig, GTAConfig, ModelConfig
+from gta_edge.model.decoder import Decoder
 
 END_OF_TEXT = "<|endoftext|>"
 VOCAB_SIZE = 2048

@@ -29,11 +29,11 @@ from gta_edge.errors import (
 from gta_edge.version import __version__
 
 if TYPE_CHECKING:
-    from gta_edge.config import GQAConfig, GTAConfig
     from gta_edge.export.pipeline import export
-    from gta_edge.presets import preset
-    from gta_edge.runtime.backends import load
-    from gta_edge.runtime.generation import generate
+    from gta_edge.model.config import GQAConfig, GTAConfig
+    from gta_edge.model.presets import preset
+    from gta_edge.runtime.generation.loop import generate
+    from gta_edge.runtime.registry import load
     from gta_edge.runtime.session import Session
 
 __all__ = [
@@ -58,12 +58,12 @@ __all__ = [
 ]
 
 _LAZY = {
-    "GQAConfig": "gta_edge.config",
-    "GTAConfig": "gta_edge.config",
+    "GQAConfig": "gta_edge.model.config",
+    "GTAConfig": "gta_edge.model.config",
     "Session": "gta_edge.runtime.session",
-    "generate": "gta_edge.runtime.generation",
-    "load": "gta_edge.runtime.backends",
-    "preset": "gta_edge.presets",
+    "generate": "gta_edge.runtime.generation.loop",
+    "load": "gta_edge.runtime.registry",
+    "preset": "gta_edge.model.presets",
 }
 
 

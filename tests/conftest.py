@@ -15,7 +15,7 @@ os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 import pytest
 
 from gta_edge.cli import main
-from gta_edge.presets import preset
+from gta_edge.model.presets import preset
 from tests.cli import Result
 
 # A shell starts background jobs with Ctrl-C ignored, and the commands that the tests interrupt would inherit that.
@@ -45,7 +45,7 @@ TINY = preset("gta1-160m").replace(
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Random weights in bf16 and a byte-level tokenizer; not to be changed."""
-    from gta_edge.export.initialise import initialise
+    from gta_edge.formats.random_checkpoint import initialise
 
     directory = tmp_path_factory.mktemp("tiny") / "checkpoint"
     initialise(TINY, directory)

@@ -108,9 +108,9 @@ def test_what_a_board_without_torch_runs() -> None:
         "import runpy, sys; sys.modules['torch'] = None; runpy.run_path('scripts/board_tests.py', run_name='__main__')"
     )
     result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "tests/runtime/test_tensorrt.py" in result.stdout.split()
-    assert "tests/runtime/test_torch_gpu.py" not in result.stdout
-    assert re.search(r"^left out: tests/runtime/test_torch_gpu.py \(.*torch.*\)$", result.stderr, re.MULTILINE)
+    assert "tests/runtime/tensorrt/test_session.py" in result.stdout.split()
+    assert "tests/runtime/torch/test_gpu.py" not in result.stdout
+    assert re.search(r"^left out: tests/runtime/torch/test_gpu.py \(.*torch.*\)$", result.stderr, re.MULTILINE)
 
 
 # --- without any extra ---------------------------------------------------------------------------------------------

@@ -42,9 +42,9 @@ def bench(
     force: Annotated[bool, typer.Option("--force", help="Replace a picture that is there.")] = False,
 ) -> None:
     """Measure every backend at hand on the same bundles, in turns, and compare their answers."""
-    from gta_edge.runtime.bench.run import DEFAULT_NEW_TOKENS, Settings
-    from gta_edge.runtime.bench.run import bench as run
-    from gta_edge.runtime.bench.targets import parse_targets
+    from gta_edge.evaluate.bench.run import DEFAULT_NEW_TOKENS, Settings
+    from gta_edge.evaluate.bench.run import bench as run
+    from gta_edge.evaluate.bench.targets import parse_targets
 
     output = current()
     if markdown and output.json:
@@ -117,7 +117,7 @@ def _prompt(bundles: list[Path], file: Path | None, ids: str | None) -> tuple[in
         return _numbers("--ids", ids)
     if file is None:
         return None
-    from gta_edge.bundle import Bundle
+    from gta_edge.formats.bundle import Bundle
     from gta_edge.formats.tokenizer import NO_TOKENIZER, Tokenizer
 
     text = read_text_or_stdin(file)

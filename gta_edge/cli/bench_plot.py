@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from gta_edge.files import new_file
-from gta_edge.optional import optional
+from gta_edge.libraries.optional import optional
+from gta_edge.support.files import new_file
 
 __all__ = ["draw"]
 

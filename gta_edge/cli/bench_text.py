@@ -9,8 +9,8 @@ import rich.console
 import rich.markup
 import rich.table
 
-from gta_edge import machine
-from gta_edge.runtime.bench.report import UNSTEADY
+from gta_edge.evaluate.bench.report import UNSTEADY
+from gta_edge.machine import info as machine
 
 __all__ = ["as_markdown", "how_wrong", "show"]
 

@@ -49,9 +49,9 @@ def build(
     force: Annotated[bool, typer.Option("--force", help="Replace an engine that is there.")] = False,
 ) -> None:
     """Build a TensorRT engine of a bundle, or write the model for other tools."""
-    from gta_edge.bundle import Bundle
-    from gta_edge.runtime import build as builder
-    from gta_edge.runtime.engine import Purpose
+    from gta_edge.formats.bundle import Bundle
+    from gta_edge.runtime.tensorrt import build as builder
+    from gta_edge.runtime.tensorrt.engine import Purpose
 
     if output is not None and not onnx_only:
         raise typer.BadParameter("--output goes with --onnx-only; an engine lies in its bundle")

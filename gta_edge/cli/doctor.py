@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from gta_edge import machine
 from gta_edge.cli import doctor_checks
 from gta_edge.cli.output import FAILED, current, key_value_table
+from gta_edge.machine import info as machine
 from gta_edge.version import __version__
 
 __all__ = ["doctor"]

@@ -18,7 +18,7 @@ from typing import IO, Any
 import numpy as np
 
 from gta_edge.errors import BackendError, GtaEdgeError
-from gta_edge.optional import UnusableError, find_module
+from gta_edge.libraries.optional import UnusableError, find_module
 from gta_edge.support.text import one_line
 
 __all__ = ["CHECKS", "answer", "run"]
@@ -147,7 +147,7 @@ def _modules(*names: str, extra: str) -> Answer:
 
 def _driver() -> Answer:
     """Whether CUDA starts, and the version that the driver knows."""
-    from gta_edge.plugins.compiler import driver_cuda_version, driver_problem
+    from gta_edge.cuda.compiler import driver_cuda_version, driver_problem
 
     version = driver_cuda_version()
     reason, _, remedy = (driver_problem() or "").partition("; ")
@@ -156,8 +156,8 @@ def _driver() -> Answer:
 
 def _kernels() -> Answer:
     """Whether the CUDA kernels can be compiled and run here, and on what."""
-    from gta_edge.plugins.compiler import check_compiler
-    from gta_edge.plugins.launch import current_gpu
+    from gta_edge.cuda.compiler import check_compiler
+    from gta_edge.plugins.attention.kernels import current_gpu
 
     gpu = current_gpu()
     check_compiler(gpu.architecture)
@@ -167,18 +167,18 @@ def _kernels() -> Answer:
 
 def _use_gpu() -> None:
     """Take the GPU as a session does, which fails where its memory is full or it is another program's alone."""
-    from gta_edge.runtime.cuda import Cuda
+    from gta_edge.cuda.session import Cuda
 
     Cuda().close()
 
 
 def _tensorrt(engine: str) -> Answer:
     """Whether engines of this kind can be built and run here: TensorRT, CUDA's bindings, a GPU that it knows."""
-    from gta_edge.plugins.compiler import check_compiler, cuda_extra
-    from gta_edge.plugins.launch import current_gpu
-    from gta_edge.runtime.tensorrt_builder import Target
-    from gta_edge.runtime.tensorrt_log import new_log, started
-    from gta_edge.trt import load
+    from gta_edge.cuda.compiler import check_compiler, cuda_extra
+    from gta_edge.libraries.tensorrt import load
+    from gta_edge.plugins.attention.kernels import current_gpu
+    from gta_edge.runtime.tensorrt.builder import Target
+    from gta_edge.runtime.tensorrt.log import new_log, started
 
     trt = load(engine)
     bindings = _modules("cuda.bindings", extra=f"tensorrt,{cuda_extra()}")
@@ -198,7 +198,7 @@ def _tensorrt(engine: str) -> Answer:
 
 def _onnxruntime() -> Answer:
     """Whether ONNX Runtime is there, with what it needs to be given a graph, and what it can run on."""
-    from gta_edge.ort import load_onnxruntime
+    from gta_edge.libraries.onnxruntime import load_onnxruntime
 
     missing = _modules("onnxruntime", "onnx_ir", "tokenizers", extra="ort")
     providers = _providers()
@@ -221,7 +221,7 @@ def _providers() -> list[str]:
 
 def _onnxruntime_cuda() -> Answer:
     """Whether ONNX Runtime can use the GPU."""
-    from gta_edge.ort import CUDA_PROVIDER, load_onnxruntime_cuda, why_no_gpu
+    from gta_edge.libraries.onnxruntime import CUDA_PROVIDER, load_onnxruntime_cuda, why_no_gpu
 
     found = _modules("onnxruntime", "onnx", "onnx_ir", "tokenizers", extra="ort-gpu")
     if found["works"]:
@@ -254,7 +254,7 @@ def _torch() -> Answer:
     """Whether PyTorch is there, and made for the GPU where it would take that."""
     found = _modules("torch", "onnx_ir", "tokenizers", extra="export")
     if found["works"]:
-        from gta_edge.runtime.torch import default_device
+        from gta_edge.runtime.torch.session import default_device
 
         if default_device() == "cuda":
             import torch

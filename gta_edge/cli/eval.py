@@ -27,9 +27,9 @@ def evaluate(
     verify_hashes: Annotated[bool, typer.Option("--verify-hashes", help="Hash the weights first.")] = False,
 ) -> None:
     """Print the mean loss per token and the perplexity of a text."""
-    from gta_edge.runtime.backends import load
-    from gta_edge.runtime.evaluation import evaluate as run
-    from gta_edge.runtime.evaluation import read_ids
+    from gta_edge.evaluate.perplexity import evaluate as run
+    from gta_edge.evaluate.perplexity import read_ids
+    from gta_edge.runtime.registry import load
 
     if (text is None) == (ids is None):
         raise typer.BadParameter("give one of --text and --ids")

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from gta_edge.cli.output import current
+from gta_edge.formats.weights import PRECISIONS
 from gta_edge.support.text import printable
-from gta_edge.weights import PRECISIONS
 
 __all__ = ["export"]
 

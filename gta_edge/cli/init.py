@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from gta_edge.cli.output import current
-from gta_edge.presets import DEFAULT_MAX_LENGTH, PRESETS, preset
+from gta_edge.model.presets import DEFAULT_MAX_LENGTH, PRESETS, preset
 
 __all__ = ["init"]
 
@@ -23,7 +23,7 @@ def init(
     force: Annotated[bool, typer.Option("--force", help="Replace an existing checkpoint.")] = False,
 ) -> None:
     """Write a random-weight checkpoint of a preset, with a byte-level tokenizer."""
-    from gta_edge.export.initialise import initialise
+    from gta_edge.formats.random_checkpoint import initialise
 
     output = current()
     config = preset(name).replace(dtype=dtype, max_position_embeddings=max_length)

@@ -7,13 +7,13 @@ from typing import Annotated, Any
 
 import typer
 
-from gta_edge.bundle import MANIFEST, Bundle
-from gta_edge.checkpoint import Checkpoint
 from gta_edge.cli.output import current, key_value_table
-from gta_edge.config import DTYPES, GTAConfig, ModelConfig
-from gta_edge.cost import stored_parts
 from gta_edge.errors import InputError
-from gta_edge.presets import PRESETS, preset
+from gta_edge.formats.bundle import MANIFEST, Bundle
+from gta_edge.formats.checkpoint import Checkpoint
+from gta_edge.model.config import DTYPES, GTAConfig, ModelConfig
+from gta_edge.model.presets import PRESETS, preset
+from gta_edge.plan.cost import stored_parts
 
 __all__ = ["describe", "inspect"]
 

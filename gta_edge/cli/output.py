@@ -21,9 +21,9 @@ import typer
 
 from gta_edge.cli.signals import exit_status
 from gta_edge.errors import GtaEdgeError
-from gta_edge.optional import too_old
-from gta_edge.progress import Progress, silent
+from gta_edge.libraries.optional import too_old
 from gta_edge.support.json_text import json_text
+from gta_edge.support.progress import Progress, silent
 from gta_edge.support.text import one_line, printable
 
 __all__ = ["FAILED", "SCHEMA_VERSION", "Output", "as_line", "command", "current", "key_value_table"]

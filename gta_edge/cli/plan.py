@@ -8,13 +8,13 @@ from typing import Annotated, Any
 
 import typer
 
-from gta_edge.bundle import MANIFEST, WEIGHTS, Bundle
-from gta_edge.checkpoint import Checkpoint
 from gta_edge.cli.output import current
-from gta_edge.devices import MEASURED, Device, device, device_names
 from gta_edge.errors import InputError
-from gta_edge.planning import Model, Plan, execution_for, largest, make_plan
-from gta_edge.presets import PRESETS, preset
+from gta_edge.formats.bundle import MANIFEST, WEIGHTS, Bundle
+from gta_edge.formats.checkpoint import Checkpoint
+from gta_edge.machine.devices import MEASURED, Device, device, device_names
+from gta_edge.model.presets import PRESETS, preset
+from gta_edge.plan.roofline import Model, Plan, execution_for, largest, make_plan
 
 __all__ = ["plan"]
 
@@ -84,7 +84,7 @@ def _device(name: str, efficiency: float | None) -> Device:
     if efficiency is not None and not 0 < efficiency <= 1:
         raise InputError(f"--efficiency is {efficiency}; expected a number above 0, up to 1")
     if name in MEASURED:
-        from gta_edge.measuring import measure
+        from gta_edge.machine.probe import measure
 
         found = measure(name)
     else:
@@ -111,9 +111,9 @@ def _model(target: str, precision: str | None, block_size: int | None) -> Model:
 
 
 def _plan(model: Model, machine: Device, cache_dtype: str | None, **options: int | None) -> Plan:
-    from gta_edge.runtime.build import CHUNK_SIZE as ENGINE_CHUNK_SIZE
-    from gta_edge.runtime.build import LOGIT_POSITIONS
     from gta_edge.runtime.session import CHUNK_SIZE
+    from gta_edge.runtime.tensorrt.build import CHUNK_SIZE as ENGINE_CHUNK_SIZE
+    from gta_edge.runtime.tensorrt.build import LOGIT_POSITIONS
 
     gpu = machine.backend == "tensorrt"
     execution = execution_for(
@@ -167,8 +167,8 @@ def _build_peak(plan: Plan, max_length: int) -> int | None:
     """Return what building an engine for so many tokens takes in memory; None where nothing is built."""
     if plan.device.backend != "tensorrt":
         return None
-    from gta_edge.runtime.build import requirement
-    from gta_edge.runtime.engine import Purpose
+    from gta_edge.runtime.tensorrt.build import requirement
+    from gta_edge.runtime.tensorrt.engine import Purpose
 
     model, execution = plan.model, plan.execution
     manifest = {"files": {WEIGHTS: {"bytes": model.weight_bytes}}, "block_size": model.block_size}

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gta_edge.errors import BackendError, OutputError
-from gta_edge.files import check_new_file, new_file
-from gta_edge.optional import optional
-from gta_edge.planning import Plan
+from gta_edge.libraries.optional import optional
+from gta_edge.plan.roofline import Plan
+from gta_edge.support.files import check_new_file, new_file
 
 __all__ = ["check", "draw"]
 

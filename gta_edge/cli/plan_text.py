@@ -6,8 +6,8 @@ from typing import Any
 
 import rich.console
 
-from gta_edge.devices import Device
-from gta_edge.planning import LARGEST_BATCH, Phase, Plan
+from gta_edge.machine.devices import Device
+from gta_edge.plan.roofline import LARGEST_BATCH, Phase, Plan
 
 __all__ = ["comparison", "operator_table", "single"]
 

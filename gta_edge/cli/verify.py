@@ -23,7 +23,7 @@ def verify(
     verify_hashes: Annotated[bool, typer.Option("--verify-hashes", help="Hash the weights first.")] = False,
 ) -> None:
     """Compare logits with the PyTorch model's; the exit status is 1 when a bound does not hold."""
-    from gta_edge.runtime import verification
+    from gta_edge.evaluate import verify as verification
 
     output = current()
     names = None if backend in (None, "auto") else [name.strip() for name in str(backend).split(",")]

@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gta_edge.checkpoint import Checkpoint
-from gta_edge.config import ModelConfig
 from gta_edge.errors import ExportError, InputError
 from gta_edge.export.gptq import corrected, inverse_factor
+from gta_edge.formats.checkpoint import Checkpoint
 from gta_edge.formats.tokenizer import Tokenizer
-from gta_edge.model import Layer
-from gta_edge.optional import optional
-from gta_edge.progress import Progress, silent
-from gta_edge.quantization import BITS, Quantized, quantize
-from gta_edge.rope import rope_tables
+from gta_edge.libraries.optional import optional
+from gta_edge.model.config import ModelConfig
+from gta_edge.model.decoder import Layer
+from gta_edge.model.rope import rope_tables
+from gta_edge.numerics.quantization import BITS, Quantized, quantize
+from gta_edge.support.progress import Progress, silent
 from gta_edge.support.text_files import read_text
 
 if TYPE_CHECKING:

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gta_edge.bundle import Bundle
-from gta_edge.checkpoint import Checkpoint
+from gta_edge.accuracy.reference import compare_weights
+from gta_edge.accuracy.tolerance import Report, difference, probe
 from gta_edge.errors import ExportError
-from gta_edge.fidelity import Report, difference, probe
-from gta_edge.ort import EXACT_PRODUCTS, first_line, load_onnxruntime
-from gta_edge.progress import Progress, silent
-from gta_edge.reference import compare_weights
+from gta_edge.formats.bundle import Bundle
+from gta_edge.formats.checkpoint import Checkpoint
+from gta_edge.libraries.onnxruntime import EXACT_PRODUCTS, first_line, load_onnxruntime
+from gta_edge.support.progress import Progress, silent
 from gta_edge.support.threads import compute_threads
 
 __all__ = ["check_export", "raise_if_failed"]

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gta_edge.optional import optional
-from gta_edge.quantization import Quantized, best_scales, code_range
+from gta_edge.libraries.optional import optional
+from gta_edge.numerics.quantization import Quantized, best_scales, code_range
 
 if TYPE_CHECKING:
     import torch

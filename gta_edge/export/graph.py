@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from gta_edge.config import ModelConfig
 from gta_edge.export.passes.attach_functions import AttachFunctionsPass
 from gta_edge.export.passes.fold_weight_views import FoldWeightViewsPass
 from gta_edge.export.passes.quantize_embedding import QuantizeEmbeddingPass
@@ -18,7 +17,8 @@ from gta_edge.export.passes.store_weights import StoreWeightsPass
 from gta_edge.export.passes.tie_head import TieHeadPass
 from gta_edge.export.quantizer import Quantizer
 from gta_edge.export.trace import interface_names, trace
-from gta_edge.optional import optional
+from gta_edge.libraries.optional import optional
+from gta_edge.model.config import ModelConfig
 
 if TYPE_CHECKING:
     import onnx_ir as ir

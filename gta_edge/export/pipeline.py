@@ -10,22 +10,22 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from gta_edge.bundle import CONFIG, FORMAT, MODEL, WEIGHTS, Bundle, write_manifest
-from gta_edge.checkpoint import Checkpoint
-from gta_edge.cost import stored_bytes
+from gta_edge.accuracy.tolerance import Report
 from gta_edge.errors import BundleError, ExportError, GtaEdgeError, InputError
 from gta_edge.export.quantizer import Quantizer
-from gta_edge.fidelity import Report
-from gta_edge.files import new_directory
+from gta_edge.formats.bundle import CONFIG, FORMAT, MODEL, WEIGHTS, Bundle, write_manifest
+from gta_edge.formats.checkpoint import Checkpoint
 from gta_edge.formats.text_files import TextFiles, check_text_files
-from gta_edge.needed_memory import require_memory_for_export
-from gta_edge.optional import optional
-from gta_edge.progress import Progress, silent
-from gta_edge.quantization import BITS
-from gta_edge.rope import check_table_size, rope_tables
+from gta_edge.formats.weights import block_size_for
+from gta_edge.libraries.optional import optional
+from gta_edge.model.rope import check_table_size, rope_tables
+from gta_edge.numerics.quantization import BITS
+from gta_edge.plan.cost import stored_bytes
+from gta_edge.plan.host_memory import require_memory_for_export
+from gta_edge.support.files import new_directory
+from gta_edge.support.progress import Progress, silent
 from gta_edge.support.text import one_line
 from gta_edge.version import __version__
-from gta_edge.weights import block_size_for
 
 if TYPE_CHECKING:
     import onnx

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy.typing as npt
 
-from gta_edge.quantization import BITS, Quantized, quantize
+from gta_edge.numerics.quantization import BITS, Quantized, quantize
 
 __all__ = ["Quantizer"]
 
@@ -17,7 +17,7 @@ class Quantizer:
 
     Args:
         read: returns a parameter by its checkpoint name.
-        precision: a key of ``gta_edge.quantization.BITS``.
+        precision: a key of ``gta_edge.numerics.quantization.BITS``.
         block_size: weights that share a scale; None for one scale per output channel.
         calibrated: parameters that are in codes already.
     """

@@ -12,10 +12,10 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from gta_edge.config import GTAConfig, ModelConfig
-from gta_edge.model import Decoder, empty_cache
-from gta_edge.optional import optional
-from gta_edge.plugins import grouped_latent_attention as op
+from gta_edge.libraries.optional import optional
+from gta_edge.model.config import GTAConfig, ModelConfig
+from gta_edge.model.decoder import Decoder, empty_cache
+from gta_edge.plugins.attention import definition as op
 
 if TYPE_CHECKING:
     import onnx

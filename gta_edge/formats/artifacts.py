@@ -27,10 +27,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gta_edge.errors import OutputError
-from gta_edge.files import cache_directory
 from gta_edge.formats.integrity import describe_file, is_entry, problem_of
-from gta_edge.progress import Progress, silent
+from gta_edge.support.files import cache_directory
 from gta_edge.support.json_files import parse_json
+from gta_edge.support.progress import Progress, silent
 from gta_edge.support.text import one_line
 
 __all__ = ["Artifact", "RefusedError", "open_artifact", "require_secret", "write_record"]

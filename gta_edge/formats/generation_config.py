@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gta_edge.config import ModelConfig
-from gta_edge.config_entries import is_int, names_no_token
 from gta_edge.errors import BundleError
 from gta_edge.formats.tokenizer_files import REMEDY, read_object
+from gta_edge.model.config import ModelConfig
+from gta_edge.model.config_entries import is_int, names_no_token
 from gta_edge.support.text import brief, printable
 
 __all__ = ["GENERATION_CONFIG", "GenerationConfig"]

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from gta_edge.errors import GtaEdgeError, OutputError
-from gta_edge.files import cache_directory, new_file
-from gta_edge.progress import Progress, silent
+from gta_edge.support.files import cache_directory, new_file
 from gta_edge.support.json_files import read_json
+from gta_edge.support.progress import Progress, silent
 
 __all__ = ["describe_file", "is_entry", "problem_of", "sha256"]
 

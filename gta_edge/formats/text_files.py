@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from gta_edge.config import ModelConfig
 from gta_edge.errors import BundleError, CheckpointError, InputError
 from gta_edge.formats.generation_config import GenerationConfig
 from gta_edge.formats.tokenizer import Tokenizer
+from gta_edge.model.config import ModelConfig
 from gta_edge.support.text import brief, printable
 
 __all__ = ["TextFiles", "check_text_files"]

@@ -11,10 +11,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from gta_edge.config_entries import is_int
 from gta_edge.errors import BundleError, InputError
 from gta_edge.formats.chat_template import ChatTemplate
 from gta_edge.formats.tokenizer_files import REMEDY, SpecialTokens, read_library, read_object, special_tokens
+from gta_edge.model.config_entries import is_int
 from gta_edge.support.native_errors import quiet_when_failing, translated
 from gta_edge.support.text import brief, printable
 from gta_edge.support.text_files import read_text

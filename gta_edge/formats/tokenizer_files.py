@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gta_edge.config_entries import is_int
 from gta_edge.errors import BundleError
 from gta_edge.formats.charsmap import check_charsmap
+from gta_edge.model.config_entries import is_int
 from gta_edge.support.json_files import read_json
 from gta_edge.support.native_errors import quiet_when_failing, translated
 from gta_edge.support.text import brief, printable

@@ -8,14 +8,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gta_edge.bundle import WEIGHTS
-from gta_edge.config import ModelConfig
 from gta_edge.errors import BundleError, CapacityError, GtaEdgeError
-from gta_edge.files import bundle_file
+from gta_edge.formats.bundle import WEIGHTS
 from gta_edge.graph.stored import StoredTensor
 from gta_edge.graph.validate import check_model
-from gta_edge.optional import installed, optional
-from gta_edge.plugins import grouped_latent_attention as op
+from gta_edge.libraries.optional import installed, optional
+from gta_edge.model.config import ModelConfig
+from gta_edge.plugins.attention import definition as op
+from gta_edge.support.files import bundle_file
 from gta_edge.support.text import one_line, printable
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gta_edge.plugins import grouped_latent_attention as op
+from gta_edge.plugins.attention import definition as op
 
 __all__ = ["ATTRIBUTES", "INPUTS", "Known", "outputs_of"]
 

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gta_edge.errors import BundleError
-from gta_edge.optional import optional
+from gta_edge.libraries.optional import optional
 from gta_edge.support.text import brief, printable
 
 if TYPE_CHECKING:

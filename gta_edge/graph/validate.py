@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gta_edge.config import ModelConfig
+from gta_edge.formats.weights import PACKED, SCALE, TRANSPOSED, parameter_name
 from gta_edge.graph.shapes import (
     ATTRIBUTES,
     BFLOAT16,
@@ -31,9 +31,9 @@ from gta_edge.graph.shapes import (
     Known,
     outputs_of,
 )
-from gta_edge.plugins import grouped_latent_attention as op
+from gta_edge.model.config import ModelConfig
+from gta_edge.plugins.attention import definition as op
 from gta_edge.support.text import brief
-from gta_edge.weights import PACKED, SCALE, TRANSPOSED, parameter_name
 
 if TYPE_CHECKING:
     import onnx

@@ -16,10 +16,10 @@ def register(trt: Any = None) -> None:
     Raises:
         BackendError: TensorRT is missing, too old, or has no plugins.
     """
-    from gta_edge.plugins.matmul_plugin import Int4MatMulCreator, Int8MatMulCreator
-    from gta_edge.plugins.tensorrt_base import register_creators
-    from gta_edge.plugins.tensorrt_plugin import AttentionCreator
-    from gta_edge.trt import describe, load
+    from gta_edge.libraries.tensorrt import describe, load
+    from gta_edge.plugins.attention.plugin import AttentionCreator
+    from gta_edge.plugins.matmul.plugin import Int4MatMulCreator, Int8MatMulCreator
+    from gta_edge.plugins.plugin_base import register_creators
 
     register_creators(
         load() if trt is None else describe(trt), [AttentionCreator, Int4MatMulCreator, Int8MatMulCreator]

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from gta_edge.config import ModelConfig
-from gta_edge.cost import Execution
 from gta_edge.errors import BackendError, CapacityError, InputError
-from gta_edge.planning import activation_bytes
+from gta_edge.model.config import ModelConfig
+from gta_edge.plan.cost import Execution
+from gta_edge.plan.roofline import activation_bytes
 from gta_edge.support.exclusive import Exclusive
 from gta_edge.support.memory import available_bytes
 

@@ -6,8 +6,8 @@ from types import ModuleType
 
 import pytest
 
-from gta_edge.bundle import WEIGHTS, Bundle
-from gta_edge.config import ModelConfig
+from gta_edge.formats.bundle import WEIGHTS, Bundle
+from gta_edge.model.config import ModelConfig
 from tests.conftest import TINY
 
 FILE_BYTES = 1_000_000

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from gta_edge.config import GTAConfig
-from gta_edge.presets import PRESETS, preset
+from gta_edge.model.config import GTAConfig
+from gta_edge.model.presets import PRESETS, preset
 from tests.benchmarks.conftest import BENCHMARKS
 from tests.benchmarks.test_kernels import GPU
 

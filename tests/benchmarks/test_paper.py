@@ -14,11 +14,11 @@ from typing import Any
 import onnx
 import pytest
 
-from gta_edge import cost
-from gta_edge.config import GQAConfig, GTAConfig, ModelConfig
 from gta_edge.errors import BundleError, GtaEdgeError, InputError
-from gta_edge.planning import make_plan
-from gta_edge.presets import PRESETS, preset
+from gta_edge.model.config import GQAConfig, GTAConfig, ModelConfig
+from gta_edge.model.presets import PRESETS, preset
+from gta_edge.plan import cost
+from gta_edge.plan.roofline import make_plan
 from tests.benchmarks.conftest import BENCHMARKS
 from tests.conftest import TINY
 

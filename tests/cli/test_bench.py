@@ -19,8 +19,8 @@ import rich.console
 from gta_edge.cli import bench_plot, bench_text
 from tests.cli import COMMAND, Result, environment
 from tests.conftest import TINY
-from tests.runtime.bench_bundles import damaged
-from tests.runtime.bench_interpreters import wrong
+from tests.helpers.bench_bundles import damaged
+from tests.helpers.bench_interpreters import wrong
 
 Command = Callable[..., Result]
 
@@ -264,7 +264,7 @@ def test_refused_before_anything_starts(
     arguments: tuple[object, ...],
     message: str,
 ) -> None:
-    monkeypatch.setattr("gta_edge.runtime.bench.entrant.Worker", None)  # starting a process would fail
+    monkeypatch.setattr("gta_edge.evaluate.bench.case.Worker", None)  # starting a process would fail
     assert message in command("bench", tiny_bundle, *(str(word).format(tmp=tmp_path) for word in arguments)).error
 
 

@@ -17,9 +17,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import gta_edge
-from gta_edge import machine
 from gta_edge.cli import doctor_checks
 from gta_edge.cli.app import app
+from gta_edge.machine import info as machine
 from tests.cli import COMMAND, Result, environment, listing, run
 from tests.conftest import TINY
 

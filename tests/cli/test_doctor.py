@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from gta_edge.cli import doctor_checks
+from gta_edge.cuda.gpu import Gpu
 from gta_edge.errors import BackendError, GtaEdgeError
-from gta_edge.plugins import launch
-from gta_edge.plugins.gpu import Gpu
-from gta_edge.runtime import tensorrt_builder
+from gta_edge.plugins.attention import kernels as launch
+from gta_edge.runtime.tensorrt import builder as tensorrt_builder
 from tests.cli import COMMAND, Result, environment
 
 NOT_INSTALLED = "raise ModuleNotFoundError(f'No module named {__name__!r}', name=__name__)"
@@ -137,7 +137,7 @@ int cuDriverGetVersion(int *version) { *version = 13000; return status() == 34 ?
     return directory
 
 
-PROBLEM = "from gta_edge.plugins.compiler import driver_cuda_version as v, driver_problem as p; print(v(), p())"
+PROBLEM = "from gta_edge.cuda.compiler import driver_cuda_version as v, driver_problem as p; print(v(), p())"
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from tests.cli import COMMAND, Result, environment, listing, run
-from tests.test_bundle import manifest_of, relist, write
+from tests.formats.test_bundle import manifest_of, relist, write
 
 Command = Callable[..., Result]
 
@@ -611,7 +611,7 @@ def test_interrupted_generation_as_json(tiny_bundle: Path) -> None:
     script = """
 import os, signal, sys
 from gta_edge.cli import main
-from gta_edge.runtime.sampling import Sampler
+from gta_edge.runtime.generation.sampling import Sampler
 
 sample, drawn = Sampler.sample, []
 

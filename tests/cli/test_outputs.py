@@ -90,7 +90,7 @@ def test_what_cannot_be_written_is_said_before_the_work(
     def not_reached(*_: object, **__: object) -> None:
         raise AssertionError("the work has begun")
 
-    monkeypatch.setattr("gta_edge.runtime.tensorrt_builder.build_plan", not_reached)
+    monkeypatch.setattr("gta_edge.runtime.tensorrt.builder.build_plan", not_reached)
     monkeypatch.setattr("gta_edge.export.pipeline._write_model", not_reached)
     (tmp_path / "file").touch()
     (tmp_path / "deep").mkdir()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gta_edge.presets import PRESETS
+from gta_edge.model.presets import PRESETS
 from tests.cli import Result, environment
 
 KEYS = {

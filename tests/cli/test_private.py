@@ -155,7 +155,7 @@ socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b"", ("127.0.0.1", 9))
 def test_onnxruntime_is_silent_before_it_is_imported() -> None:
     script = """
 import os
-from gta_edge.optional import optional
+from gta_edge.libraries.optional import optional
 os.environ["ORT_DISABLE_TELEMETRY"] = "0"
 optional("gta_edge_not_there", "ort")
 print(os.environ["ORT_DISABLE_TELEMETRY"])

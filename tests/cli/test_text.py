@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli import COMMAND, environment, run
-from tests.test_bundle import manifest_of, relist, write
+from tests.formats.test_bundle import manifest_of, relist, write
 
 OPTIONS = ("--max-new-tokens", "6", "--ignore-eos")
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 import gta_edge
-from gta_edge.checkpoint import Checkpoint
-from gta_edge.config import GTAConfig
+from gta_edge.evaluate.perplexity import evaluate
 from gta_edge.export.pipeline import export
-from gta_edge.runtime.evaluation import evaluate
+from gta_edge.formats.checkpoint import Checkpoint
+from gta_edge.model.config import GTAConfig
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 TINY = EXAMPLES / "tiny-gta"

@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from gta_edge.model import Decoder, empty_cache
+from gta_edge.model.decoder import Decoder, empty_cache
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

@@ -14,16 +14,16 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 import gta_edge
-from gta_edge.checkpoint import Checkpoint
 from gta_edge.errors import CheckpointError, ExportError, InputError
+from gta_edge.evaluate.perplexity import evaluate
 from gta_edge.export.calibration import calibrated, calibration_ids
 from gta_edge.export.gptq import corrected, inverse_factor
 from gta_edge.export.pipeline import export
-from gta_edge.quantization import BLOCK_SIZES, Quantized, quantize
-from gta_edge.runtime.evaluation import evaluate
-from tests import reference
-from tests.export.checkpoints import write_checkpoint
-from tests.test_quantization import RANGES
+from gta_edge.formats.checkpoint import Checkpoint
+from gta_edge.numerics.quantization import BLOCK_SIZES, Quantized, quantize
+from tests.helpers import reference
+from tests.helpers.checkpoints import write_checkpoint
+from tests.numerics.test_quantization import RANGES
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 DAMPING = 0.01  # of the mean diagonal, as in the paper

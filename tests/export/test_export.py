@@ -12,14 +12,14 @@ import onnxruntime
 import pytest
 
 import gta_edge
-from gta_edge.bundle import Bundle
 from gta_edge.errors import CheckpointError, ConfigError, ExportError, InputError, OutputError
 from gta_edge.export.pipeline import export
-from gta_edge.plugins import grouped_latent_attention as op
-from gta_edge.weights import read_weights
-from tests import reference
-from tests.export.checkpoints import write_checkpoint
-from tests.test_model import scaled_tables
+from gta_edge.formats.bundle import Bundle
+from gta_edge.formats.weights import read_weights
+from gta_edge.plugins.attention import definition as op
+from tests.helpers import reference
+from tests.helpers.checkpoints import write_checkpoint
+from tests.model.test_decoder import scaled_tables
 
 TOLERANCE = 1e-4  # largest error over the standard deviation of the exact logits
 SMALL = {"vocab_size": 97, "max_position_embeddings": 48}

@@ -7,7 +7,6 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
-from gta_edge.config import ModelConfig
 from gta_edge.export.graph import traced
 from gta_edge.export.passes.attach_functions import AttachFunctionsPass
 from gta_edge.export.passes.fold_weight_views import FoldWeightViewsPass
@@ -15,9 +14,10 @@ from gta_edge.export.passes.stamp_layers import StampLayersPass
 from gta_edge.export.passes.store_weights import StoreWeightsPass
 from gta_edge.export.passes.tie_head import TieHeadPass
 from gta_edge.export.trace import interface_names, trace
-from gta_edge.rope import rope_tables
-from gta_edge.weights import TRANSPOSED
-from tests import reference
+from gta_edge.formats.weights import TRANSPOSED
+from gta_edge.model.config import ModelConfig
+from gta_edge.model.rope import rope_tables
+from tests.helpers import reference
 
 EMBEDDING = "model.embed_tokens.weight"
 SMALL = {"vocab_size": 61, "max_position_embeddings": 24, "num_hidden_layers": 1}

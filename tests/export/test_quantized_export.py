@@ -16,15 +16,15 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import gta_edge
-from gta_edge.bundle import Bundle
 from gta_edge.errors import BundleError, ExportError, InputError
 from gta_edge.export.pipeline import export
-from gta_edge.weights import read_weights
-from tests import reference
+from gta_edge.formats.bundle import Bundle
+from gta_edge.formats.weights import read_weights
 from tests.cli import Result
-from tests.export.checkpoints import write_checkpoint
 from tests.export.test_export import TOLERANCE, empty_feeds, exact_logits, run
-from tests.test_bundle import edit_model, forge, manifest_of, refused, relist, write
+from tests.formats.test_bundle import edit_model, forge, manifest_of, refused, relist, write
+from tests.helpers import reference
+from tests.helpers.checkpoints import write_checkpoint
 
 Command = Callable[..., Result]
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 import gta_edge
-from gta_edge.config import read_config
 from gta_edge.errors import CheckpointError
 from gta_edge.export.pipeline import _no_tokenizer, export
 from gta_edge.formats.text_files import check_text_files
-from tests.runtime.helpers_generation import CONFIG, byte_level
+from gta_edge.model.config import read_config
+from tests.helpers.generation import CONFIG, byte_level
 
 
 def put(name, content):
@@ -91,7 +91,7 @@ def test_a_checkpoint_without_a_tokenizer_says_how_to_get_one(copied_checkpoint,
 
 def test_the_remedy_makes_a_tokenizer(tmp_path):
     """The command that the note gives, on the files of a byte-level tokenizer of before tokenizer.json."""
-    from tests.runtime.helpers_generation import byte_alphabet
+    from tests.helpers.generation import byte_alphabet
 
     vocab = {character: i for i, character in enumerate([*byte_alphabet(), "<|endoftext|>"])}
     (tmp_path / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from gta_edge.formats import artifacts
 from gta_edge.formats.artifacts import Artifact, RefusedError, open_artifact, write_record
-from tests.formats.records import edit
+from tests.helpers.records import edit
 
 PLACE, RECORD = "engines/kind", "engine.json"
 

@@ -8,7 +8,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from gta_edge.errors import BundleError
 from gta_edge.formats.tokenizer import Tokenizer
-from tests.runtime.helpers_generation import byte_alphabet, sentencepiece
+from tests.helpers.generation import byte_alphabet, sentencepiece
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
 NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "image_token")

@@ -22,13 +22,13 @@ import numpy as np
 import onnx
 from google.protobuf.message import Message
 
-from gta_edge.bundle import MANIFEST, MODEL, Bundle
-from gta_edge.runtime.cuda_preparation import cuda_graph
-from gta_edge.runtime.onnxruntime import OnnxRuntimeSession
-from gta_edge.runtime.product_choice import calls_of
-from gta_edge.runtime.specialise import load_model, specialise
-from gta_edge.weights import read_stored
-from tests.fuzz.helpers import ends_well, rng
+from gta_edge.formats.bundle import MANIFEST, MODEL, Bundle
+from gta_edge.formats.weights import read_stored
+from gta_edge.runtime.onnxruntime.cuda_lower import cuda_graph
+from gta_edge.runtime.onnxruntime.session import OnnxRuntimeSession
+from gta_edge.runtime.tensorrt.lower import load_model, specialise
+from gta_edge.runtime.tensorrt.matmul_choice import calls_of
+from tests.helpers.fuzz import ends_well, rng
 
 MEMORY_BYTES = 6 * 2**30
 ALL_PATHS_EVERY = 8

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from gta_edge.bundle import MANIFEST, MODEL, WEIGHTS, Bundle
 from gta_edge.errors import BundleError, EngineError
-from gta_edge.runtime.engine import EngineRecord, Purpose, keep_engine, load_engine, made_from
-from gta_edge.runtime.prepared import _CPU, GRAPH, kept_graph
-from tests.fuzz.helpers import CASES, ends_well, rng
+from gta_edge.formats.bundle import MANIFEST, MODEL, WEIGHTS, Bundle
+from gta_edge.runtime.onnxruntime.lowered import _CPU, GRAPH, kept_graph
+from gta_edge.runtime.tensorrt.engine import EngineRecord, Purpose, keep_engine, load_engine, made_from
+from tests.helpers.fuzz import CASES, ends_well, rng
 
 HERE = {"tensorrt": "10.3.0", "compute_capability": "8.7"}
 ODD: list[Any] = [
@@ -137,7 +137,7 @@ def _same_manifest(path: Path, before: bytes) -> bool:
 
 def _graph_of(complete: Path) -> Callable[[], bytes | None]:
     def call() -> bytes | None:
-        from gta_edge.runtime.prepared import _kept, _record
+        from gta_edge.runtime.onnxruntime.lowered import _kept, _record
 
         bundle = Bundle.open(complete)
         found = _kept(bundle, _CPU, _record(bundle, _CPU), GRAPH, lambda *_: None)

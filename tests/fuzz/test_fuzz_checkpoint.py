@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from gta_edge.checkpoint import Checkpoint
-from gta_edge.config import ModelConfig
-from tests import reference
-from tests.fuzz.helpers import CASES, ends_well, rng
+from gta_edge.formats.checkpoint import Checkpoint
+from gta_edge.model.config import ModelConfig
+from tests.helpers import reference
+from tests.helpers.fuzz import CASES, ends_well, rng
 
 TINY = {"vocab_size": 5, "intermediate_size": 3, "num_hidden_layers": 1, "eos_token_id": None, "bos_token_id": None}
 MODELS = {

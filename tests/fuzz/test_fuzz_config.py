@@ -11,10 +11,10 @@ import pytest
 from transformers import LlamaConfig, logging
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from gta_edge.config import GQAConfig, ModelConfig, read_config
-from gta_edge.rope import inverse_frequencies, rope_tables
-from tests import reference
-from tests.fuzz.helpers import CASES, ends_well, rng
+from gta_edge.model.config import GQAConfig, ModelConfig, read_config
+from gta_edge.model.rope import inverse_frequencies, rope_tables
+from tests.helpers import reference
+from tests.helpers.fuzz import CASES, ends_well, rng
 
 SCALINGS: list[dict[str, Any] | None] = [
     None,

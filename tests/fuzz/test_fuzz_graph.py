@@ -18,10 +18,10 @@ from typing import Any
 import pytest
 
 from gta_edge.export.pipeline import export
-from tests import reference
 from tests.cli import environment
-from tests.export.checkpoints import write_checkpoint
-from tests.fuzz.helpers import CASES
+from tests.helpers import reference
+from tests.helpers.checkpoints import write_checkpoint
+from tests.helpers.fuzz import CASES
 
 SECONDS = 120
 """A case takes less than one, on an idle machine."""

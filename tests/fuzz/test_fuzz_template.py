@@ -3,7 +3,7 @@
 import pytest
 
 from gta_edge.formats.chat_template import ChatTemplate
-from tests.fuzz.helpers import CASES, ends_well, rng
+from tests.helpers.fuzz import CASES, ends_well, rng
 
 MESSAGES = [
     {"role": "system", "content": "Be brief."},

@@ -11,9 +11,9 @@ import tokenizers
 
 from gta_edge.formats.text_files import TextFiles
 from gta_edge.formats.tokenizer import Tokenizer
-from gta_edge.runtime.tokenizer import IncrementalDecoder
-from tests.fuzz.helpers import CASES, ends_well, rng
-from tests.runtime.helpers_generation import CONFIG, byte_level, sentencepiece
+from gta_edge.runtime.generation.incremental_decoder import IncrementalDecoder
+from tests.helpers.fuzz import CASES, ends_well, rng
+from tests.helpers.generation import CONFIG, byte_level, sentencepiece
 
 TEXTS = ["", "a", "Hello world  it's 12\n", "naïve 中文 😀 ﬁ ½\u0301", "\0\x7f\ufffd", " " * 40, "a" * 60 + "!"]
 ODD = [

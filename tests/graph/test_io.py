@@ -12,20 +12,20 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper
 
-from gta_edge.bundle import MODEL, WEIGHTS, Bundle
 from gta_edge.errors import BundleError, CapacityError, EngineError, GtaEdgeError
 from gta_edge.export.pipeline import export
+from gta_edge.formats.bundle import MODEL, WEIGHTS, Bundle
+from gta_edge.formats.weights import read_weights
 from gta_edge.graph import io
 from gta_edge.graph.io import load_graph, rewriting, run_passes
 from gta_edge.graph.shapes import Known
 from gta_edge.graph.validate import check_model
-from gta_edge.plugins import grouped_latent_attention as op
-from gta_edge.runtime.cuda_preparation import cuda_graph
-from gta_edge.runtime.preparation import graphs
-from gta_edge.runtime.specialise import specialise
-from gta_edge.weights import read_weights
-from tests import reference
-from tests.export.checkpoints import write_checkpoint
+from gta_edge.plugins.attention import definition as op
+from gta_edge.runtime.onnxruntime.cuda_lower import cuda_graph
+from gta_edge.runtime.onnxruntime.lower import graphs
+from gta_edge.runtime.tensorrt.lower import specialise
+from tests.helpers import reference
+from tests.helpers.checkpoints import write_checkpoint
 
 Edit = Callable[[onnx.ModelProto], object]
 
@@ -521,7 +521,7 @@ def test_ctrl_c_is_not_caught() -> None:
 
 
 def test_a_missing_library_says_what_to_install(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gta_edge.optional import optional
+    from gta_edge.libraries.optional import optional
 
     monkeypatch.setattr(io, "ir", optional("no_such_module", "ort"))
     monkeypatch.setattr(io, "optional", lambda name, extra: optional("no_such_module", extra))

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from gta_edge.errors import CapacityError, InputError
+from gta_edge.evaluate.bench import settings as bench_settings
 from gta_edge.runtime import session as sessions
-from gta_edge.runtime.backends import load
-from gta_edge.runtime.bench import settings as bench_settings
+from gta_edge.runtime.registry import load
 from tests.cli import Result
 
 BACKENDS = ["onnxruntime", "torch"]

@@ -13,10 +13,10 @@ from tests.cli import environment
 PROGRAM = """
 import json, resource, sys
 import numpy as np
-from gta_edge.bundle import Bundle
+from gta_edge.formats.bundle import Bundle
 from gta_edge.errors import GtaEdgeError
-from gta_edge.runtime.backends import load
-from gta_edge.runtime.onnxruntime_cuda import OnnxRuntimeCudaSession
+from gta_edge.runtime.registry import load
+from gta_edge.runtime.onnxruntime.cuda_session import OnnxRuntimeCudaSession
 
 def leave(mebibytes):
     \"\"\"Leave that much address space beside what is in use.\"\"\"

@@ -15,20 +15,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gta_edge.bundle import Bundle
-from gta_edge.config import ModelConfig
 from gta_edge.errors import BackendError, CapacityError, InputError
 from gta_edge.export.pipeline import export
-from gta_edge.model import Decoder
-from gta_edge.runtime.engine import Purpose
-from gta_edge.runtime.onnxruntime import OnnxRuntimeSession
-from gta_edge.runtime.onnxruntime_cuda import OnnxRuntimeCudaSession
+from gta_edge.formats.bundle import Bundle
+from gta_edge.formats.weights import read_weights
+from gta_edge.model.config import ModelConfig
+from gta_edge.model.decoder import Decoder
+from gta_edge.runtime.onnxruntime.cuda_session import OnnxRuntimeCudaSession
+from gta_edge.runtime.onnxruntime.session import OnnxRuntimeSession
 from gta_edge.runtime.session import Session
-from gta_edge.runtime.torch import TorchSession
-from gta_edge.weights import read_weights
-from tests import reference
-from tests.export.checkpoints import write_checkpoint
-from tests.runtime import tensorrt_simulator as simulator
+from gta_edge.runtime.tensorrt.engine import Purpose
+from gta_edge.runtime.torch.session import TorchSession
+from tests.helpers import reference
+from tests.helpers import tensorrt_simulator as simulator
+from tests.helpers.checkpoints import write_checkpoint
 
 # --- backends --------------------------------------------------------------------------------------------------------
 

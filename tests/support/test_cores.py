@@ -9,7 +9,7 @@ import pytest
 from gta_edge.errors import InputError
 from gta_edge.support.cores import check_threads, installed_cores, threads_for, usable_cores
 from gta_edge.support.text import brief
-from tests.support.machines import Machine
+from tests.helpers.machines import Machine
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 from gta_edge.errors import CapacityError
 from gta_edge.support.memory import available_bytes, installed_bytes, require_bytes, total_bytes
 from tests.cli import environment
-from tests.support.machines import Machine
+from tests.helpers.machines import Machine
 
 MiB = 2**20
 UNLIMITED_V1 = 9223372036854771712

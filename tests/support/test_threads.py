@@ -115,7 +115,7 @@ def test_a_session_opens_with_the_threads_that_there_are(backend: str, tiny_bund
         directory = str(shutil.copytree(tiny_bundle, Path(temporary) / "bundle", ignore=kept))
         if any(path.stat().st_mode & 0o005 != 0o005 for path in Path(directory).resolve().parents):
             pytest.skip("the directory for temporary files is private, and another user is to read there")
-        imports = "import numpy as np\nfrom gta_edge.runtime.backends import load\n"
+        imports = "import numpy as np\nfrom gta_edge.runtime.registry import load\n"
         # opened once, so that all modules are loaded, and the graph is kept, before there is a limit
         imports += (
             f"with load({directory!r}, {backend!r}, threads=1) as session:\n    session.forward(np.array([[1]]))\n"

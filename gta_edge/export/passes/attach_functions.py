@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from gta_edge.graph.io import add_function
-from gta_edge.optional import optional
-from gta_edge.plugins import grouped_latent_attention as op
+from gta_edge.libraries.optional import optional
+from gta_edge.plugins.attention import definition as op
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from gta_edge.optional import optional
-from gta_edge.weights import TRANSPOSED
+from gta_edge.formats.weights import TRANSPOSED
+from gta_edge.libraries.optional import optional
 
 if TYPE_CHECKING:
     import onnx_ir as ir

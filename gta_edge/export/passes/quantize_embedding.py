@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gta_edge.export.quantizer import Quantizer
-from gta_edge.nodes import Nodes, lazy_initializer, take_place
-from gta_edge.optional import optional
-from gta_edge.quantization import pack_nibbles
-from gta_edge.weights import PACKED, SCALE, TRANSPOSED
+from gta_edge.formats.weights import PACKED, SCALE, TRANSPOSED
+from gta_edge.graph.builder import Nodes, lazy_initializer, take_place
+from gta_edge.libraries.optional import optional
+from gta_edge.numerics.quantization import pack_nibbles
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -8,10 +8,10 @@ import numpy as np
 import numpy.typing as npt
 
 from gta_edge.export.quantizer import Quantizer
-from gta_edge.nodes import lazy_initializer
-from gta_edge.optional import optional
-from gta_edge.quantization import pack_nibbles
-from gta_edge.weights import SCALE, TRANSPOSED, parameter_name
+from gta_edge.formats.weights import SCALE, TRANSPOSED, parameter_name
+from gta_edge.graph.builder import lazy_initializer
+from gta_edge.libraries.optional import optional
+from gta_edge.numerics.quantization import pack_nibbles
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from gta_edge.optional import optional
+from gta_edge.libraries.optional import optional
 
 if TYPE_CHECKING:
     import onnx_ir as ir

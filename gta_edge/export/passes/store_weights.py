@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from gta_edge.optional import optional
-from gta_edge.weights import parameter_name, stored_dtype, to_stored
+from gta_edge.formats.weights import parameter_name, stored_dtype, to_stored
+from gta_edge.libraries.optional import optional
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -28,7 +28,7 @@ class StoreWeightsPass(ir.passes.InPlacePass):
     Args:
         read: returns a parameter by its checkpoint name; called when the model is written, once per tensor.
         tables: arrays that are no parameters (cos and sin), stored as they are.
-        precision: a key of ``gta_edge.weights.PRECISIONS``.
+        precision: a key of ``gta_edge.formats.weights.PRECISIONS``.
 
     Precondition: initializers carry stored names and shapes (``FoldWeightViewsPass``); what is quantised has its data.
     Postcondition: every initializer has data; every use of one is float32 (of a quantised one, after its arithmetic).

@@ -1,4 +1,4 @@
-// The model's sizes and types, from the macros that specialise a build (gta_edge/plugins/tiling.py makes them).
+// The model's sizes and types, from the macros that specialise a build (gta_edge/plugins/attention/tiling.py makes them).
 #pragma once
 
 #include "numbers.cuh"

@@ -1,5 +1,5 @@
 // Weights of 4 or 8 bits in the order in which tensor cores take them, as the left operand: 16 outputs a tile, 128
-// inputs a unit (gta_edge/plugins/packing.py has the layout), and the fp16 scales that blocks of inputs share.
+// inputs a unit (gta_edge/plugins/matmul/packing.py has the layout), and the fp16 scales that blocks of inputs share.
 #pragma once
 
 #include "numbers.cuh"

@@ -1,0 +1,1 @@
+"""NVIDIA GPUs without a framework: architectures, the kernel compiler, launches, streams, memory."""

@@ -1,0 +1,1 @@
+"""What a bundle's backends answer, and how fast: verification, perplexity, benchmarks."""

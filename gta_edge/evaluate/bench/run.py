@@ -1,0 +1,317 @@
+"""The benchmark: every backend on every bundle, in turns, each in a process of its own.
+
+For each context, shortest first: every entrant reads the prompt once untimed, which warms it up and gives the logits
+that are compared (without ``compare`` and ``warm_up`` it reads only the prompt's beginning); then rounds, in which all
+entrants take turns, so that what the machine does meanwhile hits all alike, until the medians have settled or patience
+ends. Only one process works at a time. Since contexts grow, the peak of a process's memory after a context is that
+context's: nothing before it took more, except loading, which is part of it.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gta_edge.errors import GtaEdgeError, OutputError
+from gta_edge.evaluate.bench.agreement import Answers, agreement, choose_reference, is_exact
+from gta_edge.evaluate.bench.case import Entrant
+from gta_edge.evaluate.bench.process import Worker, environment_for, temporary_files
+from gta_edge.evaluate.bench.report import Comparison, describe_machine, report
+from gta_edge.evaluate.bench.settings import CHECKED_STEPS, DEFAULT_CONTEXTS, DEFAULT_NEW_TOKENS, Settings, check_room
+from gta_edge.evaluate.bench.statistics import settled, summarise
+from gta_edge.evaluate.bench.targets import Target
+from gta_edge.formats.bundle import Bundle
+from gta_edge.support.files import scratch_directory
+from gta_edge.support.memory import available_bytes
+from gta_edge.support.progress import Progress, silent
+
+__all__ = ["DEFAULT_CONTEXTS", "DEFAULT_NEW_TOKENS", "Settings", "bench"]
+
+Document = dict[str, Any]
+
+_ROUNDS = 3
+_MOST_ROUNDS = 15
+_ENOUGH_S = 1.0  # of the slowest entrant at one context; what takes less is repeated
+_PATIENCE_S = 60.0  # of all entrants at one context; rounds that have not settled by then are reported as they are
+_STEADY_S = 10.0  # after which bandwidth is measured again, to see how steady the machine was
+_FIRST_SYNTHETIC_SEED = 0
+
+
+@dataclass
+class _Run:
+    """What one benchmark holds while it runs."""
+
+    settings: Settings
+    directory: Path
+    progress: Progress
+    entrants: list[Entrant] = field(default_factory=list)
+    twins: dict[int, Entrant] = field(default_factory=dict)
+    """By the identity of each entrant that rounds activations: the same in exact arithmetic, asked and not measured."""
+    exact: dict[int, Document | str] = field(default_factory=dict)
+    """By the same: how its twin compared with the reference, or why it was not compared."""
+    checked: set[str] = field(default_factory=set)
+    """Bundles whose twins were asked."""
+    absent: list[Document] = field(default_factory=list)
+    bandwidths: dict[str, list[float]] = field(default_factory=dict)
+    bandwidth_notes: dict[str, str] = field(default_factory=dict)
+    comparisons: dict[tuple[int, int], Comparison] = field(default_factory=dict)
+    """By place among the entrants, and context."""
+
+    def new_directory(self) -> Path:
+        with temporary_files(self.directory):
+            return Path(tempfile.mkdtemp(dir=self.directory))
+
+
+def bench(
+    bundles: Sequence[str | Path], targets: Sequence[Target], settings: Settings, *, progress: Progress = silent
+) -> Document:
+    """Measure and return the report that ``gta-edge bench --json`` prints.
+
+    Args:
+        bundles: directories that ``export`` wrote.
+        targets: backends and interpreters.
+        settings: contexts, batch, repeats.
+        progress: told of each context's turns.
+
+    Raises:
+        BundleError: a bundle does not exist or is damaged.
+        InputError: settings that make no sense, for one of the models.
+        CapacityError: rows and contexts that there is no memory for.
+        OutputError: temporary files cannot be written.
+    """
+    settings.check()
+    opened = {str(name): Bundle.open(name) for name in bundles}
+    contexts = {name: settings.contexts_for(name, bundle) for name, bundle in opened.items()}
+    described = describe_machine()  # now: later the load would be our own
+    file_bytes = check_room(settings, opened, contexts, targets, gpu=bool(described["gpus"]))
+    with scratch_directory(needed_bytes=file_bytes) as directory:
+        run = _Run(settings, directory, progress)
+        try:
+            _open_all(run, opened, targets)
+            begin = time.monotonic()
+            _measure_bandwidths(run)
+            for context in sorted({context for found in contexts.values() for context in found}):
+                _measure_context(run, context, [e for e in run.entrants if context in contexts[e.name]])
+            for entrant in run.entrants:
+                entrant.put_away()
+            if time.monotonic() - begin > _STEADY_S:
+                _measure_bandwidths(run)
+        finally:
+            for entrant in (*run.entrants, *run.twins.values()):
+                entrant.put_away(patient=False)
+    return report(
+        entrants=run.entrants,
+        contexts=contexts,
+        comparisons=run.comparisons,
+        absent=run.absent,
+        bandwidths=run.bandwidths,
+        bandwidth_notes=run.bandwidth_notes,
+        batch=settings.batch,
+        new_tokens=settings.new_tokens_at,
+        described=described,
+    )
+
+
+# --- who is there ----------------------------------------------------------------------------------------------------
+
+
+def _open_all(run: _Run, bundles: dict[str, Bundle], targets: Sequence[Target]) -> None:
+    """Load every bundle on every target; what does not work is listed with its reason."""
+    environments: dict[Target, dict[str, str] | str] = {}
+    for target in targets:
+        try:
+            environments[target] = environment_for(target, run.new_directory())
+        except GtaEdgeError as error:
+            environments[target] = str(error)
+    pairs = [(name, target) for name in bundles for target in targets]
+    for name, target in pairs:
+        environment = environments[target]
+        if isinstance(environment, str):
+            run.absent.append(_absence(name, target, environment))
+        else:
+            entrant = Entrant(name, bundles[name], target, environment, run.new_directory(), run.settings.threads)
+            run.entrants.append(entrant)
+    for done, entrant in enumerate([*run.entrants]):
+        run.progress("loading", done, len(pairs))
+        try:
+            entrant.open()
+        except GtaEdgeError as error:
+            run.entrants.remove(entrant)
+            # the process was told the whole path
+            message = str(error).replace(str(entrant.bundle.directory.resolve()), entrant.name)
+            run.absent.append(_absence(entrant.name, entrant.target, message))
+            continue
+        _make_room(run, entrant)
+    run.progress("loading", len(pairs), len(pairs))
+    if run.settings.compare:
+        run.twins = {id(e): _twin(run, e) for e in run.entrants if e.opened and e.opened["rounds_activations"]}
+
+
+def _absence(name: str, target: Target, message: str) -> Document:
+    reason, _, remedy = message.partition("; ")
+    return {"bundle": name, "backend": target.label, "reason": reason, "remedy": remedy or "run `gta-edge doctor`"}
+
+
+def _twin(run: _Run, of: Entrant) -> Entrant:
+    """Return an entrant in exact arithmetic: where rounding hides what is wrong, it shows there."""
+    directory, threads = run.new_directory(), run.settings.threads
+    return Entrant(of.name, of.bundle, of.target, of.environment, directory, threads, exact=True)
+
+
+# --- turns -----------------------------------------------------------------------------------------------------------
+
+
+def _measure_context(run: _Run, context: int, entrants: list[Entrant]) -> None:
+    prompts = {name: _prompt(run, context, name, entrants) for name in {e.name for e in entrants}}
+    if run.settings.compare:
+        for name, prompt in prompts.items():
+            _compare(run, context, prompt, [e for e in entrants if e.name == name])
+    least, most = (run.settings.rounds,) * 2 if run.settings.rounds else (_ROUNDS, _MOST_ROUNDS)
+    spent = {id(e): 0.0 for e in entrants}
+    for i in range(most):
+        able = [e for e in entrants if e.failure is None]
+        if i >= least and (not able or _is_enough(able, context, spent)):
+            break
+        for done, entrant in enumerate(able if i % 2 == 0 else reversed(able)):
+            run.progress(f"context {context}", i * len(able) + done, max(least, i + 1) * len(able))
+            begin = time.perf_counter()
+            with _going_on():  # the entrant remembers it, and what was measured before stays
+                tokens, warm_up = _new_tokens(run, context, entrant), run.settings.warm_up
+                entrant.measure(context, prompts[entrant.name], tokens, warm_up=warm_up)
+            spent[id(entrant)] += time.perf_counter() - begin
+            _make_room(run, entrant)
+    run.progress(f"context {context}", 1, 1)
+
+
+def _is_enough(entrants: list[Entrant], context: int, spent: dict[int, float]) -> bool:
+    """Tell whether more rounds would hardly change the medians, or cost more patience than they are worth."""
+    seconds = [spent[id(e)] for e in entrants]
+    if sum(seconds) >= _PATIENCE_S:
+        return True
+    per_round = (summarise(e.rounds[context], context, 1)["per_round"] for e in entrants)
+    return max(seconds) >= _ENOUGH_S and all(settled(values) for found in per_round for values in found.values())
+
+
+def _new_tokens(run: _Run, context: int, entrant: Entrant) -> int:
+    """An engine may hold fewer tokens than the model has positions."""
+    limit = entrant.opened["max_length"] if entrant.opened else context
+    return max(1, min(run.settings.new_tokens_at(context, entrant.bundle), limit - context))
+
+
+def _prompt(run: _Run, context: int, name: str, entrants: list[Entrant]) -> Path:
+    """Write the ids [B, context] of a bundle's prompt to a file and return it."""
+    vocab = next(e.bundle.config.vocab_size for e in entrants if e.name == name)
+    if run.settings.prompt is not None:
+        ids = np.tile(np.asarray(run.settings.prompt[:context], np.int64), (run.settings.batch, 1))
+    else:
+        ids = np.random.default_rng(_FIRST_SYNTHETIC_SEED).integers(0, vocab, (run.settings.batch, context))
+    path = run.new_directory() / "prompt.npy"
+    with temporary_files(path.parent):
+        np.save(path, ids.astype(np.int64))
+    return path
+
+
+@contextmanager
+def _going_on() -> Iterator[None]:
+    """Go on after what stops one backend, and not after what stops them all."""
+    try:
+        yield
+    except OutputError:
+        raise
+    except GtaEdgeError:
+        pass
+
+
+def _compare(run: _Run, context: int, prompt: Path, entrants: list[Entrant]) -> None:
+    """Ask all of a bundle's entrants, and twins as needed, for their answers to the same prompt, and compare."""
+    if not entrants:
+        return
+    given: dict[int, Answers] = {}
+    twins = _twins_to_ask(run, entrants)
+    for entrant in (*entrants, *twins):
+        if entrant.failure is not None:
+            continue
+        steps = min(CHECKED_STEPS, *(_new_tokens(run, context, e) for e in entrants))
+        shape = (1 + steps, run.settings.batch, entrant.bundle.config.vocab_size)
+        with _going_on():
+            given[id(entrant)] = entrant.check(prompt, shape)
+        if entrant.exact:
+            entrant.put_away()
+        _make_room(run, entrant)
+    if not given:
+        return
+    chosen = choose_reference(given)
+    reference = next(e for e in (*entrants, *twins) if id(e) == chosen)
+    label = f"{reference.target.label}, exact" if reference.exact else reference.target.label
+    for entrant in entrants:
+        _note_exact(run, entrant, given, chosen)
+        if id(entrant) in given:
+            place = next(i for i, e in enumerate(run.entrants) if e is entrant)
+            found = agreement(given[id(entrant)], given[chosen])
+            run.comparisons[place, context] = Comparison(
+                label,
+                entrant is reference,
+                len(given) > 1,
+                is_exact(given[chosen]),
+                found,
+                run.exact.get(id(entrant)),
+            )
+
+
+def _twins_to_ask(run: _Run, entrants: list[Entrant]) -> list[Entrant]:
+    """Return the twins that are asked now: all of them once, then one as the reference if nobody else is exact."""
+    twins = [run.twins[id(e)] for e in entrants if id(e) in run.twins]
+    if entrants[0].name not in run.checked:
+        run.checked.add(entrants[0].name)
+        return twins
+    able = [e for e in entrants if e.failure is None]
+    exact = [e for e in able if e.opened and e.opened["compute"] == "fp32" and id(e) not in run.twins]
+    return [] if exact else [e for e in twins if e.failure is None][:1]
+
+
+def _note_exact(run: _Run, entrant: Entrant, given: dict[int, Answers], chosen: int) -> None:
+    """Keep how an entrant's twin compares with the reference: within float32's bound, whatever rounding hides."""
+    twin = run.twins.get(id(entrant))
+    if twin is None or id(twin) == chosen:
+        return
+    if id(twin) in given:
+        run.exact[id(entrant)] = agreement(given[id(twin)], given[chosen])
+    elif twin.failure is not None:
+        run.exact.setdefault(id(entrant), twin.failure)
+
+
+def _make_room(run: _Run, entrant: Entrant) -> None:
+    """End an entrant's process if there may be no room for the next one that has none, on the host or the GPU."""
+    waiting = [e.needed_bytes for e in run.entrants if not e.running and e.failure is None]
+    if not waiting or not entrant.running:
+        return
+    host, gpu = max(n for n, _ in waiting), max(n for _, n in waiting)
+    free, gpu_free = available_bytes(), entrant.gpu_free_bytes
+    if (free is not None and free < host) or (gpu_free is not None and gpu_free < gpu):
+        entrant.put_away()
+
+
+# --- bandwidth -------------------------------------------------------------------------------------------------------
+
+
+def _measure_bandwidths(run: _Run) -> None:
+    """Measure the memory of each kind of device that is used, once more."""
+    for device in ("cpu", "gpu"):
+        user = next((e for e in run.entrants if e.opened and e.opened["device"] == device), None)
+        if user is None:
+            continue
+        run.progress("bandwidth", 0, 1)
+        try:
+            with Worker(user.target.python, user.environment, user.directory, user.target.arguments) as worker:
+                rate = worker.ask(do="bandwidth", device=device)["bytes_per_s"]
+            run.bandwidths.setdefault(device, []).append(rate)
+        except GtaEdgeError as error:
+            run.bandwidth_notes[device] = f"the bandwidth was not measured ({error})"
+        run.progress("bandwidth", 1, 1)

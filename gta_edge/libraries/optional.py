@@ -1,0 +1,284 @@
+"""Optional dependencies: every module of the package imports without them, using one says what to install.
+
+What is there and cannot be used is told from what is not installed: a library whose import fails, whatever it raises,
+what a half removed one has left, a file of that name that hides it, and one that is older than this package needs.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from contextlib import redirect_stdout
+from functools import cache
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, requires, version
+from types import ModuleType
+from typing import Any
+
+from gta_edge.errors import BackendError
+from gta_edge.support.files import cache_directory
+from gta_edge.support.text import one_line, printable
+
+__all__ = ["UnusableError", "find_module", "installed", "keep_silent", "optional", "too_old"]
+
+_DISTRIBUTION = "gta-edge"
+
+
+class UnusableError(ImportError):
+    """A module is there and cannot be used.
+
+    Attributes:
+        reason: why, as the rest of a sentence that begins with the module.
+        remedy: what to do; empty where reinstalling it is all there is to try.
+    """
+
+    def __init__(self, name: str, reason: str, remedy: str = "") -> None:
+        super().__init__(f"the Python module {name} {reason}", name=name)
+        self.reason, self.remedy = reason, remedy
+
+
+def optional(name: str, extra: str) -> Any:
+    """Import a module, or return a stand-in that raises ``BackendError`` as soon as something in it is used.
+
+    Args:
+        name: of the module.
+        extra: name of the extra in ``pyproject.toml`` that brings it.
+
+    The stand-in may be subclassed and its attributes named, so that classes over a missing library can be defined.
+    """
+    try:
+        module = find_module(name)
+    except UnusableError as error:
+        package = _distribution_of(name) or f"'gta-edge[{extra}]'"
+        return _Absent(f"{error}; {error.remedy or f'run: pip install --upgrade --force-reinstall {package}'}")
+    if module is None:
+        return _Absent(f"the Python module {name} is needed and not installed; run: pip install 'gta-edge[{extra}]'")
+    return module
+
+
+def installed(module: Any) -> bool:
+    """Tell whether ``optional`` found this module."""
+    return isinstance(module, ModuleType)
+
+
+def find_module(name: str) -> ModuleType | None:
+    """Import a module and return it, None where it is not installed.
+
+    Raises:
+        UnusableError: it is there, and its import fails, it is not whole, another file hides it, or it is too old.
+    """
+    if name in _failures:  # a second try fails by what the first has left, which says nothing of the cause
+        raise UnusableError(name, _failures[name])
+    keep_silent()
+    try:
+        with redirect_stdout(sys.stderr):  # what a library prints is no result of ours
+            module = import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise _failed(name, error) from error
+        _check_parent(name, error)
+        return None
+    except (KeyboardInterrupt, MemoryError):
+        raise
+    except BaseException as error:  # whatever a library raises: SystemExit, SystemError, a Rust library's panic
+        raise _failed(name, error) from error
+    _check_whole(name, module)
+    _check_version(name)
+    return module
+
+
+def too_old() -> str | None:
+    """Return in one line which installed library is older than this package requires, None where none is.
+
+    For errors that nobody expected; pip sees to it at installation, and whoever installs something else later may undo
+    it.
+    """
+    for distribution, floor in _floors().items():
+        try:
+            found = version(distribution)
+        except PackageNotFoundError:
+            continue
+        if floor and _numbers(found) < _numbers(floor):
+            return (
+                f"{distribution} {printable(found)} is too old; expected {floor} or later: "
+                f"run: pip install '{distribution}>={floor}'"
+            )
+    return None
+
+
+def keep_silent() -> None:
+    """Turn off what a library would send or write into the home directory; to be called before it is imported.
+
+    ONNX Runtime, which others import too, writes and sends events unless this variable is there when it is loaded.
+    Matplotlib keeps a list of the system's fonts, torch makes a directory for compiled code among temporary files.
+    """
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    if directory := cache_directory():
+        os.environ.setdefault("MPLCONFIGDIR", str(directory / "matplotlib"))
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(directory / "torchinductor"))
+
+
+# --- what is there and cannot be used --------------------------------------------------------------------------------
+
+_failures: dict[str, str] = {}
+
+
+def _failed(name: str, error: BaseException) -> UnusableError:
+    """Return why an import failed: what is too old, the module itself or what it takes from another, or what it said.
+
+    Raises:
+        UnusableError: it is too old.
+    """
+    for each in (name, getattr(error, "name", None)):
+        _check_version(each or name)
+    _failures[name] = f"is installed and cannot be loaded ({type(error).__name__}: {_said(error)})"
+    return UnusableError(name, _failures[name])
+
+
+def _said(error: BaseException) -> str:
+    """Return what an import said, without the mark that parts a message from its remedy."""
+    return one_line(error).replace("; ", ", ")
+
+
+def _check_parent(name: str, error: ModuleNotFoundError) -> None:
+    """Refuse a part that is missing of something that is there.
+
+    Raises:
+        UnusableError: a file hides the package, it is not whole, or it is too old to have that part.
+    """
+    above = str(error.name).rpartition(".")[0]
+    parent = sys.modules.get(above)
+    if parent is None or str(error.name) in sys.modules:  # there it is None, by which Python is told that it is absent
+        return
+    if not hasattr(parent, "__path__"):
+        raise _hidden(name, parent)
+    if parent.__file__ is None:  # a directory; CUDA's modules share one that is nobody's
+        if _distribution_of(above):
+            raise _left_over(name, parent)
+        return
+    _check_version(name)
+    raise UnusableError(name, f"is missing from {printable(str(parent.__file__))}")
+
+
+def _check_whole(name: str, module: ModuleType) -> None:
+    """Refuse what a half removed library has left, and what has its name only.
+
+    Raises:
+        UnusableError: the module, or the package that it is in, is not what is called so.
+    """
+    top = sys.modules.get(_top(name), module)
+    if getattr(top, "__spec__", None) is None:  # made in this process, and not found on the disk
+        return
+    if getattr(top, "__file__", None) is None:
+        raise _left_over(name, top)
+    if _distribution_of(name) and not (hasattr(top, "__path__") and isinstance(_version(top), str)):
+        raise _hidden(name, top)
+
+
+def _check_version(name: str) -> None:
+    """Refuse what is older than this package needs, by its own requirements.
+
+    Raises:
+        UnusableError: it is too old.
+    """
+    distribution = _distribution_of(name)
+    floor = _floors().get(distribution or "")
+    if not distribution or not floor:
+        return
+    found = _version(sys.modules.get(_top(name)))
+    try:
+        found = found if isinstance(found, str) else version(distribution)
+    except PackageNotFoundError:
+        return
+    if _numbers(found) < _numbers(floor):
+        raise UnusableError(
+            name,
+            f"is of {distribution} {printable(found)}, which is too old; expected {floor} or later",
+            f"run: pip install '{distribution}>={floor}'",
+        )
+
+
+def _hidden(name: str, module: ModuleType) -> UnusableError:
+    path = printable(str(module.__file__))
+    if hasattr(module, "__path__"):
+        reason = f"is not whole: {path} is what a removed package has left, or something else of that name"
+    else:
+        reason = f"is hidden by {path}, which is something else of that name"
+    return UnusableError(name, reason, f"remove or rename {path}")
+
+
+def _left_over(name: str, module: ModuleType) -> UnusableError:
+    path = printable(next(iter(module.__path__), "?"))
+    return UnusableError(
+        name, f"is only a directory, {path}, which a removed package has left", f"remove {path}, and install it again"
+    )
+
+
+# --- what this package requires --------------------------------------------------------------------------------------
+
+
+@cache
+def _floors() -> dict[str, str]:
+    """Return the oldest release of each distribution that this package requires; empty where it says so, or nowhere."""
+    try:
+        found = requires(_DISTRIBUTION) or []
+    except PackageNotFoundError:  # run from its source
+        return {}
+    floors = {}
+    for requirement in found:
+        if re.search(r"extra == ['\"](dev|test)['\"]", requirement):  # what nobody runs models with
+            continue
+        wanted, _, marker = requirement.partition(";")
+        name, floor = re.match(r"[A-Za-z0-9._-]+", wanted), re.search(r">=\s*(\d+(?:\.\d+)*)", wanted)
+        if name:  # ONNX Runtime, which not every Python has a release for, says itself which is too old
+            everywhere = floor and "python_version" not in marker
+            floors[re.sub(r"[._-]+", "-", name[0]).lower()] = floor[1] if floor and everywhere else ""
+    return floors
+
+
+def _distribution_of(name: str) -> str | None:
+    """Return the distribution that a module is of, of those that this package requires."""
+    parts = name.replace("_", "-").split(".")
+    return next((d for d in ("-".join(parts[:n]) for n in (2, 1)) if d in _floors()), None)
+
+
+def _top(name: str) -> str:
+    """Return the package that a distribution is known by: ``cuda.core``, ``onnx_ir``."""
+    distribution = _distribution_of(name)
+    parts = name.split(".")
+    return ".".join(parts[:2]) if distribution == "-".join(parts[:2]).replace("_", "-") else parts[0]
+
+
+def _version(module: ModuleType | None) -> object:
+    return getattr(module, "__version__", None)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    found = re.match(r"\d+(?:\.\d+)*", text)
+    return tuple(map(int, found[0].split("."))) if found else ()
+
+
+class _Absent:
+    """Stands for a module that cannot be used, or for something in it."""
+
+    def __init__(self, message: str) -> None:
+        self._message = message
+
+    def __getattr__(self, name: str) -> _Absent:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        raise BackendError(self._message)
+
+    def __mro_entries__(self, bases: tuple[Any, ...]) -> tuple[type, ...]:
+        absent = self
+
+        class Unavailable:
+            def __new__(cls, *arguments: Any, **options: Any) -> Any:
+                return absent(*arguments, **options)
+
+        return (Unavailable,)

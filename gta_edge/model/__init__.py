@@ -1,0 +1,1 @@
+"""The model: config, rotary embedding, presets, and the decoder in PyTorch."""

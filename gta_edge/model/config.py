@@ -1,0 +1,429 @@
+"""What a model is: its sizes, their rules, and every figure that follows from them.
+
+``GTAConfig`` is Grouped-head latenT Attention (arXiv 2506.17286); ``GQAConfig`` is the Llama baseline it is compared
+with (grouped-query attention, or multi-head where every query head has a key head of its own). Both share
+``ModelConfig``. Nothing here needs torch, and no other module repeats a size, a tensor's name or a shape.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from gta_edge.errors import ConfigError
+from gta_edge.model.config_entries import (
+    DTYPES,
+    check_size,
+    check_supported,
+    common_entries,
+    is_int,
+    is_number,
+    require,
+)
+from gta_edge.model.rope import RopeScaling, inverse_frequencies
+from gta_edge.support.json_files import read_json
+from gta_edge.support.text import brief, printable
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["DTYPES", "CacheSpec", "GQAConfig", "GTAConfig", "ModelConfig", "read_config"]
+
+_MAX_NUMBER = sys.float_info.max
+_MAX_KEY_WIDTH = 2**16
+_MAX_FILE_BYTES = 2**20  # of a config.json; real ones have a few thousand
+# With the early spelling, and the model without its head: whether that is tied or there, the checkpoint shows.
+_LLAMA_NAMES = frozenset({"LlamaForCausalLM", "LLaMAForCausalLM", "LlamaModel"})
+_GTA_KEYS = ("num_query_heads", "query_dim", "num_key_heads", "key_dim", "num_value_heads", "value_dim")
+
+
+@dataclass(frozen=True)
+class CacheSpec:
+    """One of the two tensors that a layer caches: ``[B, heads, S, width]``."""
+
+    name: str
+    heads: int
+    width: int
+
+    @property
+    def values_per_token(self) -> int:
+        """Values that one token adds, in one layer."""
+        return self.heads * self.width
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(ABC):
+    """Sizes that a GTA model and its baselines have in common; names as in a Llama ``config.json``.
+
+    Raises:
+        ConfigError: on construction, naming the first size that is out of range or does not divide another.
+    """
+
+    architecture: ClassVar[str]
+    """Name in ``architectures`` of a config.json."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    head_dim: int
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling = field(default_factory=RopeScaling)
+    tie_word_embeddings: bool = False
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    dtype: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        for entry in fields(self):
+            if entry.type == "int":
+                check_size(entry.name, getattr(self, entry.name))
+        if not (is_number(self.rms_norm_eps) and 0 < self.rms_norm_eps < 1):
+            raise ConfigError(f"rms_norm_eps is {brief(self.rms_norm_eps)}; expected a number between 0 and 1")
+        if not (is_number(self.rope_theta) and 1 < self.rope_theta <= _MAX_NUMBER):
+            raise ConfigError(f"rope_theta is {brief(self.rope_theta)}; expected a finite number above 1")
+        if not isinstance(self.dtype, str) or self.dtype not in DTYPES:
+            raise ConfigError(f"dtype is {brief(self.dtype)}; expected one of {', '.join(DTYPES)}")
+        if not isinstance(self.tie_word_embeddings, bool):
+            raise ConfigError(f"tie_word_embeddings is {brief(self.tie_word_embeddings)}; expected true or false")
+        self._check_tokens()
+        if self.num_attention_heads * self.head_dim != self.hidden_size:
+            raise ConfigError(
+                f"num_attention_heads {self.num_attention_heads} times head_dim {self.head_dim} is "
+                f"{self.num_attention_heads * self.head_dim}; expected hidden_size {self.hidden_size}"
+            )
+        self._check_attention()
+        if self.key_width % 2 or self.key_width > _MAX_KEY_WIDTH:
+            raise ConfigError(
+                f"the key width is {self.key_width}; expected an even number, since RoPE turns pairs, "
+                f"and at most {_MAX_KEY_WIDTH}"
+            )
+        inverse_frequencies(self.key_width, self.rope_theta, self.rope_scaling, self.max_position_embeddings)
+
+    def _check_tokens(self) -> None:
+        begin = () if self.bos_token_id is None else (self.bos_token_id,)
+        for name, ids in (("bos_token_id", begin), ("eos_token_id", self.eos_token_ids)):
+            for token in ids:
+                if not (is_int(token) and 0 <= token < self.vocab_size):
+                    raise ConfigError(
+                        f"{name} is {brief(token)}; expected a token id below vocab_size {self.vocab_size}"
+                    )
+
+    @abstractmethod
+    def _check_attention(self) -> None:
+        """Raise ConfigError where the heads do not divide as the attention needs it."""
+
+    # --- what the attention is ---------------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def caches(self) -> tuple[CacheSpec, CacheSpec]:
+        """The key cache and what takes the place of the value cache, in the graph's order."""
+
+    @property
+    @abstractmethod
+    def attention_flops_per_pair(self) -> int:
+        """FLOPs of one layer for one pair of a query token and a cached token (a multiply-add is 2)."""
+
+    @abstractmethod
+    def attention_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Checkpoint shapes of one layer's attention, by name below ``self_attn.``, biases included."""
+
+    @property
+    @abstractmethod
+    def optional_biases(self) -> frozenset[str]:
+        """Projections of the attention that may or may not have a bias."""
+
+    @property
+    def key_width(self) -> int:
+        """Width d_k of a query and a key."""
+        return self.caches[0].width
+
+    @property
+    def scale(self) -> float:
+        """Factor on the scores, 1/sqrt(d_k)."""
+        return 1.0 / math.sqrt(self.key_width)
+
+    # --- figures -----------------------------------------------------------------------------------------------
+
+    def layer_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the tensors of one layer with their shapes, by name below ``model.layers.N.``, biases included."""
+        h, f = self.hidden_size, self.intermediate_size
+        return {
+            "input_layernorm.weight": (h,),
+            **{f"self_attn.{name}": shape for name, shape in self.attention_shapes().items()},
+            "post_attention_layernorm.weight": (h,),
+            "mlp.gate_proj.weight": (f, h),
+            "mlp.up_proj.weight": (f, h),
+            "mlp.down_proj.weight": (h, f),
+        }
+
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return every tensor of a checkpoint with its shape, in the order of the forward pass, biases included."""
+        table = (self.vocab_size, self.hidden_size)
+        layer = self.layer_shapes()
+        shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": table}
+        for i in range(self.num_hidden_layers):
+            shapes |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
+        shapes["model.norm.weight"] = (self.hidden_size,)
+        if not self.tie_word_embeddings:
+            shapes["lm_head.weight"] = table
+        return shapes
+
+    def is_optional(self, parameter: str) -> bool:
+        """Tell whether a checkpoint may lack this tensor (a bias that is then absent, not zero by mistake)."""
+        module, _, kind = parameter.rpartition(".")
+        return kind == "bias" and module.rpartition(".")[2] in self.optional_biases
+
+    @property
+    def parameters(self) -> int:
+        """Learned values, biases included, a tied embedding counted once."""
+        layer = sum(math.prod(shape) for shape in self.layer_shapes().values())
+        tables = (1 if self.tie_word_embeddings else 2) * self.vocab_size * self.hidden_size
+        return tables + self.num_hidden_layers * layer + self.hidden_size
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the checkpoint's tensors in its own dtype."""
+        return self.parameters * DTYPES[self.dtype]
+
+    @property
+    def cache_values_per_token_per_layer(self) -> int:
+        """Values that one token adds to the cache of one layer: n_k·d_k + n_c·d_l, or 2·n_kv·d_h."""
+        return sum(cache.values_per_token for cache in self.caches)
+
+    def cache_bytes_per_token(self, bytes_per_value: int = 4) -> int:
+        """Bytes that one token adds to the cache of all layers."""
+        return self.num_hidden_layers * self.cache_values_per_token_per_layer * bytes_per_value
+
+    def flops_per_token(self, context: int) -> int:
+        """FLOPs of one decode step with ``context`` tokens attended: every matrix once, and the attention."""
+        layer = sum(math.prod(shape) for shape in self.layer_shapes().values() if len(shape) == 2)
+        matrices = self.num_hidden_layers * layer + self.vocab_size * self.hidden_size
+        return 2 * matrices + self.num_hidden_layers * self.attention_flops_per_pair * context
+
+    def replace(self, **changes: Any) -> Self:
+        """Return a copy with other values, validated anew."""
+        return replace(self, **changes)
+
+    # --- config.json -------------------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what goes into ``config.json``, in the published layout."""
+        entries: dict[str, Any] = {
+            "architectures": [self.architecture],
+            "model_type": "llama",
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_hidden_layers": self.num_hidden_layers,
+            "num_attention_heads": self.num_attention_heads,
+            "head_dim": self.head_dim,
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "mlp_bias": False,
+            "max_position_embeddings": self.max_position_embeddings,
+            "rms_norm_eps": self.rms_norm_eps,
+            "rope_theta": self.rope_theta,
+            "rope_scaling": self.rope_scaling.to_config(),
+            "tie_word_embeddings": self.tie_word_embeddings,
+            "bos_token_id": self.bos_token_id,
+            "eos_token_id": self.eos_token_ids[0] if len(self.eos_token_ids) == 1 else list(self.eos_token_ids) or None,
+            "torch_dtype": self.dtype,
+        }
+        return entries | self._attention_entries()
+
+    @abstractmethod
+    def _attention_entries(self) -> dict[str, Any]:
+        """Return the entries of ``config.json`` that only this attention has."""
+
+    @staticmethod
+    def from_dict(entries: object) -> ModelConfig:
+        """Read the content of a ``config.json``: a GTA model, or a Llama one as a baseline.
+
+        Raises:
+            ConfigError: not an object, a key missing or of the wrong type, a size that does not fit, or an
+                architecture that is neither.
+        """
+        if not isinstance(entries, Mapping):
+            raise ConfigError(f"the config is {type(entries).__name__}; expected a JSON object")
+        names = entries.get("architectures") or []
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ConfigError(f"architectures is {brief(names)}; expected a list of names")
+        model_type = entries.get("model_type")
+        is_gta = any(name.startswith(("GTA", "GLA")) for name in names) if names else "num_query_heads" in entries
+        is_llama = not _LLAMA_NAMES.isdisjoint(names) if names else model_type == "llama"
+        if not is_gta and (not is_llama or model_type not in (None, "", "llama")):
+            raise ConfigError(
+                f"architectures is {brief(names)} and model_type {brief(model_type)}; "
+                "expected GTAForCausalLM, or LlamaForCausalLM for a baseline"
+            )
+        check_supported(entries)
+        cls: type[GTAConfig | GQAConfig] = GTAConfig if is_gta else GQAConfig
+        return cls(**common_entries(entries), **cls._read_attention(entries))
+
+
+@dataclass(frozen=True, kw_only=True)
+class GTAConfig(ModelConfig):
+    """Grouped-head latent attention: ``num_query_heads`` attention maps (n_q) shared by the n_h heads.
+
+    ``num_key_heads`` (n_k) keys of width ``key_dim`` (d_k) and ``num_latent_heads`` (n_c) latents of width
+    ``latent_dim`` (d_l) are cached. In ``config.json`` the last two are ``num_value_heads`` and ``value_dim``, and
+    ``query_dim`` repeats ``key_dim``.
+    """
+
+    architecture: ClassVar[str] = "GTAForCausalLM"
+
+    num_query_heads: int
+    num_key_heads: int
+    key_dim: int
+    num_latent_heads: int
+    latent_dim: int
+
+    def _check_attention(self) -> None:
+        for a, b in (
+            ("num_attention_heads", "num_query_heads"),
+            ("num_query_heads", "num_key_heads"),
+            ("num_query_heads", "num_latent_heads"),
+        ):
+            if getattr(self, a) % getattr(self, b):
+                raise ConfigError(f"{a} {getattr(self, a)} is not a multiple of {b} {getattr(self, b)}")
+        width = self.num_query_heads * self.latent_dim
+        if self.hidden_size % width:
+            raise ConfigError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_query_heads {self.num_query_heads} times "
+                f"the latent width (value_dim) {self.latent_dim}, which is {width}"
+            )
+
+    @property
+    def expansion(self) -> int:
+        """How many times e the value decoder widens a latent: H / (n_q·d_l)."""
+        return self.hidden_size // (self.num_query_heads * self.latent_dim)
+
+    @property
+    def value_decoder_shape(self) -> tuple[int, int, int]:
+        """Shape of W_P, ``[n_q, d_l, e·d_l]``: the row-major memory of ``v_b_proj.weight`` seen so."""
+        return self.num_query_heads, self.latent_dim, self.expansion * self.latent_dim
+
+    @property
+    def caches(self) -> tuple[CacheSpec, CacheSpec]:
+        return (
+            CacheSpec("key", self.num_key_heads, self.key_dim),
+            CacheSpec("latent", self.num_latent_heads, self.latent_dim),
+        )
+
+    @property
+    def attention_flops_per_pair(self) -> int:
+        return 2 * self.num_query_heads * (self.key_dim + self.latent_dim)
+
+    @property
+    def optional_biases(self) -> frozenset[str]:
+        return frozenset({"q_proj", "k_proj", "v_proj", "g_proj"})
+
+    def attention_shapes(self) -> dict[str, tuple[int, ...]]:
+        h, n_q, d_l = self.hidden_size, self.num_query_heads, self.latent_dim
+        shapes: dict[str, tuple[int, ...]] = {}
+        for name, width in (
+            ("q_proj", n_q * self.key_dim),
+            ("k_proj", self.num_key_heads * self.key_dim),
+            ("v_proj", self.num_latent_heads * d_l),
+            ("g_proj", h),
+        ):
+            shapes[f"{name}.weight"] = (width, h)
+            shapes[f"{name}.bias"] = (width,)
+        shapes["v_b_proj.weight"] = (self.expansion * d_l, n_q * d_l)
+        shapes["o_proj.weight"] = (h, h)
+        return shapes
+
+    def _attention_entries(self) -> dict[str, Any]:
+        return {
+            "num_query_heads": self.num_query_heads,
+            "query_dim": self.key_dim,
+            "num_key_heads": self.num_key_heads,
+            "key_dim": self.key_dim,
+            "num_value_heads": self.num_latent_heads,
+            "value_dim": self.latent_dim,
+            "num_key_value_heads": self.num_key_heads,
+        }
+
+    @classmethod
+    def _read_attention(cls, entries: Mapping[str, Any]) -> dict[str, Any]:
+        values = {key: require(entries, key) for key in _GTA_KEYS}
+        for key, value in values.items():
+            check_size(key, value)
+        if values["query_dim"] != values["key_dim"]:
+            raise ConfigError(
+                f"query_dim is {values['query_dim']} and key_dim {values['key_dim']}; they must be equal, "
+                "since a score is their product"
+            )
+        return {
+            "num_query_heads": values["num_query_heads"],
+            "num_key_heads": values["num_key_heads"],
+            "key_dim": values["key_dim"],
+            "num_latent_heads": values["num_value_heads"],
+            "latent_dim": values["value_dim"],
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class GQAConfig(ModelConfig):
+    """The baseline: Llama's attention with ``num_key_value_heads`` (n_kv) heads cached."""
+
+    architecture: ClassVar[str] = "LlamaForCausalLM"
+
+    num_key_value_heads: int
+
+    def _check_attention(self) -> None:
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ConfigError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads {self.num_key_value_heads}"
+            )
+
+    @property
+    def caches(self) -> tuple[CacheSpec, CacheSpec]:
+        heads, width = self.num_key_value_heads, self.head_dim
+        return CacheSpec("key", heads, width), CacheSpec("value", heads, width)
+
+    @property
+    def attention_flops_per_pair(self) -> int:
+        return 4 * self.num_attention_heads * self.head_dim
+
+    @property
+    def optional_biases(self) -> frozenset[str]:
+        return frozenset()
+
+    def attention_shapes(self) -> dict[str, tuple[int, ...]]:
+        h, kv = self.hidden_size, self.num_key_value_heads * self.head_dim
+        return {"q_proj.weight": (h, h), "k_proj.weight": (kv, h), "v_proj.weight": (kv, h), "o_proj.weight": (h, h)}
+
+    def _attention_entries(self) -> dict[str, Any]:
+        return {"num_key_value_heads": self.num_key_value_heads}
+
+    @classmethod
+    def _read_attention(cls, entries: Mapping[str, Any]) -> dict[str, Any]:
+        # attention_bias and mlp_bias may say anything: whether there are biases that add something, the tensors show
+        heads = entries.get("num_key_value_heads")
+        return {"num_key_value_heads": require(entries, "num_attention_heads") if heads is None else heads}
+
+
+def read_config(path: Path) -> ModelConfig:
+    """Read a ``config.json``.
+
+    Raises:
+        ConfigError: the file is missing, is no JSON, or describes no model that is supported; the message starts
+            with the path.
+    """
+    entries = read_json(path, ConfigError, "expected a model's config.json: copy it anew", max_bytes=_MAX_FILE_BYTES)
+    try:
+        return ModelConfig.from_dict(entries)
+    except ConfigError as error:
+        raise ConfigError(f"{printable(str(path))}: {error}") from error

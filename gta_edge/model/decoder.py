@@ -1,0 +1,235 @@
+"""The decoder in PyTorch, GTA and baselines: the reference that every graph and kernel is measured against.
+
+Clear before fast. Parameters carry the published names, so a checkpoint's tensors load as they are. The model is
+Llama (pre-norm RMSNorm, SwiGLU) but for the attention, which is one registered op (``plugins/torch_ops.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from gta_edge.libraries.optional import optional
+from gta_edge.model.config import GTAConfig, ModelConfig
+from gta_edge.model.rope import rope_tables
+from gta_edge.plugins.attention import torch as torch_ops
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+    from torch.nn import functional
+else:
+    torch = optional("torch", "export")
+    Tensor, nn, functional = torch.Tensor, torch.nn, torch.nn.functional
+
+__all__ = ["Attention", "Cache", "Decoder", "empty_cache"]
+
+Cache: TypeAlias = "tuple[Tensor, Tensor]"
+"""One layer's ``[B, n, S, d]`` caches: the key's, and the latent's or the value's."""
+
+Attention: TypeAlias = "Callable[..., tuple[Tensor, Tensor, Tensor]]"
+"""An attention op, which takes projections, caches and tables, and returns output and both present caches."""
+
+
+def _linear(module: str, inputs: int, outputs: int, biases: Collection[str]) -> nn.Linear:
+    return nn.Linear(inputs, outputs, bias=f"{module}.bias" in biases)
+
+
+class LatentAttention(nn.Module):
+    """Projections, value decoder and gate of grouped-head latent attention."""
+
+    q_proj: nn.Linear
+    k_proj: nn.Linear
+    v_proj: nn.Linear  # to the latent, which takes the value's place
+    g_proj: nn.Linear
+    v_b_proj: nn.Linear
+    o_proj: nn.Linear
+
+    def __init__(self, config: GTAConfig, biases: Collection[str], attention: Attention | None) -> None:
+        super().__init__()
+        shapes = config.attention_shapes()
+        for name in ("q_proj", "k_proj", "v_proj", "g_proj", "v_b_proj", "o_proj"):
+            outputs, inputs = shapes[f"{name}.weight"]
+            self.add_module(name, _linear(name, inputs, outputs, biases))
+        self.value_decoder_shape = config.value_decoder_shape
+        self.heads = (config.num_query_heads, config.num_key_heads, config.num_latent_heads)
+        self.scale = config.scale
+        self.attention: Attention = attention or torch_ops.grouped_latent_attention
+        self.projections: nn.Module | None = None  # in the place of the four that take x, where they are one product
+
+    def forward(
+        self, x: Tensor, cache: Cache, past_length: Tensor, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Cache]:  # x [B, T, H]
+        # W_P is the row-major memory of v_b_proj seen as [n_q, d_l, e·d_l]: no transpose, and no Linear call
+        value_decoder = self.v_b_proj.weight.view(self.value_decoder_shape)
+        output, present_key, present_latent = self.attention(
+            *self._projected(x), *cache, past_length, cos, sin, value_decoder, *self.heads, self.scale
+        )
+        return self.o_proj(output), (present_key, present_latent)
+
+    def _projected(self, x: Tensor) -> Sequence[Tensor]:
+        if self.projections is not None:
+            return self.projections(x)  # type: ignore[no-any-return]  # nn.Module's call is untyped
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x), self.g_proj(x)
+
+
+class QueryAttention(nn.Module):
+    """Projections of the baselines' grouped-query attention."""
+
+    q_proj: nn.Linear
+    k_proj: nn.Linear
+    v_proj: nn.Linear
+    o_proj: nn.Linear
+
+    def __init__(self, config: ModelConfig, biases: Collection[str], attention: Attention | None) -> None:
+        super().__init__()
+        shapes = config.attention_shapes()
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            outputs, inputs = shapes[f"{name}.weight"]
+            self.add_module(name, _linear(name, inputs, outputs, biases))
+        self.heads = (config.num_attention_heads, config.caches[0].heads)
+        self.scale = config.scale
+        self.attention: Attention = attention or torch_ops.grouped_query_attention
+        self.projections: nn.Module | None = None  # in the place of the three that take x, where they are one product
+
+    def forward(
+        self, x: Tensor, cache: Cache, past_length: Tensor, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Cache]:  # x [B, T, H]
+        output, present_key, present_value = self.attention(
+            *self._projected(x), *cache, past_length, cos, sin, *self.heads, self.scale
+        )
+        return self.o_proj(output), (present_key, present_value)
+
+    def _projected(self, x: Tensor) -> Sequence[Tensor]:
+        if self.projections is not None:
+            return self.projections(x)  # type: ignore[no-any-return]  # nn.Module's call is untyped
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+
+
+class MLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.projections: nn.Module | None = None  # in the place of gate_proj and up_proj, where they are one product
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = (self.gate_proj(x), self.up_proj(x)) if self.projections is None else self.projections(x)
+        product: Tensor = functional.silu(gate) * up
+        return self.down_proj(product)  # type: ignore[no-any-return]  # nn.Module's call is untyped
+
+
+class Layer(nn.Module):
+    """One decoder layer."""
+
+    def __init__(self, config: ModelConfig, biases: Collection[str], attention: Attention | None) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = (
+            LatentAttention(config, biases, attention)
+            if isinstance(config, GTAConfig)
+            else QueryAttention(config, biases, attention)
+        )
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(
+        self, x: Tensor, cache: Cache, past_length: Tensor, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Cache]:  # x [B, T, H]
+        attended, present = self.self_attn(self.input_layernorm(x), cache, past_length, cos, sin)
+        x = x + attended
+        return x + self.mlp(self.post_attention_layernorm(x)), present
+
+
+class Trunk(nn.Module):
+    """Everything below the head, under the prefix ``model.`` as in the published checkpoints."""
+
+    def __init__(self, config: ModelConfig, biases: Collection[str], attention: Attention | None) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList()
+        for i in range(config.num_hidden_layers):
+            prefix = f"model.layers.{i}.self_attn."
+            own = {name.removeprefix(prefix) for name in biases if name.startswith(prefix)}
+            self.layers.append(Layer(config, own, attention))
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class Decoder(nn.Module):
+    """A causal language model of either architecture.
+
+    Args:
+        config: the model's sizes.
+        biases: full names of the biases that the checkpoint has; None for all that the config allows.
+        attention: what computes the attention; None for the registered op that returns new caches.
+    """
+
+    def __init__(
+        self, config: ModelConfig, biases: Collection[str] | None = None, attention: Attention | None = None
+    ) -> None:
+        super().__init__()
+        if biases is None:
+            biases = {name for name in config.parameter_shapes() if config.is_optional(name)}
+        self.config = config
+        self.model = Trunk(config, biases, attention)
+        self.packed_head: nn.Module | None = None  # in the place of the head's matrix, where that lies in codes
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        cos, sin = rope_tables(config.key_width, config.rope_theta, config.rope_scaling, config.max_position_embeddings)
+        # outside the state dict: they follow from the config
+        self.register_buffer("cos", torch.from_numpy(cos), persistent=False)
+        self.register_buffer("sin", torch.from_numpy(sin), persistent=False)
+
+    def forward(
+        self, input_ids: Tensor, past_length: Tensor, logit_positions: Tensor, caches: Sequence[Cache]
+    ) -> tuple[Tensor, list[Cache]]:
+        """Append T tokens and return logits for some of them.
+
+        Args:
+            input_ids: int64 [B, T].
+            past_length: int64 [B], tokens already in the cache, per row.
+            logit_positions: int64 [B, M], which of the T positions to give logits for.
+            caches: per layer; S must be at least ``past_length + T``.
+
+        Returns:
+            logits [B, M, V], and the present caches per layer.
+        """
+        x = self.model.embed_tokens(input_ids)  # [B, T, H]
+        presents: list[Cache] = []
+        for layer, cache in zip(self.model.layers, caches, strict=True):
+            x, present = layer(x, cache, past_length, self.cos, self.sin)
+            presents.append(present)
+        chosen = x.gather(1, logit_positions[:, :, None].expand(-1, -1, x.shape[2]))  # [B, M, H]
+        return self.head(self.model.norm(chosen)), presents
+
+    def head(self, x: Tensor) -> Tensor:
+        """Return float32 logits [..., V] of normalised hidden states [..., H] of any type."""
+        if (
+            self.packed_head is not None
+        ):  # whose results are of x's type; fp16 rounds logits eight times finer than bf16
+            (logits,) = self.packed_head(x.half() if x.is_cuda else x.float())
+            return logits.float()  # type: ignore[no-any-return]  # nn.Module's call is untyped
+        weight = self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+        if x.dtype == torch.float32:
+            return functional.linear(x, weight)
+        if x.is_cuda:  # sums are float32 there anyway; they are just not rounded to 16 bits afterwards
+            if not x.numel():  # a chunk in which no row ends
+                return x.new_zeros(*x.shape[:-1], len(weight), dtype=torch.float32)
+            rows: Tensor = torch.mm(x.flatten(0, -2), weight.t(), out_dtype=torch.float32)
+            return rows.view(*x.shape[:-1], -1)
+        return functional.linear(x.float(), weight.float())
+
+
+def empty_cache(config: ModelConfig, batch: int, capacity: int, **options: Any) -> list[Cache]:
+    """Return zeroed caches for all layers; ``options`` go to ``torch.zeros`` (dtype, device)."""
+    first, second = config.caches
+    return [
+        (
+            torch.zeros(batch, first.heads, capacity, first.width, **options),
+            torch.zeros(batch, second.heads, capacity, second.width, **options),
+        )
+        for _ in range(config.num_hidden_layers)
+    ]

@@ -1,0 +1,1 @@
+"""Cost model: bytes, FLOPs, memory, and the time that the roofline allows."""

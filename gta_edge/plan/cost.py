@@ -1,0 +1,306 @@
+"""What a model costs: bytes that it is stored in, and bytes and FLOPs of every operator of one step.
+
+Figures follow from sizes alone; nothing here measures or knows a machine. They are what ``planning.py`` turns into
+memory and time. A multiply-add is 2 FLOPs. What is left out: FLOPs of norms, softmax, gates and activations, below one
+percent of the products'.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from gta_edge.formats.weights import PRECISIONS, is_kept, stored_dtype
+from gta_edge.model.config import GTAConfig, ModelConfig
+from gta_edge.numerics.quantization import BITS
+
+__all__ = [
+    "CACHE_BYTES",
+    "COMPUTE_BYTES",
+    "EMBEDDING",
+    "HEAD",
+    "PARTS",
+    "Execution",
+    "Operator",
+    "Step",
+    "cache_bytes",
+    "cpu_blocks",
+    "matrices",
+    "operators",
+    "query_heads",
+    "read_bytes",
+    "scale_bytes",
+    "stored_bytes",
+    "stored_parts",
+    "table_bytes",
+]
+
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+
+COMPUTE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+"""Bytes of an activation, by what is computed in."""
+
+PARTS = ("embedding", "attention", "mlp", "norms", "head", "tables")
+"""Of a model's weights; tables are those of cos and sin."""
+_PARTS_BY_WORD = {".self_attn.": "attention", ".mlp.": "mlp"}
+
+CACHE_BYTES = COMPUTE_BYTES | {"int8": 1, "fp8": 1}
+"""Bytes of a cached value; int8 and fp8 have a float32 scale per head and token beside them."""
+
+_SCALE_BYTES = 2  # float16, as stored
+_FLOAT_BYTES = 4
+_INLINE_BYTES = 1024  # tensors up to this lie in the graph's own file
+_CPU_BLOCK_BYTES = 8  # ONNX Runtime's kernel keeps a float32 scale and a float32 sum for every block
+# Set so that times agree with those measured (docs/plan.md): what unpacking a code costs, at the products' rate, and
+# that the cache is read at half of the bandwidth, maybe because float32 products pack what they multiply by.
+_CPU_UNPACK_FLOPS = 4
+_CPU_CACHE_READS = 2
+_CPU_CHANNEL_BLOCK = 256  # how many weights share a scale there where the bundle has one for a whole channel
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How weights lie in memory and what is computed in.
+
+    Attributes:
+        backend: ``onnxruntime`` (a CPU: float32 activations and cache, float weights as float32) or ``tensorrt`` (a
+            GPU: ``compute`` for activations and float weights, codes as stored).
+        compute: ``fp32``, ``fp16`` or ``bf16``.
+        cache_dtype: a key of ``CACHE_BYTES``.
+        chunk_size: most tokens of a prompt in one step.
+        logit_positions: for how many positions of a step there is room for logits.
+        writes_scores: whether attention scores go through memory; a fused kernel keeps them on the chip.
+    """
+
+    backend: str
+    compute: str
+    cache_dtype: str
+    chunk_size: int
+    logit_positions: int = 1
+    writes_scores: bool = False
+
+
+@dataclass(frozen=True)
+class Step:
+    """One run of the model: ``tokens`` new ones in each of ``batch`` rows, after ``past`` that are in the cache.
+
+    ``logits`` positions of each row go through the head.
+    """
+
+    batch: int
+    tokens: int
+    past: int
+    logits: int = 1
+
+
+@dataclass(frozen=True)
+class Operator:
+    """What one kind of operator costs in one step, over all layers.
+
+    Attributes:
+        name: as in a checkpoint for products; else ``embedding``, ``attention``, ``elementwise``.
+        flops: of products and attention.
+        weight_bytes: read, each weight once.
+        cache_bytes: read and written.
+        activation_bytes: read and written.
+    """
+
+    name: str
+    flops: int = 0
+    weight_bytes: int = 0
+    cache_bytes: int = 0
+    activation_bytes: int = 0
+
+    @property
+    def bytes(self) -> int:
+        """All that goes through memory."""
+        return self.weight_bytes + self.cache_bytes + self.activation_bytes
+
+
+# --- what is stored --------------------------------------------------------------------------------------------------
+
+
+def matrices(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of all parameters of rank 2 by name; a tied head is the embedding and has no entry."""
+    return {name: shape for name, shape in config.parameter_shapes().items() if len(shape) == 2}
+
+
+def table_bytes(config: ModelConfig, value_bytes: int = _FLOAT_BYTES) -> int:
+    """Return the bytes of the cos and sin tables ``[P, d_k/2]`` together."""
+    return value_bytes * config.max_position_embeddings * config.key_width
+
+
+def stored_bytes(
+    config: ModelConfig, precision: str, block_size: int | None = None, names: Collection[str] | None = None
+) -> int:
+    """Return the bytes of a bundle's file of weights, ``model.onnx.data``; see ``stored_parts``."""
+    return sum(stored_parts(config, precision, block_size, names).values())
+
+
+def stored_parts(
+    config: ModelConfig, precision: str, block_size: int | None = None, names: Collection[str] | None = None
+) -> dict[str, int]:
+    """Return the bytes of a bundle's file of weights by part of the model: ``PARTS``.
+
+    That is every matrix in ``precision``, or in codes and float16 scales (quantised: the value decoder stays float16,
+    and the embedding lies in words beside the head's codes, sharing the scales of a tied head), norms and biases in
+    float32, and the tables of cos and sin. Tensors of up to 1 KiB lie in the graph's file and are not counted.
+
+    Args:
+        config: the model's sizes.
+        precision: a key of ``PRECISIONS``.
+        block_size: as ``weights.block_size_for`` returns it.
+        names: parameters that there are; all by default. A checkpoint may lack biases.
+    """
+    parts = dict.fromkeys(PARTS, 0)
+
+    def add(part: str, *sizes: int) -> None:
+        parts[part] += sum(size for size in sizes if size > _INLINE_BYTES)
+
+    add("tables", *[table_bytes(config) // 2] * 2)
+    shapes = config.parameter_shapes()
+    for name in shapes if names is None else names:
+        shape = shapes[name]
+        values = math.prod(shape)
+        if precision not in BITS or len(shape) == 1 or is_kept(name):
+            add(_part(name), values * stored_dtype(len(shape), precision).itemsize)
+            continue
+        codes, scales = values * BITS[precision] // 8, scale_bytes(shape, block_size)
+        add(_part(name), codes, scales)
+        if name == EMBEDDING and config.tie_word_embeddings:
+            add("head", codes)  # which lie the other way
+    return parts
+
+
+def _part(parameter: str) -> str:
+    if parameter in (EMBEDDING, HEAD):
+        return "embedding" if parameter == EMBEDDING else "head"
+    return next((part for word, part in _PARTS_BY_WORD.items() if word in parameter), "norms")
+
+
+def scale_bytes(shape: tuple[int, ...], block_size: int | None) -> int:
+    """Return the bytes of the float16 scales of a quantised matrix ``[out, in]``."""
+    return _SCALE_BYTES * shape[0] * (shape[1] // block_size if block_size else 1)
+
+
+def cache_bytes(config: ModelConfig, cache_dtype: str, tokens: int, batch: int = 1) -> int:
+    """Return the bytes of the cache of all layers for ``tokens`` in each of ``batch`` rows, scales included."""
+    per_token = config.cache_bytes_per_token(CACHE_BYTES[cache_dtype])
+    if cache_dtype not in COMPUTE_BYTES:
+        per_token += config.num_hidden_layers * _FLOAT_BYTES * sum(cache.heads for cache in config.caches)
+    return batch * tokens * per_token
+
+
+# --- what a step moves and computes ----------------------------------------------------------------------------------
+
+
+def read_bytes(name: str, shape: tuple[int, ...], precision: str, block_size: int | None, execution: Execution) -> int:
+    """Return the bytes that one product with a matrix ``[out, in]`` reads of it.
+
+    On a CPU floats are float32 by then, and codes lie with a float32 scale and sum for each block (ONNX Runtime's
+    ``MatMulNBits``). On a GPU floats are in the compute type, and codes lie as stored.
+    """
+    values = math.prod(shape)
+    if precision not in BITS or is_kept(name):
+        return values * COMPUTE_BYTES[execution.compute]
+    codes = values * BITS[precision] // 8
+    if execution.backend == "onnxruntime":
+        return codes + cpu_blocks(shape, block_size) * _CPU_BLOCK_BYTES
+    return codes + scale_bytes(shape, block_size)
+
+
+def cpu_blocks(shape: tuple[int, ...], block_size: int | None) -> int:
+    """Return in how many blocks, each with a float32 scale, ONNX Runtime holds a quantised matrix ``[out, in]``."""
+    return shape[0] * -(-shape[1] // (block_size or min(_CPU_CHANNEL_BLOCK, shape[1])))
+
+
+def operators(
+    config: ModelConfig, precision: str, block_size: int | None, execution: Execution, step: Step
+) -> tuple[Operator, ...]:
+    """Return what a step costs, by operator, in the order of the forward pass.
+
+    Attention of one layer is ``attention_flops_per_pair`` (config.py; arXiv 2506.17286) for every pair of a query and
+    a token that it sees, the new one included. The cache is read once per step, as a fused kernel does, and the new
+    tokens are written. A weight is read once per step. ONNX Runtime's CPU kernels cost more: they read the cache
+    twice, write scores, and unpack codes.
+    """
+    rows, layers, width = step.batch * step.tokens, config.num_hidden_layers, COMPUTE_BYTES[execution.compute]
+    found = [Operator("embedding", weight_bytes=_row_bytes(config, precision, block_size, execution, rows))]
+    shapes = {name: shape for name, shape in config.attention_shapes().items() if len(shape) == 2}
+    mlp = {name: shape for name, shape in _layer_shapes(config).items() if name.startswith("mlp.")}
+    last = {name: shape for name, shape in shapes.items() if name.startswith(("v_b_proj", "o_proj"))}
+    first = {name: shape for name, shape in shapes.items() if name not in last}
+
+    def product(name: str, shape: tuple[int, ...], tokens: int, times: int) -> Operator:
+        values = times * math.prod(shape)
+        unpack = execution.backend == "onnxruntime" and precision in BITS and not is_kept(name)
+        return Operator(
+            name,
+            flops=2 * tokens * values + (_CPU_UNPACK_FLOPS * values if unpack else 0),
+            weight_bytes=times * read_bytes(name, shape, precision, block_size, execution),
+            activation_bytes=times * tokens * width * sum(shape),
+        )
+
+    found += [product(f".{name}", shape, rows, layers) for name, shape in first.items()]
+    found.append(_attention(config, execution, step))
+    found += [product(f".{name}", shape, rows, layers) for name, shape in (last | mlp).items()]
+    found.append(_elementwise(config, rows, width))
+    head = EMBEDDING if config.tie_word_embeddings else HEAD
+    logits = product(head, (config.vocab_size, config.hidden_size), step.batch * step.logits, 1 if step.logits else 0)
+    found.append(replace(logits, name="lm_head"))
+    return tuple(replace(op, name=op.name.removeprefix(".").removesuffix(".weight")) for op in found)
+
+
+def _layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    prefix = "model.layers.0."
+    return {name.removeprefix(prefix): shape for name, shape in matrices(config).items() if name.startswith(prefix)}
+
+
+def _row_bytes(config: ModelConfig, precision: str, block_size: int | None, execution: Execution, rows: int) -> int:
+    """Return the bytes of the embedding table's rows that are looked up."""
+    values = rows * config.hidden_size
+    if precision in BITS:
+        return values * BITS[precision] // 8 + rows * scale_bytes((1, config.hidden_size), block_size)
+    if execution.backend == "onnxruntime":
+        return values * np.dtype(PRECISIONS[precision]).itemsize
+    return values * COMPUTE_BYTES[execution.compute]
+
+
+def _attention(config: ModelConfig, execution: Execution, step: Step) -> Operator:
+    queries, layers = step.batch * step.tokens, config.num_hidden_layers
+    pairs = step.batch * (step.tokens * step.past + step.tokens * (step.tokens + 1) // 2)
+    heads = query_heads(config)
+    mixed = config.caches[1].width
+    activations = COMPUTE_BYTES[execution.compute] * queries * heads * (config.key_width + mixed)
+    if execution.writes_scores:  # written and read by the product, the mask, the softmax, and read by the mix
+        scores = step.batch * heads * step.tokens * (step.past + step.tokens)
+        activations += _SCORE_PASSES * COMPUTE_BYTES[execution.compute] * scores
+    reads = _CPU_CACHE_READS if execution.backend == "onnxruntime" else 1
+    tokens = reads * (step.past + step.tokens) + step.tokens
+    cache = cache_bytes(config, execution.cache_dtype, tokens, step.batch)
+    return Operator(
+        "attention",
+        flops=layers * config.attention_flops_per_pair * pairs,
+        cache_bytes=cache,
+        activation_bytes=layers * activations,
+    )
+
+
+_SCORE_PASSES = 6
+
+
+def query_heads(config: ModelConfig) -> int:
+    """Return the number of attention maps: n_q, or n_h of a baseline."""
+    return config.num_query_heads if isinstance(config, GTAConfig) else config.num_attention_heads
+
+
+def _elementwise(config: ModelConfig, rows: int, width: int) -> Operator:
+    """Norms, residual sums, the activation of the MLP and the gate: what they read and write."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    gate = 3 * hidden if isinstance(config, GTAConfig) else 0  # gate and values in, product out
+    per_row = config.num_hidden_layers * (2 * 5 * hidden + 3 * inner + gate) + 2 * hidden
+    return Operator("elementwise", activation_bytes=rows * per_row * width)

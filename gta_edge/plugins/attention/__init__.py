@@ -1,0 +1,1 @@
+"""The op ``gta::GroupedLatentAttention``: definition, tiling, kernels, torch op and TensorRT plugin."""

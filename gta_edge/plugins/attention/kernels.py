@@ -1,0 +1,207 @@
+"""The attention kernels on a GPU: compiled and loaded once, then launched on raw device addresses.
+
+Knows of no framework. Whoever holds the memory (a session, an engine's plugin) gives addresses and a stream; a launch
+allocates nothing and waits for nothing, so that it can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from typing import Any
+
+import numpy as np
+
+from gta_edge.cuda.gpu import OLDEST, Gpu, Launcher, current_gpu
+from gta_edge.errors import BackendError
+from gta_edge.plugins.attention.launches import (
+    MAX_INT32,
+    Plan,
+    decode_launches,
+    plan_attention,
+    prefill_launches,
+    programs,
+)
+from gta_edge.plugins.attention.tiling import Variant
+
+__all__ = ["OLDEST", "AttentionKernels", "Buffers", "Gpu", "attention_kernels", "current_gpu"]
+
+_ALIGNMENT = 16
+_ALIGNMENTS = {"past_length": 8, "key_scale": 4, "latent_scale": 4}
+_SCALES = ("key_scale", "latent_scale")
+_MAX_FLOAT32 = float(np.finfo(np.float32).max)
+_MAY_BE_ABSENT = (*_SCALES, "workspace")
+_LAUNCHES_KEPT = 256
+
+
+@dataclass(frozen=True)
+class Buffers:
+    """Device addresses of the op's inputs and outputs: 16-bit floats of the variant's compute type, if not said else.
+
+    All are multiples of 16 bytes, but for ``past_length`` (8) and the scales (4).
+
+    Raises:
+        BackendError: an address is missing or not aligned.
+    """
+
+    query: int
+    """[B, T, n_q·d_k], before RoPE."""
+    key: int
+    """[B, T, n_k·d_k], before RoPE."""
+    latent: int
+    """[B, T, n_c·d_l]"""
+    gate: int
+    """[B, T, H], before the sigmoid."""
+    key_cache: int
+    """[B, n_k, S, d_k] of the variant's cache type, updated in place."""
+    latent_cache: int
+    """[B, n_c, S, d_l] of the variant's cache type, updated in place."""
+    key_scale: int
+    """float32 [B, n_k, S], updated in place; 0 if the cache has none."""
+    latent_scale: int
+    """float32 [B, n_c, S], updated in place; 0 if the cache has none."""
+    past_length: int
+    """int64 [B]"""
+    cos: int
+    """[P, d_k/2]"""
+    sin: int
+    """[P, d_k/2]"""
+    value_decoder: int
+    """[n_q, d_l, e·d_l]"""
+    output: int
+    """[B, T, H]"""
+    workspace: int
+    """``AttentionKernels.workspace_bytes`` bytes of no meaning between calls; 0 if that is 0."""
+
+    def __post_init__(self) -> None:
+        for name, address in vars(self).items():
+            alignment = _ALIGNMENTS.get(name, _ALIGNMENT)
+            if address % alignment:
+                raise BackendError(
+                    f"{name} is at address {address:#x}; expected a multiple of {alignment}: copy it to memory "
+                    "that is aligned so"
+                )
+            if not address and name not in _MAY_BE_ABSENT:
+                raise BackendError(f"{name} is at address 0; expected memory of the GPU")
+
+
+@cache
+def attention_kernels(variant: Variant, gpu: Gpu) -> AttentionKernels:
+    """Return the kernels of a variant on a GPU, compiled and loaded at the first call.
+
+    Raises:
+        BackendError: as for ``AttentionKernels``.
+    """
+    return AttentionKernels(variant, gpu)
+
+
+class AttentionKernels:
+    """All kernels of one variant, loaded on one GPU.
+
+    Args:
+        variant: the model's sizes and types.
+        gpu: where they run.
+
+    Raises:
+        BackendError: the kernels do not fit the GPU, cannot be compiled, or not be loaded.
+    """
+
+    def __init__(self, variant: Variant, gpu: Gpu) -> None:
+        self.variant, self.gpu = variant, gpu
+        self.programs = programs(variant, gpu.architecture)
+        self._launcher = Launcher(gpu, "attention")
+        # Neither the kernels nor their shared memory depend on a call's sizes.
+        samples = [decode_launches(self.programs.decode, gpu.processors, 1, 1, 1)]
+        samples += [prefill_launches(program, 1, 1) for program in self.programs.prefill]
+        self._kernels = self._launcher.load(
+            {launches[0].program: {each.kernel: each.launch.shared_bytes for each in launches} for launches in samples}
+        )
+        self.plan = lru_cache(_LAUNCHES_KEPT)(self._plan)
+        self._prepared = lru_cache(_LAUNCHES_KEPT)(self._prepare)
+
+    def workspace_bytes(self, batch: int, tokens: int, capacity: int) -> int:
+        """Return the size of the workspace that a call with these sizes needs; 0 for long prompts.
+
+        Args:
+            batch: B.
+            tokens: T.
+            capacity: S.
+
+        Raises:
+            BackendError: a size that the kernels cannot take.
+        """
+        return self.plan(batch, tokens, capacity).workspace_bytes
+
+    def launch(
+        self,
+        stream: Any,
+        buffers: Buffers,
+        *,
+        batch: int,
+        tokens: int,
+        capacity: int,
+        positions: int,
+        scale: float,
+    ) -> None:
+        """Launch one call of the op.
+
+        Args:
+            stream: of the GPU: a ``cuda.core.Stream``, anything with ``__cuda_stream__``, or a handle. The GPU's
+                context is current in the calling thread: handle 0 means the default stream of what is current.
+            buffers: of the sizes below; they must live until the stream has passed the launches.
+            batch: B, up to 65535.
+            tokens: T, at most ``capacity``.
+            capacity: S.
+            positions: P.
+            scale: factor of the scores, before the softmax; more than 0.
+
+        Raises:
+            BackendError: a size or an address that the kernels cannot take, or a launch failed.
+        """
+        plan, launches = self._prepared(batch, tokens, capacity, positions, scale)
+        for name in _SCALES:
+            if bool(getattr(buffers, name)) != self.variant.quantised:
+                raise BackendError(
+                    f"{name} is {'given' if getattr(buffers, name) else 'missing'}; a cache of type "
+                    f"{self.variant.cache} has {'scales' if self.variant.quantised else 'none'}"
+                )
+        if plan.workspace_bytes and not buffers.workspace:
+            raise BackendError(f"there is no workspace; expected {plan.workspace_bytes} bytes of the GPU's memory")
+        addresses = dict(vars(buffers))
+        for name, offset in plan.offsets.items():
+            addresses[name] = buffers.workspace + offset
+        self._launcher.launch(
+            stream,
+            (
+                (config, kernel, *map(addresses.__getitem__, names), *numbers)
+                for config, kernel, names, numbers in launches
+            ),
+        )
+
+    def _plan(self, batch: int, tokens: int, capacity: int) -> Plan:
+        return plan_attention(self.programs, self.gpu.processors, batch=batch, tokens=tokens, capacity=capacity)
+
+    def _prepare(
+        self, batch: int, tokens: int, capacity: int, positions: int, scale: float
+    ) -> tuple[Plan, tuple[Any, ...]]:
+        """Return the plan, and of each launch all that does not depend on addresses, as cuda.core takes it."""
+        plan = self.plan(batch, tokens, capacity)
+        if tokens > capacity:
+            raise BackendError(f"tokens is {tokens}; expected at most the capacity, {capacity}")
+        # The largest product must give the largest score; what counts is the float32 that the kernels get.
+        if not (0 < scale <= _MAX_FLOAT32 and np.float32(scale) > 0):
+            raise BackendError(f"scale is {scale}; expected more than 0, and a number that float32 has")
+        if not 1 <= positions <= MAX_INT32:
+            raise BackendError(f"positions is {positions}; expected 1 to {MAX_INT32}")
+        # An int of Python would be passed as 8 bytes, a float too.
+        values: dict[str, Any] = {name: np.int32(value) for name, value in plan.numbers.items()}
+        values |= {"positions": np.int32(positions), "scale": np.float32(scale)}
+        return plan, tuple(
+            (
+                self._launcher.config(each.launch),
+                self._kernels[each.program, each.kernel],
+                each.signature.addresses,
+                tuple(values[name] for name in each.signature.numbers),
+            )
+            for each in plan.launches
+        )

@@ -1,0 +1,363 @@
+"""How the attention kernels are cut to a model and a GPU: the one place that knows tiles, splits and grids.
+
+A kernel is compiled for one ``Variant`` (a model's sizes, the compute type, the cache's type) on one kind of GPU; what
+is chosen here reaches the source as macros (``Program.defines``), and the source asserts at compile time that it needs
+exactly the shared memory that is computed here. Nothing here needs CUDA, so that plans can be made anywhere.
+
+Two ways to run the op, by the number of new tokens T:
+
+* decode, T up to ``DECODE_TOKENS``: the rows (query head, token) of a group of heads that share cached heads are
+  multiplied together with each slice of the cache, which is read once; the cache's length is divided among
+  ``decode_splits`` blocks, which a second kernel combines.
+* prefill, above: a block takes one query head and a tile of tokens and walks over the cache.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import product
+from math import gcd
+
+from gta_edge.errors import BackendError
+from gta_edge.plugins.attention.definition import Sizes
+
+__all__ = [
+    "ARCHITECTURES",
+    "CACHE_TYPES",
+    "COMPUTE_TYPES",
+    "DECODE_TOKENS",
+    "Launch",
+    "Program",
+    "Variant",
+    "append_grid",
+    "combine_grid",
+    "decode_grid",
+    "decode_program",
+    "decode_splits",
+    "prefill_grid",
+    "prefill_program",
+    "prefill_programs",
+    "workspace_bytes",
+]
+
+COMPUTE_TYPES = ("fp16", "bf16")
+CACHE_TYPES = ("fp16", "bf16", "int8", "fp8")
+
+DECODE_TOKENS = 16
+"""Most new tokens per row for which the cache is split among blocks."""
+
+WARP = 32
+ROWS = 16
+"""Rows of one tensor core product, and tokens of the slice of the cache that it meets."""
+
+LEAST_SPLIT_TOKENS, MOST_SPLIT_TOKENS = 256, 2048
+"""Tokens of a split: fewer make the combining kernel's work grow, more let one long row of a batch end last."""
+
+COMBINE_THREADS = 256
+APPEND_WARPS = 4
+"""Cache rows that one block of the appending kernel writes, a warp each."""
+
+KIB = 1024
+BLOCK_RESERVE = KIB
+"""Shared memory that the system keeps for itself per block, from SM 8.0 on."""
+
+ARCHITECTURES = {
+    "sm_80": (164, 163),
+    "sm_86": (100, 99),
+    "sm_87": (164, 163),
+    "sm_89": (100, 99),
+    "sm_90": (228, 227),
+    "sm_100": (228, 227),
+    "sm_103": (228, 227),
+    "sm_110": (228, 227),
+    "sm_120": (100, 99),
+    "sm_121": (100, 99),
+}
+"""Shared memory in KiB per multiprocessor and per block (CUDA C++ Programming Guide, "Compute Capabilities")."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a kernel is compiled for.
+
+    Args:
+        sizes: the model's.
+        compute: type of activations, value decoder and tables: ``fp16`` or ``bf16``.
+        cache: type of both caches: the compute type, ``int8`` or ``fp8`` (e4m3).
+
+    Raises:
+        BackendError: the kernels cannot do this; the message lists what they can.
+    """
+
+    sizes: Sizes
+    compute: str
+    cache: str
+
+    def __post_init__(self) -> None:
+        if self.compute not in COMPUTE_TYPES:
+            raise BackendError(f"the kernels compute in {' or '.join(COMPUTE_TYPES)}, not in {self.compute}")
+        allowed = (self.compute, "int8", "fp8")
+        if self.cache not in allowed:
+            raise BackendError(
+                f"a cache of type {self.cache} does not go with {self.compute}; expected one of {', '.join(allowed)}"
+            )
+        for name, width, most in (("key", self.sizes.key_dim, 128), ("latent", self.sizes.latent_dim, 256)):
+            if width % 16 or width > most:
+                raise BackendError(
+                    f"the kernels have no {name} width of {width}; expected a multiple of 16 from 16 to {most}"
+                )
+
+    @property
+    def quantised(self) -> bool:
+        """Whether the cache has scales."""
+        return self.cache != self.compute
+
+    @property
+    def cache_itemsize(self) -> int:
+        """Bytes of one cached value."""
+        return 1 if self.quantised else 2
+
+    @property
+    def expansion(self) -> int:
+        """e: width of a query head's output over the latent width."""
+        return self.sizes.hidden_size // (self.sizes.num_query_heads * self.sizes.latent_dim)
+
+    def defines(self) -> dict[str, int]:
+        """Return the macros that specialise the source to this variant."""
+        return {
+            "GTA_QUERY_HEADS": self.sizes.num_query_heads,
+            "GTA_KEY_HEADS": self.sizes.num_key_heads,
+            "GTA_LATENT_HEADS": self.sizes.num_latent_heads,
+            "GTA_KEY_DIM": self.sizes.key_dim,
+            "GTA_LATENT_DIM": self.sizes.latent_dim,
+            "GTA_EXPANSION": self.expansion,
+            "GTA_COMPUTE_BF16": int(self.compute == "bf16"),
+            "GTA_CACHE_INT8": int(self.cache == "int8"),
+            "GTA_CACHE_FP8": int(self.cache == "fp8"),
+        }
+
+
+@dataclass(frozen=True)
+class Program:
+    """One source file cut to a variant and a GPU."""
+
+    source: str
+    """File name in ``kernels/``."""
+    kernels: tuple[str, ...]
+    tiles: tuple[tuple[str, int], ...]
+    threads: int
+    """Per block of the main kernel."""
+    shared_bytes: int
+    """Dynamic shared memory of the main kernel, ``kernels[0]``; the others need less than any limit."""
+    resident_blocks: int
+    """Blocks of the main kernel that a multiprocessor has shared memory for."""
+    variant: Variant
+
+    def defines(self) -> dict[str, int]:
+        """Return all macros of the source."""
+        return self.variant.defines() | dict(self.tiles)
+
+    def tile(self, name: str) -> int:
+        """Return one of ``tiles``."""
+        return dict(self.tiles)[name]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel's grid and block."""
+
+    grid: tuple[int, int, int]
+    threads: int
+    shared_bytes: int = 0
+
+
+def pitch(row_bytes: int) -> int:
+    """Return the distance of rows in shared memory: an odd number of 16-byte units, free of bank conflicts."""
+    return (row_bytes // 16 | 1) * 16
+
+
+def shared_limits(architecture: str) -> tuple[int, int]:
+    """Return bytes of shared memory per multiprocessor and per block; unknown GPUs get the least of all known."""
+    per_processor, per_block = ARCHITECTURES.get(architecture, (100, 99))
+    return per_processor * KIB, per_block * KIB
+
+
+def _resident(shared_bytes: int, architecture: str) -> int:
+    return shared_limits(architecture)[0] // (shared_bytes + BLOCK_RESERVE)
+
+
+# --- decode ----------------------------------------------------------------------------------------------------------
+
+
+def decode_program(variant: Variant, architecture: str) -> Program:
+    """Return how the decode kernels are cut.
+
+    A block serves one group of heads: all query heads that reach each other by sharing a key or a latent head, so that
+    every cached row is read once. Its query rows fill ``warps_m`` tiles of 16; ``warps_n`` warps take slices of 16
+    tokens in turn, fewer of them where shared memory is short. Where even one does not fit, a group is the query heads
+    that share both heads, and what groups share is read again. As many stages of slices as fit are kept in flight,
+    with two blocks on a multiprocessor if that leaves two stages each.
+    """
+    sizes, (per_processor, per_block) = variant.sizes, shared_limits(architecture)
+    n_q, n_k, n_c = sizes.num_query_heads, sizes.num_key_heads, sizes.num_latent_heads
+    shared_by_all, shared_by_both = gcd(n_k, n_c), n_q // gcd(n_q // n_k, n_q // n_c)
+    for groups, most_warps in product((shared_by_all, shared_by_both), (4, 2, 1)):
+        warps_m = next(w for w in (1, 2, 4, 8) if w * ROWS >= n_q // groups or w == 8)
+        warps_n = max(1, most_warps // warps_m)
+        keys, latents = max(1, n_k // groups), max(1, n_c // groups)
+        row_bytes = keys * pitch(sizes.key_dim * variant.cache_itemsize)
+        row_bytes += latents * pitch(sizes.latent_dim * variant.cache_itemsize)
+        row_bytes += 4 * (keys + latents) if variant.quantised else 0
+        stage = ROWS * warps_n * row_bytes
+        query = ROWS * warps_m * pitch(2 * sizes.key_dim)
+        merge = ROWS * warps_m * warps_n * 4 * (sizes.latent_dim + 4) if warps_n > 1 else 0
+        fitting = [
+            (blocks, stages)
+            for blocks, stages in product((2, 1), (4, 3, 2))
+            if max(stages * stage + query, merge) <= min(per_block, per_processor // blocks - BLOCK_RESERVE)
+        ]
+        if fitting:
+            break
+    else:
+        raise BackendError(
+            f"the decode kernel of {sizes} does not fit {per_block} bytes of shared memory; choose another backend"
+        )
+    stages = fitting[0][1]
+    shared_bytes = max(stages * stage + query, merge)
+    columns = next(c for c in (64, 32, 16) if sizes.latent_dim % c == 0)
+    tiles = {
+        "GTA_DECODE_GROUPS": groups,
+        "GTA_DECODE_WARPS_M": warps_m,
+        "GTA_DECODE_WARPS_N": warps_n,
+        "GTA_DECODE_STAGES": stages,
+        "GTA_DECODE_LEAST_TOKENS": LEAST_SPLIT_TOKENS,
+        "GTA_DECODE_SHARED_BYTES": shared_bytes,
+        "GTA_COMBINE_COLUMNS": columns,
+        "GTA_COMBINE_THREADS": COMBINE_THREADS,
+        "GTA_COMBINE_SHARED_BYTES": _combine_shared_bytes(sizes.latent_dim, columns),
+    }
+    return Program(
+        source="decode.cu",
+        kernels=("gta_decode_split", "gta_decode_combine"),
+        tiles=tuple(tiles.items()),
+        threads=WARP * warps_m * warps_n,
+        shared_bytes=shared_bytes,
+        resident_blocks=_resident(shared_bytes, architecture),
+        variant=variant,
+    )
+
+
+def _combine_shared_bytes(latent_dim: int, columns: int) -> int:
+    """Return the combining kernel's shared memory: parts of a mix, the mix, and parts of its product; float32."""
+    splits, decoder_rows = COMBINE_THREADS // (latent_dim // 4), COMBINE_THREADS // (columns // 8)
+    return 4 * (splits * latent_dim + latent_dim + decoder_rows * columns)
+
+
+def _row_blocks(program: Program, tokens: int) -> int:
+    """Return how many blocks a group's query rows take."""
+    rows = program.variant.sizes.num_query_heads // program.tile("GTA_DECODE_GROUPS") * tokens
+    return -(-rows // (ROWS * program.tile("GTA_DECODE_WARPS_M")))
+
+
+def decode_splits(program: Program, processors: int, batch: int, tokens: int, capacity: int) -> int:
+    """Return among how many blocks the cache's length is divided.
+
+    As many as are resident at once, within ``LEAST_SPLIT_TOKENS`` and ``MOST_SPLIT_TOKENS`` for a full cache. The
+    blocks share out the true length by themselves, so the number depends on nothing that changes from step to step.
+    """
+    others = batch * program.tile("GTA_DECODE_GROUPS") * _row_blocks(program, tokens)
+    resident = processors * min(program.resident_blocks, 2)
+    least, most = -(-capacity // MOST_SPLIT_TOKENS), -(-capacity // program.tile("GTA_DECODE_LEAST_TOKENS"))
+    return min(max(resident // others, least), most)
+
+
+def decode_grid(program: Program, splits: int, batch: int, tokens: int) -> Launch:
+    """Return the launch of ``gta_decode_split``."""
+    groups = program.tile("GTA_DECODE_GROUPS") * _row_blocks(program, tokens)
+    return Launch((splits, groups, batch), program.threads, program.shared_bytes)
+
+
+def combine_grid(program: Program, processors: int, batch: int, tokens: int) -> Launch:
+    """Return the launch of ``gta_decode_combine``: rows, query heads, blocks of output columns.
+
+    Each block keeps its part of the value decoder in registers and takes rows in turn, where there are more rows than
+    keep the GPU busy.
+    """
+    sizes = program.variant.sizes
+    columns = program.variant.expansion * sizes.latent_dim // program.tile("GTA_COMBINE_COLUMNS")
+    rows = min(batch * tokens, max(1, 6 * processors // (sizes.num_query_heads * columns)))
+    shared_bytes = program.tile("GTA_COMBINE_SHARED_BYTES")
+    return Launch((rows, sizes.num_query_heads, columns), COMBINE_THREADS, shared_bytes)
+
+
+def workspace_bytes(program: Program, splits: int, batch: int, tokens: int) -> int:
+    """Return the size of the decode kernels' workspace: per row, head and split a mix, its maximum and its sum."""
+    return batch * tokens * program.variant.sizes.num_query_heads * splits * (program.variant.sizes.latent_dim + 2) * 4
+
+
+# --- prefill ---------------------------------------------------------------------------------------------------------
+
+
+def prefill_program(variant: Variant, architecture: str, row_tiles: int) -> Program:
+    """Return how the prefill kernels are cut: 4 warps of ``row_tiles`` tiles of 16 query rows each.
+
+    Two row tiles halve the reads of shared memory per product; one leaves more blocks for short prompts.
+    """
+    sizes, (_, per_block) = variant.sizes, shared_limits(architecture)
+    warps = 4
+    query = ROWS * row_tiles * warps * pitch(2 * sizes.key_dim)
+    token = pitch(sizes.key_dim * variant.cache_itemsize) + pitch(sizes.latent_dim * variant.cache_itemsize)
+    token += 8 if variant.quantised else 0
+    # more keys, or columns with wide latents, would not fit the registers
+    most_keys = 64 if row_tiles == 1 and sizes.latent_dim <= 128 else 32
+    most_columns = 64 if sizes.latent_dim <= 128 else 32
+    candidates = [
+        (keys, columns, query + 2 * max(keys * token, sizes.latent_dim * pitch(2 * columns)))
+        for keys, columns in product((64, 32), (64, 32, 16))
+        if keys <= most_keys and columns <= most_columns and sizes.latent_dim % columns == 0
+    ]
+    fitting = [entry for entry in candidates if entry[2] <= per_block]
+    if not fitting:
+        raise BackendError(
+            f"the prefill kernel of {sizes} does not fit {per_block} bytes of shared memory; choose another backend"
+        )
+    # the largest tiles that leave room for a second block, which works while the first waits
+    keys, columns, shared_bytes = next((e for e in fitting if _resident(e[2], architecture) > 1), fitting[0])
+    tiles = {
+        "GTA_PREFILL_WARPS": warps,
+        "GTA_PREFILL_ROW_TILES": row_tiles,
+        "GTA_PREFILL_KEYS": keys,
+        "GTA_PREFILL_COLUMNS": columns,
+        "GTA_PREFILL_SHARED_BYTES": shared_bytes,
+        "GTA_APPEND_WARPS": APPEND_WARPS,
+    }
+    return Program(
+        source="prefill.cu",
+        kernels=("gta_prefill", "gta_append"),
+        tiles=tuple(tiles.items()),
+        threads=WARP * warps,
+        shared_bytes=shared_bytes,
+        resident_blocks=_resident(shared_bytes, architecture),
+        variant=variant,
+    )
+
+
+def prefill_programs(variant: Variant, architecture: str) -> tuple[Program, ...]:
+    """Return the prefill programs of a variant, the widest tile first; wide latents leave registers for one only."""
+    return tuple(
+        prefill_program(variant, architecture, n) for n in ((2, 1) if variant.sizes.latent_dim <= 128 else (1,))
+    )
+
+
+def prefill_grid(program: Program, batch: int, tokens: int) -> Launch:
+    """Return the launch of ``gta_prefill``: query heads, tiles of tokens, rows of the batch."""
+    tile = ROWS * program.tile("GTA_PREFILL_ROW_TILES") * program.tile("GTA_PREFILL_WARPS")
+    return Launch(
+        (program.variant.sizes.num_query_heads, -(-tokens // tile), batch), program.threads, program.shared_bytes
+    )
+
+
+def append_grid(program: Program, batch: int, tokens: int) -> Launch:
+    """Return the launch of ``gta_append``: tokens, cached heads, rows of the batch."""
+    heads = program.variant.sizes.num_key_heads + program.variant.sizes.num_latent_heads
+    return Launch((-(-tokens // APPEND_WARPS), heads, batch), WARP * APPEND_WARPS)

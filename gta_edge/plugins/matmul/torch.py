@@ -1,0 +1,240 @@
+"""The products with quantised matrices in torch, ``torch.ops.gta.blockwise_matmul``; importing this registers it.
+
+On CUDA tensors of fp16 or bf16 it runs the CUDA kernels, which read the codes as they lie. Everything else (the CPU,
+float32, sizes that the kernels are not made for) dequantises a slice of a matrix at a time, in torch's own operations.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from gta_edge.errors import BackendError
+from gta_edge.libraries.optional import installed, optional
+from gta_edge.plugins.matmul.definition import Sizes
+from gta_edge.plugins.matmul.packing import OUTPUTS_MULTIPLE
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = optional("torch", "export")
+    Tensor = torch.Tensor
+
+__all__ = ["ALIGNED_INPUTS", "blockwise_matmul", "dequantised_rows"]
+
+ALIGNED_INPUTS = 8
+"""The kernels read x in pieces of 16 bytes, so K must be a multiple of this many 16-bit values."""
+
+_SLICE_VALUES = 2**24
+"""Weights that are dequantised at once."""
+
+
+def blockwise_matmul(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    block_size: int,
+    output_sizes: Sequence[int],
+) -> list[Tensor]:
+    """Multiply by packed matrices that lie side by side.
+
+    Args:
+        x: floating point [..., K].
+        weight: int32, packed (``packing.py``), for N outputs, the sum of ``output_sizes``.
+        scale: float16, packed.
+        bias: of x's type [N], or None.
+        bits: 4 or 8.
+        block_size: inputs that share a scale; 0 is one scale per output channel.
+        output_sizes: the widths of the outputs, one to four.
+
+    Returns:
+        Contiguous tensors [..., size] of x's type, each with memory of its own.
+
+    Raises:
+        ValueError: types or shapes do not fit together.
+    """
+    sizes = _checked(x, weight, scale, bias, bits, block_size, output_sizes)
+    step = max(1, _SLICE_VALUES // (weight.shape[1] * (512 * 8 // bits)))
+    rows = x.float()
+    parts = []
+    for first in range(0, weight.shape[0], step):
+        tiles = slice(first, first + step)
+        parts.append(rows @ _dequantised(weight[tiles], scale[tiles], bits)[: sizes.in_features])
+    product = torch.cat(parts, dim=-1)[..., : sizes.out_features]
+    if bias is not None:
+        product = product + bias.float()
+    return [part.to(x.dtype, copy=True).contiguous() for part in torch.split(product, list(sizes.output_sizes), dim=-1)]
+
+
+def dequantised_rows(weight: Tensor, scale: Tensor, ids: Tensor, bits: int, in_features: int) -> Tensor:
+    """Look up outputs of a packed matrix as rows of a table, which an embedding tied to the head is.
+
+    Args:
+        weight: int32, packed.
+        scale: float16, packed.
+        ids: int64 [...], from 0 to N - 1.
+        bits: 4 or 8.
+        in_features: K.
+
+    Returns:
+        float32 [..., K].
+    """
+    tile, g, h = ids // OUTPUTS_MULTIPLE, ids % 8, ids // 8 % 2
+    words = _lanes(weight)[tile, :, g]  # [..., tile_k, t, 4 words]
+    factors = scale[tile, :, g]  # [..., j, b, 2 h]
+    factors = factors.gather(-1, h[..., None, None, None].expand(*factors.shape[:-1], 1)).flatten(-3)
+    digits = _digits(words, bits)  # int4: [..., tile_k, t, w, odd, k8, h]; int8: [..., tile_k, t, s, k8, h, odd]
+    along = -1 if bits == 4 else -2
+    digits = digits.movedim(along, -1)
+    chosen = digits.gather(-1, h[(..., *[None] * 6)].expand(*digits.shape[:-1], 1)).squeeze(-1)
+    lead = ids.dim()
+    # to [..., tile_k, w, k8, t, odd], from [.., t, w, odd, k8] or [.., t, s, k8, odd]
+    order = (0, 2, 4, 1, 3) if bits == 4 else (0, 2, 3, 1, 4)
+    codes = chosen.permute(*range(lead), *(lead + axis for axis in order)).flatten(lead) - (1 << bits - 1)
+    values = codes.reshape(*factors.shape, -1) * factors[..., None].float()
+    rows: Tensor = values.flatten(-2)[..., :in_features]
+    return rows
+
+
+def _digits(words: Tensor, bits: int) -> Tensor:
+    """Return unsigned codes, int32: the words' axis becomes one for words and three more for their 2·2·2 or 2·2 places.
+
+    int4: [..., 4] to [..., 4 w, 2 odd, 2 k8, 2 h]; int8: [..., 4] to [..., 2 s, 2 k8, 2 h, 2 odd].
+    """
+    shifts = torch.arange(0, 32, bits, device=words.device, dtype=torch.int32)
+    digits = words[..., None] >> shifts & ((1 << bits) - 1)  # the mask takes what the sign was repeated to
+    lead = words.shape if bits == 4 else (*words.shape[:-1], 2)
+    return digits.reshape(*lead, 2, 2, 2)
+
+
+def _lanes(weight: Tensor) -> Tensor:
+    """Return a packed weight as [tile_n, tile_k, 8 g, 4 t, 4 words]."""
+    return weight.reshape(*weight.shape[:2], 8, 4, 4)
+
+
+def _dequantised(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """Return float32 [Kp, Np] of some tiles along the outputs."""
+    tiles = weight.shape[0]
+    digits = _digits(_lanes(weight), bits)
+    # to [tile_k, w, k8, t, odd, tile_n, h, g], from [tile_n, tile_k, g, t, w, odd, k8, h] or [.., s, k8, h, odd]
+    order = (1, 4, 6, 3, 5, 0, 7, 2) if bits == 4 else (1, 4, 5, 3, 7, 0, 6, 2)
+    factors = scale.permute(1, 3, 0, 4, 2).reshape(-1, 1, tiles * OUTPUTS_MULTIPLE).float()  # [blocks, 1, Np]
+    codes = digits.to(torch.uint8).permute(order).reshape(len(factors), -1, tiles * OUTPUTS_MULTIPLE)
+    return (codes.float() - (1 << bits - 1)).mul_(factors).flatten(0, 1)
+
+
+@functools.lru_cache(1024)
+def _sizes(in_features: int, output_sizes: tuple[int, ...], bits: int, block_size: int) -> Sizes:
+    return Sizes(in_features, output_sizes, bits, block_size)
+
+
+def _checked(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    block_size: int,
+    output_sizes: Sequence[int],
+) -> Sizes:
+    """Return the call's sizes, of which the tensors are."""
+    if not x.is_floating_point() or x.dim() < 1:
+        raise ValueError(f"x is {_described(x)}; expected floating point [..., K]")
+    sizes = _sizes(x.shape[-1], tuple(output_sizes), bits, block_size)
+    for name, tensor, dtype, shape in (
+        ("weight", weight, torch.int32, sizes.weight_shape),
+        ("scale", scale, torch.float16, sizes.scale_shape),
+        ("bias", bias, x.dtype, (sizes.out_features,)),
+    ):
+        if tensor is not None and (tensor.dtype != dtype or tensor.shape != shape):
+            raise ValueError(
+                f"{name} is {_described(tensor)}; expected {dtype} {list(shape)} for {sizes.in_features} inputs and "
+                f"{sizes.out_features} outputs, int{bits} in blocks of {block_size}"
+            )
+    return sizes
+
+
+def _described(tensor: Tensor) -> str:
+    return f"{tensor.dtype} {list(tensor.shape)}"
+
+
+def _on_gpu(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    block_size: int,
+    output_sizes: Sequence[int],
+) -> list[Tensor]:
+    """The op on CUDA tensors: the kernels, where they are made for the call."""
+    from gta_edge.plugins.attention.kernels import OLDEST, current_gpu
+    from gta_edge.plugins.matmul.kernels import matmul_kernels
+    from gta_edge.plugins.matmul.tiling import MatMulVariant
+
+    compute = {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(x.dtype)
+    device = x.device
+    if compute is None or x.shape[-1] % ALIGNED_INPUTS or torch.cuda.get_device_capability(device) < OLDEST:
+        return blockwise_matmul(x, weight, scale, bias, bits, block_size, output_sizes)
+    sizes = _checked(x, weight, scale, bias, bits, block_size, output_sizes)
+    if any(tensor.device != device for tensor in (weight, scale, bias) if tensor is not None):
+        raise BackendError(f"x lies on {device}, and weight, scale or bias elsewhere; move them to one device")
+    outputs = [x.new_empty(shape) for shape in sizes.output_shapes(x.shape)]
+    rows = x.numel() // sizes.in_features
+    if not rows:
+        return outputs
+    index = torch.cuda.current_device() if device.index is None else device.index
+    kernels = matmul_kernels(MatMulVariant(bits, block_size, compute), current_gpu(index))
+    # kept until the launches are queued: then the allocator may give their memory only to what follows them
+    workspace = torch.empty(
+        kernels.workspace_bytes(rows, sizes.in_features, sizes.output_sizes), dtype=torch.uint8, device=device
+    )
+    whole = [None if tensor is None else _aligned(tensor) for tensor in (x, weight, scale, bias)]
+    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in whole]
+    with torch.cuda.device(device):  # whose default stream has the handle of every other GPU's
+        kernels.launch(
+            torch.cuda.current_stream(device).cuda_stream,
+            x=addresses[0],
+            weight=addresses[1],
+            scale=addresses[2],
+            bias=addresses[3],
+            outputs=[output.data_ptr() for output in outputs],
+            workspace=workspace.data_ptr(),
+            rows=rows,
+            in_features=sizes.in_features,
+            output_sizes=sizes.output_sizes,
+        )
+    return outputs
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """Return the tensor, contiguous and at an address that is a multiple of 16."""
+    whole = tensor.contiguous()
+    return whole.clone() if whole.data_ptr() % 16 else whole
+
+
+def _register() -> Any:
+    op = torch.library.custom_op(
+        "gta::blockwise_matmul",
+        blockwise_matmul,
+        mutates_args=(),
+        schema=(
+            "(Tensor x, Tensor weight, Tensor scale, Tensor? bias, int bits, int block_size, int[] output_sizes)"
+            " -> Tensor[]"
+        ),
+    )
+    op.register_kernel("cuda")(_on_gpu)
+
+    @op.register_fake
+    def _(x: Tensor, weight: Tensor, scale: Tensor, bias: Any, bits: int, block_size: int, sizes: Any) -> list[Tensor]:
+        return [x.new_empty(*x.shape[:-1], size) for size in sizes]  # shapes only, for tracing
+
+    return op
+
+
+if installed(torch):
+    _register()

@@ -1,0 +1,1 @@
+"""Session to tokens: the loop, sampling, stop conditions, incremental detokenization."""

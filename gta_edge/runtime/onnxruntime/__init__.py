@@ -1,0 +1,1 @@
+"""The backends ``onnxruntime`` and ``onnxruntime-cuda``."""

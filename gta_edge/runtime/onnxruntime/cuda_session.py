@@ -1,0 +1,371 @@
+"""The `onnxruntime-cuda` backend: a bundle's graph in fp16 or bf16 on an NVIDIA GPU, by ONNX Runtime alone.
+
+Past input and present output of every layer are bound to one buffer on the GPU, so no step copies the cache. A step of
+one token per row is a CUDA graph, captured by ONNX Runtime once for each number of rows and capacity: its inputs and
+logits have memory of their own that stays where it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gta_edge.cuda.session import free_gpu_bytes
+from gta_edge.errors import BackendError, CapacityError, GtaEdgeError, OutputError
+from gta_edge.formats.bundle import Bundle
+from gta_edge.libraries.onnxruntime import (
+    CUDA_PROVIDER,
+    first_line,
+    is_out_of_memory,
+    load_onnxruntime,
+    load_onnxruntime_cuda,
+    quiet,
+    why_no_gpu,
+)
+from gta_edge.model.config import CacheSpec
+from gta_edge.runtime.onnxruntime.lowered import GRAPH, Form, kept_graph
+from gta_edge.runtime.onnxruntime.model import OpenModel, model_files, open_model
+from gta_edge.runtime.session import Ids, Logits, Session
+from gta_edge.support.files import scratch_directory
+from gta_edge.support.progress import Progress, silent
+from gta_edge.support.text import one_line
+from gta_edge.support.threads import compute_threads
+
+__all__ = ["COMPUTE_TYPES", "OnnxRuntimeCudaSession", "default_compute"]
+
+COMPUTE_TYPES = {"fp16": 10, "bf16": 16, "fp32": 1}
+"""ONNX's number of the type, by the name that ``compute`` takes."""
+
+_CHUNK_SIZE = 512
+"""Tokens of a prompt at once: the scores of all heads lie in memory, in float32, and more keep a GPU busy no better."""
+
+_CAPACITY_STEP = 2048
+"""Every growth copies the cache through the host's memory and captures the step anew."""
+
+_REVISION = 1  # of what cuda_preparation does
+_FATAL = 4
+_NO_GRAPH = -1  # as gpu_graph_id: run without one
+
+
+@dataclass(frozen=True)
+class _Step:
+    """Buffers bound for one shape of step, which are only filled from then on.
+
+    Attributes:
+        graph_id: number of its CUDA graph, which is captured in its first run; ``_NO_GRAPH`` for none.
+    """
+
+    shape: tuple[int, int, int]  # B, T, M
+    binding: Any
+    input_ids: Any
+    past_length: Any
+    logit_positions: Any
+    logits: Any
+    graph_id: int
+
+
+def default_compute(precision: str) -> str:
+    """Return the type to compute in for weights stored in ``precision``: bf16 where they are, else fp16."""
+    return "bf16" if precision == "bf16" else "fp16"
+
+
+class OnnxRuntimeCudaSession(Session):
+    """A bundle on ONNX Runtime's CUDA provider.
+
+    Args:
+        bundle: the model.
+        compute: ``fp16``, ``bf16`` or ``fp32``; by default bf16 where the weights are stored so, else fp16.
+        device: ``cuda``, or ``cpu`` for the same session on ONNX Runtime's CPU provider, which lacks bf16 and CUDA
+            graphs: it is for tests.
+        device_id: CUDA's number for the GPU.
+        progress: told of weights that are converted or laid out anew.
+        options: as ``Session`` takes them; ``capacity_step`` as large as the longest context avoids all growth.
+
+    Raises:
+        BackendError: ONNX Runtime or its CUDA provider is missing, there is no GPU, or the model is refused.
+        EngineError: a weight is beyond float16's range.
+        CapacityError: the GPU has no room for the weights.
+    """
+
+    backend = "onnxruntime-cuda"
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        compute: str | None = None,
+        device: str = "cuda",
+        device_id: int = 0,
+        progress: Progress = silent,
+        **options: Any,
+    ) -> None:
+        super().__init__(bundle.config, **{"chunk_size": _CHUNK_SIZE, "capacity_step": _CAPACITY_STEP} | options)
+        self.compute = compute or default_compute(bundle.precision)
+        if self.compute not in COMPUTE_TYPES:
+            raise BackendError(f"onnxruntime-cuda computes in {', '.join(COMPUTE_TYPES)}, not in {compute}")
+        on_gpu = device == "cuda"
+        self._onnxruntime = load_onnxruntime_cuda(device_id) if on_gpu else load_onnxruntime("ort-gpu")
+        self._device = device, device_id
+        self._bundle, self._progress = bundle, progress
+        self.graph_refused: str | None = None if on_gpu else "there is no GPU"  # why no step is a CUDA graph
+        self._model: OpenModel | None = self._open()
+        self._caches: dict[str, Any] = {}
+        self._steps: dict[bool, _Step] = {}  # the one of a single token, and any other
+        self._graph_ids = 0
+
+    @property
+    def cache_bytes(self) -> int:
+        return sum(int(cache.tensor_size_in_bytes()) for cache in self._caches.values())
+
+    @property
+    def cuda_graph(self) -> bool | None:
+        """Whether single tokens are replays of a CUDA graph; if False, ``graph_refused`` says why. None on the CPU, and
+        before the first token after the cache was made or grew.
+        """
+        step = self._steps.get(True)
+        return None if step is None or self._device[0] == "cpu" else step.graph_id != _NO_GRAPH
+
+    # --- the model -------------------------------------------------------------------------------------------------
+
+    def _open(self) -> OpenModel:
+        """Return the model in ONNX Runtime: of the graph that is kept in the bundle, or of one made for now."""
+        bundle, compute = self._bundle, self.compute
+        graph = kept_graph(bundle, _form(compute), progress=self._progress)
+        if graph is not None:
+            try:
+                return self._created(graph, model_files(bundle, _form(compute).directory))
+            except CapacityError:
+                raise
+            except BackendError:  # another process may have replaced what was kept, while ONNX Runtime read it
+                pass
+        from gta_edge.runtime.onnxruntime.cuda_lower import cuda_graph
+
+        try:
+            with scratch_directory() as temporary:
+                weights = temporary.resolve() / "weights.data"
+                graph = cuda_graph(bundle, compute, weights, weights.name, self._progress, everything=True)
+                return self._created(graph, {weights.name: weights})
+        except (OSError, OutputError) as error:
+            reason = (error.strerror or error) if isinstance(error, OSError) else error
+            raise BackendError(
+                f"{bundle.directory} cannot be written to, and neither can a copy of its weights in {compute} "
+                f"({one_line(reason)}); free some space, or set TMPDIR to a place that has more"
+            ) from error
+
+    def _created(self, graph: bytes, files: Mapping[str, Path]) -> OpenModel:
+        if self.graph_refused is not None:
+            return self._create(graph, files, "0")
+        try:
+            return self._create(graph, files, "1")
+        except CapacityError:
+            raise
+        except BackendError as error:
+            refusal = first_line(error.__cause__) if isinstance(error.__cause__, Exception) else str(error)
+        opened = self._create(graph, files, "0")
+        self.graph_refused = refusal
+        return opened
+
+    def _create(self, graph: bytes, files: Mapping[str, Path], enable_cuda_graph: str) -> OpenModel:
+        module = self._onnxruntime
+        settings = module.SessionOptions()
+        settings.log_severity_level = _FATAL  # its errors are raised, and must not stand beside ours on stderr
+        settings.intra_op_num_threads = compute_threads()
+        # The graph has its fusions. Of the others one makes a Split of Slices again, see cuda_preparation.
+        settings.graph_optimization_level = module.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        device, device_id = self._device
+        on_cuda = (
+            CUDA_PROVIDER,
+            {
+                "device_id": str(device_id),
+                "enable_cuda_graph": enable_cuda_graph,
+                "arena_extend_strategy": "kSameAsRequested",  # not twice what is needed
+                "use_tf32": "0",  # fp32 means float32
+            },
+        )
+        providers = [on_cuda] if device == "cuda" else ["CPUExecutionProvider"]
+        model = self._bundle.model_path
+        try:
+            with quiet(module):
+                opened = open_model(module, graph, files, settings, providers)
+        except GtaEdgeError:
+            raise
+        except Exception as error:  # ONNX Runtime's errors have no common base
+            if is_out_of_memory(error):
+                raise CapacityError(
+                    f"{model}: the GPU has no room for the weights in {self.compute}{_free()}; close other programs, "
+                    "or export with --precision int4"
+                ) from error
+            if "cuDNN is unavailable" in str(error):
+                raise BackendError(why_no_gpu(module, error)) from error
+            raise BackendError(
+                f"{model}: ONNX Runtime {module.__version__} refuses the model ({first_line(error)}); "
+                "export the bundle again"
+            ) from error
+        if device == "cuda" and CUDA_PROVIDER not in opened.session.get_providers():
+            raise BackendError(f"ONNX Runtime {module.__version__} left the GPU unused; run `gta-edge doctor`")
+        expected = {"input_ids", "past_length", "logit_positions"} | {f"past_{name}" for name in self._cache_names()}
+        if {value.name for value in opened.session.get_inputs()} != expected:
+            opened.close()
+            raise BackendError(f"{model}: the graph is not that of config.json; export the bundle again")
+        return opened
+
+    def _release(self) -> None:
+        self._steps, self._caches = {}, {}
+        self._close_model()
+
+    def _close_model(self) -> None:
+        if self._model is not None:
+            self._model.close()
+        self._model = None
+
+    @property
+    def _session(self) -> Any:
+        return None if self._model is None else self._model.session
+
+    # --- the cache -------------------------------------------------------------------------------------------------
+
+    def _cache_names(self) -> dict[str, CacheSpec]:
+        return {
+            f"{cache.name}.{i}": cache for i in range(self.config.num_hidden_layers) for cache in self.config.caches
+        }
+
+    def _resize(self, batch: int, capacity: int) -> None:
+        self._forget_steps()  # they hold addresses of the old buffers
+        keep = batch == len(self._length)
+        filled = int(self._length.max(initial=0))
+        # zeroed: rows that are not visible get weight zero, and zero times garbage could be NaN
+        dtype = np.float32 if self.compute == "fp32" else np.float16  # 16 bits of bf16 are carried as such
+        try:
+            for name, cache in self._cache_names().items():  # one at a time: never twice the whole cache
+                old = self._caches.pop(name, None)
+                content = np.zeros((batch, cache.heads, capacity, cache.width), dtype)
+                if keep and old is not None:
+                    content[:, :, :filled] = old.numpy()[:, :, :filled]
+                del old
+                self._caches[name] = self._buffer(content)
+        except BaseException as error:  # ONNX Runtime's errors have no common base
+            self._caches, self._capacity, self._length = {}, 0, np.zeros_like(self._length)
+            if not isinstance(error, Exception):
+                raise
+            if not is_out_of_memory(error):
+                raise BackendError(
+                    f"ONNX Runtime made no cache ({first_line(error)}); run `gta-edge doctor`"
+                ) from error
+            size = batch * capacity * self.config.cache_bytes_per_token(np.dtype(dtype).itemsize)
+            raise CapacityError(
+                f"no memory for a cache of {size / 2**20:.0f} MiB ({batch} rows of {capacity} tokens){_free()}; "
+                "the cache was emptied: use a shorter context or fewer rows"
+            ) from error
+
+    def _buffer(self, content: Any) -> Any:
+        """Return a buffer on the device that holds a copy of an array."""
+        buffer = self._onnxruntime.OrtValue.ortvalue_from_shape_and_type(content.shape, content.dtype, *self._device)
+        buffer.update_inplace(content)
+        return buffer
+
+    # --- a step ----------------------------------------------------------------------------------------------------
+
+    def _run(self, input_ids: Ids, past_length: Ids, logit_positions: Ids) -> Logits:
+        wanted = logit_positions.shape[1]
+        if self._model is not None and self._device[0] == "cpu":  # a GPU has the weights in its own memory
+            self._model.check()
+        if not wanted:  # logits for one position at least: not every kernel takes none
+            logit_positions = np.zeros((len(input_ids), 1), np.int64)
+        try:
+            return self._appended(input_ids, past_length, logit_positions)[:, :wanted]
+        except Exception as error:  # ONNX Runtime's errors have no common base
+            self._reject(error, input_ids)
+            self.graph_refused = first_line(error)
+        # Again, without a graph: it writes the same rows to the same places. What is left of a capture may not be run
+        # on, so first that session goes, which the error held.
+        self._forget_steps()
+        self._close_model()
+        self._model = self._open()
+        return self._run(input_ids, past_length, logit_positions)[:, :wanted]
+
+    def _reject(self, error: Exception, input_ids: Ids) -> None:
+        """Raise our error for one of ONNX Runtime's, unless a CUDA graph may be what failed."""
+        if is_out_of_memory(error):
+            self._forget_steps()
+            raise CapacityError(
+                f"the GPU has too little memory left for {input_ids.size} tokens at once{_free()}; give a smaller "
+                "chunk_size or fewer rows"
+            ) from error
+        if self.graph_refused is not None or input_ids.shape[1] != 1:
+            raise BackendError(
+                f"ONNX Runtime failed in a step ({first_line(error)}); export the bundle again"
+            ) from error
+
+    def _appended(self, input_ids: Ids, past_length: Ids, logit_positions: Ids) -> Logits:
+        step = self._step((*input_ids.shape, logit_positions.shape[1]))
+        step.input_ids.update_inplace(input_ids)
+        step.past_length.update_inplace(past_length)
+        if step.graph_id == _NO_GRAPH:  # of a single token the position is known
+            step.logit_positions.update_inplace(np.ascontiguousarray(logit_positions))
+        self._launch(step)
+        logits: Logits = step.logits.numpy()
+        return logits
+
+    def _launch(self, step: _Step) -> None:
+        options = self._onnxruntime.RunOptions()
+        options.log_severity_level = _FATAL
+        options.add_run_config_entry("gpu_graph_id", str(step.graph_id))
+        self._session.run_with_iobinding(step.binding, options)
+
+    def _forget_steps(self) -> None:
+        for step in self._steps.values():
+            if step.graph_id != _NO_GRAPH and hasattr(self._session, "release_captured_graph"):
+                self._session.release_captured_graph(step.graph_id)
+        self._steps = {}
+
+    def _step(self, shape: tuple[int, int, int]) -> _Step:
+        single = shape[1:] == (1, 1)
+        step = self._steps.get(single)
+        if step is None or step.shape != shape:
+            step = self._steps[single] = self._bound(shape, single and self.graph_refused is None)
+        return step
+
+    def _bound(self, shape: tuple[int, int, int], with_graph: bool) -> _Step:
+        batch, tokens, positions = shape
+        if with_graph:
+            self._graph_ids += 1  # never one that was used: ONNX Runtime would replay the old graph
+        step = _Step(
+            shape=shape,
+            binding=self._session.io_binding(),
+            input_ids=self._buffer(np.zeros((batch, tokens), np.int64)),
+            past_length=self._buffer(np.zeros(batch, np.int64)),
+            logit_positions=self._buffer(np.zeros((batch, positions), np.int64)),
+            logits=self._buffer(np.zeros((batch, positions, self.config.vocab_size), np.float32)),
+            graph_id=self._graph_ids if with_graph else _NO_GRAPH,
+        )
+        for name in ("input_ids", "past_length", "logit_positions"):
+            step.binding.bind_ortvalue_input(name, getattr(step, name))
+        step.binding.bind_ortvalue_output("logits", step.logits)
+        kind = COMPUTE_TYPES[self.compute]
+        for name, cache in self._caches.items():
+            place = *self._device, kind, cache.shape(), cache.data_ptr()
+            step.binding.bind_input(f"past_{name}", *place)
+            step.binding.bind_output(f"present_{name}", *place)
+        return step
+
+
+def _form(compute: str) -> Form:
+    def make(bundle: Bundle, weights: Path, location: str, progress: Progress) -> dict[str, bytes]:
+        from gta_edge.runtime.onnxruntime.cuda_lower import cuda_graph
+
+        return {GRAPH: cuda_graph(bundle, compute, weights, location, progress)}
+
+    return Form(f"engines/onnxruntime-cuda/{compute}", make, _REVISION, {"compute": compute})
+
+
+def _free() -> str:
+    """Return how much the GPU has left, for a message, where that is known."""
+    try:
+        free = free_gpu_bytes()
+    except Exception:  # whatever ails the driver: it is only a figure in a message about something else
+        free = None
+    return "" if free is None else f", and the GPU has {free / 2**20:.0f} MiB free"

@@ -1,0 +1,149 @@
+"""Write grouped latent attention out for ONNX Runtime's CPU kernels."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from gta_edge.errors import BackendError
+from gta_edge.graph.builder import Nodes, lazy_initializer, take_place
+from gta_edge.libraries.optional import optional
+from gta_edge.plugins.attention import definition as op
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+else:
+    ir = optional("onnx_ir", "ort")
+
+__all__ = ["ExpandAttentionPass"]
+
+_CONTRIB = "com.microsoft"
+_LOWEST = float(np.finfo(np.float32).min)
+
+
+class ExpandAttentionPass(ir.passes.InPlacePass):
+    """Replace every ``GroupedLatentAttention`` by fewer nodes than its function has, with the same meaning.
+
+    A step of one token runs some 30 small nodes per layer, and each costs a microsecond or two whatever it does. So:
+    query and key are rotated together and split where they need no further reshaping; the scale is a factor of the
+    product; query heads stay rows of one product from scores to mix when key and latent heads are as many; the mask
+    is laid out for those rows, once for all layers; and the tile of the mix is folded into the value decoder, which
+    costs nothing in float32.
+
+    Precondition: the graph computes in float32, and the value decoder is an initializer, maybe behind a Cast.
+    Postcondition: no node of domain ``gta`` is left, and no function of it.
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Expand every such node of ``model``."""
+        graph = model.graph
+        found = [node for node in graph if node.domain == op.DOMAIN and node.op_type == op.OP]
+        for node in found:
+            outputs, made = _expanded(graph, node)
+            graph.insert_before(node, made)
+            for old, new in zip(node.outputs, outputs, strict=True):
+                take_place(old, new)
+            graph.remove(node, safe=True)
+        for identifier in [key for key in model.functions if key[:2] == (op.DOMAIN, op.OP)]:
+            del model.functions[identifier]
+        if found:
+            model.opset_imports[_CONTRIB] = 1
+        return ir.passes.PassResult(model, modified=bool(found))
+
+
+def _expanded(graph: ir.Graph, node: ir.Node) -> tuple[list[ir.Value], list[ir.Node]]:
+    """Return output, present_key and present_latent, and the nodes that make them."""
+    given = dict(zip(op.INPUTS, node.inputs, strict=False))
+    query, past_key, past_latent, length = (given[k] for k in ("query", "past_key", "past_latent", "past_length"))
+    n_q, n_k, n_c = (node.attributes.get_int(name) for name in op.ATTRIBUTES[:3])
+    assert past_key is not None and past_key.shape is not None and query is not None  # the op's own
+    d_k = int(past_key.shape[3])  # type: ignore[arg-type]  # static, as the contract of the graph has it
+    nodes = Nodes()
+    tokens = nodes("Shape", query, start=1, end=2)
+    capacity = nodes("Shape", past_key, start=2, end=3)
+    positions = _positions(nodes, tokens, length)
+
+    turned = nodes("Concat", query, given["key"], axis=-1)
+    turned = nodes("RotaryEmbedding", turned, given["cos"], given["sin"], positions, num_heads=n_q + n_k)
+    turned = nodes("Reshape", turned, nodes.constant(0, 0, n_q + n_k, d_k))
+    turned = nodes("Transpose", turned, perm=[0, 2, 1, 3])
+    queries = nodes("Split", turned, nodes.constant(n_q, n_k), axis=1, outputs=2)  # [B, n_q, T, d_k]
+    keys = nodes.outputs[1]  # [B, n_k, T, d_k]
+    queries = nodes("Reshape", queries, nodes.constant(0, n_k, -1, d_k))  # [B, n_k, (n_q / n_k)·T, d_k]
+    present_key = nodes("TensorScatter", past_key, keys, length, axis=2)
+    latents = _by_head(nodes, given["latent"], n_c)
+    present_latent = nodes("TensorScatter", past_latent, latents, length, axis=2)
+
+    scale = node.attributes.get_float("scale")
+    scores = nodes("FusedMatMul", queries, present_key, domain=_CONTRIB, transB=1, alpha=scale)
+    weights = _softmax(nodes, scores, (n_q, n_k, n_c), positions, (tokens, capacity))
+    mix = nodes("MatMul", weights, present_latent)  # [B, n_c, (n_q / n_c)·T, d_l]
+
+    decoder = _decoder(graph, given["value_decoder"])
+    assert decoder.shape is not None
+    d_l, width = decoder.shape.numpy()[1:]
+    mix = nodes("Reshape", mix, nodes.constant(0, n_q, -1, d_l))
+    values = nodes("MatMul", mix, decoder)  # [B, n_q, T, e·d_l]
+    values = nodes("Transpose", values, perm=[0, 2, 1, 3])
+    values = nodes("Reshape", values, nodes.constant(0, 0, n_q * width))
+    output = nodes("Mul", nodes("Sigmoid", given["gate"]), values)
+    return [output, present_key, present_latent], nodes.made
+
+
+def _positions(nodes: Nodes, tokens: ir.Value, length: ir.Value | None) -> ir.Value:
+    """Return int64 [B, T]."""
+    count = nodes("Squeeze", tokens)
+    steps = nodes("Range", nodes.scalar(0, np.int64), count, nodes.scalar(1, np.int64))
+    return nodes("Add", nodes("Unsqueeze", length, nodes.constant(1)), steps)
+
+
+def _by_head(nodes: Nodes, latent: ir.Value | None, heads: int) -> ir.Value:
+    """Return [B, n_c, T, d_l]."""
+    assert latent is not None and latent.shape is not None
+    width = latent.shape[2]
+    assert isinstance(width, int)
+    if heads == 1:
+        return nodes("Unsqueeze", latent, nodes.constant(1))
+    split = nodes("Reshape", latent, nodes.constant(0, 0, heads, width // heads))
+    return nodes("Transpose", split, perm=[0, 2, 1, 3])
+
+
+def _softmax(
+    nodes: Nodes,
+    scores: ir.Value,
+    heads: tuple[int, int, int],
+    positions: ir.Value,
+    sizes: tuple[ir.Value, ir.Value],
+) -> ir.Value:
+    """Return weights [B, n_c, (n_q / n_c)·T, S] of scores [B, n_k, (n_q / n_k)·T, S]."""
+    (n_q, n_k, n_c), (tokens, capacity) = heads, sizes
+    rows = nodes("Range", nodes.scalar(0, np.int64), nodes("Squeeze", capacity), nodes.scalar(1, np.int64))
+    visible = nodes("LessOrEqual", rows, nodes("Unsqueeze", positions, nodes.constant(-1)))  # [B, T, S]
+    zero, lowest = nodes.scalar(0, np.float32), nodes.scalar(_LOWEST, np.float32)
+    mask = nodes("Unsqueeze", nodes("Where", visible, zero, lowest), nodes.constant(1))  # [B, 1, T, S]
+    if n_k == n_c:  # the rows of one product are those of the next
+        repeats = nodes.constant(1, 1, n_q // n_k, 1)
+        return nodes("Softmax", nodes("Add", scores, nodes("Tile", mask, repeats)), axis=-1)
+    by_query = nodes("Concat", nodes.constant(0), nodes.constant(n_q), tokens, capacity, axis=0)
+    by_latent = nodes("Concat", nodes.constant(0), nodes.constant(n_c), nodes.constant(-1), capacity, axis=0)
+    weights = nodes("Softmax", nodes("Add", nodes("Reshape", scores, by_query), mask), axis=-1)
+    return nodes("Reshape", weights, by_latent)
+
+
+def _decoder(graph: ir.Graph, given: ir.Value | None) -> ir.Value:
+    """Return the value decoder with the tile of the mix folded in: W_P + [I I …], float32 [n_q, d_l, e·d_l]."""
+    assert given is not None
+    cast = given.producer()
+    stored = cast.inputs[0] if cast is not None and cast.op_type == "Cast" else given
+    if stored is None or not stored.is_initializer() or stored.shape is None or len(stored.shape) != 3:
+        raise BackendError(f"the value decoder {given.name} is no stored tensor; export the bundle again")
+    shape = stored.shape.numpy()
+    name = f"{stored.name}.with_tile"
+
+    def data() -> ir.TensorProtocol:
+        assert stored.const_value is not None
+        tile = np.tile(np.eye(shape[1], dtype=np.float32), shape[2] // shape[1])
+        return ir.tensor(stored.const_value.numpy().astype(np.float32) + tile)
+
+    return lazy_initializer(graph, name, ir.DataType.FLOAT, shape, data)

@@ -1,0 +1,254 @@
+"""The `onnxruntime` backend: a bundle's graph on the CPU, the cache updated in place.
+
+Past input and present output of every layer are bound to one buffer of ours, so TensorScatter writes the new rows
+where they belong and no step copies the cache. ONNX Runtime logs "in-place optimization not activated" if that ever
+fails (at the severity of warnings, in ``_run_options``).
+
+Attention costs as the capacity S that a step is given, so a step is given as much of the buffers as it needs: after
+``reset`` or ``truncate`` a short prompt costs as in a new session, although the memory of the longest one is kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gta_edge.errors import BackendError, CapacityError, GtaEdgeError
+from gta_edge.formats.bundle import Bundle
+from gta_edge.libraries.onnxruntime import EXACT_PRODUCTS, INT8_PRODUCTS, first_line, is_out_of_memory, load_onnxruntime
+from gta_edge.model.config import CacheSpec
+from gta_edge.plan.host_memory import require_memory_for_onnxruntime
+from gta_edge.runtime.onnxruntime.lowered import Prepared, prepare, without_new_weights
+from gta_edge.runtime.onnxruntime.model import OpenModel, model_files, open_model
+from gta_edge.runtime.session import Ids, Logits, Session
+from gta_edge.support.progress import Progress, silent
+from gta_edge.support.threads import compute_threads
+
+__all__ = ["OnnxRuntimeSession"]
+
+_DEVICE = ("cpu", 0)
+_FATAL = 4
+_KEPT = "engines/onnxruntime"
+
+
+@dataclass(frozen=True)
+class _Step:
+    """Buffers bound for one shape of step; decode binds once and then only fills them."""
+
+    binding: Any
+    input_ids: Ids
+    past_length: Ids
+    logit_positions: Ids
+    logits: Logits
+
+
+class OnnxRuntimeSession(Session):
+    """A bundle on ONNX Runtime's CPU provider.
+
+    Args:
+        bundle: the model.
+        threads: threads for one operator; None for one on each core that this process may use.
+        exact: multiply by int8 and int4 weights in float32, instead of rounding activations to int8.
+        progress: told of weights that are laid out anew.
+        options: as ``Session`` takes them.
+
+    Raises:
+        BackendError: ONNX Runtime is missing, too old, or refuses the model.
+        InputError: more threads than could be of use.
+        CapacityError: there is no memory for it, or the system lets fewer threads start than were asked for.
+    """
+
+    backend = "onnxruntime"
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        threads: int | None = None,
+        exact: bool = False,
+        progress: Progress = silent,
+        **options: Any,
+    ) -> None:
+        super().__init__(bundle.config, **options)
+        require_memory_for_onnxruntime(bundle.config, bundle.precision, bundle.block_size)
+        self._onnxruntime = load_onnxruntime()
+        prepared = prepare(bundle, exact=exact, progress=progress)
+        self.rounds_activations = prepared.rounds_activations
+        self._bundle, self._exact = bundle, exact
+        self._threads = compute_threads(threads)  # its own default are all cores of the machine
+        self._model: OpenModel | None = None
+        try:
+            self._model = self._open(prepared)
+        except Exception:  # ONNX Runtime's errors have no common base
+            if not prepared.kept:
+                raise
+            # another process may have replaced what was kept, between our reading and ONNX Runtime's
+            self._model = self._open(without_new_weights(bundle, exact=exact))
+        expected = {"input_ids", "past_length", "logit_positions"} | {f"past_{name}" for name in self._cache_names()}
+        if {value.name for value in self._model.session.get_inputs()} != expected:
+            self._model.close()
+            raise BackendError(f"{bundle.model_path}: the graph is not that of config.json; export the bundle again")
+        self._run_options = self._onnxruntime.RunOptions()
+        self._run_options.log_severity_level = _FATAL  # likewise
+        self._buffers: dict[str, npt.NDArray[np.float32]] = {}  # [B, n, capacity, d]
+        self._caches: dict[str, npt.NDArray[np.float32]] = {}  # [B, n, S, d] at their start, as steps see them
+        self._step: _Step | None = None
+
+    def _open(self, prepared: Prepared) -> OpenModel:
+        """Return a graph in ONNX Runtime.
+
+        Raises:
+            CapacityError: there is no memory for it.
+            BackendError: it is refused.
+        """
+        module, bundle = self._onnxruntime, self._bundle
+        settings = module.SessionOptions()
+        settings.log_severity_level = _FATAL  # its errors are raised, and must not stand beside ours on stderr
+        settings.intra_op_num_threads = self._threads
+        settings.add_session_config_entry(*(EXACT_PRODUCTS if self._exact else INT8_PRODUCTS))
+        try:
+            files = model_files(bundle, _KEPT if prepared.kept else None)
+            return open_model(module, prepared.graph, files, settings, ["CPUExecutionProvider"])
+        except GtaEdgeError:
+            raise
+        except Exception as error:  # likewise
+            if is_out_of_memory(error):
+                raise CapacityError(
+                    f"{bundle.model_path}: there is no memory for the model; close other programs, or export with "
+                    "--precision int4"
+                ) from error
+            raise BackendError(
+                f"{bundle.model_path}: ONNX Runtime {module.__version__} refuses the model "
+                f"({first_line(error)}); export the bundle again"
+            ) from error
+
+    @property
+    def cache_bytes(self) -> int:
+        return sum(buffer.nbytes for buffer in self._buffers.values())
+
+    def _cache_names(self) -> dict[str, CacheSpec]:
+        return {
+            f"{cache.name}.{i}": cache for i in range(self.config.num_hidden_layers) for cache in self.config.caches
+        }
+
+    def _release(self) -> None:
+        self._step, self._buffers, self._caches = None, {}, {}
+        if self._model is not None:
+            self._model.close()
+
+    def _host_cache_bytes(self, batch: int, capacity: int) -> int:
+        return batch * capacity * self.config.cache_bytes_per_token()
+
+    def _resize(self, batch: int, capacity: int) -> None:
+        self._step = None  # it holds addresses of the old buffers
+        keep = batch == len(self._length)
+        try:
+            for name, cache in self._cache_names().items():  # one at a time: never twice the whole cache
+                old = self._caches.pop(name, None)
+                self._buffers.pop(name, None)
+                # zeroed: rows that are not visible get weight zero, and zero times garbage could be NaN
+                new = np.zeros((batch, cache.heads, capacity, cache.width), np.float32)
+                if keep and old is not None:
+                    new[:, :, : old.shape[2]] = old
+                self._buffers[name] = self._caches[name] = new
+        except BaseException as error:
+            self._drop_cache()  # caches of both sizes are of no use
+            if not isinstance(error, MemoryError):
+                raise
+            size = batch * capacity * self.config.cache_bytes_per_token()
+            raise CapacityError(
+                f"no memory for a cache of {size / 2**20:.0f} MiB ({batch} rows of {capacity} tokens); "
+                "the cache was emptied: use a shorter context or fewer rows"
+            ) from error
+
+    def _drop_cache(self) -> None:
+        self._step, self._buffers, self._caches, self._capacity = None, {}, {}, 0
+        self._length = np.zeros_like(self._length)
+
+    def _show(self, capacity: int) -> None:
+        """Give steps ``[B, n, capacity, d]`` of every buffer, which holds that much, or more where that would cost.
+
+        With one row and one head that is a prefix, whatever is in it. Several heads are moved apart as S grows, and
+        moved together only while nothing is in them. It takes no memory, so only Ctrl-C ends it halfway; the cache is
+        emptied then.
+        """
+        shape = next(iter(self._caches.values())).shape
+        filled = int(self._length.max(initial=0))
+        single = all(cache.shape[0] * cache.shape[1] == 1 for cache in self._caches.values())
+        if capacity == shape[2] or (capacity < shape[2] and filled and not single):
+            return
+        self._step = None
+        try:
+            for name, old in self._caches.items():
+                batch, heads, before, width = old.shape
+                values = self._buffers[name].reshape(-1)[: batch * heads * capacity * width]
+                if filled and not single:
+                    _move_apart(values, batch * heads, before * width, capacity * width, filled * width)
+                self._caches[name] = values.reshape(batch, heads, capacity, width)
+        except BaseException:
+            self._drop_cache()
+            raise
+
+    def _run(self, input_ids: Ids, past_length: Ids, logit_positions: Ids) -> Logits:
+        assert self._model is not None  # it is open
+        self._model.check()
+        shapes = input_ids.shape, logit_positions.shape
+        self._show(min(self._capacity_for(int(past_length.max()) + input_ids.shape[1]), self._capacity))
+        try:
+            step = self._step
+            if step is None or (step.input_ids.shape, step.logit_positions.shape) != shapes:
+                step = self._step = self._bind(input_ids.shape, logit_positions.shape[1])
+            step.input_ids[...] = input_ids
+            step.past_length[...] = past_length
+            step.logit_positions[...] = logit_positions
+            self._model.session.run_with_iobinding(step.binding, self._run_options)
+            return step.logits.copy()
+        except Exception as error:  # likewise
+            self._step = None
+            if is_out_of_memory(error):
+                raise CapacityError(
+                    f"no memory for a step of {input_ids.size} tokens at once; give a smaller chunk_size, fewer rows, "
+                    "or close other programs"
+                ) from error
+            raise BackendError(
+                f"ONNX Runtime failed in a step ({first_line(error)}); export the bundle again"
+            ) from error
+
+    def _bind(self, shape: tuple[int, ...], positions: int) -> _Step:
+        """Bind buffers for steps of ``shape`` [B, T] with logits for ``positions`` of them."""
+        assert self._model is not None  # it is open
+        batch = shape[0]
+        step = _Step(
+            binding=self._model.session.io_binding(),
+            input_ids=np.zeros(shape, np.int64),
+            past_length=np.zeros(batch, np.int64),
+            logit_positions=np.zeros((batch, positions), np.int64),
+            logits=np.zeros((batch, positions, self.config.vocab_size), np.float32),
+        )
+        for name in ("input_ids", "past_length", "logit_positions"):
+            _bind(step.binding.bind_input, name, getattr(step, name))
+        if positions:
+            _bind(step.binding.bind_output, "logits", step.logits)
+        else:
+            step.binding.bind_output("logits", *_DEVICE)
+        for name, cache in self._caches.items():
+            _bind(step.binding.bind_input, f"past_{name}", cache)
+            _bind(step.binding.bind_output, f"present_{name}", cache)
+        return step
+
+
+def _move_apart(values: npt.NDArray[np.float32], parts: int, before: int, after: int, filled: int) -> None:
+    """Move the first ``filled`` values of each part from ``i * before`` to ``i * after``, which is not less.
+
+    From the last to the first, so that none is overwritten before it has moved; numpy takes care of a part that
+    overlaps its own new place, in one dimension without a copy. What then lies between the parts is what was there.
+    """
+    for i in reversed(range(1, parts)):
+        values[i * after : i * after + filled] = values[i * before : i * before + filled]
+
+
+def _bind(bind: Any, name: str, buffer: npt.NDArray[Any]) -> None:
+    bind(name, *_DEVICE, buffer.dtype.type, buffer.shape, buffer.ctypes.data)

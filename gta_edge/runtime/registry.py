@@ -1,0 +1,240 @@
+"""Which backends there are, and how one is made from a bundle."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from gta_edge.errors import (
+    BackendError,
+    BundleError,
+    CheckpointError,
+    ConfigError,
+    EngineError,
+    GtaEdgeError,
+    InputError,
+)
+from gta_edge.formats.bundle import Bundle
+from gta_edge.formats.text_files import TextFiles
+from gta_edge.plan.host_memory import require_memory_for_torch
+from gta_edge.runtime.session import Session
+from gta_edge.runtime.tensorrt.engine import ENGINES, require_engine
+from gta_edge.support.choices import unknown
+from gta_edge.support.cores import check_threads
+from gta_edge.support.progress import Progress, silent
+from gta_edge.support.text import one_line
+
+__all__ = ["BACKENDS", "OF_THE_MODEL", "check_backend", "is_here", "load", "open_session", "reason_of"]
+
+_log = logging.getLogger(__name__)
+
+OF_THE_MODEL = (BundleError, CheckpointError, ConfigError, InputError)
+"""Errors that no other backend helps against: of the files, or of what was asked for."""
+
+_MAX_REASON = 200
+
+
+def _onnxruntime(bundle: Bundle, *, compute: str | None = None, **options: Any) -> Session:
+    from gta_edge.runtime.onnxruntime.session import OnnxRuntimeSession
+
+    if compute not in (None, "fp32"):
+        raise BackendError(f"onnxruntime computes in fp32 on a CPU, not in {compute}; leave the type to compute in out")
+    return OnnxRuntimeSession(bundle, **options)
+
+
+def _onnxruntime_cuda(
+    bundle: Bundle, *, threads: int | None = None, exact: bool = True, compute: str | None = None, **options: Any
+) -> Session:
+    from gta_edge.runtime.onnxruntime.cuda_session import OnnxRuntimeCudaSession
+
+    return OnnxRuntimeCudaSession(bundle, compute=compute, **options)
+
+
+def _torch(
+    bundle: Bundle,
+    *,
+    threads: int | None = None,
+    exact: bool = True,
+    compute: str | None = None,
+    progress: Progress = silent,
+    **options: Any,
+) -> Session:
+    require_memory_for_torch(bundle.config, "fp32", "PyTorch")  # the model's, ``load_decoder`` asks for
+    from gta_edge.runtime.torch.session import TorchSession, default_compute, default_device, load_decoder
+
+    device = default_device()
+    compute = compute or default_compute(bundle.precision, device)
+    model = load_decoder(bundle, device, compute)
+    return TorchSession(model, device=device, compute=compute, threads=threads, **options)
+
+
+def _engine(name: str) -> Callable[..., Session]:
+    def open_engine(
+        bundle: Bundle,
+        *,
+        threads: int | None = None,
+        exact: bool = True,
+        compute: str | None = None,
+        progress: Progress = silent,
+        **options: Any,
+    ) -> Session:
+        from gta_edge.runtime.tensorrt.session import TensorRTSession
+
+        session = TensorRTSession(bundle, engine=name, **options)
+        if compute not in (None, session.compute):
+            session.close()
+            raise BackendError(
+                f"the engine computes in {session.compute}, not in {compute}; build another with --compute {compute}"
+            )
+        return session
+
+    return open_engine
+
+
+BACKENDS: dict[str, Callable[..., Session]] = {
+    "tensorrt": _engine("tensorrt"),
+    "tensorrt-rtx": _engine("tensorrt-rtx"),
+    "onnxruntime-cuda": _onnxruntime_cuda,
+    "onnxruntime": _onnxruntime,
+    "torch": _torch,
+}
+"""By name, the fastest first: the order in which ``auto`` tries them."""
+
+
+def load(
+    bundle: str | Path,
+    backend: str = "auto",
+    *,
+    threads: int | None = None,
+    chunk_size: int | None = None,
+    exact: bool = False,
+    compute: str | None = None,
+    verify_hashes: bool = False,
+    progress: Progress = silent,
+) -> Session:
+    """Open a bundle and return a session that is ready to take tokens.
+
+    Args:
+        bundle: directory that ``export`` wrote.
+        backend: a name from ``BACKENDS``, or ``auto`` for the fastest that works; ``session.backend`` says which, and
+            ``session.skipped`` which others are there and did not work, and why.
+        threads: threads for one operator; by default one for each core that this process may use.
+        chunk_size: tokens of a prompt that are run at once; by default what suits the backend.
+        exact: multiply by int8 and int4 weights in float32 where the backend would round activations to int8.
+        compute: type that a GPU computes in, ``fp16``, ``bf16`` or ``fp32``; by default the bundle's own 16-bit type,
+            or else bf16 (fp16 on ``onnxruntime-cuda``). A CPU computes in fp32.
+        verify_hashes: hash the weights even if their size and time are as recorded.
+        progress: told of bytes hashed, and of weights laid out anew.
+
+    Raises:
+        BundleError: the bundle is damaged.
+        InputError: more threads than could be of use.
+        BackendError: the backend is unknown, not installed, or refuses the model.
+        EngineError: there is no engine of the bundle, or it does not fit what is here.
+    """
+    options: dict[str, Any] = {"threads": threads, "exact": exact, "compute": compute, "progress": progress}
+    if chunk_size is not None:
+        options["chunk_size"] = chunk_size
+    while True:
+        opened = Bundle.open(bundle, verify_hashes=verify_hashes, progress=progress)
+        session = open_session(opened, backend, **options)
+        if not opened.was_replaced:
+            return session
+        session.close()  # what it read may be of the bundle that is there now, and was not checked
+
+
+def open_session(bundle: Bundle, backend: str = "auto", **options: Any) -> Session:
+    """Return a session for a bundle that is already open; otherwise as ``load``."""
+    check_threads(options.get("threads"))  # also where a backend has no use for them
+    text = TextFiles.load(bundle.directory, bundle.config)  # small files first: a model may take a minute
+    if backend == "auto":
+        session = _first_that_works(bundle, options)
+    else:
+        check_backend(backend, ("auto",))
+        session = BACKENDS[backend](bundle, **options)
+    session.tokenizer = text.tokenizer
+    session.end_token_ids = text.generation.end_token_ids
+    session.chat_end_token_ids = text.generation.chat_end_token_ids
+    session.chat_sampling = text.generation.sampling
+    return session
+
+
+def check_backend(name: str, more: tuple[str, ...] = ()) -> None:
+    """Refuse the name of a backend that there is not.
+
+    Args:
+        name: as it was given.
+        more: other names that are allowed.
+
+    Raises:
+        BackendError: it is unknown; those that there are.
+    """
+    if name not in BACKENDS and name not in more:
+        raise BackendError(unknown("no backend is called {}; there are {}", name, (*BACKENDS, *more)))
+
+
+def _first_that_works(bundle: Bundle, options: dict[str, Any]) -> Session:
+    """Try backends in order; whatever one of them dies of is no reason not to try the next."""
+    skipped: dict[str, str] = {}
+    absent: dict[str, str] = {}
+    for name, make in BACKENDS.items():
+        session, reason = _tried(make, bundle, options)
+        if session is None:
+            if is_here(bundle, name):
+                gc.collect()  # what was loaded so far goes before the next one comes
+                skipped[name] = reason
+            else:
+                absent[name] = reason
+            continue
+        session.skipped = skipped
+        for other, why in skipped.items():
+            _log.warning("%s is there and was passed over for %s: %s", other, name, why)
+        return session
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in (skipped or absent).items())
+    others = f"; not here: {', '.join(absent)}" if skipped and absent else ""
+    raise BackendError(f"no backend works here ({reasons}{others}); run `gta-edge doctor`")
+
+
+def _tried(make: Callable[..., Session], bundle: Bundle, options: dict[str, Any]) -> tuple[Session | None, str]:
+    """Return a session, or why there is none; in a function of its own, which an error's traceback does not outlive."""
+    try:
+        return make(bundle, **options), ""
+    except OF_THE_MODEL:
+        raise
+    except Exception as error:  # a library's own errors have no common base, and a full GPU is some of them
+        return None, reason_of(error)
+
+
+def is_here(bundle: Bundle, name: str) -> bool:
+    """Tell whether a backend is meant to be used here: installed, and for an engine, built.
+
+    What is and does not work is worth a word; what was never installed is not.
+    """
+    if name in ENGINES:
+        try:
+            require_engine(bundle, name)
+        except EngineError:
+            return False
+        except OSError:  # it cannot be told, which is the trouble
+            return True
+        return True
+    if name == "onnxruntime-cuda":  # the same module as the CPU's, imported when it was tried
+        providers = getattr(sys.modules.get("onnxruntime"), "get_available_providers", list)
+        return "CUDAExecutionProvider" in providers()
+    return find_spec(name) is not None
+
+
+def reason_of(error: Exception) -> str:
+    """Return in one line of bounded length why a backend does not work."""
+    if isinstance(error, GtaEdgeError):
+        return one_line(error, _MAX_REASON)
+    if isinstance(error, MemoryError):
+        return "there is not enough memory"
+    if isinstance(error, OSError) and error.filename is not None:
+        return one_line(f"{error.filename}: {error.strerror or error}", _MAX_REASON)
+    return one_line(f"{type(error).__name__}: {error}", _MAX_REASON)

@@ -1,0 +1,347 @@
+"""Builds a TensorRT engine from a bundle: what ``gta-edge build`` does.
+
+One engine holds the weights once and two profiles: single tokens, and chunks of a prompt. The graph is made for
+TensorRT first (``specialise.py``), then parsed, then built; the engine and its record appear in the bundle at once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gta_edge.cuda.session import free_gpu_bytes
+from gta_edge.errors import CapacityError, EngineError, InputError
+from gta_edge.formats.bundle import Bundle
+from gta_edge.model.config import GTAConfig, ModelConfig
+from gta_edge.numerics.quantization import BITS
+from gta_edge.runtime.tensorrt.engine import (
+    CHOICES,
+    ENGINES,
+    PRODUCTS,
+    EngineRecord,
+    Purpose,
+    engine_directory,
+    engine_output,
+    has_engine,
+    made_from,
+    make_engines_directory,
+    write_engine,
+)
+from gta_edge.support.choices import unknown
+from gta_edge.support.files import new_directory, scratch_directory
+from gta_edge.support.memory import available_bytes
+from gta_edge.support.progress import Progress, silent
+from gta_edge.support.text import brief
+
+if TYPE_CHECKING:
+    from gta_edge.runtime.tensorrt.builder import Target
+
+__all__ = [
+    "CHUNK_SIZE",
+    "LOGIT_POSITIONS",
+    "Requirement",
+    "buffer_bytes",
+    "build",
+    "check_purpose",
+    "prepare_only",
+    "products_of",
+    "profile_shapes",
+    "requirement",
+]
+
+CHUNK_SIZE = 512
+"""Most tokens of a prompt in one run of an engine."""
+
+LOGIT_POSITIONS = 16
+"""Most positions per row that one run gives logits for: those of a whole chunk would take half a gigabyte."""
+
+# TensorRT-RTX 1.7 took, without a GPU (x86_64, 2026-11-21): 0.42 GB for 2 MB of weights in 5 layers, 1.15 GB for
+# 0.19 GB in one, 2.36 GB for 0.20 GB in 54, and 4.35 GB for 0.74 GB in 54, a GTA-1B in int4. That is 0.4 GB, 3.7 times
+# the weights and 22 MB a layer; what is more here is for CUDA's context, an estimate.
+_WEIGHT_COPIES = 4
+_LAYER_BYTES = 25e6
+_BUILDER_BYTES = 1e9
+_WRITTEN_COPIES = 3  # on the disk: the model as it goes to TensorRT, perhaps in a wider type, and the engine
+_ID_BYTES, _LOGIT_BYTES = 8, 4
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """What a build is expected to take at its peak, in bytes: an estimate from sizes, to refuse what cannot work.
+
+    Attributes:
+        weights: the file, the parsed network, the builder's own, the engine and its serialised form hold them.
+        cache: of all rows at full length, which the builder allocates to time kernels, in and out.
+        logits: of one run.
+        builder: TensorRT's libraries, its own representations of the layers, and CUDA's context.
+        buffers: inputs and outputs beside the cache that a session has on the GPU, and pinned, once it is built: what
+            cannot run need not be built.
+    """
+
+    weights: int
+    cache: int
+    logits: int
+    builder: int
+    buffers: int = 0
+
+    @property
+    def peak(self) -> int:
+        """All of it; buffers are pinned on the host too."""
+        return self.weights + self.cache + max(self.logits, 2 * self.buffers) + self.builder
+
+    @property
+    def on_gpu(self) -> int:
+        """What a GPU with memory of its own holds of it: the weights of the layer that is timed are few."""
+        return self.cache + max(self.logits, self.buffers) + self.weights // _WEIGHT_COPIES
+
+
+def requirement(bundle: Bundle, purpose: Purpose) -> Requirement:
+    """Return what building an engine is expected to take."""
+    return Requirement(
+        weights=_WEIGHT_COPIES * bundle.weight_bytes,
+        cache=2 * purpose.cache_bytes(bundle.config),
+        logits=4 * purpose.max_batch * LOGIT_POSITIONS * bundle.config.vocab_size,
+        builder=int(_BUILDER_BYTES + _LAYER_BYTES * bundle.config.num_hidden_layers),
+        buffers=buffer_bytes(bundle.config, purpose),
+    )
+
+
+def buffer_bytes(config: ModelConfig, purpose: Purpose) -> int:
+    """Return the bytes of a session's ids, lengths, positions and logits, which it has on the GPU and pinned."""
+    ids = purpose.max_batch * (purpose.chunk_size + 1 + LOGIT_POSITIONS)
+    return _ID_BYTES * ids + _LOGIT_BYTES * purpose.max_batch * LOGIT_POSITIONS * config.vocab_size
+
+
+def build(
+    bundle: Bundle,
+    purpose: Purpose,
+    *,
+    compute_capabilities: Sequence[str] = (),
+    force: bool = False,
+    progress: Progress = silent,
+) -> Path:
+    """Build an engine and keep it in the bundle.
+
+    Args:
+        bundle: the model.
+        purpose: what the engine is for.
+        compute_capabilities: of the GPUs to build for, ``8.6``; by default that of the GPU here, and where there is
+            none, all that TensorRT-RTX knows. TensorRT itself builds for no other than the one here.
+        force: replace an engine that is there.
+        progress: told of the graph's making, and of TensorRT's phases.
+
+    Returns:
+        The engine's directory.
+
+    Raises:
+        InputError: the purpose does not fit the model.
+        EngineError: TensorRT cannot build it, or an engine is there and not ``force``.
+        CapacityError: the memory that is free here is less than the build is expected to take.
+        BackendError: TensorRT or the GPU is missing.
+    """
+    check_purpose(bundle, purpose)
+    directory = engine_directory(bundle, purpose.engine)
+    if not force and has_engine(bundle, purpose.engine):
+        raise EngineError(f"{directory}: there is an engine already; give --force to replace it")
+    needed = requirement(bundle, purpose)
+    _check_memory(needed, needed.peak, available_bytes(), "here", purpose, bundle.precision)
+
+    from gta_edge.runtime.tensorrt.builder import Target, build_plan
+
+    target = Target.choose(purpose.engine, compute_capabilities)
+    if target.gpu:
+        _check_memory(needed, needed.on_gpu, free_gpu_bytes(), f"on {target.gpu}", purpose, bundle.precision)
+    disk = _WRITTEN_COPIES * bundle.weight_bytes
+    with engine_output(bundle, purpose.engine, force=force, needed_bytes=disk) as output:
+        # On the bundle's disk, which has room for an engine: a system's temporary directory may lie in memory.
+        with scratch_directory(make_engines_directory(bundle)) as scratch:
+            products, timings = _products(bundle, purpose, target, scratch, progress)
+            model = _specialised(bundle, purpose, scratch / "model", target.newer_ops, products, progress)
+            plan = build_plan(model, purpose, profile_shapes(bundle, purpose), target, progress)
+        capabilities = list(target.compute_capabilities)
+        record = EngineRecord(
+            purpose,
+            made_from(bundle),
+            target.tensorrt,
+            capabilities,
+            products=products,
+            product_timings=timings,
+            gpu=target.gpu_name,
+        )
+        write_engine(output, record, plan)
+    return directory
+
+
+def prepare_only(
+    bundle: Bundle,
+    purpose: Purpose,
+    output: Path | None = None,
+    *,
+    newer_ops: bool = True,
+    force: bool = False,
+    progress: Progress = silent,
+) -> Path:
+    """Write the model as it would go to TensorRT, for trtexec, polygraphy and other tools.
+
+    Args:
+        bundle: the model.
+        purpose: what an engine of it would be for.
+        output: directory to write; by default one among the bundle's engines.
+        newer_ops: whether the parser that will read it knows RMSNormalization (TensorRT 10.15 and later).
+        force: replace the directory.
+        progress: told of the weights written.
+
+    Returns:
+        The ONNX file.
+
+    Raises:
+        InputError: the purpose does not fit the model.
+        OutputError: the directory exists or cannot be written.
+    """
+    check_purpose(bundle, purpose)
+    # among the engines is the one place in the bundle that may be written to
+    inputs = () if output is None else (bundle.directory,)
+    if output is None:
+        output = make_engines_directory(bundle) / f"{purpose.engine}-onnx"
+    with new_directory(
+        output, force=force, inputs=inputs, needed_bytes=bundle.weight_bytes, kind="gta-edge-model"
+    ) as partial:
+        products = "plugin" if purpose.engine == "tensorrt" and purpose.int4 != "native" else "native"
+        name = _specialised(bundle, purpose, partial, newer_ops, products, progress).name
+    return Path(output) / name
+
+
+def profile_shapes(bundle: Bundle, purpose: Purpose) -> list[dict[str, tuple[tuple[int, ...], ...]]]:
+    """Return, for decode and for prefill, the least, usual and largest shape of every input by name."""
+    first, second = bundle.config.caches
+    rows = (1, 1, purpose.max_batch)
+    profiles = []
+    for tokens, logits in (
+        ((1, 1, 1), (1, 1, 1)),
+        ((1, purpose.chunk_size, purpose.chunk_size), (1, 1, min(LOGIT_POSITIONS, purpose.chunk_size))),
+    ):
+        shapes: dict[str, tuple[tuple[int, ...], ...]] = {
+            "input_ids": tuple(zip(rows, tokens, strict=True)),
+            "past_length": tuple((n,) for n in rows),
+            "logit_positions": tuple(zip(rows, logits, strict=True)),
+        }
+        for i in range(bundle.config.num_hidden_layers):
+            for cache in (first, second):
+                name = f"past_{cache.name}"
+                shapes[f"{name}.{i}"] = tuple((n, cache.heads, purpose.max_length, cache.width) for n in rows)
+                if purpose.quantised_cache:
+                    shapes[f"{name}_scale.{i}"] = tuple((n, cache.heads, purpose.max_length) for n in rows)
+        profiles.append(shapes)
+    return profiles
+
+
+def check_purpose(bundle: Bundle, purpose: Purpose) -> None:
+    """Refuse what no engine of this model can be built for, before anything is worked out from it.
+
+    Raises:
+        InputError: a name that there is not, or a size outside of what the model has; which, and what is expected.
+    """
+    config = bundle.config
+    if purpose.engine not in ENGINES:
+        raise InputError(unknown("no engine is called {}; there are {}", purpose.engine, ENGINES))
+    allowed: Sequence[str] = ("fp16", "bf16", "fp32") if purpose.engine == "tensorrt-rtx" else ("fp16", "bf16")
+    if purpose.compute not in allowed:
+        raise InputError(unknown(f"{purpose.engine} does not compute in {{}}; expected {{}}", purpose.compute, allowed))
+    plugin = purpose.engine == "tensorrt" and isinstance(config, GTAConfig)
+    caches = (purpose.compute, "int8", "fp8") if plugin else (purpose.compute,)
+    if purpose.cache_dtype not in caches:
+        raise InputError(
+            unknown(
+                f"a cache of {{}} is not possible with --engine {purpose.engine} and --compute {purpose.compute} for "
+                f"{config.architecture}; expected {{}}",
+                purpose.cache_dtype,
+                caches,
+            )
+        )
+    _check_int4(bundle, purpose)
+    if not 1 <= purpose.max_length <= config.max_position_embeddings:
+        raise InputError(
+            f"--max-length is {brief(purpose.max_length)}; the model has positions for 1 to "
+            f"{config.max_position_embeddings}"
+        )
+    if not 1 <= purpose.chunk_size <= purpose.max_length:
+        raise InputError(
+            f"a chunk has {purpose.chunk_size} tokens; expected 1 to the {purpose.max_length} of the cache"
+        )
+    if not 1 <= purpose.max_batch <= 256:
+        raise InputError(f"--max-batch is {brief(purpose.max_batch)}; expected 1 to 256")
+
+
+def _check_memory(
+    needed: Requirement, peak: int, free: int | None, where: str, purpose: Purpose, precision: str
+) -> None:
+    """Refuse what the system would end halfway, without a word, for want of memory."""
+    if free is not None and peak > free:
+        help_ = "close other programs"
+        if needed.cache > needed.weights:
+            help_ += f", or give less than --max-length {purpose.max_length} --max-batch {purpose.max_batch}"
+        elif precision != "int4":
+            help_ += ", or export with --precision int4"
+        raise CapacityError(
+            f"the build is expected to take {peak / 1e9:.2f} GB at its peak ({needed.weights / 1e9:.2f} for "
+            f"weights, {needed.cache / 1e9:.2f} for the cache) and {free / 1e9:.2f} GB are free {where}; {help_}"
+        )
+
+
+def _check_int4(bundle: Bundle, purpose: Purpose) -> None:
+    if purpose.int4 not in CHOICES:
+        raise InputError(unknown("--int4 is {}; expected {}", purpose.int4, CHOICES))
+    if purpose.int4 == "plugin" and purpose.engine != "tensorrt":
+        raise InputError(f"{purpose.engine} takes no plugins; leave out --int4 plugin, or build with --engine tensorrt")
+    if purpose.int4 == "plugin" and bundle.precision not in BITS:
+        raise InputError(
+            f"--int4 plugin is for matrices of int4 or int8, and the bundle's are {bundle.precision}; leave it out, or "
+            "export with --precision int4"
+        )
+
+
+def _products(
+    bundle: Bundle, purpose: Purpose, target: Target, scratch: Path, progress: Progress
+) -> tuple[str, list[dict[str, Any]]]:
+    """Return who multiplies by quantised matrices, and the timings that this was decided by."""
+    if purpose.engine != "tensorrt":
+        return "native", []
+    if purpose.int4 != "auto":
+        return purpose.int4, []
+    from gta_edge.runtime.tensorrt.lower import load_model
+    from gta_edge.runtime.tensorrt.matmul_choice import calls_of, choose
+    from gta_edge.runtime.tensorrt.matmul_timing import UnableError, time_products
+
+    try:
+        timings = time_products(calls_of(load_model(bundle)), purpose, target, scratch, progress)
+    except UnableError as unable:  # if the other cannot either, the engine's own build says so
+        other = next(who for who in PRODUCTS if who != unable.who)
+        return other, [{"unable": unable.who, "reason": str(unable)}]
+    return choose(timings).products, [each.document() for each in timings]
+
+
+def products_of(written: Path) -> str:
+    """Return who multiplies by quantised matrices in what was written: ``plugin`` or ``native``.
+
+    Args:
+        written: what ``build`` or ``prepare_only`` returned.
+    """
+    path = written / "engine.json" if written.is_dir() else written.parent / "prepared.json"
+    document = json.loads(path.read_text(encoding="utf-8"))
+    return str(document.get("content", document)["products"])
+
+
+def _specialised(
+    bundle: Bundle, purpose: Purpose, directory: Path, newer_ops: bool, products: str, progress: Progress
+) -> Path:
+    from gta_edge.runtime.tensorrt.lower import specialise
+
+    options: dict[str, Any] = {"compute": purpose.compute, "capacity": purpose.max_length, "newer_ops": newer_ops}
+    options["products"] = products
+    plugin = purpose.engine == "tensorrt" and isinstance(bundle.config, GTAConfig)
+    if plugin and purpose.cache_dtype != purpose.compute:
+        options["cache_dtype"] = purpose.cache_dtype
+    return specialise(bundle, directory, form="plugin" if plugin else "function", progress=progress, **options)

@@ -1,0 +1,313 @@
+"""A TensorRT engine that lies in a bundle, and what it was made from and for.
+
+    engines/tensorrt/engine.plan, engines/tensorrt-rtx/engine.plan    the engine, tied to a TensorRT version and a GPU
+    engines/…/engine.json                                             the record that is checked before it is loaded
+
+TensorRT refuses some engines that do not fit with a message of its own, late, and runs others wrongly or slowly. So
+everything that matters is recorded, and a difference is an error that names it and the command that builds anew.
+
+An engine is native code, as TensorRT runs it: only one that this user built on this machine is loaded
+(``formats.artifacts``).
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gta_edge.errors import EngineError, OutputError
+from gta_edge.formats.artifacts import Artifact, RefusedError, open_artifact, require_secret, write_record
+from gta_edge.formats.bundle import MODEL, WEIGHTS, Bundle
+from gta_edge.model.config import ModelConfig
+from gta_edge.support.files import new_directory
+from gta_edge.support.ownership import ARTIFACTS
+from gta_edge.support.text import brief, one_line
+from gta_edge.version import __version__
+
+__all__ = [
+    "CHOICES",
+    "ENGINES",
+    "PRODUCTS",
+    "SCALE_BYTES",
+    "VALUE_BYTES",
+    "EngineRecord",
+    "Purpose",
+    "compute_capability",
+    "engine_directory",
+    "engine_output",
+    "has_engine",
+    "keep_engine",
+    "load_engine",
+    "made_from",
+    "make_engines_directory",
+    "require_engine",
+    "write_engine",
+]
+
+ENGINES = ("tensorrt", "tensorrt-rtx")
+PRODUCTS = ("plugin", "native")
+"""Who multiplies by quantised matrices."""
+CHOICES = ("auto", *PRODUCTS)
+"""What ``gta-edge build --int4`` takes."""
+VALUE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}
+"""Of a cached value, by the cache's type."""
+SCALE_BYTES = 4
+"""Of the scale that a token has per head in a cache of 8 bits."""
+PLAN, RECORD = "engine.plan", "engine.json"
+
+
+@dataclass(frozen=True)
+class Purpose:
+    """What an engine is built for, as the options of ``gta-edge build`` say it.
+
+    Attributes:
+        engine: ``tensorrt`` or ``tensorrt-rtx``.
+        compute: type of activations, ``fp16``, ``bf16`` or ``fp32``.
+        cache_dtype: type of the cache: the compute type, ``int8`` or ``fp8``.
+        max_length: tokens that a row's cache has room for.
+        max_batch: rows at once.
+        chunk_size: tokens of a prompt at once.
+        int4: who multiplies by int4 and int8 matrices: ``plugin``, ``native``, or ``auto`` for who is faster.
+    """
+
+    engine: str
+    compute: str
+    cache_dtype: str
+    max_length: int
+    max_batch: int
+    chunk_size: int
+    int4: str = "auto"
+
+    @property
+    def quantised_cache(self) -> bool:
+        """Whether the cache has scales."""
+        return self.cache_dtype in ("int8", "fp8")
+
+    def cache_bytes(self, config: ModelConfig) -> int:
+        """Return the bytes of the cache of all layers and rows at full length, scales included."""
+        per_token = config.cache_bytes_per_token(VALUE_BYTES[self.cache_dtype])
+        if self.quantised_cache:
+            per_token += SCALE_BYTES * config.num_hidden_layers * sum(cache.heads for cache in config.caches)
+        return per_token * self.max_length * self.max_batch
+
+    def command(self, bundle: Path) -> str:
+        """Return the command that builds such an engine, replacing the one there is."""
+        options = f"--engine {self.engine} --compute {self.compute} --cache-dtype {self.cache_dtype}"
+        options += f" --max-length {self.max_length} --max-batch {self.max_batch}"
+        options += f" --int4 {self.int4} --force" if self.int4 != "auto" else " --force"
+        return f"gta-edge build {shlex.quote(str(bundle))} {options}"
+
+
+@dataclass(frozen=True)
+class EngineRecord:
+    """What an engine was made from, by and for.
+
+    Attributes:
+        purpose: what it was built for.
+        made_from: SHA-256 of the bundle's graph and weights, by file name.
+        tensorrt: version of TensorRT that built it, which alone can load it.
+        compute_capabilities: of the GPUs that it was built for, ``8.7``.
+        gta_edge: version of this package that built it; its plugin is part of that.
+        products: who multiplies by quantised matrices in it, ``plugin`` or ``native``.
+        product_timings: what that was decided by, if it was: of each kind of product, see ``Timing.document``; or who
+            could not multiply here, and why.
+        gpu: name of the GPU that kernels were timed on; empty where there was none.
+    """
+
+    purpose: Purpose
+    made_from: dict[str, str]
+    tensorrt: str
+    compute_capabilities: list[str]
+    gta_edge: str = __version__
+    products: str = "native"
+    product_timings: list[dict[str, Any]] = field(default_factory=list)
+    gpu: str = ""
+
+
+def made_from(bundle: Bundle) -> dict[str, str]:
+    """Return the hashes of what an engine depends on."""
+    files = bundle.manifest["files"]
+    return {name: files[name]["sha256"] for name in (MODEL, WEIGHTS) if name in files}
+
+
+def engine_directory(bundle: Bundle, engine: str) -> Path:
+    """Return where a bundle's engine lies."""
+    return bundle.directory / ARTIFACTS / engine
+
+
+def make_engines_directory(bundle: Bundle) -> Path:
+    """Return where a bundle's engines lie, made if it is not there.
+
+    Raises:
+        OutputError: the bundle cannot be written to, or a link leads elsewhere.
+    """
+    directory = bundle.directory / ARTIFACTS
+    try:
+        if directory.is_symlink():
+            raise OutputError(f"{directory}: is a link, and engines are read from the bundle itself; remove the link")
+        directory.mkdir(exist_ok=True)
+    except OSError as error:
+        raise OutputError(
+            f"{directory}: cannot be made ({error.strerror}); give a bundle that can be written to"
+        ) from error
+    return directory
+
+
+def has_engine(bundle: Bundle, engine: str) -> bool:
+    """Tell whether a bundle has an engine of this kind that was built here, whatever it was built for."""
+    try:
+        _open_engine(bundle, engine)
+    except EngineError:
+        return False
+    return True
+
+
+def engine_output(bundle: Bundle, engine: str, *, force: bool, needed_bytes: int = 0) -> AbstractContextManager[Path]:
+    """Return a context manager of the directory to write an engine into, as ``new_directory`` does.
+
+    An engine that this machine would not load is replaced in any case.
+
+    Raises:
+        OutputError: there is one already and not ``force``, the bundle cannot be written to, or the disk is too full.
+    """
+    require_secret()
+    directory = make_engines_directory(bundle) / engine
+    force = force or not has_engine(bundle, engine)
+    return new_directory(directory, force=force, needed_bytes=needed_bytes, artifact=True)
+
+
+def write_engine(directory: Path, record: EngineRecord, plan: bytes | memoryview) -> None:
+    """Write an engine and its record.
+
+    Raises:
+        OSError: they cannot be written.
+    """
+    (directory / PLAN).write_bytes(plan)
+    write_record(directory, RECORD, asdict(record))
+
+
+def keep_engine(bundle: Bundle, record: EngineRecord, plan: bytes | memoryview, *, force: bool = False) -> Path:
+    """Write an engine and its record into the bundle; both appear at once, complete.
+
+    Raises:
+        OutputError: there is one already and not ``force``, or the bundle cannot be written to.
+    """
+    with engine_output(bundle, record.purpose.engine, force=force, needed_bytes=len(plan)) as partial:
+        write_engine(partial, record, plan)
+    return engine_directory(bundle, record.purpose.engine)
+
+
+def compute_capability(architecture: str) -> str:
+    """Return ``8.7`` for ``sm_87``."""
+    digits = architecture.removeprefix("sm_")
+    return f"{digits[:-1]}.{digits[-1]}"
+
+
+def load_engine(
+    bundle: Bundle, engine: str, *, tensorrt: str, compute_capability: str, gpu: str = ""
+) -> tuple[memoryview, EngineRecord]:
+    """Return a bundle's engine, mapped from its file, and its record, if it fits what is here.
+
+    The file is hashed where its modification time is not the one recorded: a copy, or a change.
+
+    Args:
+        bundle: the model.
+        engine: ``tensorrt`` or ``tensorrt-rtx``.
+        tensorrt: version of TensorRT that will load it.
+        compute_capability: of the GPU that will run it.
+        gpu: that GPU's name; boards of one compute capability differ, and kernels were timed on one of them.
+
+    Raises:
+        EngineError: there is none, it is damaged or of another machine, or it was made from or for something else;
+            which, and the command that builds it anew.
+    """
+    directory = engine_directory(bundle, engine)
+    artifact, record = _open_engine(bundle, engine)
+    here = {
+        "the bundle's files": (made_from(bundle), record.made_from),
+        "gta-edge": (__version__, record.gta_edge),
+        "TensorRT": (tensorrt, record.tensorrt),
+        "the GPU's compute capability": (compute_capability, _built_for(record, compute_capability)),
+        "the GPU": (gpu or record.gpu, record.gpu or gpu),
+    }
+    for name, (now, then) in here.items():
+        if now != then:
+            found = f"is {brief(now)} here and was {brief(then)}" if isinstance(now, str) else "are others"
+            remedy = record.purpose.command(bundle.directory)
+            raise EngineError(f"{directory}: {name} {found} when the engine was built; run: {remedy}")
+    return artifact.mapped[PLAN], record
+
+
+def _built_for(record: EngineRecord, compute_capability: str) -> str:
+    """Return the compute capability if the engine was built for it, otherwise those that it was built for."""
+    known = record.compute_capabilities
+    return compute_capability if compute_capability in known else ", ".join(known)
+
+
+def require_engine(bundle: Bundle, engine: str) -> None:
+    """Raise EngineError where a bundle has no engine of this kind; what there is may still not fit."""
+    directory = engine_directory(bundle, engine)
+    try:
+        for link in (directory.parent, directory):
+            if link.is_symlink():
+                raise EngineError(f"{link}: is a link, and engines are read from the bundle itself; remove the link")
+        there = directory.is_dir()
+    except OSError as error:  # a directory that may not be searched
+        raise EngineError(
+            f"{directory}: cannot be read ({error.strerror}); give yourself access, or choose another backend"
+        ) from error
+    if not there:
+        raise _no_engine(bundle, engine)
+
+
+def _build(bundle: Bundle, engine: str) -> str:
+    return f"gta-edge build {shlex.quote(str(bundle.directory))} --engine {engine}"
+
+
+def _no_engine(bundle: Bundle, engine: str) -> EngineError:
+    return EngineError(f"{engine_directory(bundle, engine)}: there is no engine; run: {_build(bundle, engine)}")
+
+
+def _open_engine(bundle: Bundle, engine: str) -> tuple[Artifact, EngineRecord]:
+    """Return a bundle's engine and its record, if it is this machine's and as it was written."""
+    require_engine(bundle, engine)
+    directory = engine_directory(bundle, engine)
+    try:
+        artifact = open_artifact(
+            bundle.directory, f"{ARTIFACTS}/{engine}", RECORD, mapped=(PLAN,), verify_hashes=bundle.verified
+        )
+    except RefusedError as refused:
+        raise EngineError(
+            f"{directory}: the engine is not used ({refused}); run: {_build(bundle, engine)}"
+        ) from refused
+    try:
+        entries: Mapping[str, Any] = artifact.content
+        record = EngineRecord(**{**entries, "purpose": Purpose(**entries["purpose"])})
+        _check_types(record)
+        if PLAN not in artifact.mapped or record.purpose.engine != engine:
+            raise ValueError(f"it is of {record.purpose.engine}, or lists no {PLAN}")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # of another version of this package
+        raise EngineError(
+            f"{directory / RECORD}: is not the record of an engine ({one_line(error)}); run: {_build(bundle, engine)}"
+        ) from error
+    return artifact, record
+
+
+def _check_types(record: EngineRecord) -> None:
+    """Raise ValueError where a value is not of its type; dataclasses take anything."""
+    purpose, lists = record.purpose, record.compute_capabilities
+    texts = [record.tensorrt, record.gta_edge, record.gpu, purpose.engine, purpose.compute, purpose.cache_dtype]
+    texts += [*record.made_from, *record.made_from.values(), *lists, purpose.int4, record.products]
+    numbers = [purpose.max_length, purpose.max_batch, purpose.chunk_size]
+    if not (isinstance(lists, list) and isinstance(record.product_timings, list)):
+        raise ValueError("a list is expected and something else found")
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("a text is expected and something else found")
+    if not {purpose.compute, purpose.cache_dtype} <= VALUE_BYTES.keys() or record.products not in PRODUCTS:
+        raise ValueError("a type, or a word, that there is not")
+    if not all(type(number) is int and number > 0 for number in numbers):
+        raise ValueError("a positive whole number is expected and something else found")

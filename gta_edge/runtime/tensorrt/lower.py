@@ -1,0 +1,182 @@
+"""Writes a bundle's model as it goes to TensorRT: typed, of one capacity, with the plugin's nodes or without.
+
+Two forms. ``plugin`` leaves the attention as one node for the plugin to implement. ``function`` has the body of the
+function that gives the node its meaning in its place, standard operators, and needs no plugin; positions and mask are
+computed once for all layers, which halves the time that TensorRT-RTX takes to build a deep model. A baseline has
+standard operators in both.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gta_edge.errors import CapacityError, InputError, OutputError
+from gta_edge.formats.bundle import MODEL, WEIGHTS, Bundle
+from gta_edge.graph.io import load_graph, rewriting, run_passes
+from gta_edge.graph.retype import COMPUTE_TYPES, RetypePass
+from gta_edge.graph.share_dimensions import ShareDimensionsPass
+from gta_edge.libraries.optional import optional
+from gta_edge.model.config import GTAConfig
+from gta_edge.runtime.tensorrt.engine import PRODUCTS
+from gta_edge.runtime.tensorrt.passes.fold_constants import FoldConstantsPass
+from gta_edge.runtime.tensorrt.passes.lower_opset import WriteOutNewerOpsPass
+from gta_edge.runtime.tensorrt.passes.pack_matmuls import PackProductsPass
+from gta_edge.runtime.tensorrt.passes.quantize_cache import CACHE_TYPES, QuantizeCachePass
+from gta_edge.runtime.tensorrt.passes.remove_functions import RemoveFunctionsPass
+from gta_edge.runtime.tensorrt.passes.set_capacity import SetCapacityPass
+from gta_edge.support.progress import Progress, silent
+from gta_edge.version import __version__
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    from onnx_ir.passes import common
+else:
+    ir, common = optional("onnx_ir", "tensorrt"), optional("onnx_ir.passes.common", "tensorrt")
+
+__all__ = ["FORMS", "RECORD", "load_model", "specialise"]
+
+FORMS = ("plugin", "function")
+
+FORMAT = "gta-edge-model"
+RECORD = "prepared.json"
+"""Says what a specialised model was made from and for."""
+_WRITTEN = (MODEL, WEIGHTS)
+
+_INLINE_BYTES = 1024
+
+
+def specialise(
+    bundle: Bundle,
+    directory: Path,
+    *,
+    form: str = "plugin",
+    compute: str,
+    cache_dtype: str | None = None,
+    capacity: int,
+    batch: int | None = None,
+    newer_ops: bool = True,
+    products: str = "native",
+    progress: Progress = silent,
+) -> Path:
+    """Write ``model.onnx``, its weights and a record into a directory, which then needs nothing of the bundle.
+
+    Args:
+        bundle: the model.
+        directory: where to write; made if it does not exist, and empty if it does. What is written is complete only
+            when this returns.
+        form: ``plugin`` or ``function``.
+        compute: ``fp16`` or ``bf16``; in the function form also ``fp32``.
+        cache_dtype: ``int8`` or ``fp8``, in the plugin form of a GTA model; otherwise what ``compute`` is.
+        capacity: rows of each cache.
+        batch: rows of a step; any number if None.
+        newer_ops: whether the parser knows operators of opset 23 and 24 (TensorRT 10.15 and later).
+        products: who multiplies by quantised matrices, ``plugin`` (in either form, and not in ``fp32``) or ``native``.
+        progress: told of each tensor written.
+
+    Returns:
+        The ONNX file.
+
+    Raises:
+        InputError: the options do not go together, or not with this model.
+        CapacityError: the model's positions do not reach that capacity.
+        BundleError: the bundle's graph cannot be read or is none that export writes, or its weights cannot be read.
+        OutputError: the directory holds a model, or cannot be written.
+        EngineError: a weight is beyond float16's range, or an operator has no form that older parsers know.
+        BackendError: onnx-ir is not installed.
+    """
+    _check(bundle, form, compute, cache_dtype, capacity, batch)
+    _check_products(products, compute)
+    directory = Path(directory)
+    if any((directory / name).exists() for name in (MODEL, WEIGHTS, RECORD)):
+        raise OutputError(f"{directory}: holds a model already; choose another directory, or an empty one")
+    quantised = cache_dtype if cache_dtype in CACHE_TYPES else None
+    model, packing = load_model(bundle), PackProductsPass()
+    passes: list[ir.passes.PassBase] = []
+    if form == "plugin":
+        passes.append(RemoveFunctionsPass())
+    else:
+        passes += [common.InlinePass(), ShareDimensionsPass()]
+    if products == "plugin":
+        passes.append(packing)
+    passes.append(RetypePass(compute))
+    if quantised:
+        passes.append(QuantizeCachePass(quantised))
+    passes.append(SetCapacityPass(capacity, batch))
+    if not newer_ops:
+        passes += [WriteOutNewerOpsPass(), FoldConstantsPass()]
+    passes.append(common.CommonSubexpressionEliminationPass())
+    cleaning = common.RemoveUnusedNodesPass(), common.RemoveUnusedOpsetsPass(), common.NameFixPass()
+    run_passes(model, bundle.model_path, *passes, *cleaning)
+    record: dict[str, Any] = {"format": FORMAT, "form": form, "compute": compute, "cache_dtype": quantised or compute}
+    record |= {"capacity": capacity, "batch": batch, "newer_ops": newer_ops}
+    record |= {"products": products, "packed": packing.products, "not_packed": packing.left}
+    record |= {"gta_edge": __version__, "made_from": _sums(bundle)}
+    try:
+        directory.mkdir(exist_ok=True)
+        with rewriting(bundle.model_path):
+            _write(model, directory, progress)
+        record["files"] = {
+            name: {"bytes": (directory / name).stat().st_size} for name in _WRITTEN if (directory / name).exists()
+        }
+        (directory / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"{directory}: cannot be written ({error.strerror}); choose another directory") from error
+    return directory / MODEL
+
+
+def _check(bundle: Bundle, form: str, compute: str, cache_dtype: str | None, capacity: int, batch: int | None) -> None:
+    if form not in FORMS:
+        raise InputError(f"the form is {form!r}; expected {' or '.join(FORMS)}")
+    computes = [name for name in COMPUTE_TYPES if form == "function" or name != "fp32"]
+    if compute not in computes:
+        raise InputError(f"the {form} form computes in {', '.join(computes)}, not in {compute!r}; choose one of them")
+    plugin = form == "plugin" and isinstance(bundle.config, GTAConfig)
+    caches = [compute, *CACHE_TYPES] if plugin else [compute]
+    if cache_dtype is not None and cache_dtype not in caches:
+        whose = f"the {form} form of {bundle.config.architecture} in {compute}"
+        raise InputError(f"{whose} has no cache of {cache_dtype!r}; expected {' or '.join(caches)}")
+    most = bundle.config.max_position_embeddings
+    if not 1 <= capacity <= most:
+        raise CapacityError(f"the capacity is {capacity} tokens; expected 1 to {most}, the model's positions")
+    if batch is not None and batch < 1:
+        raise InputError(f"the batch is {batch}; expected at least 1")
+
+
+def _check_products(products: str, compute: str) -> None:
+    if products not in PRODUCTS:
+        raise InputError(f"products are {products!r}; expected {' or '.join(PRODUCTS)}")
+    if products == "plugin" and compute == "fp32":
+        raise InputError("the plugin multiplies in fp16 or bf16, not in 'fp32'; choose one of them, or native products")
+
+
+def load_model(bundle: Bundle) -> ir.Model:
+    """Return a bundle's graph, whose weights are read when they are asked for.
+
+    Raises:
+        BundleError: it cannot be read or is none that export writes, or the weights do not lie within the bundle.
+        BackendError: onnx-ir is not installed.
+    """
+    return load_graph(bundle.model_path, bundle.config, "tensorrt")
+
+
+def _write(model: ir.Model, directory: Path, progress: Progress) -> None:
+    """Write graph and weights, one tensor in memory at a time."""
+
+    def writing(tensor: Any, info: Any) -> None:
+        progress("writing weights", info.index + 1, info.total)
+
+    ir.save(
+        model,
+        directory / MODEL,
+        external_data=WEIGHTS,
+        size_threshold_bytes=_INLINE_BYTES,
+        callback=writing,
+        max_workers=1,
+    )
+
+
+def _sums(bundle: Bundle) -> dict[str, str]:
+    files = bundle.manifest["files"]
+    return {name: files[name]["sha256"] for name in (MODEL, WEIGHTS) if name in files}

@@ -1,0 +1,148 @@
+"""Who multiplies by the quantised matrices of an engine, our plugin or TensorRT itself: the rule, given what they take.
+
+Nothing proves that TensorRT makes one fast kernel of DequantizeLinear and MatMul on a given GPU, nor that our kernels
+are the faster ones there. So both are timed on the GPU that the engine is for (``product_timing.py``), with the model's
+own sizes, and this module decides by the times.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from gta_edge.errors import EngineError
+from gta_edge.graph.io import run_passes
+from gta_edge.libraries.optional import optional
+from gta_edge.plugins.matmul import definition as op
+from gta_edge.runtime.tensorrt.engine import PRODUCTS
+from gta_edge.runtime.tensorrt.passes.pack_matmuls import PackProductsPass
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+else:
+    ir = optional("onnx_ir", "tensorrt")
+
+__all__ = ["PHASES", "SLOWER_PREFILL", "Choice", "ProductCall", "Timing", "calls_of", "choose"]
+
+PHASES = ("decode", "prefill")
+
+SLOWER_PREFILL = 2.0
+"""How many times as long a chunk of a prompt may take for the sake of faster tokens."""
+
+
+@dataclass(frozen=True)
+class ProductCall:
+    """One kind of product in a model, as the plugin makes one call of it.
+
+    Attributes:
+        bits: of a code.
+        block_size: inputs that share a scale; 0 is one scale per output channel.
+        in_features: K.
+        output_sizes: widths of the matrices that share the input.
+        bias: whether there is one.
+        head: whether it gives the logits, which a chunk wants of one position.
+    """
+
+    bits: int
+    block_size: int
+    in_features: int
+    output_sizes: tuple[int, ...]
+    bias: bool
+    head: bool = False
+
+    def rows(self, phase: str, chunk_size: int) -> int:
+        """Return the rows of a call in a step of one token, or of a chunk."""
+        return chunk_size if phase == "prefill" and not self.head else 1
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What one kind of product takes.
+
+    Attributes:
+        call: the product.
+        count: how often a step has it.
+        phase: ``decode`` or ``prefill``.
+        microseconds: of one, by who multiplies.
+    """
+
+    call: ProductCall
+    count: int
+    phase: str
+    microseconds: Mapping[str, float]
+
+    def document(self) -> dict[str, Any]:
+        """Return it as it is written down."""
+        call = {**vars(self.call), "output_sizes": list(self.call.output_sizes)}
+        return {**call, "count": self.count, "phase": self.phase, "microseconds": dict(self.microseconds)}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen, and why.
+
+    Attributes:
+        products: ``plugin`` or ``native``.
+        microseconds: of all products of a step, by phase and by who multiplies; empty where nothing was timed.
+    """
+
+    products: str
+    microseconds: Mapping[str, Mapping[str, float]]
+
+
+def calls_of(model: ir.Model) -> Counter[ProductCall]:
+    """Return the products of a bundle's model that the plugin can take, and how often there is each of them.
+
+    Args:
+        model: will be changed; its weights are not read.
+
+    Raises:
+        EngineError: an input's width is not known.
+    """
+    run_passes(model, "the bundle's graph", PackProductsPass())
+    bits = {name: width for width, name in op.OPS.items()}
+    return Counter(
+        ProductCall(
+            bits=bits[node.op_type],
+            block_size=node.attributes.get_int("block_size", 0),
+            in_features=_inputs(node),
+            output_sizes=tuple(node.attributes["output_sizes"].as_ints()),
+            bias=len(node.inputs) == len(op.INPUTS),
+            head=any(value.is_graph_output() for value in node.outputs),
+        )
+        for node in model.graph
+        if node.domain == op.DOMAIN and node.op_type in bits
+    )
+
+
+def choose(timings: Sequence[Timing]) -> Choice:
+    """Return who multiplies in the whole engine: who takes less for a token, unless prompts pay for it.
+
+    The one whose products of a decode step take less time in all wins, TensorRT where they take the same. But where its
+    chunk of a prompt takes more than ``SLOWER_PREFILL`` times as long as the other's, the other wins.
+
+    Args:
+        timings: of every kind of product in the model, in both phases; if there is none, TensorRT multiplies.
+    """
+    if not timings:
+        return Choice("native", {})
+    totals = {
+        phase: {
+            who: sum(each.count * each.microseconds[who] for each in timings if each.phase == phase) for who in PRODUCTS
+        }
+        for phase in PHASES
+    }
+    decode, prefill = totals["decode"], totals["prefill"]
+    faster, other = ("plugin", "native") if decode["plugin"] < decode["native"] else ("native", "plugin")
+    return Choice(other if prefill[faster] > SLOWER_PREFILL * prefill[other] else faster, totals)
+
+
+def _inputs(node: ir.Node) -> int:
+    """Return K, which the attributes do not have."""
+    x = node.inputs[0]
+    size = x.shape[-1] if x is not None and x.shape is not None and len(x.shape) else None
+    if not isinstance(size, int):
+        raise EngineError(f"the width of {x.name if x is not None else 'x'} is not known; export the bundle again")
+    return size

@@ -1,0 +1,89 @@
+"""Hold the caches in integers or 8-bit floats."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from gta_edge.errors import EngineError
+from gta_edge.graph.types import title
+from gta_edge.libraries.optional import optional
+from gta_edge.plugins.attention import definition as op
+from gta_edge.plugins.attention.plugin_call import QUANTISED_CACHE
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+else:
+    ir = optional("onnx_ir", "tensorrt")
+
+__all__ = ["CACHE_TYPES", "QuantizeCachePass"]
+
+CACHE_TYPES = {"int8": "INT8", "fp8": "FLOAT8E4M3FN"}
+"""ONNX's name of the type, by the name that ``--cache-dtype`` takes."""
+
+_PAST, _PRESENT = ("past_key", "past_latent"), ("present_key", "present_latent")
+
+
+class QuantizeCachePass(ir.passes.InPlacePass):
+    """Give the caches of ``GroupedLatentAttention`` a type of 8 bits, and a scale per head and row beside them.
+
+    Layer i's scales are graph inputs ``past_key_scale.{i}`` [B, n_k, S] and ``past_latent_scale.{i}`` [B, n_c, S],
+    float32, and outputs ``present_*`` likewise, behind all others and layer by layer. They are the op's last inputs and
+    outputs, in that order, and its attribute ``quantised_cache`` says that they are there. The op's function knows
+    none of this: only the plugin does.
+
+    Args:
+        cache: ``int8`` or ``fp8`` (e4m3).
+
+    Precondition: the functions are removed (``RemoveFunctionsPass``), and past caches are graph inputs.
+    Postcondition: every node has scales and all its caches have the type. Where they have already, nothing changes.
+
+    Raises:
+        EngineError: there is no such node, or one whose caches are not the graph's own.
+    """
+
+    def __init__(self, cache: str) -> None:
+        super().__init__()
+        if cache not in CACHE_TYPES:
+            raise EngineError(f"the cache type is {cache!r}; expected one of {', '.join(CACHE_TYPES)}")
+        self.dtype = ir.DataType[CACHE_TYPES[cache]]
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Change the caches of ``model``."""
+        nodes = [node for node in model.graph if node.domain == op.DOMAIN and node.op_type == op.OP]
+        if not nodes or model.functions:
+            found = "the model keeps its functions" if nodes else f"the graph has no {op.OP}"
+            raise EngineError(f"{found}; caches of 8 bits need the plugin: choose the plugin form of a GTA model")
+        modified = [self._quantize(model.graph, node) for node in nodes]
+        return ir.passes.PassResult(model, modified=any(modified))
+
+    def _quantize(self, graph: ir.Graph, node: ir.Node) -> bool:
+        past = [node.inputs[op.INPUTS.index(name)] for name in _PAST]
+        present = [node.outputs[op.OUTPUTS.index(name)] for name in _PRESENT]
+        if {value.dtype for value in past if value is not None} == {self.dtype}:
+            return False
+        own = all(v is not None and v.is_graph_input() for v in past) and all(v.is_graph_output() for v in present)
+        if len(node.inputs) != len(op.INPUTS) or not own:
+            raise EngineError(
+                f"{title(node)} has caches that are not the graph's own; start from the bundle's own graph"
+            )
+        node.attributes[QUANTISED_CACHE] = ir.AttrInt64(QUANTISED_CACHE, 1)
+        scales = [self._narrow(value) for value in past]
+        node.resize_inputs(len(op.INPUTS) + len(scales))
+        for index, value in enumerate(scales, len(op.INPUTS)):
+            graph.inputs.append(value)
+            node.replace_input_with(index, value)
+        node.resize_outputs(len(op.OUTPUTS) + len(scales))
+        for value, new in zip(present, node.outputs[len(op.OUTPUTS) :], strict=True):
+            scale = self._narrow(value)
+            new.name, new.shape, new.type = scale.name, scale.shape, scale.type
+            graph.outputs.append(new)
+        return True
+
+    def _narrow(self, cache: ir.Value | None) -> ir.Value:
+        """Give a cache [B, heads, S, width] the type, and return a value for its scales [B, heads, S]."""
+        assert cache is not None and cache.shape is not None  # the graph's own input or output
+        cache.type = ir.TensorType(self.dtype)
+        kind, _, layer = str(cache.name).partition(".")
+        return ir.Value(
+            name=f"{kind}_scale.{layer}", shape=ir.Shape(list(cache.shape)[:3]), type=ir.TensorType(ir.DataType.FLOAT)
+        )

@@ -1,0 +1,46 @@
+"""Leave the attention to the plugin."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from gta_edge.errors import EngineError
+from gta_edge.libraries.optional import optional
+from gta_edge.plugins.attention import definition as op
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+else:
+    ir = optional("onnx_ir", "tensorrt")
+
+__all__ = ["RemoveFunctionsPass"]
+
+
+class RemoveFunctionsPass(ir.passes.InPlacePass):
+    """Remove the functions that give our nodes their meaning in standard operators.
+
+    TensorRT's parser takes the function where there is one, plugin or not. It finds the plugin by the node's domain
+    or, before 10.10, by two attributes.
+
+    Precondition: every function of the model is one of ours.
+    Postcondition: there is no function, every node of domain ``gta`` is one that the plugin implements, and has the
+    attributes ``plugin_namespace`` and ``plugin_version``.
+
+    Raises:
+        EngineError: the model has functions or nodes that no plugin stands for.
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Remove the functions of ``model``."""
+        nodes = [node for node in model.graph if node.domain == op.DOMAIN]
+        for domain, name in [key[:2] for key in model.functions] + [(n.domain, n.op_type) for n in nodes]:
+            if (domain, name) != (op.DOMAIN, op.OP):
+                raise EngineError(f"no plugin implements {domain}::{name}, only {op.DOMAIN}::{op.OP}; export it again")
+        modified = bool(model.functions)
+        model.functions.clear()
+        for node in nodes:
+            for name, text in (("plugin_namespace", op.DOMAIN), ("plugin_version", str(op.VERSION))):
+                if node.attributes.get_string(name, "") != text:
+                    node.attributes[name] = ir.AttrString(name, text)
+                    modified = True
+        return ir.passes.PassResult(model, modified)

@@ -1,0 +1,79 @@
+"""Fix the cache's capacity, and the batch where that is wanted."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from gta_edge.errors import EngineError
+from gta_edge.libraries.optional import optional
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+else:
+    ir = optional("onnx_ir", "tensorrt")
+
+__all__ = ["SetCapacityPass"]
+
+_BATCH_AXIS, _CAPACITY_AXIS = 0, 2  # of a cache [B, heads, S, width]
+
+
+class SetCapacityPass(ir.passes.InPlacePass):
+    """Replace the symbolic capacity of the caches by a number wherever it is named.
+
+    TensorRT's KVCacheUpdate wants it static; the kernels' tables of addresses are laid out for it.
+
+    Args:
+        capacity: rows of each cache.
+        batch: rows of a step; symbolic if None.
+
+    Precondition: inputs called ``past_*`` are caches [B, heads, S, width], and equal names of symbolic dimensions mean
+    equal sizes.
+    Postcondition: no shape of a value of the graph names the symbols that were replaced.
+
+    Raises:
+        EngineError: there are no caches, or they are of another size already.
+    """
+
+    def __init__(self, capacity: int, batch: int | None = None) -> None:
+        super().__init__()
+        self.capacity, self.batch = capacity, batch
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Set the sizes in ``model``."""
+        graph = model.graph
+        sizes: dict[str, int] = {}
+        for value in graph.inputs:
+            if str(value.name).startswith("past_") and value.shape is not None and len(value.shape) == 4:
+                self._name(value, _CAPACITY_AXIS, self.capacity, sizes)
+                if self.batch is not None:
+                    self._name(value, _BATCH_AXIS, self.batch, sizes)
+        if not any(str(value.name).startswith("past_") for value in graph.inputs):
+            raise EngineError("the graph has no inputs past_*, so no caches; export the bundle again")
+        values = [*graph.inputs, *(value for node in graph for value in node.outputs), *graph.outputs]
+        modified = [_replace(value, sizes) for value in values]
+        return ir.passes.PassResult(model, modified=any(modified))
+
+    @staticmethod
+    def _name(value: ir.Value, axis: int, size: int, sizes: dict[str, int]) -> None:
+        """Note what the symbol of a dimension stands for."""
+        assert value.shape is not None
+        found = value.shape[axis]
+        if isinstance(found, int):
+            if found != size:
+                raise EngineError(f"{value.name} is {value.shape}, fixed already; expected {size} at axis {axis}")
+        elif found.value is None:
+            raise EngineError(f"axis {axis} of {value.name} has no name; export the bundle again")
+        else:
+            sizes[found.value] = size
+
+
+def _replace(value: ir.Value, sizes: dict[str, int]) -> bool:
+    """Replace the symbols in a value's shape; tell whether there were any."""
+    if value.shape is None:
+        return False
+    found = list(value.shape)
+    known = [sizes.get(str(size.value), size) if isinstance(size, ir.SymbolicDim) else size for size in found]
+    if known == found:
+        return False
+    value.shape = ir.Shape(known)
+    return True

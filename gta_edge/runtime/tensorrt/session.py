@@ -1,0 +1,319 @@
+"""The backends `tensorrt` and `tensorrt-rtx`: an engine that ``gta-edge build`` made, token by token, without torch.
+
+The engine's two profiles share its weights. The cache has its full capacity from the start, and past inputs and present
+outputs of every layer are bound to one address, so no step copies it. A step of one token per row is a CUDA graph,
+captured once for a number of rows: ids and lengths in, logits out, all through pinned memory. Each number of rows has
+an execution context of its own for that, since a graph is only good while its context's shapes do not change. They cost
+little: weights are the engine's, and scratch memory is one for all, as one runs after the other.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from gta_edge.cuda.session import Cuda
+from gta_edge.errors import BackendError, CapacityError, InputError
+from gta_edge.formats.bundle import Bundle
+from gta_edge.libraries.tensorrt import TensorRT, load
+from gta_edge.plugins import register
+from gta_edge.plugins.attention.kernels import Gpu, current_gpu
+from gta_edge.runtime.session import Ids, Logits, Session
+from gta_edge.runtime.tensorrt.build import LOGIT_POSITIONS, buffer_bytes
+from gta_edge.runtime.tensorrt.engine import SCALE_BYTES, VALUE_BYTES, compute_capability, load_engine, require_engine
+from gta_edge.runtime.tensorrt.log import first_reason, new_log, started
+from gta_edge.runtime.tensorrt.runtime_cache import RunTimeKernels
+
+__all__ = ["TensorRTSession"]
+
+_DECODE, _PREFILL = 0, 1  # the profiles, as build.py makes them
+_DECODERS_KEPT = 8
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """An input or output of fixed memory: on the GPU for the largest shape, and pinned beside it."""
+
+    address: int
+    host: Any
+
+
+@dataclass
+class _Decoder:
+    """A context for one token of each of a number of rows, and its run as a CUDA graph."""
+
+    context: Any
+    graph: Any = None
+    """None where TensorRT cannot be captured; then the context is run as it is."""
+
+
+class TensorRTSession(Session):
+    """An engine behind the session's interface.
+
+    Args:
+        bundle: the model; its engine lies in it.
+        engine: ``tensorrt`` or ``tensorrt-rtx``.
+        device_id: CUDA's number for the GPU.
+        options: as ``Session`` takes them, but for ``chunk_size``, which the engine's is the most of.
+
+    Raises:
+        BackendError: TensorRT, the driver or the GPU is missing, or the engine cannot be loaded.
+        EngineError: there is no engine, or it was built from or for something else.
+        CapacityError: the GPU has no room for the engine and its cache.
+    """
+
+    def __init__(
+        self, bundle: Bundle, *, engine: str = "tensorrt", device_id: int = 0, chunk_size: int | None = None
+    ) -> None:
+        # First what costs nothing: TensorRT's libraries take seconds to load.
+        require_engine(bundle, engine)
+        gpu = current_gpu(device_id)
+        trt = load(engine)
+        here = compute_capability(gpu.architecture)
+        plan, record = load_engine(bundle, engine, tensorrt=trt.version_text, compute_capability=here, gpu=gpu.name)
+        purpose = record.purpose
+        super().__init__(
+            bundle.config,
+            chunk_size=purpose.chunk_size if chunk_size is None else min(chunk_size, purpose.chunk_size),
+            capacity_step=purpose.max_length,
+        )
+        self.backend = engine
+        self.compute = purpose.compute
+        self._record, self._directory = record, bundle.directory
+        self._prefill: Any = None
+        self._engine: Any = None
+        self._runtime: Any = None
+        self._kernels: RunTimeKernels | None = None
+        self._decoders: dict[int, _Decoder] = {}
+        self._addresses: dict[str, int] = {}
+        self._cuda = Cuda(device_id)
+        try:
+            self._open(trt, plan, gpu)
+        except BaseException:
+            self._drop()
+            raise
+
+    def _open(self, trt: TensorRT, plan: memoryview, gpu: Gpu) -> None:
+        self._check_room(len(plan))
+        if trt.plugins:
+            register(trt.module)
+        self._user_managed = trt.module.ExecutionContextAllocationStrategy.USER_MANAGED
+        self._log = new_log(trt.module)
+        self._runtime = started(trt.module.Runtime, self._log, "runtime")
+        self._engine = self._runtime.deserialize_cuda_engine(plan)
+        if self._engine is None:
+            raise BackendError(f"TensorRT cannot load the engine ({self._reason()}); {self._rebuild()}")
+        if trt.compiles_at_run_time:
+            self._kernels = RunTimeKernels(trt.module, gpu.name, self._record)
+        purpose, vocab = self._record.purpose, self.config.vocab_size
+        rows, chunk = purpose.max_batch, purpose.chunk_size
+        self._ids = self._tensor("input_ids", rows * chunk, np.int64)
+        self._past = self._tensor("past_length", rows, np.int64)
+        self._positions = self._tensor("logit_positions", rows * LOGIT_POSITIONS, np.int64)
+        self._logits = self._tensor("logits", rows * LOGIT_POSITIONS * vocab, np.float32)
+        self._cache_bytes = 0
+        for layer in range(self.config.num_hidden_layers):
+            for cache in self.config.caches:
+                size = rows * cache.heads * purpose.max_length
+                self._add_cache(f"{cache.name}.{layer}", size * cache.width * VALUE_BYTES[purpose.cache_dtype])
+                if purpose.quantised_cache:
+                    self._add_cache(f"{cache.name}_scale.{layer}", size * SCALE_BYTES)
+        sizes = [int(self._engine.get_device_memory_size_for_profile_v2(each)) for each in (_DECODE, _PREFILL)]
+        self._scratch_bytes = max(*sizes, 1)
+        self._scratch = self._cuda.allocate(self._scratch_bytes, "TensorRT's scratch memory")
+        self._prefill = self._context(_PREFILL)
+        self._prefill_shape = (0, 0, 0)
+        self._cuda.synchronize()
+
+    def _check_room(self, engine_bytes: int) -> None:
+        """Refuse what TensorRT would fail at halfway, or the system end, with a message that has figures."""
+        purpose = self._record.purpose
+        cache_bytes, free = purpose.cache_bytes(self.config), self._cuda.free_bytes()
+        buffers = buffer_bytes(self.config, purpose)
+        needed = (
+            engine_bytes + cache_bytes + buffers * (2 if self._cuda.shares_memory else 1)
+        )  # pinned ones beside them
+        if needed > free:
+            raise CapacityError(
+                f"the engine takes {engine_bytes / 1e9:.2f} GB, its cache of {purpose.max_length} tokens for "
+                f"{purpose.max_batch} rows {cache_bytes / 1e9:.2f} GB, its buffers {buffers / 1e9:.2f} GB: all of it "
+                f"takes {needed / 1e9:.3f} GB and the GPU has {free / 1e9:.3f} GB free; close other programs, or build "
+                "with a smaller --max-length or --max-batch"
+            )
+
+    def _context(self, profile: int) -> Any:
+        """Return a new execution context for a profile, all its tensors bound."""
+        self._log.errors.clear()
+        how, strategy = self._user_managed, self._user_managed
+        if self._kernels:
+            how = self._kernels.configure(self._engine, strategy, eager=profile == _DECODE)
+        context = self._engine.create_execution_context(how)
+        if context is None:
+            raise BackendError(f"TensorRT cannot make an execution context ({self._reason()}); {self._rebuild()}")
+        context.set_device_memory(self._scratch, self._scratch_bytes)
+        if not context.set_optimization_profile_async(profile, self._cuda.stream):
+            raise BackendError(f"TensorRT does not take the engine's profile ({self._reason()}); {self._rebuild()}")
+        for name, address in self._addresses.items():
+            if not context.set_tensor_address(name, address):
+                raise BackendError(f"the engine has no {name} ({self._reason()}); {self._rebuild()}")
+        return context
+
+    @property
+    def max_length(self) -> int:
+        return self._record.purpose.max_length
+
+    @property
+    def _limit(self) -> str:
+        return f"the engine was built with --max-length {self.max_length}"
+
+    @property
+    def max_batch(self) -> int:
+        """Rows that the engine was built for."""
+        return self._record.purpose.max_batch
+
+    @property
+    def cache_bytes(self) -> int:
+        return self._cache_bytes
+
+    @property
+    def cuda_graph(self) -> bool | None:
+        return all(each.graph is not None for each in self._decoders.values()) if self._decoders else None
+
+    def _tensor(self, name: str, values: int, dtype: Any) -> _Tensor:
+        host = self._cuda.host_array((values,), dtype, f"a buffer for {name}")
+        self._addresses[name] = self._cuda.allocate(host.nbytes, name)
+        return _Tensor(self._addresses[name], host)
+
+    def _add_cache(self, name: str, size_bytes: int) -> None:
+        """Give past input and present output one and the same memory."""
+        address = self._cuda.allocate(size_bytes, f"the cache of {self.max_length} tokens for {self.max_batch} rows")
+        self._cache_bytes += size_bytes
+        self._addresses |= {f"past_{name}": address, f"present_{name}": address}
+
+    def _resize(self, batch: int, capacity: int) -> None:
+        if batch > self.max_batch:
+            raise InputError(
+                f"ids have {batch} rows and the engine was built for {self.max_batch}; "
+                f"give fewer, or run: {replace(self._record.purpose, max_batch=batch).command(self._directory)}"
+            )
+
+    def _run(self, input_ids: Ids, past_length: Ids, logit_positions: Ids) -> Logits:
+        self._cuda.make_current()
+        rows, wanted = logit_positions.shape
+        if input_ids.shape[1] == 1 and wanted == 1:
+            return self._step(input_ids, past_length)
+        # A run appends the same rows to the same places every time, so more logits are had by running again.
+        parts = []
+        for start in range(0, max(wanted, 1), LOGIT_POSITIONS):
+            positions = logit_positions[:, start : start + LOGIT_POSITIONS]
+            if not wanted:  # the engine gives logits for one position at least
+                positions = np.zeros((rows, 1), np.int64)
+            parts.append(self._chunk(input_ids, past_length, positions))
+        result: Logits = np.concatenate(parts, axis=1)[:, :wanted]
+        return result
+
+    def _chunk(self, input_ids: Ids, past_length: Ids, positions: Ids) -> Logits:
+        shape = (*input_ids.shape, positions.shape[1])
+        if shape != self._prefill_shape:
+            self._prefill_shape = (0, 0, 0)
+            self._set_shapes(self._prefill, *shape)
+            self._prefill_shape = shape
+        logits = self._fill(input_ids, past_length, positions)
+        self._enqueue(self._prefill, input_ids.size, len(past_length), positions.size, logits)
+        self._cuda.synchronize()
+        return logits.copy()
+
+    def _step(self, input_ids: Ids, past_length: Ids) -> Logits:
+        rows = len(past_length)
+        logits = self._fill(input_ids, past_length, np.zeros((rows, 1), np.int64))
+        decoder = self._decoders.get(rows)
+        if decoder is None:
+            result, decoder = self._first_step(rows, logits)
+            if len(self._decoders) == _DECODERS_KEPT:
+                self._cuda.forget(self._decoders.pop(next(iter(self._decoders))).graph)
+            self._decoders[rows] = decoder
+            return result
+        if decoder.graph is None:
+            self._enqueue(decoder.context, rows, rows, rows, logits)
+        else:
+            self._cuda.replay(decoder.graph)
+        self._cuda.synchronize()
+        return logits.copy()
+
+    def _first_step(self, rows: int, logits: Logits) -> tuple[Logits, _Decoder]:
+        """Run a step, which TensorRT wants before it is captured, and capture the next one like it."""
+        context = self._context(_DECODE)
+        self._set_shapes(context, rows, 1, 1)
+        self._enqueue(context, rows, rows, rows, logits)
+        self._cuda.synchronize()
+        decoder, result = _Decoder(context), logits.copy()
+        if getattr(context, "is_stream_capturable", lambda _: True)(self._cuda.stream):
+            try:
+                with self._cuda.capture() as made:
+                    self._enqueue(context, rows, rows, rows, logits)
+                decoder.graph = made[0]
+            except BackendError:  # an engine may have what cannot be captured, and runs all the same
+                first_reason(self._log.errors)
+                self._log.errors.clear()
+        return result, decoder
+
+    def _fill(self, input_ids: Ids, past_length: Ids, positions: Ids) -> Logits:
+        """Put inputs into pinned memory; return where the logits will be, float32 [B, M, V]."""
+        for tensor, values in ((self._ids, input_ids), (self._past, past_length), (self._positions, positions)):
+            tensor.host[: values.size] = values.reshape(-1)
+        shape = (*positions.shape, self.config.vocab_size)
+        result: Logits = self._logits.host[: prod(shape)].reshape(shape)
+        return result
+
+    def _set_shapes(self, context: Any, rows: int, tokens: int, logits: int) -> None:
+        shapes: dict[str, tuple[int, ...]] = {
+            "input_ids": (rows, tokens),
+            "past_length": (rows,),
+            "logit_positions": (rows, logits),
+        }
+        length = self.max_length
+        self._log.errors.clear()
+        for layer in range(self.config.num_hidden_layers):
+            for cache in self.config.caches:
+                shapes[f"past_{cache.name}.{layer}"] = (rows, cache.heads, length, cache.width)
+                if self._record.purpose.quantised_cache:
+                    shapes[f"past_{cache.name}_scale.{layer}"] = (rows, cache.heads, length)
+        for name, shape in shapes.items():
+            if not context.set_input_shape(name, shape):
+                raise BackendError(
+                    f"TensorRT refuses {name} of shape {list(shape)} ({self._reason()}); {self._rebuild()}"
+                )
+
+    def _enqueue(self, context: Any, ids: int, rows: int, positions: int, logits: Logits) -> None:
+        for tensor, count in ((self._ids, ids), (self._past, rows), (self._positions, positions)):
+            self._cuda.copy_in(tensor.address, tensor.host[:count])
+        self._log.errors.clear()
+        if not context.execute_async_v3(self._cuda.stream):
+            raise BackendError(f"TensorRT could not run the engine ({self._reason()}); run `gta-edge doctor`")
+        self._cuda.copy_out(logits, self._logits.address)
+
+    def _reason(self) -> str:
+        """Return the first of what TensorRT said of the step that failed: what follows only follows from it."""
+        return first_reason(self._log.errors)
+
+    def _rebuild(self) -> str:
+        return f"run: {self._record.purpose.command(self._directory)}"
+
+    def _release(self) -> None:
+        if self._kernels:
+            with suppress(BackendError):
+                self._cuda.make_current()
+            self._kernels.keep()
+        self._drop()
+
+    def _drop(self) -> None:
+        """Free TensorRT's objects, contexts first, and then the memory that they use."""
+        with suppress(BackendError):  # after an error of CUDA nothing works any more
+            self._cuda.make_current()
+            self._cuda.synchronize()
+        self._decoders, self._prefill, self._engine, self._runtime, self._kernels = {}, None, None, None, None
+        self._cuda.close()

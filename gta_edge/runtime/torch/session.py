@@ -1,0 +1,230 @@
+"""The `torch` backend: the reference model, its cache updated in place; on an NVIDIA GPU, on the attention kernels.
+
+On the CPU it computes in float32. On a GPU it computes in fp16 or bf16, as ``build`` and the plugin do (softmax, norms'
+sums and logits in float32), single tokens are replayed from a CUDA graph, and the matrices of an int8 or int4 bundle
+stay in codes. Logits of a head in codes are rounded to fp16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from gta_edge.accuracy.reference import build_decoder, use_startable_threads
+from gta_edge.errors import BackendError, CapacityError
+from gta_edge.formats.bundle import Bundle
+from gta_edge.formats.weights import read_stored, read_weights
+from gta_edge.libraries.optional import optional
+from gta_edge.model.config import GTAConfig
+from gta_edge.model.decoder import Cache, Decoder, empty_cache
+from gta_edge.model.quantized_decoder import build_packed_decoder
+from gta_edge.numerics.quantization import BITS
+from gta_edge.plan.host_memory import require_memory_for_torch
+from gta_edge.plugins.attention import torch as torch_ops
+from gta_edge.plugins.attention.kernels import OLDEST
+from gta_edge.runtime.session import Ids, Logits, Session
+from gta_edge.runtime.torch.cuda_graph import DecodeGraph
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = optional("torch", "export")
+
+__all__ = ["COMPUTE_TYPES", "TorchSession", "default_compute", "default_device", "load_decoder", "multiplies_codes"]
+
+COMPUTE_TYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+"""torch's names of the types to compute in."""
+
+_GPU_CHUNK_SIZE = 2048
+"""Tokens of a prompt at once on a GPU: fewer leave most of a large one idle, and read the weights more often."""
+
+_GPU_CHUNK_SIZE_OF_BASELINES = 512
+"""Of the baselines, whose attention is torch's own operations and writes all scores to memory."""
+
+_GPU_CAPACITY_STEP = 2048
+"""Cost on a GPU goes by the cache's length and not by its capacity; growing it means capturing the graph again."""
+
+
+def default_compute(precision: str, device: str) -> str:
+    """Return the type to compute in for weights stored in ``precision``: a GPU takes their own 16-bit type, or bf16."""
+    if device == "cpu":
+        return "fp32"
+    return precision if precision in ("fp16", "bf16") else "bf16"
+
+
+def default_device() -> str:
+    """Return ``cuda`` where torch finds a GPU, else ``cpu``."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def multiplies_codes(precision: str, device: str, compute: str) -> bool:
+    """Tell whether there are kernels for the products with matrices stored in ``precision``."""
+    on_gpu = device.startswith("cuda") and precision in BITS and compute in ("fp16", "bf16")
+    return on_gpu and torch.cuda.is_available() and torch.cuda.get_device_capability(device) >= OLDEST
+
+
+def load_decoder(bundle: Bundle, device: str, compute: str) -> Decoder:
+    """Return a bundle's model: int8 and int4 matrices in codes where kernels multiply by them, else dequantised.
+
+    Raises:
+        BundleError: the weights cannot be read, or do not fit the config.
+        CapacityError: there is no memory for it.
+    """
+    with _within_memory(f"{bundle.model_path}: there is no memory for the model"):
+        if multiplies_codes(bundle.precision, device, compute):
+            return build_packed_decoder(bundle.config, read_stored(bundle.model_path, bundle.config), device)
+        require_memory_for_torch(bundle.config, bundle.precision, "the model in PyTorch")
+        return build_decoder(bundle.config, read_weights(bundle.model_path, bundle.config))
+
+
+_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc", "bad allocation")
+"""What torch says on a CPU, in a RuntimeError."""
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY)
+
+
+@contextmanager
+def _within_memory(
+    problem: str, remedy: str = "close other programs, or export with --precision int4"
+) -> Iterator[None]:
+    """Turn torch's errors for want of memory, on a GPU or a CPU, into a CapacityError."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise CapacityError(f"{problem}; {remedy}") from error
+
+
+def _latent_in_place(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return torch_ops.grouped_latent_attention_(*arguments), arguments[4], arguments[5]
+
+
+def _query_in_place(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return torch_ops.grouped_query_attention_(*arguments), arguments[3], arguments[4]
+
+
+class TorchSession(Session):
+    """A ``Decoder`` behind the session's interface.
+
+    Args:
+        model: the model, in any floating type; it is moved to the device and retyped, and its attention is switched to
+            the in-place op.
+        device: ``cpu``, or ``cuda`` with or without a number.
+        compute: ``fp32``, ``fp16`` or ``bf16``.
+        threads: threads for one operator, for the whole process; None leaves torch's own choice, as far as this process
+            may use so many cores.
+        options: as ``Session`` takes them.
+
+    Raises:
+        BackendError: an unknown type to compute in, or no such device.
+        InputError: more threads than could be of use.
+        CapacityError: there is no memory for the model in that type, or the system lets fewer threads start.
+    """
+
+    backend = "torch"
+
+    def __init__(
+        self,
+        model: Decoder,
+        *,
+        device: str = "cpu",
+        compute: str = "fp32",
+        threads: int | None = None,
+        **options: Any,
+    ) -> None:
+        on_gpu = device.startswith("cuda")
+        if on_gpu:
+            chunk_size = _GPU_CHUNK_SIZE if isinstance(model.config, GTAConfig) else _GPU_CHUNK_SIZE_OF_BASELINES
+            options = {"capacity_step": _GPU_CAPACITY_STEP, "chunk_size": chunk_size} | options
+        super().__init__(model.config, **options)
+        if compute not in COMPUTE_TYPES:
+            raise BackendError(f"torch computes in {', '.join(COMPUTE_TYPES)}, not in {compute}")
+        if on_gpu and not torch.cuda.is_available():
+            raise BackendError("torch finds no CUDA GPU here; run `gta-edge doctor`, or take the device cpu")
+        use_startable_threads(threads)
+        in_place = _latent_in_place if isinstance(model.config, GTAConfig) else _query_in_place
+        for layer in model.model.layers:
+            layer.self_attn.attention = in_place  # type: ignore[union-attr]  # torch types every module's child so
+        self.compute = compute
+        self._options = {"device": torch.device(device), "dtype": getattr(torch, COMPUTE_TYPES[compute])}
+        with _within_memory(f"there is no memory for the model in {compute}"):
+            self._model = model.eval().requires_grad_(False).to(**self._options)
+        self._caches: list[Cache] = []
+        self._graph: DecodeGraph | None = None
+
+    @property
+    def cache_bytes(self) -> int:
+        return sum(tensor.nbytes for layer in self._caches for tensor in layer)
+
+    @property
+    def cuda_graph(self) -> bool | None:
+        return None if self._graph is None else True
+
+    def _host_cache_bytes(self, batch: int, capacity: int) -> int:
+        on_cpu = self._options["device"].type == "cpu"
+        return batch * capacity * self.config.cache_bytes_per_token(4 if self.compute == "fp32" else 2) if on_cpu else 0
+
+    def _resize(self, batch: int, capacity: int) -> None:
+        self._graph = None  # it holds the old caches' addresses
+        old, keep = self._caches, len(self._length) == batch
+        try:
+            if not (old and keep):
+                self._caches = []  # before there are new ones
+                self._caches = empty_cache(self.config, batch, capacity, **self._options)
+                return
+            for i, layer in enumerate(old):  # a layer at a time: never twice the whole cache
+                self._caches[i] = (_grown(layer[0], capacity), _grown(layer[1], capacity))
+        except BaseException as error:
+            self._caches = []  # layers of both sizes are of no use
+            self._length[:] = 0
+            self._capacity = 0
+            if not _is_out_of_memory(error):
+                raise
+            needed = batch * capacity * self.config.cache_bytes_per_token(2 if self.compute != "fp32" else 4)
+            raise CapacityError(
+                f"a cache of {capacity} tokens for {batch} rows takes {needed / 2**30:.2f} GiB, and {self._place} has "
+                "not that much left; the session is now empty: give shorter prompts or fewer rows"
+            ) from error
+
+    def _run(self, input_ids: Ids, past_length: Ids, logit_positions: Ids) -> Logits:
+        problem = f"{self._place} has too little memory left for {input_ids.size} tokens at once"
+        with _within_memory(problem, "give a smaller chunk_size or fewer rows"):
+            return self._appended(input_ids, past_length, logit_positions)
+
+    @property
+    def _place(self) -> str:
+        return "the machine" if self._options["device"].type == "cpu" else "the GPU"
+
+    def _appended(self, input_ids: Ids, past_length: Ids, logit_positions: Ids) -> Logits:
+        with torch.inference_mode():
+            if self._options["device"].type == "cpu":
+                inputs = (torch.tensor(x) for x in (input_ids, past_length, logit_positions))
+                logits, _ = self._model(*inputs, self._caches)
+            elif input_ids.shape[1] == 1 and logit_positions.shape[1] == 1:
+                if self._graph is None:
+                    self._graph = DecodeGraph(self._model, self._caches, len(input_ids))
+                logits = self._graph.replay(input_ids, past_length)
+            else:
+                device = self._options["device"]
+                inputs = (torch.tensor(x, device=device) for x in (input_ids, past_length, logit_positions))
+                logits = self._model(*inputs, self._caches)[0].cpu()
+        result: Logits = logits.numpy()
+        return result
+
+    def _release(self) -> None:
+        self._graph = None
+        self._caches = []
+
+
+def _grown(cache: Tensor, capacity: int) -> Tensor:
+    b, n, s, d = cache.shape
+    grown = cache.new_zeros(b, n, capacity, d)
+    grown[:, :, :s] = cache
+    return grown

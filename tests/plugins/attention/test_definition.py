@@ -1,0 +1,643 @@
+"""The attention op, in torch and as an ONNX function, against the formula in float64."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+import onnx
+import onnx.parser
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto, helper
+from onnx.reference import ReferenceEvaluator
+
+from gta_edge.plugins.attention import definition as op
+from gta_edge.plugins.attention import torch as torch_ops
+from tests.helpers import reference
+
+try:
+    import onnxruntime
+except ImportError:  # a version that knows opset 24 needs Python 3.11
+    onnxruntime = None
+
+SETTINGS = settings(max_examples=60, deadline=None, derandomize=True)
+TOLERANCE = 1e-5  # largest error over the standard deviation of the exact result
+
+BASELINE_INPUTS = ("query", "key", "value", "past_key", "past_value", "past_length", "cos", "sin")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """One call of the op. `capacity` and `positions` are S and P."""
+
+    n_q: int = 4
+    n_k: int = 2
+    n_c: int = 1
+    d_k: int = 16
+    d_l: int = 24
+    e: int = 2
+    past: tuple[int, ...] = (3, 0)
+    tokens: int = 4
+    capacity: int = 9
+    positions: int = 12
+    garbage: float = 0.0  # magnitude of what stands in the caches beyond each row's past
+    seed: int = 0
+
+    @property
+    def scale(self):
+        return self.d_k**-0.5
+
+    @property
+    def heads(self):
+        return self.n_q, self.n_k, self.n_c
+
+
+def arrays(sizes: Sizes) -> dict[str, np.ndarray]:
+    """The op's inputs by name, float32."""
+    rng = np.random.default_rng(sizes.seed)
+    batch, tokens, hidden = len(sizes.past), sizes.tokens, sizes.e * sizes.n_q * sizes.d_l
+
+    def normal(*shape):
+        return rng.standard_normal(shape).astype(np.float32)
+
+    cos, sin = reference.rope_tables(sizes.d_k, sizes.positions)
+    inputs = {
+        "query": normal(batch, tokens, sizes.n_q * sizes.d_k),
+        "key": normal(batch, tokens, sizes.n_k * sizes.d_k),
+        "latent": normal(batch, tokens, sizes.n_c * sizes.d_l),
+        "gate": normal(batch, tokens, hidden),
+        "past_key": normal(batch, sizes.n_k, sizes.capacity, sizes.d_k),
+        "past_latent": normal(batch, sizes.n_c, sizes.capacity, sizes.d_l),
+        "past_length": np.array(sizes.past, np.int64),
+        "cos": cos.astype(np.float32),
+        "sin": sin.astype(np.float32),
+        "value_decoder": normal(sizes.n_q, sizes.d_l, hidden // sizes.n_q) / np.float32(np.sqrt(sizes.d_l)),
+    }
+    for name in ("past_key", "past_latent"):
+        for row, length in enumerate(sizes.past):
+            beyond = inputs[name][row, :, length:]
+            beyond[...] = np.sign(beyond) * np.float32(sizes.garbage)
+    return inputs
+
+
+# --- the implementations, each as a function of the inputs by name and of the sizes ----------------------------------
+
+
+def in_torch(inputs: dict[str, np.ndarray], sizes: Sizes) -> list[np.ndarray]:
+    tensors = [torch.from_numpy(inputs[name].copy()) for name in op.INPUTS]
+    results = torch.ops.gta.grouped_latent_attention(*tensors, *sizes.heads, sizes.scale)
+    return [result.numpy() for result in results]
+
+
+def in_torch_in_place(inputs: dict[str, np.ndarray], sizes: Sizes) -> list[np.ndarray]:
+    tensors = {name: torch.from_numpy(inputs[name].copy()) for name in op.INPUTS}
+    output = torch.ops.gta.grouped_latent_attention_(*tensors.values(), *sizes.heads, sizes.scale)
+    return [result.numpy() for result in (output, tensors["past_key"], tensors["past_latent"])]
+
+
+def wrap(
+    function: str, name: str, inputs: dict[str, list], outputs: dict[str, list], attributes: dict
+) -> onnx.ModelProto:
+    """A model of one node that calls the function; the shapes are those of its inputs and outputs."""
+
+    def value(key, shape):
+        return helper.make_tensor_value_info(
+            key, TensorProto.INT64 if key == "past_length" else TensorProto.FLOAT, shape
+        )
+
+    graph = helper.make_graph(
+        [helper.make_node(name, list(inputs), list(outputs), domain=op.DOMAIN, **attributes)],
+        "one_node",
+        [value(key, shape) for key, shape in inputs.items()],
+        [value(key, shape) for key, shape in outputs.items()],
+    )
+    return helper.make_model(
+        graph,
+        functions=[onnx.parser.parse_function(function)],
+        opset_imports=[helper.make_opsetid("", op.OPSET), helper.make_opsetid(op.DOMAIN, op.VERSION)],
+        ir_version=10,
+    )
+
+
+def model(sizes: Sizes, *, static: bool = False) -> onnx.ModelProto:
+    """The op in a model: batch, tokens, capacity and positions by name, or all sizes as numbers."""
+    n_q, n_k, n_c = sizes.heads
+    hidden = sizes.e * n_q * sizes.d_l
+    b, t, s, p = (len(sizes.past), sizes.tokens, sizes.capacity, sizes.positions) if static else "BTSP"
+    shapes = {
+        "query": [b, t, n_q * sizes.d_k],
+        "key": [b, t, n_k * sizes.d_k],
+        "latent": [b, t, n_c * sizes.d_l],
+        "gate": [b, t, hidden],
+        "past_key": [b, n_k, s, sizes.d_k],
+        "past_latent": [b, n_c, s, sizes.d_l],
+        "past_length": [b],
+        "cos": [p, sizes.d_k // 2],
+        "sin": [p, sizes.d_k // 2],
+        "value_decoder": [n_q, sizes.d_l, hidden // n_q],
+    }
+    outputs = {"output": shapes["gate"], "present_key": shapes["past_key"], "present_latent": shapes["past_latent"]}
+    return wrap(op.FUNCTION, op.OP, shapes, outputs, op.attributes(n_q, n_k, n_c, sizes.scale))
+
+
+def quiet_session(proto: onnx.ModelProto) -> "onnxruntime.InferenceSession":
+    if onnxruntime is None:
+        pytest.skip("onnxruntime is not installed")
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # a warning for every cache that is copied
+    options.intra_op_num_threads = 1
+    return onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+@lru_cache
+def ort_session(heads, d_k, d_l, e):
+    n_q, n_k, n_c = heads
+    return quiet_session(model(Sizes(n_q=n_q, n_k=n_k, n_c=n_c, d_k=d_k, d_l=d_l, e=e)))
+
+
+def in_onnxruntime(inputs: dict[str, np.ndarray], sizes: Sizes) -> list[np.ndarray]:
+    return ort_session(sizes.heads, sizes.d_k, sizes.d_l, sizes.e).run(None, inputs)
+
+
+def in_onnx_reference(inputs: dict[str, np.ndarray], sizes: Sizes) -> list[np.ndarray]:
+    return ReferenceEvaluator(model(sizes)).run(None, inputs)
+
+
+Implementation = Callable[[dict[str, np.ndarray], Sizes], list[np.ndarray]]
+IMPLEMENTATIONS: dict[str, Implementation] = {
+    "torch": in_torch,
+    "torch in place": in_torch_in_place,
+    "onnxruntime": in_onnxruntime,
+    "onnx reference": in_onnx_reference,
+}
+implementations = pytest.mark.parametrize("run", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
+
+
+def expected(inputs: dict[str, np.ndarray], sizes: Sizes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return reference.grouped_latent_attention(
+        **inputs, num_query_heads=sizes.n_q, num_key_heads=sizes.n_k, num_latent_heads=sizes.n_c, scale=sizes.scale
+    )
+
+
+def assert_cache(found, past, exact, lengths, tokens):
+    """New rows are what they should be, and no other row has changed by a bit."""
+    assert found.shape == past.shape
+    new_found, new_exact = [], []
+    for row, length in enumerate(lengths):
+        new = slice(length, length + tokens)
+        new_found.append(found[row, :, new])
+        new_exact.append(exact[row, :, new])
+        np.testing.assert_array_equal(np.delete(found[row], new, axis=1), np.delete(past[row], new, axis=1))
+    assert reference.relative_error(np.stack(new_found), np.stack(new_exact)) <= TOLERANCE
+
+
+def assert_right(run: Implementation, sizes: Sizes) -> None:
+    inputs = arrays(sizes)
+    output, key, latent = run(inputs, sizes)
+    exact_output, exact_key, exact_latent = expected(inputs, sizes)
+    assert output.dtype == key.dtype == latent.dtype == np.float32
+    assert reference.relative_error(output, exact_output) <= TOLERANCE
+    assert_cache(key, inputs["past_key"], exact_key, sizes.past, sizes.tokens)
+    assert_cache(latent, inputs["past_latent"], exact_latent, sizes.past, sizes.tokens)
+
+
+def divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+@st.composite
+def all_sizes(draw) -> Sizes:
+    n_q = draw(st.sampled_from([1, 2, 3, 4, 6]))
+    past = tuple(draw(st.lists(st.integers(0, 9), min_size=1, max_size=3)))
+    tokens = draw(st.integers(1, 9))
+    capacity = max(past) + tokens + draw(st.integers(0, 3))
+    return Sizes(
+        n_q=n_q,
+        n_k=draw(st.sampled_from(divisors(n_q))),
+        n_c=draw(st.sampled_from(divisors(n_q))),
+        d_k=draw(st.sampled_from([16, 24, 32, 48, 64])),
+        d_l=draw(st.sampled_from([8, 16, 20, 40, 64])),
+        e=draw(st.integers(1, 3)),
+        past=past,
+        tokens=tokens,
+        capacity=capacity,
+        positions=capacity + draw(st.integers(0, 3)),
+        garbage=draw(st.sampled_from([0.0, 1e30])),
+        seed=draw(st.integers(0, 2**16)),
+    )
+
+
+@implementations
+@SETTINGS
+@given(sizes=all_sizes())
+def test_against_the_formula(run, sizes):
+    assert_right(run, sizes)
+
+
+@implementations
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        Sizes(n_q=5, n_k=1, n_c=1, d_k=64, d_l=128, e=2),  # gta3-500m, gta-1b
+        Sizes(n_q=10, n_k=1, n_c=2, d_k=64, d_l=128, e=1),  # gta4-500m
+        Sizes(n_q=6, n_k=2, n_c=3),
+        Sizes(n_q=6, n_k=3, n_c=2),
+        Sizes(n_q=3, n_k=3, n_c=3, e=1),
+        Sizes(past=(0,), tokens=1, capacity=1, positions=1),  # the smallest
+        Sizes(past=(8,), tokens=1, capacity=9, positions=9),  # the last position
+    ],
+    ids=str,
+)
+def test_published_and_extreme_sizes(run, sizes):
+    assert_right(run, sizes)
+
+
+# --- what must not matter --------------------------------------------------------------------------------------------
+
+
+@implementations
+def test_what_stands_beyond_the_visible_rows_does_not_matter(run):
+    clean, dirty = Sizes(past=(3, 0, 5), capacity=12), Sizes(past=(3, 0, 5), capacity=12, garbage=1e30)
+    assert np.abs(arrays(dirty)["past_key"]).max() > 1e29
+    np.testing.assert_array_equal(run(arrays(clean), clean)[0], run(arrays(dirty), dirty)[0])
+
+
+@implementations
+def test_slack_in_the_capacity_does_not_matter(run):
+    tight, wide = Sizes(past=(3, 1), tokens=4, capacity=7), Sizes(past=(3, 1), tokens=4, capacity=12)
+    inputs = arrays(tight)
+    widened = dict(inputs)
+    for name in ("past_key", "past_latent"):
+        widened[name] = np.pad(inputs[name], ((0, 0), (0, 0), (0, 5), (0, 0)))
+    assert reference.relative_error(run(widened, wide)[0], run(inputs, tight)[0]) <= TOLERANCE
+
+
+@implementations
+def test_later_tokens_do_not_matter(run):
+    sizes = Sizes()
+    inputs = arrays(sizes)
+    changed = {name: array.copy() for name, array in inputs.items()}
+    for name in ("query", "key", "latent", "gate"):
+        changed[name][:, 2:] += 1.0
+    before, after = run(inputs, sizes)[0], run(changed, sizes)[0]
+    np.testing.assert_array_equal(before[:, :2], after[:, :2])
+    assert reference.relative_error(after[:, 2:], before[:, 2:]) > 0.01
+
+
+@implementations
+def test_a_prompt_at_once_or_token_by_token(run):
+    sizes = Sizes(past=(2, 0, 5), tokens=4)
+    inputs = arrays(sizes)
+    at_once = run(inputs, sizes)
+    one, step, outputs = replace(sizes, tokens=1), dict(inputs), []
+    for t in range(sizes.tokens):
+        for name in ("query", "key", "latent", "gate"):
+            step[name] = np.ascontiguousarray(inputs[name][:, t : t + 1])
+        step["past_length"] = inputs["past_length"] + t
+        output, step["past_key"], step["past_latent"] = run(step, one)
+        outputs.append(output)
+    assert reference.relative_error(np.concatenate(outputs, axis=1), at_once[0]) <= TOLERANCE
+    assert reference.relative_error(step["past_key"], at_once[1]) <= TOLERANCE
+    np.testing.assert_array_equal(step["past_latent"], at_once[2])
+
+
+@implementations
+def test_a_batch_or_its_rows_one_at_a_time(run):
+    sizes = Sizes(past=(2, 0, 5), tokens=4)
+    inputs = arrays(sizes)
+    together = run(inputs, sizes)
+    for row in range(3):
+        alone = {
+            name: array if name in ("cos", "sin", "value_decoder") else array[row : row + 1]
+            for name, array in inputs.items()
+        }
+        found = run(alone, replace(sizes, past=sizes.past[row : row + 1]))
+        assert reference.relative_error(found[0], together[0][row : row + 1]) <= TOLERANCE
+        assert reference.relative_error(found[1], together[1][row : row + 1]) <= TOLERANCE
+        np.testing.assert_array_equal(found[2], together[2][row : row + 1])
+
+
+@implementations
+def test_every_input_matters(run):
+    """Each input, changed, changes the output: what agrees with the formula above does so with all of them."""
+    sizes = Sizes()
+    inputs = arrays(sizes)
+    before = run(inputs, sizes)[0]
+    for name in op.INPUTS:
+        changed = {key: array.copy() for key, array in inputs.items()}
+        changed[name] = np.array([2, 1], np.int64) if name == "past_length" else -changed[name]
+        assert reference.relative_error(run(changed, sizes)[0], before) > 0.01, name
+
+
+# --- torch -----------------------------------------------------------------------------------------------------------
+
+
+@SETTINGS
+@given(sizes=all_sizes())
+def test_in_place_is_the_functional_form_to_the_bit(sizes):
+    inputs = arrays(sizes)
+    for found, wanted in zip(in_torch_in_place(inputs, sizes), in_torch(inputs, sizes), strict=True):
+        np.testing.assert_array_equal(found, wanted)
+
+
+def test_the_functional_form_leaves_its_inputs_alone():
+    sizes = Sizes()
+    tensors = [torch.from_numpy(arrays(sizes)[name]) for name in op.INPUTS]
+    kept = [tensor.clone() for tensor in tensors]
+    results = torch.ops.gta.grouped_latent_attention(*tensors, *sizes.heads, sizes.scale)
+    for name, tensor, copy in zip(op.INPUTS, tensors, kept, strict=True):
+        assert torch.equal(tensor, copy), name
+        assert all(tensor.untyped_storage().data_ptr() != result.untyped_storage().data_ptr() for result in results)
+
+
+def test_the_in_place_form_leaves_all_but_the_caches_alone():
+    sizes = Sizes()
+    tensors = {name: torch.from_numpy(arrays(sizes)[name]) for name in op.INPUTS}
+    kept = {name: tensor.clone() for name, tensor in tensors.items()}
+    torch.ops.gta.grouped_latent_attention_(*tensors.values(), *sizes.heads, sizes.scale)
+    changed = {name for name in op.INPUTS if not torch.equal(tensors[name], kept[name])}
+    assert changed == {"past_key", "past_latent"}
+
+
+def test_a_view_of_a_larger_cache_is_updated_in_place():
+    sizes = Sizes()
+    inputs = arrays(sizes)
+    tensors = {name: torch.from_numpy(inputs[name].copy()) for name in op.INPUTS}
+    big = {name: torch.full((4, *tensors[name].shape[1:]), 7.0) for name in ("past_key", "past_latent")}
+    for name, buffer in big.items():
+        buffer[1:3] = tensors[name]
+        tensors[name] = buffer[1:3]
+    output = torch.ops.gta.grouped_latent_attention_(*tensors.values(), *sizes.heads, sizes.scale)
+    exact = in_torch(inputs, sizes)
+    np.testing.assert_array_equal(output.numpy(), exact[0])
+    np.testing.assert_array_equal(big["past_key"][1:3].numpy(), exact[1])
+    assert (big["past_key"][[0, 3]] == 7.0).all()
+    assert (big["past_latent"][[0, 3]] == 7.0).all()
+
+
+@pytest.mark.parametrize("past", [(3, 0), (0,)])
+def test_torch_accepts_the_functional_op(past):
+    sizes = Sizes(past=past)
+    inputs = arrays(sizes)
+    tensors = [torch.from_numpy(inputs[name]) for name in op.INPUTS]
+    torch.library.opcheck(torch.ops.gta.grouped_latent_attention.default, (*tensors, *sizes.heads, sizes.scale))
+
+
+def test_torch_accepts_the_schema_of_the_in_place_op():
+    sizes = Sizes()
+    inputs = arrays(sizes)
+    tensors = [torch.from_numpy(inputs[name]) for name in op.INPUTS]
+    arguments = (*tensors, *sizes.heads, sizes.scale)
+    torch.library.opcheck(torch.ops.gta.grouped_latent_attention_.default, arguments, test_utils=("test_schema",))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 8e-2), (torch.float16, 2e-2)])
+def test_narrow_types_stay_narrow_and_near(dtype, tolerance):
+    sizes = Sizes(past=(5, 2), tokens=4)
+    inputs = arrays(sizes)
+    tensors = [torch.from_numpy(inputs[name]) for name in op.INPUTS]
+    narrow = [tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in tensors]
+    results = torch.ops.gta.grouped_latent_attention(*narrow, *sizes.heads, sizes.scale)
+    assert {result.dtype for result in results} == {dtype}
+    rounded = {name: tensor.double().numpy() for name, tensor in zip(op.INPUTS, narrow, strict=True)}
+    rounded["past_length"] = inputs["past_length"]
+    assert reference.relative_error(results[0].float().numpy(), expected(rounded, sizes)[0]) <= tolerance
+
+
+# --- ONNX ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("sizes", [Sizes(), Sizes(n_q=5, n_k=1, n_c=1, d_k=64, d_l=128, past=(4,), tokens=1)], ids=str)
+def test_the_checker_accepts_the_function(sizes, static):
+    onnx.checker.check_model(model(sizes, static=static), full_check=True)
+
+
+def test_the_function_takes_and_gives_what_the_op_says():
+    function = onnx.parser.parse_function(op.FUNCTION)
+    assert (function.domain, function.name) == ("gta", "GroupedLatentAttention")
+    assert tuple(function.input) == op.INPUTS
+    assert tuple(function.output) == op.OUTPUTS
+    given_defaults = {attribute.name: helper.get_attribute_value(attribute) for attribute in function.attribute_proto}
+    assert {*function.attribute, *given_defaults} == set(op.ATTRIBUTES)
+    assert given_defaults == {"plugin_namespace": b"gta", "plugin_version": b"1"}
+    assert {node.domain for node in function.node} == {""}  # standard operators only
+    assert [(opset.domain, opset.version) for opset in function.opset_import] == [("", 24)]
+
+
+def test_the_attributes_of_a_node():
+    assert op.attributes(6, 2, 3, 0.125) == {
+        "num_query_heads": 6,
+        "num_key_heads": 2,
+        "num_latent_heads": 3,
+        "scale": 0.125,
+        "plugin_namespace": "gta",
+        "plugin_version": "1",
+    }
+
+
+@pytest.mark.parametrize("scale", [0.5, 0.01])
+@implementations
+def test_the_scale_is_the_attribute_and_not_the_width(run, scale):
+    class Scaled(Sizes):
+        @property
+        def scale(self):
+            return scale
+
+    sizes = Scaled()
+    inputs = arrays(sizes)
+    found = quiet_session(model(sizes)).run(None, inputs) if run is in_onnxruntime else run(inputs, sizes)
+    assert reference.relative_error(found[0], expected(inputs, sizes)[0]) <= TOLERANCE
+
+
+# --- shape rules -----------------------------------------------------------------------------------------------------
+
+
+def test_output_shapes_are_those_of_the_outputs():
+    sizes = Sizes(n_q=6, n_k=2, n_c=3)
+    inputs = arrays(sizes)
+    shapes = op.output_shapes({name: array.shape for name, array in inputs.items()})
+    assert tuple(shapes) == op.OUTPUTS
+    assert list(shapes.values()) == [result.shape for result in expected(inputs, sizes)]
+
+
+GOOD = {
+    "num_query_heads": 6,
+    "num_key_heads": 2,
+    "num_latent_heads": 3,
+    "key_dim": 16,
+    "latent_dim": 24,
+    "hidden_size": 288,
+}
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_key_heads": 6, "num_latent_heads": 1}, {"hidden_size": 144}])
+def test_sizes_that_fit_are_kept(changes):
+    sizes = op.Sizes(**GOOD | changes)
+    assert {name: getattr(sizes, name) for name in GOOD} == GOOD | changes
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("num_key_heads", value) for value in (4, 0, -1, 12)),
+        *(("num_latent_heads", value) for value in (4, 0, -1, 12)),
+        ("key_dim", 15),
+        ("hidden_size", 290),
+        ("hidden_size", 72),
+        ("latent_dim", 25),
+        ("num_query_heads", 0),
+        ("num_query_heads", -6),
+        ("key_dim", 0),
+        ("latent_dim", 0),
+        ("hidden_size", 0),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused_by_name(name, value):
+    with pytest.raises(ValueError, match=name):
+        op.Sizes(**GOOD | {name: value})
+
+
+# --- the baselines' attention ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BaselineSizes:
+    """One call of the baselines' op."""
+
+    n_h: int = 4
+    n_kv: int = 2
+    d: int = 16
+    past: tuple[int, ...] = (3, 0)
+    tokens: int = 4
+    capacity: int = 9
+    positions: int = 12
+    garbage: float = 0.0
+    seed: int = 0
+
+
+def baseline_arrays(sizes: BaselineSizes) -> dict[str, np.ndarray]:
+    whole = arrays(
+        Sizes(
+            n_q=sizes.n_h,
+            n_k=sizes.n_kv,
+            n_c=sizes.n_kv,
+            d_k=sizes.d,
+            d_l=sizes.d,
+            past=sizes.past,
+            tokens=sizes.tokens,
+            capacity=sizes.capacity,
+            positions=sizes.positions,
+            garbage=sizes.garbage,
+            seed=sizes.seed,
+        )
+    )
+    whole |= {"value": whole["latent"], "past_value": whole["past_latent"]}
+    return {name: whole[name] for name in BASELINE_INPUTS}
+
+
+def baseline_in_torch(inputs: dict[str, np.ndarray], sizes: BaselineSizes) -> list[np.ndarray]:
+    tensors = [torch.from_numpy(inputs[name].copy()) for name in BASELINE_INPUTS]
+    results = torch.ops.gta.grouped_query_attention(*tensors, sizes.n_h, sizes.n_kv, sizes.d**-0.5)
+    return [result.numpy() for result in results]
+
+
+def baseline_in_torch_in_place(inputs: dict[str, np.ndarray], sizes: BaselineSizes) -> list[np.ndarray]:
+    tensors = {name: torch.from_numpy(inputs[name].copy()) for name in BASELINE_INPUTS}
+    output = torch.ops.gta.grouped_query_attention_(*tensors.values(), sizes.n_h, sizes.n_kv, sizes.d**-0.5)
+    return [result.numpy() for result in (output, tensors["past_key"], tensors["past_value"])]
+
+
+def baseline_model(n_h: int, n_kv: int, d: int) -> onnx.ModelProto:
+    shapes = {
+        "query": ["B", "T", n_h * d],
+        "key": ["B", "T", n_kv * d],
+        "value": ["B", "T", n_kv * d],
+        "past_key": ["B", n_kv, "S", d],
+        "past_value": ["B", n_kv, "S", d],
+        "past_length": ["B"],
+        "cos": ["P", d // 2],
+        "sin": ["P", d // 2],
+    }
+    outputs = {"output": shapes["query"], "present_key": shapes["past_key"], "present_value": shapes["past_value"]}
+    attributes = {"num_query_heads": n_h, "num_key_heads": n_kv, "scale": d**-0.5}
+    return wrap(op.BASELINE_FUNCTION, op.BASELINE_OP, shapes, outputs, attributes)
+
+
+@lru_cache
+def baseline_ort_session(n_h, n_kv, d):
+    return quiet_session(baseline_model(n_h, n_kv, d))
+
+
+def baseline_in_onnxruntime(inputs: dict[str, np.ndarray], sizes: BaselineSizes) -> list[np.ndarray]:
+    return baseline_ort_session(sizes.n_h, sizes.n_kv, sizes.d).run(None, inputs)
+
+
+def baseline_in_onnx_reference(inputs: dict[str, np.ndarray], sizes: BaselineSizes) -> list[np.ndarray]:
+    return ReferenceEvaluator(baseline_model(sizes.n_h, sizes.n_kv, sizes.d)).run(None, inputs)
+
+
+BASELINES = {
+    "torch": baseline_in_torch,
+    "torch in place": baseline_in_torch_in_place,
+    "onnxruntime": baseline_in_onnxruntime,
+    "onnx reference": baseline_in_onnx_reference,
+}
+baselines = pytest.mark.parametrize("run", BASELINES.values(), ids=BASELINES)
+
+
+@st.composite
+def all_baseline_sizes(draw) -> BaselineSizes:
+    n_h = draw(st.sampled_from([1, 2, 3, 4, 6]))
+    past = tuple(draw(st.lists(st.integers(0, 9), min_size=1, max_size=3)))
+    tokens = draw(st.integers(1, 9))
+    capacity = max(past) + tokens + draw(st.integers(0, 3))
+    return BaselineSizes(
+        n_h=n_h,
+        n_kv=draw(st.sampled_from(divisors(n_h))),
+        d=draw(st.sampled_from([16, 24, 32, 64])),
+        past=past,
+        tokens=tokens,
+        capacity=capacity,
+        positions=capacity + draw(st.integers(0, 3)),
+        garbage=draw(st.sampled_from([0.0, 1e30])),
+        seed=draw(st.integers(0, 2**16)),
+    )
+
+
+@baselines
+@settings(SETTINGS, max_examples=30)
+@given(sizes=all_baseline_sizes())
+def test_the_baseline_against_the_formula(run, sizes):
+    inputs = baseline_arrays(sizes)
+    output, key, value = run(inputs, sizes)
+    exact_output, exact_key, exact_value = reference.grouped_query_attention(
+        **inputs, num_heads=sizes.n_h, num_key_value_heads=sizes.n_kv, scale=sizes.d**-0.5
+    )
+    assert reference.relative_error(output, exact_output) <= TOLERANCE
+    assert_cache(key, inputs["past_key"], exact_key, sizes.past, sizes.tokens)
+    assert_cache(value, inputs["past_value"], exact_value, sizes.past, sizes.tokens)
+
+
+def test_the_checker_accepts_the_baseline_function():
+    onnx.checker.check_model(baseline_model(6, 3, 16), full_check=True)
+    assert {node.domain for node in onnx.parser.parse_function(op.BASELINE_FUNCTION).node} == {""}
+
+
+def test_torch_accepts_the_functional_baseline_op():
+    sizes = BaselineSizes()
+    inputs = baseline_arrays(sizes)
+    tensors = [torch.from_numpy(inputs[name]) for name in BASELINE_INPUTS]
+    kept = [tensor.clone() for tensor in tensors]
+    torch.library.opcheck(
+        torch.ops.gta.grouped_query_attention.default, (*tensors, sizes.n_h, sizes.n_kv, sizes.d**-0.5)
+    )
+    assert all(torch.equal(tensor, copy) for tensor, copy in zip(tensors, kept, strict=True))
+
+
+def test_the_ops_are_importable_by_name():
+    assert torch_ops.grouped_latent_attention._opoverload is torch.ops.gta.grouped_latent_attention.default
+    assert torch_ops.grouped_query_attention._opoverload is torch.ops.gta.grouped_query_attention.default

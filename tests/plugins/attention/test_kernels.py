@@ -1,0 +1,426 @@
+"""The CUDA kernels' logic, on the host: the very sources, run by the simulation, against float64."""
+
+from __future__ import annotations
+
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from gta_edge.plugins.attention import launches as plan
+from gta_edge.plugins.attention.tiling import Program, Variant
+from tests.helpers import attention_cases as cases
+from tests.helpers import reference
+from tests.plugins.simulator import LaunchSpec, SimulationError, Simulator, available
+
+pytestmark = pytest.mark.skipif(not available(), reason="no C++ compiler with sanitizers")
+
+KERNELS = Path(plan.__file__).parents[1] / "kernels"
+ARCHITECTURE = "sm_87"
+
+# --- what is tried ----------------------------------------------------------------------------------------------------
+
+# Heads, d_k, d_l, e. The presets' first; then d_k and d_l at their ends and at odd multiples of 16, heads that share
+# keys and latents in different groups, groups of more than one tile of rows, and of more rows than a block takes.
+SIZES = {
+    "gta-1b": ((5, 1, 1), 64, 128, 2),
+    "gta4-500m": ((10, 1, 2), 64, 128, 1),
+    "gta1-160m": ((3, 1, 1), 64, 128, 2),
+    "widest": ((4, 1, 1), 128, 256, 2),
+    "narrowest": ((2, 2, 1), 16, 16, 1),
+    "uneven": ((6, 2, 3), 48, 80, 2),
+    "all own": ((4, 4, 4), 64, 64, 3),
+    "two tiles of rows": ((40, 2, 2), 16, 32, 1),
+    "many latents": ((12, 1, 12), 64, 64, 1),
+    "more rows than a block": ((150, 1, 1), 16, 16, 1),
+}
+TYPES = [("bf16", "bf16"), ("fp16", "fp16"), ("fp16", "int8"), ("bf16", "int8"), ("fp16", "fp8"), ("bf16", "fp8")]
+EVERY_TYPE = ("gta-1b", "gta4-500m", "uneven")
+VARIANTS = {
+    f"{name}, {compute}, {cache} cache": cases.variant(*SIZES[name], compute, cache)
+    for i, name in enumerate(SIZES)
+    for j, (compute, cache) in enumerate(TYPES)
+    if name in EVERY_TYPE or j in (i % 2, 2 + i % 4)  # of the others, one cache as computed and one of 8 bits
+}
+
+
+def programs_of(variant: Variant, least_tokens: int | None = 64) -> plan.Programs:
+    """What is compiled for a variant, its splits shorter than is good for a GPU, so that small caches have several."""
+    programs = plan.programs(variant, ARCHITECTURE)
+    if least_tokens is None:
+        return programs
+    tiles = dict(programs.decode.tiles) | {"GTA_DECODE_LEAST_TOKENS": least_tokens}
+    return replace(programs, decode=replace(programs.decode, tiles=tuple(tiles.items())))
+
+
+def simulator(program: Program, sources: Path = KERNELS) -> Simulator:
+    return Simulator(sources / program.source, program.kernels, program.defines(), [sources])
+
+
+@pytest.fixture(scope="session")
+def builds(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the programs lie: all of them, since two compilers take half the time of one."""
+    directory = tmp_path_factory.mktemp("kernels")
+    programs = [program for variant in VARIANTS.values() for program in programs_of(variant).all]
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda program: simulator(program).compile(directory), programs))
+    return directory
+
+
+def simulate(
+    case: cases.Case,
+    builds: Path,
+    *,
+    seed: int = 0,
+    processors: int = 4,
+    sources: Path = KERNELS,
+    prefill: int | None = None,
+    least_tokens: int | None = 64,
+) -> None:
+    """Run the op's launches on the case's arrays; ``prefill`` takes that program whatever the number of tokens."""
+    programs = programs_of(case.variant, least_tokens)
+    sizes = {"batch": case.batch, "tokens": case.tokens}
+    if prefill is None:
+        plans = plan.plan_attention(programs, processors, capacity=case.capacity, **sizes)
+        launches, numbers = plans.launches, plans.numbers
+    else:
+        launches = plan.prefill_launches(programs.prefill[prefill], **sizes)
+        numbers = {"tokens": case.tokens, "capacity": case.capacity}
+    rows, splits = case.batch * case.tokens * case.variant.sizes.num_query_heads, numbers.get("splits", 1)
+    workspace = {
+        "mixes": np.full((rows, splits, case.variant.sizes.latent_dim), np.nan, np.float32),
+        "sums": np.full((rows, splits, 2), np.nan, np.float32),
+    }
+    values: dict[str, Any] = case.arrays | workspace | numbers
+    values |= {"positions": len(case.arrays["cos"]), "scale": float(case.scale)}
+    specs = []
+    for launch in launches:
+        arguments = [values.get(name) for name in (*launch.signature.addresses, *launch.signature.numbers)]
+        grid = launch.launch
+        specs.append(LaunchSpec(launch.kernel, grid.grid, grid.threads, grid.shared_bytes, arguments))
+    programme = simulator(launches[0].program, sources)
+    programme.compile(builds)
+    programme.run(specs, seed)
+
+
+def check(case: cases.Case, builds: Path, **options: Any) -> None:
+    """Run a case and compare the caches and the output with float64."""
+    before = {name: array.copy() for name, array in case.arrays.items()}
+    exact = cases.appended(case, {name: cases.stored(case, name) for name in ("key", "latent")})
+    simulate(case, builds, **options)
+    check_caches(case, before, exact)
+    # of 8 bits: what was written is right to within a code, and the output is of what was written
+    present = {name: cases.stored(case, name) for name in exact} if case.variant.quantised else exact
+    error = cases.error(case.arrays["output"], cases.attended(case, present))
+    assert error <= cases.TOLERANCE[case.variant.compute], error
+    for name in ("query", "key", "latent", "gate", "past_length", "cos", "sin", "value_decoder"):
+        assert case.arrays[name].tobytes() == before[name].tobytes(), name
+
+
+def check_caches(case: cases.Case, before: dict[str, np.ndarray], exact: dict[str, np.ndarray]) -> None:
+    """New rows are what they should be, rounded; all others are, bit for bit, what they were."""
+    fresh = np.zeros((case.batch, case.capacity), bool)
+    for row, start in enumerate(cases.held(case)):
+        fresh[row, start : start + case.tokens] = True
+    for name in ("key", "latent"):
+        for part in (f"{name}_cache", f"{name}_scale") if case.variant.quantised else (f"{name}_cache",):
+            old, new = (np.moveaxis(arrays[part], 1, 2)[~fresh] for arrays in (before, case.arrays))
+            assert old.tobytes() == new.tobytes(), f"{part}: rows of earlier tokens, or of none"
+        found, wanted = (np.moveaxis(values, 1, 2)[fresh] for values in (cases.stored(case, name), exact[name]))
+        assert (np.abs(found - wanted) <= cases.rounding(case.variant, wanted)).all(), name
+
+
+# --- against float64 --------------------------------------------------------------------------------------------------
+
+
+def test_the_expected_values_are_those_of_the_reference():
+    of = cases.variant((6, 2, 3), 16, 32, 2, "fp16")
+    case = cases.make(of, (0, 4), 3, 9)
+    case.arrays = {name: np.nan_to_num(array.astype(np.float64)) for name, array in case.arrays.items()}
+    present = cases.appended(case, {name: case.arrays[f"{name}_cache"] for name in ("key", "latent")})
+    names = (
+        "query",
+        "key",
+        "latent",
+        "gate",
+        "key_cache",
+        "latent_cache",
+        "past_length",
+        "cos",
+        "sin",
+        "value_decoder",
+    )
+    heads = {"num_query_heads": 6, "num_key_heads": 2, "num_latent_heads": 3, "scale": case.scale}
+    output, key, latent = reference.grouped_latent_attention(*(case.arrays[name] for name in names), **heads)
+    for found, expected in (
+        (present["key"], key),
+        (present["latent"], latent),
+        (cases.attended(case, present), output),
+    ):
+        np.testing.assert_allclose(found, expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(
+    ("lengths", "tokens", "capacity", "processors"),
+    [((0, 38, 99), 1, 100, 3), ((129,), 1, 130, 40), ((0, 60), 3, 75, 9), ((84,), 16, 100, 4)],
+)
+def test_decode(builds, name, lengths, tokens, capacity, processors):
+    check(cases.make(VARIANTS[name], lengths, tokens, capacity), builds, processors=processors)
+
+
+def test_decode_with_the_splits_that_a_gpu_gets(builds):
+    of = cases.variant(*SIZES["gta-1b"], "fp16")
+    check(cases.make(of, (0, 255, 256, 699), 1, 700), builds, processors=8, least_tokens=None)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(("lengths", "tokens", "capacity"), [((0, 61), 35, 97), ((70,), 1, 71)])
+def test_prefill(builds, name, lengths, tokens, capacity):
+    for program in range(len(plan.programs(VARIANTS[name], ARCHITECTURE).prefill)):
+        check(cases.make(VARIANTS[name], lengths, tokens, capacity), builds, prefill=program)
+
+
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name.startswith("gta-1b")])
+def test_prefill_of_several_tiles(builds, name):
+    check(cases.make(VARIANTS[name], (0, 150), 131, 290), builds, processors=1)
+
+
+@pytest.mark.parametrize("name", ["gta-1b, bf16, bf16 cache", "uneven, fp16, int8 cache"])
+@pytest.mark.parametrize("tokens", [1, 16, 20])
+def test_a_cache_of_one_row_and_one_that_is_just_full(builds, name, tokens):
+    check(cases.make(VARIANTS[name], (0,), 1, 1), builds)
+    check(cases.make(VARIANTS[name], (64 - tokens,), tokens, 64), builds)
+
+
+@pytest.mark.parametrize("name", ["gta-1b, fp16, fp16 cache", "gta-1b, bf16, fp8 cache"])
+@pytest.mark.parametrize("tokens", [1, 5, 33])
+@pytest.mark.parametrize("length", [-(2**62), -1, 58, 60, 61, 2**31 + 7, 2**63 - 1])
+def test_lengths_are_not_trusted(builds, name, tokens, length):
+    """Lengths outside 0 to S count as those; what would lie past the capacity is dropped."""
+    case = cases.make(VARIANTS[name], (length, 7), tokens, 60)
+    if length < 0 or length + tokens <= 60:
+        return check(case, builds)
+    for part in ("key", "latent"):  # all of that row's cache is read: let it be numbers
+        case.arrays[f"{part}_cache"][0] = 1
+    return check(case, builds)
+
+
+@pytest.mark.parametrize("name", ["gta-1b, fp16, fp16 cache", "gta-1b, fp16, fp8 cache"])
+@pytest.mark.parametrize("tokens", [1, 18])
+def test_scores_that_are_far_apart(builds, name, tokens):
+    """One token takes nearly all the weight, and the largest score comes late or early."""
+    case = cases.make(VARIANTS[name], (90,), tokens, 120, seed=1, sharpness=30.0)
+    case.arrays["cos"][:], case.arrays["sin"][:] = 1, 0  # rounding a rotated query would move such scores a little
+    check(case, builds)
+
+
+@pytest.mark.parametrize("name", ["gta-1b, fp16, int8 cache", "uneven, bf16, fp8 cache"])
+def test_tokens_of_zeros_and_of_very_different_sizes(builds, name):
+    case = cases.make(VARIANTS[name], (40,), 5, 50)
+    case.arrays["cos"][:], case.arrays["sin"][:] = 1, 0
+    for part in ("key", "latent"):
+        case.arrays[part][0, 1] = 0
+        case.arrays[part][0, 2] *= 100
+        case.arrays[part][0, 3] *= 1e-3
+    check(case, builds)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_sizes_at_random(builds, seed):
+    rng = np.random.default_rng(seed)
+    n_k, n_c = (int(n) for n in rng.choice([1, 2, 3], 2))
+    n_q = int(np.lcm(n_k, n_c) * rng.integers(1, 4))
+    compute, cache = TYPES[seed % len(TYPES)]
+    widths = 16 * int(rng.integers(1, 9)), 16 * int(rng.integers(1, 17))
+    of = cases.variant((n_q, n_k, n_c), *widths, int(rng.integers(1, 4)), compute, cache)
+    capacity = int(rng.integers(20, 150))
+    for tokens in (1, int(rng.integers(2, 17)), int(rng.integers(17, 20))):
+        lengths = tuple(int(n) for n in rng.integers(0, capacity - tokens + 1, 2))
+        check(cases.make(of, lengths, tokens, capacity, seed), builds, processors=int(rng.integers(1, 30)))
+
+
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name.startswith("gta-1b, fp16") and "8" in name])
+@pytest.mark.parametrize("tokens", [1, 18])
+@pytest.mark.parametrize("scale", [None, 0.0])
+def test_rows_of_zeros_do_not_drown_the_others(builds, name, tokens, scale):
+    """Weight times scale is what meets the codes: a row that weighs nothing must not take the 16 bits' range."""
+    of = VARIANTS[name]
+    case = cases.make(of, (60,), tokens, 80)
+    for part in ("key", "latent"):
+        case.arrays[f"{part}_scale"][:, :, :60] *= np.float32(1e-3)
+        case.arrays[part] *= np.array(1e-3, case.arrays[part].dtype)
+        case.arrays[f"{part}_cache"][:, :, 7] = 0
+        if scale is not None:  # as others may write it
+            case.arrays[f"{part}_scale"][:, :, 7] = scale
+    case.arrays["latent"][:, 0] = 0
+    check(case, builds)
+
+
+# --- the same by other ways -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["gta-1b, bf16, bf16 cache", "gta-1b, fp16, int8 cache", "uneven, fp16, fp8 cache"])
+def test_a_prompt_at_once_and_token_by_token(builds, name):
+    of, tokens = VARIANTS[name], 19
+    whole = cases.make(of, (5, 0), tokens, 30)
+    parts = {part: whole.arrays[part].copy() for part in whole.arrays}
+    simulate(whole, builds)
+    for t in range(tokens):
+        arrays = {part: np.ascontiguousarray(parts[part][:, t : t + 1]) for part in ("query", "key", "latent", "gate")}
+        arrays["past_length"] = parts["past_length"] + t
+        arrays["output"] = np.ascontiguousarray(parts["output"][:, t : t + 1])
+        step = cases.Case(of, tuple(arrays["past_length"]), 1, 30, whole.scale, parts | arrays)
+        simulate(step, builds)
+        error = cases.error(arrays["output"], whole.arrays["output"][:, t : t + 1].astype(np.float64))
+        assert error <= 2 * cases.TOLERANCE[of.compute], (t, error)
+    for part in parts:
+        if "cache" in part or "scale" in part:  # appended by other kernels, and the same bits
+            assert parts[part].tobytes() == whole.arrays[part].tobytes(), part
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 21])
+def test_a_batch_and_its_rows_one_at_a_time(builds, tokens):
+    batch = cases.make(VARIANTS["gta-1b, bf16, int8 cache"], (0, 30, 77), tokens, 100)
+    shared = ("cos", "sin", "value_decoder")
+    rows = [{n: a.copy() if n in shared else a[i : i + 1].copy() for n, a in batch.arrays.items()} for i in range(3)]
+    simulate(batch, builds, processors=1, prefill=None if tokens < 17 else 1)
+    for i, arrays in enumerate(rows):
+        row = cases.Case(batch.variant, batch.lengths[i : i + 1], tokens, 100, batch.scale, arrays)
+        simulate(row, builds, processors=1, prefill=None if tokens < 17 else 1)
+        expected = batch.arrays["output"][i : i + 1].astype(np.float64)
+        assert cases.error(arrays["output"], expected) <= 2 * cases.TOLERANCE["bf16"]
+
+
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_a_larger_capacity_changes_nothing(builds, tokens):
+    """One plan serves every length: its splits follow from the capacity, their extents from the lengths."""
+    of, outputs = VARIANTS["gta-1b, fp16, fp16 cache"], []
+    for capacity in (60, 500):
+        case = cases.make(of, (40,), tokens, 500)
+        for part in ("key_cache", "latent_cache"):
+            case.arrays[part] = np.ascontiguousarray(case.arrays[part][:, :, :capacity])
+        case.capacity = capacity
+        simulate(case, builds)
+        outputs.append(case.arrays["output"])
+    assert cases.error(outputs[0], outputs[1].astype(np.float64)) <= cases.TOLERANCE["fp16"]
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 20])
+def test_the_order_of_threads_and_blocks_changes_nothing(builds, tokens):
+    outputs = set()
+    for seed in range(8):
+        case = cases.make(VARIANTS["gta-1b, fp16, fp8 cache"], (50, 3), tokens, 90)
+        simulate(case, builds, seed=seed)
+        outputs.add(case.arrays["output"].tobytes())
+    assert len(outputs) == 1
+
+
+# --- numbers of 8 bits ------------------------------------------------------------------------------------------------
+
+CODES = """
+#include "elements.cuh"
+GTA_KERNEL(32) every_code(gta::u32* pairs) {
+    for (gta::u32 code = threadIdx.x; code < 256; code += 32) { pairs[code] = gta::widen(code | (255 - code) << 16); }
+}
+GTA_KERNEL(32) to_codes(const float* values, gta::u32* codes, int count) {
+    for (int i = threadIdx.x; i < count; i += 32) { codes[i] = gta::to_code(values[i]); }
+}
+"""
+
+
+@pytest.mark.parametrize(("compute", "cache"), [types for types in TYPES if types[0] != types[1]])
+def test_every_code_is_read_exactly_and_written_to_the_nearest(tmp_path, compute, cache):
+    source = tmp_path / "codes.cu"
+    source.write_text(CODES)
+    defines = cases.variant((1, 1, 1), 16, 16, 1, compute, cache).defines()
+    codes = Simulator(source, ["every_code", "to_codes"], defines, [KERNELS])
+    pairs = np.zeros(256, np.uint32)
+    rng = np.random.default_rng(0)
+    values = np.concatenate([rng.uniform(-1, 1, 3000) * 2.0 ** rng.integers(-12, 9, 3000), [0, 448, -448, 127.4, 1e-9]])
+    values = np.clip(values, -127, 127) if cache == "int8" else np.clip(values, -448, 448)
+    values, found = values.astype(np.float32), np.zeros(len(values), np.uint32)
+    grid = LaunchSpec("every_code", (1,), 32, 0, [pairs])
+    codes.run([grid, LaunchSpec("to_codes", (1,), 32, 0, [values, found, len(values)])], 0)
+
+    every = np.arange(256, dtype=np.uint8).view(cases.CODES[cache]).astype(np.float64)
+    halves = pairs.view(np.uint16).reshape(256, 2).view(cases.TYPES[compute]).astype(np.float64)
+    finite = np.isfinite(every) & np.isfinite(every[::-1])  # e4m3's two NaN codes are never written
+    assert np.array_equal(halves[finite, 0], every[finite])
+    assert np.array_equal(halves[finite, 1], every[::-1][finite])
+    expected = np.rint(values).astype(np.int8) if cache == "int8" else values.astype(ml_dtypes.float8_e4m3fn)
+    assert np.array_equal(found.astype(np.uint8), expected.view(np.uint8))
+
+
+# --- faults are seen --------------------------------------------------------------------------------------------------
+
+# Where, what is there, what a fault makes of it, and the new tokens that show it.
+FAULTS = {
+    "no barrier between the append and the read": (
+        "decode.cu",
+        "block_barrier();\n                appended",
+        "appended",
+        1,
+    ),
+    "no barrier before the query is read": (
+        "decode.cu",
+        "block_barrier();\n\n    const int row =",
+        "const int row =",
+        1,
+    ),
+    "no barrier before memory is used anew": ("decode.cu", "block_barrier();  // the slices'", "// the slices'", 1),
+    "no barrier between the warps' parts": (
+        "decode.cu",
+        "block_barrier();\n        constexpr int units",
+        "constexpr int units",
+        1,
+    ),
+    "a slice is not waited for": ("decode.cu", "wait_for_copies<stages - 2>();", "", 1),
+    "no barrier of the warp": ("decode.cu", "warp_barrier();", "", 1),
+    "one stage too few is waited for": ("decode.cu", "wait_for_copies<stages - 2>", "wait_for_copies<stages - 1>", 1),
+    "no barrier before the mix is read": ("decode.cu", "block_barrier();\n\n        float product", "float product", 1),
+    "a row too many is copied": ("tiles.cuh", "least(end - first, count)", "least(end - first + 1, count)", 1),
+    "a token past the capacity is seen": (
+        "decode.cu",
+        "end - 1);\n    }\n    Attention",
+        "end);\n    }\n    Attention",
+        1,
+    ),
+    "keys are not waited for": ("prefill.cu", "wait_for_copies<1>();  // for", "// for", 40),
+    "latents are not waited for": (
+        "prefill.cu",
+        "wait_for_copies<1>();\n                     block_barrier();",
+        "",
+        40,
+    ),
+    "no barrier before the next keys": ("prefill.cu", "block_barrier();\n        copy_keys", "copy_keys", 40),
+    "the decoder comes too early": ("prefill.cu", "block_barrier();  // the cache's", "// the cache's", 40),
+    "the decoder is not waited for": ("prefill.cu", "wait_for_copies<0>();\n            block_barrier();", "", 40),
+    "the diagonal is not masked": ("prefill.cu", "first + token > limit", "first + token > 1 + limit", 40),
+    "a row past the capacity is written": ("prefill.cu", "|| token >= capacity - past", "", 40),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_seen(builds, tmp_path, fault):
+    file, there, instead, tokens = FAULTS[fault]
+    sources = shutil.copytree(KERNELS, tmp_path / "kernels")
+    text = (sources / file).read_text()
+    assert text.count(there) == 1, "the planted fault no longer fits the source"
+    (sources / file).write_text(text.replace(there, instead))
+    of = VARIANTS["gta-1b, bf16, bf16 cache"]
+    seen = 0
+    for seed in range(10):
+        capacity = tokens + 10 if "capacity" in fault else 200
+        case = cases.make(of, (11, 3) if "capacity" in fault else (200 - tokens, 77, 0), tokens, capacity, seed)
+        try:
+            check(case, builds, seed=seed, processors=1, sources=sources)
+        except (AssertionError, SimulationError):
+            seen += 1
+            break
+    assert seen, f"{fault}: ten runs of it passed"

@@ -1,0 +1,476 @@
+"""Plans of launches, their arguments, and the launch itself with a stand-in for CUDA: none of it needs a GPU."""
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gta_edge.cuda import compiler, gpu
+from gta_edge.cuda.compiler import KERNELS, Compiled
+from gta_edge.errors import BackendError
+from gta_edge.plugins.attention import kernels as launch
+from gta_edge.plugins.attention import launches as plan
+from gta_edge.plugins.attention import tiling
+from gta_edge.plugins.attention.definition import Sizes
+from gta_edge.plugins.attention.kernels import AttentionKernels, Buffers, Gpu, attention_kernels, current_gpu
+from gta_edge.plugins.attention.launches import SIGNATURES, choose_prefill, plan_attention, programs
+from gta_edge.plugins.attention.tiling import DECODE_TOKENS, Variant
+
+SETTINGS = settings(max_examples=200, deadline=None, derandomize=True)
+SIZES = Sizes(5, 1, 1, 64, 128, 1280)
+FP16, INT8 = Variant(SIZES, "fp16", "fp16"), Variant(SIZES, "bf16", "int8")
+ORIN = Gpu(0, "Orin", "sm_87", 8)
+
+BUFFERS = Buffers(
+    query=0x1000,
+    key=0x2000,
+    latent=0x3000,
+    gate=0x4000,
+    key_cache=0x5000,
+    latent_cache=0x6000,
+    key_scale=0,
+    latent_scale=0,
+    past_length=0x7008,
+    cos=0x8000,
+    sin=0x9000,
+    value_decoder=0xA000,
+    output=0xB000,
+    workspace=0xC000,
+)
+SCALED = replace(BUFFERS, key_scale=0xD004, latent_scale=0xE008)
+
+
+# --- the order of the arguments --------------------------------------------------------------------------------------
+
+
+def declared() -> dict[str, list[tuple[str, str]]]:
+    """Type and name of each parameter of each kernel, read off the sources."""
+    found = {}
+    for source in KERNELS.glob("*.cu"):
+        text = re.sub(r"//.*|/\*.*?\*/", "", source.read_text())
+        for name, parameters in re.findall(r"\bGTA_KERNEL\([^()]*\)\s*(\w+)\(([^()]*)\)\s*\{", text):
+            words = [parameter.replace("*", " * ").split() for parameter in parameters.split(",")]
+            found[name] = [
+                ("address" if "*" in parameter else " ".join(parameter[:-1]), parameter[-1]) for parameter in words
+            ]
+    return found
+
+
+def test_the_parameters_stand_in_the_sources_as_they_are_passed() -> None:
+    numbers = {"scale": "float"}
+    found = {kernel: parameters for kernel, parameters in declared().items() if not kernel.startswith("gta_matmul")}
+    assert found == {
+        kernel: [("address", name) for name in signature.addresses]
+        + [(numbers.get(name, "int"), name) for name in signature.numbers]
+        for kernel, signature in SIGNATURES.items()
+    }
+
+
+@pytest.mark.parametrize("of", [FP16, INT8, Variant(replace(SIZES, latent_dim=256, hidden_size=1280), "fp16", "fp8")])
+def test_every_kernel_of_every_program_has_a_signature_and_nothing_else_does(of: Variant) -> None:
+    assert {kernel for program in programs(of, "sm_87").all for kernel in program.kernels} == set(SIGNATURES)
+
+
+# --- the plan --------------------------------------------------------------------------------------------------------
+
+
+def test_few_tokens_are_split_and_combined() -> None:
+    of = programs(FP16, "sm_87")
+    made = plan_attention(of, 8, batch=2, tokens=3, capacity=4096)
+    splits = tiling.decode_splits(of.decode, 8, 2, 3, 4096)
+    assert [each.kernel for each in made.launches] == ["gta_decode_split", "gta_decode_combine"]
+    assert made.launches[0].launch == tiling.decode_grid(of.decode, splits, 2, 3)
+    assert made.launches[1].launch == tiling.combine_grid(of.decode, 8, 2, 3)
+    assert made.numbers == {"tokens": 3, "capacity": 4096, "rows": 6, "splits": splits}
+    assert made.offsets == {"mixes": 0, "sums": 6 * 5 * splits * 128 * 4}
+    assert made.workspace_bytes == 6 * 5 * splits * 130 * 4
+
+
+def test_many_tokens_are_appended_and_attended() -> None:
+    of = programs(FP16, "sm_87")
+    made = plan_attention(of, 8, batch=2, tokens=300, capacity=4096)
+    assert [each.kernel for each in made.launches] == ["gta_append", "gta_prefill"]
+    assert made.launches[0].program is made.launches[1].program
+    assert made.launches[0].launch == tiling.append_grid(of.prefill[0], 2, 300)
+    assert made.launches[1].launch == tiling.prefill_grid(of.prefill[0], 2, 300)
+    assert (made.workspace_bytes, made.offsets) == (0, {})
+
+
+def test_the_border_between_the_two() -> None:
+    of = programs(FP16, "sm_87")
+    for tokens, kernel in ((DECODE_TOKENS, "gta_decode_split"), (DECODE_TOKENS + 1, "gta_append")):
+        assert plan_attention(of, 8, batch=1, tokens=tokens, capacity=64).launches[0].kernel == kernel
+
+
+@given(
+    st.sampled_from([FP16, INT8]), st.integers(1, 200), st.integers(1, 64), st.integers(1, 3000), st.integers(1, 40000)
+)
+@SETTINGS
+def test_every_plan_is_complete(of: Variant, processors: int, batch: int, tokens: int, capacity: int) -> None:
+    made = plan_attention(programs(of, "sm_90"), processors, batch=batch, tokens=tokens, capacity=capacity)
+    given_elsewhere = {"positions", "scale"}
+    for each in made.launches:
+        assert set(each.signature.numbers) <= set(made.numbers) | given_elsewhere
+        assert set(each.signature.addresses) <= set(made.offsets) | set(vars(BUFFERS))
+        assert min(each.launch.grid) >= 1
+        assert each.kernel in each.program.kernels
+    if made.workspace_bytes:
+        rows = batch * tokens * of.sizes.num_query_heads * made.numbers["splits"]
+        assert made.offsets["sums"] % 16 == 0
+        assert made.workspace_bytes - made.offsets["sums"] == rows * 2 * 4
+
+
+@given(st.integers(1, 200), st.integers(1, 16), st.integers(17, 3000))
+@SETTINGS
+def test_the_widest_tile_that_gives_every_processor_a_block_is_taken(processors: int, batch: int, tokens: int) -> None:
+    candidates = programs(FP16, "sm_87").prefill
+    blocks = [np.prod(tiling.prefill_grid(each, batch, tokens).grid) for each in candidates]
+    expected = next((i for i, number in enumerate(blocks) if number >= processors), -1)
+    assert choose_prefill(candidates, processors, batch, tokens) is candidates[expected]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "text"),
+    [
+        ({"batch": 0}, "batch is 0; expected 1 to 65535"),
+        ({"batch": 65536}, "batch is 65536; expected 1 to 65535"),
+        ({"tokens": 0}, "tokens is 0; expected 1 to 2147483647"),
+        ({"capacity": -1}, "capacity is -1; expected 1 to 1073741824"),
+        ({"capacity": 2**30 + 1}, "capacity is 1073741825; expected 1 to 1073741824"),
+        (
+            {"batch": 65535, "tokens": 40000},
+            "65535 rows of 40000 new tokens are more than 2147483647; append smaller chunks",
+        ),
+        (
+            {"tokens": 10_000_000},
+            "10000000 new tokens of 1 rows take a grid of (5, 78125, 1), whose last two numbers go up to 65535; "
+            "append them in smaller chunks",
+        ),
+    ],
+)
+def test_sizes_that_are_refused(sizes: dict[str, int], text: str) -> None:
+    with pytest.raises(BackendError) as error:
+        plan_attention(programs(FP16, "sm_87"), 8, **{"batch": 1, "tokens": 1, "capacity": 64, **sizes})
+    assert str(error.value) == text
+
+
+# --- what there is no GPU for ----------------------------------------------------------------------------------------
+
+
+def message(call: Any, *arguments: Any, **options: Any) -> str:
+    with pytest.raises(BackendError) as error:
+        call(*arguments, **options)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_importing_loads_nothing_of_cuda() -> None:
+    script = "import sys, gta_edge.plugins.attention.kernels\n"
+    script += "print([name for name in sys.modules if name.startswith('cuda')])"
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert process.stdout == "[]\n"
+
+
+@pytest.mark.skipif(compiler.driver_cuda_version() is not None, reason="needs a machine without a driver")
+def test_a_machine_without_a_driver() -> None:
+    assert message(current_gpu) == (
+        "there is no NVIDIA driver (libcuda.so.1 is not found); install it, in a container pass the GPU in "
+        "(docker run --gpus all), or choose another backend"
+    )
+
+
+@pytest.fixture(autouse=True)
+def gpus_are_asked_anew() -> Iterator[None]:
+    current_gpu.cache_clear()
+    yield
+    current_gpu.cache_clear()
+
+
+class Status(int):
+    """A status of the driver, which is a number with a name."""
+
+    name = "CUDA_ERROR_INVALID_IMAGE"
+
+
+class Stream:
+    """cuda.core's own kind of stream."""
+
+    made = 0
+
+    def __init__(self, handle: int = 5) -> None:
+        self.handle = handle
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self.handle
+
+    @staticmethod
+    def from_handle(handle: int) -> "Stream":
+        Stream.made += 1
+        return Stream(handle)
+
+
+class FakeCuda:
+    """What of cuda.core and of the driver is used, writing down what is asked of it."""
+
+    def __init__(self, capability: tuple[int, int] = (8, 7), fails: str = "") -> None:
+        self.capability, self.fails = capability, fails
+        self.attributes: dict[str, int] = {}
+        self.launches: list[tuple[Any, ...]] = []
+        self.loaded: list[str] = []
+        self.contexts: list[int] = [0x77]
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> "FakeCuda":
+        core = SimpleNamespace(
+            Device=self.device,
+            ObjectCode=SimpleNamespace(from_cubin=lambda cubin, name: SimpleNamespace(get_kernel=self.kernel)),
+            LaunchConfig=lambda grid, block, shmem_size: (grid, block, shmem_size),
+            Stream=Stream,
+            launch=self.launch,
+        )
+        driver = SimpleNamespace(
+            CUfunction_attribute=SimpleNamespace(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES="shared"),
+            cuCtxGetCurrent=lambda: (0, self.contexts[-1]),
+            cuCtxSetCurrent=lambda context: (self.contexts.append(context), (0,))[1],
+            cuDeviceGet=lambda number: (0, f"device {number}"),
+            cuKernelSetAttribute=self.set_attribute,
+            cuKernelGetFunction=lambda handle: (0, handle),
+            cuFuncLoad=lambda function: (self.loaded.append(function), (0,))[1],
+        )
+        monkeypatch.setitem(sys.modules, "cuda.core", core)
+        monkeypatch.setitem(sys.modules, "cuda.bindings.driver", driver)
+        monkeypatch.setattr(gpu, "driver_cuda_version", lambda: (13, 0))
+        monkeypatch.setattr(gpu, "cuda_extra", lambda: "cuda13")
+        monkeypatch.setattr(gpu, "compile_program", lambda program, architecture: Compiled(b"cubin", {}, ""))
+        return self
+
+    def device(self, number: int) -> SimpleNamespace:
+        if self.fails == "device":
+            raise RuntimeError("CUDA_ERROR_NO_DEVICE:\n  no CUDA-capable device is detected")
+        return SimpleNamespace(
+            compute_capability=self.capability,
+            name="Fake",
+            properties=SimpleNamespace(multiprocessor_count=8),
+            set_current=lambda: self.contexts.append(0x99),
+        )
+
+    def kernel(self, name: str) -> SimpleNamespace:
+        assert self.contexts[-1] == 0x99
+        return SimpleNamespace(handle=name)
+
+    def set_attribute(self, attribute: str, value: int, kernel: str, device: str) -> tuple[int]:
+        assert (attribute, device) == ("shared", "device 0")
+        self.attributes[kernel] = max(value, self.attributes.get(kernel, 0))
+        return (Status(200) if self.fails == "load" else 0,)
+
+    def launch(self, stream: Any, config: Any, kernel: Any, *arguments: Any) -> None:
+        if self.fails == "launch":
+            raise RuntimeError("CUDA_ERROR_INVALID_HANDLE")
+        self.launches.append((stream, config, kernel.handle, arguments))
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    return FakeCuda().install(monkeypatch)
+
+
+def test_the_gpu_is_read(cuda: FakeCuda) -> None:
+    assert current_gpu() == Gpu(0, "Fake", "sm_87", 8)
+
+
+def test_a_gpu_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    FakeCuda((7, 5)).install(monkeypatch)
+    assert message(current_gpu) == (
+        "Fake has compute capability 7.5; the kernels need 8.0 or later (Ampere, Jetson Orin): choose another backend"
+    )
+
+
+def test_a_driver_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    FakeCuda(fails="device").install(monkeypatch)
+    assert message(current_gpu, 3) == (
+        "there is no usable CUDA device 3 (CUDA_ERROR_NO_DEVICE: no CUDA-capable device is detected); "
+        "nvidia-smi lists those that there are"
+    )
+
+
+def test_a_driver_without_cuda_core(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cuda.core", None)
+    for call in (current_gpu, lambda: AttentionKernels(FP16, ORIN)):
+        assert message(call) == (
+            "the Python module cuda.core is needed and not installed; run: pip install 'gta-edge[cuda13]'"
+        )
+
+
+# --- loading ---------------------------------------------------------------------------------------------------------
+
+
+def test_everything_is_loaded_at_construction_with_leave_for_its_shared_memory(cuda: FakeCuda) -> None:
+    kernels = AttentionKernels(FP16, ORIN)
+    decode, prefill = kernels.programs.decode, kernels.programs.prefill
+    assert cuda.attributes == {
+        "gta_decode_split": decode.shared_bytes,
+        "gta_decode_combine": decode.tile("GTA_COMBINE_SHARED_BYTES"),
+        "gta_append": 0,
+        "gta_prefill": max(program.shared_bytes for program in prefill),
+    }
+    assert sorted(cuda.loaded) == sorted(name for program in kernels.programs.all for name in program.kernels)
+    assert cuda.contexts[-1] == 0x77  # the caller's is current again
+
+
+def test_where_no_context_was_current_the_gpus_stays(cuda: FakeCuda) -> None:
+    cuda.contexts = [0]
+    AttentionKernels(FP16, ORIN)
+    assert cuda.contexts == [0, 0x99]
+
+
+def test_kernels_that_cannot_be_loaded(cuda: FakeCuda) -> None:
+    cuda.fails = "load"
+    assert message(AttentionKernels, FP16, ORIN) == (
+        "the attention kernels cannot be loaded on Orin (CUDA_ERROR_INVALID_IMAGE); its driver knows CUDA 13.0: "
+        "update it, or run: pip install 'gta-edge[cuda13]'"
+    )
+    assert cuda.contexts[-1] == 0x77
+
+
+def test_the_kernels_of_a_variant_are_shared(cuda: FakeCuda) -> None:
+    attention_kernels.cache_clear()
+    try:
+        first = attention_kernels(FP16, ORIN)
+        assert attention_kernels(Variant(SIZES, "fp16", "fp16"), Gpu(0, "Orin", "sm_87", 8)) is first
+        assert attention_kernels(INT8, ORIN) is not first
+    finally:
+        attention_kernels.cache_clear()
+
+
+# --- launching -------------------------------------------------------------------------------------------------------
+
+STREAM = Stream()
+CALL = {"batch": 2, "tokens": 3, "capacity": 512, "positions": 1024, "scale": 0.125}
+
+
+def plain(arguments: tuple[Any, ...]) -> list[tuple[str, Any]]:
+    return [(type(value).__name__, value) for value in arguments]
+
+
+def addresses(*values: int) -> list[tuple[str, int]]:
+    return [("int", value) for value in values]  # which cuda.core passes as 8 bytes
+
+
+def test_a_decode_call(cuda: FakeCuda) -> None:
+    kernels = AttentionKernels(FP16, ORIN)
+    kernels.launch(STREAM, BUFFERS, **CALL)
+    made = kernels.plan(2, 3, 512)
+    sums, splits = 0xC000 + made.offsets["sums"], made.numbers["splits"]
+    assert kernels.workspace_bytes(2, 3, 512) == made.workspace_bytes > 0
+    split, combine = cuda.launches
+    assert (split[0], split[2], combine[2]) == (STREAM, "gta_decode_split", "gta_decode_combine")
+    grid = made.launches[0].launch
+    assert split[1] == (grid.grid, grid.threads, kernels.programs.decode.shared_bytes)
+    assert plain(split[3]) == [
+        *addresses(0x1000, 0x2000, 0x3000, 0x5000, 0x6000, 0, 0, 0x7008, 0x8000, 0x9000, 0xC000, sums),
+        *(("int32", value) for value in (3, 512, 1024)),
+        ("float32", 0.125),
+    ]
+    assert plain(combine[3]) == [
+        *addresses(0xC000, sums, 0x4000, 0xA000, 0x7008, 0xB000),
+        *(("int32", value) for value in (6, 3, 512, splits)),
+    ]
+
+
+def test_a_prefill_call(cuda: FakeCuda) -> None:
+    kernels = AttentionKernels(INT8, ORIN)
+    kernels.launch(STREAM, replace(SCALED, workspace=0), **{**CALL, "tokens": 300})
+    assert kernels.workspace_bytes(2, 300, 512) == 0
+    append, prefill = cuda.launches
+    assert (append[2], prefill[2]) == ("gta_append", "gta_prefill")
+    caches = (0x5000, 0x6000, 0xD004, 0xE008, 0x7008, 0x8000, 0x9000)
+    assert plain(append[3]) == [
+        *addresses(0x2000, 0x3000, *caches),
+        *(("int32", value) for value in (300, 512, 1024)),
+    ]
+    assert plain(prefill[3]) == [
+        *addresses(0x1000, 0x4000, 0xA000, *caches, 0xB000),
+        *(("int32", value) for value in (300, 512, 1024)),
+        ("float32", 0.125),
+    ]
+
+
+@pytest.mark.parametrize("stream", [7, SimpleNamespace(__cuda_stream__=lambda: (0, 7))])
+def test_other_streams_and_handles_are_taken(stream: Any, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Stream, "made", 0)
+    kernels = AttentionKernels(FP16, ORIN)
+    for _ in range(3):
+        kernels.launch(stream, BUFFERS, **CALL)
+    assert [(type(found), found.handle) for found, *_ in cuda.launches] == [(Stream, 7)] * 6
+    assert Stream.made == 1
+
+
+def test_calls_of_the_same_sizes_are_prepared_once(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = AttentionKernels(FP16, ORIN)
+    planned = []
+    monkeypatch.setattr(launch, "plan_attention", lambda *a, **o: planned.append(o) or plan.plan_attention(*a, **o))
+    for _ in range(5):
+        kernels.launch(STREAM, BUFFERS, **CALL)
+        kernels.workspace_bytes(2, 3, 512)
+    assert len(planned) == 1
+    assert len(cuda.launches) == 10
+
+
+@pytest.mark.parametrize(
+    ("of", "buffers", "call", "text"),
+    [
+        (FP16, SCALED, {}, "key_scale is given; a cache of type fp16 has none"),
+        (INT8, BUFFERS, {}, "key_scale is missing; a cache of type int8 has scales"),
+        (INT8, replace(SCALED, latent_scale=0), {}, "latent_scale is missing; a cache of type int8 has scales"),
+        (FP16, BUFFERS, {"tokens": 600}, "tokens is 600; expected at most the capacity, 512"),
+        (FP16, BUFFERS, {"positions": 0}, "positions is 0; expected 1 to 2147483647"),
+        (FP16, BUFFERS, {"positions": 2**31}, "positions is 2147483648; expected 1 to 2147483647"),
+        *(
+            (FP16, BUFFERS, {"scale": scale}, f"scale is {scale}; expected more than 0, and a number that float32 has")
+            for scale in (0.0, -1.0, 1e-46, 1e39, float("inf"), float("nan"))
+        ),
+        (FP16, BUFFERS, {"batch": 0}, "batch is 0; expected 1 to 65535"),
+    ],
+)
+def test_calls_that_are_refused(of: Variant, buffers: Buffers, call: dict[str, Any], text: str, cuda: FakeCuda) -> None:
+    kernels = AttentionKernels(of, ORIN)
+    assert message(kernels.launch, STREAM, buffers, **{**CALL, **call}) == text
+    assert cuda.launches == []
+
+
+def test_a_call_without_the_workspace_that_it_needs(cuda: FakeCuda) -> None:
+    kernels = AttentionKernels(FP16, ORIN)
+    size = kernels.workspace_bytes(2, 3, 512)
+    assert message(kernels.launch, STREAM, replace(BUFFERS, workspace=0), **CALL) == (
+        f"there is no workspace; expected {size} bytes of the GPU's memory"
+    )
+
+
+def test_a_launch_that_fails(cuda: FakeCuda) -> None:
+    cuda.fails = "launch"
+    assert message(AttentionKernels(FP16, ORIN).launch, STREAM, BUFFERS, **CALL) == (
+        "the attention kernels could not be launched (CUDA_ERROR_INVALID_HANDLE); expected a stream of device 0, Orin"
+    )
+
+
+@pytest.mark.parametrize("name", [name for name in vars(BUFFERS) if name != "past_length" and "scale" not in name])
+def test_an_address_that_is_not_aligned(name: str) -> None:
+    assert message(replace, BUFFERS, **{name: 0x1008}) == (
+        f"{name} is at address 0x1008; expected a multiple of 16: copy it to memory that is aligned so"
+    )
+
+
+def test_numbers_in_memory_are_aligned_to_their_own_size() -> None:
+    assert "a multiple of 8" in message(replace, BUFFERS, past_length=0x1004)
+    assert "a multiple of 4" in message(replace, SCALED, key_scale=0x1002)
+
+
+def test_an_address_that_is_missing() -> None:
+    assert message(replace, BUFFERS, output=0) == "output is at address 0; expected memory of the GPU"

@@ -1,0 +1,199 @@
+"""Tiles, grids and the workspace: of any sizes that the kernels take, on any GPU that is known."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gta_edge.errors import BackendError
+from gta_edge.plugins.attention import tiling
+from gta_edge.plugins.attention.definition import Sizes
+from gta_edge.plugins.attention.tiling import (
+    ARCHITECTURES,
+    CACHE_TYPES,
+    COMPUTE_TYPES,
+    DECODE_TOKENS,
+    KIB,
+    ROWS,
+    Program,
+    Variant,
+)
+
+SETTINGS = settings(max_examples=200, deadline=None, derandomize=True)
+BLOCK_RESERVE = KIB  # bytes of shared memory that the system takes of each block (CUDA C++ Programming Guide)
+
+architectures = st.sampled_from([*ARCHITECTURES, "sm_999"])
+processors = st.integers(1, 200)
+batches = st.integers(1, 64)
+capacities = st.integers(1, 65536)
+
+
+@st.composite
+def all_sizes(draw: st.DrawFn) -> Sizes:
+    n_q = draw(st.integers(1, 40))
+    divisors = st.sampled_from([d for d in range(1, n_q + 1) if n_q % d == 0])
+    n_k, n_c = draw(divisors), draw(divisors)
+    d_k, d_l = 16 * draw(st.integers(1, 8)), 16 * draw(st.integers(1, 16))
+    return Sizes(n_q, n_k, n_c, d_k, d_l, n_q * d_l * draw(st.integers(1, 4)))
+
+
+@st.composite
+def variants(draw: st.DrawFn) -> Variant:
+    compute = draw(st.sampled_from(COMPUTE_TYPES))
+    return Variant(draw(all_sizes()), compute, draw(st.sampled_from([compute, "int8", "fp8"])))
+
+
+def shared_limits(architecture: str) -> tuple[int, int]:
+    """Bytes of a multiprocessor and of a block; a GPU that is not known counts as the least of all."""
+    per_processor, per_block = ARCHITECTURES.get(architecture, (100, 99))
+    return per_processor * KIB, per_block * KIB
+
+
+# --- shared memory -------------------------------------------------------------------------------------------------
+
+
+def check_shared(program: Program, architecture: str) -> None:
+    per_processor, per_block = shared_limits(architecture)
+    assert 0 < program.shared_bytes <= per_block
+    assert program.shared_bytes % 16 == 0
+    assert program.resident_blocks >= 1
+    assert program.resident_blocks * (program.shared_bytes + BLOCK_RESERVE) <= per_processor
+    assert program.threads % 32 == 0
+    assert program.threads <= 1024
+
+
+@given(variants(), architectures)
+@SETTINGS
+def test_decode_fits_the_shared_memory(variant: Variant, architecture: str) -> None:
+    program = tiling.decode_program(variant, architecture)
+    check_shared(program, architecture)
+    assert program.tile("GTA_DECODE_SHARED_BYTES") == program.shared_bytes
+    assert program.tile("GTA_DECODE_STAGES") >= 2
+    # What needs no leave of the driver.
+    assert tiling.combine_grid(program, 8, 1, 1).shared_bytes <= 48 * KIB
+
+
+@given(variants(), architectures)
+@SETTINGS
+def test_prefill_fits_the_shared_memory(variant: Variant, architecture: str) -> None:
+    programs = tiling.prefill_programs(variant, architecture)
+    tiles = [program.tile("GTA_PREFILL_ROW_TILES") for program in programs]
+    assert tiles == sorted(tiles, reverse=True)
+    assert tiles[-1] == 1
+    for program in programs:
+        check_shared(program, architecture)
+        assert program.tile("GTA_PREFILL_SHARED_BYTES") == program.shared_bytes
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("cache", ["fp16", "int8", "fp8"])
+def test_the_published_sizes_have_two_decode_blocks_on_a_multiprocessor_where_shared_memory_is_large(
+    architecture: str, cache: str
+) -> None:
+    program = tiling.decode_program(Variant(Sizes(5, 1, 1, 64, 128, 1280), "fp16", cache), architecture)
+    per_processor, _ = shared_limits(architecture)
+    assert program.resident_blocks >= (2 if per_processor >= 164 * KIB and cache != "fp16" else 1)
+
+
+# --- grids -----------------------------------------------------------------------------------------------------------
+
+
+@given(variants(), architectures, processors, batches, st.integers(1, DECODE_TOKENS), capacities)
+@SETTINGS
+def test_decode_covers_every_row_and_no_more_blocks_than_are_of_use(
+    variant: Variant, architecture: str, processors: int, batch: int, tokens: int, capacity: int
+) -> None:
+    program, sizes = tiling.decode_program(variant, architecture), variant.sizes
+    splits = tiling.decode_splits(program, processors, batch, tokens, capacity)
+    x, y, z = tiling.decode_grid(program, splits, batch, tokens).grid
+    groups = program.tile("GTA_DECODE_GROUPS")
+    assert (x, z) == (splits, batch)
+    assert sizes.num_query_heads % groups == 0
+    assert y % groups == 0
+    rows, block_rows = sizes.num_query_heads // groups * tokens, ROWS * program.tile("GTA_DECODE_WARPS_M")
+    assert (y // groups - 1) * block_rows < rows <= y // groups * block_rows
+
+    # more blocks than run at once only where a split would be too long for the row of a batch that ends last
+    resident, longest = processors * min(2, program.resident_blocks), tiling.MOST_SPLIT_TOKENS
+    assert splits * y * z <= resident or (splits - 1) * longest < capacity
+    assert splits >= 1
+    assert (splits - 1) * program.tile("GTA_DECODE_LEAST_TOKENS") < capacity  # a full cache leaves none without work
+
+
+@given(variants(), processors, batches, st.integers(1, DECODE_TOKENS))
+@SETTINGS
+def test_combine_covers_every_column_and_has_no_block_without_a_row(
+    variant: Variant, processors: int, batch: int, tokens: int
+) -> None:
+    program, sizes = tiling.decode_program(variant, "sm_90"), variant.sizes
+    launch = tiling.combine_grid(program, processors, batch, tokens)
+    x, y, z = launch.grid
+    assert 1 <= x <= batch * tokens
+    assert y == sizes.num_query_heads
+    assert y * z * program.tile("GTA_COMBINE_COLUMNS") == sizes.hidden_size
+    assert launch.threads == program.tile("GTA_COMBINE_THREADS")
+
+
+@given(variants(), architectures, batches, st.integers(1, 40000))
+@SETTINGS
+def test_prefill_covers_every_token(variant: Variant, architecture: str, batch: int, tokens: int) -> None:
+    sizes = variant.sizes
+    for program in tiling.prefill_programs(variant, architecture):
+        tile = ROWS * program.tile("GTA_PREFILL_ROW_TILES") * program.tile("GTA_PREFILL_WARPS")
+        x, y, z = tiling.prefill_grid(program, batch, tokens).grid
+        assert (x, z) == (sizes.num_query_heads, batch)
+        assert (y - 1) * tile < tokens <= y * tile
+        launch = tiling.append_grid(program, batch, tokens)
+        x, y, z = launch.grid
+        warps = program.tile("GTA_APPEND_WARPS")
+        assert launch.threads == 32 * warps
+        assert (x - 1) * warps < tokens <= x * warps
+        assert (y, z) == (sizes.num_key_heads + sizes.num_latent_heads, batch)
+
+
+@given(variants(), st.integers(1, 100), batches, st.integers(1, DECODE_TOKENS))
+@SETTINGS
+def test_the_workspace_holds_a_mix_and_two_numbers_per_row_and_split(
+    variant: Variant, splits: int, batch: int, tokens: int
+) -> None:
+    program, sizes = tiling.decode_program(variant, "sm_90"), variant.sizes
+    rows = batch * tokens * sizes.num_query_heads
+    floats = rows * splits * sizes.latent_dim + rows * splits * 2
+    assert tiling.workspace_bytes(program, splits, batch, tokens) == 4 * floats
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [2, 8, 24, 130, 144])
+def test_a_key_width_that_is_refused_lists_what_is_allowed(width: int) -> None:
+    with pytest.raises(BackendError) as error:
+        Variant(Sizes(1, 1, 1, width, 16, 16), "fp16", "fp16")
+    assert str(error.value) == f"the kernels have no key width of {width}; expected a multiple of 16 from 16 to 128"
+
+
+@pytest.mark.parametrize("width", [1, 8, 100, 272])
+def test_a_latent_width_that_is_refused_lists_what_is_allowed(width: int) -> None:
+    with pytest.raises(BackendError) as error:
+        Variant(Sizes(1, 1, 1, 16, width, width), "fp16", "fp16")
+    assert str(error.value) == f"the kernels have no latent width of {width}; expected a multiple of 16 from 16 to 256"
+
+
+@pytest.mark.parametrize("compute", ["fp32", "int8", ""])
+def test_a_compute_type_that_is_refused_lists_what_is_allowed(compute: str) -> None:
+    with pytest.raises(BackendError, match="fp16 or bf16"):
+        Variant(Sizes(1, 1, 1, 16, 16, 16), compute, compute)
+
+
+@pytest.mark.parametrize(("compute", "cache"), [("fp16", "bf16"), ("bf16", "fp16"), ("fp16", "int4")])
+def test_a_cache_type_that_is_refused_lists_what_is_allowed(compute: str, cache: str) -> None:
+    with pytest.raises(BackendError, match=f"expected one of {compute}, int8, fp8"):
+        Variant(Sizes(1, 1, 1, 16, 16, 16), compute, cache)
+
+
+def test_every_width_that_is_listed_is_taken() -> None:
+    for compute in COMPUTE_TYPES:
+        for cache in set(CACHE_TYPES) - set(COMPUTE_TYPES) | {compute}:
+            for d_k in range(16, 129, 16):
+                for d_l in range(16, 257, 16):
+                    defines = Variant(Sizes(2, 1, 2, d_k, d_l, 6 * d_l), compute, cache).defines()
+                    assert defines["GTA_EXPANSION"] == 3

@@ -1,0 +1,220 @@
+"""Engines on a GPU, against the models' arithmetic in float64.
+
+To run on a board with full TensorRT (``make test-jetson``), or with TensorRT-RTX on a GPU that it knows. A board needs
+neither torch nor ONNX Runtime for it: ``engine_bundles.py`` says where the models come from.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gta_edge.accuracy.tolerance import COMPUTE_BOUNDS, FLOAT32_BOUND, difference
+from gta_edge.errors import BackendError, CapacityError, EngineError, InputError
+from gta_edge.formats.bundle import Bundle
+from gta_edge.formats.weights import read_weights
+from gta_edge.libraries.tensorrt import load
+from gta_edge.numerics.quantization import BITS
+from gta_edge.plugins.attention.kernels import current_gpu
+from gta_edge.runtime.registry import open_session
+from gta_edge.runtime.session import Session
+from gta_edge.runtime.tensorrt.build import LOGIT_POSITIONS, build
+from gta_edge.runtime.tensorrt.engine import Purpose
+from tests.helpers.engine_bundles import COMPUTE, MODEL, prepared, write
+from tests.helpers.reference import gta_logits
+
+Logits = Callable[[np.ndarray], np.ndarray]
+
+
+def missing(engine: str) -> str | None:
+    """What is not here of all that an engine takes."""
+    try:
+        current_gpu()
+        return None if load(engine).builds else f"{engine} has no builder"
+    except BackendError as error:
+        return str(error)
+
+
+def available(engine: str, **options: str) -> object:
+    reason = missing(engine)
+    marks = [pytest.mark.gpu, pytest.mark.skipif(reason is not None, reason=reason or "")]
+    if engine == "tensorrt":
+        marks.append(pytest.mark.tensorrt)
+    return pytest.param((engine, options), marks=marks, id="-".join((engine, *options.values())))
+
+
+ENGINES = [
+    available("tensorrt"),
+    available("tensorrt", int4="plugin"),
+    available("tensorrt", int4="native"),
+    available("tensorrt", cache_dtype="int8"),
+    available("tensorrt", cache_dtype="fp8"),
+    available("tensorrt-rtx"),
+]
+LENGTH, ROWS, CHUNK = 128, 3, 32
+CACHE_BOUNDS = {"int8": 0.1, "fp8": 0.5}
+"""Of caches of 8 bits, whose rounding is in the logits too: wide, to tell rounding from wrong arithmetic."""
+
+
+@pytest.fixture(scope="module", params=COMPUTE)
+def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Bundle, str]:
+    precision: str = request.param
+    directory = tmp_path_factory.mktemp("engines")
+    found = prepared(precision, directory) or write(directory, [precision])[precision]
+    return Bundle.open(found), COMPUTE[precision]
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def purpose(request: pytest.FixtureRequest, bundle: tuple[Bundle, str]) -> Purpose:
+    """What the engine that now lies in the bundle was built for."""
+    engine, options = request.param
+    opened, compute = bundle
+    if "int4" in options and opened.precision not in BITS:
+        pytest.skip(f"{opened.precision} has no quantised matrices")
+    purpose = Purpose(engine, compute, compute, max_length=LENGTH, max_batch=ROWS, chunk_size=CHUNK)
+    purpose = replace(purpose, **options)
+    build(opened, purpose, force=True)
+    return purpose
+
+
+@pytest.fixture
+def session(bundle: tuple[Bundle, str], purpose: Purpose) -> Iterator[Session]:
+    with open_session(bundle[0], purpose.engine) as opened:
+        yield opened
+
+
+Near = Callable[[np.ndarray, np.ndarray], bool]
+
+
+@pytest.fixture
+def near(purpose: Purpose) -> Near:
+    def within(found: np.ndarray, expected: np.ndarray) -> bool:
+        assert found.shape == expected.shape
+        bound = CACHE_BOUNDS.get(purpose.cache_dtype, COMPUTE_BOUNDS[purpose.compute])
+        return difference(found, expected).max_rel_error <= bound
+
+    return within
+
+
+def formula(bundle: Bundle) -> Logits:
+    """The model as a function of whole rows, token ids [B, T] to float64 logits [B, T, V]."""
+    config = json.loads((bundle.directory / "config.json").read_text(encoding="utf-8"))
+    weights = dict(read_weights(bundle.model_path, bundle.config))
+    return lambda rows: np.stack([gta_logits(config, weights, row) for row in rows])
+
+
+@pytest.fixture(scope="module")
+def expected(bundle: tuple[Bundle, str]) -> Logits:
+    return formula(bundle[0])
+
+
+def ids(rows: int, tokens: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, MODEL.vocab_size, (rows, tokens))
+
+
+def test_a_prompt_and_tokens_after_it(session: Session, near: Near, expected: Logits) -> None:
+    given = ids(2, 90)
+    logits = expected(given)
+    assert near(session.forward(given[:, :70]), logits[:, 69])
+    for i in range(70, 90):  # the first is run and captured, the others are replayed
+        assert near(session.forward(given[:, i : i + 1]), logits[:, i])
+    assert session.length.tolist() == [90, 90]
+
+
+def test_logits_of_every_position(session: Session, near: Near, expected: Logits) -> None:
+    given = ids(1, 2 * CHUNK + LOGIT_POSITIONS + 3)
+    assert near(session.forward(given, all_logits=True), expected(given))
+
+
+def test_rows_of_different_length(session: Session, near: Near, expected: Logits) -> None:
+    given, lengths, step = ids(3, 40), np.array([40, 1, 17]), ids(3, 1, seed=1)
+    rows = [np.concatenate([row[:n], new]) for row, n, new in zip(given, lengths, step, strict=True)]
+    logits = [expected(row[None])[0] for row in rows]
+    assert near(session.forward(given, lengths=lengths), np.stack([each[-2] for each in logits]))
+    assert near(session.forward(step), np.stack([each[-1] for each in logits]))
+
+
+def test_tokens_of_changing_numbers_of_rows(session: Session, near: Near, expected: Logits) -> None:
+    for rows in (1, 3, 1, 2, 3):
+        session.reset()
+        given = ids(rows, 5, seed=rows)
+        logits = expected(given)
+        for i in range(5):
+            assert near(session.forward(given[:, i : i + 1]), logits[:, i])
+
+
+def test_truncate_and_reset(session: Session, near: Near, expected: Logits) -> None:
+    given, step, other = ids(1, 60), ids(1, 1, seed=2), ids(2, 9, seed=3)
+    session.forward(given)
+    session.truncate(21)
+    assert near(session.forward(step), expected(np.concatenate([given[:, :21], step], axis=1))[:, -1])
+    session.reset()
+    assert near(session.forward(other), expected(other)[:, -1])
+
+
+def test_the_cache_has_its_memory_from_the_start(session: Session, purpose: Purpose) -> None:
+    before = session.cache_bytes
+    session.forward(ids(1, LENGTH))
+    assert session.cache_bytes == before == purpose.cache_bytes(MODEL)
+    with pytest.raises(CapacityError):
+        session.forward(ids(1, 1))
+
+
+def test_more_rows_than_it_was_built_for(session: Session) -> None:
+    with pytest.raises(InputError, match=f"--max-batch {ROWS + 1}"):
+        session.forward(ids(ROWS + 1, 4))
+
+
+def test_two_sessions_of_one_engine(bundle: tuple[Bundle, str], purpose: Purpose, session: Session) -> None:
+    given = ids(1, 20)
+    with open_session(bundle[0], purpose.engine) as other:
+        for i in range(20):
+            assert np.array_equal(session.forward(given[:, i : i + 1]), other.forward(given[:, i : i + 1]))
+
+
+# --- without a GPU ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["tensorrt", "tensorrt-rtx"])
+def test_a_bundle_without_an_engine(tiny_bundle: Path, name: str) -> None:
+    with pytest.raises(EngineError, match=f"there is no engine; run: gta-edge build .* --engine {name}$"):
+        open_session(Bundle.open(tiny_bundle), name)
+
+
+@pytest.mark.parametrize("name", ["tensorrt", "tensorrt-rtx"])
+def test_an_engine_where_something_is_missing(copied_bundle: Path, name: str) -> None:
+    reason = missing(name)
+    if reason is None:
+        pytest.skip("nothing is missing here")
+    (copied_bundle / "engines" / name).mkdir(parents=True)
+    with pytest.raises(BackendError) as raised:
+        open_session(Bundle.open(copied_bundle), name)
+    assert str(raised.value) == reason
+
+
+def test_auto_goes_on_where_there_is_no_engine(tiny_bundle: Path) -> None:
+    with open_session(Bundle.open(tiny_bundle)) as session:
+        assert session.backend == "onnxruntime"
+
+
+def test_what_engines_are_compared_with(bundle: tuple[Bundle, str]) -> None:
+    pytest.importorskip("onnxruntime", reason="needs ONNX Runtime, to compare the reference with", minversion="1.25")
+    given = ids(2, 12)
+    with open_session(bundle[0], "onnxruntime", exact=True) as session:
+        found = session.forward(given, all_logits=True)
+    assert difference(found, formula(bundle[0])(given)).max_rel_error <= FLOAT32_BOUND
+
+
+def test_bundles_made_elsewhere(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert prepared("bf16", tmp_path) is None
+    (tmp_path / "made").mkdir()
+    shutil.copytree(tiny_bundle, tmp_path / "made" / "bf16")
+    monkeypatch.setenv("GTA_EDGE_TEST_BUNDLES", str(tmp_path / "made"))
+    found = prepared("bf16", tmp_path)
+    assert found is not None
+    assert found.parent == tmp_path  # a copy: an engine is built into it
+    assert Bundle.open(found).config == Bundle.open(tiny_bundle).config

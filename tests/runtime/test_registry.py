@@ -1,0 +1,258 @@
+"""Which backend a bundle is opened with, and what becomes of those that do not work."""
+
+import errno
+import gc
+import json
+import logging
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gta_edge.errors import BackendError, BundleError, CapacityError, EngineError, InputError
+from gta_edge.evaluate.verify import verify
+from gta_edge.formats.bundle import Bundle
+from gta_edge.runtime import registry as backends
+from gta_edge.runtime.registry import BACKENDS, is_here, open_session
+from gta_edge.support.choices import unknown
+from tests.cli import Result
+
+Command = Callable[..., Result]
+Error = tuple[Any, ...]
+"""A class, and what it is made with: an error that is kept would keep what was loaded."""
+Failing = Callable[[str, Error], None]
+FULL = "takes 0.5 GB and the GPU has 0.1 GB free; close other programs"
+
+
+class Loaded:
+    """What a backend had loaded when it failed."""
+
+    def __init__(self) -> None:
+        self.cycle = self
+        ALIVE.add(self)
+
+
+ALIVE: "weakref.WeakSet[Loaded]" = weakref.WeakSet()
+
+
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch) -> Failing:
+    """Let a backend that is here die of an error, half way."""
+
+    def make(name: str, error: Error) -> None:
+        def die(*_: Any, **__: Any) -> Any:
+            held = Loaded()
+            raise error[0](*error[1:])
+            return held
+
+        monkeypatch.setitem(BACKENDS, name, die)
+        before = is_here
+        monkeypatch.setattr(backends, "is_here", lambda bundle, other: other == name or before(bundle, other))
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left() -> Iterator[None]:
+    yield
+    assert not list(ALIVE)
+
+
+ERRORS = [
+    (CapacityError, FULL),
+    (EngineError, "the engine is damaged"),
+    (BackendError, "the library is too old"),
+    (PermissionError, errno.EACCES, "Permission denied", "/somewhere/engines"),
+    (OSError, "something"),
+    (MemoryError,),
+    (RuntimeError, "CUDA failure 2: out of memory;\n" + "and more\n" * 1000),
+    (ValueError, "\x1b[31mred"),
+    (ImportError, "libcudart.so.13: cannot open shared object file"),
+]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: error[0].__name__)
+def test_auto_goes_on_where_a_backend_dies_and_says_so(
+    tiny_bundle: Path, failing: Failing, caplog: pytest.LogCaptureFixture, error: Error
+) -> None:
+    failing("tensorrt", error)
+    with caplog.at_level(logging.WARNING), open_session(Bundle.open(tiny_bundle)) as session:
+        assert session.backend == "onnxruntime"
+        assert session.skipped.keys() == {"tensorrt"}
+        assert not list(ALIVE)  # it was freed before the next one was loaded
+    (said,) = caplog.messages
+    assert said.startswith("tensorrt is there and was passed over for onnxruntime: ")
+    assert session.skipped["tensorrt"] in said
+    assert len(said) < 400
+    assert said.isprintable()
+    words = {MemoryError: "not enough memory", PermissionError: "/somewhere/engines: Permission denied"}
+    assert words.get(error[0], str(error[-1])[:20].strip("\x1b")) in said
+
+
+def test_what_was_never_installed_is_not_worth_a_word(tiny_bundle: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING), open_session(Bundle.open(tiny_bundle)) as session:
+        assert session.skipped == {}
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize("error", [(BundleError, "the bundle is damaged"), (InputError, "chunk_size is 0")])
+def test_what_no_other_backend_helps_against_is_raised(tiny_bundle: Path, failing: Failing, error: Error) -> None:
+    failing("tensorrt", error)
+    with pytest.raises(error[0], match=error[1]):
+        open_session(Bundle.open(tiny_bundle))
+    gc.collect()
+
+
+def test_nothing_works(tiny_bundle: Path, failing: Failing) -> None:
+    for name in ("onnxruntime", "torch"):
+        failing(name, (RuntimeError, "this is why " + "x" * 1000))
+    with pytest.raises(BackendError, match=r"no backend works here \(onnxruntime: RuntimeError: this is why") as raised:
+        open_session(Bundle.open(tiny_bundle))
+    assert len(str(raised.value)) < 600
+    assert "not here: tensorrt" in str(raised.value)
+
+
+def test_a_backend_that_was_asked_for_is_not_replaced(tiny_bundle: Path, failing: Failing) -> None:
+    failing("tensorrt", (CapacityError, FULL))
+    with pytest.raises(CapacityError, match=r"takes 0\.5 GB"):
+        open_session(Bundle.open(tiny_bundle), "tensorrt")
+    gc.collect()
+
+
+def test_a_bundle_whose_tokenizer_is_damaged_is_refused_before_anything_is_loaded(
+    copied_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.formats.test_bundle import relist
+
+    (copied_bundle / "tokenizer.json").write_text("{}")
+    relist(copied_bundle)
+    monkeypatch.setattr(backends, "BACKENDS", {"onnxruntime": None})  # opening would be a TypeError
+    with pytest.raises(BundleError, match=r"tokenizer\.json"):
+        open_session(Bundle.open(copied_bundle), "onnxruntime")
+
+
+# --- on a GPU that is full: the simulation of one ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def with_engine(copied_bundle: Path, tmp_path: Path) -> Path:
+    """A bundle with an engine for the simulation."""
+    from gta_edge.runtime.tensorrt.engine import Purpose
+    from tests.helpers import tensorrt_simulator as simulator
+
+    purpose = Purpose("tensorrt-rtx", "fp16", "fp16", max_length=100, max_batch=2, chunk_size=32)
+    simulator.build(Bundle.open(copied_bundle), purpose, tmp_path / "prepared")
+    return copied_bundle
+
+
+def test_a_full_gpu_is_passed_over(with_engine: Path, command: Command, tiny_checkpoint: Path) -> None:
+    from tests.helpers.tensorrt_simulator import Driver, simulated
+
+    driver = Driver(memory_bytes=1000)
+    with simulated(driver):
+        arguments = ("generate", with_engine, "--ids", "1,2", "--max-new-tokens", "2")
+        result = command(*arguments)
+        assert result.status == 0
+        assert "note: tensorrt-rtx is there and was passed over for onnxruntime: the engine takes " in result.err
+        for silent in ("--quiet", "--json"):
+            result = command(*arguments, silent)
+            assert (result.status, result.err) == (0, "")
+        assert not driver.live
+
+        result = command("verify", with_engine, "--checkpoint", tiny_checkpoint)
+        assert (result.status, result.err) == (0, "")
+        lines = result.out.splitlines()
+        assert [line.split()[0] for line in lines[1:3]] == ["onnxruntime", "torch"]
+        assert lines[-2].startswith("not verified: tensorrt-rtx: the engine takes ")
+        assert lines[-1] == "passed"
+        asked = command("verify", with_engine, "--checkpoint", tiny_checkpoint, "--backend", "tensorrt-rtx")
+        assert "GB free" in asked.error
+
+
+# --- verify -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [ERRORS[0], ERRORS[3], ERRORS[6]], ids=lambda error: error[0].__name__)
+def test_verify_goes_on_where_a_backend_dies(
+    tiny_bundle: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, failing: Failing, error: Error
+) -> None:
+    failing("tensorrt", error)
+    monkeypatch.setattr("gta_edge.evaluate.verify.is_here", backends.is_here)
+    monkeypatch.delitem(BACKENDS, "torch")  # which takes its time
+    report = verify(tiny_bundle, tiny_checkpoint)
+    assert report.passed
+    assert report.backends.keys() == {"onnxruntime"}
+    assert report.unavailable.keys() == {"tensorrt"}
+    assert len(report.unavailable["tensorrt"]) <= 201
+    document = json.loads(json.dumps(report.to_dict()))
+    assert document["unavailable"] == report.unavailable
+    assert {"tensorrt-rtx"} <= document["absent"].keys() <= {"tensorrt-rtx", "onnxruntime-cuda"}
+
+
+def test_verify_fails_where_answers_are_wrong_though_another_died(
+    tiny_bundle: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, failing: Failing
+) -> None:
+    class Wrong:
+        """The backend's session, one logit of which is off."""
+
+        def __init__(self, session: Any) -> None:
+            self._session = session
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._session, name)
+
+        def __enter__(self) -> Any:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            self._session.close()
+
+        def forward(self, *arguments: Any, **options: Any) -> Any:
+            logits = self._session.forward(*arguments, **options)
+            logits[..., 0] += 1
+            return logits
+
+    right = BACKENDS["onnxruntime"]
+    failing("tensorrt", (CapacityError, FULL))
+    monkeypatch.setitem(BACKENDS, "onnxruntime", lambda *a, **o: Wrong(right(*a, **o)))
+    monkeypatch.delitem(BACKENDS, "torch")
+    report = verify(tiny_bundle, tiny_checkpoint)
+    assert not report.passed
+    assert "max_rel_error" in report.failures[0]
+
+
+def test_verify_with_nothing_that_works(
+    tiny_bundle: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, failing: Failing
+) -> None:
+    failing("onnxruntime", (CapacityError, FULL))
+    monkeypatch.delitem(BACKENDS, "torch")
+    with pytest.raises(BackendError, match=r"none of the backends works here .*takes 0\.5 GB"):
+        verify(tiny_bundle, tiny_checkpoint)
+
+
+# --- names --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("ONNXRuntime", "(did you mean onnxruntime?)"),
+        (" torch", "(did you mean torch?)"),
+        ("tensorrt_rtx", "(did you mean tensorrt-rtx?)"),
+        ("onnxrutnime", "(did you mean onnxruntime?)"),
+        ("tpu", None),
+        ("", None),
+        ("x" * 10**6, None),
+        ("\x1b[31m", None),
+        ("\udcff", None),
+    ],
+)
+def test_a_backend_that_there_is_not(tiny_bundle: Path, name: str, hint: str | None) -> None:
+    with pytest.raises(BackendError, match="there are tensorrt, tensorrt-rtx, onnxruntime-cuda, onnxruntime, torch"):
+        open_session(Bundle.open(tiny_bundle), name)
+    said = unknown("no backend is called {}; there are {}", name, BACKENDS)
+    assert said.isprintable()
+    assert len(said) < 400
+    assert said.endswith(hint) if hint else "did you mean" not in said
