@@ -134,7 +134,7 @@ class Models:
         if not self._have(path, MANIFEST):
             block: Document = {"block_size": self.block_size} if self.precision == "int4" else {}
             # verify=False: the check takes longer than the export, and each precision has tests with smaller models
-            gta_edge.export(checkpoint, path, precision=self.precision, verify=False, force=True, **block)
+            gta_edge.export_model(checkpoint, path, precision=self.precision, verify=False, force=True, **block)
         return path
 
     def peer(self, system: System, python: Path) -> Path:

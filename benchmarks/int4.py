@@ -43,11 +43,11 @@ from kernels import (
     versions,
 )
 
+from gta_edge.cuda.gpu import current_gpu
 from gta_edge.errors import BackendError, GtaEdgeError, InputError, OutputError
 from gta_edge.libraries.optional import optional
 from gta_edge.model.config import GTAConfig, ModelConfig
 from gta_edge.model.presets import PRESETS, preset
-from gta_edge.plugins.attention.kernels import current_gpu
 from gta_edge.plugins.matmul.kernels import matmul_kernels
 from gta_edge.plugins.matmul.packing import Packed, packed_shapes, unpack
 from gta_edge.plugins.matmul.tiling import MatMulVariant

@@ -35,11 +35,11 @@ import rich.table
 from floor import floor_ms
 from kernels_peers import CONTENDERS, Contender, Layers, WrongResultError, candidates, check, layers_of, shortest
 
+from gta_edge.cuda.gpu import current_gpu
 from gta_edge.errors import BackendError, GtaEdgeError, InputError, OutputError
 from gta_edge.libraries.optional import optional
 from gta_edge.model.decoder import Decoder
 from gta_edge.model.presets import preset
-from gta_edge.plugins.attention.kernels import current_gpu
 from gta_edge.runtime.torch.session import TorchSession
 
 if TYPE_CHECKING:

@@ -11,12 +11,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from gta_edge.cuda.gpu import current_gpu
 from gta_edge.errors import BackendError
 from gta_edge.libraries.optional import optional
 from gta_edge.model.config import GTAConfig
 from gta_edge.model.presets import preset
 from gta_edge.plugins.attention.definition import Sizes
-from gta_edge.plugins.attention.kernels import Buffers, attention_kernels, current_gpu
+from gta_edge.plugins.attention.kernels import Buffers, attention_kernels
 from gta_edge.plugins.attention.tiling import Variant
 
 if TYPE_CHECKING:

@@ -106,7 +106,7 @@ def lines() -> Progress:
 def measure(checkpoint: Path, variant: Variant, ids: Ids, calibration: Path, directory: Path) -> Document:
     """Export one variant and evaluate it, twice where its default arithmetic rounds activations."""
     started = time.perf_counter()
-    exported = gta_edge.export(
+    exported = gta_edge.export_model(
         checkpoint,
         directory,
         precision=variant.precision,

@@ -48,7 +48,7 @@ def make_bundles(
             continue
         if not checkpoint.exists():
             initialise(config, checkpoint, progress=progress)
-        gta_edge.export(checkpoint, path, precision=precision, verify=False, progress=progress)
+        gta_edge.export_model(checkpoint, path, precision=precision, verify=False, progress=progress)
     if checkpoint.exists():
         shutil.rmtree(checkpoint)
     return bundles

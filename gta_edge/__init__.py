@@ -2,7 +2,7 @@
 
     import gta_edge
 
-    gta_edge.export("checkpoint", "bundle", precision="fp16")
+    gta_edge.export_model("checkpoint", "bundle", precision="fp16")
     with gta_edge.load("bundle") as session:
         for piece in gta_edge.generate(session, "def main():"):
             print(piece, end="")
@@ -29,7 +29,7 @@ from gta_edge.errors import (
 from gta_edge.version import __version__
 
 if TYPE_CHECKING:
-    from gta_edge.export.pipeline import export
+    from gta_edge.export.pipeline import export_model
     from gta_edge.model.config import GQAConfig, GTAConfig
     from gta_edge.model.presets import preset
     from gta_edge.runtime.generation.loop import generate
@@ -51,7 +51,7 @@ __all__ = [
     "OutputError",
     "Session",
     "__version__",
-    "export",
+    "export_model",
     "generate",
     "load",
     "preset",
@@ -61,6 +61,7 @@ _LAZY = {
     "GQAConfig": "gta_edge.model.config",
     "GTAConfig": "gta_edge.model.config",
     "Session": "gta_edge.runtime.session",
+    "export_model": "gta_edge.export.pipeline",
     "generate": "gta_edge.runtime.generation.loop",
     "load": "gta_edge.runtime.registry",
     "preset": "gta_edge.model.presets",
@@ -70,8 +71,6 @@ _LAZY = {
 def __getattr__(name: str) -> Any:
     from importlib import import_module
 
-    if name == "export":  # a subpackage that can be called
-        return import_module("gta_edge.export")
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'gta_edge' has no attribute {name!r}")

@@ -55,10 +55,10 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_bundle(tiny_checkpoint: Path) -> Path:
     """The bundle of ``tiny_checkpoint``; not to be changed."""
-    from gta_edge.export.pipeline import export  # and with it torch, which not every test needs
+    from gta_edge.export.pipeline import export_model  # and with it torch, which not every test needs
 
     directory = tiny_checkpoint.with_name("bundle")
-    export(tiny_checkpoint, directory)
+    export_model(tiny_checkpoint, directory)
     return directory
 
 

@@ -12,7 +12,7 @@ from gta_edge.accuracy.tolerance import Difference, difference
 from gta_edge.errors import BundleError
 from gta_edge.formats.bundle import Bundle
 from gta_edge.formats.checkpoint import Checkpoint
-from gta_edge.formats.weights import read_weights
+from gta_edge.graph.weights import read_weights
 from gta_edge.libraries.optional import optional
 from gta_edge.model.config import ModelConfig
 from gta_edge.model.decoder import Decoder, empty_cache

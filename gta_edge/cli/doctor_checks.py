@@ -147,7 +147,7 @@ def _modules(*names: str, extra: str) -> Answer:
 
 def _driver() -> Answer:
     """Whether CUDA starts, and the version that the driver knows."""
-    from gta_edge.cuda.compiler import driver_cuda_version, driver_problem
+    from gta_edge.libraries.cuda import driver_cuda_version, driver_problem
 
     version = driver_cuda_version()
     reason, _, remedy = (driver_problem() or "").partition("; ")
@@ -157,7 +157,7 @@ def _driver() -> Answer:
 def _kernels() -> Answer:
     """Whether the CUDA kernels can be compiled and run here, and on what."""
     from gta_edge.cuda.compiler import check_compiler
-    from gta_edge.plugins.attention.kernels import current_gpu
+    from gta_edge.cuda.gpu import current_gpu
 
     gpu = current_gpu()
     check_compiler(gpu.architecture)
@@ -174,9 +174,10 @@ def _use_gpu() -> None:
 
 def _tensorrt(engine: str) -> Answer:
     """Whether engines of this kind can be built and run here: TensorRT, CUDA's bindings, a GPU that it knows."""
-    from gta_edge.cuda.compiler import check_compiler, cuda_extra
+    from gta_edge.cuda.compiler import check_compiler
+    from gta_edge.cuda.gpu import current_gpu
+    from gta_edge.libraries.cuda import cuda_extra
     from gta_edge.libraries.tensorrt import load
-    from gta_edge.plugins.attention.kernels import current_gpu
     from gta_edge.runtime.tensorrt.builder import Target
     from gta_edge.runtime.tensorrt.log import new_log, started
 

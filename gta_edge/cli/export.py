@@ -36,7 +36,7 @@ def export(
 
     output = current()
     with output.progress() as progress:
-        result = pipeline.export(
+        result = pipeline.export_model(
             checkpoint,
             bundle,
             precision=precision,

@@ -8,7 +8,6 @@ hash over all that the code depends on, so nothing there is ever out of date, an
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import re
@@ -21,24 +20,17 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from gta_edge.errors import BackendError, OutputError
+from gta_edge.libraries.cuda import cuda_extra
 from gta_edge.libraries.optional import optional
 from gta_edge.support.files import cache_directory, new_file
-from gta_edge.support.text import one_line
 
 __all__ = [
-    "KERNELS",
     "Compilable",
     "Compiled",
     "Resources",
     "check_compiler",
     "compile_program",
-    "cuda_extra",
-    "driver_cuda_version",
-    "driver_problem",
 ]
-
-KERNELS = Path(__file__).parents[1] / "plugins" / "kernels"
-"""The sources."""
 
 _OPTIONS: dict[str, Any] = {
     "std": "c++17",
@@ -85,82 +77,28 @@ class Compiled:
     """What NVRTC said, warnings included."""
 
 
-def compile_program(program: Compilable, architecture: str, *, kernels: Path = KERNELS) -> Compiled:
+def compile_program(program: Compilable, architecture: str, sources: Path) -> Compiled:
     """Return a program's machine code, from the cache or newly compiled.
 
     Args:
-        program: what to compile, see ``tiling.py`` and ``matmul_tiling.py``.
+        program: what to compile.
         architecture: for which GPUs, ``"sm_87"``.
-        kernels: directory of the sources.
+        sources: directory of the sources.
 
     Raises:
         BackendError: NVRTC is missing or does not know the architecture, or the source does not compile.
     """
     version = _nvrtc_version(architecture)
-    key = _key(program, architecture, version, kernels)
+    key = _key(program, architecture, version, sources)
     directory = _cache_directory()
     entry = directory / key if directory else None
     compiled = _read(entry) if entry else None
     if compiled is None:
-        compiled = _compile(program, architecture, kernels)
+        compiled = _compile(program, architecture, sources)
         # What was compiled is what was hashed, unless someone was editing the sources meanwhile.
-        if entry and _key(program, architecture, version, kernels) == key:
+        if entry and _key(program, architecture, version, sources) == key:
             _write(entry, compiled)
     return compiled
-
-
-# --- the driver, and what to install for it ---------------------------------------------------------------------------
-
-
-def driver_cuda_version() -> tuple[int, int] | None:
-    """Return the newest CUDA version that the driver knows, None where there is no driver that says so."""
-    version = ctypes.c_int()
-    try:
-        failed = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
-    except (OSError, AttributeError):
-        return None
-    return None if failed else (version.value // 1000, version.value % 1000 // 10)
-
-
-def driver_problem() -> str | None:
-    """Return in one line why CUDA cannot be used here, and what to do; None where the driver starts and finds a GPU."""
-    try:
-        library = ctypes.CDLL("libcuda.so.1")
-        status = library.cuInit(0)
-    except OSError as error:
-        if "No such file" in str(error):
-            return _NO_DRIVER
-        return f"the NVIDIA driver's libcuda.so.1 cannot be loaded ({one_line(error)}); install the driver again"
-    except AttributeError:
-        return "libcuda.so.1 is not the NVIDIA driver's; take its directory out of LD_LIBRARY_PATH"
-    if not status:
-        return None
-    what, remedy = _START_FAILURES.get(status, ("the NVIDIA driver does not start", "restart the machine"))
-    return f"{what} (CUDA error {status}); {remedy}"
-
-
-_NO_DRIVER = (
-    "there is no NVIDIA driver (libcuda.so.1 is not found); install it, in a container pass the GPU in "
-    "(docker run --gpus all), or choose another backend"
-)
-
-# What to make of the codes that cuInit may return: CUDA's driver API, CUresult.
-_START_FAILURES = {
-    34: (
-        "the libcuda.so.1 that is found is CUDA's stub, which programs are linked with and which drives no GPU",
-        "take the directory stubs out of LD_LIBRARY_PATH, so that the driver's own is found",
-    ),
-    100: (
-        "the NVIDIA driver finds no GPU that it can use",
-        "see CUDA_VISIBLE_DEVICES, and in a container pass the GPU in (docker run --gpus all)",
-    ),
-    802: ("the NVIDIA driver is not ready yet", "start nvidia-fabricmanager, or wait"),
-    803: ("the NVIDIA driver's library and kernel module are of different releases", "restart the machine"),
-    804: (
-        "the CUDA compatibility libraries do not fit this GPU's driver",
-        "take cuda-compat out of LD_LIBRARY_PATH, or upgrade the driver",
-    ),
-}
 
 
 def check_compiler(architecture: str) -> None:
@@ -170,12 +108,6 @@ def check_compiler(architecture: str) -> None:
         BackendError: NVRTC is missing or does not know the architecture.
     """
     _nvrtc_version(architecture)
-
-
-def cuda_extra() -> str:
-    """Return the extra of this package that fits the driver: ``cuda12`` or ``cuda13``."""
-    version = driver_cuda_version()
-    return "cuda12" if version and version[0] < 13 else "cuda13"
 
 
 # --- NVRTC ------------------------------------------------------------------------------------------------------------
@@ -203,19 +135,19 @@ def _nvrtc_version(architecture: str) -> tuple[int, int]:
     return major, minor
 
 
-def _compile(program: Compilable, architecture: str, kernels: Path) -> Compiled:
+def _compile(program: Compilable, architecture: str, sources: Path) -> Compiled:
     extra = cuda_extra()
     core = optional("cuda.core", extra)
     try:
-        source = (kernels / program.source).read_text(encoding="utf-8")
+        source = (sources / program.source).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise BackendError(
-            f"the kernel source {kernels / program.source} cannot be read ({error}); reinstall gta-edge"
+            f"the kernel source {sources / program.source} cannot be read ({error}); reinstall gta-edge"
         ) from error
     options = core.ProgramOptions(
         name=program.source,
         arch=architecture,
-        include_path=[str(kernels)],
+        include_path=[str(sources)],
         define_macro=[(name, str(value)) for name, value in program.defines().items()],
         **_OPTIONS,
     )
@@ -264,7 +196,7 @@ def _resources(log: str) -> dict[str, Resources]:
 # --- the cache --------------------------------------------------------------------------------------------------------
 
 
-def _key(program: Compilable, architecture: str, nvrtc: tuple[int, int], kernels: Path) -> str:
+def _key(program: Compilable, architecture: str, nvrtc: tuple[int, int], sources: Path) -> str:
     """Return a hash over all that the machine code depends on."""
     options = {
         "source": program.source,
@@ -276,7 +208,7 @@ def _key(program: Compilable, architecture: str, nvrtc: tuple[int, int], kernels
     }
     digest = sha256(json.dumps(options, sort_keys=True).encode())
     try:
-        for path in sorted(path for path in kernels.iterdir() if path.is_file()):
+        for path in sorted(path for path in sources.iterdir() if path.is_file()):
             digest.update(path.name.encode() + b"\0" + sha256(path.read_bytes()).digest())
     except OSError as error:
         raise BackendError(f"the kernel sources cannot be read ({error}); reinstall gta-edge") from error

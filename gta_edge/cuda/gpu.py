@@ -9,12 +9,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from pathlib import Path
 from typing import Any
 
-from gta_edge.cuda.compiler import Compilable, compile_program, cuda_extra, driver_cuda_version, driver_problem
+from gta_edge.cuda.architecture import Launch
+from gta_edge.cuda.compiler import Compilable, compile_program
 from gta_edge.errors import BackendError
+from gta_edge.libraries.cuda import cuda_extra, driver_cuda_version, driver_problem
 from gta_edge.libraries.optional import optional
-from gta_edge.plugins.attention.tiling import Launch
 
 __all__ = ["OLDEST", "Gpu", "Launcher", "current_gpu"]
 
@@ -73,13 +75,14 @@ class Launcher:
     Args:
         gpu: where they run.
         name: what they are called in errors, ``"attention"``.
+        sources: directory of their sources.
 
     Raises:
         BackendError: CUDA's Python modules are missing.
     """
 
-    def __init__(self, gpu: Gpu, name: str) -> None:
-        self.gpu, self.name = gpu, name
+    def __init__(self, gpu: Gpu, name: str, sources: Path) -> None:
+        self.gpu, self.name, self._sources = gpu, name, sources
         self._core = optional("cuda.core", cuda_extra())
         self._stream = lru_cache(_STREAMS_KEPT)(self._core.Stream.from_handle)
 
@@ -92,7 +95,7 @@ class Launcher:
         Raises:
             BackendError: they cannot be compiled or not be loaded.
         """
-        cubins = {program: compile_program(program, self.gpu.architecture).cubin for program in programs}
+        cubins = {program: compile_program(program, self.gpu.architecture, self._sources).cubin for program in programs}
         # Now and not at their first launch, which may be in the capture of a graph.
         with self._current():
             return {

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gta_edge.cuda.compiler import cuda_extra
 from gta_edge.errors import BackendError, CapacityError
+from gta_edge.libraries.cuda import cuda_extra
 from gta_edge.libraries.optional import optional
 from gta_edge.support.memory import available_bytes
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 else:
     onnx, ir = optional("onnx", "export"), optional("onnx_ir", "export")
 
-__all__ = ["Export", "export"]
+__all__ = ["Export", "export_model"]
 
 _EMBEDDING = "model.embed_tokens.weight"
 _INLINE_BYTES = 1024  # smaller tensors stay in the graph's own file
@@ -57,7 +57,7 @@ class Export:
     notes: tuple[str, ...] = ()
 
 
-def export(
+def export_model(
     checkpoint: str | Path,
     bundle: str | Path,
     *,

@@ -16,6 +16,7 @@ from gta_edge.libraries.optional import optional
 from gta_edge.model.config import GTAConfig, ModelConfig
 from gta_edge.model.decoder import Decoder, empty_cache
 from gta_edge.plugins.attention import definition as op
+from gta_edge.plugins.domain import DOMAIN, VERSION
 
 if TYPE_CHECKING:
     import onnx
@@ -101,12 +102,12 @@ def _onnx_op(
     kinds = {"scale": schema.AttrType.FLOAT, "plugin_namespace": schema.AttrType.STRING}
     kinds["plugin_version"] = schema.AttrType.STRING
     return onnxscript.values.Op(
-        onnxscript.values.Opset(op.DOMAIN, op.VERSION),
+        onnxscript.values.Opset(DOMAIN, VERSION),
         name,
         schema(
             name,
-            op.DOMAIN,
-            op.VERSION,
+            DOMAIN,
+            VERSION,
             inputs=[schema.FormalParameter(i, "tensor(int64)" if i == "past_length" else "T") for i in inputs],
             outputs=[schema.FormalParameter(o, "T") for o in outputs],
             type_constraints=[("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "")],

@@ -15,6 +15,7 @@ from gta_edge.graph.validate import check_model
 from gta_edge.libraries.optional import installed, optional
 from gta_edge.model.config import ModelConfig
 from gta_edge.plugins.attention import definition as op
+from gta_edge.plugins.domain import DOMAIN
 from gta_edge.support.files import bundle_file
 from gta_edge.support.text import one_line, printable
 
@@ -70,7 +71,7 @@ def load_graph(model_path: Path, config: ModelConfig, extra: str = "ort") -> ir.
         if isinstance(value.const_value, ir.ExternalTensor):
             assert file is not None  # check_model found it there
             value.const_value = StoredTensor(file, value.const_value)
-    if any(node.domain == op.DOMAIN for node in model.graph):
+    if any(node.domain == DOMAIN for node in model.graph):
         add_function(model, op.FUNCTION)
     return model
 

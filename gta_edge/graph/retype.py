@@ -10,7 +10,7 @@ import numpy.typing as npt
 from gta_edge.errors import EngineError
 from gta_edge.graph.types import Types, input_kinds, title, types_of_outputs, value_types
 from gta_edge.libraries.optional import optional
-from gta_edge.plugins.attention import definition as op
+from gta_edge.plugins.domain import DOMAIN
 from gta_edge.plugins.matmul import definition as blockwise_matmul
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ class _Retyping:
     def _retype(self, node: ir.Node) -> None:
         if node.op_type == "Cast" and self._storage_cast(node):
             return
-        if node.domain != op.DOMAIN:
+        if node.domain != DOMAIN:
             self._agree(node)
         elif any(self.now[v] == ir.DataType.FLOAT for v in node.inputs if v is not None):
             raise EngineError(
@@ -187,7 +187,7 @@ def _packed_scales(graph: ir.Graph) -> set[ir.Value | None]:
     """Return the scales of packed matrices, which our op takes in float16 whatever it computes in."""
     place = blockwise_matmul.INPUTS.index("scale")
     names = blockwise_matmul.OPS.values()
-    return {node.inputs[place] for node in graph if node.domain == op.DOMAIN and node.op_type in names}
+    return {node.inputs[place] for node in graph if node.domain == DOMAIN and node.op_type in names}
 
 
 def _convert(value: ir.Value, dtype: ir.DataType) -> None:

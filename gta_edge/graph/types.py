@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from gta_edge.errors import EngineError
 from gta_edge.libraries.optional import optional
 from gta_edge.plugins.attention import definition as op
+from gta_edge.plugins.domain import DOMAIN
 from gta_edge.plugins.matmul import definition as blockwise_matmul
 
 if TYPE_CHECKING:
@@ -43,12 +44,12 @@ def types_of_outputs(node: ir.Node, types: Mapping[ir.Value, ir.DataType], opset
     """Return the element type of each output, given those of the inputs."""
     given = [None if value is None else types[value] for value in node.inputs]
     if (node.domain, node.op_type) == (
-        op.DOMAIN,
+        DOMAIN,
         op.OP,
     ):  # the output is like the query, a present cache or scale like the past one
         past = [given[op.INPUTS.index(name)] for name in op.INPUTS if name in ("past_key", "past_latent")]
         return [given[0], *past, *given[len(op.INPUTS) :]]
-    if node.domain == op.DOMAIN and node.op_type in blockwise_matmul.OPS.values():  # all are like x
+    if node.domain == DOMAIN and node.op_type in blockwise_matmul.OPS.values():  # all are like x
         return [given[0]] * len(node.outputs)
     if node.op_type == "Cast":
         return [ir.DataType(node.attributes.get_int("to"))]

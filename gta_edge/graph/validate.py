@@ -33,6 +33,7 @@ from gta_edge.graph.shapes import (
 )
 from gta_edge.model.config import ModelConfig
 from gta_edge.plugins.attention import definition as op
+from gta_edge.plugins.domain import DOMAIN, OPSET, VERSION
 from gta_edge.support.text import brief
 
 if TYPE_CHECKING:
@@ -119,13 +120,13 @@ def _check_header(model: onnx.ModelProto) -> None:
     if model.ir_version not in _IR_VERSIONS:
         raise ValueError(f"its IR version is {model.ir_version}, expected {_IR_VERSIONS[0]} to {_IR_VERSIONS[-1]}")
     opsets = sorted((entry.domain, entry.version) for entry in model.opset_import)
-    if opsets not in ([("", op.OPSET)], [("", op.OPSET), (op.DOMAIN, op.VERSION)]):
-        raise ValueError(f"its opsets are {brief(opsets)}, expected {op.OPSET} of the standard, {op.VERSION} of ours")
+    if opsets not in ([("", OPSET)], [("", OPSET), (DOMAIN, VERSION)]):
+        raise ValueError(f"its opsets are {brief(opsets)}, expected {OPSET} of the standard, {VERSION} of ours")
     if model.training_info:
         raise ValueError("it has graphs for training")
     functions = [(function.domain, function.name, function.overload) for function in model.functions]
-    if functions not in ([], [(op.DOMAIN, op.OP, "")]):
-        raise ValueError(f"its functions are {brief(functions)}, expected {op.DOMAIN}::{op.OP} or none")
+    if functions not in ([], [(DOMAIN, op.OP, "")]):
+        raise ValueError(f"its functions are {brief(functions)}, expected {DOMAIN}::{op.OP} or none")
 
 
 # --- inputs and outputs ----------------------------------------------------------------------------------------------
@@ -276,7 +277,7 @@ class _Node:
 
 def _read_node(node: onnx.NodeProto) -> _Node:
     name = f"{node.domain}::{node.op_type}" if node.domain else node.op_type
-    if node.op_type not in INPUTS or node.domain != (op.DOMAIN if node.op_type == op.OP else "") or node.overload:
+    if node.op_type not in INPUTS or node.domain != (DOMAIN if node.op_type == op.OP else "") or node.overload:
         raise ValueError(f"it has a node {brief(name)}, which no bundle has")
     least, most = INPUTS[node.op_type]
     outputs = len(op.OUTPUTS) if node.op_type == op.OP else 1

@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from gta_edge.cuda.compiler import driver_problem
 from gta_edge.errors import BackendError
+from gta_edge.libraries.cuda import driver_problem
 from gta_edge.libraries.optional import installed, optional
 from gta_edge.support.text import one_line
 

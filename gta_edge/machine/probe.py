@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gta_edge.cuda.compiler import cuda_extra
 from gta_edge.cuda.gpu import Gpu, current_gpu
 from gta_edge.errors import BackendError
+from gta_edge.libraries.cuda import cuda_extra
 from gta_edge.libraries.optional import optional
 from gta_edge.machine.devices import Device
 from gta_edge.support.cores import usable_cores

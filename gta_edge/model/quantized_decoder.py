@@ -15,10 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from gta_edge.errors import BundleError
-from gta_edge.formats.weights import Coded
 from gta_edge.libraries.optional import optional
 from gta_edge.model.config import ModelConfig
 from gta_edge.model.decoder import Decoder
+from gta_edge.numerics.quantization import Coded
 from gta_edge.plugins.matmul.definition import MAX_OUTPUTS
 from gta_edge.plugins.matmul.packing import BLOCK_SIZES, OUTPUTS_MULTIPLE, Packed, pack
 from gta_edge.plugins.matmul.torch import ALIGNED_INPUTS, dequantised_rows

@@ -18,7 +18,16 @@ import numpy.typing as npt
 
 from gta_edge.support.cores import usable_cores
 
-__all__ = ["BITS", "BLOCK_SIZES", "DEFAULT_BLOCK_SIZE", "Quantized", "pack_nibbles", "quantize", "unpack_nibbles"]
+__all__ = [
+    "BITS",
+    "BLOCK_SIZES",
+    "DEFAULT_BLOCK_SIZE",
+    "Coded",
+    "Quantized",
+    "pack_nibbles",
+    "quantize",
+    "unpack_nibbles",
+]
 
 BITS = {"int8": 8, "int4": 4}
 """Width in bits of a code, by the name of the precision."""
@@ -53,6 +62,35 @@ class Quantized:
         rows, blocks = self.scales.shape
         split = self.codes.reshape(rows, blocks, -1) * self.scales.astype(np.float32)[:, :, None]
         return split.reshape(self.codes.shape)
+
+
+@dataclass(frozen=True)
+class Coded:
+    """A matrix as an int8 or int4 bundle holds it.
+
+    Attributes:
+        codes: int8 [in, out].
+        scales: float16 [in / block, out], or [out] where there is one per output channel.
+        bits: width of a code, 4 or 8.
+    """
+
+    codes: npt.NDArray[np.int8]
+    scales: npt.NDArray[np.float16]
+    bits: int
+
+    @property
+    def block_size(self) -> int:
+        """Inputs that share a scale; 0 where there is one per output channel."""
+        return self.codes.shape[0] // len(self.scales) if self.scales.ndim == 2 else 0
+
+    @property
+    def values(self) -> npt.NDArray[np.float32]:
+        """What is meant, float32 [out, in], as in a checkpoint."""
+        inputs, outputs = self.codes.shape
+        with np.errstate(all="ignore"):  # of damaged scales, which are as they are
+            factors = self.scales.astype(np.float32).reshape(-1, 1, outputs)
+            split = self.codes.reshape(len(factors), -1, outputs) * factors
+        return np.ascontiguousarray(split.reshape(inputs, outputs).T)
 
 
 def quantize(weight: npt.NDArray[Any], bits: int, block_size: int | None = None) -> Quantized:

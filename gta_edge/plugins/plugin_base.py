@@ -17,9 +17,9 @@ from functools import cache, wraps
 from threading import Lock
 from typing import Any, ClassVar, Protocol, TypeVar
 
-from gta_edge.cuda.compiler import cuda_extra
 from gta_edge.cuda.gpu import Gpu, current_gpu
 from gta_edge.errors import BackendError
+from gta_edge.libraries.cuda import cuda_extra
 from gta_edge.libraries.optional import optional
 from gta_edge.libraries.tensorrt import TensorRT
 from gta_edge.plugins.plugin_fields import Fields, FieldTypes, Value, read_fields

@@ -168,10 +168,10 @@ def test_the_worker_measures_a_bundle(worker: ModuleType, wide_bundle: Path) -> 
 @pytest.fixture
 def wide_bundle(tmp_path: Path) -> Path:
     """A bundle whose vocabulary is large enough for the worker's prompts."""
-    from gta_edge.export.pipeline import export
+    from gta_edge.export.pipeline import export_model
     from gta_edge.formats.random_checkpoint import initialise
     from tests.conftest import TINY
 
     initialise(TINY.replace(vocab_size=1200), tmp_path / "checkpoint")
-    export(tmp_path / "checkpoint", tmp_path / "bundle", verify=False)
+    export_model(tmp_path / "checkpoint", tmp_path / "bundle", verify=False)
     return tmp_path / "bundle"

@@ -14,13 +14,17 @@ from types import SimpleNamespace
 import pytest
 
 from gta_edge.cuda import compiler
-from gta_edge.cuda.compiler import KERNELS, Resources, compile_program
+from gta_edge.cuda.architecture import ARCHITECTURES, KIB
+from gta_edge.cuda.compiler import Resources, compile_program
 from gta_edge.errors import BackendError
+from gta_edge.libraries import cuda
+from gta_edge.libraries.cuda import cuda_extra, driver_cuda_version
 from gta_edge.model.config import GTAConfig
 from gta_edge.model.presets import PRESETS, preset
 from gta_edge.plugins.attention.definition import Sizes
 from gta_edge.plugins.attention.launches import Programs, decode_launches, prefill_launches, programs
-from gta_edge.plugins.attention.tiling import ARCHITECTURES, DECODE_TOKENS, KIB, Program, Variant
+from gta_edge.plugins.attention.tiling import DECODE_TOKENS, Program, Variant
+from gta_edge.plugins.domain import KERNELS
 
 
 def has_nvrtc() -> bool:
@@ -119,7 +123,7 @@ extern "C" __global__ void gta_stub(float* x, int n) {
 }
 extern "C" __global__ void gta_other(float* x) { *x = 0; }
 """)
-    compiled = compile_program(stub_program(), "sm_87", kernels=kernels)
+    compiled = compile_program(stub_program(), "sm_87", kernels)
     assert compiled.cubin.startswith(b"\x7fELF")
     assert set(compiled.resources) == {"gta_stub", "gta_other"}
     resources = compiled.resources["gta_stub"]
@@ -134,8 +138,8 @@ extern "C" __global__ void gta_other(float* x) { *x = 0; }
 
 @needs_nvrtc
 def test_a_second_time_is_read_from_the_cache(kernels: Path, cache: Path, compilations: list[str]) -> None:
-    first = compile_program(stub_program(), "sm_80", kernels=kernels)
-    assert compile_program(stub_program(), "sm_80", kernels=kernels) == first
+    first = compile_program(stub_program(), "sm_80", kernels)
+    assert compile_program(stub_program(), "sm_80", kernels) == first
     assert compilations == ["stub.cu"]
     assert sorted(path.suffix for path in cache.iterdir()) == [".cubin", ".json"]  # nothing else is left
     assert json.loads(entry(cache, ".json").read_text())["kernels"]["gta_stub"]["spill_bytes"] == 0
@@ -150,7 +154,7 @@ def test_what_the_code_depends_on_is_compiled_anew(
     change: str, kernels: Path, compilations: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     program, architecture = stub_program(), "sm_80"
-    compile_program(program, architecture, kernels=kernels)
+    compile_program(program, architecture, kernels)
     if change == "source":
         (kernels / "stub.cu").write_text(STUB + "// changed")
     elif change == "header":
@@ -167,15 +171,15 @@ def test_what_the_code_depends_on_is_compiled_anew(
         monkeypatch.setenv("NVRTC_APPEND_FLAGS", "--fmad=false")
     elif change == "nvrtc":
         monkeypatch.setattr(compiler, "_nvrtc_version", lambda architecture: (99, 0))
-    compile_program(program, architecture, kernels=kernels)
+    compile_program(program, architecture, kernels)
     assert compilations == ["stub.cu", "stub.cu"]
 
 
 @needs_nvrtc
 def test_where_the_package_lies_does_not_matter(kernels: Path, compilations: list[str]) -> None:
-    first = compile_program(stub_program(), "sm_80", kernels=kernels)
+    first = compile_program(stub_program(), "sm_80", kernels)
     moved = kernels.rename(kernels.with_name("moved"))
-    assert compile_program(stub_program(), "sm_80", kernels=moved).cubin == first.cubin
+    assert compile_program(stub_program(), "sm_80", moved).cubin == first.cubin
     assert compilations == ["stub.cu"]
 
 
@@ -204,10 +208,10 @@ DAMAGE = {
 @needs_nvrtc
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_entry_is_replaced(damage: str, kernels: Path, cache: Path, compilations: list[str]) -> None:
-    first = compile_program(stub_program(), "sm_80", kernels=kernels)
+    first = compile_program(stub_program(), "sm_80", kernels)
     DAMAGE[damage](entry(cache, ".cubin"), entry(cache, ".json"))
     for _ in range(2):
-        assert compile_program(stub_program(), "sm_80", kernels=kernels) == first
+        assert compile_program(stub_program(), "sm_80", kernels) == first
     assert compilations == ["stub.cu"] * 2
 
 
@@ -218,17 +222,17 @@ def test_a_cache_that_cannot_be_written_is_no_failure(
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("GTA_EDGE_CACHE", str(tmp_path / "file"))  # also for root, whom no permission stops
     for _ in range(2):
-        assert compile_program(stub_program(), "sm_80", kernels=kernels).resources
+        assert compile_program(stub_program(), "sm_80", kernels).resources
     assert compilations == ["stub.cu"] * 2
 
 
 @needs_nvrtc
 def test_an_entry_that_cannot_be_replaced_is_no_failure(kernels: Path, cache: Path) -> None:
-    first = compile_program(stub_program(), "sm_80", kernels=kernels)
+    first = compile_program(stub_program(), "sm_80", kernels)
     path = entry(cache, ".json")
     path.unlink()
     path.mkdir()
-    assert compile_program(stub_program(), "sm_80", kernels=kernels) == first
+    assert compile_program(stub_program(), "sm_80", kernels) == first
 
 
 @needs_nvrtc
@@ -242,14 +246,14 @@ def test_sources_that_change_while_they_are_compiled_are_not_cached(
         return original(program, architecture, directory)
 
     monkeypatch.setattr(compiler, "_compile", edited)
-    compile_program(stub_program(), "sm_80", kernels=kernels)
+    compile_program(stub_program(), "sm_80", kernels)
     assert not cache.exists()
 
 
 @needs_nvrtc
 def test_many_at_once_are_safe(kernels: Path, cache: Path) -> None:
     with ThreadPoolExecutor(8) as pool:
-        results = list(pool.map(lambda _: compile_program(stub_program(), "sm_80", kernels=kernels), range(24)))
+        results = list(pool.map(lambda _: compile_program(stub_program(), "sm_80", kernels), range(24)))
     assert len({result.cubin for result in results}) == 1
     assert len(list(cache.iterdir())) == 2
     assert stat.S_ISREG(entry(cache, ".json").stat().st_mode)
@@ -287,7 +291,7 @@ def test_without_a_home_there_is_no_cache(monkeypatch: pytest.MonkeyPatch) -> No
 
 def message(program: Program, architecture: str = "sm_80", kernels: Path = KERNELS) -> str:
     with pytest.raises(BackendError) as error:
-        compile_program(program, architecture, kernels=kernels)
+        compile_program(program, architecture, kernels)
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -302,7 +306,7 @@ def fake_nvrtc(monkeypatch: pytest.MonkeyPatch, **functions: object) -> None:
 def test_what_to_install_depends_on_the_driver(
     driver: tuple[int, int] | None, extra: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compiler, "driver_cuda_version", lambda: driver)
+    monkeypatch.setattr(cuda, "driver_cuda_version", lambda: driver)
     monkeypatch.setitem(sys.modules, "cuda.bindings.nvrtc", None)
     text = message(stub_program())
     assert re.fullmatch(
@@ -313,14 +317,14 @@ def test_what_to_install_depends_on_the_driver(
 
 @pytest.fixture
 def no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiler, "driver_cuda_version", lambda: None)
+    monkeypatch.setattr(cuda, "driver_cuda_version", lambda: None)
 
 
 @pytest.mark.usefixtures("no_driver")
 def test_without_cuda_core(kernels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_nvrtc(monkeypatch, nvrtcVersion=lambda: (0, 13, 4), nvrtcGetSupportedArchs=lambda: (0, [80]))
     monkeypatch.setitem(sys.modules, "cuda.core", None)
-    assert message(stub_program(), kernels=kernels) == (
+    assert message(stub_program(), kernels) == (
         "the Python module cuda.core is needed and not installed; run: pip install 'gta-edge[cuda13]'"
     )
 
@@ -351,7 +355,7 @@ def test_a_source_that_does_not_compile_names_the_first_error(kernels: Path, cac
     (kernels / "stub.cu").write_text(
         '#warning "not this"\nextern "C" __global__ void gta_stub() {\n  a = 1;\n  b = 2;\n}'
     )
-    assert message(stub_program(), kernels=kernels) == (
+    assert message(stub_program(), kernels) == (
         'stub.cu does not compile for sm_80 (stub.cu(3): error: identifier "a" is undefined); '
         "run: pip install --upgrade 'gta-edge[cuda13]', or report this line"
     )
@@ -360,7 +364,7 @@ def test_a_source_that_does_not_compile_names_the_first_error(kernels: Path, cac
 
 @needs_nvrtc
 def test_a_source_that_is_not_there(kernels: Path) -> None:
-    assert "reinstall gta-edge" in message(stub_program("absent.cu"), kernels=kernels)
+    assert "reinstall gta-edge" in message(stub_program("absent.cu"), kernels)
     assert "reinstall gta-edge" in message(stub_program(), kernels=kernels / "absent")
 
 
@@ -369,7 +373,7 @@ def test_a_machine_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError(f"{name}: cannot open shared object file")
 
     monkeypatch.setattr(compiler.ctypes, "CDLL", absent)
-    assert compiler.driver_cuda_version() is None
+    assert driver_cuda_version() is None
 
 
 def test_the_drivers_version_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -378,8 +382,8 @@ def test_the_drivers_version_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
         return 0
 
     monkeypatch.setattr(compiler.ctypes, "CDLL", lambda name: SimpleNamespace(cuDriverGetVersion=answer))
-    assert compiler.driver_cuda_version() == (12, 6)
-    assert compiler.cuda_extra() == "cuda12"
+    assert driver_cuda_version() == (12, 6)
+    assert cuda_extra() == "cuda12"
 
 
 # --- nothing of the machine's toolkit --------------------------------------------------------------------------------
@@ -401,7 +405,7 @@ def test_the_working_directory_is_not_searched(
     (tmp_path / "stub.cuh").write_text("#error of the working directory\n")
     monkeypatch.chdir(tmp_path)
     (kernels / "stub.cu").write_text(STUB.replace("<stub.cuh>", include))
-    assert compile_program(stub_program(), "sm_80", kernels=kernels).resources
+    assert compile_program(stub_program(), "sm_80", kernels).resources
 
 
 def has_wheel() -> bool:
@@ -420,9 +424,10 @@ from pathlib import Path
 from gta_edge.cuda.compiler import compile_program
 from gta_edge.plugins.attention.definition import Sizes
 from gta_edge.plugins.attention.tiling import Variant, decode_program
+from gta_edge.plugins.domain import KERNELS
 
 program = decode_program(Variant(Sizes(2, 1, 1, 16, 16, 32), "fp16", "fp16"), "sm_87")
-assert set(compile_program(program, "sm_87").resources) == set(program.kernels)
+assert set(compile_program(program, "sm_87", KERNELS).resources) == set(program.kernels)
 mapped = {line.split(maxsplit=5)[5] for line in Path("/proc/self/maps").read_text().splitlines() if "nvrtc" in line}
 print(*sorted(mapped), sep="\\n")
 """
@@ -506,7 +511,7 @@ def check_kernels(programs: Programs, architecture: str, *, may_spill: bool = Fa
     _, block_kib = ARCHITECTURES[architecture]
     too_much = []
     for program in programs.all:
-        compiled = compile_program(program, architecture)
+        compiled = compile_program(program, architecture, KERNELS)
         assert set(compiled.resources) == set(program.kernels)
         assert "warning" not in compiled.log
         for each in launches[program]:

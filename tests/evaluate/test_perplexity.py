@@ -12,7 +12,7 @@ import pytest
 from gta_edge.errors import BackendError, BundleError, CheckpointError, InputError
 from gta_edge.evaluate.perplexity import evaluate, read_ids
 from gta_edge.evaluate.verify import verify
-from gta_edge.export.pipeline import export
+from gta_edge.export.pipeline import export_model
 from gta_edge.runtime.registry import load
 from gta_edge.runtime.session import Session
 from tests.helpers import reference
@@ -27,8 +27,8 @@ WEIGHTS = reference.random_weights(ENTRIES)
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("evaluation")
     write_checkpoint(directory / "checkpoint", ENTRIES, WEIGHTS)
-    export(directory / "checkpoint", directory / "bundle", precision="bf16")
-    export(directory / "checkpoint", directory / "exact", precision="fp32", verify=False)
+    export_model(directory / "checkpoint", directory / "bundle", precision="bf16")
+    export_model(directory / "checkpoint", directory / "exact", precision="fp32", verify=False)
     return directory
 
 

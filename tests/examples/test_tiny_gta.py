@@ -9,7 +9,7 @@ import pytest
 
 import gta_edge
 from gta_edge.evaluate.perplexity import evaluate
-from gta_edge.export.pipeline import export
+from gta_edge.export.pipeline import export_model
 from gta_edge.formats.checkpoint import Checkpoint
 from gta_edge.model.config import GTAConfig
 
@@ -20,7 +20,7 @@ TINY = EXAMPLES / "tiny-gta"
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("tiny") / "bundle"
-    result = export(TINY, directory)
+    result = export_model(TINY, directory)
     assert result.report is not None
     assert result.report.passed
     assert result.report.quantisation.max_abs_error == 0  # bf16 in, bf16 stored

@@ -18,7 +18,7 @@ from gta_edge.errors import CheckpointError, ExportError, InputError
 from gta_edge.evaluate.perplexity import evaluate
 from gta_edge.export.calibration import calibrated, calibration_ids
 from gta_edge.export.gptq import corrected, inverse_factor
-from gta_edge.export.pipeline import export
+from gta_edge.export.pipeline import export_model
 from gta_edge.formats.checkpoint import Checkpoint
 from gta_edge.numerics.quantization import BLOCK_SIZES, Quantized, quantize
 from tests.helpers import reference
@@ -304,7 +304,7 @@ def refused(checkpoint: Path, kind: type[Exception], **options: Any) -> str:
     """What is said of an export that is refused: one line; and nothing is left of it."""
     before = sorted(checkpoint.parent.rglob("*"))
     with pytest.raises(kind) as caught:
-        export(checkpoint, checkpoint.parent / "bundle", **options)
+        export_model(checkpoint, checkpoint.parent / "bundle", **options)
     assert sorted(checkpoint.parent.rglob("*")) == before
     assert "\n" not in str(caught.value)
     return str(caught.value)
@@ -431,7 +431,7 @@ def test_the_example_model_in_integers_predicts_about_as_well(tmp_path: Path, mo
         "calibrated": {"precision": "int4", "calibrate": tmp_path / "text"},
     }
     for name, chosen in options.items():
-        export(EXAMPLES / "tiny-gta", tmp_path / name, verify=False, **chosen)
+        export_model(EXAMPLES / "tiny-gta", tmp_path / name, verify=False, **chosen)
         with gta_edge.load(tmp_path / name, "onnxruntime") as session:
             assert session.tokenizer is not None
             ids = np.array(session.tokenizer.encode(held_out))

@@ -13,10 +13,11 @@ import pytest
 
 import gta_edge
 from gta_edge.errors import CheckpointError, ConfigError, ExportError, InputError, OutputError
-from gta_edge.export.pipeline import export
+from gta_edge.export.pipeline import export_model
 from gta_edge.formats.bundle import Bundle
-from gta_edge.formats.weights import read_weights
+from gta_edge.graph.weights import read_weights
 from gta_edge.plugins.attention import definition as op
+from gta_edge.plugins.domain import DOMAIN
 from tests.helpers import reference
 from tests.helpers.checkpoints import write_checkpoint
 from tests.model.test_decoder import scaled_tables
@@ -91,7 +92,7 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     entries = model_entries(request.param)
     directory = tmp_path_factory.mktemp("export")
     weights = write_checkpoint(directory / "checkpoint", entries, reference.random_weights(entries))
-    result = export(directory / "checkpoint", directory / "bundle", precision="fp32")
+    result = export_model(directory / "checkpoint", directory / "bundle", precision="fp32")
     assert result.report is not None
     assert result.report.passed
     return entries, weights, directory / "bundle"
@@ -128,7 +129,7 @@ def test_graph_is_as_promised(exported: tuple[dict, dict, Path]) -> None:
     onnx.checker.check_model(bundle / "model.onnx", full_check=True)
     model = onnx.load(bundle / "model.onnx", load_external_data=False)
     layers, is_gta = entries["num_hidden_layers"], "num_query_heads" in entries
-    ours = [node for node in model.graph.node if node.domain == op.DOMAIN]
+    ours = [node for node in model.graph.node if node.domain == DOMAIN]
     assert [node.op_type for node in ours] == ([op.OP] * layers if is_gta else [])
     assert {(o.domain, o.version) for o in model.opset_import} == {("", 24)} | ({("gta", 1)} if is_gta else set())
     for node in ours:
@@ -173,7 +174,7 @@ def test_chosen_positions(exported: tuple[dict, dict, Path]) -> None:
 def test_the_onnx_reference_agrees(name: str, tmp_path: Path) -> None:
     entries = {**model_entries(name), "num_hidden_layers": 1}
     weights = write_checkpoint(tmp_path / "checkpoint", entries, reference.random_weights(entries))
-    export(tmp_path / "checkpoint", tmp_path / "bundle", precision="fp32", verify=False)
+    export_model(tmp_path / "checkpoint", tmp_path / "bundle", precision="fp32", verify=False)
     model = onnx.load(tmp_path / "bundle" / "model.onnx")
     for initializer in model.graph.initializer:  # the evaluator wants the data at hand
         assert initializer.data_location != onnx.TensorProto.EXTERNAL
@@ -197,7 +198,7 @@ KINDS = {"fp32": onnx.TensorProto.FLOAT, "fp16": onnx.TensorProto.FLOAT16, "bf16
 def test_weights_are_stored_in_the_precision(name: str, precision: str, dtype: str, tmp_path: Path) -> None:
     entries = model_entries(name)
     own = write_checkpoint(tmp_path / "checkpoint", entries, reference.random_weights(entries), dtype)
-    result = export(tmp_path / "checkpoint", tmp_path / "bundle", precision=precision)
+    result = export_model(tmp_path / "checkpoint", tmp_path / "bundle", precision=precision)
     assert result.report is not None
     assert result.report.passed
     if dtype == "bfloat16" and precision != "fp16":
@@ -231,7 +232,7 @@ def test_weights_are_stored_in_the_precision(name: str, precision: str, dtype: s
 def test_default_precision_is_the_checkpoints_own(dtype: str, expected: str, tmp_path: Path) -> None:
     entries = {**model_entries("gta1-160m"), "num_hidden_layers": 1}
     write_checkpoint(tmp_path / "checkpoint", entries, reference.random_weights(entries), dtype)
-    result = export(tmp_path / "checkpoint", tmp_path / "bundle", verify=False)
+    result = export_model(tmp_path / "checkpoint", tmp_path / "bundle", verify=False)
     assert result.bundle.precision == expected
     assert result.report is None
 
@@ -247,7 +248,7 @@ def test_absent_biases(missing: str, tmp_path: Path) -> None:
     weights = {name: weight for name, weight in everything.items() if not re.search(missing, name)}
     assert len(weights) < len(everything)
     write_checkpoint(tmp_path / "checkpoint", entries, weights)
-    export(tmp_path / "checkpoint", tmp_path / "bundle")
+    export_model(tmp_path / "checkpoint", tmp_path / "bundle")
     ids = np.random.default_rng(6).integers(0, entries["vocab_size"], (1, 7))
     exact = exact_logits(entries, weights, ids)
     session = plain_session(tmp_path / "bundle")
@@ -292,7 +293,7 @@ def test_one_weight_that_is_not_finite_fails_any_export(
     damage(checkpoint, name, poison)
     block = {"block_size": 16} if precision == "int4" else {}
     with pytest.raises(CheckpointError) as caught:
-        export(checkpoint, checkpoint.parent / "bundle", precision=precision, verify=False, **block)
+        export_model(checkpoint, checkpoint.parent / "bundle", precision=precision, verify=False, **block)
     said = rf"{re.escape(name)} holds {value} at \[.*\], 1 of \d+ values are not finite; "
     assert re.search(said, str(caught.value))
     assert sorted(path.name for path in checkpoint.parent.iterdir()) == ["checkpoint"]
@@ -305,7 +306,7 @@ def test_weights_beyond_bfloat16_are_refused(checkpoint: Path, tmp_path: Path) -
 
     damage(checkpoint, "model.layers.0.self_attn.k_proj.weight", enlarge)
     with pytest.raises(ExportError, match=r"k_proj.weight has values up to 3.403e\+38, beyond bfloat16; use fp32"):
-        export(checkpoint, tmp_path / "bundle", precision="bf16", verify=False)
+        export_model(checkpoint, tmp_path / "bundle", precision="bf16", verify=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint"]
 
 
@@ -313,14 +314,14 @@ def test_tables_that_are_too_large_are_refused_at_once(checkpoint: Path, tmp_pat
     entries = json.loads((checkpoint / "config.json").read_text())
     (checkpoint / "config.json").write_text(json.dumps({**entries, "max_position_embeddings": 2**31 - 1}))
     with pytest.raises(ConfigError, match=r"max_position_embeddings is 2147483647 .* lower max_position_embeddings"):
-        export(checkpoint, tmp_path / "bundle")
+        export_model(checkpoint, tmp_path / "bundle")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint"]
 
 
 def test_weights_beyond_half_precision_are_refused(checkpoint: Path, tmp_path: Path) -> None:
     damage(checkpoint, "model.layers.0.self_attn.v_b_proj.weight", lambda weight: weight * 1e6)
     with pytest.raises(ExportError, match=r"v_b_proj.weight has values up to .*; use bf16 or fp32"):
-        export(checkpoint, tmp_path / "bundle", precision="fp16")
+        export_model(checkpoint, tmp_path / "bundle", precision="fp16")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint"]
 
 
@@ -329,7 +330,7 @@ def test_a_wrong_graph_fails_the_check(checkpoint: Path, tmp_path: Path, monkeyp
     assert wrong != op.FUNCTION
     monkeypatch.setattr(op, "FUNCTION", wrong)
     with pytest.raises(ExportError, match="max_rel_error"):
-        export(checkpoint, tmp_path / "bundle")
+        export_model(checkpoint, tmp_path / "bundle")
     assert not (tmp_path / "bundle").exists()
 
 
@@ -345,23 +346,23 @@ def test_a_wrongly_stored_weight_fails_the_check(
 
     monkeypatch.setattr(store_weights, "to_stored", scaled)
     with pytest.raises(ExportError, match="weights stored in fp32 change the logits"):
-        export(checkpoint, tmp_path / "bundle")
+        export_model(checkpoint, tmp_path / "bundle")
 
 
 def test_unknown_precision(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="precision is 'fp8'; expected one of fp32, fp16, bf16"):
-        export(checkpoint, tmp_path / "bundle", precision="fp8")
+        export_model(checkpoint, tmp_path / "bundle", precision="fp8")
 
 
 def test_output_is_not_its_own_input(checkpoint: Path) -> None:
     before = sorted(path.name for path in checkpoint.iterdir())
     with pytest.raises(OutputError, match="is the input"):
-        export(checkpoint, checkpoint, force=True)
+        export_model(checkpoint, checkpoint, force=True)
     assert sorted(path.name for path in checkpoint.iterdir()) == before
 
 
-def test_the_package_is_the_function(checkpoint: Path, tmp_path: Path) -> None:
-    result = gta_edge.export(checkpoint, tmp_path / "bundle", verify=False)
+def test_the_public_function(checkpoint: Path, tmp_path: Path) -> None:
+    result = gta_edge.export_model(checkpoint, tmp_path / "bundle", verify=False)
     assert isinstance(result.bundle, Bundle)
     manifest = json.loads((tmp_path / "bundle" / "gta_edge.json").read_text())
     assert manifest["format_version"] == 1
@@ -376,6 +377,6 @@ def test_progress_reaches_its_end(checkpoint: Path, tmp_path: Path) -> None:
         assert seen.get(what, (0, 0))[0] <= done <= total
         seen[what] = (done, total)
 
-    export(checkpoint, tmp_path / "bundle", progress=progress)
+    export_model(checkpoint, tmp_path / "bundle", progress=progress)
     assert {"tracing the model", "writing weights", "checking against PyTorch"} <= seen.keys()
     assert all(done == total for done, total in seen.values())

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, logging
 
-from gta_edge.export.pipeline import export
+from gta_edge.export.pipeline import export_model
 from tests.export.test_export import TOLERANCE, empty_feeds, exact_logits, run
 from tests.helpers import reference
 from tests.helpers.checkpoints import write_checkpoint
@@ -33,7 +33,7 @@ def quiet():
 
 def exported_logits(checkpoint: Path) -> np.ndarray:
     """Logits [1, T, V] of the checkpoint's fp32 bundle in plain ONNX Runtime: a prompt, and tokens after it."""
-    bundle = export(checkpoint, checkpoint.with_name("bundle"), precision="fp32", verify=False).bundle
+    bundle = export_model(checkpoint, checkpoint.with_name("bundle"), precision="fp32", verify=False).bundle
     session = onnxruntime.InferenceSession(bundle.model_path, providers=["CPUExecutionProvider"])
     feeds = empty_feeds(session, 1, IDS.shape[1])
     bounds = [(0, 16), *((i, i + 1) for i in range(16, IDS.shape[1]))]

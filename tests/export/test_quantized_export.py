@@ -17,9 +17,9 @@ from safetensors.numpy import load_file, save_file
 
 import gta_edge
 from gta_edge.errors import BundleError, ExportError, InputError
-from gta_edge.export.pipeline import export
+from gta_edge.export.pipeline import export_model
 from gta_edge.formats.bundle import Bundle
-from gta_edge.formats.weights import read_weights
+from gta_edge.graph.weights import read_weights
 from tests.cli import Result
 from tests.export.test_export import TOLERANCE, empty_feeds, exact_logits, run
 from tests.formats.test_bundle import edit_model, forge, manifest_of, refused, relist, write
@@ -154,7 +154,7 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     directory = tmp_path_factory.mktemp("quantized")
     own = checkpoint_of(name, directory / "checkpoint")
     bundle = directory / "bundle"
-    export(directory / "checkpoint", bundle, precision=precision, block_size=asked, verify=False)
+    export_model(directory / "checkpoint", bundle, precision=precision, block_size=asked, verify=False)
     return Exported(MODELS[name], own, bundle, int(precision[3:]), block, Stored(bundle))
 
 
@@ -357,7 +357,7 @@ def export_refused(checkpoint: Path, kind: type[Exception], **options: Any) -> s
     """What is said of an export that is refused: one line; and nothing is left of it."""
     before = sorted(checkpoint.parent.rglob("*"))
     with pytest.raises(kind) as caught:
-        export(checkpoint, checkpoint.parent / "bundle", **options)
+        export_model(checkpoint, checkpoint.parent / "bundle", **options)
     assert sorted(checkpoint.parent.rglob("*")) == before
     assert "\n" not in str(caught.value)
     return str(caught.value)
@@ -398,7 +398,7 @@ def test_the_default_block_is_refused_where_it_does_not_fit(width: int, tmp_path
 def test_widths_of_what_is_not_quantised_do_not_matter(tmp_path: Path) -> None:
     entries = reference.gta_entries(heads=3, n_q=3, d_l=16, e=2, **SMALL)  # hidden 96, value decoder 48
     write_checkpoint(tmp_path / "checkpoint", entries, reference.random_weights(entries))
-    result = export(tmp_path / "checkpoint", tmp_path / "bundle", precision="int4", block_size=32, verify=False)
+    result = export_model(tmp_path / "checkpoint", tmp_path / "bundle", precision="int4", block_size=32, verify=False)
     assert result.bundle.block_size == 32
 
 
@@ -434,7 +434,7 @@ class Tiny:
 def tiny(request: pytest.FixtureRequest, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     """The bundle of ``tiny_checkpoint`` in blocks of 16; not to be changed."""
     bundle = tmp_path_factory.mktemp("tiny") / "bundle"
-    result = export(tiny_checkpoint, bundle, precision=request.param, block_size=16)
+    result = export_model(tiny_checkpoint, bundle, precision=request.param, block_size=16)
     assert result.report is not None
     assert result.report.passed
     assert result.report.backends["onnxruntime"].max_rel_error <= TOLERANCE

@@ -11,7 +11,7 @@ import pytest
 
 import gta_edge
 from gta_edge.errors import CheckpointError
-from gta_edge.export.pipeline import _no_tokenizer, export
+from gta_edge.export.pipeline import _no_tokenizer, export_model
 from gta_edge.formats.text_files import check_text_files
 from gta_edge.model.config import read_config
 from tests.helpers.generation import CONFIG, byte_level
@@ -60,7 +60,7 @@ def test_a_checkpoint_whose_bundle_could_not_be_opened(copied_checkpoint, tmp_pa
     fault(copied_checkpoint)
     steps = []
     with pytest.raises(CheckpointError, match=re.escape(message)) as caught:
-        export(copied_checkpoint, tmp_path / "bundle", verify=verify, progress=lambda *step: steps.append(step))
+        export_model(copied_checkpoint, tmp_path / "bundle", verify=verify, progress=lambda *step: steps.append(step))
     assert str(copied_checkpoint) in str(caught.value)
     assert str(caught.value).isprintable()
     assert steps == []  # before any work
@@ -180,7 +180,7 @@ def test_files_that_are_sound_reach_the_session(copied_checkpoint, tmp_path):
     put("generation_config.json", {"eos_token_id": [1, -1], "do_sample": True, "temperature": 0.5, "top_k": None})(
         copied_checkpoint
     )
-    export(copied_checkpoint, tmp_path / "bundle", verify=False)
+    export_model(copied_checkpoint, tmp_path / "bundle", verify=False)
     with gta_edge.load(tmp_path / "bundle", "onnxruntime") as session:
         assert session.end_token_ids == {1}
         assert session.chat_end_token_ids == {1, *session.config.eos_token_ids, tokenizer["added_tokens"][0]["id"]}

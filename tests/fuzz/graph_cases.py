@@ -23,7 +23,7 @@ import onnx
 from google.protobuf.message import Message
 
 from gta_edge.formats.bundle import MANIFEST, MODEL, Bundle
-from gta_edge.formats.weights import read_stored
+from gta_edge.graph.weights import read_stored
 from gta_edge.runtime.onnxruntime.cuda_lower import cuda_graph
 from gta_edge.runtime.onnxruntime.session import OnnxRuntimeSession
 from gta_edge.runtime.tensorrt.lower import load_model, specialise

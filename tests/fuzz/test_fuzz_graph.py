@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from gta_edge.export.pipeline import export
+from gta_edge.export.pipeline import export_model
 from tests.cli import environment
 from tests.helpers import reference
 from tests.helpers.checkpoints import write_checkpoint
@@ -40,7 +40,9 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, (entries, precisions) in models.items():
         write_checkpoint(directory / name, entries, reference.random_weights(entries))
         for precision in precisions:
-            export(directory / name, directory / "bundles" / f"{name}-{precision}", precision=precision, verify=False)
+            export_model(
+                directory / name, directory / "bundles" / f"{name}-{precision}", precision=precision, verify=False
+            )
     return directory
 
 

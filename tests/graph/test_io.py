@@ -13,13 +13,13 @@ import pytest
 from onnx import TensorProto, helper
 
 from gta_edge.errors import BundleError, CapacityError, EngineError, GtaEdgeError
-from gta_edge.export.pipeline import export
+from gta_edge.export.pipeline import export_model
 from gta_edge.formats.bundle import MODEL, WEIGHTS, Bundle
-from gta_edge.formats.weights import read_weights
 from gta_edge.graph import io
 from gta_edge.graph.io import load_graph, rewriting, run_passes
 from gta_edge.graph.shapes import Known
 from gta_edge.graph.validate import check_model
+from gta_edge.graph.weights import read_weights
 from gta_edge.plugins.attention import definition as op
 from gta_edge.runtime.onnxruntime.cuda_lower import cuda_graph
 from gta_edge.runtime.onnxruntime.lower import graphs
@@ -38,7 +38,7 @@ def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     entries = reference.gta_entries(**small) if model == "gta" else reference.llama_entries(**small)
     directory = tmp_path_factory.mktemp("graph")
     write_checkpoint(directory / "checkpoint", entries, reference.random_weights(entries))
-    return export(directory / "checkpoint", directory / "bundle", precision=precision, verify=False).bundle
+    return export_model(directory / "checkpoint", directory / "bundle", precision=precision, verify=False).bundle
 
 
 def refused(directory: Path, edit: Edit) -> str:

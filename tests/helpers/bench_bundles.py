@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from gta_edge.export.pipeline import export
+from gta_edge.export.pipeline import export_model
 
 
 def damaged(
@@ -24,5 +24,5 @@ def damaged(
     name = next(name for name in tensors if matrix in name)
     tensors[name] = np.ascontiguousarray(change(tensors[name]))
     save_file(tensors, weights, metadata={"format": "pt"})
-    export(copied, directory / "bundle", precision=precision, verify=False)
+    export_model(copied, directory / "bundle", precision=precision, verify=False)
     return directory / "bundle"

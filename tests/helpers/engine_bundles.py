@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from gta_edge.export.pipeline import export
+from gta_edge.export.pipeline import export_model
 from gta_edge.formats.random_checkpoint import initialise
 from gta_edge.model.presets import preset
 
@@ -31,7 +31,7 @@ def write(directory: Path, precisions: Iterable[str] = COMPUTE) -> dict[str, Pat
     initialise(MODEL, directory / "checkpoint")
     made = {precision: directory / precision for precision in precisions}
     for precision, path in made.items():
-        export(directory / "checkpoint", path, precision=precision, verify=False)
+        export_model(directory / "checkpoint", path, precision=precision, verify=False)
     shutil.rmtree(directory / "checkpoint")
     return made
 

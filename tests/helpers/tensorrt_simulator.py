@@ -26,9 +26,9 @@ import onnxruntime
 import pytest
 
 from gta_edge.cuda import session as runtime_cuda
+from gta_edge.cuda.gpu import Gpu
 from gta_edge.formats.bundle import Bundle
 from gta_edge.libraries.tensorrt import TensorRT
-from gta_edge.plugins.attention.kernels import Gpu
 from gta_edge.runtime.tensorrt import session as runtime_tensorrt
 from gta_edge.runtime.tensorrt.build import profile_shapes
 from gta_edge.runtime.tensorrt.engine import EngineRecord, Purpose, keep_engine, made_from

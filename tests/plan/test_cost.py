@@ -60,7 +60,7 @@ def test_a_cache_of_8_bits_has_scales() -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8", "int4"])
 def test_stored_bytes_are_those_of_an_export(precision: str, tmp_path: Path) -> None:
-    bundle = gta_edge.export(EXAMPLE, tmp_path / "bundle", precision=precision, verify=False).bundle
+    bundle = gta_edge.export_model(EXAMPLE, tmp_path / "bundle", precision=precision, verify=False).bundle
     assert stored_bytes(bundle.config, precision, bundle.block_size) == bundle.weight_bytes
     assert bundle.weight_bytes == (tmp_path / "bundle" / "model.onnx.data").stat().st_size
 
@@ -93,7 +93,7 @@ def test_stored_bytes_of_an_untied_model_in_blocks(
 ) -> None:
     initialise(config, tmp_path / "checkpoint")
     options = {"precision": precision, "block_size": block_size, "verify": False}
-    bundle: Bundle = gta_edge.export(tmp_path / "checkpoint", tmp_path / "bundle", **options).bundle
+    bundle: Bundle = gta_edge.export_model(tmp_path / "checkpoint", tmp_path / "bundle", **options).bundle
     assert stored_bytes(config, precision, block_size) == bundle.weight_bytes
 
 

@@ -47,7 +47,9 @@ def in_little_room(call: str, before: str = "", room: int = 150) -> list[str]:
 
 def test_an_export_is_refused_before_torch_is_loaded(tiny_checkpoint: Path, tmp_path: Path) -> None:
     before = "import gta_edge.export.pipeline, tokenizers, numpy"
-    message, loaded = in_little_room(f"gta_edge.export({str(tiny_checkpoint)!r}, {str(tmp_path / 'b')!r})", before)
+    message, loaded = in_little_room(
+        f"gta_edge.export_model({str(tiny_checkpoint)!r}, {str(tmp_path / 'b')!r})", before
+    )
     assert message.startswith("the export takes at least 25")
     assert message.endswith(" MB are available; close other programs, or use a machine with more memory")
     assert "torch" not in loaded

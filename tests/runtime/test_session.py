@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gta_edge.errors import BackendError, CapacityError, InputError
-from gta_edge.export.pipeline import export
+from gta_edge.export.pipeline import export_model
 from gta_edge.formats.bundle import Bundle
-from gta_edge.formats.weights import read_weights
+from gta_edge.graph.weights import read_weights
 from gta_edge.model.config import ModelConfig
 from gta_edge.model.decoder import Decoder
 from gta_edge.runtime.onnxruntime.cuda_session import OnnxRuntimeCudaSession
@@ -53,7 +53,7 @@ def _exported(entries: str) -> Path:
     )
     directory = Path(_exports.name) / model
     write_checkpoint(directory / "checkpoint", ENTRIES[model], reference.random_weights(ENTRIES[model]))
-    export(directory / "checkpoint", directory / "bundle", precision=INTEGERS.get(model), verify=False)
+    export_model(directory / "checkpoint", directory / "bundle", precision=INTEGERS.get(model), verify=False)
     return directory / "bundle"
 
 

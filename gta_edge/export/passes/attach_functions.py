@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from gta_edge.graph.io import add_function
 from gta_edge.libraries.optional import optional
 from gta_edge.plugins.attention import definition as op
+from gta_edge.plugins.domain import DOMAIN, OPSET
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -28,15 +29,15 @@ class AttachFunctionsPass(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Attach to and inline in ``model``."""
-        used = {node.op_type for node in model.graph if node.domain == op.DOMAIN}
+        used = {node.op_type for node in model.graph if node.domain == DOMAIN}
         attached = {identifier[1] for identifier in model.functions}
-        modified = bool(used - attached) or model.graph.opset_imports[""] != op.OPSET
+        modified = bool(used - attached) or model.graph.opset_imports[""] != OPSET
         # what torch writes for opset 23 means the same in opset 24
-        model.graph.opset_imports[""] = op.OPSET
+        model.graph.opset_imports[""] = OPSET
         if op.OP in used - attached:
             add_function(model, op.FUNCTION)
         if op.BASELINE_OP in used:
             add_function(model, op.BASELINE_FUNCTION)
             model = ir.passes.common.InlinePass()(model).model
-            model.graph.opset_imports.pop(op.DOMAIN, None)
+            model.graph.opset_imports.pop(DOMAIN, None)
         return ir.passes.PassResult(model, modified)

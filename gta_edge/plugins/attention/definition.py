@@ -20,6 +20,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from gta_edge.plugins.domain import DOMAIN, OPSET, VERSION
+
 __all__ = [
     "ATTRIBUTES",
     "BASELINE_ATTRIBUTES",
@@ -27,22 +29,14 @@ __all__ = [
     "BASELINE_INPUTS",
     "BASELINE_OP",
     "BASELINE_OUTPUTS",
-    "DOMAIN",
     "FUNCTION",
     "INPUTS",
     "OP",
-    "OPSET",
     "OUTPUTS",
-    "VERSION",
     "Sizes",
     "attributes",
     "output_shapes",
 ]
-
-DOMAIN = "gta"
-VERSION = 1
-OPSET = 24
-"""Standard opset of the function body and of every graph that is written."""
 
 OP = "GroupedLatentAttention"
 INPUTS = (

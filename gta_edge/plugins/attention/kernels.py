@@ -12,19 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from gta_edge.cuda.gpu import OLDEST, Gpu, Launcher, current_gpu
+from gta_edge.cuda.architecture import MAX_INT32
+from gta_edge.cuda.gpu import Gpu, Launcher
 from gta_edge.errors import BackendError
-from gta_edge.plugins.attention.launches import (
-    MAX_INT32,
-    Plan,
-    decode_launches,
-    plan_attention,
-    prefill_launches,
-    programs,
-)
+from gta_edge.plugins.attention.launches import Plan, decode_launches, plan_attention, prefill_launches, programs
 from gta_edge.plugins.attention.tiling import Variant
+from gta_edge.plugins.domain import KERNELS
 
-__all__ = ["OLDEST", "AttentionKernels", "Buffers", "Gpu", "attention_kernels", "current_gpu"]
+__all__ = ["AttentionKernels", "Buffers", "attention_kernels"]
 
 _ALIGNMENT = 16
 _ALIGNMENTS = {"past_length": 8, "key_scale": 4, "latent_scale": 4}
@@ -109,7 +104,7 @@ class AttentionKernels:
     def __init__(self, variant: Variant, gpu: Gpu) -> None:
         self.variant, self.gpu = variant, gpu
         self.programs = programs(variant, gpu.architecture)
-        self._launcher = Launcher(gpu, "attention")
+        self._launcher = Launcher(gpu, "attention", KERNELS)
         # Neither the kernels nor their shared memory depend on a call's sizes.
         samples = [decode_launches(self.programs.decode, gpu.processors, 1, 1, 1)]
         samples += [prefill_launches(program, 1, 1) for program in self.programs.prefill]

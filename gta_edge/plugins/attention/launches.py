@@ -9,16 +9,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from gta_edge.cuda.architecture import MAX_GRID_YZ, MAX_INT32, Launch, Signature
 from gta_edge.errors import BackendError
 from gta_edge.plugins.attention import tiling
-from gta_edge.plugins.attention.tiling import Launch, Program, Variant
+from gta_edge.plugins.attention.tiling import Program, Variant
 
 __all__ = [
     "SIGNATURES",
     "KernelLaunch",
     "Plan",
     "Programs",
-    "Signature",
     "choose_prefill",
     "decode_launches",
     "plan_attention",
@@ -26,20 +26,9 @@ __all__ = [
     "programs",
 ]
 
-MAX_GRID_YZ = 65535
-"""Blocks of a grid along its second and third axis, on every GPU."""
-MAX_INT32 = 2**31 - 1
 MAX_CAPACITY = 2**30
 """Tokens that a cache may have room for: twice as many is what the kernels' 32-bit positions can tell apart."""
 FLOAT_BYTES = 4
-
-
-@dataclass(frozen=True)
-class Signature:
-    """The parameters of one kernel by name: all addresses first, then int32 numbers and the float32 ``scale``."""
-
-    addresses: tuple[str, ...]
-    numbers: tuple[str, ...]
 
 
 _NEW = ("key", "latent")

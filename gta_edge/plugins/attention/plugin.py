@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from gta_edge.cuda.gpu import Gpu
 from gta_edge.errors import BackendError
-from gta_edge.plugins.attention.definition import DOMAIN, INPUTS, OP, VERSION
-from gta_edge.plugins.attention.kernels import AttentionKernels, Buffers, Gpu, attention_kernels
+from gta_edge.plugins.attention.definition import INPUTS, OP
+from gta_edge.plugins.attention.kernels import AttentionKernels, Buffers, attention_kernels
 from gta_edge.plugins.attention.launches import programs
 from gta_edge.plugins.attention.plugin_call import (
     DECLARE_ALIAS,
@@ -32,6 +33,7 @@ from gta_edge.plugins.attention.plugin_call import (
     read_built,
     read_parameters,
 )
+from gta_edge.plugins.domain import DOMAIN, VERSION
 from gta_edge.plugins.plugin_base import (
     Creator,
     Plugin,

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from gta_edge.errors import BackendError
+from gta_edge.numerics.dtypes import COMPUTE_TYPES
 from gta_edge.plugins.attention.definition import INPUTS, OP, OUTPUTS, Sizes
 from gta_edge.plugins.attention.launches import plan_attention, programs
-from gta_edge.plugins.attention.tiling import COMPUTE_TYPES, DECODE_TOKENS, Variant
+from gta_edge.plugins.attention.tiling import DECODE_TOKENS, Variant
 from gta_edge.plugins.plugin_fields import FieldTypes, Value
 
 __all__ = [

@@ -18,15 +18,13 @@ from dataclasses import dataclass
 from itertools import product
 from math import gcd
 
+from gta_edge.cuda.architecture import BLOCK_RESERVE, WARP, Launch, pitch, resident_blocks, shared_limits
 from gta_edge.errors import BackendError
+from gta_edge.numerics.dtypes import COMPUTE_TYPES
 from gta_edge.plugins.attention.definition import Sizes
 
 __all__ = [
-    "ARCHITECTURES",
-    "CACHE_TYPES",
-    "COMPUTE_TYPES",
     "DECODE_TOKENS",
-    "Launch",
     "Program",
     "Variant",
     "append_grid",
@@ -40,13 +38,9 @@ __all__ = [
     "workspace_bytes",
 ]
 
-COMPUTE_TYPES = ("fp16", "bf16")
-CACHE_TYPES = ("fp16", "bf16", "int8", "fp8")
-
 DECODE_TOKENS = 16
 """Most new tokens per row for which the cache is split among blocks."""
 
-WARP = 32
 ROWS = 16
 """Rows of one tensor core product, and tokens of the slice of the cache that it meets."""
 
@@ -56,24 +50,6 @@ LEAST_SPLIT_TOKENS, MOST_SPLIT_TOKENS = 256, 2048
 COMBINE_THREADS = 256
 APPEND_WARPS = 4
 """Cache rows that one block of the appending kernel writes, a warp each."""
-
-KIB = 1024
-BLOCK_RESERVE = KIB
-"""Shared memory that the system keeps for itself per block, from SM 8.0 on."""
-
-ARCHITECTURES = {
-    "sm_80": (164, 163),
-    "sm_86": (100, 99),
-    "sm_87": (164, 163),
-    "sm_89": (100, 99),
-    "sm_90": (228, 227),
-    "sm_100": (228, 227),
-    "sm_103": (228, 227),
-    "sm_110": (228, 227),
-    "sm_120": (100, 99),
-    "sm_121": (100, 99),
-}
-"""Shared memory in KiB per multiprocessor and per block (CUDA C++ Programming Guide, "Compute Capabilities")."""
 
 
 @dataclass(frozen=True)
@@ -162,30 +138,6 @@ class Program:
         return dict(self.tiles)[name]
 
 
-@dataclass(frozen=True)
-class Launch:
-    """One kernel's grid and block."""
-
-    grid: tuple[int, int, int]
-    threads: int
-    shared_bytes: int = 0
-
-
-def pitch(row_bytes: int) -> int:
-    """Return the distance of rows in shared memory: an odd number of 16-byte units, free of bank conflicts."""
-    return (row_bytes // 16 | 1) * 16
-
-
-def shared_limits(architecture: str) -> tuple[int, int]:
-    """Return bytes of shared memory per multiprocessor and per block; unknown GPUs get the least of all known."""
-    per_processor, per_block = ARCHITECTURES.get(architecture, (100, 99))
-    return per_processor * KIB, per_block * KIB
-
-
-def _resident(shared_bytes: int, architecture: str) -> int:
-    return shared_limits(architecture)[0] // (shared_bytes + BLOCK_RESERVE)
-
-
 # --- decode ----------------------------------------------------------------------------------------------------------
 
 
@@ -242,7 +194,7 @@ def decode_program(variant: Variant, architecture: str) -> Program:
         tiles=tuple(tiles.items()),
         threads=WARP * warps_m * warps_n,
         shared_bytes=shared_bytes,
-        resident_blocks=_resident(shared_bytes, architecture),
+        resident_blocks=resident_blocks(shared_bytes, architecture),
         variant=variant,
     )
 
@@ -322,7 +274,7 @@ def prefill_program(variant: Variant, architecture: str, row_tiles: int) -> Prog
             f"the prefill kernel of {sizes} does not fit {per_block} bytes of shared memory; choose another backend"
         )
     # the largest tiles that leave room for a second block, which works while the first waits
-    keys, columns, shared_bytes = next((e for e in fitting if _resident(e[2], architecture) > 1), fitting[0])
+    keys, columns, shared_bytes = next((e for e in fitting if resident_blocks(e[2], architecture) > 1), fitting[0])
     tiles = {
         "GTA_PREFILL_WARPS": warps,
         "GTA_PREFILL_ROW_TILES": row_tiles,
@@ -337,7 +289,7 @@ def prefill_program(variant: Variant, architecture: str, row_tiles: int) -> Prog
         tiles=tuple(tiles.items()),
         threads=WARP * warps,
         shared_bytes=shared_bytes,
-        resident_blocks=_resident(shared_bytes, architecture),
+        resident_blocks=resident_blocks(shared_bytes, architecture),
         variant=variant,
     )
 

@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from gta_edge.cuda.gpu import OLDEST, current_gpu
 from gta_edge.errors import BackendError
 from gta_edge.libraries.optional import optional
 from gta_edge.plugins.attention.definition import Sizes
-from gta_edge.plugins.attention.kernels import OLDEST, Buffers, attention_kernels, current_gpu
+from gta_edge.plugins.attention.kernels import Buffers, attention_kernels
 from gta_edge.plugins.attention.tiling import Variant
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gta_edge.plugins.attention.definition import DOMAIN, OPSET, VERSION
+from gta_edge.plugins.domain import DOMAIN, OPSET, VERSION
 from gta_edge.plugins.matmul.packing import BLOCK_SIZES, OUTPUTS_MULTIPLE, packed_shapes
 
 __all__ = [

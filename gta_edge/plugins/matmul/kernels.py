@@ -13,6 +13,7 @@ import numpy as np
 
 from gta_edge.cuda.gpu import Gpu, Launcher
 from gta_edge.errors import BackendError
+from gta_edge.plugins.domain import KERNELS
 from gta_edge.plugins.matmul.tiling import (
     MATMUL_SIGNATURE,
     MOST_OUTPUTS,
@@ -54,7 +55,7 @@ class MatMulKernels:
     def __init__(self, variant: MatMulVariant, gpu: Gpu) -> None:
         self.variant, self.gpu = variant, gpu
         self.programs = matmul_programs(variant, gpu.architecture)
-        self._launcher = Launcher(gpu, "quantised matmul")
+        self._launcher = Launcher(gpu, "quantised matmul", KERNELS)
         self._kernels = self._launcher.load(
             {program: dict.fromkeys(program.kernels, program.shared_bytes) for program in self.programs.all}
         )

@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 
 from gta_edge.cuda.gpu import Gpu
 from gta_edge.errors import BackendError
-from gta_edge.plugins.matmul.definition import DOMAIN, INPUTS, OPS, VERSION
+from gta_edge.plugins.domain import DOMAIN, VERSION
+from gta_edge.plugins.matmul.definition import INPUTS, OPS
 from gta_edge.plugins.matmul.kernels import MatMulKernels, matmul_kernels
 from gta_edge.plugins.matmul.plugin_call import (
     FIELDS,

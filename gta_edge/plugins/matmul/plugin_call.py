@@ -12,7 +12,7 @@ from math import prod
 from typing import Any
 
 from gta_edge.errors import BackendError
-from gta_edge.plugins.attention.tiling import COMPUTE_TYPES
+from gta_edge.numerics.dtypes import COMPUTE_TYPES
 from gta_edge.plugins.matmul.definition import INPUTS, MAX_OUTPUTS, OPS, Sizes
 from gta_edge.plugins.matmul.kernels import MatMulKernels
 from gta_edge.plugins.matmul.tiling import FEW_ROWS, MatMulVariant

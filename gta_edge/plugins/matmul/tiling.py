@@ -15,9 +15,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from gta_edge.cuda.architecture import BLOCK_RESERVE, MAX_GRID_YZ, WARP, Launch, Signature, pitch, shared_limits
 from gta_edge.errors import BackendError
-from gta_edge.plugins.attention.launches import MAX_GRID_YZ, Signature
-from gta_edge.plugins.attention.tiling import BLOCK_RESERVE, COMPUTE_TYPES, WARP, Launch, pitch, shared_limits
+from gta_edge.numerics.dtypes import COMPUTE_TYPES
 
 __all__ = [
     "BLOCK_SIZES",

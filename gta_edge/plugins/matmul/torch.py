@@ -172,7 +172,7 @@ def _on_gpu(
     output_sizes: Sequence[int],
 ) -> list[Tensor]:
     """The op on CUDA tensors: the kernels, where they are made for the call."""
-    from gta_edge.plugins.attention.kernels import OLDEST, current_gpu
+    from gta_edge.cuda.gpu import OLDEST, current_gpu
     from gta_edge.plugins.matmul.kernels import matmul_kernels
     from gta_edge.plugins.matmul.tiling import MatMulVariant
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gta_edge.cuda.gpu import OLDEST, current_gpu
 from gta_edge.errors import BackendError, EngineError, OutputError
 from gta_edge.libraries.tensorrt import TensorRT, load
 from gta_edge.plugins import register
-from gta_edge.plugins.attention.kernels import OLDEST, current_gpu
 from gta_edge.runtime.tensorrt.engine import Purpose, compute_capability
 from gta_edge.runtime.tensorrt.log import first_reason, new_log, started
 from gta_edge.runtime.tensorrt.runtime_cache import read_cached

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from gta_edge.errors import EngineError
 from gta_edge.graph.io import run_passes
 from gta_edge.libraries.optional import optional
+from gta_edge.plugins.domain import DOMAIN
 from gta_edge.plugins.matmul import definition as op
 from gta_edge.runtime.tensorrt.engine import PRODUCTS
 from gta_edge.runtime.tensorrt.passes.pack_matmuls import PackProductsPass
@@ -113,7 +114,7 @@ def calls_of(model: ir.Model) -> Counter[ProductCall]:
             head=any(value.is_graph_output() for value in node.outputs),
         )
         for node in model.graph
-        if node.domain == op.DOMAIN and node.op_type in bits
+        if node.domain == DOMAIN and node.op_type in bits
     )
 
 

@@ -24,7 +24,7 @@ from gta_edge.errors import BackendError, EngineError, GtaEdgeError
 from gta_edge.graph.builder import Nodes, lazy_initializer
 from gta_edge.graph.retype import RetypePass
 from gta_edge.libraries.optional import optional
-from gta_edge.plugins.matmul import definition as op
+from gta_edge.plugins.domain import OPSET
 from gta_edge.runtime.tensorrt.builder import Target, build_plan
 from gta_edge.runtime.tensorrt.engine import PRODUCTS, Purpose
 from gta_edge.runtime.tensorrt.log import first_reason, new_log, started
@@ -113,7 +113,7 @@ def product_model(call: ProductCall, who: str, compute: str, copies: int, *, new
         copies: how often.
         newer_ops: whether the parser knows operators of opset 24.
     """
-    graph = ir.Graph([], [], nodes=[], opset_imports={"": op.OPSET}, name="products")
+    graph = ir.Graph([], [], nodes=[], opset_imports={"": OPSET}, name="products")
     for copy in range(copies):
         _add_copy(graph, call, copy)
     model = ir.Model(graph, ir_version=11)

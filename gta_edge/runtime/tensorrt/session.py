@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 
+from gta_edge.cuda.gpu import Gpu, current_gpu
 from gta_edge.cuda.session import Cuda
 from gta_edge.errors import BackendError, CapacityError, InputError
 from gta_edge.formats.bundle import Bundle
 from gta_edge.libraries.tensorrt import TensorRT, load
 from gta_edge.plugins import register
-from gta_edge.plugins.attention.kernels import Gpu, current_gpu
 from gta_edge.runtime.session import Ids, Logits, Session
 from gta_edge.runtime.tensorrt.build import LOGIT_POSITIONS, buffer_bytes
 from gta_edge.runtime.tensorrt.engine import SCALE_BYTES, VALUE_BYTES, compute_capability, load_engine, require_engine

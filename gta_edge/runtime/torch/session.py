@@ -12,9 +12,10 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from gta_edge.accuracy.reference import build_decoder, use_startable_threads
+from gta_edge.cuda.gpu import OLDEST
 from gta_edge.errors import BackendError, CapacityError
 from gta_edge.formats.bundle import Bundle
-from gta_edge.formats.weights import read_stored, read_weights
+from gta_edge.graph.weights import read_stored, read_weights
 from gta_edge.libraries.optional import optional
 from gta_edge.model.config import GTAConfig
 from gta_edge.model.decoder import Cache, Decoder, empty_cache
@@ -22,7 +23,6 @@ from gta_edge.model.quantized_decoder import build_packed_decoder
 from gta_edge.numerics.quantization import BITS
 from gta_edge.plan.host_memory import require_memory_for_torch
 from gta_edge.plugins.attention import torch as torch_ops
-from gta_edge.plugins.attention.kernels import OLDEST
 from gta_edge.runtime.session import Ids, Logits, Session
 from gta_edge.runtime.torch.cuda_graph import DecodeGraph
 

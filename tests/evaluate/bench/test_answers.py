@@ -9,7 +9,7 @@ import pytest
 from gta_edge.evaluate.bench.agreement import ROUNDED_MEAN_BOUND, Answers, agreement, bound, mean_bound
 from gta_edge.evaluate.bench.run import Settings, bench
 from gta_edge.evaluate.bench.targets import Target
-from gta_edge.export.pipeline import export
+from gta_edge.export.pipeline import export_model
 from gta_edge.runtime.registry import load
 from tests.conftest import TINY
 from tests.helpers.bench_bundles import damaged
@@ -34,7 +34,7 @@ DAMAGE: dict[str, tuple[str, Any]] = {
 @pytest.fixture(scope="module", params=["int8", "int4"])
 def quantised(request: pytest.FixtureRequest, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("quantised") / request.param
-    export(tiny_checkpoint, directory, precision=request.param, verify=False)
+    export_model(tiny_checkpoint, directory, precision=request.param, verify=False)
     return directory
 
 

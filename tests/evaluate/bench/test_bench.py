@@ -25,7 +25,7 @@ from gta_edge.evaluate.bench.process import Worker, WorkerError, environment_for
 from gta_edge.evaluate.bench.run import Settings, bench
 from gta_edge.evaluate.bench.statistics import percentile, relative, settled, spread, summarise
 from gta_edge.evaluate.bench.targets import Target, parse_targets
-from gta_edge.export.pipeline import export
+from gta_edge.export.pipeline import export_model
 from gta_edge.formats import bundle as bundles
 from gta_edge.formats.bundle import Bundle
 from gta_edge.runtime.session import Session
@@ -500,7 +500,7 @@ def test_whether_tokens_are_replays_or_why_it_is_not_known(
 
 
 def test_a_lone_backend_that_rounds_is_compared_with_exact_arithmetic(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    export(tiny_checkpoint, tmp_path / "int8", precision="int8", verify=False)
+    export_model(tiny_checkpoint, tmp_path / "int8", precision="int8", verify=False)
     found = bench([tmp_path / "int8"], [Target("onnxruntime")], Settings(contexts=(8,), new_tokens=2, rounds=1))
     (row,) = found["results"]
     assert row["reference"] == "onnxruntime, exact"

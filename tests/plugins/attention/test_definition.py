@@ -16,6 +16,7 @@ from onnx.reference import ReferenceEvaluator
 
 from gta_edge.plugins.attention import definition as op
 from gta_edge.plugins.attention import torch as torch_ops
+from gta_edge.plugins.domain import DOMAIN, OPSET, VERSION
 from tests.helpers import reference
 
 try:
@@ -109,7 +110,7 @@ def wrap(
         )
 
     graph = helper.make_graph(
-        [helper.make_node(name, list(inputs), list(outputs), domain=op.DOMAIN, **attributes)],
+        [helper.make_node(name, list(inputs), list(outputs), domain=DOMAIN, **attributes)],
         "one_node",
         [value(key, shape) for key, shape in inputs.items()],
         [value(key, shape) for key, shape in outputs.items()],
@@ -117,7 +118,7 @@ def wrap(
     return helper.make_model(
         graph,
         functions=[onnx.parser.parse_function(function)],
-        opset_imports=[helper.make_opsetid("", op.OPSET), helper.make_opsetid(op.DOMAIN, op.VERSION)],
+        opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, VERSION)],
         ir_version=10,
     )
 

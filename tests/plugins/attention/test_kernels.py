@@ -14,13 +14,13 @@ import pytest
 
 from gta_edge.plugins.attention import launches as plan
 from gta_edge.plugins.attention.tiling import Program, Variant
+from gta_edge.plugins.domain import KERNELS
 from tests.helpers import attention_cases as cases
 from tests.helpers import reference
 from tests.plugins.simulator import LaunchSpec, SimulationError, Simulator, available
 
 pytestmark = pytest.mark.skipif(not available(), reason="no C++ compiler with sanitizers")
 
-KERNELS = Path(plan.__file__).parents[1] / "kernels"
 ARCHITECTURE = "sm_87"
 
 # --- what is tried ----------------------------------------------------------------------------------------------------

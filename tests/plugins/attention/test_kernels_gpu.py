@@ -17,11 +17,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from gta_edge.cuda.gpu import current_gpu
 from gta_edge.model.config import GTAConfig
 from gta_edge.model.presets import PRESETS, preset
+from gta_edge.numerics.dtypes import CACHE_TYPES, COMPUTE_TYPES
 from gta_edge.plugins.attention.definition import Sizes
-from gta_edge.plugins.attention.kernels import AttentionKernels, Buffers, attention_kernels, current_gpu
-from gta_edge.plugins.attention.tiling import CACHE_TYPES, COMPUTE_TYPES, DECODE_TOKENS, Variant
+from gta_edge.plugins.attention.kernels import AttentionKernels, Buffers, attention_kernels
+from gta_edge.plugins.attention.tiling import DECODE_TOKENS, Variant
 from tests.helpers import reference
 
 DEVICE = "cuda"

@@ -13,16 +13,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gta_edge.cuda import compiler, gpu
-from gta_edge.cuda.compiler import KERNELS, Compiled
+from gta_edge.cuda import gpu
+from gta_edge.cuda.compiler import Compiled
+from gta_edge.cuda.gpu import Gpu, current_gpu
 from gta_edge.errors import BackendError
+from gta_edge.libraries.cuda import driver_cuda_version
 from gta_edge.plugins.attention import kernels as launch
 from gta_edge.plugins.attention import launches as plan
 from gta_edge.plugins.attention import tiling
 from gta_edge.plugins.attention.definition import Sizes
-from gta_edge.plugins.attention.kernels import AttentionKernels, Buffers, Gpu, attention_kernels, current_gpu
+from gta_edge.plugins.attention.kernels import AttentionKernels, Buffers, attention_kernels
 from gta_edge.plugins.attention.launches import SIGNATURES, choose_prefill, plan_attention, programs
 from gta_edge.plugins.attention.tiling import DECODE_TOKENS, Variant
+from gta_edge.plugins.domain import KERNELS
 
 SETTINGS = settings(max_examples=200, deadline=None, derandomize=True)
 SIZES = Sizes(5, 1, 1, 64, 128, 1280)
@@ -179,7 +182,7 @@ def test_importing_loads_nothing_of_cuda() -> None:
     assert process.stdout == "[]\n"
 
 
-@pytest.mark.skipif(compiler.driver_cuda_version() is not None, reason="needs a machine without a driver")
+@pytest.mark.skipif(driver_cuda_version() is not None, reason="needs a machine without a driver")
 def test_a_machine_without_a_driver() -> None:
     assert message(current_gpu) == (
         "there is no NVIDIA driver (libcuda.so.1 is not found); install it, in a container pass the GPU in "
@@ -248,7 +251,7 @@ class FakeCuda:
         monkeypatch.setitem(sys.modules, "cuda.bindings.driver", driver)
         monkeypatch.setattr(gpu, "driver_cuda_version", lambda: (13, 0))
         monkeypatch.setattr(gpu, "cuda_extra", lambda: "cuda13")
-        monkeypatch.setattr(gpu, "compile_program", lambda program, architecture: Compiled(b"cubin", {}, ""))
+        monkeypatch.setattr(gpu, "compile_program", lambda program, architecture, sources: Compiled(b"cubin", {}, ""))
         return self
 
     def device(self, number: int) -> SimpleNamespace:

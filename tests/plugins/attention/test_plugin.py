@@ -21,12 +21,13 @@ import pytest
 import torch
 
 from gta_edge import plugins
+from gta_edge.cuda.gpu import current_gpu
 from gta_edge.errors import BackendError
 from gta_edge.plugins import plugin_base as tensorrt_base
 from gta_edge.plugins.attention import plugin as plugin_module
 from gta_edge.plugins.attention import tiling
 from gta_edge.plugins.attention.definition import Sizes
-from gta_edge.plugins.attention.kernels import attention_kernels, current_gpu
+from gta_edge.plugins.attention.kernels import attention_kernels
 from gta_edge.plugins.attention.launches import plan_attention, programs
 from gta_edge.plugins.attention.plugin import plugin_classes
 from gta_edge.plugins.attention.plugin_call import Built, Parameters, describe_call, largest_workspace_bytes

@@ -4,19 +4,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gta_edge.cuda.architecture import ARCHITECTURES, KIB
 from gta_edge.errors import BackendError
+from gta_edge.numerics.dtypes import CACHE_TYPES, COMPUTE_TYPES
 from gta_edge.plugins.attention import tiling
 from gta_edge.plugins.attention.definition import Sizes
-from gta_edge.plugins.attention.tiling import (
-    ARCHITECTURES,
-    CACHE_TYPES,
-    COMPUTE_TYPES,
-    DECODE_TOKENS,
-    KIB,
-    ROWS,
-    Program,
-    Variant,
-)
+from gta_edge.plugins.attention.tiling import DECODE_TOKENS, ROWS, Program, Variant
 
 SETTINGS = settings(max_examples=200, deadline=None, derandomize=True)
 BLOCK_RESERVE = KIB  # bytes of shared memory that the system takes of each block (CUDA C++ Programming Guide)

@@ -23,7 +23,7 @@ from onnx.reference import ReferenceEvaluator
 
 from gta_edge.errors import BackendError
 from gta_edge.libraries.optional import optional
-from gta_edge.plugins.attention import kernels as launch
+from gta_edge.plugins.domain import DOMAIN, OPSET, VERSION
 from gta_edge.plugins.matmul import definition as op
 from gta_edge.plugins.matmul import kernels as matmul_launch
 from gta_edge.plugins.matmul import packing
@@ -129,7 +129,7 @@ def model(case: Case, *, static: bool = False) -> onnx.ModelProto:
     }
     overload = op.overload(len(outputs), case.bias)
     attributes = op.attributes(case.block_size, case.output_sizes)
-    node = helper.make_node(op.OPS[case.bits], names, outputs, domain=op.DOMAIN, overload=overload, **attributes)
+    node = helper.make_node(op.OPS[case.bits], names, outputs, domain=DOMAIN, overload=overload, **attributes)
     graph = helper.make_graph(
         [node],
         "one_node",
@@ -142,7 +142,7 @@ def model(case: Case, *, static: bool = False) -> onnx.ModelProto:
     return helper.make_model(
         graph,
         functions=[onnx.parser.parse_function(op.function(case.bits, len(outputs), case.bias))],
-        opset_imports=[helper.make_opsetid("", op.OPSET), helper.make_opsetid(op.DOMAIN, op.VERSION)],
+        opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, VERSION)],
         ir_version=10,
     )
 
@@ -467,7 +467,7 @@ def test_what_the_kernels_are_given(bits, block_size, bias, monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=5))
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(launch, "current_gpu", lambda index: None)
+    monkeypatch.setattr("gta_edge.cuda.gpu.current_gpu", lambda index: None)
     monkeypatch.setattr(matmul_launch, "matmul_kernels", OnHostMemory)
     case = Case(bits, block_size, 256, bias=bias, rows=(2, 3))
     packed = [tensor for tensor in tensors(case) if tensor is None or tensor.dtype != torch.float32]

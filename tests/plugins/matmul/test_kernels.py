@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from gta_edge.model.config import GTAConfig, ModelConfig
 from gta_edge.model.presets import PRESETS, preset
+from gta_edge.plugins.domain import KERNELS
 from gta_edge.plugins.matmul import tiling as matmul_tiling
 from gta_edge.plugins.matmul.packing import pack
 from gta_edge.plugins.matmul.tiling import (
@@ -29,7 +30,6 @@ from tests.plugins.simulator import LaunchSpec, SimulationError, Simulator, avai
 
 pytestmark = pytest.mark.skipif(not available(), reason="no C++ compiler with sanitizers")
 
-KERNELS = Path(matmul_tiling.__file__).parents[1] / "kernels"
 ARCHITECTURE = "sm_87"
 INT4, INT8 = MatMulVariant(4, 32, "fp16"), MatMulVariant(8, 0, "bf16")
 

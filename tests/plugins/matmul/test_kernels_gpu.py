@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from gta_edge.cuda.gpu import current_gpu
 from gta_edge.model.presets import PRESETS, preset
-from gta_edge.plugins.attention.kernels import current_gpu
 from gta_edge.plugins.matmul.kernels import matmul_kernels
 from gta_edge.plugins.matmul.packing import Packed, unpack
 from gta_edge.plugins.matmul.tiling import MatMulVariant

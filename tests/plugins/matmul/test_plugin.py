@@ -25,8 +25,8 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from gta_edge import plugins
+from gta_edge.cuda.gpu import current_gpu
 from gta_edge.plugins import plugin_base as tensorrt_base
-from gta_edge.plugins.attention.kernels import current_gpu
 from gta_edge.plugins.matmul.definition import OPS, Sizes, attributes
 from gta_edge.plugins.matmul.kernels import matmul_kernels
 from gta_edge.plugins.matmul.packing import BLOCK_SIZES, pack

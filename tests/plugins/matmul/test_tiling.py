@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gta_edge.cuda.architecture import ARCHITECTURES, KIB
 from gta_edge.cuda.compiler import compile_program
 from gta_edge.errors import BackendError
-from gta_edge.plugins.attention.tiling import ARCHITECTURES, KIB
+from gta_edge.plugins.domain import KERNELS
 from gta_edge.plugins.matmul import packing
 from gta_edge.plugins.matmul.tiling import (
     BLOCK_SIZES,
@@ -254,7 +253,7 @@ def compiles() -> list[object]:
 def test_every_variant_compiles_without_spilling(of: MatMulVariant, architecture: str) -> None:
     programs = matmul_programs(of, architecture)
     for program in programs.all:
-        compiled = compile_program(program, architecture)
+        compiled = compile_program(program, architecture, KERNELS)
         assert set(compiled.resources) == set(program.kernels)
         assert "warning" not in compiled.log
         for kernel, takes in compiled.resources.items():
@@ -270,5 +269,4 @@ def test_every_variant_compiles_without_spilling(of: MatMulVariant, architecture
 
 def test_the_sources_are_part_of_the_package() -> None:
     programs = matmul_programs(MatMulVariant(4, 32, "fp16"), "sm_87").all
-    kernels = Path(packing.__file__).parents[1] / "kernels"
-    assert {program.source for program in programs} <= {path.name for path in kernels.iterdir()}
+    assert {program.source for program in programs} <= {path.name for path in KERNELS.iterdir()}

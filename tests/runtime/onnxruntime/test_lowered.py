@@ -27,10 +27,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gta_edge.errors import BackendError, BundleError
-from gta_edge.export.pipeline import export
+from gta_edge.export.pipeline import export_model
 from gta_edge.formats import integrity
 from gta_edge.formats.bundle import MANIFEST, MODEL, WEIGHTS, Bundle
-from gta_edge.formats.weights import read_weights
+from gta_edge.graph.weights import read_weights
 from gta_edge.model.config import ModelConfig
 from gta_edge.runtime.onnxruntime.lowered import prepare
 from gta_edge.runtime.registry import load
@@ -68,7 +68,7 @@ def write_bundle_of(
         patch.setattr("gta_edge.export.graph.trace", traced_once)
         checkpoint = Path(temporary, "checkpoint")
         write_checkpoint(checkpoint, entries, weights)
-        export(checkpoint, directory, precision=kind, block_size=block, verify=False, force=force)
+        export_model(checkpoint, directory, precision=kind, block_size=block, verify=False, force=force)
     return directory
 
 

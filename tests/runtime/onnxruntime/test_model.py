@@ -11,7 +11,7 @@ import onnxruntime
 import pytest
 
 from gta_edge.errors import BackendError, BundleError
-from gta_edge.export.pipeline import export
+from gta_edge.export.pipeline import export_model
 from gta_edge.formats.bundle import WEIGHTS, Bundle
 from gta_edge.libraries.onnxruntime import first_line
 from gta_edge.runtime.onnxruntime.cuda_session import OnnxRuntimeCudaSession
@@ -42,7 +42,7 @@ EVERY = {"onnxruntime": on_cpu, "onnxruntime-cuda": as_on_cuda, "torch": with_to
 @pytest.fixture(scope="module", params=["bf16", "int4"])
 def bundle(request: pytest.FixtureRequest, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("models") / "bundle"
-    export(tiny_checkpoint, directory, precision=request.param, verify=False)
+    export_model(tiny_checkpoint, directory, precision=request.param, verify=False)
     return directory
 
 

@@ -28,7 +28,7 @@ from gta_edge.graph.share_dimensions import ShareDimensionsPass
 from gta_edge.model.config import ModelConfig
 from gta_edge.model.rope import rope_tables
 from gta_edge.numerics.quantization import pack_nibbles
-from gta_edge.plugins.attention import definition as op
+from gta_edge.plugins.domain import DOMAIN, OPSET
 from gta_edge.runtime.onnxruntime.passes.expand_attention import ExpandAttentionPass
 from gta_edge.runtime.onnxruntime.passes.fuse_matmuls import FuseProductsPass
 from gta_edge.runtime.onnxruntime.passes.fuse_norms import FuseNormsPass
@@ -255,7 +255,7 @@ def small(
     graph = helper.make_graph(
         list(nodes), "small", values(inputs), values(outputs), initializers, value_info=values(shapes or {})
     )
-    imports = [helper.make_opsetid("", op.OPSET)]
+    imports = [helper.make_opsetid("", OPSET)]
     return ir.from_proto(helper.make_model(graph, opset_imports=imports, ir_version=10))
 
 
@@ -271,8 +271,8 @@ def test_no_attention_is_left(name: str) -> None:
     graph = bundled(name)
     outputs = [value.name for value in graph.graph.outputs]
     assert ExpandAttentionPass()(graph).modified
-    assert not [node for node in graph.graph if node.domain == op.DOMAIN]
-    assert not [key for key in graph.functions if key[0] == op.DOMAIN]
+    assert not [node for node in graph.graph if node.domain == DOMAIN]
+    assert not [key for key in graph.functions if key[0] == DOMAIN]
     assert [value.name for value in graph.graph.outputs] == outputs
 
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gta_edge.errors import BackendError, CapacityError
-from gta_edge.export.pipeline import export
+from gta_edge.export.pipeline import export_model
 from gta_edge.formats.bundle import Bundle
 from gta_edge.runtime.onnxruntime.session import OnnxRuntimeSession, _move_apart
 from gta_edge.runtime.registry import load
@@ -31,7 +31,7 @@ def exported(directory: Path, model: str, precision: str | None = None) -> Path:
         else reference.gta_entries(heads=4, n_q=4, n_k=1 if model == "gta of one head" else 2, n_c=1, **small)
     )
     write_checkpoint(directory / "checkpoint", entries, reference.random_weights(entries))
-    export(directory / "checkpoint", directory / "bundle", precision=precision, verify=False)
+    export_model(directory / "checkpoint", directory / "bundle", precision=precision, verify=False)
     return directory / "bundle"
 
 

@@ -16,11 +16,11 @@ from typing import Any
 import onnx
 import pytest
 
-from gta_edge.cuda.compiler import driver_cuda_version
+from gta_edge.cuda.gpu import Gpu
 from gta_edge.errors import BackendError, CapacityError, EngineError, InputError, OutputError
 from gta_edge.formats import integrity
 from gta_edge.formats.bundle import Bundle
-from gta_edge.plugins.attention.kernels import Gpu
+from gta_edge.libraries.cuda import driver_cuda_version
 from gta_edge.runtime.tensorrt import build as building
 from gta_edge.runtime.tensorrt.build import LOGIT_POSITIONS, build, prepare_only, profile_shapes, requirement
 from gta_edge.runtime.tensorrt.engine import (

@@ -31,10 +31,10 @@ LAYERS = 2
 
 @pytest.fixture(scope="module")
 def int4_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from gta_edge.export.pipeline import export
+    from gta_edge.export.pipeline import export_model
 
     directory = tmp_path_factory.mktemp("int4") / "bundle"
-    export(tiny_checkpoint, directory, precision="int4", verify=False)
+    export_model(tiny_checkpoint, directory, precision="int4", verify=False)
     return directory
 
 

@@ -23,7 +23,7 @@ from onnx.reference.op_run import OpRun
 from onnx_ir.passes import common
 
 from gta_edge.errors import BundleError, CapacityError, EngineError, GtaEdgeError, InputError, OutputError
-from gta_edge.export.pipeline import export
+from gta_edge.export.pipeline import export_model
 from gta_edge.formats.bundle import Bundle
 from gta_edge.graph.retype import RetypePass
 from gta_edge.model.config import ModelConfig
@@ -68,7 +68,9 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bundles]:
 
     @functools.cache
     def bundle(name: str, precision: str) -> Bundle:
-        return export(directory / name, directory / f"{name}, {precision}", precision=precision, verify=False).bundle
+        return export_model(
+            directory / name, directory / f"{name}, {precision}", precision=precision, verify=False
+        ).bundle
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("gta_edge.export.graph.trace", traced_once)
@@ -251,7 +253,7 @@ def test_a_value_beyond_float16_is_named(bundles: Bundles, tmp_path: Path) -> No
     weights = reference.random_weights(entries)
     weights["model.layers.1.mlp.up_proj.weight"][0, 0] = 1e6
     write_checkpoint(tmp_path / "checkpoint", entries, weights)
-    bundle = export(tmp_path / "checkpoint", tmp_path / "bundle", precision="bf16", verify=False).bundle
+    bundle = export_model(tmp_path / "checkpoint", tmp_path / "bundle", precision="bf16", verify=False).bundle
     function_form(bundle, tmp_path / "bf16", compute="bf16")
     with pytest.raises(EngineError, match=r"up_proj.* up to 9\.994e\+05, beyond float16's 65504; .*bf16$"):
         function_form(bundle, tmp_path / "fp16", compute="fp16")

@@ -20,10 +20,11 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx_ir.passes import common
 
 from gta_edge.errors import EngineError
-from gta_edge.export.pipeline import export
+from gta_edge.export.pipeline import export_model
 from gta_edge.formats.bundle import Bundle
 from gta_edge.graph.retype import RetypePass
 from gta_edge.numerics.quantization import pack_nibbles
+from gta_edge.plugins.domain import DOMAIN
 from gta_edge.plugins.matmul import definition as op
 from gta_edge.plugins.matmul.packing import packed_shapes
 from gta_edge.runtime.tensorrt.matmul_choice import ProductCall, calls_of
@@ -127,7 +128,7 @@ def attach_functions(model: ir.Model) -> None:
     """Add the functions of our products, which a graph that goes to TensorRT does not have."""
     for node in model.graph:
         for bits, name in op.OPS.items():
-            if (node.domain, node.op_type) == (op.DOMAIN, name):
+            if (node.domain, node.op_type) == (DOMAIN, name):
                 outputs, bias = len(node.outputs), len(node.inputs) == len(op.INPUTS)
                 node.overload = op.overload(outputs, bias)
                 function = ir.serde.deserialize_function(onnx.parser.parse_function(op.function(bits, outputs, bias)))
@@ -446,7 +447,9 @@ def test_what_a_packed_model_consists_of(bundles: Bundles, tmp_path: Path, name:
 def test_blocks_of_16_leave_the_model_as_it_is(tmp_path: Path) -> None:
     entries = TABLE["gqa, tied"]
     write_checkpoint(tmp_path / "checkpoint", entries, reference.random_weights(entries))
-    bundle = export(tmp_path / "checkpoint", tmp_path / "bundle", precision="int4", block_size=16, verify=False).bundle
+    bundle = export_model(
+        tmp_path / "checkpoint", tmp_path / "bundle", precision="int4", block_size=16, verify=False
+    ).bundle
     done = specialised(bundle, tmp_path / "model" / "model.onnx", "fp16", pack=True)
     assert (done.calls, len(done.left)) == (0, 7 * LAYERS + 1)
     assert set(done.left.values()) == {"int4 with blocks of 16, expected one of 32, 64, 128"}

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from gta_edge.export.pipeline import export
+from gta_edge.export.pipeline import export_model
 from gta_edge.formats.bundle import Bundle
 from gta_edge.formats.random_checkpoint import initialise
 from gta_edge.libraries.tensorrt import load
@@ -71,7 +71,7 @@ def size(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Size]:
         if not checkpoint.exists():
             initialise(CONFIGS[name], checkpoint)
         if not bundle.exists():
-            export(checkpoint, bundle, precision=precision, block_size=block_size, verify=False)
+            export_model(checkpoint, bundle, precision=precision, block_size=block_size, verify=False)
         return engine_bytes(Bundle.open(bundle), bundle.with_name(f"{bundle.name}-{compute}"), compute)
 
     with pytest.MonkeyPatch.context() as patch:

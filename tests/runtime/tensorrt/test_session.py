@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 
 from gta_edge.accuracy.tolerance import COMPUTE_BOUNDS, FLOAT32_BOUND, difference
+from gta_edge.cuda.gpu import current_gpu
 from gta_edge.errors import BackendError, CapacityError, EngineError, InputError
 from gta_edge.formats.bundle import Bundle
-from gta_edge.formats.weights import read_weights
+from gta_edge.graph.weights import read_weights
 from gta_edge.libraries.tensorrt import load
 from gta_edge.numerics.quantization import BITS
-from gta_edge.plugins.attention.kernels import current_gpu
 from gta_edge.runtime.registry import open_session
 from gta_edge.runtime.session import Session
 from gta_edge.runtime.tensorrt.build import LOGIT_POSITIONS, build

@@ -22,12 +22,13 @@ import gta_edge
 from gta_edge.accuracy.reference import build_decoder
 from gta_edge.accuracy.tolerance import COMPUTE_BOUNDS, difference
 from gta_edge.errors import BundleError
-from gta_edge.export.pipeline import export
+from gta_edge.export.pipeline import export_model
 from gta_edge.formats.bundle import Bundle
-from gta_edge.formats.weights import Coded, read_stored, read_weights
+from gta_edge.graph.weights import read_stored, read_weights
 from gta_edge.model.config import ModelConfig
 from gta_edge.model.decoder import Decoder
 from gta_edge.model.quantized_decoder import PackedEmbedding, Product, Products, build_packed_decoder, is_packable
+from gta_edge.numerics.quantization import Coded
 from gta_edge.runtime.torch import session as backend
 from gta_edge.runtime.torch.session import TorchSession, load_decoder, multiplies_codes
 from tests.helpers import reference
@@ -92,7 +93,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Bundle]
         weights = {n: w for n, w in weights.items() if case.biases or not n.endswith(".bias")}
         write_checkpoint(directory / "checkpoint", case.entries, weights)
         options = {"precision": case.precision, "block_size": case.block_size, "verify": False}
-        return export(directory / "checkpoint", directory / "bundle", **options).bundle
+        return export_model(directory / "checkpoint", directory / "bundle", **options).bundle
 
     return bundle_of
 
@@ -233,7 +234,7 @@ def test_loading_holds_one_dequantised_matrix_at_most(tmp_path):
     entries = reference.gta_entries(heads=4, n_q=4, n_k=1, n_c=1, d_k=32, d_l=64, e=1, **SMALL)
     entries |= {"num_hidden_layers": 8, "vocab_size": 2048, "intermediate_size": 512}
     write_checkpoint(tmp_path / "checkpoint", entries, reference.random_weights(entries))
-    bundle = export(tmp_path / "checkpoint", tmp_path / "bundle", precision="int4", verify=False).bundle
+    bundle = export_model(tmp_path / "checkpoint", tmp_path / "bundle", precision="int4", verify=False).bundle
     packed(bundle)  # what is imported and cached at first is so now
     tracemalloc.start()
     model = packed(bundle)
@@ -274,7 +275,7 @@ def test_blocks_that_kernels_do_not_take_are_dequantised(tmp_path, precision):
     entries = ENTRIES["gta"]
     write_checkpoint(tmp_path / "checkpoint", entries, reference.random_weights(entries))
     options = {"precision": precision, "block_size": 16, "verify": False}
-    bundle = export(tmp_path / "checkpoint", tmp_path / "bundle", **options).bundle
+    bundle = export_model(tmp_path / "checkpoint", tmp_path / "bundle", **options).bundle
     model = packed(bundle)
     assert not any(isinstance(module, Products) for module in model.modules())
     ids = prompt(1, 20)

@@ -10,6 +10,7 @@ from gta_edge.errors import BackendError
 from gta_edge.graph.builder import Nodes, lazy_initializer, take_place
 from gta_edge.libraries.optional import optional
 from gta_edge.plugins.attention import definition as op
+from gta_edge.plugins.domain import DOMAIN
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -38,14 +39,14 @@ class ExpandAttentionPass(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Expand every such node of ``model``."""
         graph = model.graph
-        found = [node for node in graph if node.domain == op.DOMAIN and node.op_type == op.OP]
+        found = [node for node in graph if node.domain == DOMAIN and node.op_type == op.OP]
         for node in found:
             outputs, made = _expanded(graph, node)
             graph.insert_before(node, made)
             for old, new in zip(node.outputs, outputs, strict=True):
                 take_place(old, new)
             graph.remove(node, safe=True)
-        for identifier in [key for key in model.functions if key[:2] == (op.DOMAIN, op.OP)]:
+        for identifier in [key for key in model.functions if key[:2] == (DOMAIN, op.OP)]:
             del model.functions[identifier]
         if found:
             model.opset_imports[_CONTRIB] = 1

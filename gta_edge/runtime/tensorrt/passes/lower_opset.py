@@ -11,7 +11,7 @@ from gta_edge.errors import EngineError
 from gta_edge.graph.builder import Nodes, take_place
 from gta_edge.graph.types import Types, fits, title, value_types
 from gta_edge.libraries.optional import optional
-from gta_edge.plugins.attention import definition as op
+from gta_edge.plugins.domain import DOMAIN
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -69,7 +69,7 @@ class WriteOutNewerOpsPass(ir.passes.InPlacePass):
 def _lowest(graph: ir.Graph, current: int) -> int:
     """Return the lowest opset that has every operator in its form."""
     types = value_types(graph)
-    nodes = [node for node in graph if node.domain != op.DOMAIN]
+    nodes = [node for node in graph if node.domain != DOMAIN]
     for version in range(OPSET, min(NEWEST_OPSET, current) + 1):
         missing = next((node for node in nodes if not fits(node, types, version)), None)
         if missing is None:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from gta_edge.graph.builder import lazy_initializer, take_place
 from gta_edge.libraries.optional import optional
 from gta_edge.numerics.quantization import unpack_nibbles
+from gta_edge.plugins.domain import DOMAIN, VERSION
 from gta_edge.plugins.matmul import definition as op
 from gta_edge.plugins.matmul.packing import BLOCK_SIZES, OUTPUTS_MULTIPLE, pack, packed_shapes
 
@@ -79,7 +80,7 @@ class PackProductsPass(ir.passes.InPlacePass):
             _remove_unused(graph, product)
         self.calls, self.products = len(calls), sum(map(len, calls))
         if calls:
-            graph.opset_imports[op.DOMAIN] = op.VERSION
+            graph.opset_imports[DOMAIN] = VERSION
         return ir.passes.PassResult(model, modified=bool(calls))
 
 
@@ -216,7 +217,7 @@ def _replace(graph: ir.Graph, products: Sequence[_Product], weight: ir.Value, sc
         op.OPS[first.bits],
         inputs,
         attributes=op.attributes(first.block, sizes),
-        domain=op.DOMAIN,
+        domain=DOMAIN,
         num_outputs=len(products),
     )
     graph.insert_before(min(products, key=lambda product: product.place).node, call)

@@ -9,6 +9,7 @@ from gta_edge.graph.types import title
 from gta_edge.libraries.optional import optional
 from gta_edge.plugins.attention import definition as op
 from gta_edge.plugins.attention.plugin_call import QUANTISED_CACHE
+from gta_edge.plugins.domain import DOMAIN
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -49,7 +50,7 @@ class QuantizeCachePass(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Change the caches of ``model``."""
-        nodes = [node for node in model.graph if node.domain == op.DOMAIN and node.op_type == op.OP]
+        nodes = [node for node in model.graph if node.domain == DOMAIN and node.op_type == op.OP]
         if not nodes or model.functions:
             found = "the model keeps its functions" if nodes else f"the graph has no {op.OP}"
             raise EngineError(f"{found}; caches of 8 bits need the plugin: choose the plugin form of a GTA model")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from gta_edge.errors import EngineError
 from gta_edge.libraries.optional import optional
 from gta_edge.plugins.attention import definition as op
+from gta_edge.plugins.domain import DOMAIN, VERSION
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -32,14 +33,14 @@ class RemoveFunctionsPass(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Remove the functions of ``model``."""
-        nodes = [node for node in model.graph if node.domain == op.DOMAIN]
+        nodes = [node for node in model.graph if node.domain == DOMAIN]
         for domain, name in [key[:2] for key in model.functions] + [(n.domain, n.op_type) for n in nodes]:
-            if (domain, name) != (op.DOMAIN, op.OP):
-                raise EngineError(f"no plugin implements {domain}::{name}, only {op.DOMAIN}::{op.OP}; export it again")
+            if (domain, name) != (DOMAIN, op.OP):
+                raise EngineError(f"no plugin implements {domain}::{name}, only {DOMAIN}::{op.OP}; export it again")
         modified = bool(model.functions)
         model.functions.clear()
         for node in nodes:
-            for name, text in (("plugin_namespace", op.DOMAIN), ("plugin_version", str(op.VERSION))):
+            for name, text in (("plugin_namespace", DOMAIN), ("plugin_version", str(VERSION))):
                 if node.attributes.get_string(name, "") != text:
                     node.attributes[name] = ir.AttrString(name, text)
                     modified = True
