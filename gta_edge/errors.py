@@ -11,7 +11,7 @@
     ├── InputError        ids, text or options that make no sense for this model
     └── OutputError       a result that cannot be written where it was asked for
 
-A message is one line: what was found, what was expected, what to do next.
+A message is one line: what was found and what was expected, then what to do next.
 """
 
 from __future__ import annotations
@@ -31,7 +31,19 @@ __all__ = [
 
 
 class GtaEdgeError(Exception):
-    """Base of every error raised on purpose by gta_edge."""
+    """Base of every error raised on purpose by gta_edge.
+
+    Args:
+        problem: what was found, and what was expected.
+        remedy: what to do next; None where the problem says it.
+    """
+
+    def __init__(self, problem: str, remedy: str | None = None) -> None:
+        super().__init__(problem, remedy)
+        self.problem, self.remedy = problem, remedy
+
+    def __str__(self) -> str:
+        return f"{self.problem}; {self.remedy}" if self.remedy else self.problem
 
 
 class ConfigError(GtaEdgeError):

@@ -40,7 +40,7 @@ def build_decoder(config: ModelConfig, weights: Iterable[tuple[str, npt.NDArray[
     tensors = {name: torch.from_numpy(array.astype(np.float32, copy=False)) for name, array in weights}
     missing = [n for n in config.parameter_shapes() if n not in tensors and not config.is_optional(n)]
     if missing:
-        raise BundleError(f"the weights lack {missing[0]} and {len(missing) - 1} more; export the bundle again")
+        raise BundleError(f"the weights lack {missing[0]} and {len(missing) - 1} more", "export the bundle again")
     with torch.device("meta"):
         model = Decoder(config, tensors.keys())
     model.load_state_dict(tensors, assign=True)

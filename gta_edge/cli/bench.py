@@ -107,7 +107,7 @@ def _numbers(option: str, text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError as error:
         raise InputError(
-            f"{option} is {brief(text)}; expected whole numbers with commas between, such as 128,2048"
+            f"{option} is {brief(text)}", "expected whole numbers with commas between, such as 128,2048"
         ) from error
 
 
@@ -123,5 +123,5 @@ def _prompt(bundles: list[Path], file: Path | None, ids: str | None) -> tuple[in
     text = read_text_or_stdin(file)
     tokenizer = Tokenizer.load(Bundle.open(bundles[0]).directory)
     if tokenizer is None:
-        raise InputError(f"{printable(str(bundles[0]))} has no tokenizer; {NO_TOKENIZER}")
+        raise InputError(f"{printable(str(bundles[0]))} has no tokenizer", NO_TOKENIZER)
     return tuple(int(i) for i in tokenizer.encode(text))

@@ -17,7 +17,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from gta_edge.errors import BackendError, GtaEdgeError
+from gta_edge.errors import GtaEdgeError
 from gta_edge.libraries.optional import UnusableError, find_module
 from gta_edge.support.text import one_line
 
@@ -120,8 +120,7 @@ def _state(reason: str | None = None, remedy: str | None = None, **found: Any) -
 
 
 def _refused(error: GtaEdgeError) -> Answer:
-    reason, _, remedy = str(error).partition("; ")
-    return _state(reason, remedy.removeprefix("run: ") or None)
+    return _state(error.problem, (error.remedy or "").removeprefix("run: ") or None)
 
 
 # --- the checks ------------------------------------------------------------------------------------------------------
@@ -150,8 +149,8 @@ def _driver() -> Answer:
     from gta_edge.libraries.cuda import driver_cuda_version, driver_problem
 
     version = driver_cuda_version()
-    reason, _, remedy = (driver_problem() or "").partition("; ")
-    return _state(reason or None, remedy or None, cuda=f"{version[0]}.{version[1]}" if version else None)
+    found = _refused(problem) if (problem := driver_problem()) else _state()
+    return found | {"cuda": f"{version[0]}.{version[1]}" if version else None}
 
 
 def _kernels() -> Answer:
@@ -230,7 +229,7 @@ def _onnxruntime_cuda() -> Answer:
         try:
             _run_a_kernel(module, CUDA_PROVIDER)
         except Exception as error:  # ONNX Runtime's errors have no common base
-            raise BackendError(why_no_gpu(module, error)) from error
+            raise why_no_gpu(module, error) from error
     return found
 
 

@@ -42,7 +42,7 @@ def evaluate(
     ):
         if content is not None:
             if session.tokenizer is None:
-                raise InputError(f"{printable(str(bundle))} has no tokenizer; {NO_TOKENIZER}")
+                raise InputError(f"{printable(str(bundle))} has no tokenizer", NO_TOKENIZER)
             tokens = np.asarray(session.tokenizer.encode(content), np.int64)
         assert tokens is not None  # one of the two was given
         result = run(session, tokens, window=window, progress=progress)

@@ -85,7 +85,9 @@ def _prompt(text: str | None, file: Path | None, ids: str | None) -> Any:
     try:
         return [int(part) for part in str(ids).split(",")]
     except ValueError as error:
-        raise InputError(f"--ids is {brief(ids)}; expected whole numbers with commas between, such as 1,2,3") from error
+        raise InputError(
+            f"--ids is {brief(ids)}", "expected whole numbers with commas between, such as 1,2,3"
+        ) from error
 
 
 def _show(output: Output, piece: str, generation: Any) -> None:

@@ -73,7 +73,7 @@ def describe(config: ModelConfig, precision: str, weight_bytes: int, cache_dtype
 
 def _open(path: Path, verify_hashes: bool, progress: Any) -> tuple[ModelConfig, str, int, dict[str, Any]]:
     if not path.exists():
-        raise InputError(f"{path} is neither a directory nor a preset; presets are {', '.join(PRESETS)}")
+        raise InputError(f"{path} is neither a directory nor a preset", f"presets are {', '.join(PRESETS)}")
     if (path / MANIFEST).exists():
         bundle = Bundle.open(path, verify_hashes=verify_hashes, progress=progress)
         extra: dict[str, Any] = {"kind": "bundle"}

@@ -82,7 +82,7 @@ def _device(name: str, efficiency: float | None) -> Device:
     if name not in device_names():
         device(name)  # says which there are
     if efficiency is not None and not 0 < efficiency <= 1:
-        raise InputError(f"--efficiency is {efficiency}; expected a number above 0, up to 1")
+        raise InputError(f"--efficiency is {efficiency}", "expected a number above 0, up to 1")
     if name in MEASURED:
         from gta_edge.machine.probe import measure
 
@@ -96,7 +96,7 @@ def _model(target: str, precision: str | None, block_size: int | None) -> Model:
     path = Path(target)
     if not path.exists():
         if target not in PRESETS:
-            raise InputError(f"{target} is neither a directory nor a preset; presets are {', '.join(PRESETS)}")
+            raise InputError(f"{target} is neither a directory nor a preset", f"presets are {', '.join(PRESETS)}")
         config = preset(target)
         return Model.of(target, config, precision or _PRECISION_OF_DTYPE[config.dtype], block_size)
     if (path / MANIFEST).exists():

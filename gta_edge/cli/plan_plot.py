@@ -32,13 +32,13 @@ def check(path: Path, *, force: bool, inputs: Sequence[Path]) -> None:
     if path.suffix.lower() not in _SUFFIXES:
         raise OutputError(f"{path}: expected a name that ends in {', '.join(_SUFFIXES)}")
     if not path.resolve().parent.is_dir():
-        raise OutputError(f"{path}: its directory does not exist; make it, or choose another")
+        raise OutputError(f"{path}: its directory does not exist", "make it, or choose another")
     if path.is_dir():
-        raise OutputError(f"{path}: is a directory; give the name of a file")
+        raise OutputError(f"{path}: is a directory", "give the name of a file")
     check_new_file(path, force=force, inputs=inputs)
     if importlib.util.find_spec("matplotlib") is None:
         raise BackendError(
-            "the Python module matplotlib is needed and not installed; run: pip install 'gta-edge[plot]'"
+            "the Python module matplotlib is needed and not installed", "run: pip install 'gta-edge[plot]'"
         )
 
 

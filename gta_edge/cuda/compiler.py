@@ -124,13 +124,14 @@ def _nvrtc_version(architecture: str) -> tuple[int, int]:
         raise
     except Exception as error:  # of a kind that differs from release to release
         raise BackendError(
-            f"NVRTC, CUDA's run-time compiler, cannot be loaded ({_first_line(error)}); "
-            f"run: pip install 'gta-edge[{extra}]'"
+            f"NVRTC, CUDA's run-time compiler, cannot be loaded ({_first_line(error)})",
+            f"run: pip install 'gta-edge[{extra}]'",
         ) from error
     if architecture not in [f"sm_{number}" for number in known]:
         raise BackendError(
             f"NVRTC {major}.{minor} does not compile for {architecture}, but for "
-            f"{', '.join(f'sm_{number}' for number in known)}; run: pip install --upgrade 'gta-edge[{extra}]'"
+            f"{', '.join(f'sm_{number}' for number in known)}",
+            f"run: pip install --upgrade 'gta-edge[{extra}]'",
         )
     return major, minor
 
@@ -142,7 +143,7 @@ def _compile(program: Compilable, architecture: str, sources: Path) -> Compiled:
         source = (sources / program.source).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise BackendError(
-            f"the kernel source {sources / program.source} cannot be read ({error}); reinstall gta-edge"
+            f"the kernel source {sources / program.source} cannot be read ({error})", "reinstall gta-edge"
         ) from error
     options = core.ProgramOptions(
         name=program.source,
@@ -156,8 +157,8 @@ def _compile(program: Compilable, architecture: str, sources: Path) -> Compiled:
         cubin = core.Program(source, "c++", options).compile("cubin", logs=log).code
     except Exception as error:  # its class is not public
         raise BackendError(
-            f"{program.source} does not compile for {architecture} ({_first_error(error)}); "
-            f"run: pip install --upgrade 'gta-edge[{extra}]', or report this line"
+            f"{program.source} does not compile for {architecture} ({_first_error(error)})",
+            f"run: pip install --upgrade 'gta-edge[{extra}]', or report this line",
         ) from error
     # without what differs from one compilation to the next
     text = re.sub(r"^.*Compile time = .*\n?", "", log.getvalue().replace("\0", ""), flags=re.MULTILINE).strip()
@@ -211,7 +212,7 @@ def _key(program: Compilable, architecture: str, nvrtc: tuple[int, int], sources
         for path in sorted(path for path in sources.iterdir() if path.is_file()):
             digest.update(path.name.encode() + b"\0" + sha256(path.read_bytes()).digest())
     except OSError as error:
-        raise BackendError(f"the kernel sources cannot be read ({error}); reinstall gta-edge") from error
+        raise BackendError(f"the kernel sources cannot be read ({error})", "reinstall gta-edge") from error
     return digest.hexdigest()
 
 

@@ -49,7 +49,7 @@ def current_gpu(device_id: int = 0) -> Gpu:
         BackendError: there is no driver that starts, no such GPU, or the kernels cannot run on it.
     """
     if driver_cuda_version() is None:
-        raise BackendError(driver_problem() or "the NVIDIA driver does not say what CUDA it knows; install it again")
+        raise driver_problem() or BackendError("the NVIDIA driver does not say what CUDA it knows", "install it again")
     core = optional("cuda.core", cuda_extra())
     try:
         device = core.Device(device_id)
@@ -59,12 +59,12 @@ def current_gpu(device_id: int = 0) -> Gpu:
         raise
     except Exception as error:  # CUDAError, ValueError, RuntimeError: by what fails
         raise BackendError(
-            f"there is no usable CUDA device {device_id} ({_one_line(error)}); nvidia-smi lists those that there are"
+            f"there is no usable CUDA device {device_id} ({_one_line(error)})", "nvidia-smi lists those that there are"
         ) from error
     if (major, minor) < OLDEST:
         raise BackendError(
-            f"{gpu.name} has compute capability {major}.{minor}; the kernels need {OLDEST[0]}.{OLDEST[1]} or later "
-            "(Ampere, Jetson Orin): choose another backend"
+            f"{gpu.name} has compute capability {major}.{minor}",
+            f"the kernels need {OLDEST[0]}.{OLDEST[1]} or later (Ampere, Jetson Orin): choose another backend",
         )
     return gpu
 
@@ -126,8 +126,8 @@ class Launcher:
                 launch(stream, config, kernel, *arguments)
         except Exception as error:  # CUDAError, or TypeError for a stream that is none
             raise BackendError(
-                f"the {self.name} kernels could not be launched ({_one_line(error)}); expected a stream of device "
-                f"{self.gpu.device_id}, {self.gpu.name}"
+                f"the {self.name} kernels could not be launched ({_one_line(error)})",
+                f"expected a stream of device {self.gpu.device_id}, {self.gpu.name}",
             ) from error
 
     def _as_stream(self, stream: Any) -> Any:
@@ -179,8 +179,8 @@ class Launcher:
             version = driver_cuda_version()
             known = f"CUDA {version[0]}.{version[1]}" if version else "no CUDA"
             raise BackendError(
-                f"the {self.name} kernels cannot be loaded on {self.gpu.name} ({_one_line(error)}); its driver knows "
-                f"{known}: update it, or run: pip install 'gta-edge[{cuda_extra()}]'"
+                f"the {self.name} kernels cannot be loaded on {self.gpu.name} ({_one_line(error)})",
+                f"its driver knows {known}: update it, or run: pip install 'gta-edge[{cuda_extra()}]'",
             ) from error
 
 

@@ -82,7 +82,7 @@ class Cuda:
         status, address = self._driver.cuMemAlloc(size_bytes)
         if int(status):
             if status != self._driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
-                raise BackendError(f"the GPU gave no memory for {what} ({_name(status)}); run `gta-edge doctor`")
+                raise BackendError(f"the GPU gave no memory for {what} ({_name(status)})", "run `gta-edge doctor`")
             raise CapacityError(f"{what} takes {_gb(size_bytes)} and {self._room(size_bytes)}")
         self._addresses.append(int(address))
         self._call("cuMemsetD8Async", address, 0, size_bytes, self._stream)
@@ -128,12 +128,12 @@ class Cuda:
         status, found = self._driver.cuMemAllocHost(size)
         if int(status):
             if status != self._driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
-                raise BackendError(f"CUDA's cuMemAllocHost failed ({_name(status)}); run `gta-edge doctor`")
+                raise BackendError(f"CUDA's cuMemAllocHost failed ({_name(status)})", "run `gta-edge doctor`")
             free = available_bytes()
             raise CapacityError(
                 f"{what} takes {_gb(size)} of pinned memory, which CUDA does not give"
-                f"{'' if free is None else f' ({_gb(free)} of the system are free)'}; close other programs, raise the "
-                "limit of the container, or build with a smaller --max-batch"
+                f"{'' if free is None else f' ({_gb(free)} of the system are free)'}",
+                "close other programs, raise the limit of the container, or build with a smaller --max-batch",
             )
         address = int(found)
         self._pinned.append(address)
@@ -203,7 +203,7 @@ class Cuda:
     def _call(self, function: str, *arguments: Any) -> Any:
         status, *values = getattr(self._driver, function)(*arguments)
         if int(status):
-            raise BackendError(f"CUDA's {function} failed ({_name(status)}); run `gta-edge doctor`")
+            raise BackendError(f"CUDA's {function} failed ({_name(status)})", "run `gta-edge doctor`")
         return values[0] if len(values) == 1 else tuple(values)
 
 

@@ -63,7 +63,7 @@ def evaluate(
     given: Any = window
     is_whole = isinstance(given, Integral) and not isinstance(given, bool)
     if not (is_whole and 1 <= int(given) <= session.max_length):
-        raise InputError(f"window is {brief(window)}; expected 1 to {session.max_length}, the model's positions")
+        raise InputError(f"window is {brief(window)}", f"expected 1 to {session.max_length}, the model's positions")
     ids = _as_ids(ids)
     outside = ids[(ids < 0) | (ids >= session.config.vocab_size)]
     if outside.size:
@@ -81,8 +81,8 @@ def evaluate(
             total += _negative_log_likelihood(logits, ids[at + 1 : end + 1])
             if math.isnan(total):
                 raise BackendError(
-                    "the model's logits hold NaN; the weights are damaged, or too large for the type they are computed "
-                    "in: try another backend"
+                    "the model's logits hold NaN",
+                    "the weights are damaged, or too large for the type they are computed in: try another backend",
                 )
             progress("evaluating", end, predicted)
     return Evaluation(predicted, total / predicted)
@@ -97,7 +97,7 @@ def read_ids(path: Path) -> npt.NDArray[np.integer]:
     name = printable(str(path))
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe would wait for ever
-            raise InputError(f"{name}: is not a regular file; give a .npy file of integers")
+            raise InputError(f"{name}: is not a regular file", "give a .npy file of integers")
         with path.open("rb") as file:  # numpy does not close what it opened where it fails
             ids = np.load(file, allow_pickle=False)
             if not isinstance(ids, np.ndarray):
@@ -106,11 +106,11 @@ def read_ids(path: Path) -> npt.NDArray[np.integer]:
         raise
     except Exception as error:  # what a damaged header raises has no common base
         raise InputError(
-            f"{name}: is not a readable .npy file of integers ({one_line(error)}); write one with numpy.save"
+            f"{name}: is not a readable .npy file of integers ({one_line(error)})", "write one with numpy.save"
         ) from error
     if not isinstance(ids, np.ndarray) or ids.ndim != 1 or ids.dtype.kind not in "iu":
         found = f"{ids.dtype} of shape {list(ids.shape)}" if isinstance(ids, np.ndarray) else "an archive"
-        raise InputError(f"{name}: holds {found}; expected integers in one dimension")
+        raise InputError(f"{name}: holds {found}", "expected integers in one dimension")
     return ids
 
 
@@ -119,11 +119,11 @@ def _as_ids(ids: Any) -> npt.NDArray[np.integer]:
     try:
         array = np.asarray(ids)
     except ValueError as error:  # rows of different length
-        raise InputError("the ids differ in length by row; give them in one dimension") from error
+        raise InputError("the ids differ in length by row", "give them in one dimension") from error
     if array.ndim != 1 or len(array) < 2:
-        raise InputError(f"there are {array.size} tokens; at least two are needed, since the first is only given")
+        raise InputError(f"there are {array.size} tokens", "at least two are needed, since the first is only given")
     if array.dtype.kind not in "iu":
-        raise InputError(f"the ids are {array.dtype}; expected integers")
+        raise InputError(f"the ids are {array.dtype}", "expected integers")
     return array
 
 

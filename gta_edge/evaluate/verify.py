@@ -49,7 +49,7 @@ def verify(
     source = Checkpoint.open(checkpoint)
     if source.config.parameter_shapes() != opened.config.parameter_shapes():
         raise CheckpointError(
-            f"{checkpoint}: is another model than the one in {bundle}; give what it was exported from"
+            f"{checkpoint}: is another model than the one in {bundle}", "give what it was exported from"
         )
 
     require_memory_for_torch(opened.config, opened.precision, "comparing with PyTorch")
@@ -68,7 +68,7 @@ def verify(
     progress("verifying backends", len(names), len(names))
     if not report.backends:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in (report.unavailable or report.absent).items())
-        raise BackendError(f"none of the backends works here ({reasons}); run `gta-edge doctor`")
+        raise BackendError(f"none of the backends works here ({reasons})", "run `gta-edge doctor`")
     return report
 
 

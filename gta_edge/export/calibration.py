@@ -87,8 +87,8 @@ def _not_finite() -> Iterator[None]:
         yield
     except (OverflowError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]  # it is documented
         raise ExportError(
-            "calibrating met values that are not finite, or beyond float16's range; "
-            "check the weights, or export in fp32 or bf16"
+            "calibrating met values that are not finite, or beyond float16's range",
+            "check the weights, or export in fp32 or bf16",
         ) from error
 
 
@@ -100,14 +100,14 @@ def calibration_ids(source: Checkpoint, text: Path) -> Any:
     """
     tokenizer = Tokenizer.load(source.directory)
     if tokenizer is None:
-        raise InputError(f"{source.directory} has no tokenizer.json to read a calibration text with; leave it out")
+        raise InputError(f"{source.directory} has no tokenizer.json to read a calibration text with", "leave it out")
     encoded = tokenizer.encode(read_text(text, remedy=_TEXT, pipes=True), add_special_tokens=False)
     tokens = min(_TOKENS, source.config.max_position_embeddings)
     ids = np.asarray(encoded, np.int64)
     if len(ids) < tokens or (ids >= source.config.vocab_size).any():
         raise InputError(
-            f"{text}: gives {len(ids)} tokens for a vocabulary of {source.config.vocab_size}; "
-            f"expected at least {tokens}, {_ROWS * tokens} are used: give a longer text"
+            f"{text}: gives {len(ids)} tokens for a vocabulary of {source.config.vocab_size}",
+            f"expected at least {tokens}, {_ROWS * tokens} are used: give a longer text",
         )
     rows = min(_ROWS, len(ids) // tokens)
     starts = np.linspace(0, len(ids) - tokens, rows).astype(np.int64)

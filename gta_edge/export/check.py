@@ -56,8 +56,8 @@ def _plain_logits(bundle: Bundle, ids: npt.NDArray[np.int64], prefill: int) -> n
         return np.concatenate(list(_steps(session, bundle, ids, prefill)), axis=1)
     except Exception as error:  # ONNX Runtime's errors have no common base
         raise ExportError(
-            f"ONNX Runtime {onnxruntime.__version__} cannot run the exported model "
-            f"({first_line(error)}); please report this"
+            f"ONNX Runtime {onnxruntime.__version__} cannot run the exported model ({first_line(error)})",
+            "please report this",
         ) from error
 
 
@@ -83,6 +83,6 @@ def raise_if_failed(report: Report, bundle: Path) -> None:
     """Turn a failed check into a failed export."""
     if not report.passed:
         raise ExportError(
-            f"{bundle}: the export does not agree with PyTorch ({'; '.join(report.failures)}); nothing was written: "
-            "check that the weights are finite, or export in a wider precision"
+            f"{bundle}: the export does not agree with PyTorch ({'; '.join(report.failures)})",
+            "nothing was written: check that the weights are finite, or export in a wider precision",
         )

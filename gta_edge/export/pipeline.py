@@ -102,7 +102,7 @@ def export_model(
         precision = _own_precision(source)
     block_size = block_size_for(source.config, precision, block_size)
     if calibrate is not None and precision not in BITS:
-        raise InputError(f"precision is {precision}, which is not calibrated; calibrate int8 or int4")
+        raise InputError(f"precision is {precision}, which is not calibrated", "calibrate int8 or int4")
     text = check_text_files(source.directory, source.config)
     require_memory_for_export(source, precision, calibrated=calibrate is not None, verify=verify)
     inputs = [source.directory] if calibrate is None else [source.directory, Path(calibrate)]
@@ -158,7 +158,7 @@ def _write_model(
     try:
         onnx.checker.check_model(path, full_check=True)
     except onnx.checker.ValidationError as error:
-        raise ExportError(f"the exported graph is not valid ONNX ({one_line(error)}); please report this") from error
+        raise ExportError(f"the exported graph is not valid ONNX ({one_line(error)})", "please report this") from error
 
 
 def _raise_cause(error: Exception) -> NoReturn:

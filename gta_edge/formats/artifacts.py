@@ -161,8 +161,8 @@ def require_secret() -> bytes:
     if secret is None:
         where = directory or "the cache directory"
         raise OutputError(
-            f"{where}: the key that artifacts are signed with cannot be kept there; set GTA_EDGE_CACHE to a directory "
-            "of your own that can be written to"
+            f"{where}: the key that artifacts are signed with cannot be kept there",
+            "set GTA_EDGE_CACHE to a directory of your own that can be written to",
         )
     with suppress(OSError):  # a home directory may be shared by machines
         return hmac.digest(secret, _MACHINE_ID.read_bytes(), "sha256")

@@ -125,22 +125,23 @@ class Bundle:
         manifest = _read_manifest(directory)
         for name in COMPANIONS:
             if name not in manifest["files"] and os.path.lexists(directory / name):
-                raise BundleError(f"{directory / name}: is not in the manifest; put it into the checkpoint and export")
+                raise BundleError(
+                    f"{directory / name}: is not in the manifest", "put it into the checkpoint and export"
+                )
         for name, entry in manifest["files"].items():
             _check_file(directory, name, entry, verify_hashes, progress)
         try:
             config = read_config(directory / CONFIG)
         except ConfigError as error:
-            raise BundleError(str(error)) from error
+            raise BundleError(error.problem, error.remedy) from error
         layers, graph_bytes = config.num_hidden_layers, manifest["files"][MODEL]["bytes"]
         if layers * _BYTES_PER_LAYER > graph_bytes:
-            raise BundleError(
-                f"{directory / CONFIG}: asks for {layers} layers, {MODEL} is too small for them; {_REMEDY}"
-            )
+            raise BundleError(f"{directory / CONFIG}: asks for {layers} layers, {MODEL} is too small for them", _REMEDY)
         if manifest["cache"] != _cache_layout(config):
             raise BundleError(
                 f"{directory / MANIFEST}: the cache layout {brief(manifest['cache'])} is not that of {CONFIG}, "
-                f"{brief(_cache_layout(config))}; {_REMEDY}"
+                f"{brief(_cache_layout(config))}",
+                f"{_REMEDY}",
             )
         return cls(directory, config, manifest["precision"], manifest, verify_hashes, identity)
 
@@ -187,30 +188,30 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
     try:
         is_directory, exists = directory.is_dir(), directory.exists()
     except OSError as error:  # a name that is too long, a directory that may not be searched
-        raise BundleError(f"{directory}: cannot be read ({error.strerror}); give a bundle's directory") from error
+        raise BundleError(f"{directory}: cannot be read ({error.strerror})", "give a bundle's directory") from error
     if not is_directory:
         found = "is a file" if exists else "does not exist"
-        raise BundleError(f"{directory} {found}; expected a bundle directory, as `gta-edge export` writes it")
+        raise BundleError(f"{directory} {found}", "expected a bundle directory, as `gta-edge export` writes it")
     if not os.path.lexists(path):
         hint = "it looks like a checkpoint: run `gta-edge export` first" if (directory / CONFIG).exists() else _REMEDY
-        raise BundleError(f"{directory}: is not a bundle, it has no {MANIFEST}; {hint}")
+        raise BundleError(f"{directory}: is not a bundle, it has no {MANIFEST}", hint)
     manifest = read_json(bundle_file(directory, MANIFEST), BundleError, _REMEDY, max_bytes=_MAX_MANIFEST_BYTES)
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise BundleError(f"{path}: is not the manifest of a bundle (no format {FORMAT!r}); {_REMEDY}")
+        raise BundleError(f"{path}: is not the manifest of a bundle (no format {FORMAT!r})", _REMEDY)
     version = manifest.get("format_version")
     if type(version) is not int or version < 1:  # JSON's true is an int to Python
-        raise BundleError(f"{path}: format_version is {brief(version)}; expected 1 to {FORMAT_VERSION}; {_REMEDY}")
+        raise BundleError(f"{path}: format_version is {brief(version)}; expected 1 to {FORMAT_VERSION}", _REMEDY)
     if version > FORMAT_VERSION:
         raise BundleError(
-            f"{path}: format_version is {brief(version)}; this version of gta-edge reads up to {FORMAT_VERSION}: "
-            "upgrade it"
+            f"{path}: format_version is {brief(version)}",
+            f"this version of gta-edge reads up to {FORMAT_VERSION}: upgrade it",
         )
     try:
         intact = manifest.pop("sha256", None) == _digest(manifest)
     except RecursionError:
         intact = False
     if not intact:
-        raise BundleError(f"{path}: was changed after it was written; {_REMEDY}")
+        raise BundleError(f"{path}: was changed after it was written", _REMEDY)
     _check_fields(path, manifest)
     return manifest
 
@@ -223,24 +224,22 @@ def _check_fields(path: Path, manifest: dict[str, Any]) -> None:
     precision = manifest.get("precision")
     if precision not in list(PRECISIONS):  # a list, since what is looked up may not be hashable
         known = ", ".join(PRECISIONS)
-        raise BundleError(f"{path}: precision is {brief(precision)}; expected one of {known}; {_REMEDY}")
+        raise BundleError(f"{path}: precision is {brief(precision)}; expected one of {known}", _REMEDY)
     block_size = manifest.get("block_size")  # none in bundles of earlier versions
     if block_size is not None and (type(block_size) is not int or block_size not in BLOCK_SIZES):
-        raise BundleError(
-            f"{path}: block_size is {brief(block_size)}; expected one of {BLOCK_SIZES} or none; {_REMEDY}"
-        )
+        raise BundleError(f"{path}: block_size is {brief(block_size)}; expected one of {BLOCK_SIZES} or none", _REMEDY)
     if not isinstance(files, dict) or not {MODEL, CONFIG} <= files.keys() or "cache" not in manifest:
-        raise BundleError(f"{path}: does not list {MODEL} and {CONFIG} with their cache layout; {_REMEDY}")
+        raise BundleError(f"{path}: does not list {MODEL} and {CONFIG} with their cache layout", _REMEDY)
     if not isinstance(manifest.get("made_with"), dict):
-        raise BundleError(f"{path}: does not say what made the bundle (made_with); {_REMEDY}")
+        raise BundleError(f"{path}: does not say what made the bundle (made_with)", _REMEDY)
     for name, entry in files.items():
         if not plain_name(name):
-            raise BundleError(f"{path}: lists the file {brief(name)}, which is outside the directory; {_REMEDY}")
+            raise BundleError(f"{path}: lists the file {brief(name)}, which is outside the directory", _REMEDY)
         if not is_entry(entry):
-            raise BundleError(f"{path}: the entry of {brief(name)} lacks bytes, mtime_ns or sha256; {_REMEDY}")
+            raise BundleError(f"{path}: the entry of {brief(name)} lacks bytes, mtime_ns or sha256", _REMEDY)
         limit = _MAX_GRAPH_BYTES if name == MODEL else _MAX_COMPANION_BYTES if name in (CONFIG, *COMPANIONS) else None
         if limit is not None and entry["bytes"] > limit:
-            raise BundleError(f"{path}: {name} has {brief(entry['bytes'])} bytes, expected at most {limit}; {_REMEDY}")
+            raise BundleError(f"{path}: {name} has {brief(entry['bytes'])} bytes, expected at most {limit}", _REMEDY)
 
 
 def _check_file(directory: Path, name: str, entry: Mapping[str, Any], verify_hashes: bool, progress: Progress) -> None:
@@ -250,9 +249,9 @@ def _check_file(directory: Path, name: str, entry: Mapping[str, Any], verify_has
         with os.fdopen(descriptor, "rb", buffering=0) as file:
             problem = problem_of(file, real, entry, verify_hashes=verify_hashes, progress=progress)
     except OSError as error:
-        raise BundleError(f"{path}: cannot be read ({error.strerror or error}); {_REMEDY}") from error
+        raise BundleError(f"{path}: cannot be read ({error.strerror or error})", _REMEDY) from error
     if problem:
-        raise BundleError(f"{path}: {problem}; {_REMEDY}")
+        raise BundleError(f"{path}: {problem}", _REMEDY)
 
 
 def _digest(manifest: Mapping[str, Any]) -> str:

@@ -99,7 +99,7 @@ class ChatTemplate:
             line = json.dumps(request).encode() + b"\n"
         except (TypeError, ValueError, RecursionError) as error:
             raise InputError(
-                f"the messages hold what JSON cannot say ({one_line(error)}); give texts, numbers, lists and objects"
+                f"the messages hold what JSON cannot say ({one_line(error)})", "give texts, numbers, lists and objects"
             ) from error
         with self._turn:
             if self._worker is None or not self._worker.usable:
@@ -116,7 +116,7 @@ class ChatTemplate:
 
 
 def _failed(reason: str) -> InputError:
-    return InputError(f"the chat template failed: {one_line(reason)}; check it and the messages")
+    return InputError(f"the chat template failed: {one_line(reason)}", "check it and the messages")
 
 
 class _RefusedError(InputError):
@@ -130,24 +130,25 @@ class _RefusedError(InputError):
 def _checked(messages: object) -> list[dict[str, Any]]:
     """Return messages as templates take them."""
     if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)) or not messages:
-        raise InputError(f"the messages are {brief(messages)}; expected a list of {{'role': …, 'content': …}}")
+        raise InputError(f"the messages are {brief(messages)}", "expected a list of {'role': …, 'content': …}")
     return [_checked_message(message) for message in messages]
 
 
 def _checked_message(message: object) -> dict[str, Any]:
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-        raise InputError(f"a message is {brief(message)}; expected {{'role': …, 'content': …}} with a role of text")
+        raise InputError(f"a message is {brief(message)}", "expected {'role': …, 'content': …} with a role of text")
     calls = message.get("tool_calls")
     if calls is not None and not (isinstance(calls, list) and all(isinstance(call, Mapping) for call in calls)):
-        raise InputError(f"a message has the tool_calls {brief(calls)}; expected a list of objects")
+        raise InputError(f"a message has the tool_calls {brief(calls)}", "expected a list of objects")
     content = message.get("content")
     if isinstance(content, (list, tuple)) and content:
         return {**message, "content": [_checked_part(part) for part in content]}
     if isinstance(content, str) or (content is None and calls):
         return dict(message)
     raise InputError(
-        f"a message is {brief(message)}; expected {{'role': …, 'content': …}} with a content of text, or of parts "
-        "{'type': 'text', 'text': …}, or none beside tool_calls"
+        f"a message is {brief(message)}",
+        "expected {'role': …, 'content': …} with a content of text, or of parts "
+        "{'type': 'text', 'text': …}, or none beside tool_calls",
     )
 
 
@@ -155,7 +156,7 @@ def _checked_part(part: object) -> dict[str, Any]:
     if isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str):
         return dict(part)
     raise InputError(
-        f"a part of a message is {brief(part)}; expected {{'type': 'text', 'text': …}}: the model has no other"
+        f"a part of a message is {brief(part)}", "expected {'type': 'text', 'text': …}: the model has no other"
     )
 
 
@@ -178,16 +179,16 @@ class _Worker:
             )
         except OSError as error:
             raise BackendError(
-                f"the process that renders chat templates cannot be started ({one_line(error)}); "
-                "close other programs, or give the prompt as plain text"
+                f"the process that renders chat templates cannot be started ({one_line(error)})",
+                "close other programs, or give the prompt as plain text",
             ) from error
         self._owner = os.getpid()
         self._failed = False
         self._finalizer = weakref.finalize(self, _end, self._process, self._owner)
         if self._read() is None:
             raise BackendError(
-                f"the process that renders chat templates ended at once ({sys.executable} {_WORKER}); "
-                "check that this Python can import jinja2, or give the prompt as plain text"
+                f"the process that renders chat templates ended at once ({sys.executable} {_WORKER})",
+                "check that this Python can import jinja2, or give the prompt as plain text",
             )
 
     @property

@@ -146,14 +146,14 @@ class Checkpoint:
         values = _values(name, tensor)
         if not all_finite(values):
             raise CheckpointError(
-                f"{quote(tensor.file.path)}: {name} holds {first_not_finite(values)} are not finite; expected finite "
-                "weights: copy the checkpoint anew, or take one from before its training diverged"
+                f"{quote(tensor.file.path)}: {name} holds {first_not_finite(values)} are not finite",
+                "expected finite weights: copy the checkpoint anew, or take one from before its training diverged",
             )
         return values
 
     def _tensor(self, name: str) -> StoredTensor:
         if name not in self._tensors:
-            raise CheckpointError(f"{quote(self.directory)}: has no parameter {brief(name)}; see its names")
+            raise CheckpointError(f"{quote(self.directory)}: has no parameter {brief(name)}", "see its names")
         return self._tensors[name]
 
 
@@ -164,8 +164,8 @@ def _values(name: str, tensor: StoredTensor) -> npt.NDArray[Any]:
             values = np.fromfile(file, _DTYPES[tensor.dtype], math.prod(tensor.shape))
         except MemoryError as error:
             raise CapacityError(
-                f"{quote(tensor.file.path)}: {name} takes {tensor.size / 1e9:.1f} GB, and there is no memory for it; "
-                "end other programs, or use a machine with more"
+                f"{quote(tensor.file.path)}: {name} takes {tensor.size / 1e9:.1f} GB, and there is no memory for it",
+                "end other programs, or use a machine with more",
             ) from error
     if values.nbytes != tensor.size:
         raise changed(tensor)
@@ -181,11 +181,11 @@ def _check_directory(directory: Path) -> None:
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         reason = getattr(error, "strerror", None) or str(error)
         raise CheckpointError(
-            f"{quote(directory)}: cannot be read ({reason}); expected a checkpoint's directory"
+            f"{quote(directory)}: cannot be read ({reason})", "expected a checkpoint's directory"
         ) from error
     if not stat.S_ISDIR(mode):
         raise CheckpointError(
-            f"{quote(directory)}: is a file; give the directory that holds {SINGLE} or {INDEX}, and config.json"
+            f"{quote(directory)}: is a file", f"give the directory that holds {SINGLE} or {INDEX}, and config.json"
         )
 
 
@@ -204,7 +204,8 @@ def _match(directory: Path, config: ModelConfig, found: Mapping[str, StoredTenso
     if config.num_hidden_layers > len(found):  # before names are made for layers that cannot be there
         raise CheckpointError(
             f"{quote(directory)}: holds {len(found)} tensors, too few for the {config.num_hidden_layers} layers of its "
-            "config.json; one of the two belongs to another model"
+            "config.json",
+            "one of the two belongs to another model",
         )
     shapes = config.parameter_shapes()
     present = _untied(config, _prefixed(found))
@@ -216,19 +217,19 @@ def _match(directory: Path, config: ModelConfig, found: Mapping[str, StoredTenso
     faults += _of_biases(surplus)
     if faults:
         raise CheckpointError(
-            f"{quote(directory)}: {'; '.join(faults)}; copy the checkpoint anew, or give it its own config.json"
+            f"{quote(directory)}: {'; '.join(faults)}", "copy the checkpoint anew, or give it its own config.json"
         )
     parameters = {name: present[name] for name in shapes if name in present}
     for name, tensor in parameters.items():
         if tensor.shape != shapes[name]:
             raise CheckpointError(
-                f"{quote(tensor.file.path)}: {name} has the shape {brief(list(tensor.shape))}; config.json asks for "
-                f"{list(shapes[name])}: one of the two belongs to another model"
+                f"{quote(tensor.file.path)}: {name} has the shape {brief(list(tensor.shape))}",
+                f"config.json asks for {list(shapes[name])}: one of the two belongs to another model",
             )
         if tensor.dtype not in _DTYPES:
             raise CheckpointError(
-                f"{quote(tensor.file.path)}: {name} is stored as {tensor.dtype}; expected one of "
-                f"{', '.join(_DTYPES)}: convert the checkpoint to one of them"
+                f"{quote(tensor.file.path)}: {name} is stored as {tensor.dtype}",
+                f"expected one of {', '.join(_DTYPES)}: convert the checkpoint to one of them",
             )
     return parameters
 
@@ -252,8 +253,8 @@ def _untied(config: ModelConfig, found: Mapping[str, StoredTensor]) -> dict[str,
     head, embedding = found[_HEAD], tensors.setdefault(_EMBEDDING, found[_HEAD])
     if head is not embedding and not same_bytes(head, embedding):
         raise CheckpointError(
-            f"{quote(head.file.path)}: {_HEAD} differs from {_EMBEDDING}, but config.json ties them; "
-            "set tie_word_embeddings to false if the head is meant, or remove the head"
+            f"{quote(head.file.path)}: {_HEAD} differs from {_EMBEDDING}, but config.json ties them",
+            "set tie_word_embeddings to false if the head is meant, or remove the head",
         )
     return tensors
 

@@ -76,8 +76,8 @@ def _end_token_ids(path: Path, value: Any, vocab_size: int) -> frozenset[int] | 
     for token in possible or ids:
         if not is_int(token) or token >= vocab_size:
             raise BundleError(
-                f"{printable(str(path))}: eos_token_id is {brief(value)}; expected ids from 0 to {vocab_size - 1}; "
-                f"{REMEDY}"
+                f"{printable(str(path))}: eos_token_id is {brief(value)}; expected ids from 0 to {vocab_size - 1}",
+                f"{REMEDY}",
             )
     return frozenset(possible)
 
@@ -86,7 +86,7 @@ def _sampling(path: Path, content: Mapping[str, Any]) -> dict[str, float]:
     """Return the options that transformers would sample with; without ``do_sample`` it takes the likeliest token."""
     samples = content.get("do_sample")
     if samples is not None and not isinstance(samples, bool):
-        raise BundleError(f"{printable(str(path))}: do_sample is {brief(samples)}; expected true or false; {REMEDY}")
+        raise BundleError(f"{printable(str(path))}: do_sample is {brief(samples)}; expected true or false", REMEDY)
     defaults = {"temperature": 1.0, "top_k": _TOP_K, "repetition_penalty": 1.0} if samples else {}
     names = _ALLOWED if samples else ("repetition_penalty",)
     given = {name: _number(path, name, content[name]) for name in names if content.get(name) is not None}
@@ -101,5 +101,5 @@ def _number(path: Path, name: str, value: Any) -> float:
     except (OverflowError, ValueError):  # beyond a float; NaN
         fits = False
     if not fits:
-        raise BundleError(f"{printable(str(path))}: {name} is {brief(value)}; expected {wanted}; {REMEDY}")
+        raise BundleError(f"{printable(str(path))}: {name} is {brief(value)}; expected {wanted}", REMEDY)
     return int(value) if name == "top_k" else float(value)

@@ -71,9 +71,9 @@ def initialise(
         OutputError: the directory exists or cannot be written, or the disk has no room for the weights.
     """
     if seed < 0:
-        raise InputError(f"the seed is {seed}; expected 0 or above")
+        raise InputError(f"the seed is {seed}", "expected 0 or above")
     if shard_bytes < 1:
-        raise InputError(f"the shard size is {shard_bytes} bytes; expected 1 or above")
+        raise InputError(f"the shard size is {shard_bytes} bytes", "expected 1 or above")
     with_tokenizer = config.vocab_size > _END_ID
     if with_tokenizer:
         config = config.replace(bos_token_id=None, eos_token_ids=(_END_ID,))
@@ -175,7 +175,9 @@ def _save(tensors: dict[str, npt.NDArray[Any]], path: Path) -> None:
     try:
         save_file(tensors, path, metadata={"format": "pt"})
     except SafetensorError as error:  # it wraps what the system says, such as a full disk
-        raise OutputError(f"{path.name} cannot be written ({one_line(error)}); check the disk's free space") from error
+        raise OutputError(
+            f"{path.name} cannot be written ({one_line(error)})", "check the disk's free space"
+        ) from error
     # the library may write through a temporary file that only its owner can read; the directory has the usual mode
     path.chmod(path.parent.stat().st_mode & 0o666)
 

@@ -79,14 +79,14 @@ def regular_file(path: Path, max_bytes: int | None = None) -> os.stat_result:
         info = path.stat()
     except OSError as error:
         raise CheckpointError(
-            f"{quote(path)}: cannot be read ({error.strerror}); the checkpoint is incomplete, or this is not one"
+            f"{quote(path)}: cannot be read ({error.strerror})", "the checkpoint is incomplete, or this is not one"
         ) from error
     if not stat.S_ISREG(info.st_mode):
-        raise CheckpointError(f"{quote(path)}: is not a regular file; replace it with the checkpoint's own file")
+        raise CheckpointError(f"{quote(path)}: is not a regular file", "replace it with the checkpoint's own file")
     if max_bytes is not None and info.st_size > max_bytes:
         raise CheckpointError(
-            f"{quote(path)}: has {info.st_size} bytes; expected at most {max_bytes}: "
-            f"this is not a checkpoint's {path.name}"
+            f"{quote(path)}: has {info.st_size} bytes",
+            f"expected at most {max_bytes}: this is not a checkpoint's {path.name}",
         )
     return info
 
@@ -110,14 +110,14 @@ def opened(tensor: StoredTensor) -> Iterator[IO[bytes]]:
             yield file
     except OSError as error:
         raise CheckpointError(
-            f"{quote(tensor.file.path)}: cannot be read ({error.strerror or error}); check the file and its disk"
+            f"{quote(tensor.file.path)}: cannot be read ({error.strerror or error})", "check the file and its disk"
         ) from error
 
 
 def changed(tensor: StoredTensor) -> CheckpointError:
     """Return the error for a file that is not the one whose header was read."""
     return CheckpointError(
-        f"{quote(tensor.file.path)}: has changed since it was opened; start again when it is complete"
+        f"{quote(tensor.file.path)}: has changed since it was opened", "start again when it is complete"
     )
 
 
@@ -164,7 +164,7 @@ def read_headers(
         return {name: tensor for name, tensor in _read_header(directory / SINGLE).items() if not ignored(name)}
     if os.path.lexists(directory / INDEX):
         return _read_shards(directory, ignored, movable, adds_nothing)
-    raise CheckpointError(f"{quote(directory)}: holds neither {SINGLE} nor {INDEX}; {_what_instead(directory)}")
+    raise CheckpointError(f"{quote(directory)}: holds neither {SINGLE} nor {INDEX}", f"{_what_instead(directory)}")
 
 
 def _what_instead(directory: Path) -> str:
@@ -205,7 +205,8 @@ def _read_shards(
             elif not same_bytes(found[name], tensor):
                 raise CheckpointError(
                     f"{quote(directory / shard)}: holds {_name(name)}, which {found[name].file.path.name} holds too, "
-                    "with other values; expected every tensor once: copy the checkpoint anew"
+                    "with other values",
+                    "expected every tensor once: copy the checkpoint anew",
                 )
             elif placed.get(name) == shard:
                 found[name] = tensor
@@ -221,8 +222,8 @@ def _read_shards(
 
 def _contradiction(index: Path, name: str, said: str, is_in: str) -> CheckpointError:
     return CheckpointError(
-        f"{quote(index)}: says that {_name(name)} is {_name(said)}, but it is {_name(is_in)}; "
-        "copy index and shards anew"
+        f"{quote(index)}: says that {_name(name)} is {_name(said)}, but it is {_name(is_in)}",
+        "copy index and shards anew",
     )
 
 
@@ -232,12 +233,13 @@ def _read_index(path: Path) -> dict[str, str]:
     placed = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(placed, dict) or not placed:
         raise CheckpointError(
-            f"{quote(path)}: has no weight_map; expected one that names each tensor's file: copy it anew"
+            f"{quote(path)}: has no weight_map", "expected one that names each tensor's file: copy it anew"
         )
     for shard in placed.values():
         if not plain_name(shard) or not shard.endswith(_SUFFIX):
             raise CheckpointError(
-                f"{quote(path)}: names the shard {brief(shard)}; expected the plain name of a {_SUFFIX} file beside it"
+                f"{quote(path)}: names the shard {brief(shard)}",
+                f"expected the plain name of a {_SUFFIX} file beside it",
             )
     return placed
 
@@ -250,7 +252,7 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
     """
     info = regular_file(path)
     if info.st_size == 0:
-        raise CheckpointError(f"{quote(path)}: is empty; copy it anew")
+        raise CheckpointError(f"{quote(path)}: is empty", "copy it anew")
     file = WeightFile(path, info.st_size, info.st_mtime_ns)
     start = b""
     try:
@@ -260,25 +262,26 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
         if length > _MAX_HEADER_BYTES and not start.startswith(_PICKLE_STARTS):
             raise CheckpointError(
                 f"{quote(path)}: is no valid safetensors file (its header is said to have {length} bytes, expected "
-                f"are at most {_MAX_HEADER_BYTES}); it is cut off or damaged: copy it anew"
+                f"are at most {_MAX_HEADER_BYTES})",
+                "it is cut off or damaged: copy it anew",
             )
         with safe_open(path, framework="np"):
             pass
         return _parse_header(file)
     except SafetensorError as error:
         if start.startswith(_PICKLE_STARTS):
-            raise CheckpointError(f"{quote(path)}: is a pickle and no safetensors file; {_NO_PICKLE}") from error
+            raise CheckpointError(f"{quote(path)}: is a pickle and no safetensors file", _NO_PICKLE) from error
         raise CheckpointError(
-            f"{quote(path)}: is no valid safetensors file ({one_line(error, MAX_QUOTED)}); it is cut off or damaged: "
-            "copy it anew"
+            f"{quote(path)}: is no valid safetensors file ({one_line(error, MAX_QUOTED)})",
+            "it is cut off or damaged: copy it anew",
         ) from error
     except OSError as error:
         raise CheckpointError(
-            f"{quote(path)}: cannot be read ({error.strerror or one_line(error, MAX_QUOTED)}); check its permissions"
+            f"{quote(path)}: cannot be read ({error.strerror or one_line(error, MAX_QUOTED)})", "check its permissions"
         ) from error
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            f"{quote(path)}: has no valid header ({one_line(error, MAX_QUOTED)}); copy it anew"
+            f"{quote(path)}: has no valid header ({one_line(error, MAX_QUOTED)})", "copy it anew"
         ) from error
 
 

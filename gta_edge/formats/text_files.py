@@ -50,7 +50,7 @@ def check_text_files(directory: Path, config: ModelConfig) -> TextFiles:
     try:
         files = TextFiles.load(directory, config)
     except BundleError as error:
-        raise CheckpointError(str(error)) from error
+        raise CheckpointError(error.problem, error.remedy) from error
     if files.tokenizer is None:
         return files
     try:

@@ -88,10 +88,12 @@ class Tokenizer:
             InputError: no text, not encodable as UTF-8, or text that this tokenizer has no tokens for.
         """
         if not isinstance(text, str):
-            raise InputError(f"the text cannot be tokenized (it is {type(text).__name__}); give valid Unicode text")
+            raise InputError(f"the text cannot be tokenized (it is {type(text).__name__})", "give valid Unicode text")
         with (
             quiet_when_failing(),
-            translated(lambda reason: InputError(f"the text cannot be tokenized ({reason}); give valid Unicode text")),
+            translated(
+                lambda reason: InputError(f"the text cannot be tokenized ({reason})", "give valid Unicode text")
+            ),
         ):
             ids: list[int] = self._library.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
@@ -102,7 +104,7 @@ class Tokenizer:
         Raises:
             BundleError: the tokenizer's decoder fails.
         """
-        with translated(lambda reason: BundleError(f"the tokenizer cannot decode ({reason}); {REMEDY}")):
+        with translated(lambda reason: BundleError(f"the tokenizer cannot decode ({reason})", REMEDY)):
             text: str = self._library.decode([int(token) for token in ids], skip_special_tokens=True)
         return text
 
@@ -172,14 +174,14 @@ class Tokenizer:
         """
         if self._template is None:
             raise InputError(
-                "the model has no chat template; give the prompt as plain text, "
-                "or put a chat_template.jinja into the checkpoint and export it again"
+                "the model has no chat template",
+                "give the prompt as plain text, or put a chat_template.jinja into the checkpoint and export it again",
             )
         return self._template.render(messages, self._variables)
 
 
 def _refused(path: Path) -> Any:
-    return translated(lambda reason: BundleError(f"{printable(str(path))}: is not a tokenizer ({reason}); {REMEDY}"))
+    return translated(lambda reason: BundleError(f"{printable(str(path))}: is not a tokenizer ({reason})", REMEDY))
 
 
 def _add(library: Any, special: SpecialTokens, vocab_size: Any) -> list[str]:
@@ -237,5 +239,6 @@ def _read_template(directory: Path, settings: Mapping[str, Any]) -> str | None:
         return template
     raise BundleError(
         f"{printable(str(directory / _SETTINGS))}: chat_template is {brief(template)}; "
-        f"expected text, or a list of {{name, template}}; {REMEDY}"
+        f"expected text, or a list of {{name, template}}",
+        f"{REMEDY}",
     )

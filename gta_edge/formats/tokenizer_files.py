@@ -84,7 +84,7 @@ def read_object(path: Path) -> dict[str, Any]:
             return {}
         raise
     if not isinstance(content, dict):
-        raise BundleError(f"{printable(str(path))}: holds {type(content).__name__}; expected a JSON object; {REMEDY}")
+        raise BundleError(f"{printable(str(path))}: holds {type(content).__name__}; expected a JSON object", REMEDY)
     return content
 
 
@@ -100,7 +100,7 @@ def read_library(path: Path) -> tokenizers.Tokenizer:
     import tokenizers
 
     def refused(reason: str) -> BundleError:
-        return BundleError(f"{printable(str(path))}: is not a tokenizer ({reason}); {REMEDY}")
+        return BundleError(f"{printable(str(path))}: is not a tokenizer ({reason})", REMEDY)
 
     content = _read_bytes(path)
     with quiet_when_failing(), translated(refused):
@@ -119,13 +119,13 @@ def _read_bytes(path: Path) -> bytes:
     try:
         info = path.stat()
         if not stat.S_ISREG(info.st_mode):  # reading a pipe would wait for ever
-            raise BundleError(f"{name}: is not a regular file; {REMEDY}")
+            raise BundleError(f"{name}: is not a regular file", REMEDY)
         with path.open("rb") as file:
             content = file.read(_MAX_BYTES + 1)
     except OSError as error:
-        raise BundleError(f"{name}: cannot be read ({error.strerror}); {REMEDY}") from error
+        raise BundleError(f"{name}: cannot be read ({error.strerror})", REMEDY) from error
     if len(content) > _MAX_BYTES:
-        raise BundleError(f"{name}: has more than {_MAX_BYTES} bytes; {REMEDY}")
+        raise BundleError(f"{name}: has more than {_MAX_BYTES} bytes", REMEDY)
     return content.removeprefix(b"\xef\xbb\xbf")
 
 
@@ -238,7 +238,7 @@ def special_tokens(
 def _class_defaults(path: Path, settings: Mapping[str, Any], config: Mapping[str, Any]) -> Mapping[str, str]:
     named = settings.get("tokenizer_class") or config.get("tokenizer_class") or ""
     if not isinstance(named, str):
-        raise BundleError(f"{printable(str(path))}: tokenizer_class is {brief(named)}; expected a name; {REMEDY}")
+        raise BundleError(f"{printable(str(path))}: tokenizer_class is {brief(named)}; expected a name", REMEDY)
     by_model = _CLASS_OF_MODEL.get(str(config.get("model_type")), "")
     return _CLASS_DEFAULTS.get((named or by_model).removesuffix("Fast"), {})
 
@@ -255,7 +255,7 @@ def _named_tokens(path: Path, entries: Mapping[str, Any]) -> Iterator[tuple[str,
                 yield name, _token(path, f"{group}.{name}", value)
         elif extra is not None and not (group in _LISTS and isinstance(extra, list)):
             raise BundleError(
-                f"{printable(str(path))}: {group} is {brief(extra)}; expected an object or a list; {REMEDY}"
+                f"{printable(str(path))}: {group} is {brief(extra)}; expected an object or a list", REMEDY
             )
 
 
@@ -280,7 +280,8 @@ def _token(path: Path, name: str, value: Any) -> tokenizers.AddedToken | None:
         return tokenizers.AddedToken(text, **flags)
     raise BundleError(
         f"{printable(str(path))}: {printable(name[:80])} is {brief(value)}; expected text, an object with content, or "
-        f"null; {REMEDY}"
+        f"null",
+        f"{REMEDY}",
     )
 
 
@@ -299,7 +300,7 @@ def _added_tokens(path: Path, settings: Mapping[str, Any]) -> list[tokenizers.Ad
     entries = settings["added_tokens_decoder"]
     if not isinstance(entries, dict):
         raise BundleError(
-            f"{printable(str(path))}: added_tokens_decoder is {brief(entries)}; expected an object; {REMEDY}"
+            f"{printable(str(path))}: added_tokens_decoder is {brief(entries)}; expected an object", REMEDY
         )
     found = []
     for number, entry in entries.items():
@@ -309,7 +310,8 @@ def _added_tokens(path: Path, settings: Mapping[str, Any]) -> list[tokenizers.Ad
         if not (is_token and re.fullmatch("[0-9]{1,10}", number)):
             raise BundleError(
                 f"{printable(str(path))}: added_tokens_decoder has the entry {brief(number)}: {brief(entry)}; expected "
-                f"an id, and an object with content and switches; {REMEDY}"
+                f"an id, and an object with content and switches",
+                f"{REMEDY}",
             )
         found.append((int(number), tokenizers.AddedToken(content, **flags)))
     return [token for _, token in sorted(found, key=lambda each: each[0])]
@@ -324,7 +326,8 @@ def _old_added_tokens(path: Path, special: set[str]) -> list[tokenizers.AddedTok
         if not content or not is_int(number) or number < 0:
             raise BundleError(
                 f"{printable(str(path))}: has the entry {brief(content)}: {brief(number)}; expected a token's text, "
-                f"and its id; {REMEDY}"
+                f"and its id",
+                f"{REMEDY}",
             )
     ordered = sorted(entries, key=lambda content: entries[content])
     return [

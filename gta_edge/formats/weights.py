@@ -82,14 +82,14 @@ def block_size_for(config: ModelConfig, precision: str, block_size: int | None =
         InputError: the precision is unknown, or does not go with this block size and model.
     """
     if precision not in PRECISIONS:
-        raise InputError(unknown("precision is {}; expected one of {}", precision, PRECISIONS))
+        raise InputError(*unknown("precision is {}; expected one of {}", precision, PRECISIONS))
     if precision not in BITS:
         if block_size is not None:
-            raise InputError(f"precision is {precision}, which has no blocks; a block size goes with int8 or int4")
+            raise InputError(f"precision is {precision}, which has no blocks", "a block size goes with int8 or int4")
         return None
     if block_size is None and precision == "int8":
         if config.hidden_size % 4:
-            raise InputError(f"hidden_size is {config.hidden_size}; int8 needs a multiple of 4: use fp16 or bf16")
+            raise InputError(f"hidden_size is {config.hidden_size}", "int8 needs a multiple of 4: use fp16 or bf16")
         return None
     block_size = DEFAULT_BLOCK_SIZE if block_size is None else block_size
     shapes = config.parameter_shapes()
@@ -99,7 +99,7 @@ def block_size_for(config: ModelConfig, precision: str, block_size: int | None =
         unfit = {name: n for name, n in matrices.items() if block_size in BLOCK_SIZES and n % block_size}
         odd = next((f"; {name} has {n} inputs" for name, n in unfit.items()), "")
         choice = f"one of {', '.join(map(str, possible))}" if possible else "none fits; use a wider precision"
-        raise InputError(f"block size is {brief(block_size)}; expected {choice}{odd}")
+        raise InputError(f"block size is {brief(block_size)}", f"expected {choice}{odd}")
     return block_size
 
 

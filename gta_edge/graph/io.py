@@ -62,10 +62,10 @@ def load_graph(model_path: Path, config: ModelConfig, extra: str = "ort") -> ir.
     except GtaEdgeError:
         raise
     except MemoryError as error:
-        raise CapacityError(f"{printable(str(model_path))}: no memory to read it; close other programs") from error
+        raise CapacityError(f"{printable(str(model_path))}: no memory to read it", "close other programs") from error
     except Exception as error:  # the parser's errors have no common base
         raise BundleError(
-            f"{printable(str(model_path))}: is no graph that gta-edge writes ({one_line(error, 250)}); {_REMEDY}"
+            f"{printable(str(model_path))}: is no graph that gta-edge writes ({one_line(error, 250)})", _REMEDY
         ) from error
     for value in model.graph.initializers.values():
         if isinstance(value.const_value, ir.ExternalTensor):
@@ -88,15 +88,16 @@ def _content(path: Path, config: ModelConfig) -> bytes:
     most = min(_FIXED_BYTES + _LAYER_BYTES * config.num_hidden_layers, _MOST_BYTES)
     try:
         if not stat.S_ISREG(path.stat().st_mode):
-            raise BundleError(f"{printable(str(path))}: is not a regular file; {_REMEDY}")
+            raise BundleError(f"{printable(str(path))}: is not a regular file", _REMEDY)
         with path.open("rb") as file:
             content = file.read(most + 1)
     except OSError as error:
-        raise BundleError(f"{printable(str(path))}: cannot be read ({error.strerror}); {_REMEDY}") from error
+        raise BundleError(f"{printable(str(path))}: cannot be read ({error.strerror})", _REMEDY) from error
     if len(content) > most:
         raise BundleError(
             f"{printable(str(path))}: has more than {most} bytes, too many for a graph of "
-            f"{config.num_hidden_layers} layers; {_REMEDY}"
+            f"{config.num_hidden_layers} layers",
+            f"{_REMEDY}",
         )
     return content
 
@@ -143,5 +144,5 @@ def rewriting(where: Path | str) -> Iterator[None]:
             raise cause from error
         name = printable(str(where))
         if isinstance(cause, MemoryError):
-            raise CapacityError(f"{name}: no memory to lay out its weights; close other programs") from error
-        raise BundleError(f"{name}: is no graph that gta-edge writes ({one_line(cause, 250)}); {_REMEDY}") from error
+            raise CapacityError(f"{name}: no memory to lay out its weights", "close other programs") from error
+        raise BundleError(f"{name}: is no graph that gta-edge writes ({one_line(cause, 250)})", _REMEDY) from error

@@ -57,7 +57,7 @@ class RetypePass(ir.passes.InPlacePass):
     def __init__(self, compute: str) -> None:
         super().__init__()
         if compute not in COMPUTE_TYPES:
-            raise EngineError(f"compute is {compute!r}; expected one of {', '.join(COMPUTE_TYPES)}")
+            raise EngineError(f"compute is {compute!r}", f"expected one of {', '.join(COMPUTE_TYPES)}")
         self.dtype = ir.DataType[COMPUTE_TYPES[compute]]
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -75,7 +75,7 @@ class RetypePass(ir.passes.InPlacePass):
         found = {value.dtype for value in graph.inputs if value not in scales} & _floats()
         if not found <= {self.dtype, ir.DataType.FLOAT} or len(found) > 1:
             names = " and ".join(sorted(dtype.name.lower() for dtype in found if dtype is not None))
-            raise EngineError(f"the graph's inputs are {names}, expected float32; start from the bundle's own graph")
+            raise EngineError(f"the graph's inputs are {names}, expected float32", "start from the bundle's own graph")
         return found == {self.dtype} or bool(scales and not found)
 
 
@@ -119,7 +119,7 @@ class _Retyping:
             self._agree(node)
         elif any(self.now[v] == ir.DataType.FLOAT for v in node.inputs if v is not None):
             raise EngineError(
-                f"{title(node)} reads float32, expected {self.dtype.name.lower()}; export the bundle again"
+                f"{title(node)} reads float32, expected {self.dtype.name.lower()}", "export the bundle again"
             )
         if node.op_type == "DequantizeLinear" and "output_dtype" in node.attributes:
             node.attributes["output_dtype"] = ir.AttrInt64("output_dtype", int(self.dtype))
@@ -161,7 +161,7 @@ class _Retyping:
         producer = value.producer()
         if producer is None or producer.op_type != "Constant":
             raise EngineError(
-                f"{title(node)} mixes float32 ({value.name}) and {self.dtype.name.lower()}; export the bundle again"
+                f"{title(node)} mixes float32 ({value.name}) and {self.dtype.name.lower()}", "export the bundle again"
             )
         if value not in self.constants:
             content = ir.convenience.get_const_tensor(value)
@@ -194,7 +194,7 @@ def _convert(value: ir.Value, dtype: ir.DataType) -> None:
     """Give an initializer another type; its data is converted when the model is written."""
     stored, name = value.const_value, str(value.name)
     if stored is None:
-        raise EngineError(f"the initializer {name} has no data; export the bundle again")
+        raise EngineError(f"the initializer {name} has no data", "export the bundle again")
 
     def data() -> ir.TensorProtocol:
         converted = _within(stored.numpy(), dtype, name)
@@ -212,5 +212,5 @@ def _within(array: npt.NDArray[Any], dtype: ir.DataType, name: str) -> npt.NDArr
         converted: npt.NDArray[Any] = array.astype(dtype.numpy())
         if dtype == ir.DataType.FLOAT16 and not np.isfinite(converted).all() and np.isfinite(array).all():
             largest = float(np.abs(array.astype(np.float32)).max())
-            raise EngineError(f"{name} has values up to {largest:.4g}, beyond float16's 65504; use --compute bf16")
+            raise EngineError(f"{name} has values up to {largest:.4g}, beyond float16's 65504", "use --compute bf16")
     return converted

@@ -85,9 +85,10 @@ class StoredTensor(ir.ExternalTensor):
                     done += count
         except OSError as error:
             raise BundleError(
-                f"{printable(str(self._file))}: cannot be read ({error.strerror}); copy the bundle anew"
+                f"{printable(str(self._file))}: cannot be read ({error.strerror})", "copy the bundle anew"
             ) from error
         if done < len(target):
             raise BundleError(
-                f"{printable(str(self._file))}: ends within {brief(self.name)}, it was cut short; copy the bundle anew"
+                f"{printable(str(self._file))}: ends within {brief(self.name)}, it was cut short",
+                "copy the bundle anew",
             )

@@ -33,7 +33,7 @@ def value_types(graph: ir.Graph) -> Types:
     types: Types = {}
     for value in (*graph.inputs, *graph.initializers.values()):
         if value.dtype is None:
-            raise EngineError(f"{value.name} has no element type; export the bundle again")
+            raise EngineError(f"{value.name} has no element type", "export the bundle again")
         types[value] = value.dtype
     for node in graph:
         types.update(zip(node.outputs, types_of_outputs(node, types, graph.opset_imports), strict=False))
@@ -61,7 +61,7 @@ def types_of_outputs(node: ir.Node, types: Mapping[ir.Value, ir.DataType], opset
     bound = dict(input_kinds(node, types, opsets))
     outputs = [_output(schema, kind, bound) for kind, _ in zip(_kinds(schema.outputs), node.outputs, strict=False)]
     if None in outputs or any(isinstance(a.value, ir.Graph) for a in node.attributes.values()):
-        raise EngineError(f"the types of {title(node)} are not known; export the bundle again")
+        raise EngineError(f"the types of {title(node)} are not known", "export the bundle again")
     return outputs
 
 
@@ -102,7 +102,7 @@ def _schema(domain: str, op_type: str, version: int) -> Any:
         return defs.get_schema(op_type, version, domain)
     except defs.SchemaError as error:
         where = f"opset {version} of {domain or 'the standard'}"
-        raise EngineError(f"{op_type} is no operator of {where}; export the bundle again") from error
+        raise EngineError(f"{op_type} is no operator of {where}", "export the bundle again") from error
 
 
 def _kinds(parameters: Any) -> Iterator[str]:

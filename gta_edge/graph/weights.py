@@ -51,7 +51,7 @@ def read_stored(model_path: Path, config: ModelConfig) -> Iterator[tuple[str, np
             continue  # read with the codes it belongs to
         shape = shapes.get(parameter_name(stored_name))
         if shape is None and stored_name.startswith("model.layers."):
-            raise BundleError(f"{model_path}: holds {stored_name}, unknown to config.json; export the bundle again")
+            raise BundleError(f"{model_path}: holds {stored_name}, unknown to config.json", "export the bundle again")
         if shape is None:
             continue  # tables and constants of the graph
         if stored_name.endswith(PACKED) and parameter_name(stored_name) + TRANSPOSED in model.graph.initializers:
@@ -59,7 +59,9 @@ def read_stored(model_path: Path, config: ModelConfig) -> Iterator[tuple[str, np
         values = _values(value, model_path)
         coded = values.dtype.itemsize == 1 or stored_name.endswith(PACKED)
         if not coded and values.size != math.prod(shape):
-            raise BundleError(f"{model_path}: {stored_name} is not of the size in config.json; export the bundle again")
+            raise BundleError(
+                f"{model_path}: {stored_name} is not of the size in config.json", "export the bundle again"
+            )
         if coded:
             yield parameter_name(stored_name), _coded(stored_name, values, shape, model.graph.initializers, model_path)
         else:
@@ -72,17 +74,17 @@ def _coded(
     packed = stored_name.endswith(PACKED)
     scale_name = (parameter_name(stored_name) + TRANSPOSED if packed else stored_name) + SCALE
     if scale_name not in initializers:
-        raise BundleError(f"{model_path}: {stored_name} has no scales; export the bundle again")
+        raise BundleError(f"{model_path}: {stored_name} has no scales", "export the bundle again")
     scales = _values(initializers[scale_name], model_path)  # [in / block, out] or [out]
     if packed:
         codes, bits = _table_codes(stored, stored_name, shape, model_path)
     else:
         codes, bits = stored.astype(np.int8), 4 if stored.dtype == ml_dtypes.int4 else 8  # [in, out]
     if codes.shape != tuple(shape)[::-1]:
-        raise BundleError(f"{model_path}: {stored_name} is not of the size in config.json; export the bundle again")
+        raise BundleError(f"{model_path}: {stored_name} is not of the size in config.json", "export the bundle again")
     blocks = len(scales) if scales.ndim == 2 else 1
     if scales.ndim not in (1, 2) or blocks < 1 or codes.shape[0] % blocks or codes.shape[1] != scales.shape[-1]:
-        raise BundleError(f"{model_path}: the scales of {stored_name} are {scales.shape}; export the bundle again")
+        raise BundleError(f"{model_path}: the scales of {stored_name} are {scales.shape}", "export the bundle again")
     return Coded(codes, scales, bits)
 
 
@@ -93,7 +95,9 @@ def _table_codes(
     stored_bytes = np.ascontiguousarray(words).reshape(-1).view(np.uint8)
     whole = math.prod(shape)
     if words.ndim != 2 or words.shape[0] != shape[0] or stored_bytes.size not in (whole, whole // 2):
-        raise BundleError(f"{model_path}: {stored_name} is {words.shape}, for {tuple(shape)}; export the bundle again")
+        raise BundleError(
+            f"{model_path}: {stored_name} is {words.shape}, for {tuple(shape)}", "export the bundle again"
+        )
     if stored_bytes.size == whole:
         return np.bitwise_xor(stored_bytes, np.uint8(0x80)).view(np.int8).reshape(tuple(shape)).T, 8
     return unpack_nibbles(np.bitwise_xor(stored_bytes, np.uint8(0x88)), shape).T, 4
@@ -102,9 +106,9 @@ def _table_codes(
 def _values(value: ir.Value, model_path: Path) -> Array:
     tensor = value.const_value
     if tensor is None:
-        raise BundleError(f"{model_path}: initializer {value.name} has no data; export the bundle again")
+        raise BundleError(f"{model_path}: initializer {value.name} has no data", "export the bundle again")
     try:
         values: Array = tensor.numpy()
     except MemoryError as error:
-        raise CapacityError(f"{model_path}: no memory to read {value.name}; close other programs") from error
+        raise CapacityError(f"{model_path}: no memory to read {value.name}", "close other programs") from error
     return values

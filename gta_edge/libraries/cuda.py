@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ctypes
 
+from gta_edge.errors import BackendError
 from gta_edge.support.text import one_line
 
 __all__ = ["cuda_extra", "driver_cuda_version", "driver_problem"]
 
 _NO_DRIVER = (
-    "there is no NVIDIA driver (libcuda.so.1 is not found); install it, in a container pass the GPU in "
-    "(docker run --gpus all), or choose another backend"
+    "there is no NVIDIA driver (libcuda.so.1 is not found)",
+    "install it, in a container pass the GPU in (docker run --gpus all), or choose another backend",
 )
 
 # What to make of the codes that cuInit may return: CUDA's driver API, CUresult.
@@ -42,21 +43,22 @@ def driver_cuda_version() -> tuple[int, int] | None:
     return None if failed else (version.value // 1000, version.value % 1000 // 10)
 
 
-def driver_problem() -> str | None:
-    """Return in one line why CUDA cannot be used here, and what to do; None where the driver starts and finds a GPU."""
+def driver_problem() -> BackendError | None:
+    """Return why CUDA cannot be used here, as an error to be raised; None where the driver starts and finds a GPU."""
     try:
         library = ctypes.CDLL("libcuda.so.1")
         status = library.cuInit(0)
     except OSError as error:
         if "No such file" in str(error):
-            return _NO_DRIVER
-        return f"the NVIDIA driver's libcuda.so.1 cannot be loaded ({one_line(error)}); install the driver again"
+            return BackendError(*_NO_DRIVER)
+        problem = f"the NVIDIA driver's libcuda.so.1 cannot be loaded ({one_line(error)})"
+        return BackendError(problem, "install the driver again")
     except AttributeError:
-        return "libcuda.so.1 is not the NVIDIA driver's; take its directory out of LD_LIBRARY_PATH"
+        return BackendError("libcuda.so.1 is not the NVIDIA driver's", "take its directory out of LD_LIBRARY_PATH")
     if not status:
         return None
     what, remedy = _START_FAILURES.get(status, ("the NVIDIA driver does not start", "restart the machine"))
-    return f"{what} (CUDA error {status}); {remedy}"
+    return BackendError(f"{what} (CUDA error {status})", remedy)
 
 
 def cuda_extra() -> str:

@@ -66,14 +66,14 @@ def load_onnxruntime(extra: str = "ort") -> Any:
     module = optional("onnxruntime", extra)
     if not installed(module):
         if sys.version_info < (3, 11) and find_spec("onnxruntime") is None:
-            raise BackendError("ONNX Runtime 1.25 needs Python 3.11 or later; use one, or choose another backend")
+            raise BackendError("ONNX Runtime 1.25 needs Python 3.11 or later", "use one, or choose another backend")
         module()  # says what is wrong, and what to do
     package = "onnxruntime-gpu" if extra == "ort-gpu" else "onnxruntime"
     found = str(module.__version__)
     if _numbers(found) < _OLDEST_VERSION:
         raise BackendError(
-            f"ONNX Runtime {found} is too old for opset 24; "
-            f"run: pip install '{package}>=1.25' (it needs Python 3.11 or later)"
+            f"ONNX Runtime {found} is too old for opset 24",
+            f"run: pip install '{package}>=1.25' (it needs Python 3.11 or later)",
         )
     module.disable_telemetry_events()  # what is left to do where somebody imported it before
     return module
@@ -90,16 +90,16 @@ def load_onnxruntime_cuda(device_id: int = 0) -> Any:
     if CUDA_PROVIDER not in module.get_available_providers():
         raise BackendError(
             f"ONNX Runtime {module.__version__} has no CUDA provider: it is the package onnxruntime, and "
-            "onnxruntime-gpu must be there in its place, not beside it; run: pip uninstall -y onnxruntime "
-            "onnxruntime-gpu && pip install 'gta-edge[ort-gpu]'"
+            "onnxruntime-gpu must be there in its place, not beside it",
+            "run: pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'gta-edge[ort-gpu]'",
         )
     if _numbers(module.__version__) < _OLDEST_FOR_CUDA:
         raise BackendError(
-            f"ONNX Runtime {module.__version__} would run a part of every layer on the CPU, "
-            f"as releases for CUDA 12 do; run: {_LIBRARIES}"
+            f"ONNX Runtime {module.__version__} would run a part of every layer on the CPU, as releases for CUDA 12 do",
+            f"run: {_LIBRARIES}",
         )
     if problem := driver_problem():
-        raise BackendError(problem)
+        raise problem
     _check_driver(module, ctypes.CDLL("libcuda.so.1"))
     if hasattr(module, "preload_dlls"):
         with redirect_stdout(StringIO()), suppress(Exception):  # what it could not load is found out below
@@ -108,7 +108,7 @@ def load_onnxruntime_cuda(device_id: int = 0) -> Any:
         with quiet(module):
             module.OrtValue.ortvalue_from_shape_and_type([1], np.float32, "cuda", device_id)
     except Exception as error:  # ONNX Runtime's errors have no common base
-        raise BackendError(why_no_gpu(module, error)) from error
+        raise why_no_gpu(module, error) from error
     return module
 
 
@@ -125,7 +125,8 @@ def _check_driver(module: Any, driver: ctypes.CDLL) -> None:
     if version.value // 1000 < int(wanted.partition(".")[0]):
         raise BackendError(
             f"ONNX Runtime {module.__version__} is made for CUDA {wanted}, and the NVIDIA driver knows CUDA up to "
-            f"{version.value // 1000}.{version.value % 1000 // 10}; upgrade the driver, or choose another backend"
+            f"{version.value // 1000}.{version.value % 1000 // 10}",
+            "upgrade the driver, or choose another backend",
         )
 
 
@@ -145,16 +146,16 @@ def quiet(module: Any) -> Iterator[None]:
         module.set_default_logger_severity(_WARNING)
 
 
-def why_no_gpu(module: Any, error: Exception) -> str:
-    """Return in one line why ONNX Runtime has no use of the GPU, given what it raised, and what to do."""
+def why_no_gpu(module: Any, error: Exception) -> BackendError:
+    """Return as an error why ONNX Runtime has no use of the GPU, given what it raised, and what to do."""
     version = f"ONNX Runtime {module.__version__}"
     if is_out_of_memory(error):
-        return "the GPU's memory is full; close other programs"
+        return BackendError("the GPU's memory is full", "close other programs")
     cuda = "" if _CUDA_FAILURE.search(str(error)) else _cuda(module)
     missing = next((name for name in _cuda_libraries(cuda) if not _loads(name)), None)
     if missing:
-        return f"{version} is made for CUDA {cuda} and {missing} is not found; run: {_LIBRARIES}"
-    return f"{version} cannot use the GPU ({first_line(error)}); run `gta-edge doctor`"
+        return BackendError(f"{version} is made for CUDA {cuda} and {missing} is not found", f"run: {_LIBRARIES}")
+    return BackendError(f"{version} cannot use the GPU ({first_line(error)})", "run `gta-edge doctor`")
 
 
 def is_out_of_memory(error: Exception) -> bool:

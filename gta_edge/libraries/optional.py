@@ -51,9 +51,9 @@ def optional(name: str, extra: str) -> Any:
         module = find_module(name)
     except UnusableError as error:
         package = _distribution_of(name) or f"'gta-edge[{extra}]'"
-        return _Absent(f"{error}; {error.remedy or f'run: pip install --upgrade --force-reinstall {package}'}")
+        return _Absent(str(error), error.remedy or f"run: pip install --upgrade --force-reinstall {package}")
     if module is None:
-        return _Absent(f"the Python module {name} is needed and not installed; run: pip install 'gta-edge[{extra}]'")
+        return _Absent(f"the Python module {name} is needed and not installed", f"run: pip install 'gta-edge[{extra}]'")
     return module
 
 
@@ -263,8 +263,8 @@ def _numbers(text: str) -> tuple[int, ...]:
 class _Absent:
     """Stands for a module that cannot be used, or for something in it."""
 
-    def __init__(self, message: str) -> None:
-        self._message = message
+    def __init__(self, problem: str, remedy: str) -> None:
+        self._error = problem, remedy
 
     def __getattr__(self, name: str) -> _Absent:
         if name.startswith("__"):
@@ -272,7 +272,7 @@ class _Absent:
         return self
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
-        raise BackendError(self._message)
+        raise BackendError(*self._error)
 
     def __mro_entries__(self, bases: tuple[Any, ...]) -> tuple[type, ...]:
         absent = self

@@ -67,14 +67,14 @@ def load(flavour: str | None = None) -> TensorRT:
         BackendError: it is not installed, cannot be loaded, or is too old.
     """
     if flavour is not None and flavour not in FLAVOURS:
-        raise BackendError(f"there is no TensorRT called {flavour!r}; expected one of {', '.join(FLAVOURS)}")
+        raise BackendError(f"there is no TensorRT called {flavour!r}", f"expected one of {', '.join(FLAVOURS)}")
     for each in [flavour] if flavour else FLAVOURS:
         for name in FLAVOURS[each]:
             module = _import(name, each)
             if module is not None:
                 return describe(module)
     wanted = flavour or "tensorrt"
-    raise BackendError(f"the Python module {FLAVOURS[wanted][0]} is needed and not installed; {_install(wanted)}")
+    raise BackendError(f"the Python module {FLAVOURS[wanted][0]} is needed and not installed", f"{_install(wanted)}")
 
 
 def describe(module: Any) -> TensorRT:
@@ -91,12 +91,12 @@ def describe(module: Any) -> TensorRT:
     found = re.match(r"\d+(\.\d+)+", text) if isinstance(text, str) else None
     if found is None or not hasattr(module, "get_plugin_registry"):
         where = getattr(module, "__name__", type(module).__name__)
-        raise BackendError(f"the Python module {where} is not a whole TensorRT; {_install(flavour)}")
+        raise BackendError(f"the Python module {where} is not a whole TensorRT", f"{_install(flavour)}")
     version = tuple(int(part) for part in found[0].split("."))
     oldest = _OLDEST[flavour]
     if version < oldest:
         raise BackendError(
-            f"{flavour} {text} is too old; expected {'.'.join(map(str, oldest))} or later: {_install(flavour)}"
+            f"{flavour} {text} is too old", f"expected {'.'.join(map(str, oldest))} or later: {_install(flavour)}"
         )
     rtx = flavour == "tensorrt-rtx"  # counts its versions by itself, and knows all that is asked for below
     network = getattr(module, "INetworkDefinition", None)
@@ -122,7 +122,7 @@ def _import(name: str, flavour: str) -> Any:
     try:
         return find_module(name)
     except UnusableError as error:
-        raise BackendError(f"{error}; {error.remedy or _install(flavour)}") from error
+        raise BackendError(str(error), error.remedy or _install(flavour)) from error
 
 
 def _flavour(module: Any) -> str:

@@ -80,7 +80,7 @@ def device(name: str) -> Device:
     """
     table = _table()
     if name not in table["devices"]:
-        raise InputError(unknown("no device is called {}; there are {}", name, device_names()))
+        raise InputError(*unknown("no device is called {}; there are {}", name, device_names()))
     entry = table["devices"][name]
     kind = table["classes"][entry["class"]]
     return Device(

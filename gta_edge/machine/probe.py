@@ -108,8 +108,8 @@ def _read_bandwidth(cores: int) -> float:
     each = _READ_BYTES if free is None else min(_READ_BYTES, free // (2 * cores))
     if each < _LEAST_READ_BYTES:
         raise BackendError(
-            f"{(free or 0) / 1e6:.0f} MB of memory are available, too little to measure with; close other programs, or "
-            "name a --device"
+            f"{(free or 0) / 1e6:.0f} MB of memory are available, too little to measure with",
+            "close other programs, or name a --device",
         )
     parts = [np.ones(each // 4, np.float32) for _ in range(cores)]
     size = sum(part.nbytes for part in parts)
@@ -140,7 +140,7 @@ def _memory() -> tuple[int, int]:
     """Return the bytes of memory in all that this process may have, and those that new work can take."""
     total, free = total_bytes(), available_bytes()
     if total is None or free is None:
-        raise BackendError("the system does not say how much memory there is (no /proc/meminfo); name a --device")
+        raise BackendError("the system does not say how much memory there is (no /proc/meminfo)", "name a --device")
     return total, min(free, total)
 
 
@@ -168,7 +168,7 @@ def measure_gpu(name: str = "this") -> Device:
     per_clock = _PER_CLOCK.get(gpu.architecture)
     if per_clock is None:
         known = ", ".join(_PER_CLOCK)
-        raise BackendError(f"{gpu.name} is {gpu.architecture}; rates are known of {known}: name a --device")
+        raise BackendError(f"{gpu.name} is {gpu.architecture}", f"rates are known of {known}: name a --device")
     core = optional("cuda.core", cuda_extra())
     try:
         device = core.Device(gpu.device_id)
@@ -183,8 +183,8 @@ def measure_gpu(name: str = "this") -> Device:
         raise
     except Exception as error:  # CUDAError or a driver's code: memory that is full, a GPU that is another's alone
         raise BackendError(
-            f"{gpu.name} cannot be used ({one_line(error)}); end the programs that nvidia-smi lists there, or name a "
-            "--device"
+            f"{gpu.name} cannot be used ({one_line(error)})",
+            "end the programs that nvidia-smi lists there, or name a --device",
         ) from error
     rates = dict(zip(("fp32", "fp16", "int8"), (gpu.processors * clock_hz * n for n in per_clock), strict=True))
     return Device(
@@ -221,10 +221,10 @@ def _check_usable(gpu: Gpu, free: int, clock_hz: float) -> None:
     """
     if free < _LEAST_COPY_BYTES:
         raise BackendError(
-            f"the memory of {gpu.name} is full ({free / 1e6:.0f} MB free); close other programs, or name a --device"
+            f"the memory of {gpu.name} is full ({free / 1e6:.0f} MB free)", "close other programs, or name a --device"
         )
     if clock_hz <= 0:
-        raise BackendError(f"{gpu.name} does not say its clock; name a --device")
+        raise BackendError(f"{gpu.name} does not say its clock", "name a --device")
 
 
 def _copy_bandwidth(device: Any, size: int) -> float:

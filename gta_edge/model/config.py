@@ -87,24 +87,25 @@ class ModelConfig(ABC):
             if entry.type == "int":
                 check_size(entry.name, getattr(self, entry.name))
         if not (is_number(self.rms_norm_eps) and 0 < self.rms_norm_eps < 1):
-            raise ConfigError(f"rms_norm_eps is {brief(self.rms_norm_eps)}; expected a number between 0 and 1")
+            raise ConfigError(f"rms_norm_eps is {brief(self.rms_norm_eps)}", "expected a number between 0 and 1")
         if not (is_number(self.rope_theta) and 1 < self.rope_theta <= _MAX_NUMBER):
-            raise ConfigError(f"rope_theta is {brief(self.rope_theta)}; expected a finite number above 1")
+            raise ConfigError(f"rope_theta is {brief(self.rope_theta)}", "expected a finite number above 1")
         if not isinstance(self.dtype, str) or self.dtype not in DTYPES:
-            raise ConfigError(f"dtype is {brief(self.dtype)}; expected one of {', '.join(DTYPES)}")
+            raise ConfigError(f"dtype is {brief(self.dtype)}", f"expected one of {', '.join(DTYPES)}")
         if not isinstance(self.tie_word_embeddings, bool):
-            raise ConfigError(f"tie_word_embeddings is {brief(self.tie_word_embeddings)}; expected true or false")
+            raise ConfigError(f"tie_word_embeddings is {brief(self.tie_word_embeddings)}", "expected true or false")
         self._check_tokens()
         if self.num_attention_heads * self.head_dim != self.hidden_size:
             raise ConfigError(
                 f"num_attention_heads {self.num_attention_heads} times head_dim {self.head_dim} is "
-                f"{self.num_attention_heads * self.head_dim}; expected hidden_size {self.hidden_size}"
+                f"{self.num_attention_heads * self.head_dim}",
+                f"expected hidden_size {self.hidden_size}",
             )
         self._check_attention()
         if self.key_width % 2 or self.key_width > _MAX_KEY_WIDTH:
             raise ConfigError(
-                f"the key width is {self.key_width}; expected an even number, since RoPE turns pairs, "
-                f"and at most {_MAX_KEY_WIDTH}"
+                f"the key width is {self.key_width}",
+                f"expected an even number, since RoPE turns pairs, and at most {_MAX_KEY_WIDTH}",
             )
         inverse_frequencies(self.key_width, self.rope_theta, self.rope_scaling, self.max_position_embeddings)
 
@@ -114,7 +115,7 @@ class ModelConfig(ABC):
             for token in ids:
                 if not (is_int(token) and 0 <= token < self.vocab_size):
                     raise ConfigError(
-                        f"{name} is {brief(token)}; expected a token id below vocab_size {self.vocab_size}"
+                        f"{name} is {brief(token)}", f"expected a token id below vocab_size {self.vocab_size}"
                     )
 
     @abstractmethod
@@ -254,17 +255,17 @@ class ModelConfig(ABC):
                 architecture that is neither.
         """
         if not isinstance(entries, Mapping):
-            raise ConfigError(f"the config is {type(entries).__name__}; expected a JSON object")
+            raise ConfigError(f"the config is {type(entries).__name__}", "expected a JSON object")
         names = entries.get("architectures") or []
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise ConfigError(f"architectures is {brief(names)}; expected a list of names")
+            raise ConfigError(f"architectures is {brief(names)}", "expected a list of names")
         model_type = entries.get("model_type")
         is_gta = any(name.startswith(("GTA", "GLA")) for name in names) if names else "num_query_heads" in entries
         is_llama = not _LLAMA_NAMES.isdisjoint(names) if names else model_type == "llama"
         if not is_gta and (not is_llama or model_type not in (None, "", "llama")):
             raise ConfigError(
-                f"architectures is {brief(names)} and model_type {brief(model_type)}; "
-                "expected GTAForCausalLM, or LlamaForCausalLM for a baseline"
+                f"architectures is {brief(names)} and model_type {brief(model_type)}",
+                "expected GTAForCausalLM, or LlamaForCausalLM for a baseline",
             )
         check_supported(entries)
         cls: type[GTAConfig | GQAConfig] = GTAConfig if is_gta else GQAConfig
@@ -361,8 +362,8 @@ class GTAConfig(ModelConfig):
             check_size(key, value)
         if values["query_dim"] != values["key_dim"]:
             raise ConfigError(
-                f"query_dim is {values['query_dim']} and key_dim {values['key_dim']}; they must be equal, "
-                "since a score is their product"
+                f"query_dim is {values['query_dim']} and key_dim {values['key_dim']}",
+                "they must be equal, since a score is their product",
             )
         return {
             "num_query_heads": values["num_query_heads"],

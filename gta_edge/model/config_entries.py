@@ -77,14 +77,14 @@ def check_supported(entries: Mapping[str, Any]) -> None:
         if value is None and name != "hidden_act":
             continue
         if value not in _ACTIVATIONS:
-            raise ConfigError(f"{name} is {brief(value)}; only 'silu', also called 'swish', is supported")
+            raise ConfigError(f"{name} is {brief(value)}", "only 'silu', also called 'swish', is supported")
     for name in ("quantization_config", "quantization", "compression_config"):
         if entries.get(name):
-            raise ConfigError(f"{name} is {brief(entries[name])}; {_QUANTISED}")
+            raise ConfigError(f"{name} is {brief(entries[name])}", _QUANTISED)
     for name, harmless in _REFUSED.items():
         value = entries.get(name)
         if value is not None and value not in harmless:
-            raise ConfigError(f"{name} is {brief(value)}; {_OTHER_MODEL}")
+            raise ConfigError(f"{name} is {brief(value)}", _OTHER_MODEL)
     _check_windows(entries)
 
 
@@ -98,7 +98,7 @@ def _check_windows(entries: Mapping[str, Any]) -> None:
             else layers
         )
         if other:
-            raise ConfigError(f"layer_types is {brief(layers)}; only full attention in every layer is supported")
+            raise ConfigError(f"layer_types is {brief(layers)}", "only full attention in every layer is supported")
         return  # said for every layer, so a window is not used
     positions = entries.get("max_position_embeddings", 2048)
     # models made from others may have a window that is switched off
@@ -107,8 +107,8 @@ def _check_windows(entries: Mapping[str, Any]) -> None:
         value = entries.get(name)
         if value is not None and not (is_int(value) and is_int(positions) and value >= positions):
             raise ConfigError(
-                f"{name} is {brief(value)}, below max_position_embeddings {brief(positions)}; only full attention is "
-                f"supported: set it to null if the model was trained without"
+                f"{name} is {brief(value)}, below max_position_embeddings {brief(positions)}",
+                "only full attention is supported: set it to null if the model was trained without",
             )
 
 
@@ -196,14 +196,14 @@ def require(entries: Mapping[str, Any], key: str) -> Any:
         ConfigError: it is not.
     """
     if entries.get(key) is None:
-        raise ConfigError(f"the config has no {key!r}; add it")
+        raise ConfigError(f"the config has no {key!r}", "add it")
     return entries[key]
 
 
 def check_size(name: str, value: object) -> None:
     """Raise ConfigError unless this is a size of a tensor: a whole number from 1 that has 31 bits."""
     if not (is_int(value) and 1 <= value <= _LARGEST_SIZE):
-        raise ConfigError(f"{name} is {brief(value)}; expected a whole number from 1 to {_LARGEST_SIZE}")
+        raise ConfigError(f"{name} is {brief(value)}", f"expected a whole number from 1 to {_LARGEST_SIZE}")
 
 
 def is_int(value: object) -> TypeGuard[int]:

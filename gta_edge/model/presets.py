@@ -59,7 +59,7 @@ def preset(name: str) -> ModelConfig:
         InputError: no preset of this name.
     """
     if name not in PRESETS:
-        raise InputError(unknown("no preset is called {}; there are {}", name, PRESETS))
+        raise InputError(*unknown("no preset is called {}; there are {}", name, PRESETS))
     family = (_GTA.get(name) or _BASELINES[name])[0]
     common: dict[str, Any] = {
         "vocab_size": family.vocab,

@@ -197,7 +197,7 @@ def build_packed_decoder(
     found = tensors.keys() | matrices.keys()
     missing = [n for n in config.parameter_shapes() if n not in found and not config.is_optional(n)]
     if missing:
-        raise BundleError(f"the weights lack {missing[0]} and {len(missing) - 1} more; export the bundle again")
+        raise BundleError(f"the weights lack {missing[0]} and {len(missing) - 1} more", "export the bundle again")
     with torch.device("meta"):
         model = Decoder(config, tensors.keys())
     model.load_state_dict(tensors, strict=False, assign=True)

@@ -65,24 +65,25 @@ class RopeScaling:
     def __post_init__(self) -> None:
         if self.rope_type not in ROPE_TYPES:
             raise ConfigError(
-                f"rope_type is {brief(self.rope_type)}; supported types are {', '.join(ROPE_TYPES)}; "
-                "other types change with the length of the prompt or the layer, which one fixed table cannot express"
+                f"rope_type is {brief(self.rope_type)}; supported types are {', '.join(ROPE_TYPES)}",
+                "other types change with the length of the prompt or the layer, which one fixed table cannot express",
             )
         known = ROPE_TYPES[self.rope_type]
         for name, value in self.parameters.items():
             if name not in known:
                 raise ConfigError(
-                    f"rope scaling of type {self.rope_type!r} has the unknown parameter {brief(name)}; "
-                    f"expected {', '.join(known) or 'none'}"
+                    f"rope scaling of type {self.rope_type!r} has the unknown parameter {brief(name)}",
+                    f"expected {', '.join(known) or 'none'}",
                 )
             _check_parameter(name, value)
         for name, required in known.items():
             if required and name not in self.parameters:
-                raise ConfigError(f"rope scaling of type {self.rope_type!r} lacks the parameter {name!r}; add it")
+                raise ConfigError(f"rope scaling of type {self.rope_type!r} lacks the parameter {name!r}", "add it")
         if self.rope_type == "llama3" and self.parameters["high_freq_factor"] <= self.parameters["low_freq_factor"]:
             raise ConfigError(
                 f"rope scaling has high_freq_factor {brief(self.parameters['high_freq_factor'])} and low_freq_factor "
-                f"{brief(self.parameters['low_freq_factor'])}; the first must be the larger one"
+                f"{brief(self.parameters['low_freq_factor'])}",
+                "the first must be the larger one",
             )
 
     @classmethod
@@ -98,13 +99,13 @@ class RopeScaling:
         if entry is None:
             return cls()
         if not isinstance(entry, Mapping):
-            raise ConfigError(f"rope scaling is {brief(entry)}; expected an object with a rope_type")
+            raise ConfigError(f"rope scaling is {brief(entry)}", "expected an object with a rope_type")
         rope_type = rope_type_of(entry)
         _check_type_of_parameters(entry)
         if entry.get("partial_rotary_factor") not in (None, 1):
             raise ConfigError(
-                f"partial_rotary_factor is {brief(entry['partial_rotary_factor'])}; only 1.0 is supported "
-                "(every key dimension rotates)"
+                f"partial_rotary_factor is {brief(entry['partial_rotary_factor'])}",
+                "only 1.0 is supported (every key dimension rotates)",
             )
         known = ROPE_TYPES.get(rope_type, {})
         for name, value in entry.items():
@@ -112,7 +113,8 @@ class RopeScaling:
             if describes_more and value and name not in known and name not in _FOREIGN_KEYS:
                 raise ConfigError(
                     f"rope scaling of type {brief(rope_type)} has {brief(name)} ({brief(value)}), which no supported "
-                    f"type has; those are {', '.join(ROPE_TYPES)}: remove it if the model was trained without it"
+                    f"type has",
+                    f"those are {', '.join(ROPE_TYPES)}: remove it if the model was trained without it",
                 )
         parameters = {name: entry[name] for name in known if entry.get(name) is not None}
         if "truncate" in known and "truncate" in entry:
@@ -134,11 +136,11 @@ def rope_type_of(entry: Mapping[str, Any]) -> str:
     named = {key: entry[key] for key in ("rope_type", "type") if entry.get(key) is not None}
     for value in named.values():
         if not isinstance(value, str):
-            raise ConfigError(f"rope_type is {brief(value)}; expected one of {', '.join(ROPE_TYPES)}")
+            raise ConfigError(f"rope_type is {brief(value)}", f"expected one of {', '.join(ROPE_TYPES)}")
     if len(set(named.values())) > 1:
         raise ConfigError(
-            f"rope_type is {brief(named['rope_type'])} and type, its old name, is {brief(named['type'])}; "
-            "remove the one that is wrong"
+            f"rope_type is {brief(named['rope_type'])} and type, its old name, is {brief(named['type'])}",
+            "remove the one that is wrong",
         )
     return next(iter(named.values()), "default")
 
@@ -149,18 +151,18 @@ def _check_type_of_parameters(entry: Mapping[str, Any]) -> None:
     parameters = [name for name, value in entry.items() if value is not None and name not in _FOREIGN_KEYS]
     if named and parameters and all(entry[key] is None for key in named):
         raise ConfigError(
-            f"{named[0]} is null, with {brief(parameters[0])} beside it ({brief(entry[parameters[0]])}); expected one "
-            f"of {', '.join(ROPE_TYPES)}: restore the type that the model was trained with"
+            f"{named[0]} is null, with {brief(parameters[0])} beside it ({brief(entry[parameters[0]])})",
+            f"expected one of {', '.join(ROPE_TYPES)}: restore the type that the model was trained with",
         )
 
 
 def _check_parameter(name: str, value: object) -> None:
     if isinstance(value, bool) != (name == "truncate") or not isinstance(value, (int, float)):
         expected = "true or false" if name == "truncate" else "a number"
-        raise ConfigError(f"rope scaling parameter {name} is {brief(value)}; expected {expected}")
+        raise ConfigError(f"rope scaling parameter {name} is {brief(value)}", f"expected {expected}")
     may_be_zero = name in ("truncate", "mscale", "mscale_all_dim")
     if not 0 <= value <= sys.float_info.max or (value == 0 and not may_be_zero):
-        raise ConfigError(f"rope scaling parameter {name} is {brief(value)}; expected a finite number above 0")
+        raise ConfigError(f"rope scaling parameter {name} is {brief(value)}", "expected a finite number above 0")
 
 
 def inverse_frequencies(
@@ -189,7 +191,8 @@ def inverse_frequencies(
     if rounded is None or not np.isfinite(rounded).all():
         raise ConfigError(
             f"rope_theta {brief(theta)} with rope scaling {brief(scaling.to_config())} gives rotations that are not "
-            "finite; expected parameters of usual size: restore those that the model was trained with"
+            "finite",
+            "expected parameters of usual size: restore those that the model was trained with",
         )
     return frequencies, factor
 
@@ -253,8 +256,9 @@ def check_table_size(dim: int, positions: int) -> None:
     if size > _MAX_TABLE_BYTES:
         raise ConfigError(
             f"max_position_embeddings is {positions} and a key is {dim} wide, so the cos and sin tables of RoPE take "
-            f"{size / 1e9:.1f} GB; expected at most {_MAX_TABLE_BYTES / 1e9:.1f} GB: lower max_position_embeddings in "
-            f"config.json to the longest context that is needed, at most {_MAX_TABLE_BYTES // (4 * dim)}"
+            f"{size / 1e9:.1f} GB",
+            f"expected at most {_MAX_TABLE_BYTES / 1e9:.1f} GB: lower max_position_embeddings in "
+            f"config.json to the longest context that is needed, at most {_MAX_TABLE_BYTES // (4 * dim)}",
         )
 
 

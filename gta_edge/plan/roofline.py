@@ -260,7 +260,8 @@ def execution_for(
     if cache_dtype is not None and cache_dtype not in allowed:
         raise InputError(
             f"a cache of {cache_dtype} is not possible for {config.architecture} with weights in {precision} on "
-            f"{backend}; expected {' or '.join(allowed)}"
+            f"{backend}",
+            f"expected {' or '.join(allowed)}",
         )
     return Execution(backend, compute, cache_dtype or compute, chunk_size, logit_positions, backend == "onnxruntime")
 
@@ -283,11 +284,11 @@ def make_plan(
     context = min(DEFAULT_CONTEXT, positions) if context is None else context
     prompt = context if prompt is None else prompt
     if not 1 <= context <= positions:
-        raise InputError(f"--context is {context}; {model.name} has positions for 1 to {positions}")
+        raise InputError(f"--context is {context}", f"{model.name} has positions for 1 to {positions}")
     if not 1 <= prompt <= context:
-        raise InputError(f"--prompt is {prompt}; expected 1 to the context, {context}")
+        raise InputError(f"--prompt is {prompt}", f"expected 1 to the context, {context}")
     if not 1 <= batch <= LARGEST_BATCH:
-        raise InputError(f"--batch is {batch}; expected 1 to {LARGEST_BATCH}")
+        raise InputError(f"--batch is {batch}", f"expected 1 to {LARGEST_BATCH}")
     return Plan(model, device, execution, context, batch, prompt)
 
 

@@ -234,8 +234,8 @@ class Plugin:
             if built is not None:
                 if gpu.architecture != built.architecture:
                     raise BackendError(
-                        f"this engine was built on a GPU of {built.architecture}, {gpu.name} is {gpu.architecture}; "
-                        "build the engine again on this machine"
+                        f"this engine was built on a GPU of {built.architecture}, {gpu.name} is {gpu.architecture}",
+                        "build the engine again on this machine",
                     )
                 gpu = replace(gpu, processors=min(gpu.processors, built.processors))
             self._gpu = gpu
@@ -326,8 +326,8 @@ def register_creators(trt: TensorRT, creators: Sequence[type[Creator]]) -> None:
     """
     if not trt.plugins:
         raise BackendError(
-            f"{trt.flavour} {trt.version_text} takes no plugins; build the form without them: "
-            "gta-edge build --engine tensorrt-rtx"
+            f"{trt.flavour} {trt.version_text} takes no plugins",
+            "build the form without them: gta-edge build --engine tensorrt-rtx",
         )
     with _registering:
         registry = trt.module.get_plugin_registry()
@@ -338,6 +338,7 @@ def register_creators(trt: TensorRT, creators: Sequence[type[Creator]]) -> None:
             if not registry.register_creator(creator, each.domain):
                 raise BackendError(
                     f"{trt.flavour} {trt.version_text} did not register the plugin {each.domain}::{each.op} version "
-                    f"{each.version}; start a new process in which nothing else of that name is registered"
+                    f"{each.version}",
+                    "start a new process in which nothing else of that name is registered",
                 )
             _creators.append(creator)

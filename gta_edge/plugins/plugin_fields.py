@@ -47,7 +47,7 @@ class FieldTypes:
         """
         missing = [name for name in self.built if name not in values]
         if missing and len(missing) < len(self.built):
-            raise BackendError(f"{self.op} in this engine lacks {', '.join(missing)}; build the engine again")
+            raise BackendError(f"{self.op} in this engine lacks {', '.join(missing)}", "build the engine again")
         return not missing
 
 
@@ -65,18 +65,18 @@ def read_fields(trt: Any, types: FieldTypes, fields: Any) -> dict[str, Any]:
             continue
         if name not in known:
             expected = ", ".join((*types.attributes, *IGNORED_ATTRIBUTES))
-            raise BackendError(f"{op} has no attribute {name}; expected {expected}")
+            raise BackendError(f"{op} has no attribute {name}", f"expected {expected}")
         kind = known[name]
         if field.type not in [getattr(trt.PluginFieldType, each) for each in _FIELD_TYPES[kind]]:
             found = getattr(field.type, "name", field.type)
-            raise BackendError(f"{op} has {name} of type {found}; expected {' or '.join(_FIELD_TYPES[kind])}")
+            raise BackendError(f"{op} has {name} of type {found}", f"expected {' or '.join(_FIELD_TYPES[kind])}")
         data = np.asarray(field.data)
         if kind is str:
             values[name] = data.astype(np.uint8).tobytes().rstrip(b"\0").decode("utf-8", "replace")
         elif kind is tuple:
             values[name] = tuple(int(each) for each in data.reshape(-1))
         elif data.size != 1:
-            raise BackendError(f"{op} has {data.size} values for {name}; expected one")
+            raise BackendError(f"{op} has {data.size} values for {name}", "expected one")
         else:
             values[name] = kind(data.reshape(-1)[0])
     return values

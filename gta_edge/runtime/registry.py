@@ -43,7 +43,9 @@ def _onnxruntime(bundle: Bundle, *, compute: str | None = None, **options: Any) 
     from gta_edge.runtime.onnxruntime.session import OnnxRuntimeSession
 
     if compute not in (None, "fp32"):
-        raise BackendError(f"onnxruntime computes in fp32 on a CPU, not in {compute}; leave the type to compute in out")
+        raise BackendError(
+            f"onnxruntime computes in fp32 on a CPU, not in {compute}", "leave the type to compute in out"
+        )
     return OnnxRuntimeSession(bundle, **options)
 
 
@@ -89,7 +91,7 @@ def _engine(name: str) -> Callable[..., Session]:
         if compute not in (None, session.compute):
             session.close()
             raise BackendError(
-                f"the engine computes in {session.compute}, not in {compute}; build another with --compute {compute}"
+                f"the engine computes in {session.compute}, not in {compute}", f"build another with --compute {compute}"
             )
         return session
 
@@ -175,7 +177,7 @@ def check_backend(name: str, more: tuple[str, ...] = ()) -> None:
         BackendError: it is unknown; those that there are.
     """
     if name not in BACKENDS and name not in more:
-        raise BackendError(unknown("no backend is called {}; there are {}", name, (*BACKENDS, *more)))
+        raise BackendError(*unknown("no backend is called {}; there are {}", name, (*BACKENDS, *more)))
 
 
 def _first_that_works(bundle: Bundle, options: dict[str, Any]) -> Session:
@@ -197,7 +199,7 @@ def _first_that_works(bundle: Bundle, options: dict[str, Any]) -> Session:
         return session
     reasons = "; ".join(f"{name}: {reason}" for name, reason in (skipped or absent).items())
     others = f"; not here: {', '.join(absent)}" if skipped and absent else ""
-    raise BackendError(f"no backend works here ({reasons}{others}); run `gta-edge doctor`")
+    raise BackendError(f"no backend works here ({reasons}{others})", "run `gta-edge doctor`")
 
 
 def _tried(make: Callable[..., Session], bundle: Bundle, options: dict[str, Any]) -> tuple[Session | None, str]:

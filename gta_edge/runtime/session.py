@@ -199,8 +199,8 @@ class Session(ABC):
         """Raise unless the cache is as this claim left it; None is anybody, who takes it as it is."""
         if owner is not None and owner is not self._owner and not self._closed:
             raise InputError(
-                f"the session is no longer as it was left, something else used it: {self._changed_by}; "
-                "finish one generation or evaluation before the next, or load the bundle once for each"
+                f"the session is no longer as it was left, something else used it: {self._changed_by}",
+                "finish one generation or evaluation before the next, or load the bundle once for each",
             )
 
     def _changed(self, owner: Claim | None, call: str) -> None:
@@ -215,7 +215,7 @@ class Session(ABC):
     def _forward(self, ids: Any, lengths: Any, all_logits: bool, owner: Claim | None) -> Logits:
         """``forward``, of a claim or of anybody."""
         if self._closed:
-            raise BackendError("the session is closed; load the bundle again")
+            raise BackendError("the session is closed", "load the bundle again")
         self._check_owner(owner)
         ids = self._check_ids(ids)
         batch, tokens = ids.shape
@@ -251,12 +251,12 @@ class Session(ABC):
         wanted = _as_array(length, "a length for truncate")
         if wanted.dtype.kind not in "iu" or wanted.shape not in ((), self._length.shape):
             raise InputError(
-                f"truncate got {length!r}; expected one whole number, or one for each of {len(self._length)} rows"
+                f"truncate got {length!r}", f"expected one whole number, or one for each of {len(self._length)} rows"
             )
         if (wanted < 0).any() or (wanted > self._length).any():
             raise InputError(
-                f"cannot truncate to {wanted.tolist()}: the rows hold {self._length.tolist()} tokens; "
-                "expected numbers from 0 to those"
+                f"cannot truncate to {wanted.tolist()}: the rows hold {self._length.tolist()} tokens",
+                "expected numbers from 0 to those",
             )
         self._length = np.broadcast_to(wanted, self._length.shape).astype(np.int64)
         self._changed(owner, "truncate()")
@@ -265,7 +265,8 @@ class Session(ABC):
         array = _as_array(ids, "ids")
         if array.ndim != 2 or 0 in array.shape or array.dtype.kind not in "iu":
             raise InputError(
-                f"ids are {array.dtype} of shape {list(array.shape)}; expected integers [B, T] with at least one token"
+                f"ids are {array.dtype} of shape {list(array.shape)}",
+                "expected integers [B, T] with at least one token",
             )
         outside = array[(array < 0) | (array >= self.config.vocab_size)]
         if outside.size:
@@ -278,9 +279,9 @@ class Session(ABC):
             return np.full(batch, tokens, np.int64)
         array = _as_array(lengths, "lengths")
         if array.shape != (batch,) or array.dtype.kind not in "iu":
-            raise InputError(f"lengths are {lengths!r}; expected {batch} whole numbers, one per row")
+            raise InputError(f"lengths are {lengths!r}", f"expected {batch} whole numbers, one per row")
         if (array < 1).any() or (array > tokens).any():
-            raise InputError(f"lengths are {array.tolist()}; expected 1 to {tokens}, the width of the ids")
+            raise InputError(f"lengths are {array.tolist()}", f"expected 1 to {tokens}, the width of the ids")
         return array.astype(np.int64)
 
     @property
@@ -293,7 +294,7 @@ class Session(ABC):
             return self._length
         if self._length.any():
             raise InputError(
-                f"ids have {batch} rows and the cache holds {len(self._length)}; call reset() to start another batch"
+                f"ids have {batch} rows and the cache holds {len(self._length)}", "call reset() to start another batch"
             )
         return np.zeros(batch, np.int64)
 
@@ -306,7 +307,8 @@ class Session(ABC):
             if ends[row] > self.max_length:
                 raise CapacityError(
                     f"row {row} holds {int(past[row])} tokens and would reach {int(ends[row])} with the given ones, "
-                    f"padding included; {self._limit}: truncate, reset, or give fewer"
+                    f"padding included",
+                    f"{self._limit}: truncate, reset, or give fewer",
                 )
         return chunks
 
@@ -336,7 +338,8 @@ class Session(ABC):
         if available is not None and needed > available:
             raise CapacityError(
                 f"{batch} rows of {tokens} tokens take {needed / 1e9:.2f} GB more of memory than the session has, and "
-                f"{available / 1e9:.2f} GB are available; give fewer rows or shorter prompts, or close other programs"
+                f"{available / 1e9:.2f} GB are available",
+                "give fewer rows or shorter prompts, or close other programs",
             )
         self._step_size = max(self._step_size, batch * width)
 
@@ -386,4 +389,4 @@ def _as_array(value: Any, what: str) -> npt.NDArray[Any]:
     try:
         return np.asarray(value)
     except ValueError as error:  # rows of different length
-        raise InputError(f"{what}: rows differ in length; pad them on the right and give lengths=") from error
+        raise InputError(f"{what}: rows differ in length", "pad them on the right and give lengths=") from error

@@ -12,21 +12,22 @@ __all__ = ["unknown"]
 _MAX_COMPARED = 40  # characters: no name is longer, and comparing takes the square of it
 
 
-def unknown(message: str, found: object, allowed: Iterable[str]) -> str:
-    """Return what to say of a name that is not among those allowed.
+def unknown(message: str, found: object, allowed: Iterable[str]) -> tuple[str, str]:
+    """Return the problem and the remedy of a name that is not among those allowed.
 
     Args:
-        message: with ``{}`` for what was found, and a second one for the names that are allowed.
+        message: problem and remedy with ``"; "`` between, ``{}`` in each for what was found and for what is allowed.
         found: as it was given, however long.
         allowed: the names.
 
     Returns:
-        The message, with a hint where only the case, or little more, is wrong.
+        Both, the remedy with a hint where only the case, or little more, is wrong.
     """
     names = list(allowed)
-    text = message.format(brief(found), ", ".join(names))
+    problem, _, remedy = message.partition("; ")
     near = _near(found, names) if isinstance(found, str) else None
-    return f"{text} (did you mean {near}?)" if near else text
+    hint = f" (did you mean {near}?)" if near else ""
+    return problem.format(brief(found)), remedy.format(", ".join(names)) + hint
 
 
 def _near(found: str, names: list[str]) -> str | None:

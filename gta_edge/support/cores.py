@@ -52,7 +52,8 @@ def check_threads(asked: int | None) -> None:
     if asked is not None and not 1 <= asked <= most:
         raise InputError(
             f"{brief(asked)} threads were asked for, and of the machine's {installed_cores()} cores {usable_cores()} "
-            f"may be used; expected 1 to {most}"
+            f"may be used",
+            f"expected 1 to {most}",
         )
 
 

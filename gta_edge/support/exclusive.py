@@ -41,9 +41,9 @@ class Exclusive:
             InputError: another thread is in a call, or this one is (a signal handler, for instance).
         """
         if self.mine:
-            raise InputError(f"{self._what} is called from within one of its own calls; {self._remedy}")
+            raise InputError(f"{self._what} is called from within one of its own calls", self._remedy)
         if not self._lock.acquire(blocking=wait):
-            raise InputError(f"{self._what} is in use by another thread; {self._remedy}")
+            raise InputError(f"{self._what} is in use by another thread", self._remedy)
         try:
             self._thread = threading.get_ident()
             yield

@@ -63,18 +63,18 @@ def bundle_file(directory: Path, name: str) -> Path:
     """
     shown = printable(str(directory / name))
     if not plain_name(name):
-        raise BundleError(f"{shown}: is outside the bundle; export the bundle again, or copy it anew")
+        raise BundleError(f"{shown}: is outside the bundle", "export the bundle again, or copy it anew")
     try:
         root, real = directory.resolve(strict=True), (directory / name).resolve(strict=True)
     except FileNotFoundError as error:
-        raise BundleError(f"{shown}: is missing; export the bundle again, or copy it anew") from error
+        raise BundleError(f"{shown}: is missing", "export the bundle again, or copy it anew") from error
     except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, on older Pythons
         reason = getattr(error, "strerror", None) or "a loop of links"
-        raise BundleError(f"{shown}: cannot be read ({reason}); export the bundle again, or copy it anew") from error
+        raise BundleError(f"{shown}: cannot be read ({reason})", "export the bundle again, or copy it anew") from error
     model = root.parent.parent
     in_hub_cache = root.parent.name == "snapshots" and model.name.startswith("models--")
     if real.parent != root and not (in_hub_cache and real.parent == model / "blobs"):
-        raise BundleError(f"{shown}: is a link that leads out of the bundle; put the file itself there")
+        raise BundleError(f"{shown}: is a link that leads out of the bundle", "put the file itself there")
     return real
 
 
@@ -143,8 +143,8 @@ def new_directory(
             shutil.rmtree(old)
     except OSError as error:
         raise OutputError(
-            f"{target} is written, but the one it replaces, now {old}, cannot be removed "
-            f"({error.strerror}); remove it yourself"
+            f"{target} is written, but the one it replaces, now {old}, cannot be removed ({error.strerror})",
+            "remove it yourself",
         ) from error
     finally:
         partial.release()
@@ -209,20 +209,22 @@ def scratch_directory(parent: str | os.PathLike[str] | None = None, *, needed_by
         place = Path(tempfile.gettempdir() if parent is None else parent)
     except OSError as error:  # none of the usual places can be written to
         raise OutputError(
-            f"there is no directory for temporary files ({error.strerror or error}); set TMPDIR to one with free space"
+            f"there is no directory for temporary files ({error.strerror or error})",
+            "set TMPDIR to one with free space",
         ) from error
     remove_stale(place)
     remedy = "set TMPDIR to a directory with free space" if parent is None else "free some space there"
     try:
         partial = Partial(place, directory=True)
     except OSError as error:
-        raise OutputError(f"{place}: no directory can be made in it ({error.strerror}); {remedy}") from error
+        raise OutputError(f"{place}: no directory can be made in it ({error.strerror})", remedy) from error
     try:
         partial.path.chmod(0o700)
         free = shutil.disk_usage(partial.path).free
         if needed_bytes > free:
             raise OutputError(
-                f"{place}: has {free / 1e6:.1f} MB free, and temporary files take {needed_bytes / 1e6:.1f} MB; {remedy}"
+                f"{place}: has {free / 1e6:.1f} MB free, and temporary files take {needed_bytes / 1e6:.1f} MB",
+                f"{remedy}",
             )
         yield partial.path
     finally:
@@ -233,7 +235,7 @@ def _resolve(path: str | os.PathLike[str]) -> Path:
     try:
         return Path(path).resolve()
     except (OSError, RuntimeError, ValueError) as error:  # a loop of links, or a NUL
-        raise OutputError(f"{str(path)!r} is no usable path ({error}); choose another one") from error
+        raise OutputError(f"{str(path)!r} is no usable path ({error})", "choose another one") from error
 
 
 def _mode(target: Path) -> int | None:
@@ -252,15 +254,15 @@ def _check_directory(target: Path, force: bool, kind: str | None, artifact: bool
     if mode is None:
         return
     if not stat.S_ISDIR(mode):
-        raise OutputError(f"{target} exists and is no directory; choose another output path")
+        raise OutputError(f"{target} exists and is no directory", "choose another output path")
     if not force:
-        raise OutputError(f"{target} already exists; choose another output path, or replace it with --force")
+        raise OutputError(f"{target} already exists", "choose another output path, or replace it with --force")
     with _at(target):
         foreign = foreign_entry(target, kind=kind, artifact=artifact)
     if foreign is not None:
         raise OutputError(
-            f"{target} holds what this program did not make ({foreign}), and is not replaced even with --force; choose "
-            "another output path, or remove it yourself"
+            f"{target} holds what this program did not make ({foreign}), and is not replaced even with --force",
+            "choose another output path, or remove it yourself",
         )
 
 
@@ -270,9 +272,9 @@ def _check_file(target: Path, force: bool) -> None:
     if mode is None:
         return
     if not stat.S_ISREG(mode):
-        raise OutputError(f"{target} exists and is no regular file; choose another output path")
+        raise OutputError(f"{target} exists and is no regular file", "choose another output path")
     if not force:
-        raise OutputError(f"{target} already exists; choose another output path, or replace it with --force")
+        raise OutputError(f"{target} already exists", "choose another output path, or replace it with --force")
 
 
 def _check_not_protected(target: Path) -> None:
@@ -280,7 +282,7 @@ def _check_not_protected(target: Path) -> None:
         with suppress(OSError, RuntimeError):  # a working directory that was removed, a user without a home
             path = place().resolve()
             if target == path or target in path.parents:
-                raise OutputError(f"{target} is or holds {what}, which is never replaced; choose another output path")
+                raise OutputError(f"{target} is or holds {what}, which is never replaced", "choose another output path")
 
 
 def _clean(target: Path) -> None:
@@ -297,8 +299,8 @@ def _check_space(target: Path, needed_bytes: int) -> None:
         free = shutil.disk_usage(target.parent).free
     if needed_bytes > free:
         raise OutputError(
-            f"{target} cannot be written (it takes about {needed_bytes / 1e9:.2f} GB and {free / 1e9:.2f} GB are "
-            "free); free some space, or choose another output path"
+            f"{target} cannot be written (it takes about {needed_bytes / 1e9:.2f} GB and {free / 1e9:.2f} GB are free)",
+            "free some space, or choose another output path",
         )
 
 
@@ -338,4 +340,4 @@ def _output_error(target: Path, error: OSError) -> OutputError:
         remedy = "free some space, or choose another output path"
     else:
         remedy = "choose another output path"
-    return OutputError(f"{target} cannot be written ({reason}); {remedy}")
+    return OutputError(f"{target} cannot be written ({reason})", remedy)

@@ -41,18 +41,18 @@ def read_json(
     try:
         info = path.stat()
         if not stat.S_ISREG(info.st_mode):  # reading a pipe would wait for ever
-            raise raises(f"{name}: is not a regular file; {remedy}")
+            raise raises(f"{name}: is not a regular file", remedy)
         if info.st_size > max_bytes:
-            raise raises(f"{name}: has {info.st_size} bytes; expected at most {max_bytes}; {remedy}")
+            raise raises(f"{name}: has {info.st_size} bytes; expected at most {max_bytes}", remedy)
         with path.open("rb") as file:
             text = file.read(max_bytes + 1)  # and not all of it: it may grow meanwhile
         if len(text) > max_bytes:
-            raise raises(f"{name}: has more than {max_bytes} bytes; {remedy}")
+            raise raises(f"{name}: has more than {max_bytes} bytes", remedy)
         return parse_json(text, unique_keys=unique_keys)
     except OSError as error:
-        raise raises(f"{name}: cannot be read ({error.strerror or error}); {remedy}") from error
+        raise raises(f"{name}: cannot be read ({error.strerror or error})", remedy) from error
     except ValueError as error:
-        raise raises(f"{name}: is not valid JSON ({one_line(error)}); {remedy}") from error
+        raise raises(f"{name}: is not valid JSON ({one_line(error)})", remedy) from error
 
 
 def parse_json(text: bytes, *, unique_keys: bool = False) -> Any:

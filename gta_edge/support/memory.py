@@ -56,7 +56,8 @@ def require_bytes(needed: int, what: str, remedy: str) -> None:
     free = reachable_bytes()
     if free is not None and needed > free:
         raise CapacityError(
-            f"{what} takes at least {needed / 1e6:,.0f} MB of memory, and {free / 1e6:,.0f} MB are available; {remedy}"
+            f"{what} takes at least {needed / 1e6:,.0f} MB of memory, and {free / 1e6:,.0f} MB are available",
+            f"{remedy}",
         )
 
 

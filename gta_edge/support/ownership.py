@@ -100,7 +100,7 @@ def check_inputs(target: Path, inputs: Iterable[Path]) -> None:
             else:
                 continue
             raise OutputError(
-                f"{printable(str(target))} {how} the input {printable(str(given))}; choose another output path"
+                f"{printable(str(target))} {how} the input {printable(str(given))}", "choose another output path"
             )
 
 

@@ -49,15 +49,15 @@ def read_text(
         if stat.S_ISDIR(info.st_mode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         if not (pipes or stat.S_ISREG(info.st_mode)):  # reading a pipe would wait for ever
-            raise raises(f"{name}: is not a regular file; {remedy}")
+            raise raises(f"{name}: is not a regular file", remedy)
         if info.st_size > max_bytes:
-            raise raises(f"{name}: has {info.st_size} bytes; expected at most {max_bytes}; {remedy}")
+            raise raises(f"{name}: has {info.st_size} bytes; expected at most {max_bytes}", remedy)
         with path.open("rb") as file:
             content = file.read(max_bytes + 1)  # and not all of it: it may grow meanwhile
     except OSError as error:
-        raise raises(f"{name}: cannot be read ({error.strerror or one_line(error)}); {remedy}") from error
+        raise raises(f"{name}: cannot be read ({error.strerror or one_line(error)})", remedy) from error
     except ValueError as error:  # a NUL in the path
-        raise raises(f"{name}: is no path ({one_line(error)}); {remedy}") from error
+        raise raises(f"{name}: is no path ({one_line(error)})", remedy) from error
     return _decoded(content, name, raises, remedy, max_bytes)
 
 
@@ -71,19 +71,19 @@ def read_text_or_stdin(path: Path) -> str:
         return read_text(path, remedy="give a text file in UTF-8, or - to read standard input", pipes=True)
     remedy = "pipe a text in UTF-8 into it"
     if sys.stdin is None:  # closed by whoever started us
-        raise InputError(f"standard input is closed; {remedy}")
+        raise InputError("standard input is closed", remedy)
     try:
         content = sys.stdin.buffer.read(MAX_TEXT_BYTES + 1)
     except (OSError, ValueError) as error:  # ValueError: closed since
-        raise InputError(f"standard input cannot be read ({one_line(error)}); {remedy}") from error
+        raise InputError(f"standard input cannot be read ({one_line(error)})", remedy) from error
     return _decoded(content, "standard input", InputError, remedy, MAX_TEXT_BYTES)
 
 
 def _decoded(content: bytes, name: str, raises: type[GtaEdgeError], remedy: str, max_bytes: int) -> str:
     if len(content) > max_bytes:
-        raise raises(f"{name}: has more than {max_bytes} bytes; {remedy}")
+        raise raises(f"{name}: has more than {max_bytes} bytes", remedy)
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         found = "UTF-16 text" if content[:2] in _UTF_16 else f"not UTF-8 text (byte {error.start})"
-        raise raises(f"{name}: is {found}; {remedy}") from error
+        raise raises(f"{name}: is {found}", remedy) from error

@@ -59,7 +59,8 @@ def threads_to_use(wanted: int, *, asked: bool) -> int:
     if asked and possible < wanted:
         raise CapacityError(
             f"{wanted} threads were asked for, and this process may start {possible - 1} beside its own (ulimit -u, or "
-            f"the container's limit of processes); raise the limit, or give --threads {possible}"
+            f"the container's limit of processes)",
+            f"raise the limit, or give --threads {possible}",
         )
     return possible
 

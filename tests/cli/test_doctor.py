@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from gta_edge.cli import doctor_checks
+from gta_edge.cuda import gpu as cuda_gpu
 from gta_edge.cuda.gpu import Gpu
 from gta_edge.errors import BackendError, GtaEdgeError
-from gta_edge.plugins.attention import kernels as launch
 from gta_edge.runtime.tensorrt import builder as tensorrt_builder
 from tests.cli import COMMAND, Result, environment
 
@@ -137,7 +137,7 @@ int cuDriverGetVersion(int *version) { *version = 13000; return status() == 34 ?
     return directory
 
 
-PROBLEM = "from gta_edge.cuda.compiler import driver_cuda_version as v, driver_problem as p; print(v(), p())"
+PROBLEM = "from gta_edge.libraries.cuda import driver_cuda_version as v, driver_problem as p; print(v(), p())"
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 
     def give(architecture: str) -> None:
         found = Gpu(0, "a GPU", architecture, 8)
-        for module in (launch, tensorrt_builder):
+        for module in (cuda_gpu, tensorrt_builder):
             monkeypatch.setattr(module, "current_gpu", lambda device_id=0: found)
         monkeypatch.setattr(doctor_checks, "_use_gpu", lambda: None)
 

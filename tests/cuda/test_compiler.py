@@ -324,7 +324,7 @@ def no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_cuda_core(kernels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_nvrtc(monkeypatch, nvrtcVersion=lambda: (0, 13, 4), nvrtcGetSupportedArchs=lambda: (0, [80]))
     monkeypatch.setitem(sys.modules, "cuda.core", None)
-    assert message(stub_program(), kernels) == (
+    assert message(stub_program(), kernels=kernels) == (
         "the Python module cuda.core is needed and not installed; run: pip install 'gta-edge[cuda13]'"
     )
 
@@ -355,7 +355,7 @@ def test_a_source_that_does_not_compile_names_the_first_error(kernels: Path, cac
     (kernels / "stub.cu").write_text(
         '#warning "not this"\nextern "C" __global__ void gta_stub() {\n  a = 1;\n  b = 2;\n}'
     )
-    assert message(stub_program(), kernels) == (
+    assert message(stub_program(), kernels=kernels) == (
         'stub.cu does not compile for sm_80 (stub.cu(3): error: identifier "a" is undefined); '
         "run: pip install --upgrade 'gta-edge[cuda13]', or report this line"
     )
@@ -364,7 +364,7 @@ def test_a_source_that_does_not_compile_names_the_first_error(kernels: Path, cac
 
 @needs_nvrtc
 def test_a_source_that_is_not_there(kernels: Path) -> None:
-    assert "reinstall gta-edge" in message(stub_program("absent.cu"), kernels)
+    assert "reinstall gta-edge" in message(stub_program("absent.cu"), kernels=kernels)
     assert "reinstall gta-edge" in message(stub_program(), kernels=kernels / "absent")
 
 
@@ -372,7 +372,7 @@ def test_a_machine_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     def absent(name: str) -> None:
         raise OSError(f"{name}: cannot open shared object file")
 
-    monkeypatch.setattr(compiler.ctypes, "CDLL", absent)
+    monkeypatch.setattr(cuda.ctypes, "CDLL", absent)
     assert driver_cuda_version() is None
 
 
@@ -381,7 +381,7 @@ def test_the_drivers_version_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
         version._obj.value = 12060
         return 0
 
-    monkeypatch.setattr(compiler.ctypes, "CDLL", lambda name: SimpleNamespace(cuDriverGetVersion=answer))
+    monkeypatch.setattr(cuda.ctypes, "CDLL", lambda name: SimpleNamespace(cuDriverGetVersion=answer))
     assert driver_cuda_version() == (12, 6)
     assert cuda_extra() == "cuda12"
 

@@ -252,7 +252,7 @@ def test_verify_with_nothing_that_works(
 def test_a_backend_that_there_is_not(tiny_bundle: Path, name: str, hint: str | None) -> None:
     with pytest.raises(BackendError, match="there are tensorrt, tensorrt-rtx, onnxruntime-cuda, onnxruntime, torch"):
         open_session(Bundle.open(tiny_bundle), name)
-    said = unknown("no backend is called {}; there are {}", name, BACKENDS)
+    said = "; ".join(unknown("no backend is called {}; there are {}", name, BACKENDS))
     assert said.isprintable()
     assert len(said) < 400
     assert said.endswith(hint) if hint else "did you mean" not in said

@@ -79,7 +79,7 @@ class Worker:
         except OSError as error:
             self._errors.close()
             raise BackendError(
-                f"{brief(python)} cannot be run ({error.strerror}); give a Python interpreter"
+                f"{brief(python)} cannot be run ({error.strerror})", "give a Python interpreter"
             ) from error
 
     def ask(self, **request: Any) -> Document:
@@ -96,10 +96,12 @@ class Worker:
             stdin.write(json.dumps(request) + "\n")
             stdin.flush()
         except BrokenPipeError as error:
-            raise WorkerError(self._reason()) from error
+            raise self._ended() from error
         answer = self._answer()
         if not answer.pop("ok"):
-            raise _KINDS.get(str(answer.get("kind")), BackendError)(str(answer.get("reason")))
+            remedy = answer.get("remedy")
+            kind = _KINDS.get(str(answer.get("kind")), BackendError)
+            raise kind(str(answer.get("reason")), None if remedy is None else str(remedy))
         return answer
 
     def _answer(self) -> Document:
@@ -115,21 +117,21 @@ class Worker:
                 answer = json.loads(line[begin:])
                 if isinstance(answer, dict) and isinstance(answer.get("ok"), bool):
                     return answer
-        raise WorkerError(self._reason())
+        raise self._ended()
 
-    def _reason(self) -> str:
-        """Say why there was no answer."""
+    def _ended(self) -> WorkerError:
+        """Return why there was no answer."""
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(_SECONDS_TO_END)
         status = self._process.poll()
         if status is None:
-            return "the process gave no answer that this program understands; give a Python interpreter"
+            return WorkerError("the process gave no answer that this program understands", "give a Python interpreter")
         if status < 0:
             hint = ", probably for lack of memory" if status == -signal.SIGKILL else ""
-            return f"the process was ended by {signal.Signals(-status).name}{hint}"
+            return WorkerError(f"the process was ended by {signal.Signals(-status).name}{hint}")
         self._errors.seek(0, os.SEEK_END)
         self._errors.seek(max(0, self._errors.tell() - _LAST_BYTES))
-        return f"the process ended with status {status} ({last_words(self._errors.read())})"
+        return WorkerError(f"the process ended with status {status} ({last_words(self._errors.read())})")
 
     def close(self, *, patient: bool = True) -> None:
         """End the process and all it started: with its stdin if it is given the time, else at once."""
@@ -182,12 +184,12 @@ def environment_for(target: Target, directory: Path) -> dict[str, str]:
         except (OSError, subprocess.TimeoutExpired) as error:
             why = getattr(error, "strerror", None) or f"it did not end in {_SECONDS_TO_IMPORT:.0f} s"
             raise BackendError(
-                f"{brief(target.interpreter)} cannot be run ({why}); give a Python interpreter"
+                f"{brief(target.interpreter)} cannot be run ({why})", "give a Python interpreter"
             ) from error
         if tried.returncode == 0:
             return environment
         reason = last_words(tried.stderr) if tried.stderr.strip() else f"status {tried.returncode}"
-    raise BackendError(f"{printable(target.interpreter)} cannot import gta_edge ({reason}); {target.remedy}")
+    raise BackendError(f"{printable(target.interpreter)} cannot import gta_edge ({reason})", target.remedy)
 
 
 def last_words(output: bytes) -> str:
@@ -209,5 +211,6 @@ def temporary_files(directory: Path) -> Iterator[None]:
     except OSError as error:  # numpy's has no number where it could not write all
         raise OutputError(
             f"{printable(str(directory))}: temporary files cannot be written there "
-            f"({error.strerror or 'no space left on device'}); free some space, or set TMPDIR to another directory"
+            f"({error.strerror or 'no space left on device'})",
+            "free some space, or set TMPDIR to another directory",
         ) from error

@@ -124,17 +124,17 @@ def bench(
 
 def _open_all(run: _Run, bundles: dict[str, Bundle], targets: Sequence[Target]) -> None:
     """Load every bundle on every target; what does not work is listed with its reason."""
-    environments: dict[Target, dict[str, str] | str] = {}
+    environments: dict[Target, dict[str, str] | GtaEdgeError] = {}
     for target in targets:
         try:
             environments[target] = environment_for(target, run.new_directory())
         except GtaEdgeError as error:
-            environments[target] = str(error)
+            environments[target] = error
     pairs = [(name, target) for name in bundles for target in targets]
     for name, target in pairs:
         environment = environments[target]
-        if isinstance(environment, str):
-            run.absent.append(_absence(name, target, environment))
+        if isinstance(environment, GtaEdgeError):
+            run.absent.append(_absence(name, target, environment, bundles[name]))
         else:
             entrant = Entrant(name, bundles[name], target, environment, run.new_directory(), run.settings.threads)
             run.entrants.append(entrant)
@@ -144,9 +144,7 @@ def _open_all(run: _Run, bundles: dict[str, Bundle], targets: Sequence[Target]) 
             entrant.open()
         except GtaEdgeError as error:
             run.entrants.remove(entrant)
-            # the process was told the whole path
-            message = str(error).replace(str(entrant.bundle.directory.resolve()), entrant.name)
-            run.absent.append(_absence(entrant.name, entrant.target, message))
+            run.absent.append(_absence(entrant.name, entrant.target, error, entrant.bundle))
             continue
         _make_room(run, entrant)
     run.progress("loading", len(pairs), len(pairs))
@@ -154,9 +152,10 @@ def _open_all(run: _Run, bundles: dict[str, Bundle], targets: Sequence[Target]) 
         run.twins = {id(e): _twin(run, e) for e in run.entrants if e.opened and e.opened["rounds_activations"]}
 
 
-def _absence(name: str, target: Target, message: str) -> Document:
-    reason, _, remedy = message.partition("; ")
-    return {"bundle": name, "backend": target.label, "reason": reason, "remedy": remedy or "run `gta-edge doctor`"}
+def _absence(name: str, target: Target, error: GtaEdgeError, bundle: Bundle) -> Document:
+    told = str(bundle.directory.resolve())  # a process is told the whole path, a person gave this name
+    reason, remedy = (text.replace(told, name) for text in (error.problem, error.remedy or "run `gta-edge doctor`"))
+    return {"bundle": name, "backend": target.label, "reason": reason, "remedy": remedy}
 
 
 def _twin(run: _Run, of: Entrant) -> Entrant:

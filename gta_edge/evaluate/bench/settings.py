@@ -59,20 +59,20 @@ class Settings:
         """
         for name, value in (("--batch", self.batch), ("--new-tokens", self.new_tokens), ("--rounds", self.rounds)):
             if value is not None and value < 1:
-                raise InputError(f"{name} is {brief(value)}; expected a whole number above 0")
+                raise InputError(f"{name} is {brief(value)}", "expected a whole number above 0")
         if self.rounds is not None and self.rounds > _MOST_ROUNDS:
-            raise InputError(f"--rounds is {brief(self.rounds)}; expected 1 to {_MOST_ROUNDS}")
+            raise InputError(f"--rounds is {brief(self.rounds)}", f"expected 1 to {_MOST_ROUNDS}")
         check_threads(self.threads)
         for context in self.contexts or ():
             if context < 1:
-                raise InputError(f"--contexts has {brief(context)}; expected whole numbers above 0")
+                raise InputError(f"--contexts has {brief(context)}", "expected whole numbers above 0")
             if self.prompt is not None and context > len(self.prompt):
                 raise InputError(
-                    f"--contexts has {brief(context)} and the prompt has {len(self.prompt)} tokens; give a "
-                    "longer prompt or a shorter context"
+                    f"--contexts has {brief(context)} and the prompt has {len(self.prompt)} tokens",
+                    "give a longer prompt or a shorter context",
                 )
         if self.prompt is not None and not self.prompt:
-            raise InputError("the prompt is empty; give one with a token at least")
+            raise InputError("the prompt is empty", "give one with a token at least")
 
     def contexts_for(self, name: str, bundle: Bundle) -> tuple[int, ...]:
         """Return the contexts for a bundle, ascending.
@@ -92,7 +92,8 @@ class Settings:
             if context > longest:
                 raise InputError(
                     f"the context {brief(context)} leaves no room for a new token: {printable(name)} has {longest + 1} "
-                    f"positions; choose at most {longest}"
+                    f"positions",
+                    f"choose at most {longest}",
                 )
         unknown = [i for i in self.prompt or () if not 0 <= i < bundle.config.vocab_size]
         if unknown:
@@ -177,7 +178,8 @@ def check_room(
         if free is not None and taken > free:
             raise CapacityError(
                 f"--batch {brief(settings.batch)} with a context of {context} takes {_gb(taken)} at the least beside "
-                f"the weights of {printable(name)}, and {_gb(free)} are free; give a smaller --batch or --contexts"
+                f"the weights of {printable(name)}, and {_gb(free)} are free",
+                "give a smaller --batch or --contexts",
             )
     return files
 

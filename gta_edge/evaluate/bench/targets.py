@@ -65,14 +65,14 @@ class Target:
         if self.interpreter is None:
             if not sys.executable:
                 raise BackendError(
-                    f"this Python does not know where it lies; name one: {self.backend}@/usr/bin/python3"
+                    "this Python does not know where it lies", f"name one: {self.backend}@/usr/bin/python3"
                 )
             return sys.executable
         found = shutil.which(os.path.expanduser(self.interpreter))  # noqa: PTH111  # a command's name, maybe
         if found is None:
             raise BackendError(
-                f"{brief(self.interpreter)} is no program that can be run; give a Python interpreter after the @, "
-                f"such as {self.backend}@/usr/bin/python3"
+                f"{brief(self.interpreter)} is no program that can be run",
+                f"give a Python interpreter after the @, such as {self.backend}@/usr/bin/python3",
             )
         return os.path.abspath(found)  # noqa: PTH100  # resolve() would follow the link
 
@@ -131,6 +131,6 @@ def parse_targets(text: str | None) -> list[Target]:
         name, at, interpreter = part.strip().partition("@")
         check_backend(name)
         if at and not interpreter:
-            raise BackendError(f"{brief(part.strip())} names no interpreter after the @; expected {name}@PYTHON")
+            raise BackendError(f"{brief(part.strip())} names no interpreter after the @", f"expected {name}@PYTHON")
         found.append(Target(name, interpreter or None))
     return list(dict.fromkeys(found))

@@ -171,7 +171,7 @@ class Measurer:
 
     def _ready(self) -> Session:
         if self._session is None:
-            raise BackendError("nothing is open; ask to open a bundle first")
+            raise BackendError("nothing is open", "ask to open a bundle first")
         return self._session
 
     def _memory(self) -> Document:
@@ -302,8 +302,8 @@ def _write(path: Path, logits: npt.NDArray[np.float32], mode: str) -> None:
             file.write(logits.tobytes())
     except OSError as error:
         raise OutputError(
-            f"{path.parent}: temporary files cannot be written there ({error.strerror}); free some space, or set "
-            "TMPDIR to another directory"
+            f"{path.parent}: temporary files cannot be written there ({error.strerror})",
+            "free some space, or set TMPDIR to another directory",
         ) from error
 
 
@@ -315,7 +315,7 @@ def serve(requests: Iterable[str | bytes], answers: TextIO) -> None:
         try:
             answer = {"ok": True} | measurer.answer(json.loads(line))
         except GtaEdgeError as error:
-            answer = {"ok": False, "kind": type(error).__name__, "reason": str(error)}
+            answer = {"ok": False, "kind": type(error).__name__, "reason": error.problem, "remedy": error.remedy}
         except MemoryError:
             answer = {"ok": False, "reason": "not enough memory; use a shorter context, or close other programs"}
         except Exception as error:  # a backend's own: the parent reports it in one line

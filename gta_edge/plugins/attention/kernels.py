@@ -73,11 +73,11 @@ class Buffers:
             alignment = _ALIGNMENTS.get(name, _ALIGNMENT)
             if address % alignment:
                 raise BackendError(
-                    f"{name} is at address {address:#x}; expected a multiple of {alignment}: copy it to memory "
-                    "that is aligned so"
+                    f"{name} is at address {address:#x}",
+                    f"expected a multiple of {alignment}: copy it to memory that is aligned so",
                 )
             if not address and name not in _MAY_BE_ABSENT:
-                raise BackendError(f"{name} is at address 0; expected memory of the GPU")
+                raise BackendError(f"{name} is at address 0", "expected memory of the GPU")
 
 
 @cache
@@ -157,11 +157,11 @@ class AttentionKernels:
         for name in _SCALES:
             if bool(getattr(buffers, name)) != self.variant.quantised:
                 raise BackendError(
-                    f"{name} is {'given' if getattr(buffers, name) else 'missing'}; a cache of type "
-                    f"{self.variant.cache} has {'scales' if self.variant.quantised else 'none'}"
+                    f"{name} is {'given' if getattr(buffers, name) else 'missing'}",
+                    f"a cache of type {self.variant.cache} has {'scales' if self.variant.quantised else 'none'}",
                 )
         if plan.workspace_bytes and not buffers.workspace:
-            raise BackendError(f"there is no workspace; expected {plan.workspace_bytes} bytes of the GPU's memory")
+            raise BackendError("there is no workspace", f"expected {plan.workspace_bytes} bytes of the GPU's memory")
         addresses = dict(vars(buffers))
         for name, offset in plan.offsets.items():
             addresses[name] = buffers.workspace + offset
@@ -182,12 +182,12 @@ class AttentionKernels:
         """Return the plan, and of each launch all that does not depend on addresses, as cuda.core takes it."""
         plan = self.plan(batch, tokens, capacity)
         if tokens > capacity:
-            raise BackendError(f"tokens is {tokens}; expected at most the capacity, {capacity}")
+            raise BackendError(f"tokens is {tokens}", f"expected at most the capacity, {capacity}")
         # The largest product must give the largest score; what counts is the float32 that the kernels get.
         if not (0 < scale <= _MAX_FLOAT32 and np.float32(scale) > 0):
-            raise BackendError(f"scale is {scale}; expected more than 0, and a number that float32 has")
+            raise BackendError(f"scale is {scale}", "expected more than 0, and a number that float32 has")
         if not 1 <= positions <= MAX_INT32:
-            raise BackendError(f"positions is {positions}; expected 1 to {MAX_INT32}")
+            raise BackendError(f"positions is {positions}", f"expected 1 to {MAX_INT32}")
         # An int of Python would be passed as 8 bytes, a float too.
         values: dict[str, Any] = {name: np.int32(value) for name, value in plan.numbers.items()}
         values |= {"positions": np.int32(positions), "scale": np.float32(scale)}

@@ -168,7 +168,8 @@ def plan_attention(programs: Programs, processors: int, *, batch: int, tokens: i
         if max(launch.launch.grid[1:]) > MAX_GRID_YZ:
             raise BackendError(
                 f"{tokens} new tokens of {batch} rows take a grid of {launch.launch.grid}, whose last two numbers "
-                f"go up to {MAX_GRID_YZ}; append them in smaller chunks"
+                f"go up to {MAX_GRID_YZ}",
+                "append them in smaller chunks",
             )
     return Plan(launches, numbers, offsets, size)
 
@@ -178,6 +179,6 @@ def _check(batch: int, tokens: int, capacity: int) -> None:
     sizes = (("batch", batch, MAX_GRID_YZ), ("tokens", tokens, MAX_INT32), ("capacity", capacity, MAX_CAPACITY))
     for name, value, most in sizes:
         if not 1 <= value <= most:
-            raise BackendError(f"{name} is {value}; expected 1 to {most}")
+            raise BackendError(f"{name} is {value}", f"expected 1 to {most}")
     if batch * tokens > MAX_INT32:
-        raise BackendError(f"{batch} rows of {tokens} new tokens are more than {MAX_INT32}; append smaller chunks")
+        raise BackendError(f"{batch} rows of {tokens} new tokens are more than {MAX_INT32}", "append smaller chunks")

@@ -53,8 +53,8 @@ def _copy(destination: int, source: int, size: int, stream: int) -> None:
     (status,) = cuda_driver().cuMemcpyDtoDAsync(destination, source, size, stream)
     if int(status):
         raise BackendError(
-            f"the past cache could not be copied to the present one ({getattr(status, 'name', status)}); bind both to "
-            "one address, then nothing is copied"
+            f"the past cache could not be copied to the present one ({getattr(status, 'name', status)})",
+            "bind both to one address, then nothing is copied",
         )
 
 
@@ -103,7 +103,7 @@ class _AttentionPlugin(Plugin):
     def get_output_shapes(self, inputs: Sequence[Any], shape_inputs: Sequence[Any], expr_builder: Any) -> list[Any]:
         """Return the outputs' shapes: the gate's, and those of the past caches, whatever these are."""
         if len(inputs) != len(self.parameters.inputs):
-            raise BackendError(f"{OP} has {len(inputs)} inputs; expected {len(self.parameters.inputs)}")
+            raise BackendError(f"{OP} has {len(inputs)} inputs", f"expected {len(self.parameters.inputs)}")
         return [inputs[INPUTS.index("gate")], *(inputs[past] for past, _ in self.parameters.caches)]
 
     @reported
@@ -237,8 +237,8 @@ class AttentionCreator(Creator):
             return classes.plugin(parameters, read_built(parameters, values))
         if classes.aliased is None:
             raise BackendError(
-                f"{OP} has {DECLARE_ALIAS} = 1, which this TensorRT does not know; leave the attribute out and bind "
-                "past and present to one address"
+                f"{OP} has {DECLARE_ALIAS} = 1, which this TensorRT does not know",
+                "leave the attribute out and bind past and present to one address",
             )
         return classes.aliased(parameters, read_built(parameters, values))
 

@@ -93,12 +93,12 @@ class Parameters:
             value = getattr(self, name)
             if value < 1 or self.num_query_heads % value:
                 raise BackendError(
-                    f"{OP} has {name} = {value}; expected a number from 1 that divides num_query_heads, "
-                    f"{self.num_query_heads}"
+                    f"{OP} has {name} = {value}",
+                    f"expected a number from 1 that divides num_query_heads, {self.num_query_heads}",
                 )
         object.__setattr__(self, "scale", float(np.float32(self.scale)))  # as it is serialised
         if not 0 < self.scale < float("inf"):
-            raise BackendError(f"{OP} has scale = {self.scale}; expected more than 0")
+            raise BackendError(f"{OP} has scale = {self.scale}", "expected more than 0")
 
     @cached_property
     def inputs(self) -> tuple[str, ...]:
@@ -149,11 +149,11 @@ def read_parameters(values: Mapping[str, Any]) -> Parameters:
     """
     missing = [name for name in FIELDS.attributes if name not in values and name not in _OPTIONAL]
     if missing:
-        raise BackendError(f"{OP} lacks {', '.join(missing)}; export the model again")
+        raise BackendError(f"{OP} lacks {', '.join(missing)}", "export the model again")
     given = {name: values[name] for name in FIELDS.attributes if name in values}
     for name in _OPTIONAL:
         if given.get(name, 0) not in (0, 1):
-            raise BackendError(f"{OP} has {name} = {given[name]}; expected 0 or 1")
+            raise BackendError(f"{OP} has {name} = {given[name]}", "expected 0 or 1")
         given[name] = bool(given.get(name, 0))
     return Parameters(**given)
 
@@ -170,7 +170,7 @@ def read_built(parameters: Parameters, values: Mapping[str, Any]) -> Built | Non
     try:
         sizes = Sizes(*heads, values["key_dim"], values["latent_dim"], values["hidden_size"])
     except ValueError as error:
-        raise BackendError(f"{OP} in this engine is damaged ({error}); build the engine again") from error
+        raise BackendError(f"{OP} in this engine is damaged ({error})", "build the engine again") from error
     return Built(Variant(sizes, values["compute"], values["cache"]), values["architecture"], values["processors"])
 
 
@@ -205,16 +205,17 @@ def check_types(parameters: Parameters, types: Sequence[str]) -> None:
     """Raise BackendError where the inputs' types are not a combination that there are kernels for."""
     if len(types) != len(parameters.inputs):
         raise BackendError(
-            f"{OP} has {len(types)} inputs; with {QUANTISED_CACHE} = {int(parameters.quantised_cache)} it has "
-            f"{len(parameters.inputs)}: {', '.join(parameters.inputs)}"
+            f"{OP} has {len(types)} inputs",
+            f"with {QUANTISED_CACHE} = {int(parameters.quantised_cache)} it has "
+            f"{len(parameters.inputs)}: {', '.join(parameters.inputs)}",
         )
     for place, (name, found) in enumerate(zip(parameters.inputs, types, strict=True)):
         allowed = allowed_types(parameters, place, types)
         if found not in allowed:
             raise BackendError(
                 f"{OP} has {name} of type {found} with a query of {types[0]} and {QUANTISED_CACHE} = "
-                f"{int(parameters.quantised_cache)}; expected {' or '.join(allowed)}: retype the model, and build a "
-                "strongly typed network"
+                f"{int(parameters.quantised_cache)}",
+                f"expected {' or '.join(allowed)}: retype the model, and build a strongly typed network",
             )
 
 
@@ -237,7 +238,7 @@ def describe_call(
     given = dict(zip(parameters.inputs, shapes, strict=True))
     for name, rank in (("gate", 3), ("past_key", 4), ("past_latent", 4), ("cos", 2)):
         if len(given[name]) != rank:
-            raise BackendError(f"{OP} has {name} of shape {list(given[name])}; expected {rank} axes")
+            raise BackendError(f"{OP} has {name} of shape {list(given[name])}", f"expected {rank} axes")
     (b, t, hidden), (_, _, s, d_k), d_l = given["gate"], given["past_key"], given["past_latent"][3]
     n_q, n_k, n_c = parameters.num_query_heads, parameters.num_key_heads, parameters.num_latent_heads
     try:
@@ -265,9 +266,9 @@ def describe_call(
         if len(shape) != len(wanted) or any(
             f and found != want for f, found, want in zip(fixed, shape, wanted, strict=True)
         ):
-            raise BackendError(f"{OP} has {name} of shape {list(shape)}; expected {wanted}")
+            raise BackendError(f"{OP} has {name} of shape {list(shape)}", f"expected {wanted}")
     if t > s:
-        raise BackendError(f"{OP} has {t} new tokens in caches for {s}; expected at most {s}: append smaller chunks")
+        raise BackendError(f"{OP} has {t} new tokens in caches for {s}", f"expected at most {s}: append smaller chunks")
     return Call(Variant(sizes, types[0], types[parameters.inputs.index("past_key")]), b, t, s, named["P"])
 
 

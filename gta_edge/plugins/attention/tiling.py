@@ -75,12 +75,12 @@ class Variant:
         allowed = (self.compute, "int8", "fp8")
         if self.cache not in allowed:
             raise BackendError(
-                f"a cache of type {self.cache} does not go with {self.compute}; expected one of {', '.join(allowed)}"
+                f"a cache of type {self.cache} does not go with {self.compute}", f"expected one of {', '.join(allowed)}"
             )
         for name, width, most in (("key", self.sizes.key_dim, 128), ("latent", self.sizes.latent_dim, 256)):
             if width % 16 or width > most:
                 raise BackendError(
-                    f"the kernels have no {name} width of {width}; expected a multiple of 16 from 16 to {most}"
+                    f"the kernels have no {name} width of {width}", f"expected a multiple of 16 from 16 to {most}"
                 )
 
     @property
@@ -172,7 +172,7 @@ def decode_program(variant: Variant, architecture: str) -> Program:
             break
     else:
         raise BackendError(
-            f"the decode kernel of {sizes} does not fit {per_block} bytes of shared memory; choose another backend"
+            f"the decode kernel of {sizes} does not fit {per_block} bytes of shared memory", "choose another backend"
         )
     stages = fitting[0][1]
     shared_bytes = max(stages * stage + query, merge)
@@ -271,7 +271,7 @@ def prefill_program(variant: Variant, architecture: str, row_tiles: int) -> Prog
     fitting = [entry for entry in candidates if entry[2] <= per_block]
     if not fitting:
         raise BackendError(
-            f"the prefill kernel of {sizes} does not fit {per_block} bytes of shared memory; choose another backend"
+            f"the prefill kernel of {sizes} does not fit {per_block} bytes of shared memory", "choose another backend"
         )
     # the largest tiles that leave room for a second block, which works while the first waits
     keys, columns, shared_bytes = next((e for e in fitting if resident_blocks(e[2], architecture) > 1), fitting[0])

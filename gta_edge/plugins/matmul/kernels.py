@@ -121,18 +121,18 @@ class MatMulKernels:
         """
         config, kernel, numbers = self._prepared(rows, in_features, tuple(output_sizes))
         if len(outputs) != len(output_sizes):
-            raise BackendError(f"there are {len(outputs)} outputs; expected {len(output_sizes)}, one for each size")
+            raise BackendError(f"there are {len(outputs)} outputs", f"expected {len(output_sizes)}, one for each size")
         names = MATMUL_SIGNATURE.addresses[: 4 + len(outputs)]
         addresses = (x, weight, scale, bias, *outputs)
         for name, address in zip(names, addresses, strict=True):
             alignment = _ALIGNMENTS.get(name, _ALIGNMENT)
             if address % alignment:
                 raise BackendError(
-                    f"{name} is at address {address:#x}; expected a multiple of {alignment}: copy it to memory "
-                    "that is aligned so"
+                    f"{name} is at address {address:#x}",
+                    f"expected a multiple of {alignment}: copy it to memory that is aligned so",
                 )
             if not address and name != "bias":
-                raise BackendError(f"{name} is at address 0; expected memory of the GPU")
+                raise BackendError(f"{name} is at address 0", "expected memory of the GPU")
         absent = (0,) * (MOST_OUTPUTS - len(outputs))
         self._launcher.launch(stream, [(config, kernel, *addresses, *absent, *numbers)])
 

@@ -86,7 +86,7 @@ class _MatMulPlugin(Plugin):
             BackendError: the number of inputs is none that the op has.
         """
         if not _BIAS <= len(inputs) <= len(INPUTS):
-            raise BackendError(f"{self.op} has {len(inputs)} inputs; expected {_BIAS} or {len(INPUTS)}")
+            raise BackendError(f"{self.op} has {len(inputs)} inputs", f"expected {_BIAS} or {len(INPUTS)}")
         leading = [inputs[0][axis] for axis in range(len(inputs[0]) - 1)]
         return [self.trt.DimsExprs([*leading, expr_builder.constant(n)]) for n in self.parameters.output_sizes]
 

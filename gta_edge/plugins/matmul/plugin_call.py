@@ -66,7 +66,7 @@ class Parameters:
             Sizes(128, self.output_sizes, self.bits, self.block_size)  # any number of inputs: it is not known yet
         except ValueError as error:
             raise BackendError(
-                f"{self.op} has attributes that make no sense: {error}; build the model again"
+                f"{self.op} has attributes that make no sense: {error}", "build the model again"
             ) from error
 
     @property
@@ -118,7 +118,7 @@ def read_parameters(bits: int, values: Mapping[str, Any]) -> Parameters:
     """
     missing = [name for name in FIELDS[bits].attributes if name not in values]
     if missing:
-        raise BackendError(f"{OPS[bits]} lacks {', '.join(missing)}; build the model again")
+        raise BackendError(f"{OPS[bits]} lacks {', '.join(missing)}", "build the model again")
     return Parameters(bits, values["block_size"], values["output_sizes"])
 
 
@@ -134,7 +134,7 @@ def read_built(parameters: Parameters, values: Mapping[str, Any]) -> Built | Non
     built = Built(**{name: values[name] for name in fields.built})
     if built.compute not in COMPUTE_TYPES:
         raise BackendError(
-            f"{parameters.op} in this engine is damaged (it computes in {built.compute!r}); build the engine again"
+            f"{parameters.op} in this engine is damaged (it computes in {built.compute!r})", "build the engine again"
         )
     return built
 
@@ -162,13 +162,15 @@ def check_types(parameters: Parameters, types: Sequence[str]) -> None:
     """Raise BackendError where the inputs' types are not a combination that there are kernels for."""
     op = parameters.op
     if not len(INPUTS) - 1 <= len(types) <= len(INPUTS):
-        raise BackendError(f"{op} has {len(types)} inputs; expected {', '.join(INPUTS[:-1])}, and perhaps {INPUTS[-1]}")
+        raise BackendError(
+            f"{op} has {len(types)} inputs", f"expected {', '.join(INPUTS[:-1])}, and perhaps {INPUTS[-1]}"
+        )
     for place, (name, found) in enumerate(zip(INPUTS, types, strict=False)):
         allowed = allowed_types(place, types, len(types))
         if found not in allowed:
             raise BackendError(
-                f"{op} has {name} of type {found} with x of {types[0]}; expected {' or '.join(allowed)}: retype the "
-                "model, and build a strongly typed network"
+                f"{op} has {name} of type {found} with x of {types[0]}",
+                f"expected {' or '.join(allowed)}: retype the model, and build a strongly typed network",
             )
 
 
@@ -187,7 +189,7 @@ def describe_call(parameters: Parameters, types: tuple[str, ...], shapes: tuple[
     check_types(parameters, types)
     op, x = parameters.op, shapes[0]
     if len(x) < 2 or min(x) < 1:
-        raise BackendError(f"{op} has x of shape {list(x)}; expected at least two axes, of at least 1 each")
+        raise BackendError(f"{op} has x of shape {list(x)}", "expected at least two axes, of at least 1 each")
     try:
         sizes = Sizes(x[-1], parameters.output_sizes, parameters.bits, parameters.block_size)
     except ValueError as error:
@@ -195,7 +197,7 @@ def describe_call(parameters: Parameters, types: tuple[str, ...], shapes: tuple[
     expected = {"weight": sizes.weight_shape, "scale": sizes.scale_shape, "bias": (sizes.out_features,)}
     for name, shape in zip(INPUTS[1:], shapes[1:], strict=False):
         if shape != expected[name]:
-            raise BackendError(f"{op} has {name} of shape {list(shape)}; expected {list(expected[name])}")
+            raise BackendError(f"{op} has {name} of shape {list(shape)}", f"expected {list(expected[name])}")
     return Call(types[0], x[:-1], x[-1])
 
 

@@ -97,11 +97,11 @@ class MatMulVariant:
         if self.compute not in COMPUTE_TYPES:
             raise BackendError(f"the kernels compute in {' or '.join(COMPUTE_TYPES)}, not in {self.compute}")
         if self.bits not in BLOCK_SIZES:
-            raise BackendError(f"the kernels have no weights of {self.bits} bits; expected 4 or 8")
+            raise BackendError(f"the kernels have no weights of {self.bits} bits", "expected 4 or 8")
         if self.block_size not in BLOCK_SIZES[self.bits]:
             raise BackendError(
-                f"the kernels have no blocks of {self.block_size} weights of {self.bits} bits; expected one of "
-                f"{', '.join(map(str, BLOCK_SIZES[self.bits]))}"
+                f"the kernels have no blocks of {self.block_size} weights of {self.bits} bits",
+                f"expected one of {', '.join(map(str, BLOCK_SIZES[self.bits]))}",
             )
 
     @property
@@ -330,18 +330,21 @@ def _ceil_div(a: int, b: int) -> int:
 def _check(rows: int, in_features: int, output_sizes: Sequence[int]) -> None:
     """Raise BackendError where a size is out of range."""
     if not 1 <= rows <= MOST_ROWS:
-        raise BackendError(f"x has {rows} rows; expected 1 to {MOST_ROWS}")
+        raise BackendError(f"x has {rows} rows", f"expected 1 to {MOST_ROWS}")
     if in_features % 8 or not 8 <= in_features <= MOST_INPUTS:
         raise BackendError(
-            f"in_features is {in_features}; expected a multiple of 8 up to {MOST_INPUTS}, so that x's rows begin at "
-            "multiples of 16 bytes: pad x and the weights with zeros"
+            f"in_features is {in_features}",
+            f"expected a multiple of 8 up to {MOST_INPUTS}, so that x's rows begin at "
+            "multiples of 16 bytes: pad x and the weights with zeros",
         )
     if not 1 <= len(output_sizes) <= MOST_OUTPUTS or min(output_sizes) < 1:
-        raise BackendError(f"output_sizes is {tuple(output_sizes)}; expected one to {MOST_OUTPUTS} sizes of at least 1")
+        raise BackendError(
+            f"output_sizes is {tuple(output_sizes)}", f"expected one to {MOST_OUTPUTS} sizes of at least 1"
+        )
     if any(size % TILE_OUTPUTS for size in output_sizes[:-1]):
         raise BackendError(
-            f"output_sizes is {tuple(output_sizes)}; expected multiples of {TILE_OUTPUTS}, but for the last one"
+            f"output_sizes is {tuple(output_sizes)}", f"expected multiples of {TILE_OUTPUTS}, but for the last one"
         )
     most = MAX_GRID_YZ * TILE_OUTPUTS * 4  # of the narrowest tile's outputs
     if sum(output_sizes) > most:
-        raise BackendError(f"output_sizes add up to {sum(output_sizes)}; expected at most {most}")
+        raise BackendError(f"output_sizes add up to {sum(output_sizes)}", f"expected at most {most}")

@@ -182,7 +182,7 @@ def _on_gpu(
         return blockwise_matmul(x, weight, scale, bias, bits, block_size, output_sizes)
     sizes = _checked(x, weight, scale, bias, bits, block_size, output_sizes)
     if any(tensor.device != device for tensor in (weight, scale, bias) if tensor is not None):
-        raise BackendError(f"x lies on {device}, and weight, scale or bias elsewhere; move them to one device")
+        raise BackendError(f"x lies on {device}, and weight, scale or bias elsewhere", "move them to one device")
     outputs = [x.new_empty(shape) for shape in sizes.output_shapes(x.shape)]
     rows = x.numel() // sizes.in_features
     if not rows:

@@ -75,13 +75,13 @@ def generate(
     sampler = Sampler(Sampling(**defaults, **options, seed=seed))
     limit: Any = max_new_tokens
     if isinstance(limit, bool) or not isinstance(limit, Integral) or int(limit) < 1:
-        raise InputError(f"max_new_tokens is {brief(max_new_tokens)}; expected a whole number from 1 up")
+        raise InputError(f"max_new_tokens is {brief(max_new_tokens)}", "expected a whole number from 1 up")
     if not isinstance(stop, Iterable):
-        raise InputError(f"stop is {brief(stop)}; expected a list of texts")
+        raise InputError(f"stop is {brief(stop)}", "expected a list of texts")
     stop = stop if isinstance(stop, str) else tuple(stop)
     stops = StopTexts(stop, session.tokenizer.whole_tokens if session.tokenizer else None)
     if stop and session.tokenizer is None:
-        raise InputError("stop texts need a tokenizer, and this model has none; leave them out")
+        raise InputError("stop texts need a tokenizer, and this model has none", "leave them out")
     ends: frozenset[int] = frozenset()
     if not ignore_eos:
         ends = session.end_token_ids | session.chat_end_token_ids if is_chat else session.end_token_ids
@@ -252,10 +252,12 @@ def _encode(tokenizer: Tokenizer | None, prompt: Any, chat: bool) -> tuple[Any, 
     is_messages = isinstance(prompt, (list, tuple)) and any(isinstance(entry, Mapping) for entry in prompt)
     if not (is_text or is_messages):
         if chat:
-            raise InputError("chat needs a prompt of text or messages, and got token ids; give text, or leave chat out")
+            raise InputError(
+                "chat needs a prompt of text or messages, and got token ids", "give text, or leave chat out"
+            )
         return prompt, False
     if tokenizer is None:
-        raise InputError(f"the prompt is text, and this model has no tokenizer; {NO_TOKENIZER}")
+        raise InputError("the prompt is text, and this model has no tokenizer", NO_TOKENIZER)
     if is_text:
         prompt = prompt.removeprefix("\ufeff")  # the byte order mark of a file that a shell or a program read
     if is_text and not chat:
@@ -270,24 +272,25 @@ def _check_ids(session: Session, ids: Any) -> Ids:
         array = np.asarray(ids)
     except ValueError as error:
         raise InputError(
-            f"the prompt cannot be read as token ids ({one_line(error)}); expected a flat list of them"
+            f"the prompt cannot be read as token ids ({one_line(error)})", "expected a flat list of them"
         ) from error
     if array.ndim == 1 and not array.size:
-        raise InputError("the prompt has no tokens; give text or at least one id, for instance the begin token's")
+        raise InputError("the prompt has no tokens", "give text or at least one id, for instance the begin token's")
     if array.ndim != 1 or array.dtype.kind not in "iu":
         raise InputError(
-            f"the prompt is {array.dtype} of shape {list(array.shape)}; expected text, a flat list of token ids, "
-            "or chat messages"
+            f"the prompt is {array.dtype} of shape {list(array.shape)}",
+            "expected text, a flat list of token ids, or chat messages",
         )
     vocabulary = session.config.vocab_size
     outside = array[(array < 0) | (array >= vocabulary)]
     if outside.size:
         raise InputError(
-            f"the prompt has token id {int(outside[0])}; expected 0 to {vocabulary - 1}, the model's vocabulary: "
-            "check the ids, or that the tokenizer belongs to the model"
+            f"the prompt has token id {int(outside[0])}",
+            f"expected 0 to {vocabulary - 1}, the model's vocabulary: "
+            "check the ids, or that the tokenizer belongs to the model",
         )
     if array.size > session.max_length:
         raise CapacityError(
-            f"the prompt has {array.size} tokens and the model {session.max_length} positions; shorten the prompt"
+            f"the prompt has {array.size} tokens and the model {session.max_length} positions", "shorten the prompt"
         )
     return np.array(array, np.int64)

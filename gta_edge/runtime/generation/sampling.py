@@ -93,7 +93,7 @@ def _check(name: str, value: Any, kind: tuple[type, str], allowed: str, is_allow
     except OverflowError:
         fits = False
     if not fits:
-        raise InputError(f"{name} is {brief(value)}; expected {kind[1]} {allowed}")
+        raise InputError(f"{name} is {brief(value)}", f"expected {kind[1]} {allowed}")
 
 
 class Sampler:
@@ -143,7 +143,8 @@ class Sampler:
             found = "NaN" if math.isnan(logits[top]) else str(float(logits[top]))
             raise BackendError(
                 f"the model's logits hold {found} at token id {top}; expected finite numbers: "
-                "the weights are damaged, or too large for the type they are computed in; try another backend"
+                "the weights are damaged, or too large for the type they are computed in",
+                "try another backend",
             )
         penalty = float(self.sampling.repetition_penalty)
         if penalty == 1:

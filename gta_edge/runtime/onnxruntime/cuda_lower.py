@@ -88,7 +88,7 @@ def cuda_model(bundle: Bundle, compute: str) -> ir.Model:
         _slice_splits(model)
     left = next((node for node in model.graph if node.op_type == "DequantizeLinear"), None)
     if left is not None:
-        raise BundleError(f"{brief(left.name)} dequantises outside of a product; export the bundle again")
+        raise BundleError(f"{brief(left.name)} dequantises outside of a product", "export the bundle again")
     return model
 
 

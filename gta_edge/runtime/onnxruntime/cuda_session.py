@@ -153,7 +153,8 @@ class OnnxRuntimeCudaSession(Session):
             reason = (error.strerror or error) if isinstance(error, OSError) else error
             raise BackendError(
                 f"{bundle.directory} cannot be written to, and neither can a copy of its weights in {compute} "
-                f"({one_line(reason)}); free some space, or set TMPDIR to a place that has more"
+                f"({one_line(reason)})",
+                "free some space, or set TMPDIR to a place that has more",
             ) from error
 
     def _created(self, graph: bytes, files: Mapping[str, Path]) -> OpenModel:
@@ -196,21 +197,21 @@ class OnnxRuntimeCudaSession(Session):
         except Exception as error:  # ONNX Runtime's errors have no common base
             if is_out_of_memory(error):
                 raise CapacityError(
-                    f"{model}: the GPU has no room for the weights in {self.compute}{_free()}; close other programs, "
-                    "or export with --precision int4"
+                    f"{model}: the GPU has no room for the weights in {self.compute}{_free()}",
+                    "close other programs, or export with --precision int4",
                 ) from error
             if "cuDNN is unavailable" in str(error):
-                raise BackendError(why_no_gpu(module, error)) from error
+                raise why_no_gpu(module, error) from error
             raise BackendError(
-                f"{model}: ONNX Runtime {module.__version__} refuses the model ({first_line(error)}); "
-                "export the bundle again"
+                f"{model}: ONNX Runtime {module.__version__} refuses the model ({first_line(error)})",
+                "export the bundle again",
             ) from error
         if device == "cuda" and CUDA_PROVIDER not in opened.session.get_providers():
-            raise BackendError(f"ONNX Runtime {module.__version__} left the GPU unused; run `gta-edge doctor`")
+            raise BackendError(f"ONNX Runtime {module.__version__} left the GPU unused", "run `gta-edge doctor`")
         expected = {"input_ids", "past_length", "logit_positions"} | {f"past_{name}" for name in self._cache_names()}
         if {value.name for value in opened.session.get_inputs()} != expected:
             opened.close()
-            raise BackendError(f"{model}: the graph is not that of config.json; export the bundle again")
+            raise BackendError(f"{model}: the graph is not that of config.json", "export the bundle again")
         return opened
 
     def _release(self) -> None:
@@ -253,12 +254,12 @@ class OnnxRuntimeCudaSession(Session):
                 raise
             if not is_out_of_memory(error):
                 raise BackendError(
-                    f"ONNX Runtime made no cache ({first_line(error)}); run `gta-edge doctor`"
+                    f"ONNX Runtime made no cache ({first_line(error)})", "run `gta-edge doctor`"
                 ) from error
             size = batch * capacity * self.config.cache_bytes_per_token(np.dtype(dtype).itemsize)
             raise CapacityError(
-                f"no memory for a cache of {size / 2**20:.0f} MiB ({batch} rows of {capacity} tokens){_free()}; "
-                "the cache was emptied: use a shorter context or fewer rows"
+                f"no memory for a cache of {size / 2**20:.0f} MiB ({batch} rows of {capacity} tokens){_free()}",
+                "the cache was emptied: use a shorter context or fewer rows",
             ) from error
 
     def _buffer(self, content: Any) -> Any:
@@ -292,12 +293,12 @@ class OnnxRuntimeCudaSession(Session):
         if is_out_of_memory(error):
             self._forget_steps()
             raise CapacityError(
-                f"the GPU has too little memory left for {input_ids.size} tokens at once{_free()}; give a smaller "
-                "chunk_size or fewer rows"
+                f"the GPU has too little memory left for {input_ids.size} tokens at once{_free()}",
+                "give a smaller chunk_size or fewer rows",
             ) from error
         if self.graph_refused is not None or input_ids.shape[1] != 1:
             raise BackendError(
-                f"ONNX Runtime failed in a step ({first_line(error)}); export the bundle again"
+                f"ONNX Runtime failed in a step ({first_line(error)})", "export the bundle again"
             ) from error
 
     def _appended(self, input_ids: Ids, past_length: Ids, logit_positions: Ids) -> Logits:

@@ -63,8 +63,8 @@ class OpenModel:
         for path, file in self._mapped.items():
             if _state(file) != self._states[path]:
                 raise BundleError(
-                    f"{printable(str(path))}: was changed while it was in use; leave it as it is, and load the bundle "
-                    "again"
+                    f"{printable(str(path))}: was changed while it was in use",
+                    "leave it as it is, and load the bundle again",
                 )
 
     def close(self) -> None:

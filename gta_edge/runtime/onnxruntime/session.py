@@ -90,7 +90,7 @@ class OnnxRuntimeSession(Session):
         expected = {"input_ids", "past_length", "logit_positions"} | {f"past_{name}" for name in self._cache_names()}
         if {value.name for value in self._model.session.get_inputs()} != expected:
             self._model.close()
-            raise BackendError(f"{bundle.model_path}: the graph is not that of config.json; export the bundle again")
+            raise BackendError(f"{bundle.model_path}: the graph is not that of config.json", "export the bundle again")
         self._run_options = self._onnxruntime.RunOptions()
         self._run_options.log_severity_level = _FATAL  # likewise
         self._buffers: dict[str, npt.NDArray[np.float32]] = {}  # [B, n, capacity, d]
@@ -117,12 +117,12 @@ class OnnxRuntimeSession(Session):
         except Exception as error:  # likewise
             if is_out_of_memory(error):
                 raise CapacityError(
-                    f"{bundle.model_path}: there is no memory for the model; close other programs, or export with "
-                    "--precision int4"
+                    f"{bundle.model_path}: there is no memory for the model",
+                    "close other programs, or export with --precision int4",
                 ) from error
             raise BackendError(
-                f"{bundle.model_path}: ONNX Runtime {module.__version__} refuses the model "
-                f"({first_line(error)}); export the bundle again"
+                f"{bundle.model_path}: ONNX Runtime {module.__version__} refuses the model ({first_line(error)})",
+                "export the bundle again",
             ) from error
 
     @property
@@ -160,8 +160,8 @@ class OnnxRuntimeSession(Session):
                 raise
             size = batch * capacity * self.config.cache_bytes_per_token()
             raise CapacityError(
-                f"no memory for a cache of {size / 2**20:.0f} MiB ({batch} rows of {capacity} tokens); "
-                "the cache was emptied: use a shorter context or fewer rows"
+                f"no memory for a cache of {size / 2**20:.0f} MiB ({batch} rows of {capacity} tokens)",
+                "the cache was emptied: use a shorter context or fewer rows",
             ) from error
 
     def _drop_cache(self) -> None:
@@ -210,11 +210,11 @@ class OnnxRuntimeSession(Session):
             self._step = None
             if is_out_of_memory(error):
                 raise CapacityError(
-                    f"no memory for a step of {input_ids.size} tokens at once; give a smaller chunk_size, fewer rows, "
-                    "or close other programs"
+                    f"no memory for a step of {input_ids.size} tokens at once",
+                    "give a smaller chunk_size, fewer rows, or close other programs",
                 ) from error
             raise BackendError(
-                f"ONNX Runtime failed in a step ({first_line(error)}); export the bundle again"
+                f"ONNX Runtime failed in a step ({first_line(error)})", "export the bundle again"
             ) from error
 
     def _bind(self, shape: tuple[int, ...], positions: int) -> _Step:

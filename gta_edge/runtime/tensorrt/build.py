@@ -145,7 +145,7 @@ def build(
     check_purpose(bundle, purpose)
     directory = engine_directory(bundle, purpose.engine)
     if not force and has_engine(bundle, purpose.engine):
-        raise EngineError(f"{directory}: there is an engine already; give --force to replace it")
+        raise EngineError(f"{directory}: there is an engine already", "give --force to replace it")
     needed = requirement(bundle, purpose)
     _check_memory(needed, needed.peak, available_bytes(), "here", purpose, bundle.precision)
 
@@ -246,15 +246,17 @@ def check_purpose(bundle: Bundle, purpose: Purpose) -> None:
     """
     config = bundle.config
     if purpose.engine not in ENGINES:
-        raise InputError(unknown("no engine is called {}; there are {}", purpose.engine, ENGINES))
+        raise InputError(*unknown("no engine is called {}; there are {}", purpose.engine, ENGINES))
     allowed: Sequence[str] = ("fp16", "bf16", "fp32") if purpose.engine == "tensorrt-rtx" else ("fp16", "bf16")
     if purpose.compute not in allowed:
-        raise InputError(unknown(f"{purpose.engine} does not compute in {{}}; expected {{}}", purpose.compute, allowed))
+        raise InputError(
+            *unknown(f"{purpose.engine} does not compute in {{}}; expected {{}}", purpose.compute, allowed)
+        )
     plugin = purpose.engine == "tensorrt" and isinstance(config, GTAConfig)
     caches = (purpose.compute, "int8", "fp8") if plugin else (purpose.compute,)
     if purpose.cache_dtype not in caches:
         raise InputError(
-            unknown(
+            *unknown(
                 f"a cache of {{}} is not possible with --engine {purpose.engine} and --compute {purpose.compute} for "
                 f"{config.architecture}; expected {{}}",
                 purpose.cache_dtype,
@@ -264,15 +266,15 @@ def check_purpose(bundle: Bundle, purpose: Purpose) -> None:
     _check_int4(bundle, purpose)
     if not 1 <= purpose.max_length <= config.max_position_embeddings:
         raise InputError(
-            f"--max-length is {brief(purpose.max_length)}; the model has positions for 1 to "
-            f"{config.max_position_embeddings}"
+            f"--max-length is {brief(purpose.max_length)}",
+            f"the model has positions for 1 to {config.max_position_embeddings}",
         )
     if not 1 <= purpose.chunk_size <= purpose.max_length:
         raise InputError(
-            f"a chunk has {purpose.chunk_size} tokens; expected 1 to the {purpose.max_length} of the cache"
+            f"a chunk has {purpose.chunk_size} tokens", f"expected 1 to the {purpose.max_length} of the cache"
         )
     if not 1 <= purpose.max_batch <= 256:
-        raise InputError(f"--max-batch is {brief(purpose.max_batch)}; expected 1 to 256")
+        raise InputError(f"--max-batch is {brief(purpose.max_batch)}", "expected 1 to 256")
 
 
 def _check_memory(
@@ -287,19 +289,22 @@ def _check_memory(
             help_ += ", or export with --precision int4"
         raise CapacityError(
             f"the build is expected to take {peak / 1e9:.2f} GB at its peak ({needed.weights / 1e9:.2f} for "
-            f"weights, {needed.cache / 1e9:.2f} for the cache) and {free / 1e9:.2f} GB are free {where}; {help_}"
+            f"weights, {needed.cache / 1e9:.2f} for the cache) and {free / 1e9:.2f} GB are free {where}",
+            f"{help_}",
         )
 
 
 def _check_int4(bundle: Bundle, purpose: Purpose) -> None:
     if purpose.int4 not in CHOICES:
-        raise InputError(unknown("--int4 is {}; expected {}", purpose.int4, CHOICES))
+        raise InputError(*unknown("--int4 is {}; expected {}", purpose.int4, CHOICES))
     if purpose.int4 == "plugin" and purpose.engine != "tensorrt":
-        raise InputError(f"{purpose.engine} takes no plugins; leave out --int4 plugin, or build with --engine tensorrt")
+        raise InputError(
+            f"{purpose.engine} takes no plugins", "leave out --int4 plugin, or build with --engine tensorrt"
+        )
     if purpose.int4 == "plugin" and bundle.precision not in BITS:
         raise InputError(
-            f"--int4 plugin is for matrices of int4 or int8, and the bundle's are {bundle.precision}; leave it out, or "
-            "export with --precision int4"
+            f"--int4 plugin is for matrices of int4 or int8, and the bundle's are {bundle.precision}",
+            "leave it out, or export with --precision int4",
         )
 
 

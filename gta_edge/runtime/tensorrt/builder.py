@@ -69,7 +69,9 @@ class Target:
             here = compute_capability(gpu.architecture)
         except BackendError as error:
             if engine != "tensorrt-rtx":
-                raise BackendError(f"{engine} builds on the GPU that will run the engine: {error}") from error
+                raise BackendError(
+                    f"{engine} builds on the GPU that will run the engine: {error.problem}", error.remedy
+                ) from error
             gpu, here = None, None
         if engine == "tensorrt-rtx":
             known = _known_capabilities(trt)
@@ -77,16 +79,16 @@ class Target:
             unknown = next((each for each in chosen if each not in known), None)
             if unknown is not None:
                 raise BackendError(
-                    f"tensorrt-rtx {trt.version_text} does not build for compute capability {brief(unknown)}; "
-                    f"expected {', '.join(known)}"
+                    f"tensorrt-rtx {trt.version_text} does not build for compute capability {brief(unknown)}",
+                    f"expected {', '.join(known)}",
                 )
         else:
             chosen = (str(here),)
             other = next((each for each in asked if each != here), None)
             if other is not None:
                 raise BackendError(
-                    f"--compute-capability is {brief(other)} and the GPU here has {here}; tensorrt builds on the GPU "
-                    "that will run the engine"
+                    f"--compute-capability is {brief(other)} and the GPU here has {here}",
+                    "tensorrt builds on the GPU that will run the engine",
                 )
         if gpu is None or chosen != (here,):
             return cls(trt, chosen, None)
@@ -149,7 +151,7 @@ def _plan(
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(model)):
         reason = first_reason([*(parser.get_error(i).desc() for i in range(parser.num_errors)), *log.errors])
-        raise EngineError(f"TensorRT {target.tensorrt} refuses the model ({reason}); report this line")
+        raise EngineError(f"TensorRT {target.tensorrt} refuses the model ({reason})", "report this line")
 
     config = builder.create_builder_config()
     monitor = _monitor(trt, progress, interrupt)
@@ -178,8 +180,8 @@ def _plan(
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise EngineError(
-            f"TensorRT {target.tensorrt} cannot build the engine ({first_reason(log.errors)}); if memory is short, "
-            "give a smaller --max-length or --max-batch"
+            f"TensorRT {target.tensorrt} cannot build the engine ({first_reason(log.errors)})",
+            "if memory is short, give a smaller --max-length or --max-batch",
         )
     kept = config.get_timing_cache() if timings else None
     if timings and kept is not None:

@@ -148,11 +148,11 @@ def make_engines_directory(bundle: Bundle) -> Path:
     directory = bundle.directory / ARTIFACTS
     try:
         if directory.is_symlink():
-            raise OutputError(f"{directory}: is a link, and engines are read from the bundle itself; remove the link")
+            raise OutputError(f"{directory}: is a link, and engines are read from the bundle itself", "remove the link")
         directory.mkdir(exist_ok=True)
     except OSError as error:
         raise OutputError(
-            f"{directory}: cannot be made ({error.strerror}); give a bundle that can be written to"
+            f"{directory}: cannot be made ({error.strerror})", "give a bundle that can be written to"
         ) from error
     return directory
 
@@ -238,7 +238,7 @@ def load_engine(
         if now != then:
             found = f"is {brief(now)} here and was {brief(then)}" if isinstance(now, str) else "are others"
             remedy = record.purpose.command(bundle.directory)
-            raise EngineError(f"{directory}: {name} {found} when the engine was built; run: {remedy}")
+            raise EngineError(f"{directory}: {name} {found} when the engine was built", f"run: {remedy}")
     return artifact.mapped[PLAN], record
 
 
@@ -254,11 +254,11 @@ def require_engine(bundle: Bundle, engine: str) -> None:
     try:
         for link in (directory.parent, directory):
             if link.is_symlink():
-                raise EngineError(f"{link}: is a link, and engines are read from the bundle itself; remove the link")
+                raise EngineError(f"{link}: is a link, and engines are read from the bundle itself", "remove the link")
         there = directory.is_dir()
     except OSError as error:  # a directory that may not be searched
         raise EngineError(
-            f"{directory}: cannot be read ({error.strerror}); give yourself access, or choose another backend"
+            f"{directory}: cannot be read ({error.strerror})", "give yourself access, or choose another backend"
         ) from error
     if not there:
         raise _no_engine(bundle, engine)
@@ -269,7 +269,7 @@ def _build(bundle: Bundle, engine: str) -> str:
 
 
 def _no_engine(bundle: Bundle, engine: str) -> EngineError:
-    return EngineError(f"{engine_directory(bundle, engine)}: there is no engine; run: {_build(bundle, engine)}")
+    return EngineError(f"{engine_directory(bundle, engine)}: there is no engine", f"run: {_build(bundle, engine)}")
 
 
 def _open_engine(bundle: Bundle, engine: str) -> tuple[Artifact, EngineRecord]:
@@ -282,7 +282,7 @@ def _open_engine(bundle: Bundle, engine: str) -> tuple[Artifact, EngineRecord]:
         )
     except RefusedError as refused:
         raise EngineError(
-            f"{directory}: the engine is not used ({refused}); run: {_build(bundle, engine)}"
+            f"{directory}: the engine is not used ({refused})", f"run: {_build(bundle, engine)}"
         ) from refused
     try:
         entries: Mapping[str, Any] = artifact.content
@@ -292,7 +292,8 @@ def _open_engine(bundle: Bundle, engine: str) -> tuple[Artifact, EngineRecord]:
             raise ValueError(f"it is of {record.purpose.engine}, or lists no {PLAN}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:  # of another version of this package
         raise EngineError(
-            f"{directory / RECORD}: is not the record of an engine ({one_line(error)}); run: {_build(bundle, engine)}"
+            f"{directory / RECORD}: is not the record of an engine ({one_line(error)})",
+            f"run: {_build(bundle, engine)}",
         ) from error
     return artifact, record
 

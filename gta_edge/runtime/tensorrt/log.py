@@ -55,7 +55,7 @@ def started(make: Callable[[Any], Any], log: Any, what: str) -> Any:
     if made is None or log.errors:
         if made is not None:
             _unusable.append(made)
-        raise BackendError(f"TensorRT cannot start its {what} ({first_reason(log.errors)}); run `gta-edge doctor`")
+        raise BackendError(f"TensorRT cannot start its {what} ({first_reason(log.errors)})", "run `gta-edge doctor`")
     return made
 
 

@@ -90,7 +90,7 @@ def specialise(
     _check_products(products, compute)
     directory = Path(directory)
     if any((directory / name).exists() for name in (MODEL, WEIGHTS, RECORD)):
-        raise OutputError(f"{directory}: holds a model already; choose another directory, or an empty one")
+        raise OutputError(f"{directory}: holds a model already", "choose another directory, or an empty one")
     quantised = cache_dtype if cache_dtype in CACHE_TYPES else None
     model, packing = load_model(bundle), PackProductsPass()
     passes: list[ir.passes.PassBase] = []
@@ -122,33 +122,35 @@ def specialise(
         }
         (directory / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
-        raise OutputError(f"{directory}: cannot be written ({error.strerror}); choose another directory") from error
+        raise OutputError(f"{directory}: cannot be written ({error.strerror})", "choose another directory") from error
     return directory / MODEL
 
 
 def _check(bundle: Bundle, form: str, compute: str, cache_dtype: str | None, capacity: int, batch: int | None) -> None:
     if form not in FORMS:
-        raise InputError(f"the form is {form!r}; expected {' or '.join(FORMS)}")
+        raise InputError(f"the form is {form!r}", f"expected {' or '.join(FORMS)}")
     computes = [name for name in COMPUTE_TYPES if form == "function" or name != "fp32"]
     if compute not in computes:
-        raise InputError(f"the {form} form computes in {', '.join(computes)}, not in {compute!r}; choose one of them")
+        raise InputError(f"the {form} form computes in {', '.join(computes)}, not in {compute!r}", "choose one of them")
     plugin = form == "plugin" and isinstance(bundle.config, GTAConfig)
     caches = [compute, *CACHE_TYPES] if plugin else [compute]
     if cache_dtype is not None and cache_dtype not in caches:
         whose = f"the {form} form of {bundle.config.architecture} in {compute}"
-        raise InputError(f"{whose} has no cache of {cache_dtype!r}; expected {' or '.join(caches)}")
+        raise InputError(f"{whose} has no cache of {cache_dtype!r}", f"expected {' or '.join(caches)}")
     most = bundle.config.max_position_embeddings
     if not 1 <= capacity <= most:
-        raise CapacityError(f"the capacity is {capacity} tokens; expected 1 to {most}, the model's positions")
+        raise CapacityError(f"the capacity is {capacity} tokens", f"expected 1 to {most}, the model's positions")
     if batch is not None and batch < 1:
-        raise InputError(f"the batch is {batch}; expected at least 1")
+        raise InputError(f"the batch is {batch}", "expected at least 1")
 
 
 def _check_products(products: str, compute: str) -> None:
     if products not in PRODUCTS:
-        raise InputError(f"products are {products!r}; expected {' or '.join(PRODUCTS)}")
+        raise InputError(f"products are {products!r}", f"expected {' or '.join(PRODUCTS)}")
     if products == "plugin" and compute == "fp32":
-        raise InputError("the plugin multiplies in fp16 or bf16, not in 'fp32'; choose one of them, or native products")
+        raise InputError(
+            "the plugin multiplies in fp16 or bf16, not in 'fp32'", "choose one of them, or native products"
+        )
 
 
 def load_model(bundle: Bundle) -> ir.Model:

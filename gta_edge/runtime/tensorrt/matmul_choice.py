@@ -145,5 +145,5 @@ def _inputs(node: ir.Node) -> int:
     x = node.inputs[0]
     size = x.shape[-1] if x is not None and x.shape is not None and len(x.shape) else None
     if not isinstance(size, int):
-        raise EngineError(f"the width of {x.name if x is not None else 'x'} is not known; export the bundle again")
+        raise EngineError(f"the width of {x.name if x is not None else 'x'} is not known", "export the bundle again")
     return size

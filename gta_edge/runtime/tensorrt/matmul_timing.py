@@ -280,7 +280,7 @@ class _Run:
     def _enqueue(self, context: Any) -> None:
         if not context.execute_async_v3(self.cuda.stream):
             raise BackendError(
-                f"TensorRT could not run an engine of products ({self._reason()}); run `gta-edge doctor`"
+                f"TensorRT could not run an engine of products ({self._reason()})", "run `gta-edge doctor`"
             )
 
     def _reason(self) -> str:

@@ -106,7 +106,7 @@ class TensorRTSession(Session):
         self._runtime = started(trt.module.Runtime, self._log, "runtime")
         self._engine = self._runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
-            raise BackendError(f"TensorRT cannot load the engine ({self._reason()}); {self._rebuild()}")
+            raise BackendError(f"TensorRT cannot load the engine ({self._reason()})", f"{self._rebuild()}")
         if trt.compiles_at_run_time:
             self._kernels = RunTimeKernels(trt.module, gpu.name, self._record)
         purpose, vocab = self._record.purpose, self.config.vocab_size
@@ -141,8 +141,8 @@ class TensorRTSession(Session):
             raise CapacityError(
                 f"the engine takes {engine_bytes / 1e9:.2f} GB, its cache of {purpose.max_length} tokens for "
                 f"{purpose.max_batch} rows {cache_bytes / 1e9:.2f} GB, its buffers {buffers / 1e9:.2f} GB: all of it "
-                f"takes {needed / 1e9:.3f} GB and the GPU has {free / 1e9:.3f} GB free; close other programs, or build "
-                "with a smaller --max-length or --max-batch"
+                f"takes {needed / 1e9:.3f} GB and the GPU has {free / 1e9:.3f} GB free",
+                "close other programs, or build with a smaller --max-length or --max-batch",
             )
 
     def _context(self, profile: int) -> Any:
@@ -153,13 +153,13 @@ class TensorRTSession(Session):
             how = self._kernels.configure(self._engine, strategy, eager=profile == _DECODE)
         context = self._engine.create_execution_context(how)
         if context is None:
-            raise BackendError(f"TensorRT cannot make an execution context ({self._reason()}); {self._rebuild()}")
+            raise BackendError(f"TensorRT cannot make an execution context ({self._reason()})", f"{self._rebuild()}")
         context.set_device_memory(self._scratch, self._scratch_bytes)
         if not context.set_optimization_profile_async(profile, self._cuda.stream):
-            raise BackendError(f"TensorRT does not take the engine's profile ({self._reason()}); {self._rebuild()}")
+            raise BackendError(f"TensorRT does not take the engine's profile ({self._reason()})", f"{self._rebuild()}")
         for name, address in self._addresses.items():
             if not context.set_tensor_address(name, address):
-                raise BackendError(f"the engine has no {name} ({self._reason()}); {self._rebuild()}")
+                raise BackendError(f"the engine has no {name} ({self._reason()})", f"{self._rebuild()}")
         return context
 
     @property
@@ -197,8 +197,8 @@ class TensorRTSession(Session):
     def _resize(self, batch: int, capacity: int) -> None:
         if batch > self.max_batch:
             raise InputError(
-                f"ids have {batch} rows and the engine was built for {self.max_batch}; "
-                f"give fewer, or run: {replace(self._record.purpose, max_batch=batch).command(self._directory)}"
+                f"ids have {batch} rows and the engine was built for {self.max_batch}",
+                f"give fewer, or run: {replace(self._record.purpose, max_batch=batch).command(self._directory)}",
             )
 
     def _run(self, input_ids: Ids, past_length: Ids, logit_positions: Ids) -> Logits:
@@ -285,7 +285,7 @@ class TensorRTSession(Session):
         for name, shape in shapes.items():
             if not context.set_input_shape(name, shape):
                 raise BackendError(
-                    f"TensorRT refuses {name} of shape {list(shape)} ({self._reason()}); {self._rebuild()}"
+                    f"TensorRT refuses {name} of shape {list(shape)} ({self._reason()})", f"{self._rebuild()}"
                 )
 
     def _enqueue(self, context: Any, ids: int, rows: int, positions: int, logits: Logits) -> None:
@@ -293,7 +293,7 @@ class TensorRTSession(Session):
             self._cuda.copy_in(tensor.address, tensor.host[:count])
         self._log.errors.clear()
         if not context.execute_async_v3(self._cuda.stream):
-            raise BackendError(f"TensorRT could not run the engine ({self._reason()}); run `gta-edge doctor`")
+            raise BackendError(f"TensorRT could not run the engine ({self._reason()})", "run `gta-edge doctor`")
         self._cuda.copy_out(logits, self._logits.address)
 
     def _reason(self) -> str:

@@ -99,7 +99,7 @@ def _within_memory(
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
-        raise CapacityError(f"{problem}; {remedy}") from error
+        raise CapacityError(f"{problem}", remedy) from error
 
 
 def _latent_in_place(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -147,7 +147,7 @@ class TorchSession(Session):
         if compute not in COMPUTE_TYPES:
             raise BackendError(f"torch computes in {', '.join(COMPUTE_TYPES)}, not in {compute}")
         if on_gpu and not torch.cuda.is_available():
-            raise BackendError("torch finds no CUDA GPU here; run `gta-edge doctor`, or take the device cpu")
+            raise BackendError("torch finds no CUDA GPU here", "run `gta-edge doctor`, or take the device cpu")
         use_startable_threads(threads)
         in_place = _latent_in_place if isinstance(model.config, GTAConfig) else _query_in_place
         for layer in model.model.layers:
@@ -190,7 +190,8 @@ class TorchSession(Session):
             needed = batch * capacity * self.config.cache_bytes_per_token(2 if self.compute != "fp32" else 4)
             raise CapacityError(
                 f"a cache of {capacity} tokens for {batch} rows takes {needed / 2**30:.2f} GiB, and {self._place} has "
-                "not that much left; the session is now empty: give shorter prompts or fewer rows"
+                "not that much left",
+                "the session is now empty: give shorter prompts or fewer rows",
             ) from error
 
     def _run(self, input_ids: Ids, past_length: Ids, logit_positions: Ids) -> Logits:

@@ -390,7 +390,7 @@ CUDA failure 35: CUDA driver version is insufficient for CUDA runtime version ; 
 def test_what_keeps_onnxruntime_from_the_gpu(there: set[str], raised: str, expected: str, monkeypatch) -> None:
     """The texts are those of onnxruntime-gpu 1.31.1 where such a library, the driver or memory was missing."""
     monkeypatch.setattr(ort, "_loads", lambda name: name in there)
-    assert ort.why_no_gpu(Module, RuntimeError(raised)) == expected
+    assert str(ort.why_no_gpu(Module, RuntimeError(raised))) == expected
 
 
 class Driver:

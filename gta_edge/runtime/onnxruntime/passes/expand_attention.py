@@ -138,7 +138,7 @@ def _decoder(graph: ir.Graph, given: ir.Value | None) -> ir.Value:
     cast = given.producer()
     stored = cast.inputs[0] if cast is not None and cast.op_type == "Cast" else given
     if stored is None or not stored.is_initializer() or stored.shape is None or len(stored.shape) != 3:
-        raise BackendError(f"the value decoder {given.name} is no stored tensor; export the bundle again")
+        raise BackendError(f"the value decoder {given.name} is no stored tensor", "export the bundle again")
     shape = stored.shape.numpy()
     name = f"{stored.name}.with_tile"
 

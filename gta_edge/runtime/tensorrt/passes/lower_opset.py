@@ -49,7 +49,7 @@ class WriteOutNewerOpsPass(ir.passes.InPlacePass):
         """Write out the newer operators of ``model``."""
         graph = model.graph
         if model.functions:
-            raise EngineError("the model has functions, which older parsers do not read; remove or inline them first")
+            raise EngineError("the model has functions, which older parsers do not read", "remove or inline them first")
         types = value_types(graph)
         for node in list(graph):
             write = _WRITERS.get(node.op_type) if node.domain == "" else None
@@ -76,8 +76,8 @@ def _lowest(graph: ir.Graph, current: int) -> int:
             return version
     assert missing is not None  # the last version's
     raise EngineError(
-        f"{title(missing)} has no form in opset {NEWEST_OPSET}, and TensorRT before 10.15 knows none "
-        "newer; use a newer TensorRT, or export the bundle again"
+        f"{title(missing)} has no form in opset {NEWEST_OPSET}, and TensorRT before 10.15 knows none newer",
+        "use a newer TensorRT, or export the bundle again",
     )
 
 
@@ -86,7 +86,7 @@ def _norm(nodes: Nodes, node: ir.Node, types: Types) -> ir.Value:
     assert x is not None
     axis = node.attributes.get_int("axis", -1)
     if axis != -1 and (x.shape is None or axis != len(x.shape) - 1):
-        raise EngineError(f"{title(node)} normalises from axis {axis} on, expected the last alone; export it again")
+        raise EngineError(f"{title(node)} normalises from axis {axis} on, expected the last alone", "export it again")
     dtype, wide = types[x], ir.DataType.FLOAT
     values = x if dtype == wide else nodes("Cast", x, to=wide)
     squares = nodes("ReduceMean", nodes("Mul", values, values), nodes.constant(-1), keepdims=1)
@@ -100,7 +100,7 @@ def _rotation(nodes: Nodes, node: ir.Node, types: Types) -> ir.Value:
     heads = node.attributes.get_int("num_heads", 0)
     partial = node.attributes.get_int("rotary_embedding_dim", 0) or node.attributes.get_int("interleaved", 0)
     if cos is None or cos.shape is None or positions is None or not heads or partial:
-        raise EngineError(f"{title(node)} rotates in a way that is not written out; export the bundle again")
+        raise EngineError(f"{title(node)} rotates in a way that is not written out", "export the bundle again")
     half = int(cos.shape[1])  # type: ignore[arg-type]  # static: a table [P, d/2]
     cos, sin = (nodes("Unsqueeze", nodes("Gather", t, positions, axis=0), nodes.constant(2)) for t in (cos, sin))
     first = nodes("Reshape", x, nodes.constant(0, 0, heads, 2 * half))
@@ -117,9 +117,9 @@ def _scatter(nodes: Nodes, node: ir.Node, types: Types) -> ir.Value:
     past, update, starts = (*node.inputs, None)[:3]
     along = past is not None and past.shape is not None and len(past.shape) == 4
     if not along or node.attributes.get_int("axis", -2) not in (-2, 2) or starts is None:
-        raise EngineError(f"{title(node)} writes a cache in a way that is not written out; export the bundle again")
+        raise EngineError(f"{title(node)} writes a cache in a way that is not written out", "export the bundle again")
     if node.attributes.get_string("mode", "linear") != "linear":
-        raise EngineError(f"{title(node)} writes a circular cache, expected a linear one; export the bundle again")
+        raise EngineError(f"{title(node)} writes a circular cache, expected a linear one", "export the bundle again")
     zero, one = (nodes.scalar(number, np.int64) for number in (0, 1))
     capacity = nodes("Squeeze", nodes("Shape", past, start=2, end=3))
     tokens = nodes("Squeeze", nodes("Shape", update, start=2, end=3))

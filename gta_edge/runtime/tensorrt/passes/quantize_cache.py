@@ -45,7 +45,7 @@ class QuantizeCachePass(ir.passes.InPlacePass):
     def __init__(self, cache: str) -> None:
         super().__init__()
         if cache not in CACHE_TYPES:
-            raise EngineError(f"the cache type is {cache!r}; expected one of {', '.join(CACHE_TYPES)}")
+            raise EngineError(f"the cache type is {cache!r}", f"expected one of {', '.join(CACHE_TYPES)}")
         self.dtype = ir.DataType[CACHE_TYPES[cache]]
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -53,7 +53,7 @@ class QuantizeCachePass(ir.passes.InPlacePass):
         nodes = [node for node in model.graph if node.domain == DOMAIN and node.op_type == op.OP]
         if not nodes or model.functions:
             found = "the model keeps its functions" if nodes else f"the graph has no {op.OP}"
-            raise EngineError(f"{found}; caches of 8 bits need the plugin: choose the plugin form of a GTA model")
+            raise EngineError(f"{found}", "caches of 8 bits need the plugin: choose the plugin form of a GTA model")
         modified = [self._quantize(model.graph, node) for node in nodes]
         return ir.passes.PassResult(model, modified=any(modified))
 
@@ -65,7 +65,7 @@ class QuantizeCachePass(ir.passes.InPlacePass):
         own = all(v is not None and v.is_graph_input() for v in past) and all(v.is_graph_output() for v in present)
         if len(node.inputs) != len(op.INPUTS) or not own:
             raise EngineError(
-                f"{title(node)} has caches that are not the graph's own; start from the bundle's own graph"
+                f"{title(node)} has caches that are not the graph's own", "start from the bundle's own graph"
             )
         node.attributes[QUANTISED_CACHE] = ir.AttrInt64(QUANTISED_CACHE, 1)
         scales = [self._narrow(value) for value in past]

@@ -36,7 +36,7 @@ class RemoveFunctionsPass(ir.passes.InPlacePass):
         nodes = [node for node in model.graph if node.domain == DOMAIN]
         for domain, name in [key[:2] for key in model.functions] + [(n.domain, n.op_type) for n in nodes]:
             if (domain, name) != (DOMAIN, op.OP):
-                raise EngineError(f"no plugin implements {domain}::{name}, only {DOMAIN}::{op.OP}; export it again")
+                raise EngineError(f"no plugin implements {domain}::{name}, only {DOMAIN}::{op.OP}", "export it again")
         modified = bool(model.functions)
         model.functions.clear()
         for node in nodes:

@@ -48,7 +48,7 @@ class SetCapacityPass(ir.passes.InPlacePass):
                 if self.batch is not None:
                     self._name(value, _BATCH_AXIS, self.batch, sizes)
         if not any(str(value.name).startswith("past_") for value in graph.inputs):
-            raise EngineError("the graph has no inputs past_*, so no caches; export the bundle again")
+            raise EngineError("the graph has no inputs past_*, so no caches", "export the bundle again")
         values = [*graph.inputs, *(value for node in graph for value in node.outputs), *graph.outputs]
         modified = [_replace(value, sizes) for value in values]
         return ir.passes.PassResult(model, modified=any(modified))
@@ -60,9 +60,9 @@ class SetCapacityPass(ir.passes.InPlacePass):
         found = value.shape[axis]
         if isinstance(found, int):
             if found != size:
-                raise EngineError(f"{value.name} is {value.shape}, fixed already; expected {size} at axis {axis}")
+                raise EngineError(f"{value.name} is {value.shape}, fixed already", f"expected {size} at axis {axis}")
         elif found.value is None:
-            raise EngineError(f"axis {axis} of {value.name} has no name; export the bundle again")
+            raise EngineError(f"axis {axis} of {value.name} has no name", "export the bundle again")
         else:
             sizes[found.value] = size
 
