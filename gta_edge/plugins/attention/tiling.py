@@ -182,7 +182,7 @@ def decode_program(variant: Variant, architecture: str) -> Program:
         "GTA_DECODE_WARPS_M": warps_m,
         "GTA_DECODE_WARPS_N": warps_n,
         "GTA_DECODE_STAGES": stages,
-        "GTA_DECODE_LEAST_TOKENS": MIN_SPLIT_TOKENS,
+        "GTA_DECODE_MIN_TOKENS": MIN_SPLIT_TOKENS,
         "GTA_DECODE_SHARED_BYTES": shared_bytes,
         "GTA_COMBINE_COLUMNS": columns,
         "GTA_COMBINE_THREADS": COMBINE_THREADS,
@@ -219,7 +219,7 @@ def decode_splits(program: Program, processors: int, batch: int, tokens: int, ca
     """
     others = batch * program.tile("GTA_DECODE_GROUPS") * _row_blocks(program, tokens)
     resident = processors * min(program.resident_blocks, 2)
-    least, most = -(-capacity // MAX_SPLIT_TOKENS), -(-capacity // program.tile("GTA_DECODE_LEAST_TOKENS"))
+    least, most = -(-capacity // MAX_SPLIT_TOKENS), -(-capacity // program.tile("GTA_DECODE_MIN_TOKENS"))
     return min(max(resident // others, least), most)
 
 

@@ -86,11 +86,11 @@ GTA_DEVICE float channel_scale(const u16* scale, int output) {
 
 // --- outputs, side by side along N, each with memory of its own ------------------------------------------------------
 
-constexpr int most_outputs = 4;
+constexpr int max_outputs = 4;
 
 struct Outputs {
-    Element* data[most_outputs];
-    int size[most_outputs];  // 0 where there is none; all but the last are multiples of 16
+    Element* data[max_outputs];
+    int size[max_outputs];  // 0 where there is none; all but the last are multiples of 16
 
     GTA_DEVICE int all() const { return size[0] + size[1] + size[2] + size[3]; }
 };
@@ -104,7 +104,7 @@ GTA_DEVICE Place place_of(const Outputs& outputs, int output) {
     Place place{outputs.data[0] + output, outputs.size[0]};
     int before = outputs.size[0];
 #pragma unroll
-    for (int i = 1; i < most_outputs; ++i) {
+    for (int i = 1; i < max_outputs; ++i) {
         if (outputs.size[i] > 0 && output >= before) {
             place = Place{outputs.data[i] + (output - before), outputs.size[i]};
         }
