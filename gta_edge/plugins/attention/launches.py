@@ -1,6 +1,6 @@
 """What is launched for one call of the attention op, in which order and with which arguments.
 
-The one place that knows the order of the kernels' parameters. It needs no CUDA: ``launch.py`` fills the names in with
+The one place that knows the order of the kernels' parameters. It needs no CUDA: ``kernels.py`` fills the names in with
 device addresses, a simulation on the host with its own.
 """
 
@@ -23,7 +23,7 @@ __all__ = [
     "decode_launches",
     "plan_attention",
     "prefill_launches",
-    "programs",
+    "programs_for",
 ]
 
 MAX_CAPACITY = 2**30
@@ -91,7 +91,7 @@ class Plan:
     workspace_bytes: int
 
 
-def programs(variant: Variant, architecture: str) -> Programs:
+def programs_for(variant: Variant, architecture: str) -> Programs:
     """Return all that is compiled for a variant.
 
     Args:

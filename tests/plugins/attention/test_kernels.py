@@ -51,7 +51,7 @@ VARIANTS = {
 
 def programs_of(variant: Variant, min_tokens: int | None = 64) -> plan.Programs:
     """What is compiled for a variant, its splits shorter than is good for a GPU, so that small caches have several."""
-    programs = plan.programs(variant, ARCHITECTURE)
+    programs = plan.programs_for(variant, ARCHITECTURE)
     if min_tokens is None:
         return programs
     tiles = dict(programs.decode.tiles) | {"GTA_DECODE_MIN_TOKENS": min_tokens}
@@ -182,7 +182,7 @@ def test_decode_with_the_splits_that_a_gpu_gets(builds):
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize(("lengths", "tokens", "capacity"), [((0, 61), 35, 97), ((70,), 1, 71)])
 def test_prefill(builds, name, lengths, tokens, capacity):
-    for program in range(len(plan.programs(VARIANTS[name], ARCHITECTURE).prefill)):
+    for program in range(len(plan.programs_for(VARIANTS[name], ARCHITECTURE).prefill)):
         check(cases.make(VARIANTS[name], lengths, tokens, capacity), builds, prefill=program)
 
 

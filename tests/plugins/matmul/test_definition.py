@@ -25,7 +25,6 @@ from gta_edge.errors import BackendError
 from gta_edge.libraries.optional import optional
 from gta_edge.plugins.domain import DOMAIN, OPSET, VERSION
 from gta_edge.plugins.matmul import definition as op
-from gta_edge.plugins.matmul import kernels as matmul_launch
 from gta_edge.plugins.matmul import packing
 from gta_edge.plugins.matmul import torch as matmul_torch
 from tests.helpers import reference
@@ -427,9 +426,6 @@ class OnHostMemory:
         assert variant.compute == "fp16"
         self.variant = variant
 
-    def workspace_bytes(self, rows: int, in_features: int, output_sizes: tuple[int, ...]) -> int:
-        return 64 * rows
-
     def launch(
         self,
         stream: int,
@@ -439,11 +435,10 @@ class OnHostMemory:
         scale: int,
         bias: int,
         outputs: list[int],
-        workspace: int,
         **numbers: Any,
     ) -> None:
         rows, k, output_sizes = numbers["rows"], numbers["in_features"], numbers["output_sizes"]
-        assert (stream, x % 16, bool(workspace)) == (5, 0, True)
+        assert (stream, x % 16) == (5, 0)
         bits, block_size = self.variant.bits, self.variant.block_size
         sizes = op.Sizes(k, output_sizes, bits, block_size)
         packed = packing.Packed(
@@ -467,8 +462,8 @@ def test_what_the_kernels_are_given(bits, block_size, bias, monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=5))
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr("gta_edge.cuda.gpu.current_gpu", lambda index: None)
-    monkeypatch.setattr(matmul_launch, "matmul_kernels", OnHostMemory)
+    monkeypatch.setattr(matmul_torch, "current_gpu", lambda index: None)
+    monkeypatch.setattr(matmul_torch, "matmul_kernels", OnHostMemory)
     case = Case(bits, block_size, 256, bias=bias, rows=(2, 3))
     packed = [tensor for tensor in tensors(case) if tensor is None or tensor.dtype != torch.float32]
     b = torch.randn(69).half() if bias else None
