@@ -146,7 +146,7 @@ class AttentionKernels:
             batch: B, up to 65535.
             tokens: T, at most ``capacity``.
             capacity: S.
-            positions: P.
+            positions: P, rows of ``cos`` and ``sin``.
             scale: factor of the scores, before the softmax; more than 0.
 
         Raises:
@@ -182,7 +182,7 @@ class AttentionKernels:
         plan = self.plan(batch, tokens, capacity)
         if tokens > capacity:
             raise BackendError(f"tokens is {tokens}", f"expected at most the capacity, {capacity}")
-        # The largest product must give the largest score; what counts is the float32 that the kernels get.
+        # The largest dot product must give the largest score; what counts is the float32 that the kernels get.
         if not (0 < scale <= _MAX_FLOAT32 and np.float32(scale) > 0):
             raise BackendError(f"scale is {scale}", "expected more than 0, and a number that float32 has")
         if not 1 <= positions <= MAX_INT32:

@@ -35,7 +35,7 @@ static_assert((used_bytes > merge_bytes ? used_bytes : merge_bytes) == GTA_DECOD
 
 constexpr int combine_threads = GTA_COMBINE_THREADS;
 
-// Tokens of each split of a row that holds `present`; splits from ceil_div(present, this) on have none.
+// Tokens of each split of a sequence that holds `present`; splits from ceil_div(present, this) on have none.
 GTA_DEVICE int split_tokens(int present, int splits) {
     const int even = ceil_div(ceil_div(present, splits), round_tokens) * round_tokens;
     return even < min_tokens ? min_tokens : even;

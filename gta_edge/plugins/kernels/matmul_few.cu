@@ -12,10 +12,11 @@ constexpr int stages = GTA_FEW_STAGES;
 constexpr int max_threads = GTA_FEW_THREADS;
 constexpr int lane_vectors = unit_vectors / warp_size;
 constexpr int stage_bytes = 16 * unit_vectors + 2 * unit_scales;
-constexpr int chains = block_steps > 4 ? 2 : 1;  // of products that wait for each other, in a block of inputs
+constexpr int chains = block_steps > 4 ? 2 : 1;  // of mma that wait for each other, in a block of inputs
 static_assert(stages >= 2 && stage_bytes == GTA_FEW_STAGE_BYTES);
 
-// Adds a unit's products. `codes` and `scales` are this lane's in a stage, `x` its rows of ldmatrix.
+// Adds a unit's part of the sums. `codes` (quantised weights) and `scales` are this lane's in a stage, `x` its rows of
+// ldmatrix.
 template <int row_tiles>
 GTA_DEVICE void add_unit(float (&sums)[row_tiles][4], const Widening& widening, const u8* codes, const u8* scales,
                          const u8* const (&x)[row_tiles]) {

@@ -104,7 +104,7 @@ struct Weights {  // of one warp, its tiles of 16 outputs
 
 using Sums = float[output_tiles][row_tiles][4];
 
-// Adds the products of `part_steps` steps, whose inputs share scales.
+// Adds what `part_steps` steps are of the sums, whose inputs share scales.
 GTA_DEVICE void add_part(Sums& sums, const Widening& widening, const Stretch (&weights)[output_tiles], const u8* x,
                          int part_of_stage) {
     u32 left[output_tiles][part_steps][4];

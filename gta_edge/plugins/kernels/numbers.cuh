@@ -1,4 +1,4 @@
-// Numbers of 16 bits, their product on tensor cores, and the few sizes that all kernels share.
+// Numbers of 16 bits, their matmul on tensor cores (mma), and the few sizes that all kernels share.
 #pragma once
 
 #include <primitives.cuh>
@@ -11,7 +11,7 @@ using Element = u16;  // fp16 or bf16: inputs and outputs
 
 constexpr int warp_size = 32;
 
-// Distance of rows in shared memory: an odd number of 16-byte units, so that 8 rows' units lie in different banks.
+// Distance of rows in shared memory: an odd number of 16-byte units, so that 8 rows' units are in different banks.
 GTA_DEVICE constexpr int pitch_of(int row_bytes) { return (row_bytes / 16 | 1) * 16; }
 GTA_DEVICE constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 GTA_DEVICE int min_of(int a, int b) { return a < b ? a : b; }

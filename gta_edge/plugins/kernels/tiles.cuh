@@ -1,17 +1,17 @@
 // Tiles in shared memory, and the operands that the tensor cores take from them.
 //
-// A tile's rows are tokens (or query rows), `pitch` bytes apart. With 8-bit codes, the loads of 16-bit elements take two
-// codes at once, so the columns of a block of 16 arrive in another order:
-//   key codes     column 4 p + j takes the place 2 p + j % 2 + 8 (j / 2) of the product's inner dimension, and the
-//                 query is laid out in that order (query_place);
-//   latent codes  column 2 n + u takes the place 8 u + n of the product's columns (latent_column, latent_place).
+// A tile's rows are tokens (or query rows), `pitch` bytes apart. With 8-bit values, the loads of 16-bit elements take
+// two of them at once, so the columns of a block of 16 arrive in another order:
+//   8-bit keys     column 4 p + j takes the place 2 p + j % 2 + 8 (j / 2) of the matmul's inner dimension, and the
+//                 query's layout is in that order (query_place);
+//   8-bit latents  column 2 n + u takes the place 8 u + n of the matmul's columns (latent_column, latent_place).
 #pragma once
 
 #include "cache.cuh"
 
 namespace gta {
 
-constexpr int slice_tokens = 16;  // tokens of one tensor core product
+constexpr int slice_tokens = 16;  // tokens of one tensor core matmul
 
 // Copies rows first ... first + count - 1 of `row_bytes` each into a tile; rows from `end` on become zeros.
 //
@@ -130,7 +130,7 @@ GTA_DEVICE void latent_operands(u32 (&b)[2][2], const u8* tile, int block) {
 // far, and the sum of weights, of this thread's tokens only, relative to it. Scores are logarithms to base 2.
 //
 // Of a quantised cache, the logarithm of a latent's scale is part of its score, so that weight times scale, which meets
-// the codes, never leaves the 16-bit range; the sum takes the weights without it.
+// the 8-bit values, never leaves the 16-bit range; the sum takes the weights without it.
 struct Softmax {
     float maximum[2] = {-infinity, -infinity};
     float sum[2] = {0.0f, 0.0f};

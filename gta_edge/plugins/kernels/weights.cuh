@@ -14,7 +14,7 @@ static_assert(block_size == 32 || block_size == 64 || block_size == 128 || (bloc
 
 constexpr int tile_outputs = 16;
 constexpr int unit_inputs = 128;
-constexpr int step_inputs = 16;  // of one tensor core product
+constexpr int step_inputs = 16;  // of one tensor core matmul
 constexpr int unit_steps = unit_inputs / step_inputs;
 constexpr int unit_blocks = block_size == 0 ? 0 : unit_inputs / block_size;  // scales of an output in a unit
 constexpr int block_steps = block_size == 0 ? unit_steps : block_size / step_inputs;
@@ -24,12 +24,12 @@ constexpr int unit_scales = tile_outputs * unit_blocks;
 
 // Makes left operands.
 struct Widening {
-    // Which bits of a word are codes. A logical instruction takes one constant beside registers, and there are two.
+    // Which bits of a word are weights. A logical instruction takes one constant beside registers, and there are two.
     u32 low = kept_in_register(0x000f000fu);
     u32 high = kept_in_register(0x00f000f0u);
 
     // Left operand of step `step`, as integers, from this lane's vectors of the steps from 0 on. They are exact in both
-    // formats: a code's bits are set in a number whose last bit is worth 1, and what is too much is taken off.
+    // formats: a weight's bits are set in a number whose last bit is worth 1, and what is too much is taken off.
     template <int n>
     GTA_DEVICE void operand(u32 (&a)[4], const Vector (&codes)[n], int step) const {
         const u32(&word)[4] = codes[step / vector_steps].word;

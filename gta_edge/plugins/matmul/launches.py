@@ -1,4 +1,4 @@
-"""What is launched for one call of the matmul ops, and with which arguments.
+"""Launch plans of the matmul ops: which kernel one call launches, and with which arguments.
 
 The one place that knows the order of the kernels' parameters. It needs no CUDA: ``kernels.py`` fills the names in with
 device addresses, a simulation on the host with its own.
@@ -28,7 +28,7 @@ __all__ = [
 
 MAX_ROWS, MAX_INPUTS = 2**30, 2**24
 _MAX_PADDING = 1.25
-"""Rows that a tile may multiply in vain, as a factor of the fewest."""
+"""Rows with a tile's padding, as a factor of the fewest of all tiles."""
 
 SIGNATURE = Signature(
     ("x", "weight", "scale", "bias", *(f"output_{i}" for i in range(MAX_OUTPUTS))),
@@ -71,7 +71,7 @@ def programs_for(variant: Variant, architecture: str) -> Programs:
 
 
 def choose_many(candidates: tuple[Program, ...], processors: int, rows: int, out_features: int) -> Program:
-    """Return the widest tile that multiplies few rows in vain and gives every multiprocessor a block, or the next."""
+    """Return the widest tile that has little padding and gives every multiprocessor a block, or the next."""
     padded = {program: -(-rows // program.block_rows) * program.block_rows for program in candidates}
     fitting = [program for program in candidates if padded[program] <= _MAX_PADDING * min(padded.values())]
     for program in fitting:

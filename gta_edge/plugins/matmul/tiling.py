@@ -1,4 +1,4 @@
-"""How the matmul kernels are cut to a GPU: the one place that knows their tiles and grids.
+"""Tile sizes and grids of the matmul kernels, for a GPU: the one place that knows them.
 
 A kernel is compiled for one ``Variant`` on one kind of GPU; rows, inputs and outputs are numbers of a launch, so few
 programs serve all matmuls of all models. What is chosen here reaches the source as macros (``Program.defines``).
@@ -138,7 +138,7 @@ class Program:
 
 
 def few_program(variant: Variant, architecture: str) -> Program:
-    """Return how the kernels for few rows are cut.
+    """Return the tiles of the kernels for few rows.
 
     A warp's units in flight are about 3 KiB; 20 warps keep 60 KiB of weights in flight on a multiprocessor, more
     than bandwidth times latency of any GPU known here.

@@ -78,7 +78,7 @@ def blockwise_matmul(
 
 
 def dequantised_rows(weight: Tensor, scale: Tensor, ids: Tensor, bits: int, in_features: int) -> Tensor:
-    """Look up outputs of a packed matrix as rows of a table, which an embedding tied to the head is.
+    """Look up outputs of a packed matrix as rows of a table: an embedding tied to the head.
 
     Args:
         weight: int32, packed.

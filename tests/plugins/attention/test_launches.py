@@ -150,11 +150,11 @@ def test_the_widest_tile_that_gives_every_processor_a_block_is_taken(processors:
         ({"capacity": 2**30 + 1}, "capacity is 1073741825; expected 1 to 1073741824"),
         (
             {"batch": 65535, "tokens": 40000},
-            "65535 rows of 40000 new tokens are more than 2147483647; append smaller chunks",
+            "65535 sequences of 40000 new tokens are more than 2147483647; append smaller chunks",
         ),
         (
             {"tokens": 10_000_000},
-            "10000000 new tokens of 1 rows take a grid of (5, 78125, 1), whose last two numbers go up to 65535; "
+            "10000000 new tokens of 1 sequences take a grid of (5, 78125, 1), whose last two numbers go up to 65535; "
             "append them in smaller chunks",
         ),
     ],

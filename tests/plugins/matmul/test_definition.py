@@ -393,7 +393,7 @@ def test_rows_of_a_table_are_the_matrix_transposed(case):
         (2, lambda scale: scale[:, :, :, :2], r"scale is .* expected torch.float16 \[5, 1, 8, 4, 2\]"),
         (3, lambda bias: bias.half(), "bias is torch.float16"),
         (3, lambda bias: bias[:-1], r"bias is torch.float32 \[68\]; expected torch.float32 \[69\]"),
-        (4, lambda bits: 5, "codes of 5 bits"),
+        (4, lambda bits: 5, "weights of 5 bits"),
         (5, lambda block_size: 0, "int4 in blocks of 0"),
         (6, lambda sizes: [], "0 output_sizes; expected 1 to 4"),
         (6, lambda sizes: [16] * 4 + [5], "5 output_sizes; expected 1 to 4"),
