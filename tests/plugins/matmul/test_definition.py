@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from types import SimpleNamespace
 from typing import Any
 
 import ml_dtypes
@@ -28,6 +26,7 @@ from gta_edge.plugins.matmul import definition as op
 from gta_edge.plugins.matmul import packing
 from gta_edge.plugins.matmul import torch as matmul_torch
 from tests.helpers import reference
+from tests.helpers.host_memory import STREAM, memory, pretend_gpu
 
 onnxruntime = optional("onnxruntime", "ort")  # a version that knows opset 24 needs Python 3.11
 
@@ -413,12 +412,6 @@ def test_torch_refuses_what_does_not_fit(place, change, message):
 # --- what the kernels are given --------------------------------------------------------------------------------------
 
 
-def memory(address: int, shape: tuple[int, ...], dtype: type) -> np.ndarray:
-    """What lies at an address."""
-    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    return np.frombuffer((ctypes.c_char * size).from_address(address), dtype).reshape(shape)
-
-
 class OnHostMemory:
     """In the place of the kernels: computes in float64 from addresses in host memory, fp16 alone."""
 
@@ -438,7 +431,7 @@ class OnHostMemory:
         **numbers: Any,
     ) -> None:
         rows, k, output_sizes = numbers["rows"], numbers["in_features"], numbers["output_sizes"]
-        assert (stream, x % 16) == (5, 0)
+        assert (stream, x % 16) == (STREAM, 0)
         bits, block_size = self.variant.bits, self.variant.block_size
         sizes = op.Sizes(k, output_sizes, bits, block_size)
         packed = packing.Packed(
@@ -458,11 +451,7 @@ class OnHostMemory:
 @every_kind
 def test_what_the_kernels_are_given(bits, block_size, bias, monkeypatch):
     """All between torch's tensors and the kernels, on host memory: addresses, sizes, views, and what is kept alive."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=5))
-    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(matmul_torch, "current_gpu", lambda index: None)
+    pretend_gpu(monkeypatch, matmul_torch)
     monkeypatch.setattr(matmul_torch, "matmul_kernels", OnHostMemory)
     case = Case(bits, block_size, 256, bias=bias, rows=(2, 3))
     packed = [tensor for tensor in tensors(case) if tensor is None or tensor.dtype != torch.float32]
