@@ -159,7 +159,7 @@ def test_inspect(bare: Bare, tiny_checkpoint: Path, tiny_bundle: Path) -> None:
     assert bare.command("inspect", tiny_bundle, "--json").document["kind"] == "bundle"
 
 
-def test_doctor_says_that_nothing_works_and_what_to_install(bare: Bare) -> None:
+def test_doctor_says_that_nothing_works_and_what_to_install(bare: Bare, wheel: Path) -> None:
     result = bare.command("doctor", "--json")
     assert result.status == 1
     document = json.loads(result.out)
@@ -168,15 +168,14 @@ def test_doctor_says_that_nothing_works_and_what_to_install(bare: Bare) -> None:
     for entry in backends.values():
         assert entry["works"] is False
         assert "not installed" in entry["reason"]
-    assert backends["torch"]["remedy"] == "pip install 'gta-edge[export]'"
+    assert backends["torch"]["remedy"] == f"pip install 'gta-edge[export] @ {wheel.as_uri()}'"
     if sys.version_info >= (3, 11):
-        assert backends["onnxruntime"]["remedy"] == "pip install 'gta-edge[ort]'"
+        assert backends["onnxruntime"]["remedy"] == f"pip install 'gta-edge[ort] @ {wheel.as_uri()}'"
     features = document["features"]
     assert features["plot"]["reason"] == "matplotlib not installed"
     assert features["export"]["reason"] == "torch, onnx, onnx_ir, onnxscript not installed"
     assert [features[name]["remedy"] for name in ("export", "plot")] == [
-        "pip install 'gta-edge[export]'",
-        "pip install 'gta-edge[plot]'",
+        f"pip install 'gta-edge[{extra}] @ {wheel.as_uri()}'" for extra in ("export", "plot")
     ]
     # the status is 1, so there is one line that says why
     assert re.fullmatch(r"error: .*\n", result.err)
@@ -204,5 +203,5 @@ def test_what_is_missing_is_named_with_the_line_that_installs_it(
 ) -> None:
     places = {"checkpoint": tiny_checkpoint, "bundle": tiny_bundle, "out": tmp_path / "out"}
     message = bare.command(*(word.format(**places) for word in arguments.split())).error
-    assert re.findall(r"pip install 'gta-edge\[(\w+)\]'", message) == extras
+    assert re.findall(r"pip install 'gta-edge\[(\w+)\] @ file:///\S+\.whl'", message) == extras
     assert list(tmp_path.iterdir()) == []

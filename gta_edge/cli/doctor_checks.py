@@ -18,6 +18,7 @@ from typing import IO, Any
 import numpy as np
 
 from gta_edge.errors import GtaEdgeError
+from gta_edge.libraries.install import install_command
 from gta_edge.libraries.optional import UnusableError, find_module
 from gta_edge.support.text import one_line
 
@@ -141,7 +142,7 @@ def _modules(*names: str, extra: str) -> Answer:
         return _state()
     if "onnxruntime" in missing and sys.version_info < (3, 11):
         return _state("onnxruntime not installed", "use Python 3.11 or later, which onnxruntime 1.25 needs")
-    return _state(f"{', '.join(missing)} not installed", f"pip install 'gta-edge[{extra}]'")
+    return _state(f"{', '.join(missing)} not installed", install_command(extra))
 
 
 def _driver() -> Answer:

@@ -16,6 +16,7 @@ from gta_edge.cuda.architecture import Launch
 from gta_edge.cuda.compiler import Compilable, compile_program
 from gta_edge.errors import BackendError
 from gta_edge.libraries.cuda import cuda_extra, driver_cuda_version, driver_problem
+from gta_edge.libraries.install import install_command
 from gta_edge.libraries.optional import optional
 
 __all__ = ["OLDEST", "Gpu", "Launcher", "current_gpu"]
@@ -180,7 +181,7 @@ class Launcher:
             known = f"CUDA {version[0]}.{version[1]}" if version else "no CUDA"
             raise BackendError(
                 f"the {self.name} kernels cannot be loaded on {self.gpu.name} ({_one_line(error)})",
-                f"its driver knows {known}: update it, or run: pip install 'gta-edge[{cuda_extra()}]'",
+                f"its driver knows {known}: update it, or run: {install_command(cuda_extra())}",
             ) from error
 
 

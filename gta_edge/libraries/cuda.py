@@ -7,7 +7,7 @@ import ctypes
 from gta_edge.errors import BackendError
 from gta_edge.support.text import one_line
 
-__all__ = ["cuda_extra", "driver_cuda_version", "driver_problem"]
+__all__ = ["cuda_extra", "driver_cuda_version", "driver_problem", "nvrtc_distribution"]
 
 _NO_DRIVER = (
     "there is no NVIDIA driver (libcuda.so.1 is not found)",
@@ -59,6 +59,11 @@ def driver_problem() -> BackendError | None:
         return None
     what, remedy = _START_FAILURES.get(status, ("the NVIDIA driver does not start", "restart the machine"))
     return BackendError(f"{what} (CUDA error {status})", remedy)
+
+
+def nvrtc_distribution() -> str:
+    """Return the distribution that brings NVRTC, CUDA's run-time compiler, of ``cuda_extra``."""
+    return {"cuda12": "nvidia-cuda-nvrtc-cu12", "cuda13": "nvidia-cuda-nvrtc"}[cuda_extra()]
 
 
 def cuda_extra() -> str:

@@ -20,6 +20,7 @@ import numpy as np
 
 from gta_edge.errors import BackendError
 from gta_edge.libraries.cuda import driver_problem
+from gta_edge.libraries.install import install_command
 from gta_edge.libraries.optional import installed, optional
 from gta_edge.support.text import one_line
 
@@ -91,7 +92,7 @@ def load_onnxruntime_cuda(device_id: int = 0) -> Any:
         raise BackendError(
             f"ONNX Runtime {module.__version__} has no CUDA provider: it is the package onnxruntime, and "
             "onnxruntime-gpu must be there in its place, not beside it",
-            "run: pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'gta-edge[ort-gpu]'",
+            f"run: pip uninstall -y onnxruntime onnxruntime-gpu && {install_command('ort-gpu')}",
         )
     if _numbers(module.__version__) < _OLDEST_FOR_CUDA:
         raise BackendError(

@@ -16,6 +16,7 @@ from gta_edge.cli import doctor_checks
 from gta_edge.cuda import gpu as cuda_gpu
 from gta_edge.cuda.gpu import Gpu
 from gta_edge.errors import BackendError, GtaEdgeError
+from gta_edge.libraries.install import install_command
 from gta_edge.runtime.tensorrt import builder as tensorrt_builder
 from tests.cli import COMMAND, Result, environment
 
@@ -66,7 +67,7 @@ def test_libraries_that_cannot_be_imported(tmp_path: Path) -> None:
     assert features["plot"] == {
         "works": False,
         "reason": "matplotlib not installed",
-        "remedy": "pip install 'gta-edge[plot]'",
+        "remedy": install_command("plot"),
     }
     assert backends["tensorrt"]["reason"] == (
         "the Python module tensorrt is installed and cannot be loaded (ImportError: libnvinfer.so.10: cannot open "
@@ -87,7 +88,7 @@ def test_what_a_feature_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert found["export"] == {
         "works": False,
         "reason": "onnxscript not installed",
-        "remedy": "pip install 'gta-edge[export]'",
+        "remedy": install_command("export"),
     }
     assert found["plot"]["reason"] == "importing matplotlib ends the process with SIGSEGV"
 
