@@ -1,11 +1,13 @@
 """What a machine says of itself; its files and commands are stood in for where this one is no Jetson."""
 
 import os
+import re
 from pathlib import Path
 
 import pytest
 
 from gta_edge.machine import info as machine
+from gta_edge.machine.jetpack import jetpacks
 
 
 def test_this_machine() -> None:
@@ -256,3 +258,9 @@ def test_what_makes_times_vary(changes: dict[str, object], load: float, words: l
     found = machine.timing_warnings(dict.fromkeys(keys) | {"usable_cores": 8, "cores": 8} | changes, load)
     assert len(found) == len(words)
     assert all(word in text for word, text in zip(words, found, strict=True))
+
+
+def test_the_docs_have_the_same_jetpacks() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "jetson" / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d\d\.[\d., ]+) \| (\d\.[\d.]+) \|", page, re.MULTILINE)
+    assert {release: jetpack for releases, jetpack in rows for release in releases.split(", ")} == jetpacks()
