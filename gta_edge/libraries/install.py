@@ -103,7 +103,12 @@ def _local_path(url: str) -> str | None:
 
 
 def _printable(path: str) -> str:
-    if not path.isprintable():
+    """Return a path that one line of a message can hold as it is.
+
+    Raises:
+        ValueError: it has line breaks, several spaces in a row, or what a terminal would obey.
+    """
+    if not path.isprintable() or " ".join(path.split()) != path:
         raise ValueError
     return path
 

@@ -141,14 +141,15 @@ def test_what_is_damaged_gives_the_name_alone(text: str) -> None:
     assert requirement(text, "ort") == ["gta-edge[ort]"]
 
 
-def test_a_path_that_cannot_be_printed_is_not(tmp_path: Path) -> None:
-    directory = tmp_path / "a\nb\x1b[31m"
+@pytest.mark.parametrize(("name", "quoted"), [("a\nb\x1b[31m", "a%0Ab%1B%5B31m"), ("a  b", "a%20%20b")])
+def test_a_path_that_no_message_can_hold_is_in_none(tmp_path: Path, name: str, quoted: str) -> None:
+    directory = tmp_path / name
     directory.mkdir()
     document = {"url": directory.as_uri(), "dir_info": {"editable": True}}
     assert requirement(json.dumps(document), "ort") == ["gta-edge[ort]"]
     (word,) = requirement(json.dumps(document | {"dir_info": {}}), "ort")
     assert word.isprintable()
-    assert word.endswith("/a%0Ab%1B%5B31m")
+    assert word.endswith(f"/{quoted}")
 
 
 def test_the_lines(monkeypatch: pytest.MonkeyPatch) -> None:
