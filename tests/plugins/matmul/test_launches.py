@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from gta_edge.cuda.gpu import Gpu
-from gta_edge.libraries.install import install_command
 from gta_edge.plugins.matmul.kernels import MatMulKernels, matmul_kernels
 from gta_edge.plugins.matmul.tiling import MATMUL_SIGNATURE, MatMulVariant, plan_matmul
 from tests.plugins.attention.test_launches import ORIN, STREAM, FakeCuda, Stream, addresses, declared, message, plain
@@ -61,7 +60,7 @@ def test_kernels_that_cannot_be_loaded(cuda: FakeCuda) -> None:
     cuda.fails = "load"
     assert message(MatMulKernels, INT4, ORIN) == (
         "the quantised matmul kernels cannot be loaded on Orin (CUDA_ERROR_INVALID_IMAGE); its driver knows CUDA "
-        f"13.0: update it, or run: {install_command('cuda13')}"
+        "13.0: update it, or run: pip install 'nvidia-cuda-nvrtc<13.1'"
     )
 
 
