@@ -18,6 +18,7 @@ HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 # a file with its ending, or a folder with its slash; not in an address, nor below another folder
 PATH = re.compile(rf"(?<![\w/.-])(?:{FOLDERS})/(?:[\w.-]+/)*(?:[\w-]+\.[a-z]\w*\b|(?<=/)(?![\w.*…-]))")
+SOURCE = re.compile(r"`((?:[\w-]+/)*[\w-]+\.(?:py|cu|cuh|toml|sh))`")
 MODULE = re.compile(r"(?<![\w./-])(?:gta_edge|tests)(?!\.json\b)(?:\.\w+)+")  # gta_edge.json is a file
 
 
@@ -53,6 +54,13 @@ def missing_paths(text: str) -> list[str]:
     return [path for path in PATH.findall(text) if not (ROOT / path).exists()]
 
 
+def unknown_sources(text: str) -> list[str]:
+    """Source files in code that no file is, wherever its folder: ``tiling.py``, ``graph/shapes.py``."""
+    files = [f"/{path}" for folder in FOLDERS.split("|") for path in (ROOT / folder).rglob("*.*")]
+    files += [f"/{path}" for path in ROOT.glob("*.*")]
+    return [name for name in SOURCE.findall(text) if not any(path.endswith(f"/{name}") for path in files)]
+
+
 def unknown_names(text: str) -> list[str]:
     """Dotted names that lead to no module, nor to a word of one."""
     found = []
@@ -76,6 +84,7 @@ def title(page: Path) -> str:
 def test_files_and_modules_that_a_page_names_are_there(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert missing_paths(text) == []
+    assert unknown_sources(text) == []
     assert unknown_names(text) == []
 
 
@@ -108,9 +117,16 @@ def test_paths_that_would_be_missed(text: str) -> None:
     assert len(missing_paths(text)) == 1
 
 
-@pytest.mark.parametrize("text", ["https://x.org/docs/a.html", "`gta_edge/plugins/<op>/plugin.py`", "bundle/tests/x.py"])
+@pytest.mark.parametrize(
+    "text", ["https://x.org/docs/a.html", "`gta_edge/plugins/<op>/plugin.py`", "bundle/tests/x.py"]
+)
 def test_what_is_no_path_of_the_repository(text: str) -> None:
     assert missing_paths(text) == []
+
+
+@pytest.mark.parametrize("name", ["nowhere.py", "runtime/bundle.py", "decode.cuh"])
+def test_source_files_that_would_be_missed(name: str) -> None:
+    assert unknown_sources(f"see `{name}`, `tiling.py` and `graph/shapes.py`") == [name]
 
 
 @pytest.mark.parametrize("name", ["gta_edge.nowhere", "gta_edge.formats.weights.nowhere", "tests.helpers.nowhere"])
@@ -121,7 +137,9 @@ def test_names_that_would_be_missed(name: str) -> None:
 def test_links_that_would_be_missed(tmp_path: Path) -> None:
     (tmp_path / "b.md").write_text("# A title, and `code`\n")
     page = tmp_path / "a.md"
-    page.write_text("[1](b.md#a-title-and-code) [2](b.md#nothing) [3](c.md) [4](#there) [5](https://x.org/d.md)\n# There\n")
+    page.write_text(
+        "[1](b.md#a-title-and-code) [2](b.md#nothing) [3](c.md) [4](#there) [5](https://x.org/d.md)\n# There\n"
+    )
     assert broken_links(page) == [f"{tmp_path / 'b.md'}#nothing", str(tmp_path / "c.md")]
 
 
@@ -141,7 +159,9 @@ def test_the_page_of_the_api_has_every_public_name() -> None:
     assert [name for name in gta_edge.__all__ if name != "__version__" and f"{name}`" not in written] == []
 
 
-def test_the_readme_s_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_the_readme_s_python_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
