@@ -88,7 +88,7 @@ def test_files_and_modules_that_a_page_names_are_there(page: Path) -> None:
     assert unknown_names(text) == []
 
 
-@pytest.mark.parametrize("page", (*PAGES, ROOT / "CHANGELOG.md"), ids=title)
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=title)
 def test_links_lead_somewhere(page: Path) -> None:
     assert broken_links(page) == []
 
@@ -141,6 +141,12 @@ def test_links_that_would_be_missed(tmp_path: Path) -> None:
         "[1](b.md#a-title-and-code) [2](b.md#nothing) [3](c.md) [4](#there) [5](https://x.org/d.md)\n# There\n"
     )
     assert broken_links(page) == [f"{tmp_path / 'b.md'}#nothing", str(tmp_path / "c.md")]
+
+
+def test_the_floors_are_those_of_the_package() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| ", (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8"), re.MULTILINE)
+    package = {path.stem for path in (ROOT / "gta_edge").glob("[a-z]*") if path.is_dir() or path.suffix == ".py"}
+    assert set(rows) - {"onnxruntime", "torch", "tensorrt"} == package
 
 
 # --- what is shown works -------------------------------------------------------------------------------------------
