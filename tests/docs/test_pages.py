@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli import ROOT
-
+ROOT = Path(__file__).parents[2]
 PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "examples" / "README.md", *(ROOT / "docs").rglob("*.md"))
 FOLDERS = "gta_edge|tests|benchmarks|examples|scripts|docs"
 
