@@ -11,7 +11,7 @@ import pytest
 
 import gta_edge
 from gta_edge import errors
-from tests.cli import environment
+from tests.helpers.commands import environment
 
 PACKAGE = Path(gta_edge.__file__).parent
 HEAVY = (

@@ -19,8 +19,8 @@ from gta_edge.model.config import GQAConfig, GTAConfig, ModelConfig
 from gta_edge.model.presets import PRESETS, preset
 from gta_edge.plan import cost
 from gta_edge.plan.roofline import make_plan
-from tests.benchmarks.conftest import BENCHMARKS
-from tests.conftest import TINY
+from tests.helpers.benchmarks import BENCHMARKS
+from tests.helpers.tiny import TINY
 
 NAMES = ("paper", "paper_flops", "paper_page", "paper_plots", "paper_results", "paper_tables", "paper_theory")
 

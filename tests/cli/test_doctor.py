@@ -17,7 +17,7 @@ from gta_edge.cuda import gpu as cuda_gpu
 from gta_edge.cuda.gpu import Gpu
 from gta_edge.errors import BackendError, GtaEdgeError
 from gta_edge.runtime.tensorrt import builder as tensorrt_builder
-from tests.cli import COMMAND, Result, environment
+from tests.helpers.commands import COMMAND, Result, environment
 
 NOT_INSTALLED = "raise ModuleNotFoundError(f'No module named {__name__!r}', name=__name__)"
 

@@ -24,8 +24,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from tests.cli import COMMAND, Result, environment, listing, run
-from tests.formats.test_bundle import manifest_of, relist, write
+from tests.helpers.bundle_files import manifest_of, relist, write
+from tests.helpers.commands import COMMAND, Result, environment, listing, run
 
 Command = Callable[..., Result]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from gta_edge.model.presets import PRESETS
-from tests.cli import Result, environment
+from tests.helpers.commands import Result, environment
 
 KEYS = {
     "device",

@@ -23,9 +23,9 @@ from gta_edge.formats.checkpoint import Checkpoint
 from gta_edge.numerics.quantization import BLOCK_SIZES, Quantized, quantize
 from tests.helpers import reference
 from tests.helpers.checkpoints import write_checkpoint
-from tests.numerics.test_quantization import RANGES
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+RANGES = {8: (-127, 127), 4: (-8, 7)}  # of quantised weights
 DAMPING = 0.01  # of the mean diagonal, as in the paper
 
 

@@ -20,11 +20,11 @@ from gta_edge.errors import BundleError, ExportError, InputError
 from gta_edge.export.pipeline import export_model
 from gta_edge.formats.bundle import Bundle
 from gta_edge.graph.weights import read_weights
-from tests.cli import Result
-from tests.export.test_export import TOLERANCE, empty_feeds, exact_logits, run
-from tests.formats.test_bundle import edit_model, forge, manifest_of, refused, relist, write
 from tests.helpers import reference
+from tests.helpers.bundle_files import edit_model, forge, manifest_of, refused, relist, write
 from tests.helpers.checkpoints import write_checkpoint
+from tests.helpers.commands import Result
+from tests.helpers.exported_graphs import TOLERANCE, empty_feeds, exact_logits, run
 
 Command = Callable[..., Result]
 

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from gta_edge.errors import BundleError, OutputError
 from gta_edge.formats import integrity
 from gta_edge.support.files import bundle_file, cache_directory, new_directory, new_file, plain_name, scratch_directory
-from tests.cli import environment
+from tests.helpers.commands import environment
 
 
 @contextmanager

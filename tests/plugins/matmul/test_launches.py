@@ -11,7 +11,8 @@ import pytest
 from gta_edge.cuda.gpu import Gpu
 from gta_edge.plugins.matmul.kernels import MatMulKernels, matmul_kernels
 from gta_edge.plugins.matmul.tiling import MATMUL_SIGNATURE, MatMulVariant, plan_matmul
-from tests.plugins.attention.test_launches import ORIN, STREAM, FakeCuda, Stream, addresses, declared, message, plain
+from tests.helpers.fake_cuda import ORIN, STREAM, FakeCuda, Stream, addresses, declared, plain
+from tests.helpers.refusals import message
 
 INT4, INT8 = MatMulVariant(4, 32, "fp16"), MatMulVariant(8, 0, "bf16")
 CALL: dict[str, Any] = {

@@ -34,9 +34,10 @@ from gta_edge.plugins.matmul.plugin import plugin_classes
 from gta_edge.plugins.matmul.plugin_call import Built, Parameters, describe_call, largest_workspace_bytes
 from gta_edge.plugins.matmul.tiling import FEW_ROWS, MatMulVariant
 from gta_edge.plugins.plugin_base import take_failures
-from tests.plugins.attention.test_kernels_gpu import Memory, on_gpu
-from tests.plugins.attention.test_launches import FakeCuda
-from tests.plugins.attention.test_plugin import Fields, bounds, descs, message, numbers
+from tests.helpers.fake_cuda import FakeCuda
+from tests.helpers.gpu_calls import Memory, on_gpu
+from tests.helpers.plugin_values import Fields, bounds, descs, numbers
+from tests.helpers.refusals import message
 
 trt = pytest.importorskip("tensorrt_lean_bindings", reason="needs tensorrt-lean-cu13-bindings and -libs")
 

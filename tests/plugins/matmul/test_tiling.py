@@ -23,9 +23,9 @@ from gta_edge.plugins.matmul.tiling import (
     matmul_programs,
     plan_matmul,
 )
-from tests.cuda.test_compiler import ALL_COMPILES, BUILT_FOR, REGISTERS, needs_nvrtc
 from tests.helpers.matmul_cases import VARIANTS
-from tests.plugins.attention.test_tiling import BLOCK_RESERVE, shared_limits
+from tests.helpers.nvrtc import ALL_COMPILES, BUILT_FOR, REGISTERS, needs_nvrtc
+from tests.helpers.shared_memory import BLOCK_RESERVE, shared_limits
 
 SETTINGS = settings(max_examples=300, deadline=None, derandomize=True)
 
