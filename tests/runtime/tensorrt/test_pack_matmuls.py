@@ -49,7 +49,7 @@ class Maker:
         self.stored: list[Any] = []
         self.outputs: list[Any] = []
 
-    def product(
+    def matmul(
         self,
         x: str,
         name: str,
