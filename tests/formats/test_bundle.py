@@ -38,6 +38,7 @@ from tests.helpers.bundle_files import (
     write,
 )
 from tests.helpers.commands import environment
+from tests.helpers.limits import unprivileged
 from tests.helpers.tiny import TINY
 
 FILES = [CONFIG, MANIFEST, MODEL, WEIGHTS, "tokenizer.json", "tokenizer_config.json"]
@@ -592,16 +593,10 @@ def test_a_bundle_that_cannot_be_written_to_opens(
         for path in directory.iterdir():
             path.chmod(0o444)
         directory.chmod(0o555)
-        root = os.geteuid() == 0  # who may write anywhere
-        if root:
-            os.seteuid(65534)
-        try:
+        with unprivileged():
             assert hashed(directory) == [WEIGHTS]
             assert hashed(directory) == []
-        finally:
-            if root:
-                os.seteuid(0)
-            directory.chmod(0o755)
+        directory.chmod(0o755)
         assert (directory / MANIFEST).read_bytes() == before
         assert sorted(path.name for path in directory.iterdir()) == FILES
 

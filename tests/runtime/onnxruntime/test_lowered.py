@@ -5,7 +5,6 @@ Whatever is kept there, damaged, outdated or not to be had: a session gives the 
 
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -32,6 +31,7 @@ from gta_edge.runtime.onnxruntime.lowered import lower
 from gta_edge.runtime.registry import load
 from tests.helpers import reference
 from tests.helpers.commands import environment, listing
+from tests.helpers.limits import largest_file
 from tests.helpers.records import edit
 from tests.helpers.small_models import IDS, MODELS, formula_logits, write_bundle, write_bundle_of
 
@@ -579,16 +579,6 @@ def test_what_somebody_else_kept_and_may_not_be_read(lowered_once: Path, public:
     directory = shutil.copytree(lowered_once, public / "bundle")
     with read_only(directory, closed=directory / closed):
         assert_right(directory)
-
-
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("size", [0, 1000, 40_000])
