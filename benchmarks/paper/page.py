@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import re
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,10 @@ from benchmarks.paper.results import (
     PHASES,
     RESULTS,
     Document,
+    Facts,
     Models,
     Ratio,
     Run,
-    Times,
     judge,
     kind,
     pairs,
@@ -89,39 +89,24 @@ def render(runs: Sequence[Run], models: Models, plots: str) -> str:
     environment = jinja2.Environment(  # Markdown, and nothing that users gave
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    environment.globals |= {function.__name__: function for function in TABLES}
     rows = simulated()
-    single = [row for row in rows if row["batch"] == 1]
-    lengths = [row["tokens"] for row in single]
-    text = template.render(
+    text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        runs=runs,
+        cpu=[run for run in runs if run.device == "cpu"],
+        gpu=[run for run in runs if run.device == "gpu"],
+        models=models,
         plots=plots,
         paper=claims()["paper"],
         simulation=claims()["simulation"],
         new_tokens=NEW_TOKENS_END_TO_END,
         longest_short=LONGEST_SHORT,
         margin=MARGIN,
-        claims=claim_table(runs, models),
-        verdicts=verdict_table(runs, models),
-        cache=cache_table(models),
-        cache_measured=cache_measured_table(runs, models),
-        cache_agrees=cache_agrees(runs, models),
-        flops=flops_table(models, counted(runs)),
-        flops_agree=flops_agree(models, counted(runs)),
-        prompt_flops=prompt_flops_table(models, lengths),
-        attention_share=attention_share_table(models, lengths),
-        cpu=[section(run, models[run.size]) for run in runs if run.device == "cpu"],
-        gpu=[section(run, models[run.size]) for run in runs if run.device == "gpu"],
+        counted={name: facts for run in runs for name, facts in run.facts.items()},
         largest=_largest(models),
-        simulated_prefill=simulated_table(single, "prefill"),
-        simulated_decode=simulated_table(single, "decode"),
-        simulated_batches=simulated_batches_table(rows),
-        simulated_at={(row["batch"], row["tokens"]): row for row in rows},
-        how=how_table(runs),
-        notes=[*dict.fromkeys(run.note for run in runs if run.note)],
-        machines=[*dict.fromkeys(part.machine for run in runs for part in run.parts)],
-        versions=versions(runs),
-        warnings=warnings(runs),
-        absent=absences(runs),
+        rows=rows,
+        single=[row for row in rows if row["batch"] == 1],
+        at={(row["batch"], row["tokens"]): row for row in rows},
     )
     return "\n\n".join(map(_filled, re.split(r"\n{2,}", text.strip()))) + "\n"
 
@@ -238,88 +223,55 @@ def cache_table(models: Models) -> str:
     return table(headings, rows)
 
 
-def counted(runs: Sequence[Run]) -> dict[str, tuple[int, int]]:
-    """Return the FLOPs counted in graphs by model: all layers, per pair and per token."""
-    return {name: (facts.flops_per_pair, facts.flops_per_token) for run in runs for name, facts in run.facts.items()}
-
-
-def flops_table(models: Models, counted: Mapping[str, tuple[int, int]]) -> str:
+def flops_table(models: Models, counted: Mapping[str, Facts]) -> str:
     """Return the attention's FLOPs by formula and as counted in graphs."""
     rows = []
     for name, config, members in _members(models):
         linear = config.flops_per_token(0) - 2 * config.vocab_size * config.hidden_size
-        found = counted.get(name)
-        cells = (None, None) if found is None else (f"{found[0] / config.num_hidden_layers:,g}", f"{found[1]:,}")
-        rows.append(
-            (
-                f"`{name}`",
-                flops_formula(config),
-                f"{config.attention_flops_per_pair:,}",
-                cells[0],
-                of_baseline(config, members, FIGURES["flops"], "GQA"),
-                f"{linear:,}",
-                cells[1],
-            )
-        )
+        found, cells = counted.get(name), (None, None)
+        if found is not None:
+            cells = f"{found.flops_per_pair / config.num_hidden_layers:,g}", f"{found.flops_per_token:,}"
+        pair = f"{config.attention_flops_per_pair:,}"
+        of_base = of_baseline(config, members, FIGURES["flops"], "GQA")
+        rows.append((f"`{name}`", flops_formula(config), pair, cells[0], of_base, f"{linear:,}", cells[1]))
     pair, token = "FLOPs per pair of tokens and layer", "FLOPs per token beside that, all layers, no head"
     return table(("model", pair, "", "counted", "of GQA's", token, "counted"), rows)
 
 
-def flops_agree(models: Models, counted: Mapping[str, tuple[int, int]]) -> bool:
+def flops_agree(models: Models, counted: Mapping[str, Facts]) -> bool:
     """Tell whether what was counted in graphs is what the formulas say, for at least one model."""
-    expected = {
-        name: config.num_hidden_layers * config.attention_flops_per_pair for name, config, _ in _members(models)
-    }
-    return bool(counted) and all(expected[name] == found for name, (found, _) in counted.items())
+    expected = {name: each.num_hidden_layers * each.attention_flops_per_pair for name, each, _ in _members(models)}
+    return bool(counted) and all(expected[name] == facts.flops_per_pair for name, facts in counted.items())
 
 
-def prompt_flops_table(models: Models, lengths: Sequence[int]) -> str:
+def prompt_flops_table(models: Models, rows: Sequence[Document]) -> str:
     """Return how many times the FLOPs of GTA's prompt its baselines' prompt has."""
-    rows = [
-        (
-            f"`{base}` / `{gta}`",
-            *(f"{prompt_flops(members[base], n) / prompt_flops(members[gta], n):.2f}" for n in lengths),
-        )
-        for members in models.values()
-        for gta, base in pairs(members)
-    ]
-    return table(("models", *(f"{n:,}" for n in lengths)), rows)
+    lengths = [row["tokens"] for row in rows]
+    lines = []
+    for members in models.values():
+        for gta, base in pairs(members):
+            ratios = (prompt_flops(members[base], n) / prompt_flops(members[gta], n) for n in lengths)
+            lines.append((f"`{base}` / `{gta}`", *(f"{ratio:.2f}" for ratio in ratios)))
+    return table(("models", *(f"{n:,}" for n in lengths)), lines)
 
 
-def attention_share_table(models: Models, lengths: Sequence[int]) -> str:
+def attention_share_table(models: Models, rows: Sequence[Document]) -> str:
     """Return which part of a prompt's FLOPs is the attention's."""
-    rows = [
-        (f"`{name}`", *(f"{attention_share(config, n):.0%}" for n in lengths)) for name, config, _ in _members(models)
-    ]
-    return table(("model", *(f"{n:,}" for n in lengths)), rows)
+    lengths = [row["tokens"] for row in rows]
+    lines = [(f"`{name}`", *(f"{attention_share(each, n):.0%}" for n in lengths)) for name, each, _ in _members(models)]
+    return table(("model", *(f"{n:,}" for n in lengths)), lines)
 
 
 # --- measured --------------------------------------------------------------------------------------------------------
 
 
-def section(run: Run, models: Mapping[str, ModelConfig]) -> Document:
-    """Return the tables and plots of one run, and what its heading says."""
-    tables = [
-        {"gta": gta, "baseline": base, "table": pair_table(run, models, gta, base)} for gta, base in pairs(models)
-    ]
-    return {
-        "title": run.label,
-        "size": run.size,
-        "stem": stem(run),
-        "first": by_model(run, models, "time to the first token, ms", lambda times: times.ttft_ms),
-        "token": by_model(run, models, "ms per token", lambda times: times.tpot_ms),
-        "memory": by_model(run, models, "peak memory, GB", lambda times: times.peak_memory_gb),
-        "pairs": tables,
-    }
-
-
-def by_model(run: Run, models: Mapping[str, ModelConfig], what: str, figure: Callable[[Times], float | None]) -> str:
+def by_model(run: Run, models: Mapping[str, ModelConfig], what: str, figure: str) -> str:
     """Return one figure of every model at each context."""
     times = run.times
     rows = []
     for context in run.contexts:
         found = [times.get((name, context)) for name in models]
-        rows.append((f"{context:,}", *(None if each is None else _digits(figure(each)) for each in found)))
+        rows.append((f"{context:,}", *(None if each is None else _digits(getattr(each, figure)) for each in found)))
     return table((f"context; {what}", *(f"`{name}`" for name in models)), rows)
 
 
@@ -473,6 +425,14 @@ def absences(runs: Sequence[Run]) -> list[str]:
         if times.problem
     ]
     return [*dict.fromkeys(found)]
+
+
+TABLES = (
+    *(claim_table, verdict_table, cache_table, cache_measured_table, cache_agrees, flops_table, flops_agree),
+    *(prompt_flops_table, attention_share_table, pairs, stem, by_model, pair_table, simulated_table),
+    *(simulated_batches_table, how_table, versions, warnings, absences),
+)
+"""What the template calls."""
 
 
 # --- plots, as SVG that is the same from run to run ------------------------------------------------------------------

@@ -224,13 +224,9 @@ def read_run(path: Path) -> Run:
 
 def _part(entry: Document) -> Part:
     times = [Times(**row) for row in entry.pop("times")]
-    for each in times:
-        _ = [float(value) for value in (each.context, each.ttft_ms, each.tpot_ms, each.peak_memory_gb) if value]
-    pairs = [Pair(**row | {phase: Ratio(*map(float, row[phase])) for phase in PHASES}) for row in entry.pop("pairs")]
-    extents = entry.pop("extents")
-    for low, high in filter(None, [extents[name] for name in EXTENTS]):
-        _ = float(low), float(high)
-    return Part(**entry, extents=extents, times=times, pairs=pairs)
+    pairs = [Pair(**row | {phase: Ratio(*row[phase]) for phase in PHASES}) for row in entry.pop("pairs")]
+    extents = {name: entry["extents"][name] for name in EXTENTS}
+    return Part(**entry | {"extents": extents, "times": times, "pairs": pairs})
 
 
 def read_runs(directory: Path, models: Models) -> list[Run]:
@@ -243,9 +239,8 @@ def read_runs(directory: Path, models: Models) -> list[Run]:
     for run in runs:
         for name in {*run.facts, *(model for model, _ in run.times)}:
             if name not in models.get(run.size, {}) or name not in run.facts:
-                raise InputError(
-                    f"{directory / run.file}: has {name}, which is no model of the page", "remove the file"
-                )
+                path = directory / run.file
+                raise InputError(f"{path}: has {name}, which is no model of the page", "remove the file")
     order = [*models]
     return sorted(runs, key=lambda run: (order.index(run.size), run.device, run.backend, run.precision))
 

@@ -1,6 +1,6 @@
 """Measures the models of the paper and their baselines, for ``docs/paper.md``.
 
-    python -m benchmarks.paper.run [--sizes 160m 500m 1b] [--precisions int4] [--backends onnxruntime] [--results DIR] …
+    python -m benchmarks.paper.run [--sizes 160m 500m 1b] [--precision int4] [--backend onnxruntime] [--results DIR] …
 
 Every model goes through our own pipeline: random weights, ``export``, ``bench``. All models of a size are given to one
 ``bench`` call, where they take turns, so that their ratios hold also on a machine that is not quiet. What it reports is
@@ -13,9 +13,8 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
 from pathlib import Path
 
 from benchmarks.paper.results import (
@@ -25,7 +24,6 @@ from benchmarks.paper.results import (
     SIZES,
     Document,
     Facts,
-    Models,
     Pair,
     Part,
     Ratio,
@@ -47,102 +45,83 @@ from gta_edge.formats.weights import PRECISIONS
 from gta_edge.model.config import ModelConfig
 from gta_edge.runtime.registry import BACKENDS
 
+COMMAND = "python -m benchmarks.paper.run"
 CONTEXTS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+SHORT_ROUNDS, LONG_ROUNDS = 3, 2  # up to LONGEST_SHORT, and above
+NEW_TOKENS = 32  # steps that are timed after the prompt
 
 
 @dataclass(frozen=True)
-class Request:
-    """What is to be measured.
+class Series:
+    """The models that are measured together, and what they become.
 
     Attributes:
-        work: where bundles are kept.
-        results: where the files of results are.
-        models: by size; only these sizes.
-        precisions: what weights are stored in.
-        backends: by name.
-        contexts: tokens of the prompt.
-        rounds: repeats of contexts up to ``LONGEST_SHORT``.
-        long_rounds: repeats of longer ones.
-        new_tokens: steps that are timed after the prompt.
+        size: of the models.
+        models: by name.
+        precision: what weights are stored in.
+        backend: by name.
         command: what was asked for, in words.
     """
 
-    work: Path
-    results: Path
-    models: Models
-    precisions: Sequence[str] = ("int4",)
-    backends: Sequence[str] = ("onnxruntime",)
-    contexts: Sequence[int] = CONTEXTS
-    rounds: int = 3
-    long_rounds: int = 2
-    new_tokens: int = 32
+    size: str
+    models: Mapping[str, ModelConfig]
+    precision: str = "int4"
+    backend: str = "onnxruntime"
     command: str = ""
 
-
-@dataclass(frozen=True)
-class Call:
-    """One call of ``bench``: the models of a size in one precision on one backend, at short contexts or a long one."""
-
-    size: str
-    precision: str
-    backend: str
-    path: Path
-    settings: Settings
+    def path(self, results: Path) -> Path:
+        """Return the file in which results are kept."""
+        return results / file_name(self.size, self.precision, self.backend)
 
 
-def calls(request: Request) -> Iterator[Call]:
-    """Yield all that is asked for and that no file has yet, small models and short contexts first.
+def calls(known: Collection[int], contexts: Collection[int], rounds: int | None) -> list[Settings]:
+    """Return what to call ``bench`` with for the contexts that are not known yet: short ones together, then each long.
 
-    Raises:
-        InputError: a file is damaged.
+    Answers are compared, and prompts warmed up in full, where that takes seconds.
     """
-    contexts = sorted(set(request.contexts))
-    short = [context for context in contexts if context <= LONGEST_SHORT]
-    long = [[context] for context in contexts if context > LONGEST_SHORT]
-    groups = product(request.models, [short, *long], request.precisions, request.backends)
-    for size, group, precision, backend in groups:
-        path = request.results / file_name(size, precision, backend)
-        known = read_run(path).contexts if path.exists() else []
-        if wanted := tuple(sorted(set(group) - set(known))):
-            # answers are compared, and prompts warmed up in full, where that takes seconds
-            whole = group is short
-            rounds = request.rounds if whole else request.long_rounds
-            settings = Settings(wanted, request.new_tokens, rounds=rounds, compare=whole, warm_up=whole)
-            yield Call(size, precision, backend, path, settings)
+    wanted = sorted(set(contexts) - set(known))
+    short = tuple(context for context in wanted if context <= LONGEST_SHORT)
+    found = [Settings(short, NEW_TOKENS, rounds=rounds or SHORT_ROUNDS)] if short else []
+    long = {"rounds": rounds or LONG_ROUNDS, "compare": False, "warm_up": False}
+    return found + [Settings((context,), NEW_TOKENS, **long) for context in wanted[len(short) :]]
 
 
-def measure(request: Request) -> int:
-    """Measure what no file has yet; return how many calls of ``bench`` that took.
+def measure(series: Series, contexts: Collection[int], rounds: int | None, results: Path, work: Path) -> int:
+    """Measure the contexts that the file does not have yet; return how many calls of ``bench`` that took.
+
+    Args:
+        series: what is measured.
+        contexts: tokens of the prompt.
+        rounds: repeats; by default as many as the context allows.
+        results: where the files of results are.
+        work: where bundles are kept.
 
     Raises:
-        InputError: a file of results is damaged, or of another device.
-        BackendError: a backend cannot be used.
+        InputError: the file is damaged, or of another kind of device.
+        BackendError: the backend cannot be used.
         OutputError: the disk is full.
     """
-    bundles = request.work / "bundles"
-    for directory in (request.results, bundles):
+    path = series.path(results)
+    for directory in (results, work):
         directory.mkdir(parents=True, exist_ok=True)
-    wanted = [*calls(request)]
-    for place, call in enumerate(wanted, start=1):
-        say(f"[{place}/{len(wanted)}] {call.path.stem}: {', '.join(map(str, call.settings.contexts))} tokens")
-        models = request.models[call.size]
+    wanted = calls(read_run(path).contexts if path.exists() else (), contexts, rounds)
+    for place, settings in enumerate(wanted, start=1):
+        say(f"{path.stem}, {place} of {len(wanted)}: {', '.join(map(str, settings.contexts))} tokens")
         with Output().progress() as progress:
-            of = [call.precision]
-            paths = {
-                name: make_bundles(bundles, name, None, of, config=config, progress=progress)[call.precision]
-                for name, config in models.items()
+            bundles = {
+                name: make_bundles(work, name, None, [series.precision], config=config, progress=progress)
+                for name, config in series.models.items()
             }
-            report = bench([*paths.values()], parse_targets(call.backend), call.settings, progress=progress)
+            paths = {name: made[series.precision] for name, made in bundles.items()}
+            report = bench([*paths.values()], parse_targets(series.backend), settings, progress=progress)
         if not report["results"]:
             absence = report["absent"][0]
             raise BackendError(f"{absence['backend']}: {absence['reason']}", absence["remedy"])
-        keep(call, report, models, paths, request.command)
+        keep(path, series, report, paths)
     return len(wanted)
 
 
-def keep(
-    call: Call, report: Document, models: Mapping[str, ModelConfig], bundles: Mapping[str, Path], command: str
-) -> None:
+def keep(path: Path, series: Series, report: Document, bundles: Mapping[str, Path]) -> None:
     """Add to a file what ``bench`` has said.
 
     Raises:
@@ -151,20 +130,19 @@ def keep(
         OutputError: the file cannot be written.
     """
     device = str(report["backends"][0]["device"])
-    run = Run(call.size, call.precision, call.backend, device, None, {}, [])
-    run = read_run(call.path) if call.path.exists() else run
+    run = Run(series.size, series.precision, series.backend, device, None, {}, [])
+    run = read_run(path) if path.exists() else run
     if run.device != device:
-        raise InputError(
-            f"{call.path}: has figures of the {run.device.upper()}, and these are of the {device.upper()}",
-            "give another directory with --results",
-        )
+        problem = f"{path}: has figures of the {run.device.upper()}, and these are of the {device.upper()}"
+        raise InputError(problem, "give another directory with --results")
     facts = dict(run.facts)
     for entry in report["backends"]:
         name = model_of(entry["bundle"])
         if name not in facts or facts[name].cache_bytes_per_token is None:
             bytes_ = entry["weight_bytes_per_step"], entry["cache_bytes_per_token"]
             facts[name] = Facts(*bytes_, *count_flops(bundles[name] / "model.onnx"))
-    write_run(call.path, replace(run, facts=facts, parts=[*run.parts, part(report, models, command)]))
+    added = part(report, series.models, series.command)
+    write_run(path, replace(run, facts=facts, parts=[*run.parts, added]))
 
 
 # --- what of a report is kept ----------------------------------------------------------------------------------------
@@ -262,34 +240,35 @@ def _number(text: str) -> int:
     return int(text)
 
 
-def parse(words: Sequence[str]) -> Request:
+def parse(words: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.paper.run", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog=COMMAND, description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--work", type=Path, default=Path("build/paper"), help="where bundles are kept")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where results are kept; those of the page")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=SIZES, help="all by default")
-    parser.add_argument("--precisions", nargs="+", choices=[*PRECISIONS], default=["int4"], help="int4 by default")
-    parser.add_argument("--backends", nargs="+", choices=[*BACKENDS], default=["onnxruntime"])
+    parser.add_argument("--precision", choices=[*PRECISIONS], default="int4", help="int4 by default")
+    parser.add_argument("--backend", choices=[*BACKENDS], default="onnxruntime", help="onnxruntime by default")
     parser.add_argument("--contexts", nargs="+", type=_number, default=CONTEXTS, help="tokens of the prompt")
-    parser.add_argument("--rounds", type=_number, default=3, help=f"up to {LONGEST_SHORT} tokens; 3 by default")
-    parser.add_argument("--long-rounds", type=_number, default=2, help="above; 2 by default")
-    parser.add_argument("--new-tokens", type=_number, default=32, help="steps that are timed; 32 by default")
-    found = vars(parser.parse_args(words))
-    models = published_models()
-    sizes = {size: models[size] for size in found.pop("sizes")}
-    return Request(**found, models=sizes, command=" ".join([parser.prog, *words]))
+    parser.add_argument(
+        "--rounds", type=_number, help=f"{SHORT_ROUNDS} up to {LONGEST_SHORT} tokens, then {LONG_ROUNDS}"
+    )
+    return parser.parse_args(words)
 
 
 def main() -> None:
     """Measure what is missing."""
-    request = parse(sys.argv[1:])
+    found, models = parse(sys.argv[1:]), published_models()
+    command = " ".join([COMMAND, *sys.argv[1:]])
+    count = 0
     try:
-        count = measure(request)
+        for size in found.sizes:
+            series = Series(size, models[size], found.precision, found.backend, command)
+            count += measure(series, found.contexts, found.rounds, found.results, found.work)
     except (GtaEdgeError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
     except KeyboardInterrupt:
         raise SystemExit(130) from None
-    say(f"measured: {count} parts, into {request.results}; the page: python -m benchmarks.paper.page")
+    say(f"measured: {count} parts, into {found.results}; the page: python -m benchmarks.paper.page")
 
 
 if __name__ == "__main__":

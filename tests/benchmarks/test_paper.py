@@ -4,9 +4,8 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import onnx
@@ -289,53 +288,27 @@ def test_a_damaged_file_is_refused_in_one_line(tmp_path, content):
     assert "\n" not in str(found.value)
 
 
-PART = ("parts", 0)
-ROW = (*PART, "times", 0)
-
-
 @pytest.mark.parametrize(
     "place",
     [
         ("device",),
         ("facts", "gta-tiny", "flops_per_pair"),
-        (*PART, "date"),
-        (*PART, "extents", "rounds"),
-        (*PART, "pairs", 0, "decode"),
-        (*ROW, "context"),
+        ("parts", 0, "date"),
+        ("parts", 0, "extents", "rounds"),
+        ("parts", 0, "pairs", 0, "decode"),
+        ("parts", 0, "times", 0, "context"),
     ],
 )
 def test_a_file_without_a_part_is_refused(tmp_path, place):
-    assert "is no file of results" in refusal(tmp_path, place, lambda within, key: within.pop(key))
-
-
-@pytest.mark.parametrize(
-    "place",
-    [
-        ("facts", "gta-tiny"),
-        ("size",),
-        (*PART, "extents", "rounds"),
-        (*PART, "pairs", 0, "decode"),
-        (*PART, "pairs", 0, "decode", 0),
-        (*ROW, "context"),
-        (*ROW, "ttft_ms"),
-    ],
-)
-def test_a_file_with_text_for_a_figure_is_refused(tmp_path, place):
-    assert "is no file of results" in refusal(tmp_path, place, lambda within, key: within.__setitem__(key, "text"))
-
-
-def refusal(directory: Path, place: Sequence[str | int], change: Callable[[Any, Any], object]) -> str:
-    """What is said of a file after a change at a place."""
-    path = directory / measured({}).file
+    path = tmp_path / measured({}).file
     results.write_run(path, measured({}))
     document = within = json.loads(path.read_text())
     for key in place[:-1]:
         within = within[key]
-    change(within, place[-1])
+    del within[place[-1]]
     path.write_text(json.dumps(document))
-    with pytest.raises(InputError) as found:
-        results.read_runs(directory, MODELS)
-    return str(found.value)
+    with pytest.raises(InputError, match="is no file of results"):
+        results.read_runs(tmp_path, MODELS)
 
 
 def test_a_file_on_other_models_is_refused(tmp_path):
@@ -383,13 +356,11 @@ def test_a_prompts_flops():
 
 
 def test_models_go_the_whole_way_and_only_once(tmp_path, capsys):
-    request = run.Request(
-        tmp_path, tmp_path / "results", TWO, precisions=("bf16",), contexts=(8, 16), rounds=2, new_tokens=2
-    )
-    assert run.measure(request) == 1
-    (path,) = (tmp_path / "results").iterdir()
+    series, place = run.Series("tiny", TWO["tiny"], "bf16"), tmp_path / "results"
+    assert run.measure(series, (8, 16), 2, place, tmp_path / "work") == 1
+    (path,) = place.iterdir()
     assert path.name == "tiny-bf16-onnxruntime.json"
-    (found,) = results.read_runs(path.parent, TWO)
+    (found,) = results.read_runs(place, TWO)
     for name, config in TWO["tiny"].items():
         assert found.facts[name].flops_per_pair == config.num_hidden_layers * config.attention_flops_per_pair
     text = page.render([found], TWO, "paper")
@@ -399,35 +370,27 @@ def test_models_go_the_whole_way_and_only_once(tmp_path, capsys):
     assert str(tmp_path) not in text
 
     before = path.read_bytes()
-    assert run.measure(request) == 0
+    assert run.measure(series, (8, 16), 2, place, tmp_path / "work") == 0
     assert path.read_bytes() == before
-    (call,) = run.calls(replace(request, contexts=(8, 16, 32)))
-    assert call.settings.contexts == (32,)
     on_gpu = replace(found, device="gpu")
     results.write_run(path, on_gpu)
     with pytest.raises(InputError, match="has figures of the GPU, and these are of the CPU"):
-        run.measure(replace(request, contexts=(32,)))
+        run.measure(series, (32,), 1, place, tmp_path / "work")
     assert results.read_run(path) == on_gpu
 
 
-def test_short_and_long_contexts_are_calls_of_their_own(tmp_path):
-    request = run.Request(tmp_path, tmp_path, MODELS, backends=("onnxruntime", "torch"), contexts=(4096, 128, 2048))
+def test_long_contexts_are_calls_of_their_own():
     found = [
-        (call.path.stem, call.settings.contexts, call.settings.rounds, call.settings.compare, call.settings.warm_up)
-        for call in run.calls(request)
+        (each.contexts, each.rounds, each.compare, each.warm_up) for each in run.calls([64], (4096, 128, 64), None)
     ]
-    assert found == [
-        ("tiny-int4-onnxruntime", (128, 2048), 3, True, True),
-        ("tiny-int4-torch", (128, 2048), 3, True, True),
-        ("tiny-int4-onnxruntime", (4096,), 2, False, False),
-        ("tiny-int4-torch", (4096,), 2, False, False),
-    ]
+    assert found == [((128,), 3, True, True), ((4096,), 2, False, False)]
+    assert [each.rounds for each in run.calls([], (128, 4096), 1)] == [1, 1]
 
 
 def test_a_backend_that_is_not_there_is_an_error_with_its_remedy(tmp_path):
-    one = {"tiny": {"gta-tiny": TINY}}
+    series = run.Series("tiny", {"gta-tiny": TINY}, backend="tensorrt")
     with pytest.raises(BackendError, match=r"^tensorrt: .*") as found:
-        run.measure(run.Request(tmp_path, tmp_path / "results", one, backends=("tensorrt",), contexts=(8,)))
+        run.measure(series, (8,), 1, tmp_path / "results", tmp_path / "work")
     assert found.value.remedy
     assert not list((tmp_path / "results").iterdir())
 
@@ -482,17 +445,3 @@ def test_what_cannot_be_done_is_said_in_one_line(tmp_path, directory, output, me
     assert message in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert not (tmp_path / output).exists()
-
-
-def test_options_are_those_of_a_request(tmp_path):
-    found = run.parse(["--sizes", "1b", "--contexts", "64", "128", "--work", str(tmp_path)])
-    assert (found.work, found.results, [*found.models], found.contexts) == (
-        tmp_path,
-        results.RESULTS,
-        ["1b"],
-        [64, 128],
-    )
-    for option in ("--sizes=2b", "--contexts=x", "--precisions=int3", "--rounds=0", "--backends=torch@python3"):
-        with pytest.raises(SystemExit) as error:
-            run.parse([option])
-        assert error.value.code == 2
