@@ -27,6 +27,7 @@ from hypothesis import strategies as st
 from gta_edge.errors import BackendError, BundleError
 from gta_edge.formats import integrity
 from gta_edge.formats.bundle import MANIFEST, MODEL, WEIGHTS, Bundle
+from gta_edge.libraries.install import install_command
 from gta_edge.runtime.onnxruntime.lowered import lower
 from gta_edge.runtime.registry import load
 from tests.helpers import reference
@@ -280,7 +281,7 @@ except BackendError as error:
 """
     before = listing(bundle)
     out = in_a_process(script, bundle)
-    assert out == ("the Python module onnx_ir is needed and not installed; run: pip install 'gta-edge[ort]'\n")
+    assert out == f"the Python module onnx_ir is needed and not installed; run: {install_command('ort')}\n"
     assert listing(bundle) == before
 
 
