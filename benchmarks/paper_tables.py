@@ -8,6 +8,7 @@ from paper_results import Document, Models, kind, pairs
 from paper_theory import attention_share, cache_formula, claims, flops_formula, prompt_flops
 
 from gta_edge.model.config import ModelConfig
+from gta_edge.model.kv_cache import bytes_per_token
 
 NOT_MEASURED = "n/a"
 FIGURES = {"cache": "cache_values_per_token_per_layer", "flops": "attention_flops_per_pair"}
@@ -46,7 +47,7 @@ def cache_table(models: Models) -> str:
             cache_formula(config),
             config.cache_values_per_token_per_layer,
             config.num_hidden_layers,
-            f"{config.cache_bytes_per_token(2):,}",
+            f"{bytes_per_token(config, 'bf16'):,}",
             of_baseline(config, members, figure, "GQA"),
             of_baseline(config, members, figure, "MHA"),
         )

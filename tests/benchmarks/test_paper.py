@@ -16,6 +16,7 @@ import pytest
 
 from gta_edge.errors import BundleError, GtaEdgeError, InputError
 from gta_edge.model.config import GQAConfig, GTAConfig, ModelConfig
+from gta_edge.model.kv_cache import bytes_per_token, cache_bytes
 from gta_edge.model.presets import PRESETS, preset
 from gta_edge.plan import cost
 from gta_edge.plan.roofline import make_plan
@@ -113,7 +114,7 @@ def report(factors: dict[str, dict[int, list[float]]], device: str = "cpu", **ch
     for name, config in MODELS["tiny"].items():
         bundle = f"/somewhere/{name}-2-int4"
         common = {"bundle": bundle, "backend": "onnxruntime", "precision": "int4"}
-        per_token = config.cache_bytes_per_token(4)
+        per_token = bytes_per_token(config)
         backends.append(
             common
             | {"device": device, "weight_bytes_per_step": 1000, "cache_bytes_per_token": per_token}
@@ -240,7 +241,7 @@ def test_ratios_are_taken_within_a_round(it, tmp_path):
     row = next(line for line in page.splitlines() if line.startswith("| 64 | 1.50"))
     cells = row.strip("| ").split(" | ")
     assert [cells[1], cells[3], cells[5]] == ["1.50 (1.50..1.50)"] * 3
-    weights, cache = 1000, {name: 64 * c.cache_bytes_per_token(4) for name, c in MODELS["tiny"].items()}
+    weights, cache = 1000, {name: cache_bytes(c, "fp32", 64) for name, c in MODELS["tiny"].items()}
     assert cells[4] == f"{(weights + cache['gqa-tiny']) / (weights + cache['gta-tiny']):.2f}"
 
 
