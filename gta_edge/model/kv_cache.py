@@ -23,8 +23,11 @@ from gta_edge.model.config import ModelConfig
 __all__ = [
     "BATCH_AXIS",
     "CAPACITY_AXIS",
+    "INPUT_IDS",
     "LOGITS",
+    "LOGIT_POSITIONS",
     "PAST",
+    "PAST_LENGTH",
     "PRESENT",
     "TOKEN_INPUTS",
     "VALUE_BYTES",
@@ -42,7 +45,7 @@ __all__ = [
 PAST, PRESENT = "past_", "present_"
 """What names of a graph's inputs and outputs begin with where they are caches."""
 
-TOKEN_INPUTS = ("input_ids", "past_length", "logit_positions")
+INPUT_IDS, PAST_LENGTH, LOGIT_POSITIONS = TOKEN_INPUTS = ("input_ids", "past_length", "logit_positions")
 """The graph's other inputs: int64 [B, T], [B] and [B, M]."""
 
 LOGITS = "logits"

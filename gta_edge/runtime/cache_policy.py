@@ -140,17 +140,19 @@ class CachePolicy:
 
     # --- room for more ---------------------------------------------------------------------------------------------
 
-    def plan(self, past: Lengths, counts: Lengths, tokens: int) -> list[tuple[int, int]]:
-        """Cut T tokens per row into chunks, each of which fits, padding included; none has run yet.
+    def plan(self, past: Lengths, counts: Lengths, tokens: int, logits_bytes: int) -> list[tuple[int, int]]:
+        """Cut T tokens per row into chunks, for all of which there is room, padding included; none has run yet.
 
         Args:
             past: tokens that are there, int64 [B].
             counts: how many of the new ones are real, int64 [B].
             tokens: new ones per row (T).
+            logits_bytes: that are returned.
 
         Raises:
-            CapacityError: one of them would pass the last position.
+            CapacityError: one of them would pass the last position, or it takes more memory than is available.
         """
+        longest = 0
         chunks = [(start, min(start + self.chunk_size, tokens)) for start in range(0, tokens, self.chunk_size)]
         for start, stop in chunks:
             ends = past + np.minimum(counts, start) + (stop - start)
@@ -161,6 +163,8 @@ class CachePolicy:
                     f"padding included",
                     f"{self._limit}: truncate, reset, or give fewer",
                 )
+            longest = max(longest, int(ends[row]))
+        self.check_memory(len(past), longest, min(tokens, self.chunk_size), logits_bytes)
         return chunks
 
     def check_memory(self, batch: int, tokens: int, width: int, logits_bytes: int) -> None:

@@ -203,10 +203,8 @@ class Session(ABC):
         counts = self._check_lengths(lengths, batch, tokens)
         cache = self._cache
         past = cache.past_for(batch)
-        chunks = cache.plan(past, counts, tokens)
         shape = (batch, tokens, self.config.vocab_size) if all_logits else (batch, self.config.vocab_size)
-        ends = max(int((past + np.minimum(counts, start)).max()) + stop - start for start, stop in chunks)
-        cache.check_memory(batch, ends, min(tokens, cache.chunk_size), 4 * math.prod(shape))
+        chunks = cache.plan(past, counts, tokens, 4 * math.prod(shape))
 
         logits: Logits = np.zeros(shape, np.float32)
         self._changed(None, "a forward() that failed")  # what it leaves is nobody's

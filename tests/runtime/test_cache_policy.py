@@ -121,11 +121,11 @@ def test_a_backend_that_refuses_before_it_begins_has_lost_nothing(cache: CachePo
 def test_the_bound_is_the_models_or_an_engines() -> None:
     lengths = np.array([P - 1])
     with pytest.raises(CapacityError, match=rf"would reach {P + 1} .*; the model has {P} positions: truncate, reset"):
-        CachePolicy(CONFIG).plan(lengths, np.array([2]), 2)
-    assert CachePolicy(CONFIG).plan(lengths, np.array([1]), 1) == [(0, 1)]
+        CachePolicy(CONFIG).plan(lengths, np.array([2]), 2, 0)
+    assert CachePolicy(CONFIG).plan(lengths, np.array([1]), 1, 0) == [(0, 1)]
     engine = CachePolicy(CONFIG, max_length=20, limit="the engine was built with --max-length 20")
     with pytest.raises(CapacityError, match=r"would reach 21 .*; the engine was built with --max-length 20: "):
-        engine.plan(np.array([0]), np.array([21]), 21)
+        engine.plan(np.array([0]), np.array([21]), 21, 0)
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------

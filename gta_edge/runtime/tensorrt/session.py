@@ -265,8 +265,8 @@ class TensorRTSession(Session):
         return result
 
     def _set_shapes(self, context: Any, rows: int, tokens: int, logits: int) -> None:
-        dtype = self._record.spec.cache_dtype
-        shapes = input_shapes(self.config, dtype, batch=rows, tokens=tokens, positions=logits, capacity=self.max_length)
+        sizes = {"batch": rows, "tokens": tokens, "positions": logits, "capacity": self.max_length}
+        shapes = input_shapes(self.config, self._cache.dtype, **sizes)
         self._log.errors.clear()
         for name, shape in shapes.items():
             if not context.set_input_shape(name, shape):
