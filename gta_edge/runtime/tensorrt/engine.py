@@ -23,6 +23,7 @@ from gta_edge.errors import EngineError, OutputError
 from gta_edge.formats.artifacts import Artifact, RefusedError, open_artifact, require_secret, write_record
 from gta_edge.formats.bundle import MODEL, WEIGHTS, Bundle
 from gta_edge.model.config import ModelConfig
+from gta_edge.model.kv_cache import VALUE_BYTES, cache_bytes
 from gta_edge.support.files import new_directory
 from gta_edge.support.ownership import ARTIFACTS
 from gta_edge.support.text import brief, one_line
@@ -32,8 +33,6 @@ __all__ = [
     "CHOICES",
     "ENGINES",
     "IMPLEMENTATIONS",
-    "SCALE_BYTES",
-    "VALUE_BYTES",
     "EngineManifest",
     "EngineSpec",
     "compute_capability",
@@ -53,10 +52,6 @@ IMPLEMENTATIONS = ("plugin", "native")
 """Who multiplies by quantised matrices."""
 CHOICES = ("auto", *IMPLEMENTATIONS)
 """What ``gta-edge build --matmul`` takes."""
-VALUE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}
-"""Of a cached value, by the cache's type."""
-SCALE_BYTES = 4
-"""Of the scale that a token has per head in a cache of 8 bits."""
 PLAN, RECORD = "engine.plan", "engine.json"
 
 
@@ -82,17 +77,9 @@ class EngineSpec:
     chunk_size: int
     matmul: str = "auto"
 
-    @property
-    def quantised_cache(self) -> bool:
-        """Whether the cache has scales."""
-        return self.cache_dtype in ("int8", "fp8")
-
     def cache_bytes(self, config: ModelConfig) -> int:
         """Return the bytes of the cache of all layers and rows at full length, scales included."""
-        per_token = config.cache_bytes_per_token(VALUE_BYTES[self.cache_dtype])
-        if self.quantised_cache:
-            per_token += SCALE_BYTES * config.num_hidden_layers * sum(cache.heads for cache in config.caches)
-        return per_token * self.max_length * self.max_batch
+        return cache_bytes(config, self.cache_dtype, self.max_length, self.max_batch)
 
     def command(self, bundle: Path) -> str:
         """Return the command that builds such an engine, replacing the one there is."""

@@ -21,6 +21,7 @@ from gta_edge.errors import BackendError, CapacityError, EngineError, InputError
 from gta_edge.formats import integrity
 from gta_edge.formats.bundle import Bundle
 from gta_edge.libraries.cuda import driver_cuda_version
+from gta_edge.model.kv_cache import cache_bytes
 from gta_edge.runtime.tensorrt import build as building
 from gta_edge.runtime.tensorrt.build import LOGIT_POSITIONS, build, lower_only, profile_shapes, requirement
 from gta_edge.runtime.tensorrt.engine import (
@@ -279,7 +280,7 @@ def test_a_build_that_memory_is_too_short_for_is_refused_with_both_numbers(
 def test_what_a_build_takes_grows_with_the_cache_and_not_with_the_length_of_a_prompt(bundle: Bundle) -> None:
     small, large = requirement(bundle, RTX), requirement(bundle, replace(RTX, max_batch=8, max_length=128))
     tokens = 8 * 128 - 2 * 64
-    assert large.cache - small.cache == 2 * tokens * bundle.config.cache_bytes_per_token(2)
+    assert large.cache - small.cache == 2 * cache_bytes(bundle.config, "fp16", tokens)
     short = requirement(bundle, replace(RTX, chunk_size=16))
     assert replace(short, buffers=small.buffers) == small  # of which ids have a little
     values = bundle.config.cache_values_per_token_per_layer

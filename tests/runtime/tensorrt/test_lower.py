@@ -24,6 +24,7 @@ from gta_edge.export.pipeline import export_model
 from gta_edge.formats.bundle import Bundle
 from gta_edge.graph.retype import ConvertPrecisionPass
 from gta_edge.model.config import ModelConfig
+from gta_edge.model.kv_cache import input_shapes, interface_names
 from gta_edge.plugins.attention import definition as op
 from gta_edge.plugins.attention.plugin_call import QUANTISED_CACHE
 from gta_edge.runtime.tensorrt.lower import lower
@@ -191,9 +192,14 @@ def test_the_plugins_nodes(bundles: Bundles, tmp_path: Path, name: str, cache: s
         assert len(node.input) == 10 + len(scales)
         assert list(node.input[4:6]) == past and list(node.input[10:]) == scales
         assert list(node.output[1:]) == [name.replace("past", "present") for name in (*past, *scales)]
+    config = ModelConfig.from_dict(TABLE[name])
+    sizes = {"batch": "batch", "tokens": "tokens", "positions": "positions", "capacity": CAPACITY}
+    found = {value.name: tuple(shape_and_type(value)[0]) for value in model.graph.input}
+    assert list(found.items()) == list(input_shapes(config, cache or "bf16", **sizes).items())
+    assert [value.name for value in model.graph.output] == interface_names(config, cache or "bf16")[1]
     values = {value.name: value for value in (*model.graph.input, *model.graph.output)}
     for i in range(LAYERS):
-        for kind, spec in zip(kinds, ModelConfig.from_dict(TABLE[name]).caches, strict=True):
+        for kind, spec in zip(kinds, config.caches, strict=True):
             for side in ("past", "present"):
                 label = kind.replace("past", side)
                 assert shape_and_type(values[f"{label}.{i}"]) == (

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from gta_edge.errors import EngineError
 from gta_edge.graph.types import title
 from gta_edge.libraries.optional import optional
+from gta_edge.model.kv_cache import scale_name
 from gta_edge.plugins.attention import definition as op
 from gta_edge.plugins.attention.plugin_call import QUANTISED_CACHE
 from gta_edge.plugins.domain import DOMAIN
@@ -84,7 +85,5 @@ class QuantizeCachePass(ir.passes.InPlacePass):
         """Give a cache [B, heads, S, width] the type, and return a value for its scales [B, heads, S]."""
         assert cache is not None and cache.shape is not None  # the graph's own input or output
         cache.type = ir.TensorType(self.dtype)
-        kind, _, layer = str(cache.name).partition(".")
-        return ir.Value(
-            name=f"{kind}_scale.{layer}", shape=ir.Shape(list(cache.shape)[:3]), type=ir.TensorType(ir.DataType.FLOAT)
-        )
+        shape, name = ir.Shape(list(cache.shape)[:3]), scale_name(str(cache.name))
+        return ir.Value(name=name, shape=shape, type=ir.TensorType(ir.DataType.FLOAT))

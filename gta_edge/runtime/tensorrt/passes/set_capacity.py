@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from gta_edge.errors import EngineError
 from gta_edge.libraries.optional import optional
+from gta_edge.model.kv_cache import BATCH_AXIS, CAPACITY_AXIS, PAST
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -13,8 +14,6 @@ else:
     ir = optional("onnx_ir", "tensorrt")
 
 __all__ = ["SetCapacityPass"]
-
-_BATCH_AXIS, _CAPACITY_AXIS = 0, 2  # of a cache [B, heads, S, width]
 
 
 class SetCapacityPass(ir.passes.InPlacePass):
@@ -43,11 +42,11 @@ class SetCapacityPass(ir.passes.InPlacePass):
         graph = model.graph
         sizes: dict[str, int] = {}
         for value in graph.inputs:
-            if str(value.name).startswith("past_") and value.shape is not None and len(value.shape) == 4:
-                self._name(value, _CAPACITY_AXIS, self.capacity, sizes)
+            if str(value.name).startswith(PAST) and value.shape is not None and len(value.shape) == 4:
+                self._name(value, CAPACITY_AXIS, self.capacity, sizes)
                 if self.batch is not None:
-                    self._name(value, _BATCH_AXIS, self.batch, sizes)
-        if not any(str(value.name).startswith("past_") for value in graph.inputs):
+                    self._name(value, BATCH_AXIS, self.batch, sizes)
+        if not any(str(value.name).startswith(PAST) for value in graph.inputs):
             raise EngineError("the graph has no inputs past_*, so no caches", "export the bundle again")
         values = [*graph.inputs, *(value for node in graph for value in node.outputs), *graph.outputs]
         modified = [_replace(value, sizes) for value in values]
