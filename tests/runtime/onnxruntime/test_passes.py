@@ -571,7 +571,7 @@ class Matrix:
         scales = np.repeat(self.scales, self.block, axis=0) if self.block else self.scales
         return self.codes.astype(np.float64) * scales.astype(np.float64)
 
-    def product(self, x: np.ndarray) -> np.ndarray:
+    def matmul(self, x: np.ndarray) -> np.ndarray:
         return reference.double(x) @ self.values + (0 if self.bias is None else self.bias)
 
     @property
