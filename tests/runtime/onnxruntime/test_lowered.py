@@ -271,7 +271,7 @@ def test_weights_are_laid_out_once(bundle: Path) -> None:
     logits(bundle, exact=True, progress=lambda *step: told.append(step))
     assert told == first
     what, done, total = zip(*sorted(first, key=lambda step: step[1]), strict=True)
-    assert set(what) == {"laying out weights"}
+    assert set(what) == {"writing weights"}
     assert list(done) == list(range(1, total[0] + 1))
 
 
