@@ -23,6 +23,7 @@ from gta_edge.support.partials import Partial, remove_stale, replace_directory, 
 from gta_edge.support.text import printable
 
 __all__ = [
+    "OccupiedError",
     "bundle_file",
     "cache_directory",
     "check_new_file",
@@ -35,6 +36,10 @@ __all__ = [
 _NAME_BYTES = 255  # of a name on Linux
 # What the system says of the place that is written to; anything else is the writer's own error.
 _OF_THE_PLACE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG}
+
+
+class OccupiedError(OutputError):
+    """What lies in a result's place is not this program's, and not replaced."""
 
 
 def plain_name(name: object) -> TypeGuard[str]:
@@ -254,13 +259,13 @@ def _check_directory(target: Path, force: bool, kind: str | None, artifact: bool
     if mode is None:
         return
     if not stat.S_ISDIR(mode):
-        raise OutputError(f"{target} exists and is no directory", "choose another output path")
+        raise OccupiedError(f"{target} exists and is no directory", "choose another output path")
     if not force:
         raise OutputError(f"{target} already exists", "choose another output path, or replace it with --force")
     with _at(target):
         foreign = foreign_entry(target, kind=kind, artifact=artifact)
     if foreign is not None:
-        raise OutputError(
+        raise OccupiedError(
             f"{target} holds what this program did not make ({foreign}), and is not replaced even with --force",
             "choose another output path, or remove it yourself",
         )

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gta_edge.errors import CapacityError, InputError, OutputError
+from gta_edge.formats.artifacts import origin
 from gta_edge.formats.bundle import MODEL, WEIGHTS, Bundle
 from gta_edge.graph.io import load_graph, run_passes, serialised, store_weights
 from gta_edge.graph.retype import COMPUTE_TYPES, ConvertPrecisionPass
@@ -27,7 +28,6 @@ from gta_edge.runtime.tensorrt.passes.quantize_cache import CACHE_TYPES, Quantiz
 from gta_edge.runtime.tensorrt.passes.remove_functions import KeepPluginNodesPass
 from gta_edge.runtime.tensorrt.passes.set_capacity import SetCapacityPass
 from gta_edge.support.progress import Progress, silent
-from gta_edge.version import __version__
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -109,7 +109,7 @@ def lower(
     record: dict[str, Any] = {"format": FORMAT, "form": form, "compute": compute, "cache_dtype": quantised or compute}
     record |= {"capacity": capacity, "batch": batch, "newer_ops": newer_ops}
     record |= {"matmul": matmul, "packed": packing.matmuls, "not_packed": packing.left}
-    record |= {"gta_edge": __version__, "made_from": _sums(bundle)}
+    record |= origin(bundle)
     try:
         directory.mkdir(exist_ok=True)
         store_weights(model, bundle.model_path, directory / WEIGHTS, WEIGHTS, progress)
@@ -158,8 +158,3 @@ def load_model(bundle: Bundle) -> ir.Model:
         BackendError: onnx-ir is not installed.
     """
     return load_graph(bundle.model_path, bundle.config, "tensorrt")
-
-
-def _sums(bundle: Bundle) -> dict[str, str]:
-    files = bundle.manifest["files"]
-    return {name: files[name]["sha256"] for name in (MODEL, WEIGHTS) if name in files}

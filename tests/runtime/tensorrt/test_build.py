@@ -19,6 +19,7 @@ import pytest
 from gta_edge.cuda.gpu import Gpu
 from gta_edge.errors import BackendError, CapacityError, EngineError, InputError, OutputError
 from gta_edge.formats import integrity
+from gta_edge.formats.artifacts import made_from
 from gta_edge.formats.bundle import Bundle
 from gta_edge.libraries.cuda import driver_cuda_version
 from gta_edge.runtime.tensorrt import build as building
@@ -29,7 +30,6 @@ from gta_edge.runtime.tensorrt.engine import (
     engine_directory,
     keep_engine,
     load_engine,
-    made_from,
 )
 from gta_edge.runtime.tensorrt.log import new_log, started
 from gta_edge.support.memory import available_bytes
