@@ -240,7 +240,7 @@ def artifacts_directory(bundle: Bundle, place: str = ARTIFACTS) -> Path:
             _check_no_link(directory)
             directory.mkdir(exist_ok=True)
     except FileExistsError as error:
-        raise OccupiedError(f"{directory}: is no directory", "remove it") from error
+        raise OccupiedError(f"{directory}: cannot be made (there is a file)", "remove it") from error
     except OSError as error:
         raise OutputError(
             f"{directory}: cannot be made ({error.strerror})", "give a bundle that can be written to"

@@ -1,4 +1,4 @@
-"""TensorRT's builder: a prepared model and its profiles to a serialised engine."""
+"""TensorRT's builder: a lowered model and its profiles to a serialised engine."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def build_plan(
     """Return the serialised engine.
 
     Args:
-        model: the prepared ONNX file.
+        model: the lowered ONNX file.
         spec: what the engine is for.
         profiles: shapes of the inputs, for each profile.
         target: what builds it, and for which GPU.

@@ -25,7 +25,7 @@ from gta_edge.runtime.tensorrt.passes.fold_constants import FoldConstantsPass
 from gta_edge.runtime.tensorrt.passes.lower_opset import LowerOpsetPass
 from gta_edge.runtime.tensorrt.passes.pack_matmuls import PackMatMulsPass
 from gta_edge.runtime.tensorrt.passes.quantize_cache import CACHE_TYPES, QuantizeCachePass
-from gta_edge.runtime.tensorrt.passes.remove_functions import KeepPluginNodesPass
+from gta_edge.runtime.tensorrt.passes.keep_plugin_nodes import KeepPluginNodesPass
 from gta_edge.runtime.tensorrt.passes.set_capacity import SetCapacityPass
 from gta_edge.support.progress import Progress, silent
 
