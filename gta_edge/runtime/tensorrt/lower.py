@@ -22,10 +22,10 @@ from gta_edge.libraries.optional import optional
 from gta_edge.model.config import GTAConfig
 from gta_edge.runtime.tensorrt.engine import IMPLEMENTATIONS
 from gta_edge.runtime.tensorrt.passes.fold_constants import FoldConstantsPass
+from gta_edge.runtime.tensorrt.passes.keep_plugin_nodes import KeepPluginNodesPass
 from gta_edge.runtime.tensorrt.passes.lower_opset import LowerOpsetPass
 from gta_edge.runtime.tensorrt.passes.pack_matmuls import PackMatMulsPass
 from gta_edge.runtime.tensorrt.passes.quantize_cache import CACHE_TYPES, QuantizeCachePass
-from gta_edge.runtime.tensorrt.passes.keep_plugin_nodes import KeepPluginNodesPass
 from gta_edge.runtime.tensorrt.passes.set_capacity import SetCapacityPass
 from gta_edge.support.progress import Progress, silent
 

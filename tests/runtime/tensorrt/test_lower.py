@@ -32,9 +32,9 @@ from gta_edge.plugins.attention import definition as op
 from gta_edge.plugins.attention.plugin_call import QUANTISED_CACHE
 from gta_edge.runtime.tensorrt.lower import lower
 from gta_edge.runtime.tensorrt.passes.fold_constants import FoldConstantsPass
+from gta_edge.runtime.tensorrt.passes.keep_plugin_nodes import KeepPluginNodesPass
 from gta_edge.runtime.tensorrt.passes.lower_opset import OPSET, LowerOpsetPass
 from gta_edge.runtime.tensorrt.passes.quantize_cache import QuantizeCachePass
-from gta_edge.runtime.tensorrt.passes.keep_plugin_nodes import KeepPluginNodesPass
 from gta_edge.runtime.tensorrt.passes.set_capacity import SetCapacityPass
 from tests.helpers import reference
 from tests.helpers.checkpoints import write_checkpoint
