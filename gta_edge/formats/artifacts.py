@@ -210,14 +210,9 @@ def origin(bundle: Bundle) -> dict[str, Any]:
 
 
 def difference(now: Mapping[str, Any], then: Mapping[str, Any]) -> str | None:
-    """Return the first thing that an artifact was made from or for and that is another now, None where all is the same.
+    """Return the first thing that is another now than when an artifact was made; None where all is the same.
 
-    Args:
-        now: what there is here, by what it is called.
-        then: what was recorded.
-
-    Returns:
-        ``TensorRT is '10.3' here and was '10.1'``, ``the bundle's files are others``.
+    It is named: ``TensorRT is '10.3' here and was '10.1'``, ``the bundle's files are others``.
     """
     for name in {**now, **then}:
         here, recorded = now.get(name), then.get(name)
@@ -305,29 +300,24 @@ def cached_artifact(
     Raises:
         GtaEdgeError: from ``make``, but for OutputError.
     """
-
-    def current() -> Artifact | None:
-        options: dict[str, Any] = {"read": read, "mapped": mapped, "progress": progress}
-        try:
-            found = open_artifact(bundle.directory, place, record, verify_hashes=bundle.verified, **options)
-        except RefusedError:
-            return None
-        return found if difference(content, found.content) is None else None
-
+    options: dict[str, Any] = {"read": read, "mapped": mapped, "progress": progress, "verify_hashes": bundle.verified}
     remove_stale(bundle.directory / ARTIFACTS)
-    found = current()
-    if found is not None:
-        return found
+    with suppress(RefusedError):
+        found = open_artifact(bundle.directory, place, record, **options)
+        if difference(content, found.content) is None:
+            return found
     try:
         with new_artifact(bundle, place, force=True) as partial:
             make(partial)
             write_record(partial, record, content, progress)
+        found = open_artifact(bundle.directory, place, record, **options)
     except OccupiedError as error:
         _warn_once(f"{bundle.directory / place}: is made anew at every load ({error.problem}); remove what is there")
-        return None
-    except (OutputError, OSError):  # read-only, or full: it goes without, slower to load
-        return None
-    return current()
+    except (OutputError, OSError, RefusedError):  # read-only, full, or just replaced: it goes without, slower to load
+        pass
+    else:
+        return found if difference(content, found.content) is None else None
+    return None
 
 
 def _check_no_link(directory: Path) -> None:

@@ -31,6 +31,7 @@ __all__ = [
     "new_file",
     "plain_name",
     "scratch_directory",
+    "write_cached",
 ]
 
 _NAME_BYTES = 255  # of a name on Linux
@@ -181,6 +182,14 @@ def new_file(
             replace_file(partial.path, target)
     finally:
         partial.remove()
+
+
+def write_cached(path: Path, content: bytes | memoryview) -> None:
+    """Write a file that can be made again, as ``new_file`` does; where it cannot be written, nothing is lost."""
+    with suppress(OSError, OutputError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with new_file(path, force=True) as partial:
+            partial.write_bytes(content)
 
 
 def check_new_file(
