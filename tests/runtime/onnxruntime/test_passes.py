@@ -690,6 +690,33 @@ def test_products_of_different_inputs_or_kinds_stay_apart() -> None:
         assert reference.relative_error(value, matrix.matmul(z if matrix is other else x)) <= 1e-5, name
 
 
+@pytest.mark.parametrize("output", [True, False])
+def test_a_matmul_that_is_used_without_its_bias_too(output: bool) -> None:
+    matrix = Matrix(0, 32, 5, 8, None, bias=True)
+    nodes, outputs = matrix.nodes("x"), {"y0": ["batch", 5], "m0.matmul": ["batch", 5]}
+    if not output:
+        nodes.append(helper.make_node("Neg", ["m0.matmul"], ["negative"]))
+        outputs = {"y0": ["batch", 5], "negative": ["batch", 5]}
+    graph = small(nodes, {"x": ["batch", 32]}, outputs, matrix.tensors)
+    assert FuseMatMulsPass(EXACT)(graph).modified
+    x = normal(3, 32)
+    found = list(run(graph, {"x": x}).values())
+    assert reference.relative_error(found[0], matrix.matmul(x)) <= 1e-5
+    plain = matrix.matmul(x) - np.asarray(matrix.bias, np.float64)
+    assert reference.relative_error(found[1] if output else -found[1], plain) <= 1e-5
+
+
+def test_weights_with_zero_points_are_left_alone() -> None:
+    matrix = Matrix(0, 32, 5, 8, None)
+    nodes = matrix.nodes("x")
+    nodes[1].input.append("zero")
+    tensors = matrix.tensors | {"zero": np.arange(5, dtype=np.int8)}
+    graph = small(nodes, {"x": ["batch", 32]}, {"y0": ["batch", 5]}, tensors)
+    before = serialise(graph)
+    assert not FuseMatMulsPass(EXACT)(graph).modified
+    assert serialise(graph) == before
+
+
 @pytest.mark.parametrize("shape", [(1,), (5, 1), (3, 5)], ids=str)
 def test_what_is_added_and_is_no_bias(shape: tuple[int, ...]) -> None:
     matrix, added = Matrix(0, 32, 5, 4, 16), normal(*shape)
