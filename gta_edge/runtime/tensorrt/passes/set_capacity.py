@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from gta_edge.errors import EngineError
 from gta_edge.libraries.optional import optional
-from gta_edge.model.kv_cache import BATCH_AXIS, CAPACITY_AXIS
+from gta_edge.model.kv_cache import BATCH_AXIS, CAPACITY_AXIS, PAST
 
 if TYPE_CHECKING:
     import onnx_ir as ir
