@@ -10,9 +10,7 @@ import numpy as np
 
 from gta_edge.model.config import GTAConfig, ModelConfig
 from gta_edge.plugins.matmul.packing import pack
-from gta_edge.plugins.matmul.tiling import (
-    Variant,
-)
+from gta_edge.plugins.matmul.tiling import Variant
 
 Array = np.ndarray
 
