@@ -14,7 +14,8 @@ from paper_results import Document, Run, kind
 from gta_edge.machine.devices import Device
 from gta_edge.model.config import GTAConfig, ModelConfig
 from gta_edge.model.presets import preset
-from gta_edge.plan.cost import COMPUTE_BYTES, Execution, Step, operators, query_heads
+from gta_edge.numerics.dtypes import DTYPES
+from gta_edge.plan.cost import Execution, Step, operators, query_heads
 from gta_edge.plan.roofline import Model, Phase, Plan, make_plan
 
 if sys.version_info >= (3, 11):
@@ -102,7 +103,7 @@ def roofline(config: ModelConfig, tokens: int, score_passes: int, batch: int = 1
         batch: rows at once.
     """
     plan = _plan(config, tokens, batch)
-    scores = batch * config.num_hidden_layers * query_heads(config) * COMPUTE_BYTES[PRECISION] * score_passes
+    scores = batch * config.num_hidden_layers * query_heads(config) * DTYPES[PRECISION].bytes * score_passes
     prefill, decode = scores * tokens * tokens, scores * tokens
     return Roofline(
         1e3 * _seconds(plan.prefill, prefill, plan.device.bandwidth),

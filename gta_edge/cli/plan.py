@@ -14,11 +14,10 @@ from gta_edge.formats.bundle import MANIFEST, WEIGHTS, Bundle
 from gta_edge.formats.checkpoint import Checkpoint
 from gta_edge.machine.devices import MEASURED, Device, device, device_names
 from gta_edge.model.presets import PRESETS, preset
+from gta_edge.numerics.dtypes import CHECKPOINT_DTYPES
 from gta_edge.plan.roofline import Model, Plan, execution_for, largest, make_plan
 
 __all__ = ["plan"]
-
-_PRECISION_OF_DTYPE = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
 def plan(
@@ -98,14 +97,14 @@ def _model(target: str, precision: str | None, block_size: int | None) -> Model:
         if target not in PRESETS:
             raise InputError(f"{target} is neither a directory nor a preset", f"presets are {', '.join(PRESETS)}")
         config = preset(target)
-        return Model.of(target, config, precision or _PRECISION_OF_DTYPE[config.dtype], block_size)
+        return Model.of(target, config, precision or CHECKPOINT_DTYPES[config.dtype].name, block_size)
     if (path / MANIFEST).exists():
         bundle = Bundle.open(path)
         if precision in (None, bundle.precision) and block_size in (None, bundle.block_size):
             return Model(target, bundle.config, bundle.precision, bundle.block_size, bundle.weight_bytes)
         return Model.of(target, bundle.config, precision or bundle.precision, block_size)
     checkpoint = Checkpoint.open(path)
-    found = {_PRECISION_OF_DTYPE[checkpoint.dtype_of(name)] for name in checkpoint.names}
+    found = {CHECKPOINT_DTYPES[checkpoint.dtype_of(name)].name for name in checkpoint.names}
     own = found.pop() if len(found) == 1 else "fp32"
     return Model.of(target, checkpoint.config, precision or own, block_size, checkpoint.names)
 

@@ -11,15 +11,12 @@ import math
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 
-import numpy as np
-
-from gta_edge.formats.weights import PRECISIONS, is_kept, stored_dtype
+from gta_edge.formats.weights import is_kept, stored_dtype
 from gta_edge.model.config import GTAConfig, ModelConfig
+from gta_edge.numerics.dtypes import DTYPES
 from gta_edge.numerics.quantization import BITS
 
 __all__ = [
-    "CACHE_BYTES",
-    "COMPUTE_BYTES",
     "EMBEDDING",
     "HEAD",
     "PARTS",
@@ -41,15 +38,9 @@ __all__ = [
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 
-COMPUTE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
-"""Bytes of an activation, by what is computed in."""
-
 PARTS = ("embedding", "attention", "mlp", "norms", "head", "tables")
 """Of a model's weights; tables are those of cos and sin."""
 _PARTS_BY_WORD = {".self_attn.": "attention", ".mlp.": "mlp"}
-
-CACHE_BYTES = COMPUTE_BYTES | {"int8": 1, "fp8": 1}
-"""Bytes of a cached value; int8 and fp8 have a float32 scale per head and token beside them."""
 
 _SCALE_BYTES = 2  # float16, as stored
 _FLOAT_BYTES = 4
@@ -70,7 +61,7 @@ class Execution:
         backend: ``onnxruntime`` (a CPU: float32 activations and cache, float weights as float32) or ``tensorrt`` (a
             GPU: ``compute`` for activations and float weights, codes as stored).
         compute: ``fp32``, ``fp16`` or ``bf16``.
-        cache_dtype: a key of ``CACHE_BYTES``.
+        cache_dtype: ``fp32`` or one of ``CACHE_TYPES``.
         chunk_size: most tokens of a prompt in one step.
         logit_positions: for how many positions of a step there is room for logits.
         writes_scores: whether attention scores go through memory; a fused kernel keeps them on the chip.
@@ -152,7 +143,7 @@ def stored_parts(
 
     Args:
         config: the model's sizes.
-        precision: a key of ``PRECISIONS``.
+        precision: one of ``PRECISIONS``.
         block_size: as ``weights.block_size_for`` returns it.
         names: parameters that there are; all by default. A checkpoint may lack biases.
     """
@@ -189,8 +180,8 @@ def scale_bytes(shape: tuple[int, ...], block_size: int | None) -> int:
 
 def cache_bytes(config: ModelConfig, cache_dtype: str, tokens: int, batch: int = 1) -> int:
     """Return the bytes of the cache of all layers for ``tokens`` in each of ``batch`` rows, scales included."""
-    per_token = config.cache_bytes_per_token(CACHE_BYTES[cache_dtype])
-    if cache_dtype not in COMPUTE_BYTES:
+    per_token = config.cache_bytes_per_token(DTYPES[cache_dtype].bytes)
+    if DTYPES[cache_dtype].needs_scale:
         per_token += config.num_hidden_layers * _FLOAT_BYTES * sum(cache.heads for cache in config.caches)
     return batch * tokens * per_token
 
@@ -206,7 +197,7 @@ def read_bytes(name: str, shape: tuple[int, ...], precision: str, block_size: in
     """
     values = math.prod(shape)
     if precision not in BITS or is_kept(name):
-        return values * COMPUTE_BYTES[execution.compute]
+        return values * DTYPES[execution.compute].bytes
     codes = values * BITS[precision] // 8
     if execution.backend == "onnxruntime":
         return codes + cpu_blocks(shape, block_size) * _CPU_BLOCK_BYTES
@@ -228,7 +219,7 @@ def operators(
     tokens are written. A weight is read once per step. ONNX Runtime's CPU kernels cost more: they read the cache
     twice, write scores, and unpack codes.
     """
-    rows, layers, width = step.batch * step.tokens, config.num_hidden_layers, COMPUTE_BYTES[execution.compute]
+    rows, layers, width = step.batch * step.tokens, config.num_hidden_layers, DTYPES[execution.compute].bytes
     found = [Operator("embedding", weight_bytes=_row_bytes(config, precision, block_size, execution, rows))]
     shapes = {name: shape for name, shape in config.attention_shapes().items() if len(shape) == 2}
     mlp = {name: shape for name, shape in _layer_shapes(config).items() if name.startswith("mlp.")}
@@ -266,8 +257,8 @@ def _row_bytes(config: ModelConfig, precision: str, block_size: int | None, exec
     if precision in BITS:
         return values * BITS[precision] // 8 + rows * scale_bytes((1, config.hidden_size), block_size)
     if execution.backend == "onnxruntime":
-        return values * np.dtype(PRECISIONS[precision]).itemsize
-    return values * COMPUTE_BYTES[execution.compute]
+        return values * DTYPES[precision].bytes
+    return values * DTYPES[execution.compute].bytes
 
 
 def _attention(config: ModelConfig, execution: Execution, step: Step) -> Operator:
@@ -275,10 +266,10 @@ def _attention(config: ModelConfig, execution: Execution, step: Step) -> Operato
     pairs = step.batch * (step.tokens * step.past + step.tokens * (step.tokens + 1) // 2)
     heads = query_heads(config)
     mixed = config.caches[1].width
-    activations = COMPUTE_BYTES[execution.compute] * queries * heads * (config.key_width + mixed)
+    activations = DTYPES[execution.compute].bytes * queries * heads * (config.key_width + mixed)
     if execution.writes_scores:  # written and read by the matmul, the mask, the softmax, and read by the mix
         scores = step.batch * heads * step.tokens * (step.past + step.tokens)
-        activations += _SCORE_PASSES * COMPUTE_BYTES[execution.compute] * scores
+        activations += _SCORE_PASSES * DTYPES[execution.compute].bytes * scores
     reads = _CPU_CACHE_READS if execution.backend == "onnxruntime" else 1
     tokens = reads * (step.past + step.tokens) + step.tokens
     cache = cache_bytes(config, execution.cache_dtype, tokens, step.batch)

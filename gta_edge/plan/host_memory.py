@@ -13,7 +13,8 @@ from collections.abc import Collection
 
 from gta_edge.formats.checkpoint import Checkpoint
 from gta_edge.formats.weights import is_kept
-from gta_edge.model.config import DTYPES, ModelConfig
+from gta_edge.model.config import ModelConfig
+from gta_edge.numerics.dtypes import CHECKPOINT_DTYPES
 from gta_edge.numerics.quantization import BITS
 from gta_edge.plan import cost
 from gta_edge.support.memory import require_bytes
@@ -100,8 +101,9 @@ def _unless_loaded(library: str, size: int) -> int:
 def _tensor(source: Checkpoint, precision: str) -> int:
     """Return the least bytes of converting the largest tensor: it is read as a whole, and quantised beside that."""
     shapes = source.config.parameter_shapes()
-    values = [math.prod(shapes[name]) * (DTYPES[source.dtype_of(name)] + (precision in BITS)) for name in source.names]
-    return max(values)
+    extra = precision in BITS
+    sizes = {name: CHECKPOINT_DTYPES[source.dtype_of(name)].bytes + extra for name in source.names}
+    return max(math.prod(shapes[name]) * size for name, size in sizes.items())
 
 
 def _decoder(config: ModelConfig, names: Collection[str], precision: str) -> int:

@@ -27,6 +27,7 @@ from gta_edge.libraries.onnxruntime import (
     why_no_gpu,
 )
 from gta_edge.model.config import CacheSpec
+from gta_edge.numerics.dtypes import DTYPES, FLOAT_TYPES
 from gta_edge.runtime.onnxruntime.lowered import GRAPH, Form, kept_graph
 from gta_edge.runtime.onnxruntime.model import OpenModel, model_files, open_model
 from gta_edge.runtime.session import Ids, Logits, Session
@@ -35,10 +36,7 @@ from gta_edge.support.progress import Progress, silent
 from gta_edge.support.text import one_line
 from gta_edge.support.threads import compute_threads
 
-__all__ = ["COMPUTE_TYPES", "OnnxRuntimeCudaSession", "default_compute"]
-
-COMPUTE_TYPES = {"fp16": 10, "bf16": 16, "fp32": 1}
-"""ONNX's number of the type, by the name that ``compute`` takes."""
+__all__ = ["OnnxRuntimeCudaSession", "default_compute"]
 
 _CHUNK_SIZE = 512
 """Tokens of a prompt at once: the scores of all heads lie in memory, in float32, and more keep a GPU busy no better."""
@@ -105,8 +103,8 @@ class OnnxRuntimeCudaSession(Session):
     ) -> None:
         super().__init__(bundle.config, **{"chunk_size": _CHUNK_SIZE, "capacity_step": _CAPACITY_STEP} | options)
         self.compute = compute or default_compute(bundle.precision)
-        if self.compute not in COMPUTE_TYPES:
-            raise BackendError(f"onnxruntime-cuda computes in {', '.join(COMPUTE_TYPES)}, not in {compute}")
+        if self.compute not in FLOAT_TYPES:
+            raise BackendError(f"onnxruntime-cuda computes in {', '.join(FLOAT_TYPES)}, not in {compute}")
         on_gpu = device == "cuda"
         self._onnxruntime = load_onnxruntime_cuda(device_id) if on_gpu else load_onnxruntime("ort-gpu")
         self._device = device, device_id
@@ -346,7 +344,7 @@ class OnnxRuntimeCudaSession(Session):
         for name in ("input_ids", "past_length", "logit_positions"):
             step.binding.bind_ortvalue_input(name, getattr(step, name))
         step.binding.bind_ortvalue_output("logits", step.logits)
-        kind = COMPUTE_TYPES[self.compute]
+        kind = DTYPES[self.compute].onnx_number
         for name, cache in self._caches.items():
             place = *self._device, kind, cache.shape(), cache.data_ptr()
             step.binding.bind_input(f"past_{name}", *place)

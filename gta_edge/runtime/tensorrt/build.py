@@ -16,6 +16,7 @@ from gta_edge.cuda.session import free_gpu_bytes
 from gta_edge.errors import CapacityError, EngineError, InputError
 from gta_edge.formats.bundle import Bundle
 from gta_edge.model.config import GTAConfig, ModelConfig
+from gta_edge.numerics.dtypes import COMPUTE_TYPES, FLOAT_TYPES, cache_types
 from gta_edge.numerics.quantization import BITS
 from gta_edge.runtime.tensorrt.engine import (
     CHOICES,
@@ -247,11 +248,11 @@ def check_spec(bundle: Bundle, spec: EngineSpec) -> None:
     config = bundle.config
     if spec.engine not in ENGINES:
         raise InputError(*unknown("no engine is called {}; there are {}", spec.engine, ENGINES))
-    allowed: Sequence[str] = ("fp16", "bf16", "fp32") if spec.engine == "tensorrt-rtx" else ("fp16", "bf16")
+    allowed: Sequence[str] = FLOAT_TYPES if spec.engine == "tensorrt-rtx" else COMPUTE_TYPES
     if spec.compute not in allowed:
         raise InputError(*unknown(f"{spec.engine} does not compute in {{}}; expected {{}}", spec.compute, allowed))
     plugin = spec.engine == "tensorrt" and isinstance(config, GTAConfig)
-    caches = (spec.compute, "int8", "fp8") if plugin else (spec.compute,)
+    caches = cache_types(spec.compute, kernels=plugin)
     if spec.cache_dtype not in caches:
         raise InputError(
             *unknown(

@@ -23,6 +23,7 @@ from gta_edge.errors import EngineError, OutputError
 from gta_edge.formats.artifacts import Artifact, RefusedError, open_artifact, require_secret, write_record
 from gta_edge.formats.bundle import MODEL, WEIGHTS, Bundle
 from gta_edge.model.config import ModelConfig
+from gta_edge.numerics.dtypes import DTYPES, FLOAT_TYPES, cache_types
 from gta_edge.support.files import new_directory
 from gta_edge.support.ownership import ARTIFACTS
 from gta_edge.support.text import brief, one_line
@@ -33,7 +34,6 @@ __all__ = [
     "ENGINES",
     "IMPLEMENTATIONS",
     "SCALE_BYTES",
-    "VALUE_BYTES",
     "EngineManifest",
     "EngineSpec",
     "compute_capability",
@@ -53,8 +53,6 @@ IMPLEMENTATIONS = ("plugin", "native")
 """Who multiplies by quantised matrices."""
 CHOICES = ("auto", *IMPLEMENTATIONS)
 """What ``gta-edge build --matmul`` takes."""
-VALUE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}
-"""Of a cached value, by the cache's type."""
 SCALE_BYTES = 4
 """Of the scale that a token has per head in a cache of 8 bits."""
 PLAN, RECORD = "engine.plan", "engine.json"
@@ -85,11 +83,11 @@ class EngineSpec:
     @property
     def quantised_cache(self) -> bool:
         """Whether the cache has scales."""
-        return self.cache_dtype in ("int8", "fp8")
+        return DTYPES[self.cache_dtype].needs_scale
 
     def cache_bytes(self, config: ModelConfig) -> int:
         """Return the bytes of the cache of all layers and rows at full length, scales included."""
-        per_token = config.cache_bytes_per_token(VALUE_BYTES[self.cache_dtype])
+        per_token = config.cache_bytes_per_token(DTYPES[self.cache_dtype].bytes)
         if self.quantised_cache:
             per_token += SCALE_BYTES * config.num_hidden_layers * sum(cache.heads for cache in config.caches)
         return per_token * self.max_length * self.max_batch
@@ -308,7 +306,8 @@ def _check_types(record: EngineManifest) -> None:
         raise ValueError("a list is expected and something else found")
     if not all(isinstance(text, str) for text in texts):
         raise ValueError("a text is expected and something else found")
-    if not {spec.compute, spec.cache_dtype} <= VALUE_BYTES.keys() or record.matmul not in IMPLEMENTATIONS:
+    known = spec.compute in FLOAT_TYPES and spec.cache_dtype in cache_types(spec.compute, kernels=True)
+    if not known or record.matmul not in IMPLEMENTATIONS:
         raise ValueError("a type, or a word, that there is not")
     if not all(type(number) is int and number > 0 for number in numbers):
         raise ValueError("a positive whole number is expected and something else found")

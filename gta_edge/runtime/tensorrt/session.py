@@ -21,10 +21,11 @@ from gta_edge.cuda.session import Cuda
 from gta_edge.errors import BackendError, CapacityError, InputError
 from gta_edge.formats.bundle import Bundle
 from gta_edge.libraries.tensorrt import TensorRT, load
+from gta_edge.numerics.dtypes import DTYPES
 from gta_edge.plugins import register
 from gta_edge.runtime.session import Ids, Logits, Session
 from gta_edge.runtime.tensorrt.build import LOGIT_POSITIONS, buffer_bytes
-from gta_edge.runtime.tensorrt.engine import SCALE_BYTES, VALUE_BYTES, compute_capability, load_engine, require_engine
+from gta_edge.runtime.tensorrt.engine import SCALE_BYTES, compute_capability, load_engine, require_engine
 from gta_edge.runtime.tensorrt.log import first_reason, new_log, started
 from gta_edge.runtime.tensorrt.runtime_cache import RuntimeCache
 
@@ -119,7 +120,7 @@ class TensorRTSession(Session):
         for layer in range(self.config.num_hidden_layers):
             for cache in self.config.caches:
                 size = rows * cache.heads * spec.max_length
-                self._add_cache(f"{cache.name}.{layer}", size * cache.width * VALUE_BYTES[spec.cache_dtype])
+                self._add_cache(f"{cache.name}.{layer}", size * cache.width * DTYPES[spec.cache_dtype].bytes)
                 if spec.quantised_cache:
                     self._add_cache(f"{cache.name}_scale.{layer}", size * SCALE_BYTES)
         sizes = [int(self._engine.get_device_memory_size_for_profile_v2(each)) for each in (_DECODE, _PREFILL)]

@@ -28,6 +28,7 @@ from gta_edge.formats.bundle import Bundle
 from gta_edge.graph.types import types_of_outputs
 from gta_edge.libraries import onnxruntime as ort
 from gta_edge.model.config import ModelConfig
+from gta_edge.numerics.dtypes import FLOAT_TYPES
 from gta_edge.runtime.onnxruntime import cuda_session as backend
 from gta_edge.runtime.onnxruntime.cuda_lower import cuda_graph, cuda_model
 from gta_edge.runtime.onnxruntime.cuda_session import OnnxRuntimeCudaSession
@@ -164,7 +165,7 @@ def used(model: ir.Model) -> set[tuple[str, str]]:
 
 @every_model
 @every_precision
-@pytest.mark.parametrize("compute", backend.COMPUTE_TYPES)
+@pytest.mark.parametrize("compute", FLOAT_TYPES)
 def test_every_operator_has_a_kernel_on_the_gpu(name: str, precision: str, compute: str) -> None:
     table = documented()
     found = used(cuda_model(bundle_of(name, precision), compute))
@@ -176,7 +177,7 @@ def test_the_table_has_nothing_that_is_not_used() -> None:
     found: set[tuple[str, str]] = set()
     for name in MODELS:
         for precision in PRECISIONS:
-            for compute in backend.COMPUTE_TYPES:
+            for compute in FLOAT_TYPES:
                 found |= used(cuda_model(bundle_of(name, precision), compute))
     assert documented().keys() == {operator for operator, _ in found}
 
