@@ -56,7 +56,7 @@ def reduction(config: ModelConfig, models: Mapping[str, ModelConfig], figure: st
 
 def prompt_flops(config: ModelConfig, tokens: int) -> int:
     """Return the FLOPs of reading a prompt: all products, the pairs that causal attention sees, one position's head."""
-    execution = Execution("tensorrt", PRECISION, PRECISION, tokens)
+    execution = Execution(PRECISION, PRECISION, tokens)
     found = operators(config, PRECISION, None, execution, Step(1, tokens, 0, 1))
     return sum(operator.flops for operator in found)
 
@@ -117,7 +117,7 @@ def _plan(config: ModelConfig, tokens: int, batch: int) -> Plan:
     device = Device(
         name="simulated",
         title=simulation["gpu"],
-        backend="tensorrt",
+        kind="gpu",
         memory_bytes=0,
         system_bytes=0,
         runtime_bytes=0,
@@ -126,7 +126,7 @@ def _plan(config: ModelConfig, tokens: int, batch: int) -> Plan:
         efficiency=1.0,
         shared_memory=False,
     )
-    execution = Execution("tensorrt", PRECISION, PRECISION, tokens)
+    execution = Execution(PRECISION, PRECISION, tokens)
     return make_plan(Model.of("", config, PRECISION), device, execution, context=tokens, batch=batch, prompt=tokens)
 
 

@@ -58,21 +58,20 @@ class Execution:
     """How weights lie in memory and what is computed in.
 
     Attributes:
-        backend: ``onnxruntime`` (a CPU: float32 activations and cache, float weights as float32) or ``tensorrt`` (a
-            GPU: ``compute`` for activations and float weights, codes as stored).
         compute: ``fp32``, ``fp16`` or ``bf16``.
         cache_dtype: ``fp32`` or one of ``CACHE_TYPES``.
         chunk_size: most tokens of a prompt in one step.
         logit_positions: for how many positions of a step there is room for logits.
         writes_scores: whether attention scores go through memory; a fused kernel keeps them on the chip.
+        cpu_kernels: whether ONNX Runtime's CPU kernels run it, which hold quantised weights in a form of their own.
     """
 
-    backend: str
     compute: str
     cache_dtype: str
     chunk_size: int
     logit_positions: int = 1
     writes_scores: bool = False
+    cpu_kernels: bool = False
 
 
 @dataclass(frozen=True)
@@ -199,7 +198,7 @@ def read_bytes(name: str, shape: tuple[int, ...], precision: str, block_size: in
     if precision not in BITS or is_kept(name):
         return values * DTYPES[execution.compute].bytes
     codes = values * BITS[precision] // 8
-    if execution.backend == "onnxruntime":
+    if execution.cpu_kernels:
         return codes + cpu_blocks(shape, block_size) * _CPU_BLOCK_BYTES
     return codes + scale_bytes(shape, block_size)
 
@@ -228,7 +227,7 @@ def operators(
 
     def matmul(name: str, shape: tuple[int, ...], tokens: int, times: int) -> Operator:
         values = times * math.prod(shape)
-        unpack = execution.backend == "onnxruntime" and precision in BITS and not is_kept(name)
+        unpack = execution.cpu_kernels and precision in BITS and not is_kept(name)
         return Operator(
             name,
             flops=2 * tokens * values + (_CPU_UNPACK_FLOPS * values if unpack else 0),
@@ -256,7 +255,7 @@ def _row_bytes(config: ModelConfig, precision: str, block_size: int | None, exec
     values = rows * config.hidden_size
     if precision in BITS:
         return values * BITS[precision] // 8 + rows * scale_bytes((1, config.hidden_size), block_size)
-    if execution.backend == "onnxruntime":
+    if execution.cpu_kernels:
         return values * DTYPES[precision].bytes
     return values * DTYPES[execution.compute].bytes
 
@@ -270,7 +269,7 @@ def _attention(config: ModelConfig, execution: Execution, step: Step) -> Operato
     if execution.writes_scores:  # written and read by the matmul, the mask, the softmax, and read by the mix
         scores = step.batch * heads * step.tokens * (step.past + step.tokens)
         activations += _SCORE_PASSES * DTYPES[execution.compute].bytes * scores
-    reads = _CPU_CACHE_READS if execution.backend == "onnxruntime" else 1
+    reads = _CPU_CACHE_READS if execution.cpu_kernels else 1
     tokens = reads * (step.past + step.tokens) + step.tokens
     cache = cache_bytes(config, execution.cache_dtype, tokens, step.batch)
     return Operator(

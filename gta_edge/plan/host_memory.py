@@ -76,7 +76,7 @@ def require_memory_for_onnxruntime(config: ModelConfig, precision: str, block_si
     Raises:
         CapacityError: there is none.
     """
-    execution = cost.Execution("onnxruntime", "fp32", "fp32", 1)
+    execution = cost.Execution("fp32", "fp32", 1, cpu_kernels=True)
     needed = _unless_loaded("onnxruntime", _ONNXRUNTIME)
     for name, shape in cost.matrices(config).items():
         if name != cost.EMBEDDING and not is_kept(name):  # those are read from the file

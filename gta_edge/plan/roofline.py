@@ -30,7 +30,6 @@ __all__ = [
     "Plan",
     "Timed",
     "activation_bytes",
-    "execution_for",
     "make_plan",
 ]
 
@@ -239,34 +238,6 @@ class Plan:
         return Phase(tuple(totals.values()), overhead)
 
 
-def execution_for(
-    config: ModelConfig,
-    backend: str,
-    precision: str,
-    cache_dtype: str | None,
-    *,
-    chunk_size: int,
-    logit_positions: int = 1,
-) -> Execution:
-    """Return how a backend runs a model: on a CPU in float32, on a GPU in the stored 16-bit type or else in fp16.
-
-    Raises:
-        InputError: the cache cannot have this type there.
-    """
-    if backend == "onnxruntime":
-        compute, allowed = "fp32", ["fp32"]
-    else:
-        compute = precision if precision in COMPUTE_TYPES else "fp16"
-        allowed = [compute, "int8", "fp8"] if isinstance(config, GTAConfig) else [compute]
-    if cache_dtype is not None and cache_dtype not in allowed:
-        raise InputError(
-            f"a cache of {cache_dtype} is not possible for {config.architecture} with weights in {precision} on "
-            f"{backend}",
-            f"expected {' or '.join(allowed)}",
-        )
-    return Execution(backend, compute, cache_dtype or compute, chunk_size, logit_positions, backend == "onnxruntime")
-
-
 def make_plan(
     model: Model,
     device: Device,
@@ -322,7 +293,7 @@ def _weights(model: Model, execution: Execution, tokens: int) -> tuple[int, int]
     """Return what the weights take in memory, and what they take beside that while they are loaded."""
     config = model.config
     vectors = sum(math.prod(shape) for shape in config.parameter_shapes().values() if len(shape) == 1)
-    if execution.backend == "onnxruntime":
+    if execution.cpu_kernels:
         held, loading = _on_cpu(model, execution, tokens)
         return held + _FLOAT_BYTES * vectors + cost.table_bytes(config), loading
     value_bytes = DTYPES[execution.compute].bytes

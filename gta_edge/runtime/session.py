@@ -67,6 +67,12 @@ class Session(ABC):
     compute: str = "fp32"
     """Type of activations and cache: ``fp32``, ``fp16`` or ``bf16``."""
 
+    device: str = "cpu"
+    """What the model runs on: ``cpu`` or ``gpu``."""
+
+    weights_as_stored: bool = True
+    """Whether quantised weights stay so in memory; otherwise they were dequantised when they were loaded."""
+
     def __init__(
         self, config: ModelConfig, *, chunk_size: int = CHUNK_SIZE, capacity_step: int = CAPACITY_STEP
     ) -> None:
@@ -332,7 +338,7 @@ class Session(ABC):
         if held:
             needed += max(0, held - self.cache_bytes)
             if batch * width > self._step_size:
-                execution = Execution("onnxruntime", self.compute, self.compute, width, writes_scores=True)
+                execution = Execution(self.compute, self.compute, width, writes_scores=True)
                 needed += activation_bytes(self.config, execution, batch, width, capacity)
         available = available_bytes()
         if available is not None and needed > available:

@@ -27,7 +27,7 @@ from gta_edge.libraries.onnxruntime import (
     why_no_gpu,
 )
 from gta_edge.model.config import CacheSpec
-from gta_edge.numerics.dtypes import DTYPES, FLOAT_TYPES
+from gta_edge.numerics.dtypes import DTYPES
 from gta_edge.runtime.onnxruntime.lowered import GRAPH, Form, kept_graph
 from gta_edge.runtime.onnxruntime.model import OpenModel, model_files, open_model
 from gta_edge.runtime.session import Ids, Logits, Session
@@ -36,9 +36,9 @@ from gta_edge.support.progress import Progress, silent
 from gta_edge.support.text import one_line
 from gta_edge.support.threads import compute_threads
 
-__all__ = ["OnnxRuntimeCudaSession", "default_compute"]
+__all__ = ["CHUNK_SIZE", "OnnxRuntimeCudaSession"]
 
-_CHUNK_SIZE = 512
+CHUNK_SIZE = 512
 """Tokens of a prompt at once: the scores of all heads lie in memory, in float32, and more keep a GPU busy no better."""
 
 _CAPACITY_STEP = 2048
@@ -66,17 +66,12 @@ class _Step:
     graph_id: int
 
 
-def default_compute(precision: str) -> str:
-    """Return the type to compute in for weights stored in ``precision``: bf16 where they are, else fp16."""
-    return "bf16" if precision == "bf16" else "fp16"
-
-
 class OnnxRuntimeCudaSession(Session):
     """A bundle on ONNX Runtime's CUDA provider.
 
     Args:
         bundle: the model.
-        compute: ``fp16``, ``bf16`` or ``fp32``; by default bf16 where the weights are stored so, else fp16.
+        compute: ``fp16``, ``bf16`` or ``fp32``.
         device: ``cuda``, or ``cpu`` for the same session on ONNX Runtime's CPU provider, which lacks bf16 and CUDA
             graphs: it is for tests.
         device_id: CUDA's number for the GPU.
@@ -90,22 +85,22 @@ class OnnxRuntimeCudaSession(Session):
     """
 
     backend = "onnxruntime-cuda"
+    device = "gpu"
 
     def __init__(
         self,
         bundle: Bundle,
         *,
-        compute: str | None = None,
+        compute: str,
         device: str = "cuda",
         device_id: int = 0,
         progress: Progress = silent,
         **options: Any,
     ) -> None:
-        super().__init__(bundle.config, **{"chunk_size": _CHUNK_SIZE, "capacity_step": _CAPACITY_STEP} | options)
-        self.compute = compute or default_compute(bundle.precision)
-        if self.compute not in FLOAT_TYPES:
-            raise BackendError(f"onnxruntime-cuda computes in {', '.join(FLOAT_TYPES)}, not in {compute}")
+        super().__init__(bundle.config, **{"chunk_size": CHUNK_SIZE, "capacity_step": _CAPACITY_STEP} | options)
+        self.compute = compute
         on_gpu = device == "cuda"
+        self.device = "gpu" if on_gpu else "cpu"
         self._onnxruntime = load_onnxruntime_cuda(device_id) if on_gpu else load_onnxruntime("ort-gpu")
         self._device = device, device_id
         self._bundle, self._progress = bundle, progress

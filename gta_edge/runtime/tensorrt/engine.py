@@ -31,7 +31,6 @@ from gta_edge.version import __version__
 
 __all__ = [
     "CHOICES",
-    "ENGINES",
     "IMPLEMENTATIONS",
     "SCALE_BYTES",
     "EngineManifest",
@@ -48,7 +47,6 @@ __all__ = [
     "write_engine",
 ]
 
-ENGINES = ("tensorrt", "tensorrt-rtx")
 IMPLEMENTATIONS = ("plugin", "native")
 """Who multiplies by quantised matrices."""
 CHOICES = ("auto", *IMPLEMENTATIONS)

@@ -20,7 +20,7 @@ from gta_edge.libraries.optional import optional
 from gta_edge.model.config import GTAConfig
 from gta_edge.model.decoder import Cache, Decoder, empty_cache
 from gta_edge.model.quantized_decoder import build_packed_decoder
-from gta_edge.numerics.dtypes import COMPUTE_TYPES, DTYPES, FLOAT_TYPES
+from gta_edge.numerics.dtypes import COMPUTE_TYPES, DTYPES
 from gta_edge.numerics.quantization import BITS
 from gta_edge.plan.host_memory import require_memory_for_torch
 from gta_edge.plugins.attention import torch as torch_ops
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 else:
     torch = optional("torch", "export")
 
-__all__ = ["TorchSession", "default_compute", "default_device", "load_decoder", "multiplies_codes"]
+__all__ = ["TorchSession", "default_device", "load_decoder", "multiplies_codes"]
 
 _GPU_CHUNK_SIZE = 2048
 """Tokens of a prompt at once on a GPU: fewer leave most of a large one idle, and read the weights more often."""
@@ -43,13 +43,6 @@ _GPU_CHUNK_SIZE_OF_BASELINES = 512
 
 _GPU_CAPACITY_STEP = 2048
 """Cost on a GPU goes by the cache's length and not by its capacity; growing it means capturing the graph again."""
-
-
-def default_compute(precision: str, device: str) -> str:
-    """Return the type to compute in for weights stored in ``precision``: a GPU takes their own 16-bit type, or bf16."""
-    if device == "cpu":
-        return "fp32"
-    return precision if precision in COMPUTE_TYPES else "bf16"
 
 
 def default_device() -> str:
@@ -121,7 +114,7 @@ class TorchSession(Session):
         options: as ``Session`` takes them.
 
     Raises:
-        BackendError: an unknown type to compute in, or no such device.
+        BackendError: there is no such device.
         InputError: more threads than could be of use.
         CapacityError: there is no memory for the model in that type, or the system lets fewer threads start.
     """
@@ -142,15 +135,13 @@ class TorchSession(Session):
             chunk_size = _GPU_CHUNK_SIZE if isinstance(model.config, GTAConfig) else _GPU_CHUNK_SIZE_OF_BASELINES
             options = {"capacity_step": _GPU_CAPACITY_STEP, "chunk_size": chunk_size} | options
         super().__init__(model.config, **options)
-        if compute not in FLOAT_TYPES:
-            raise BackendError(f"torch computes in {', '.join(FLOAT_TYPES)}, not in {compute}")
         if on_gpu and not torch.cuda.is_available():
             raise BackendError("torch finds no CUDA GPU here", "run `gta-edge doctor`, or take the device cpu")
         use_startable_threads(threads)
         in_place = _latent_in_place if isinstance(model.config, GTAConfig) else _query_in_place
         for layer in model.model.layers:
             layer.self_attn.attention = in_place  # type: ignore[union-attr]  # torch types every module's child so
-        self.compute = compute
+        self.compute, self.device = compute, "gpu" if on_gpu else "cpu"
         self._options = {"device": torch.device(device), "dtype": getattr(torch, DTYPES[compute].array)}
         with _within_memory(f"there is no memory for the model in {compute}"):
             self._model = model.eval().requires_grad_(False).to(**self._options)

@@ -21,6 +21,7 @@ from gta_edge.model.decoder import Decoder
 from gta_edge.numerics.dtypes import DTYPES
 from gta_edge.plugins.attention import torch_kernels
 from gta_edge.runtime.torch import session as backend
+from gta_edge.runtime.torch.backend import TORCH
 from gta_edge.runtime.torch.session import TorchSession
 from tests.helpers import reference
 
@@ -128,7 +129,7 @@ def test_a_cache_in_16_bits_is_half_as_large(model, compute):
 @pytest.mark.parametrize("compute", ["float16", "int8", "", "FP16"])
 def test_an_unknown_type_to_compute_in_is_refused(compute):
     with pytest.raises(BackendError, match=r"fp32, fp16, bf16") as caught:
-        TorchSession(decoder("gqa", "fp16"), compute=compute)
+        TORCH.compute_for(compute, "fp16")
     assert len(str(caught.value).splitlines()) == 1
 
 
