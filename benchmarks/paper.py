@@ -29,7 +29,7 @@ from gta_edge.cli.output import Output
 from gta_edge.errors import BackendError, GtaEdgeError, InputError
 from gta_edge.evaluate.bench.run import Settings, bench
 from gta_edge.evaluate.bench.targets import parse_targets
-from gta_edge.formats.weights import PRECISIONS
+from gta_edge.numerics.dtypes import PRECISIONS
 from gta_edge.runtime.registry import BACKENDS
 from gta_edge.support.files import new_file
 from gta_edge.support.progress import Progress

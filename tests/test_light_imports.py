@@ -49,6 +49,11 @@ def test_a_package_loads_nothing_heavy(module: str) -> None:
     assert sorted(set(HEAVY) & set(loaded)) == []
 
 
+def test_commands_learn_names_without_loading_numpy() -> None:
+    script = "import sys, gta_edge.runtime.registry, gta_edge.numerics.dtypes; print('numpy' in sys.modules)"
+    assert run_python(script).split() == ["False"]
+
+
 def test_what_would_be_seen() -> None:
     assert "onnx" in run_python("import sys, onnx; print(list(sys.modules))")
 

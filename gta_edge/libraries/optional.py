@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from functools import cache
 from importlib import import_module
@@ -20,7 +21,7 @@ from gta_edge.errors import BackendError
 from gta_edge.support.files import cache_directory
 from gta_edge.support.text import one_line, printable
 
-__all__ = ["UnusableError", "find_module", "installed", "keep_silent", "optional", "too_old"]
+__all__ = ["UnusableError", "find_module", "installed", "keep_silent", "optional", "require_modules", "too_old"]
 
 _DISTRIBUTION = "gta-edge"
 
@@ -50,11 +51,39 @@ def optional(name: str, extra: str) -> Any:
     try:
         module = find_module(name)
     except UnusableError as error:
-        package = _distribution_of(name) or f"'gta-edge[{extra}]'"
-        return _Absent(str(error), error.remedy or f"run: pip install --upgrade --force-reinstall {package}")
+        return _Absent(str(error), _remedy(error, name, extra))
     if module is None:
         return _Absent(f"the Python module {name} is needed and not installed", f"run: pip install 'gta-edge[{extra}]'")
     return module
+
+
+def require_modules(names: Sequence[str], extra: str, importing: Callable[[str | None], None]) -> None:
+    """Import modules, and refuse what is missing of them.
+
+    Args:
+        names: of the modules.
+        extra: the extra in ``pyproject.toml`` that brings them; several with commas.
+        importing: told of each before it is imported, and of None when all are.
+
+    Raises:
+        BackendError: some are not installed, or the first of them cannot be used.
+    """
+    missing = []
+    for name in names:
+        importing(name)
+        try:
+            if find_module(name) is None:
+                missing.append(name)
+        except UnusableError as error:
+            raise BackendError(str(error), _remedy(error, name, extra)) from error
+    importing(None)
+    if missing:
+        raise BackendError(f"{', '.join(missing)} not installed", f"run: pip install 'gta-edge[{extra}]'")
+
+
+def _remedy(error: UnusableError, name: str, extra: str) -> str:
+    package = _distribution_of(name) or f"'gta-edge[{extra}]'"
+    return error.remedy or f"run: pip install --upgrade --force-reinstall {package}"
 
 
 def installed(module: Any) -> bool:

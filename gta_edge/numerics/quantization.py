@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from gta_edge.numerics.dtypes import DTYPES, PRECISIONS
 from gta_edge.support.cores import usable_cores
 
 __all__ = [
@@ -29,7 +30,7 @@ __all__ = [
     "unpack_nibbles",
 ]
 
-BITS = {"int8": 8, "int4": 4}
+BITS = {name: DTYPES[name].bits for name in PRECISIONS if DTYPES[name].needs_scale}
 """Width in bits of a code, by the name of the precision."""
 
 BLOCK_SIZES = (16, 32, 64, 128)

@@ -22,6 +22,7 @@ from gta_edge.errors import BackendError
 from gta_edge.libraries.cuda import cuda_extra
 from gta_edge.libraries.optional import optional
 from gta_edge.libraries.tensorrt import TensorRT
+from gta_edge.numerics.dtypes import DTYPES
 from gta_edge.plugins.plugin_fields import Fields, FieldTypes, Value, read_fields
 
 __all__ = [
@@ -39,15 +40,7 @@ __all__ = [
 ]
 
 _FAILURES_KEPT = 16
-_DATA_TYPES = {
-    "HALF": "fp16",
-    "BF16": "bf16",
-    "FLOAT": "fp32",
-    "INT8": "int8",
-    "FP8": "fp8",
-    "INT32": "int32",
-    "INT64": "int64",
-}
+_DATA_TYPES = {dtype.tensorrt: dtype.name for dtype in DTYPES.values()} | {"INT32": "int32", "INT64": "int64"}
 
 
 # --- what went wrong -------------------------------------------------------------------------------------------------

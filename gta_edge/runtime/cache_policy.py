@@ -41,7 +41,7 @@ class CachePolicy:
 
     Args:
         config: the model's sizes.
-        dtype: of cached values, a key of ``kv_cache.VALUE_BYTES``.
+        dtype: of cached values, a name in ``dtypes.DTYPES``.
         on_host: whether its memory is the host's, of which the system is asked before it is taken.
         chunk_size: largest number of tokens per row that is run at once.
         capacity_step: granularity in tokens of the cache's growth.
@@ -187,7 +187,7 @@ class CachePolicy:
             capacity = self.capacity_for(tokens) if grows else self.capacity
             needed += max(0, self.nbytes(batch, capacity) - self.nbytes(self.batch, self.capacity))
             if batch * width > self._step_size:
-                execution = Execution("onnxruntime", self.dtype, self.dtype, width, writes_scores=True)
+                execution = Execution(self.dtype, self.dtype, width, writes_scores=True)
                 needed += activation_bytes(self.config, execution, batch, width, capacity)
         available = available_bytes()
         if available is not None and needed > available:

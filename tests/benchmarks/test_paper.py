@@ -393,7 +393,7 @@ def test_the_roofline_with_scores_is_that_of_a_plan(it, name):
     written = make_plan(
         plan.model,
         plan.device,
-        cost.Execution("tensorrt", "bf16", "bf16", 1024, writes_scores=True),
+        cost.Execution("bf16", "bf16", 1024, writes_scores=True),
         context=1024,
         prompt=1024,
     )

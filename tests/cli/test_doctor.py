@@ -14,8 +14,10 @@ import pytest
 
 from gta_edge.cli import doctor_checks
 from gta_edge.cuda import gpu as cuda_gpu
+from gta_edge.cuda import session as cuda_session
 from gta_edge.cuda.gpu import Gpu
 from gta_edge.errors import BackendError, GtaEdgeError
+from gta_edge.runtime.onnxruntime.backend import run_a_kernel
 from gta_edge.runtime.tensorrt import builder as tensorrt_builder
 from tests.cli import COMMAND, Result, environment
 
@@ -185,7 +187,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
         found = Gpu(0, "a GPU", architecture, 8)
         for module in (cuda_gpu, tensorrt_builder):
             monkeypatch.setattr(module, "current_gpu", lambda device_id=0: found)
-        monkeypatch.setattr(doctor_checks, "_use_gpu", lambda: None)
+        monkeypatch.setattr(cuda_session, "check_usable", lambda: None)
 
     return give
 
@@ -229,9 +231,9 @@ def test_a_gpu_that_tensorrt_rtx_does_not_build_for(gpu: Callable[[str], None]) 
 
 def test_the_kernel_that_onnxruntime_is_asked_to_run() -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
-    doctor_checks._run_a_kernel(onnxruntime, "CPUExecutionProvider")
+    run_a_kernel(onnxruntime, "CPUExecutionProvider")
     with pytest.raises(Exception, match="Provider"):
-        doctor_checks._run_a_kernel(onnxruntime, "NoExecutionProvider")
+        run_a_kernel(onnxruntime, "NoExecutionProvider")
 
 
 def test_a_gpu_that_is_anothers(gpu: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,5 +243,5 @@ def test_a_gpu_that_is_anothers(gpu: Callable[[str], None], monkeypatch: pytest.
     def taken() -> None:
         raise BackendError("the GPU cannot be used (CUDA_ERROR_DEVICE_UNAVAILABLE)", "end the program that has it")
 
-    monkeypatch.setattr(doctor_checks, "_use_gpu", taken)
+    monkeypatch.setattr(cuda_session, "check_usable", taken)
     assert asked("kernels")["reason"] == "the GPU cannot be used (CUDA_ERROR_DEVICE_UNAVAILABLE)"

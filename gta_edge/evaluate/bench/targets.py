@@ -15,10 +15,7 @@ from gta_edge.runtime.registry import BACKENDS, check_backend
 from gta_edge.support.files import cache_directory
 from gta_edge.support.text import brief
 
-__all__ = ["EXTRAS", "Target", "parse_targets"]
-
-EXTRAS = {"onnxruntime": "ort", "onnxruntime-cuda": "ort-gpu", "torch": "export"}
-"""What installs a backend; the others' extras have their names."""
+__all__ = ["Target", "parse_targets"]
 
 _ROOT = Path(gta_edge.version.__file__).parents[1]
 _OWN_CACHE = "GTA_EDGE_CACHE"
@@ -110,7 +107,7 @@ class Target:
     def remedy(self) -> str:
         """The line that installs this package and what the backend needs for the interpreter."""
         pip = "pip install" if self.interpreter is None else f"{self.interpreter} -m pip install"
-        return f"{pip} 'gta-edge[{EXTRAS.get(self.backend, self.backend)}]'"
+        return f"{pip} 'gta-edge[{BACKENDS[self.backend].extra}]'"
 
 
 def is_source_tree() -> bool:

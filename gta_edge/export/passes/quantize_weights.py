@@ -11,6 +11,7 @@ from gta_edge.export.quantizer import Quantizer
 from gta_edge.formats.weights import SCALE, TRANSPOSED, parameter_name
 from gta_edge.graph.builder import lazy_initializer
 from gta_edge.libraries.optional import optional
+from gta_edge.numerics.dtypes import integer_of
 from gta_edge.numerics.quantization import pack_nibbles
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ class QuantizeWeightsPass(ir.passes.InPlacePass):
         block = self.quantizer.block_size
         name, stored = parameter_name(str(weight.name)), str(weight.name)
         four = self.quantizer.bits == 4
-        dtype = ir.DataType.INT4 if four else ir.DataType.INT8
+        dtype = ir.DataType[integer_of(self.quantizer.bits).onnx]
         transposed = (inputs // block, outputs) if block else (outputs,)
 
         def codes() -> ir.TensorProtocol:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from gta_edge.errors import BackendError
-from gta_edge.numerics.dtypes import COMPUTE_TYPES
+from gta_edge.numerics.dtypes import COMPUTE_TYPES, QUANTIZED_CACHE_TYPES
 from gta_edge.plugins.attention.definition import INPUTS, OP, OUTPUTS, Sizes
 from gta_edge.plugins.attention.launches import plan_attention, programs
 from gta_edge.plugins.attention.tiling import DECODE_TOKENS, Variant
@@ -47,7 +47,6 @@ DECLARE_ALIAS = "declare_alias"
 """Attribute, 0 or 1: present caches are declared to be the past ones' memory."""
 
 CALLS_KEPT = 1024
-_CACHED = ("int8", "fp8")
 
 FIELDS = FieldTypes(
     op=OP,
@@ -195,7 +194,7 @@ def allowed_types(parameters: Parameters, place: int, types: Sequence[str]) -> t
     if name.endswith("_scale"):
         return ("fp32",)
     if name == "past_key" and parameters.quantised_cache:
-        return _CACHED
+        return QUANTIZED_CACHE_TYPES
     if name in ("past_latent", "present_key", "present_latent"):
         return (types[parameters.inputs.index("past_key")],)
     return (types[0],)

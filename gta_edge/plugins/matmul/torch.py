@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from gta_edge.errors import BackendError
 from gta_edge.libraries.optional import installed, optional
+from gta_edge.numerics.dtypes import COMPUTE_TYPES, DTYPES
 from gta_edge.plugins.matmul.definition import Sizes
 from gta_edge.plugins.matmul.packing import OUTPUTS_MULTIPLE
 
@@ -176,7 +177,7 @@ def _on_gpu(
     from gta_edge.plugins.matmul.kernels import matmul_kernels
     from gta_edge.plugins.matmul.tiling import MatMulVariant
 
-    compute = {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(x.dtype)
+    compute = {getattr(torch, DTYPES[name].array): name for name in COMPUTE_TYPES}.get(x.dtype)
     device = x.device
     if compute is None or x.shape[-1] % ALIGNED_INPUTS or torch.cuda.get_device_capability(device) < OLDEST:
         return blockwise_matmul(x, weight, scale, bias, bits, block_size, output_sizes)
