@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from gta_edge.errors import BackendError
 from gta_edge.numerics.dtypes import FLOAT_TYPES
-from gta_edge.runtime.backend import Backend, Importing
-from gta_edge.support.progress import Progress, silent
+from gta_edge.runtime.backend import Asked, Backend, Importing
 
 if TYPE_CHECKING:
     from gta_edge.formats.bundle import Bundle
@@ -36,20 +35,11 @@ class _OnnxRuntime(Backend):
             found["providers"] = _providers()
         load_onnxruntime()
 
-    def open(
-        self,
-        bundle: Bundle,
-        *,
-        threads: int | None = None,
-        exact: bool = False,
-        compute: str | None = None,
-        progress: Progress = silent,
-        **options: Any,
-    ) -> Session:
+    def _open(self, bundle: Bundle, asked: Asked, **options: Any) -> Session:
         from gta_edge.runtime.onnxruntime.session import OnnxRuntimeSession
 
-        self.compute_for(compute, bundle.precision)
-        return OnnxRuntimeSession(bundle, threads=threads, exact=exact, progress=progress, **options)
+        self.compute_for(asked.compute, bundle.precision)
+        return OnnxRuntimeSession(bundle, threads=asked.threads, exact=asked.exact, progress=asked.progress, **options)
 
 
 class _OnnxRuntimeCuda(Backend):
@@ -82,20 +72,11 @@ class _OnnxRuntimeCuda(Backend):
         providers = getattr(sys.modules.get("onnxruntime"), "get_available_providers", list)
         return CUDA_PROVIDER in providers()
 
-    def open(
-        self,
-        bundle: Bundle,
-        *,
-        threads: int | None = None,
-        exact: bool = False,
-        compute: str | None = None,
-        progress: Progress = silent,
-        **options: Any,
-    ) -> Session:
+    def _open(self, bundle: Bundle, asked: Asked, **options: Any) -> Session:
         from gta_edge.runtime.onnxruntime.cuda_session import OnnxRuntimeCudaSession
 
-        compute = self.compute_for(compute, bundle.precision)
-        return OnnxRuntimeCudaSession(bundle, compute=compute, progress=progress, **options)
+        compute = self.compute_for(asked.compute, bundle.precision)
+        return OnnxRuntimeCudaSession(bundle, compute=compute, progress=asked.progress, **options)
 
 
 def _require_modules(backend: Backend, importing: Importing) -> None:

@@ -221,7 +221,7 @@ def test_the_floor() -> None:
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "torch"])
 def test_a_step_reads_every_weight_once(tiny_bundle: Path, backend: str) -> None:
-    opened = {"backend": backend, "compute": "fp32", "weights_as_stored": backend != "torch", "chunk_size": 256}
+    opened = {"backend": backend, "compute": "fp32", "holds_codes": backend != "torch", "chunk_size": 256}
     found = step_weight_bytes(Bundle.open(tiny_bundle), opened, 1)
     shapes = TINY.parameter_shapes()
     every = 4 * sum(math.prod(shape) for shape in shapes.values() if len(shape) == 2)
