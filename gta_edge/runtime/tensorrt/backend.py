@@ -55,7 +55,7 @@ class TensorRTBackend(Backend):
 
         trt = load(self.name)
         found["version"] = trt.version_text
-        require_modules(("cuda.bindings",), f"tensorrt,{cuda_extra()}", importing)
+        require_modules(self.modules[1:], f"tensorrt,{cuda_extra()}", importing)
         gpu = current_gpu()
         if trt.plugins:
             check_compiler(gpu.architecture)
