@@ -41,7 +41,15 @@ def run_python(script: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "module", ["gta_edge", "gta_edge.plugins", "gta_edge.runtime", "gta_edge.export", "gta_edge.cli"]
+    "module",
+    [
+        "gta_edge",
+        "gta_edge.plugins",
+        "gta_edge.runtime",
+        "gta_edge.runtime.registry",
+        "gta_edge.export",
+        "gta_edge.cli",
+    ],
 )
 def test_a_package_loads_nothing_heavy(module: str) -> None:
     loaded = json.loads(run_python(f"import json, sys, {module}; print(json.dumps(list(sys.modules)))"))

@@ -47,7 +47,9 @@ def _load() -> Callable[[], None]:
         if "--debug" in sys.argv:
             raise
         said = f"{type(error).__name__}: {one_line(error)}"
-        remedy = "run: pip install --upgrade --force-reinstall gta-edge"
+        from gta_edge.libraries.install import reinstall_command
+
+        remedy = f"run: {reinstall_command()}"
         print(f"error: a library that gta-edge needs cannot be loaded ({said}); {remedy}", file=sys.stderr)
         sys.exit(1)
     return run

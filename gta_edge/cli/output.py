@@ -21,6 +21,7 @@ import typer
 
 from gta_edge.cli.signals import exit_status
 from gta_edge.errors import GtaEdgeError
+from gta_edge.libraries.install import reinstall_command
 from gta_edge.libraries.optional import too_old
 from gta_edge.support.json_text import json_text
 from gta_edge.support.progress import Progress, silent
@@ -32,8 +33,8 @@ FAILED = 1
 SCHEMA_VERSION = 1
 """Of all documents that ``--json`` prints; it grows when a key goes or changes its meaning, not when one is added."""
 
-_MAX_LINE = 560
-_KEPT_END = 160
+_MAX_LINE = 1200
+_KEPT_END = 300  # room for a command with a path
 
 
 @dataclass
@@ -169,7 +170,7 @@ def _describe(error: BaseException) -> str:
     if isinstance(error, (AttributeError, ImportError, TypeError)) and (old := too_old()):
         return f"{old} ({type(error).__name__}: {error})"  # what it lacks, or took in another form then
     if isinstance(error, ImportError):
-        return f"a library cannot be loaded ({one_line(error)}); run: pip install --upgrade --force-reinstall gta-edge"
+        return f"a library cannot be loaded ({one_line(error)}); run: {reinstall_command()}"
     return f"unexpected {type(error).__name__}: {error}; run again with --debug and please report it"
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gta_edge.errors import BackendError, OutputError
+from gta_edge.libraries.install import install_command
 from gta_edge.libraries.optional import optional
 from gta_edge.plan.roofline import Plan
 from gta_edge.support.files import check_new_file, new_file
@@ -38,7 +39,7 @@ def check(path: Path, *, force: bool, inputs: Sequence[Path]) -> None:
     check_new_file(path, force=force, inputs=inputs)
     if importlib.util.find_spec("matplotlib") is None:
         raise BackendError(
-            "the Python module matplotlib is needed and not installed", "run: pip install 'gta-edge[plot]'"
+            "the Python module matplotlib is needed and not installed", f"run: {install_command('plot')}"
         )
 
 

@@ -18,12 +18,11 @@ from types import ModuleType
 from typing import Any
 
 from gta_edge.errors import BackendError
+from gta_edge.libraries.install import DISTRIBUTION, install_command, reinstall_command
 from gta_edge.support.files import cache_directory
 from gta_edge.support.text import one_line, printable
 
 __all__ = ["UnusableError", "find_module", "installed", "keep_silent", "optional", "require_modules", "too_old"]
-
-_DISTRIBUTION = "gta-edge"
 
 
 class UnusableError(ImportError):
@@ -53,7 +52,7 @@ def optional(name: str, extra: str) -> Any:
     except UnusableError as error:
         return _Absent(str(error), _remedy(error, name, extra))
     if module is None:
-        return _Absent(f"the Python module {name} is needed and not installed", f"run: pip install 'gta-edge[{extra}]'")
+        return _Absent(f"the Python module {name} is needed and not installed", f"run: {install_command(extra)}")
     return module
 
 
@@ -78,12 +77,14 @@ def require_modules(names: Sequence[str], extra: str, importing: Callable[[str |
             raise BackendError(str(error), _remedy(error, name, extra)) from error
     importing(None)
     if missing:
-        raise BackendError(f"{', '.join(missing)} not installed", f"run: pip install 'gta-edge[{extra}]'")
+        raise BackendError(f"{', '.join(missing)} not installed", f"run: {install_command(extra)}")
 
 
 def _remedy(error: UnusableError, name: str, extra: str) -> str:
-    package = _distribution_of(name) or f"'gta-edge[{extra}]'"
-    return error.remedy or f"run: pip install --upgrade --force-reinstall {package}"
+    """Return what to do about a module that is there and cannot be used."""
+    found = _distribution_of(name)
+    again = f"pip install --upgrade --force-reinstall {found}" if found else reinstall_command(extra)
+    return error.remedy or f"run: {again}"
 
 
 def installed(module: Any) -> bool:
@@ -252,7 +253,7 @@ def _left_over(name: str, module: ModuleType) -> UnusableError:
 def _floors() -> dict[str, str]:
     """Return the oldest release of each distribution that this package requires; empty where it says so, or nowhere."""
     try:
-        found = requires(_DISTRIBUTION) or []
+        found = requires(DISTRIBUTION) or []
     except PackageNotFoundError:  # run from its source
         return {}
     floors = {}

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from gta_edge.plan.cost import Execution
     from gta_edge.runtime.session import Session
 
-__all__ = ["Availability", "Backend", "Importing"]
+__all__ = ["Asked", "Availability", "Backend", "Importing"]
 
 Importing = Callable[["str | None"], None]
 """Told of each module before it is imported, which may end the process, and of None when that is done."""
@@ -43,6 +43,23 @@ class Availability:
 
     error: GtaEdgeError | None
     found: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What was asked of a session, of which a backend takes what it has a use for.
+
+    Attributes:
+        threads: threads for one operator; None for one for each core that this process may use.
+        exact: whether to multiply by int8 and int4 weights in float32 where activations would be rounded to int8.
+        compute: type to compute in; None for the backend's own choice.
+        progress: told of what takes long.
+    """
+
+    threads: int | None
+    exact: bool
+    compute: str | None
+    progress: Progress
 
 
 class Backend(ABC):
@@ -187,7 +204,6 @@ class Backend(ABC):
         """
         return find_spec(self.modules[0]) is not None
 
-    @abstractmethod
     def open(
         self,
         bundle: Bundle,
@@ -203,3 +219,8 @@ class Backend(ABC):
         Raises:
             GtaEdgeError: it does not work here, or not with this bundle or these options.
         """
+        return self._open(bundle, Asked(threads, exact, compute, progress), **options)
+
+    @abstractmethod
+    def _open(self, bundle: Bundle, asked: Asked, **options: Any) -> Session:
+        """Return a session, made with what it knows of what was asked for, and with ``Session``'s options."""

@@ -16,11 +16,11 @@ def step_weight_bytes(bundle: Bundle, opened: dict[str, Any], batch: int) -> int
 
     Args:
         bundle: the model.
-        opened: what the worker said of its session: ``backend``, ``compute``, ``device``, ``weights_as_stored``.
+        opened: what the worker said of its session: ``backend``, ``compute``, ``device``, ``holds_codes``.
         batch: rows of the step.
     """
     compute, precision = opened["compute"], bundle.precision
-    if not opened["weights_as_stored"]:  # dequantised when they were loaded
+    if not opened["holds_codes"]:  # dequantised when they were loaded
         precision = compute
     cpu_kernels = BACKENDS[opened["backend"]].cpu_kernels
     execution = Execution(compute, compute, opened["chunk_size"], cpu_kernels=cpu_kernels)

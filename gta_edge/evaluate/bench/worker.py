@@ -96,7 +96,7 @@ class Measurer:
             "compute": session.compute,
             "device": session.device,
             "rounds_activations": session.rounds_activations,
-            "weights_as_stored": session.weights_as_stored,
+            "holds_codes": session.weights_as_stored,
             "chunk_size": session.chunk_size,
             "max_length": session.max_length,
             "max_batch": getattr(session, "max_batch", None),

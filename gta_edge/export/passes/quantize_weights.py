@@ -65,11 +65,11 @@ class QuantizeWeightsPass(ir.passes.InPlacePass):
         transposed = (inputs // block, outputs) if block else (outputs,)
 
         def codes() -> ir.TensorProtocol:
-            lying: npt.NDArray[np.int8] = np.ascontiguousarray(self.quantizer(name).codes.T)
+            lying: npt.NDArray[np.int8] = np.ascontiguousarray(self.quantizer(name).stored_codes)
             return ir.PackedTensor(pack_nibbles(lying), dtype, shape=shape) if four else ir.tensor(lying)
 
         def scales() -> ir.TensorProtocol:
-            return ir.tensor(np.ascontiguousarray(self.quantizer(name).scales.T.reshape(transposed)))
+            return ir.tensor(np.ascontiguousarray(self.quantizer(name).stored_scales))
 
         graph = weight.graph
         assert graph is not None  # it is an initializer

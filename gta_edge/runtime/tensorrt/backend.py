@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from gta_edge.errors import BackendError, EngineError
-from gta_edge.runtime.backend import Backend, Importing
+from gta_edge.runtime.backend import Asked, Backend, Importing
 from gta_edge.runtime.tensorrt import engine_kind
 from gta_edge.runtime.tensorrt.engine_kind import EngineKind
-from gta_edge.support.progress import Progress, silent
 
 if TYPE_CHECKING:
     from gta_edge.formats.bundle import Bundle
@@ -56,7 +55,7 @@ class TensorRTBackend(Backend):
 
         trt = load(self.name)
         found["version"] = trt.version_text
-        require_modules(("cuda.bindings",), f"tensorrt,{cuda_extra()}", importing)
+        require_modules(self.modules[1:], f"tensorrt,{cuda_extra()}", importing)
         gpu = current_gpu()
         if trt.plugins:
             check_compiler(gpu.architecture)
@@ -75,23 +74,15 @@ class TensorRTBackend(Backend):
             return True
         return True
 
-    def open(
-        self,
-        bundle: Bundle,
-        *,
-        threads: int | None = None,
-        exact: bool = False,
-        compute: str | None = None,
-        progress: Progress = silent,
-        **options: Any,
-    ) -> Session:
+    def _open(self, bundle: Bundle, asked: Asked, **options: Any) -> Session:
         from gta_edge.runtime.tensorrt.session import TensorRTSession
 
         session = TensorRTSession(bundle, engine=self.name, **options)
-        if compute not in (None, session.compute):
+        if asked.compute not in (None, session.compute):
             session.close()
             raise BackendError(
-                f"the engine computes in {session.compute}, not in {compute}", f"build another with --compute {compute}"
+                f"the engine computes in {session.compute}, not in {asked.compute}",
+                f"build another with --compute {asked.compute}",
             )
         return session
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from gta_edge.numerics.dtypes import FLOAT_TYPES
-from gta_edge.runtime.backend import Backend, Importing
-from gta_edge.support.progress import Progress, silent
+from gta_edge.runtime.backend import Asked, Backend, Importing
 
 if TYPE_CHECKING:
     from gta_edge.formats.bundle import Bundle
@@ -36,25 +35,16 @@ class _Torch(Backend):
 
             torch.ones(1, device="cuda").add_(1).cpu()  # fails where it has no code for this GPU, or no memory
 
-    def open(
-        self,
-        bundle: Bundle,
-        *,
-        threads: int | None = None,
-        exact: bool = False,
-        compute: str | None = None,
-        progress: Progress = silent,
-        **options: Any,
-    ) -> Session:
+    def _open(self, bundle: Bundle, asked: Asked, **options: Any) -> Session:
         from gta_edge.plan.host_memory import require_memory_for_torch
 
         require_memory_for_torch(bundle.config, "fp32", "PyTorch")  # the model's, ``load_decoder`` asks for
         from gta_edge.runtime.torch.session import TorchSession, default_device, load_decoder, multiplies_codes
 
         device = default_device()
-        compute = self.compute_for(compute, bundle.precision, device)
+        compute = self.compute_for(asked.compute, bundle.precision, device)
         model = load_decoder(bundle, device, compute)
-        session = TorchSession(model, device=device, compute=compute, threads=threads, **options)
+        session = TorchSession(model, device=device, compute=compute, threads=asked.threads, **options)
         session.weights_as_stored = multiplies_codes(bundle.precision, device, compute)
         return session
 
