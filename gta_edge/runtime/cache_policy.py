@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from gta_edge.errors import CapacityError, InputError
 from gta_edge.model.config import ModelConfig
-from gta_edge.model.kv_cache import CacheTensor, bytes_per_token, cache_tensors
+from gta_edge.model.kv_cache import CacheTensor, cache_bytes, cache_tensors
 from gta_edge.plan.cost import Execution
 from gta_edge.plan.roofline import activation_bytes
 from gta_edge.support.memory import available_bytes
@@ -95,7 +95,7 @@ class CachePolicy:
 
     def nbytes(self, batch: int, capacity: int) -> int:
         """Return the bytes of a cache of this size, over all layers."""
-        return batch * capacity * bytes_per_token(self.config, self.dtype)
+        return cache_bytes(self.config, self.dtype, capacity, batch)
 
     # --- what it holds ---------------------------------------------------------------------------------------------
 
