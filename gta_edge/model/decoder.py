@@ -1,7 +1,7 @@
 """The decoder in PyTorch, GTA and baselines: the reference that every graph and kernel is measured against.
 
 Clear before fast. Parameters carry the published names, so a checkpoint's tensors load as they are. The model is
-Llama (pre-norm RMSNorm, SwiGLU) but for the attention, which is one registered op (``plugins/torch_ops.py``).
+Llama (pre-norm RMSNorm, SwiGLU) but for the attention, which is one registered op (``plugins/attention/torch.py``).
 """
 
 from __future__ import annotations

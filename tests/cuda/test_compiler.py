@@ -23,7 +23,7 @@ from gta_edge.libraries.install import install_command
 from gta_edge.model.config import GTAConfig
 from gta_edge.model.presets import PRESETS, preset
 from gta_edge.plugins.attention.definition import Sizes
-from gta_edge.plugins.attention.launches import Programs, decode_launches, prefill_launches, programs
+from gta_edge.plugins.attention.launches import Programs, decode_launches, prefill_launches, programs_for
 from gta_edge.plugins.attention.tiling import DECODE_TOKENS, Program, Variant
 from gta_edge.plugins.domain import KERNELS
 
@@ -483,7 +483,7 @@ def compiles() -> list[object]:
 @needs_nvrtc
 @pytest.mark.parametrize(("variant", "architecture"), compiles())
 def test_the_presets_compile_without_spilling(variant: Variant, architecture: str) -> None:
-    check_kernels(programs(variant, architecture), architecture)
+    check_kernels(programs_for(variant, architecture), architecture)
 
 
 EXTREMES = {
@@ -500,7 +500,7 @@ EXTREMES = {
 @pytest.mark.parametrize("cache", ["bf16", "int8", "fp8"])
 @pytest.mark.parametrize("sizes", EXTREMES.values(), ids=EXTREMES)
 def test_other_sizes_compile(sizes: Sizes, cache: str, architecture: str) -> None:
-    check_kernels(programs(Variant(sizes, "bf16", cache), architecture), architecture, may_spill=True)
+    check_kernels(programs_for(Variant(sizes, "bf16", cache), architecture), architecture, may_spill=True)
 
 
 def check_kernels(programs: Programs, architecture: str, *, may_spill: bool = False) -> None:

@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 
 from gta_edge.plugins.matmul.packing import pack
-from gta_edge.plugins.matmul.tiling import MatMulVariant
+from gta_edge.plugins.matmul.tiling import Variant
 
 Array = np.ndarray
 
@@ -19,7 +19,7 @@ TOLERANCE = {"fp16": 2e-3, "bf16": 1e-2}
 ROUNDING = {"fp16": 2.0**-11, "bf16": 2.0**-8}
 
 VARIANTS = {
-    f"int{bits}, {f'blocks of {block}' if block else 'per channel'}, {compute}": MatMulVariant(bits, block, compute)
+    f"int{bits}, {f'blocks of {block}' if block else 'per channel'}, {compute}": Variant(bits, block, compute)
     for bits, blocks in ((4, (32, 64, 128)), (8, (0, 32, 64, 128)))
     for block in blocks
     for compute in ("fp16", "bf16")
@@ -30,7 +30,7 @@ VARIANTS = {
 class Case:
     """Arrays by the names that the kernels' parameters have, and the weights as numbers."""
 
-    variant: MatMulVariant
+    variant: Variant
     codes: Array
     """int8 [K, N]"""
     scales: Array
@@ -52,7 +52,7 @@ class Case:
 
 
 def make(
-    of: MatMulVariant,
+    of: Variant,
     rows: int,
     in_features: int,
     output_sizes: tuple[int, ...],

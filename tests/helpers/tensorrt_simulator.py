@@ -421,7 +421,6 @@ def simulated(driver: Driver, compiles_at_run_time: bool = False) -> Iterator[No
         builds=False,
         plugins=False,
         namespace_by_domain=True,
-        aliased_plugin_io=False,
         strongly_typed_flag=False,
         parses_newer_ops=True,
         times_kernels=False,

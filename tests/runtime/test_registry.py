@@ -43,16 +43,13 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Failing:
     """Let a backend that is here die of an error, half way."""
 
     def make(name: str, error: Error) -> None:
-        class Dying(type(BACKENDS[name])):  # type: ignore[misc]  # whichever it is
-            def open(self, *_: Any, **__: Any) -> Any:
-                held = Loaded()
-                raise error[0](*error[1:])
-                return held
+        def die(*_: Any, **__: Any) -> Any:
+            held = Loaded()
+            raise error[0](*error[1:])
+            return held
 
-            def is_here(self, bundle: Bundle) -> bool:
-                return True
-
-        monkeypatch.setitem(BACKENDS, name, Dying())
+        monkeypatch.setattr(BACKENDS[name], "open", die)
+        monkeypatch.setattr(BACKENDS[name], "is_here", lambda bundle: True)
 
     return make
 
@@ -226,12 +223,9 @@ def test_verify_fails_where_answers_are_wrong_though_another_died(
             logits[..., 0] += 1
             return logits
 
-    class Off(type(BACKENDS["onnxruntime"])):  # type: ignore[misc]  # whichever it is
-        def open(self, *arguments: Any, **options: Any) -> Any:
-            return Wrong(super().open(*arguments, **options))
-
+    right = BACKENDS["onnxruntime"].open
     failing("tensorrt", (CapacityError, FULL))
-    monkeypatch.setitem(BACKENDS, "onnxruntime", Off())
+    monkeypatch.setattr(BACKENDS["onnxruntime"], "open", lambda *a, **o: Wrong(right(*a, **o)))
     monkeypatch.delitem(BACKENDS, "torch")
     report = verify(tiny_bundle, tiny_checkpoint)
     assert not report.passed

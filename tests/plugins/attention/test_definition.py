@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import onnx
@@ -18,6 +19,7 @@ from gta_edge.plugins.attention import definition as op
 from gta_edge.plugins.attention import torch as torch_ops
 from gta_edge.plugins.domain import DOMAIN, OPSET, VERSION
 from tests.helpers import reference
+from tests.helpers.host_memory import STREAM, memory, pretend_gpu
 
 try:
     import onnxruntime
@@ -393,6 +395,82 @@ def test_torch_accepts_the_schema_of_the_in_place_op():
     tensors = [torch.from_numpy(inputs[name]) for name in op.INPUTS]
     arguments = (*tensors, *sizes.heads, sizes.scale)
     torch.library.opcheck(torch.ops.gta.grouped_latent_attention_.default, arguments, test_utils=("test_schema",))
+
+
+class OnHostMemory:
+    """In the place of the kernels: computes in float64 from addresses in host memory, fp16 alone."""
+
+    def __init__(self, variant: Any, gpu: Any) -> None:
+        assert (variant.compute, variant.cache) == ("fp16", "fp16")
+        self.sizes = variant.sizes
+
+    def workspace_bytes(self, batch: int, tokens: int, capacity: int) -> int:
+        return batch * tokens * capacity
+
+    def launch(self, stream: int, buffers: Any, *, batch: int, tokens: int, capacity: int, **numbers: Any) -> None:
+        assert (stream, buffers.key_scale, buffers.latent_scale, bool(buffers.workspace)) == (STREAM, 0, 0, True)
+        n_q, n_k, n_c = self.sizes.num_query_heads, self.sizes.num_key_heads, self.sizes.num_latent_heads
+        d_k, d_l, hidden = self.sizes.key_dim, self.sizes.latent_dim, self.sizes.hidden_size
+        shapes = {
+            "query": (batch, tokens, n_q * d_k),
+            "key": (batch, tokens, n_k * d_k),
+            "latent": (batch, tokens, n_c * d_l),
+            "gate": (batch, tokens, hidden),
+            "past_key": (batch, n_k, capacity, d_k),
+            "past_latent": (batch, n_c, capacity, d_l),
+            "past_length": (batch,),
+            "cos": (numbers["positions"], d_k // 2),
+            "sin": (numbers["positions"], d_k // 2),
+            "value_decoder": (n_q, d_l, hidden // n_q),
+        }
+        addresses = {"past_key": buffers.key_cache, "past_latent": buffers.latent_cache}
+        given = {
+            name: memory(addresses.get(name, getattr(buffers, name, 0)), shape, self.dtype_of(name))
+            for name, shape in shapes.items()
+        }
+        heads = {"num_query_heads": n_q, "num_key_heads": n_k, "num_latent_heads": n_c}
+        output, *caches = reference.grouped_latent_attention(**given, **heads, scale=numbers["scale"])
+        memory(buffers.output, output.shape, np.float16)[...] = output
+        given["past_key"][...], given["past_latent"][...] = caches
+
+    @staticmethod
+    def dtype_of(name: str) -> Any:
+        return np.int64 if name == "past_length" else np.float16
+
+
+def stored_in(inputs: dict[str, np.ndarray], dtype: Any) -> dict[str, np.ndarray]:
+    return {name: array if name == "past_length" else array.astype(dtype) for name, array in inputs.items()}
+
+
+def test_what_the_kernels_are_given(monkeypatch):
+    """All between torch's tensors and the kernels, on host memory: addresses, sizes, and views."""
+    pretend_gpu(monkeypatch, torch_ops)
+    monkeypatch.setattr(torch_ops, "attention_kernels", OnHostMemory)
+    sizes = Sizes(d_l=32)
+    inputs = stored_in(arrays(sizes), np.float16)
+    tensors = {name: torch.from_numpy(array.copy()) for name, array in inputs.items()}
+    for name in ("query", "gate", "value_decoder"):
+        tensors[name] = tensors[name].transpose(0, 1).contiguous().transpose(0, 1)
+        assert not tensors[name].is_contiguous()
+    output = torch_ops._latent_attention_on_gpu(*(tensors[name] for name in op.INPUTS), *sizes.heads, sizes.scale)
+    assert (output.dtype, output.is_contiguous()) == (torch.float16, True)
+    results = (output, tensors["past_key"], tensors["past_latent"])
+    for found, exact in zip(results, expected(inputs, sizes), strict=True):
+        assert reference.relative_error(found.double().numpy(), exact) <= 2e-3
+
+
+@pytest.mark.parametrize(
+    ("sizes", "dtype"),
+    [(Sizes(d_l=24), np.float16), (Sizes(d_l=32, d_k=8), np.float16), (Sizes(d_l=32), np.float32)],
+    ids=["latent width", "key width", "type"],
+)
+def test_what_no_kernels_are_made_for_is_left_to_torch(sizes, dtype, monkeypatch):
+    pretend_gpu(monkeypatch, torch_ops)
+    monkeypatch.delattr(torch_ops, "attention_kernels")  # whoever asks for some fails
+    inputs = stored_in(arrays(sizes), dtype)
+    tensors, again = ([torch.from_numpy(inputs[name].copy()) for name in op.INPUTS] for _ in range(2))
+    output = torch_ops._latent_attention_on_gpu(*tensors, *sizes.heads, sizes.scale)
+    assert torch.equal(output, torch.ops.gta.grouped_latent_attention_(*again, *sizes.heads, sizes.scale))
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 8e-2), (torch.float16, 2e-2)])

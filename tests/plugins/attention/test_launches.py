@@ -24,7 +24,7 @@ from gta_edge.plugins.attention import launches as plan
 from gta_edge.plugins.attention import tiling
 from gta_edge.plugins.attention.definition import Sizes
 from gta_edge.plugins.attention.kernels import AttentionKernels, Buffers, attention_kernels
-from gta_edge.plugins.attention.launches import SIGNATURES, choose_prefill, plan_attention, programs
+from gta_edge.plugins.attention.launches import SIGNATURES, choose_prefill, plan_attention, programs_for
 from gta_edge.plugins.attention.tiling import DECODE_TOKENS, Variant
 from gta_edge.plugins.domain import KERNELS
 
@@ -80,14 +80,14 @@ def test_the_parameters_stand_in_the_sources_as_they_are_passed() -> None:
 
 @pytest.mark.parametrize("of", [FP16, INT8, Variant(replace(SIZES, latent_dim=256, hidden_size=1280), "fp16", "fp8")])
 def test_every_kernel_of_every_program_has_a_signature_and_nothing_else_does(of: Variant) -> None:
-    assert {kernel for program in programs(of, "sm_87").all for kernel in program.kernels} == set(SIGNATURES)
+    assert {kernel for program in programs_for(of, "sm_87").all for kernel in program.kernels} == set(SIGNATURES)
 
 
 # --- the plan --------------------------------------------------------------------------------------------------------
 
 
 def test_few_tokens_are_split_and_combined() -> None:
-    of = programs(FP16, "sm_87")
+    of = programs_for(FP16, "sm_87")
     made = plan_attention(of, 8, batch=2, tokens=3, capacity=4096)
     splits = tiling.decode_splits(of.decode, 8, 2, 3, 4096)
     assert [each.kernel for each in made.launches] == ["gta_decode_split", "gta_decode_combine"]
@@ -99,7 +99,7 @@ def test_few_tokens_are_split_and_combined() -> None:
 
 
 def test_many_tokens_are_appended_and_attended() -> None:
-    of = programs(FP16, "sm_87")
+    of = programs_for(FP16, "sm_87")
     made = plan_attention(of, 8, batch=2, tokens=300, capacity=4096)
     assert [each.kernel for each in made.launches] == ["gta_append", "gta_prefill"]
     assert made.launches[0].program is made.launches[1].program
@@ -109,7 +109,7 @@ def test_many_tokens_are_appended_and_attended() -> None:
 
 
 def test_the_border_between_the_two() -> None:
-    of = programs(FP16, "sm_87")
+    of = programs_for(FP16, "sm_87")
     for tokens, kernel in ((DECODE_TOKENS, "gta_decode_split"), (DECODE_TOKENS + 1, "gta_append")):
         assert plan_attention(of, 8, batch=1, tokens=tokens, capacity=64).launches[0].kernel == kernel
 
@@ -119,7 +119,7 @@ def test_the_border_between_the_two() -> None:
 )
 @SETTINGS
 def test_every_plan_is_complete(of: Variant, processors: int, batch: int, tokens: int, capacity: int) -> None:
-    made = plan_attention(programs(of, "sm_90"), processors, batch=batch, tokens=tokens, capacity=capacity)
+    made = plan_attention(programs_for(of, "sm_90"), processors, batch=batch, tokens=tokens, capacity=capacity)
     given_elsewhere = {"positions", "scale"}
     for each in made.launches:
         assert set(each.signature.numbers) <= set(made.numbers) | given_elsewhere
@@ -135,7 +135,7 @@ def test_every_plan_is_complete(of: Variant, processors: int, batch: int, tokens
 @given(st.integers(1, 200), st.integers(1, 16), st.integers(17, 3000))
 @SETTINGS
 def test_the_widest_tile_that_gives_every_processor_a_block_is_taken(processors: int, batch: int, tokens: int) -> None:
-    candidates = programs(FP16, "sm_87").prefill
+    candidates = programs_for(FP16, "sm_87").prefill
     blocks = [np.prod(tiling.prefill_grid(each, batch, tokens).grid) for each in candidates]
     expected = next((i for i, number in enumerate(blocks) if number >= processors), -1)
     assert choose_prefill(candidates, processors, batch, tokens) is candidates[expected]
@@ -151,18 +151,18 @@ def test_the_widest_tile_that_gives_every_processor_a_block_is_taken(processors:
         ({"capacity": 2**30 + 1}, "capacity is 1073741825; expected 1 to 1073741824"),
         (
             {"batch": 65535, "tokens": 40000},
-            "65535 rows of 40000 new tokens are more than 2147483647; append smaller chunks",
+            "65535 sequences of 40000 new tokens are more than 2147483647; append smaller chunks",
         ),
         (
             {"tokens": 10_000_000},
-            "10000000 new tokens of 1 rows take a grid of (5, 78125, 1), whose last two numbers go up to 65535; "
+            "10000000 new tokens of 1 sequences take a grid of (5, 78125, 1), whose last two numbers go up to 65535; "
             "append them in smaller chunks",
         ),
     ],
 )
 def test_sizes_that_are_refused(sizes: dict[str, int], text: str) -> None:
     with pytest.raises(BackendError) as error:
-        plan_attention(programs(FP16, "sm_87"), 8, **{"batch": 1, "tokens": 1, "capacity": 64, **sizes})
+        plan_attention(programs_for(FP16, "sm_87"), 8, **{"batch": 1, "tokens": 1, "capacity": 64, **sizes})
     assert str(error.value) == text
 
 

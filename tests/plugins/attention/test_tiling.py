@@ -109,7 +109,7 @@ def test_decode_covers_every_row_and_no_more_blocks_than_are_of_use(
     resident, longest = processors * min(2, program.resident_blocks), tiling.MAX_SPLIT_TOKENS
     assert splits * y * z <= resident or (splits - 1) * longest < capacity
     assert splits >= 1
-    assert (splits - 1) * program.tile("GTA_DECODE_LEAST_TOKENS") < capacity  # a full cache leaves none without work
+    assert (splits - 1) * program.tile("GTA_DECODE_MIN_TOKENS") < capacity  # a full cache leaves none without work
 
 
 @given(variants(), processors, batches, st.integers(1, DECODE_TOKENS))

@@ -80,7 +80,7 @@ gta::u32 fma_pair(gta::u32 a, gta::u32 b, gta::u32 c, const Format& format) {
 }
 
 template <float (*widen)(gta::u32)>
-void multiply(Fragments& lanes) {
+void mma(Fragments& lanes) {
     alignas(16) gta::u32 bits[24][16];  // the rows of a, then the columns of b
     alignas(16) float a[16][16], b[16][8], c[16][8];
     for (int lane = 0; lane < 32; ++lane) {
@@ -106,9 +106,9 @@ void multiply(Fragments& lanes) {
 
 }  // namespace
 
-void multiply_fragments_f16(Fragments& lanes) { multiply<float_of_f16>(lanes); }
+void mma_fragments_f16(Fragments& lanes) { mma<float_of_f16>(lanes); }
 
-void multiply_fragments_bf16(Fragments& lanes) { multiply<float_of_bf16>(lanes); }
+void mma_fragments_bf16(Fragments& lanes) { mma<float_of_bf16>(lanes); }
 
 namespace gta {
 

@@ -7,8 +7,8 @@ struct Fragments {
     float c[32][4];
 };
 
-void multiply_fragments_f16(Fragments& lanes);
-void multiply_fragments_bf16(Fragments& lanes);
+void mma_fragments_f16(Fragments& lanes);
+void mma_fragments_bf16(Fragments& lanes);
 
 // Ends the process with a message about the thread that runs.
 [[noreturn]] void fault(const char* format, ...) __attribute__((format(printf, 1, 2)));

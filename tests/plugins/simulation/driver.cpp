@@ -50,8 +50,8 @@ const char* const names[] = {
     "warp_barrier",    "shuffle_xor",
     "any_of_warp",     "load_matrices (four)",
     "load_matrices_transposed (four)", "load_matrices (two)",
-    "load_matrices_transposed (two)",  "multiply_f16",
-    "multiply_bf16",
+    "load_matrices_transposed (two)",  "mma_f16",
+    "mma_bf16",
 };
 
 struct Copy {
@@ -719,15 +719,15 @@ void load(u32 (&r)[n], const void* row, int line, void* place) {
     std::memcpy(r, warp.results[lane], sizeof(r));
 }
 
-template <Operation operation, void (*multiply)(Fragments&)>
-void multiply_add(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2], int line) {
+template <Operation operation, void (*compute)(Fragments&)>
+void mma(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2], int line) {
     Warp& warp = own_warp();
     const int lane = lane_of(current);
     std::memcpy(warp.fragments.a[lane], a, sizeof(a));
     std::memcpy(warp.fragments.b[lane], b, sizeof(b));
     std::memcpy(warp.fragments.c[lane], c, sizeof(c));
     wait_for_warp(operation, line, [](Warp& all) {
-        multiply(all.fragments);
+        compute(all.fragments);
         std::memcpy(all.results, all.fragments.c, sizeof(all.results));
     });
     std::memcpy(c, warp.results[lane], sizeof(c));
@@ -747,12 +747,12 @@ void load_matrices(u32 (&r)[2], const void* row, int line) { load<false>(r, row,
 
 void load_matrices_transposed(u32 (&r)[2], const void* row, int line) { load<true>(r, row, line, CALLER); }
 
-void multiply_f16(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2], int line) {
-    multiply_add<Operation::f16, multiply_fragments_f16>(c, a, b, line);
+void mma_f16(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2], int line) {
+    mma<Operation::f16, mma_fragments_f16>(c, a, b, line);
 }
 
-void multiply_bf16(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2], int line) {
-    multiply_add<Operation::bf16, multiply_fragments_bf16>(c, a, b, line);
+void mma_bf16(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2], int line) {
+    mma<Operation::bf16, mma_fragments_bf16>(c, a, b, line);
 }
 
 }  // namespace gta

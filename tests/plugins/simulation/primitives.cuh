@@ -78,13 +78,13 @@ void load_matrices(u32 (&r)[2], const void* row, int line = __builtin_LINE());
 
 void load_matrices_transposed(u32 (&r)[2], const void* row, int line = __builtin_LINE());
 
-void multiply_f16(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2], int line = __builtin_LINE());
+void mma_f16(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2], int line = __builtin_LINE());
 
-void multiply_bf16(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2], int line = __builtin_LINE());
+void mma_bf16(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2], int line = __builtin_LINE());
 
 // --- arithmetic ------------------------------------------------------------------------------------------------------
 
-GTA_DEVICE float larger(float a, float b) { return b > a || a != a ? b : a; }
+GTA_DEVICE float max_of(float a, float b) { return b > a || a != a ? b : a; }
 
 float power_of_2(float x);
 

@@ -19,7 +19,7 @@ from gta_edge.errors import BackendError
 from gta_edge.model.config import ModelConfig
 from gta_edge.model.decoder import Decoder
 from gta_edge.numerics.dtypes import DTYPES
-from gta_edge.plugins.attention import torch_kernels
+from gta_edge.plugins.attention import torch as torch_ops
 from gta_edge.runtime.torch import session as backend
 from gta_edge.runtime.torch.backend import TORCH
 from gta_edge.runtime.torch.session import TorchSession
@@ -163,13 +163,13 @@ def test_a_prompt_at_once_and_token_by_token(start, model, compute):
 @pytest.mark.parametrize("tokens", [1, 5, 40])
 def test_the_kernels_run_what_they_are_made_for(start, model, compute, tokens, monkeypatch):
     variants = []
-    real = torch_kernels.attention_kernels
+    real = torch_ops.attention_kernels
 
     def noted(variant, gpu):
         variants.append(variant)
         return real(variant, gpu)
 
-    monkeypatch.setattr(torch_kernels, "attention_kernels", noted)
+    monkeypatch.setattr(torch_ops, "attention_kernels", noted)
     start().forward(prompt(2, tokens))
     assert bool(variants) == (model in ON_KERNELS)
     assert {variant.compute for variant in variants} <= {compute}
