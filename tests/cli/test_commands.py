@@ -20,8 +20,8 @@ import gta_edge
 from gta_edge.cli import doctor_checks
 from gta_edge.cli.app import app
 from gta_edge.machine import info as machine
-from tests.cli import COMMAND, Result, environment, listing, run
-from tests.conftest import TINY
+from tests.helpers.commands import COMMAND, Result, environment, listing, run
+from tests.helpers.tiny import TINY
 
 VERBS = sorted(str(entry.name) for entry in app.registered_commands)
 OPTIONS = {

@@ -11,7 +11,7 @@ import pytest
 
 from gta_edge.libraries.install import install_command
 from gta_edge.model.presets import PRESETS
-from tests.cli import Result, environment
+from tests.helpers.commands import Result, environment
 
 KEYS = {
     "device",

@@ -26,17 +26,7 @@ from gta_edge.plugins.attention.definition import Sizes
 from gta_edge.plugins.attention.launches import Programs, decode_launches, prefill_launches, programs_for
 from gta_edge.plugins.attention.tiling import DECODE_TOKENS, Program, Variant
 from gta_edge.plugins.domain import KERNELS
-
-
-def has_nvrtc() -> bool:
-    try:
-        compiler._nvrtc_version("sm_80")
-    except BackendError:
-        return False
-    return True
-
-
-needs_nvrtc = pytest.mark.skipif(not has_nvrtc(), reason="needs the extra cuda12 or cuda13")
+from tests.helpers.nvrtc import ALL_COMPILES, BUILT_FOR, REGISTERS, needs_nvrtc
 
 SIZES = Sizes(5, 1, 1, 64, 128, 1280)
 STUB = """
@@ -442,10 +432,6 @@ print(*sorted(mapped), sep="\\n")
 
 
 # --- the kernels themselves ------------------------------------------------------------------------------------------
-
-BUILT_FOR = ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_110", "sm_120")
-ALL_COMPILES = os.environ.get("GTA_EDGE_ALL_COMPILES") == "1"
-REGISTERS = 65536  # of a multiprocessor
 
 
 def preset_sizes() -> dict[Sizes, str]:

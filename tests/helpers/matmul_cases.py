@@ -8,6 +8,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from gta_edge.model.config import GTAConfig, ModelConfig
 from gta_edge.plugins.matmul.packing import pack
 from gta_edge.plugins.matmul.tiling import Variant
 
@@ -121,3 +122,14 @@ def packed_by_definition(codes: Array, scales: Array, bits: int, block_size: int
     for row, output in np.ndindex(rows.shape):
         scale[output // 16, row // blocks, output % 8, row % blocks, output % 16 // 8] = rows[row, output]
     return weight.view(np.int32), scale
+
+
+def matmuls(config: ModelConfig) -> dict[int, list[tuple[int, ...]]]:
+    """By the inputs of a model's matmuls, the outputs of each that is one call."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    if isinstance(config, GTAConfig):
+        query, key = config.num_query_heads * config.key_dim, config.num_key_heads * config.key_dim
+        attention = (query, key, config.num_latent_heads * config.latent_dim, hidden)
+    else:
+        attention = (hidden, config.cache_values_per_token_per_layer // 2, config.cache_values_per_token_per_layer // 2)
+    return {hidden: [attention, (hidden,), (inner, inner), (config.vocab_size,)], inner: [(hidden,)]}

@@ -15,7 +15,7 @@ from gta_edge.formats.weights import block_size_for
 from gta_edge.model.config import GQAConfig, GTAConfig, ModelConfig
 from gta_edge.model.presets import preset
 from gta_edge.plan.cost import Execution, Step, cache_bytes, operators, read_bytes, stored_bytes
-from tests.cli import ROOT
+from tests.helpers.commands import ROOT
 
 EXAMPLE = ROOT / "examples" / "tiny-gta"
 GPU = Execution("fp16", "fp16", chunk_size=512)

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from tests.plugins.simulator import LaunchSpec, Pointer, SimulationError, Simulator, available
+from tests.helpers.kernel_simulator import LaunchSpec, Pointer, SimulationError, Simulator, available
 
 pytestmark = pytest.mark.skipif(not available(), reason="needs g++ with its sanitizers")
 

@@ -11,7 +11,7 @@ from gta_edge.errors import CapacityError, InputError
 from gta_edge.evaluate.bench import settings as bench_settings
 from gta_edge.runtime import session as sessions
 from gta_edge.runtime.registry import load
-from tests.cli import Result
+from tests.helpers.commands import Result
 
 BACKENDS = ["onnxruntime", "torch"]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.cli import environment
+from tests.helpers.commands import environment
 
 PROGRAM = """
 import json, resource, sys

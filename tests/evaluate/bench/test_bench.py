@@ -31,9 +31,9 @@ from gta_edge.formats import bundle as bundles
 from gta_edge.formats.bundle import Bundle
 from gta_edge.libraries.install import install_command
 from gta_edge.runtime.session import Session
-from tests.conftest import TINY
 from tests.helpers.bench_bundles import damaged
 from tests.helpers.bench_interpreters import dying, interpreter, wrong
+from tests.helpers.tiny import TINY
 
 POSITIVE = st.floats(1e-3, 1e6)
 QUICK = {"new_tokens": 3, "rounds": 2}

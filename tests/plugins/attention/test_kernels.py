@@ -17,7 +17,7 @@ from gta_edge.plugins.attention.tiling import Program, Variant
 from gta_edge.plugins.domain import KERNELS
 from tests.helpers import attention_cases as cases
 from tests.helpers import reference
-from tests.plugins.simulator import LaunchSpec, SimulationError, Simulator, available
+from tests.helpers.kernel_simulator import LaunchSpec, SimulationError, Simulator, available
 
 pytestmark = pytest.mark.skipif(not available(), reason="no C++ compiler with sanitizers")
 

@@ -22,7 +22,6 @@ import torch
 
 from gta_edge import plugins
 from gta_edge.cuda.gpu import current_gpu
-from gta_edge.errors import BackendError
 from gta_edge.plugins import plugin_base as tensorrt_base
 from gta_edge.plugins.attention import tiling
 from gta_edge.plugins.attention.definition import Sizes
@@ -34,14 +33,13 @@ from gta_edge.plugins.attention.tiling import Variant
 from gta_edge.plugins.plugin_base import take_failures
 from gta_edge.plugins.plugin_call_base import Built
 from gta_edge.plugins.plugin_registry import plugin_class
-from tests.plugins.attention.test_kernels_gpu import GTA_1B, TOLERANCE, VARIANTS, Call, bits, on_gpu
-from tests.plugins.attention.test_launches import FakeCuda
-
-trt = pytest.importorskip("tensorrt_lean_bindings", reason="needs tensorrt-lean-cu13-bindings and -libs")
+from tests.helpers.fake_cuda import FakeCuda
+from tests.helpers.gpu_calls import GTA_1B, TOLERANCE, VARIANTS, Call, bits, on_gpu
+from tests.helpers.plugin_values import KINDS, Fields, bounds, descs, numbers, trt
+from tests.helpers.refusals import message
 
 OP = "GroupedLatentAttention"
 BUILD, RUNTIME = trt.TensorRTPhase.BUILD, trt.TensorRTPhase.RUNTIME
-KINDS = trt.PluginFieldType
 HALF, BF16, FLOAT, INT8, FP8, INT64 = (
     getattr(trt.DataType, name) for name in ("HALF", "BF16", "FLOAT", "INT8", "FP8", "INT64")
 )
@@ -50,24 +48,6 @@ TYPES = {"fp16": HALF, "bf16": BF16, "int8": INT8, "fp8": FP8}
 SIZES = Sizes(5, 1, 1, 64, 128, 1280)
 ATTRIBUTES: dict[str, Any] = {"num_query_heads": 5, "num_key_heads": 1, "num_latent_heads": 1, "scale": 0.125}
 PARAMETERS = Parameters(5, 1, 1, 0.125)
-
-
-class Fields:
-    """A collection of fields and what it points to, as a parser makes it; TensorRT's own holds addresses only."""
-
-    def __init__(self, **values: Any) -> None:
-        self.kept = []
-        for name, value in values.items():
-            if isinstance(value, tuple):
-                data, kind = value
-            elif isinstance(value, str):
-                data, kind = np.frombuffer(value.encode(), np.int8), KINDS.CHAR
-            elif isinstance(value, float):
-                data, kind = np.array([value], np.float32), KINDS.FLOAT32
-            else:
-                data, kind = np.array([value], np.int32), KINDS.INT32
-            self.kept.append((name, data, trt.PluginField(name, data, kind)))
-        self.collection = trt.PluginFieldCollection([field for *_, field in self.kept])
 
 
 @pytest.fixture(scope="module")
@@ -86,13 +66,6 @@ def no_failures() -> Iterator[None]:
 def make(creator: Any, phase: Any = BUILD, **attributes: Any) -> Any:
     fields = Fields(**(ATTRIBUTES | attributes))
     return creator.create_plugin("layer", fields.collection, phase)
-
-
-def message(call: Any, *arguments: Any, **options: Any) -> str:
-    with pytest.raises(BackendError) as error:
-        call(*arguments, **options)
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 # --- the registry ----------------------------------------------------------------------------------------------------
@@ -232,10 +205,6 @@ def test_a_clone_is_another_plugin_of_the_same_kind(creator: Any) -> None:
     cloned.num_outputs = 7
     assert made.built is not None
     assert made.num_outputs != 7
-
-
-def numbers(kind: Any, dtype: Any, *values: float) -> tuple[Any, Any]:
-    return np.array(values, dtype), kind
 
 
 @pytest.mark.parametrize(
@@ -421,26 +390,6 @@ def shapes(b: int, t: int, s: int, p: int, sizes: Sizes = SIZES, quantised: bool
         (n_q, d_l, hidden // n_q),
     ]
     return found + [(b, n_k, s), (b, n_c, s)] * quantised
-
-
-def descs(types: list[Any], of: list[tuple[int, ...]]) -> list[Any]:
-    made = []
-    for each, shape in zip(types, of, strict=True):
-        desc = trt.PluginTensorDesc()
-        desc.type, desc.dims = each, trt.Dims(shape)
-        made.append(desc)
-    return made
-
-
-def bounds(types: list[Any], least: list[tuple[int, ...]], most: list[tuple[int, ...]]) -> list[Any]:
-    """A profile, as the builder describes it: -1 where sizes differ."""
-    dynamic = [tuple(x if x == y else -1 for x, y in zip(a, b, strict=True)) for a, b in zip(least, most, strict=True)]
-    made = []
-    for desc, low, high in zip(descs(types, dynamic), least, most, strict=True):
-        bound = trt.DynamicPluginTensorDesc()
-        bound.desc, bound.min, bound.opt, bound.max = desc, trt.Dims(low), trt.Dims(high), trt.Dims(high)
-        made.append(bound)
-    return made
 
 
 def profile(b: int, t: int, s: int, p: int, compute: str = "fp16", cache: str = "fp16") -> list[Any]:

@@ -10,9 +10,9 @@ from gta_edge.numerics.dtypes import CACHE_TYPES, COMPUTE_TYPES
 from gta_edge.plugins.attention import tiling
 from gta_edge.plugins.attention.definition import Sizes
 from gta_edge.plugins.attention.tiling import DECODE_TOKENS, ROWS, Program, Variant
+from tests.helpers.shared_memory import BLOCK_RESERVE, shared_limits
 
 SETTINGS = settings(max_examples=200, deadline=None, derandomize=True)
-BLOCK_RESERVE = KIB  # bytes of shared memory that the system takes of each block (CUDA C++ Programming Guide)
 
 architectures = st.sampled_from([*ARCHITECTURES, "sm_999"])
 processors = st.integers(1, 200)
@@ -33,12 +33,6 @@ def all_sizes(draw: st.DrawFn) -> Sizes:
 def variants(draw: st.DrawFn) -> Variant:
     compute = draw(st.sampled_from(COMPUTE_TYPES))
     return Variant(draw(all_sizes()), compute, draw(st.sampled_from([compute, "int8", "fp8"])))
-
-
-def shared_limits(architecture: str) -> tuple[int, int]:
-    """Bytes of a multiprocessor and of a block; a GPU that is not known counts as the least of all."""
-    per_processor, per_block = ARCHITECTURES.get(architecture, (100, 99))
-    return per_processor * KIB, per_block * KIB
 
 
 # --- shared memory -------------------------------------------------------------------------------------------------

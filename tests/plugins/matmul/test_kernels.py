@@ -12,14 +12,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gta_edge.model.config import GTAConfig, ModelConfig
 from gta_edge.model.presets import PRESETS, preset
 from gta_edge.plugins.domain import KERNELS
 from gta_edge.plugins.matmul.launches import SIGNATURE, KernelLaunch, plan_matmul, programs_for
 from gta_edge.plugins.matmul.packing import pack
 from gta_edge.plugins.matmul.tiling import Program, Variant, many_launch
 from tests.helpers import matmul_cases as cases
-from tests.plugins.simulator import LaunchSpec, SimulationError, Simulator, available
+from tests.helpers.kernel_simulator import LaunchSpec, SimulationError, Simulator, available
+from tests.helpers.matmul_cases import matmuls
 
 pytestmark = pytest.mark.skipif(not available(), reason="no C++ compiler with sanitizers")
 
@@ -125,17 +125,6 @@ def test_few_rows(builds, name, rows, in_features, output_sizes, processors):
 def test_many_rows(builds, name, rows, in_features, output_sizes, program):
     case = cases.make(cases.VARIANTS[name], rows, in_features, output_sizes, bias=True)
     assert check(case, builds, many=program).kernel == "gta_matmul"
-
-
-def matmuls(config: ModelConfig) -> dict[int, list[tuple[int, ...]]]:
-    """By the inputs of a model's matmuls, the outputs of each that is one call."""
-    hidden, inner = config.hidden_size, config.intermediate_size
-    if isinstance(config, GTAConfig):
-        query, key = config.num_query_heads * config.key_dim, config.num_key_heads * config.key_dim
-        attention = (query, key, config.num_latent_heads * config.latent_dim, hidden)
-    else:
-        attention = (hidden, config.cache_values_per_token_per_layer // 2, config.cache_values_per_token_per_layer // 2)
-    return {hidden: [attention, (hidden,), (inner, inner), (config.vocab_size,)], inner: [(hidden,)]}
 
 
 def short(sizes: Sequence[int]) -> tuple[int, ...]:

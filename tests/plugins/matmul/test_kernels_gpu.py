@@ -15,8 +15,8 @@ from gta_edge.plugins.matmul.kernels import matmul_kernels
 from gta_edge.plugins.matmul.packing import Packed, unpack
 from gta_edge.plugins.matmul.tiling import Variant
 from tests.helpers import matmul_cases as cases
-from tests.plugins.attention.test_kernels_gpu import TYPES, Memory, bits, synchronize
-from tests.plugins.matmul.test_kernels import matmuls
+from tests.helpers.gpu_calls import TYPES, Memory, bits, synchronize
+from tests.helpers.matmul_cases import matmuls
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")]
 

@@ -12,7 +12,8 @@ from gta_edge.cuda.gpu import Gpu
 from gta_edge.plugins.matmul.kernels import MatMulKernels, matmul_kernels
 from gta_edge.plugins.matmul.launches import SIGNATURE, plan_matmul
 from gta_edge.plugins.matmul.tiling import Variant
-from tests.plugins.attention.test_launches import ORIN, STREAM, FakeCuda, Stream, addresses, declared, message, plain
+from tests.helpers.fake_cuda import ORIN, STREAM, FakeCuda, Stream, addresses, declared, plain
+from tests.helpers.refusals import message
 
 INT4, INT8 = Variant(4, 32, "fp16"), Variant(8, 0, "bf16")
 CALL: dict[str, Any] = {

@@ -36,9 +36,10 @@ from gta_edge.plugins.matmul.tiling import Variant
 from gta_edge.plugins.plugin_base import take_failures
 from gta_edge.plugins.plugin_call_base import Built
 from gta_edge.plugins.plugin_registry import plugin_class
-from tests.plugins.attention.test_kernels_gpu import Memory, on_gpu
-from tests.plugins.attention.test_launches import FakeCuda
-from tests.plugins.attention.test_plugin import Fields, bounds, descs, message, numbers
+from tests.helpers.fake_cuda import FakeCuda
+from tests.helpers.gpu_calls import Memory, on_gpu
+from tests.helpers.plugin_values import Fields, bounds, descs, numbers
+from tests.helpers.refusals import message
 
 trt = pytest.importorskip("tensorrt_lean_bindings", reason="needs tensorrt-lean-cu13-bindings and -libs")
 

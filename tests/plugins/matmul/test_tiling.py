@@ -13,9 +13,9 @@ from gta_edge.plugins.domain import KERNELS
 from gta_edge.plugins.matmul import packing
 from gta_edge.plugins.matmul.launches import MAX_INPUTS, MAX_ROWS, plan_matmul, programs_for
 from gta_edge.plugins.matmul.tiling import FEW_RESIDENT_WARPS, FEW_ROWS, Variant, few_launch, many_launch
-from tests.cuda.test_compiler import ALL_COMPILES, BUILT_FOR, REGISTERS, needs_nvrtc
 from tests.helpers.matmul_cases import VARIANTS
-from tests.plugins.attention.test_tiling import BLOCK_RESERVE, shared_limits
+from tests.helpers.nvrtc import ALL_COMPILES, BUILT_FOR, REGISTERS, needs_nvrtc
+from tests.helpers.shared_memory import BLOCK_RESERVE, shared_limits
 
 SETTINGS = settings(max_examples=300, deadline=None, derandomize=True)
 

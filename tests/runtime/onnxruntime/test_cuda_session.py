@@ -36,9 +36,8 @@ from gta_edge.runtime.onnxruntime.cuda_lower import cuda_graph, cuda_model
 from gta_edge.runtime.onnxruntime.cuda_session import OnnxRuntimeCudaSession
 from gta_edge.runtime.registry import load
 from tests.helpers import reference
-from tests.runtime.onnxruntime.test_lowered import formula_logits, write_bundle, write_bundle_of
-from tests.runtime.onnxruntime.test_passes import MODELS, PRECISIONS, VOCAB, P
-from tests.runtime.tensorrt.test_lower import RMSNormalization
+from tests.helpers.small_models import MODELS, PRECISIONS, VOCAB, P, formula_logits, write_bundle, write_bundle_of
+from tests.helpers.tensorrt_graphs import RMSNormalization
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "onnxruntime-cuda.md"
 KEPT = "engines/onnxruntime-cuda"

@@ -3,10 +3,8 @@
 Whatever is kept there, damaged, outdated or not to be had: a session gives the right logits.
 """
 
-import functools
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -27,50 +25,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gta_edge.errors import BackendError, BundleError
-from gta_edge.export.pipeline import export_model
 from gta_edge.formats import integrity
 from gta_edge.formats.bundle import MANIFEST, MODEL, WEIGHTS, Bundle
-from gta_edge.graph.weights import read_weights
 from gta_edge.libraries.install import install_command
-from gta_edge.model.config import ModelConfig
 from gta_edge.runtime.onnxruntime.lowered import lower
 from gta_edge.runtime.registry import load
-from tests.cli import environment, listing
 from tests.helpers import reference
-from tests.helpers.checkpoints import write_checkpoint
+from tests.helpers.commands import environment, listing
+from tests.helpers.limits import largest_file
 from tests.helpers.records import edit
-from tests.runtime.onnxruntime.test_passes import MODELS, PRECISIONS, VOCAB, traced_once
-from tests.runtime.onnxruntime.test_passes import WEIGHTS as TENSORS
+from tests.helpers.small_models import IDS, MODELS, formula_logits, write_bundle, write_bundle_of
 
 EXACT, ROUNDED = 1e-4, 0.5  # bounds for the largest error over the standard deviation of the exact logits
 KEPT = "engines/onnxruntime"
 RECORD, GRAPH, EXACT_GRAPH, PACKED = "prepared.json", "model.onnx", "exact.onnx", "weights.data"
 KEPT_FILES = [EXACT_GRAPH, GRAPH, RECORD, PACKED]  # in order
 
-IDS = np.random.default_rng(5).integers(0, VOCAB, (2, 10))
-
 
 # --- bundles ---------------------------------------------------------------------------------------------------------
-
-
-def write_bundle(directory: Path, name: str, precision: str, *, seed: int | None = None, force: bool = False) -> Path:
-    """Export one of the models; with a seed, with other weights."""
-    weights = TENSORS[name]
-    if seed is not None:
-        weights = {key: value for key, value in reference.random_weights(MODELS[name], seed).items() if key in weights}
-    return write_bundle_of(directory, MODELS[name], weights, precision, force=force)
-
-
-def write_bundle_of(
-    directory: Path, entries: dict[str, Any], weights: dict[str, np.ndarray], precision: str, *, force: bool = False
-) -> Path:
-    kind, block = PRECISIONS[precision]
-    with tempfile.TemporaryDirectory() as temporary, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("gta_edge.export.graph.trace", traced_once)
-        checkpoint = Path(temporary, "checkpoint")
-        write_checkpoint(checkpoint, entries, weights)
-        export_model(checkpoint, directory, precision=kind, block_size=block, verify=False, force=force)
-    return directory
 
 
 @pytest.fixture(scope="module")
@@ -114,20 +86,6 @@ def logits(directory: Path, **options: Any) -> np.ndarray:
         parts = [session.forward(IDS[:, :7], all_logits=True)]
         parts += [session.forward(IDS[:, i : i + 1], all_logits=True) for i in range(7, 10)]
     return np.concatenate(parts, axis=1)
-
-
-@functools.cache
-def _formula(weights: str, model: str, directory: Path) -> np.ndarray:
-    config = json.loads((directory / "config.json").read_text())
-    tensors = dict(read_weights(directory / MODEL, ModelConfig.from_dict(config)))
-    formula = reference.gta_logits if "num_query_heads" in config else reference.llama_logits
-    return np.stack([formula(config, tensors, row) for row in IDS])
-
-
-def formula_logits(directory: Path) -> np.ndarray:
-    """The same logits from the formula in float64, for the weights that lie in the bundle."""
-    sums = [sha256((directory / name).read_bytes()).hexdigest() for name in (WEIGHTS, MODEL)]
-    return _formula(*sums, directory)
 
 
 def assert_right(directory: Path) -> None:
@@ -622,16 +580,6 @@ def test_what_somebody_else_kept_and_may_not_be_read(lowered_once: Path, public:
     directory = shutil.copytree(lowered_once, public / "bundle")
     with read_only(directory, closed=directory / closed):
         assert_right(directory)
-
-
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("size", [0, 1000, 40_000])

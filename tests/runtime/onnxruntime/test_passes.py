@@ -4,7 +4,6 @@ The meaning is what plain ONNX Runtime computes with none of its own rewriting, 
 """
 
 import functools
-import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -23,7 +22,6 @@ from onnx_ir.passes import common
 from gta_edge.errors import BackendError
 from gta_edge.export.graph import prepare, traced
 from gta_edge.export.quantizer import Quantizer
-from gta_edge.export.trace import trace
 from gta_edge.graph.share_dimensions import ShareDimensionsPass
 from gta_edge.model.config import ModelConfig
 from gta_edge.model.rope import rope_tables
@@ -33,7 +31,16 @@ from gta_edge.runtime.onnxruntime.passes.expand_attention import ExpandAttention
 from gta_edge.runtime.onnxruntime.passes.fuse_matmuls import FuseMatMulsPass
 from gta_edge.runtime.onnxruntime.passes.fuse_norms import FuseNormsPass
 from tests.helpers import reference
-from tests.plugins.attention.test_definition import Sizes, all_sizes, arrays, assert_cache, expected, model
+from tests.helpers.attention_models import Sizes, all_sizes, arrays, assert_cache, expected, model
+from tests.helpers.small_models import (
+    LAYERS,
+    MODELS,
+    PRECISIONS,
+    VOCAB,
+    WEIGHTS,
+    P,
+    traced_once,
+)
 
 TOLERANCE = 1e-4  # largest error over the standard deviation of the exact result
 SETTINGS = settings(max_examples=40, deadline=None, derandomize=True)
@@ -41,59 +48,7 @@ EXACT, ROUNDED = 1, 4  # levels of accuracy of ONNX Runtime's matmuls with integ
 
 # --- models ----------------------------------------------------------------------------------------------------------
 
-P, VOCAB, LAYERS = 24, 61, 2
-SMALL = {"vocab_size": VOCAB, "max_position_embeddings": P, "num_hidden_layers": LAYERS}
-MODELS = {
-    "more keys": reference.gta_entries(heads=4, n_q=4, n_k=2, n_c=1, d_k=16, d_l=8, e=2, **SMALL),
-    "more latents": reference.gta_entries(heads=4, n_q=4, n_k=1, n_c=2, d_k=8, d_l=16, **SMALL),
-    "as many": reference.gta_entries(heads=4, n_q=4, n_k=2, n_c=2, d_k=8, d_l=16, tie_word_embeddings=False, **SMALL),
-    "one of each": reference.gta_entries(heads=4, n_q=2, n_k=1, n_c=1, d_k=16, d_l=32, **SMALL),
-    "baseline": reference.llama_entries(**SMALL),
-}
-BIASES = {
-    "more keys": "qkvg",
-    "more latents": "vg",
-    "as many": {0: "qg", 1: "k"},  # by layer
-    "one of each": "",
-    "baseline": "",
-}
-PRECISIONS: dict[str, tuple[str, int | None]] = {
-    "fp32": ("fp32", None),
-    "fp16": ("fp16", None),
-    "bf16": ("bf16", None),
-    "int8": ("int8", None),
-    "int8 in blocks": ("int8", 16),
-    "int4": ("int4", 32),
-}
 INTEGERS = ["int8", "int8 in blocks", "int4"]
-
-
-def has_bias(name: str, parameter: str) -> bool:
-    if not parameter.endswith(".bias"):
-        return True
-    kinds = BIASES[name]
-    if isinstance(kinds, dict):
-        kinds = kinds[int(parameter.split(".")[2])]
-    return parameter.split(".")[-2][0] in kinds
-
-
-WEIGHTS = {
-    name: {key: value for key, value in reference.random_weights(entries).items() if has_bias(name, key)}
-    for name, entries in MODELS.items()
-}
-
-
-@functools.cache
-def _traced(config: str, biases: frozenset[str]) -> ir.Model:
-    return trace(ModelConfig.from_dict(json.loads(config)), sorted(biases))
-
-
-def traced_once(config: ModelConfig, biases: Iterable[str]) -> ir.Model:
-    """The same as ``trace``, which takes a second: so each model is traced once, and copied."""
-    copied = _traced(json.dumps(config.to_dict()), frozenset(biases)).clone()
-    for value in copied.graph.initializers.values():
-        value.type = ir.TensorType(value.dtype)  # copies share theirs with the original, and passes change it
-    return copied
 
 
 @functools.cache

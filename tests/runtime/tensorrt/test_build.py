@@ -33,7 +33,7 @@ from gta_edge.runtime.tensorrt.engine import (
 )
 from gta_edge.runtime.tensorrt.log import new_log, started
 from gta_edge.support.memory import available_bytes
-from tests.cli import COMMAND, Result, environment
+from tests.helpers.commands import COMMAND, Result, environment
 from tests.helpers.records import edit
 
 RTX = EngineSpec("tensorrt-rtx", "fp16", "fp16", max_length=64, max_batch=2, chunk_size=32)

@@ -21,7 +21,7 @@ from gta_edge.runtime.tensorrt.build import build, lower_only
 from gta_edge.runtime.tensorrt.engine import EngineSpec, load_engine
 from gta_edge.runtime.tensorrt.lower import lower
 from gta_edge.runtime.tensorrt.matmul_choice import PHASES, MatMulCall, Timing
-from tests.cli import Result
+from tests.helpers.commands import Result
 from tests.helpers.records import edit
 
 SPEC = EngineSpec("tensorrt", "bf16", "bf16", max_length=64, max_batch=2, chunk_size=32)

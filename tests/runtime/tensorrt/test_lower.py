@@ -4,9 +4,8 @@ The meaning is checked by running what is written: float16 on ONNX Runtime's CPU
 Whether TensorRT takes it is asked of the parser and the builder of TensorRT-RTX, which need no GPU.
 """
 
-import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,6 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
-from onnx.reference import ReferenceEvaluator
-from onnx.reference.op_run import OpRun
 from onnx_ir.passes import common
 
 from gta_edge.errors import BundleError, CapacityError, EngineError, GtaEdgeError, InputError, OutputError
@@ -37,115 +34,26 @@ from gta_edge.runtime.tensorrt.passes.remove_functions import KeepPluginNodesPas
 from gta_edge.runtime.tensorrt.passes.set_capacity import SetCapacityPass
 from tests.helpers import reference
 from tests.helpers.checkpoints import write_checkpoint
-from tests.runtime.onnxruntime.test_passes import traced_once
+from tests.helpers.tensorrt_graphs import (
+    BATCH,
+    CAPACITY,
+    LAYERS,
+    TABLE,
+    Bundles,
+    Exact,
+    in_reference,
+    logits,
+    on_onnxruntime,
+)
 
-CAPACITY, BATCH, LAYERS, VOCAB = 16, 2, 2, 61
-SMALL = {"vocab_size": VOCAB, "max_position_embeddings": 24, "num_hidden_layers": LAYERS}
-TABLE = {
-    "gta, tied": reference.gta_entries(heads=4, n_q=4, n_k=2, n_c=1, d_k=16, d_l=8, e=2, **SMALL),
-    "gta, untied": reference.gta_entries(
-        heads=4, n_q=4, n_k=1, n_c=2, d_k=8, d_l=16, tie_word_embeddings=False, **SMALL
-    ),
-    "gqa, tied": reference.llama_entries(**SMALL),
-    "gqa, untied": reference.llama_entries(tie_word_embeddings=False, **SMALL),
-}
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
 NUMPY = {"fp32": np.float32, "fp16": np.float16, "bf16": ml_dtypes.bfloat16}
 ONNX = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16, "int8": TensorProto.INT8}
 ONNX |= {"fp8": TensorProto.FLOAT8E4M3FN, "fp32": TensorProto.FLOAT}
 FLOATS = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE}
 
-Bundles = Callable[[str, str], Bundle]
-Exact = Callable[[str, str], np.ndarray]
-
-
-@pytest.fixture(scope="module")
-def bundles(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bundles]:
-    """``bundles("gta, tied", "int4")``; made once, and not to be changed."""
-    directory = tmp_path_factory.mktemp("bundles")
-    for name, entries in TABLE.items():
-        write_checkpoint(directory / name, entries, reference.random_weights(entries))
-
-    @functools.cache
-    def bundle(name: str, precision: str) -> Bundle:
-        return export_model(
-            directory / name, directory / f"{name}, {precision}", precision=precision, verify=False
-        ).bundle
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("gta_edge.export.graph.trace", traced_once)
-        yield bundle
-
 
 # --- running what is written -----------------------------------------------------------------------------------------
-
-Run = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
-
-
-def on_onnxruntime(path: Path) -> Run:
-    """ONNX Runtime leaves the graph as it is, so every node runs in the type that it has."""
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # a warning for every cache that is copied
-    options.intra_op_num_threads = 1
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    names = [value.name for value in session.get_outputs()]
-    return lambda feeds: dict(zip(names, session.run(names, feeds), strict=True))
-
-
-class RMSNormalization(OpRun):
-    """As the standard has it: ONNX's own reference sums in the input's type, whatever ``stash_type`` says."""
-
-    op_domain = ""
-
-    def _run(
-        self, x: np.ndarray, weight: np.ndarray, axis: int = -1, epsilon: float = 1e-5, stash_type: int = 1
-    ) -> tuple[np.ndarray]:
-        assert (axis, stash_type) == (-1, 1)
-        wide = x.astype(np.float32)
-        normed = wide / np.sqrt(np.mean(wide * wide, axis=-1, keepdims=True) + np.float32(epsilon))
-        return (normed.astype(x.dtype) * weight,)
-
-
-def in_reference(path: Path) -> Run:
-    evaluator = ReferenceEvaluator(str(path), new_ops=[RMSNormalization])
-    return lambda feeds: dict(zip(evaluator.output_names, evaluator.run(None, feeds), strict=True))
-
-
-def logits(run: Run, name: str, dtype: type) -> np.ndarray:
-    """All logits of a ragged prefill, 5 and 3 tokens, and of three tokens more, one at a time."""
-    rng = np.random.default_rng(0)
-    caches = ModelConfig.from_dict(TABLE[name]).caches
-    state = {
-        f"past_{cache.name}.{i}": np.zeros((BATCH, cache.heads, CAPACITY, cache.width), dtype)
-        for i in range(LAYERS)
-        for cache in caches
-    }
-    length, found = np.array([0, 0]), []
-    for tokens, real in ((5, [5, 3]), (1, [1, 1]), (1, [1, 1]), (1, [1, 1])):
-        feeds = {
-            "input_ids": rng.integers(0, VOCAB, (BATCH, tokens)),
-            "past_length": length,
-            "logit_positions": np.tile(np.arange(tokens), (BATCH, 1)),
-        }
-        outputs = run(feeds | state)
-        assert outputs["logits"].dtype == np.float32
-        assert all(outputs[key.replace("past", "present")].dtype == dtype for key in state)
-        found.append(outputs["logits"])
-        state = {key: outputs[key.replace("past", "present")] for key in state}
-        length = length + real
-    return np.concatenate(found, axis=1)
-
-
-@pytest.fixture(scope="module")
-def exact(bundles: Bundles) -> Exact:
-    """``exact("gta, tied", "int4")`` returns the logits of the bundle's own graph, in float32."""
-
-    @functools.cache
-    def compute(name: str, precision: str) -> np.ndarray:
-        return logits(on_onnxruntime(bundles(name, precision).model_path), name, np.float32)
-
-    return compute
 
 
 every_model = pytest.mark.parametrize("name", TABLE)

@@ -29,9 +29,9 @@ from gta_edge.runtime.tensorrt.matmul_choice import (
     choose,
 )
 from gta_edge.runtime.tensorrt.matmul_timing import copies_of, matmul_model, time_matmuls
+from tests.helpers.packed_matmuls import attach_functions, run
 from tests.helpers.tensorrt_simulator import Driver
 from tests.helpers.tensorrt_simulator import _module as simulated_module
-from tests.runtime.tensorrt.test_pack_matmuls import attach_functions, run
 
 SETTINGS = settings(max_examples=200, deadline=None, derandomize=True)
 CALL, HEAD = MatMulCall(4, 32, 128, (128, 64), False), MatMulCall(4, 32, 128, (61,), False, head=True)

@@ -12,7 +12,6 @@ import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -24,7 +23,6 @@ from gta_edge.export.pipeline import export_model
 from gta_edge.formats.bundle import Bundle
 from gta_edge.graph.retype import ConvertPrecisionPass
 from gta_edge.numerics.quantization import pack_nibbles
-from gta_edge.plugins.domain import DOMAIN
 from gta_edge.plugins.matmul import definition as op
 from gta_edge.plugins.matmul.packing import packed_shapes
 from gta_edge.runtime.tensorrt.matmul_choice import MatMulCall, calls_of
@@ -32,20 +30,8 @@ from gta_edge.runtime.tensorrt.passes.pack_matmuls import PackMatMulsPass
 from gta_edge.runtime.tensorrt.passes.set_capacity import SetCapacityPass
 from tests.helpers import reference
 from tests.helpers.checkpoints import write_checkpoint
-from tests.runtime.tensorrt.test_lower import (
-    CAPACITY,
-    LAYERS,
-    TABLE,
-    Bundles,
-    Exact,
-    bundles,
-    exact,
-    in_reference,
-    logits,
-    on_onnxruntime,
-)
-
-__all__ = ["bundles", "exact"]  # fixtures
+from tests.helpers.packed_matmuls import attach_functions, run
+from tests.helpers.tensorrt_graphs import CAPACITY, LAYERS, TABLE, Bundles, Exact, in_reference, logits, on_onnxruntime
 
 FLOAT32_NOISE = 1e-5
 SETTINGS = settings(max_examples=30, deadline=None, derandomize=True)
@@ -63,7 +49,7 @@ class Maker:
         self.stored: list[Any] = []
         self.outputs: list[Any] = []
 
-    def product(
+    def matmul(
         self,
         x: str,
         name: str,
@@ -122,30 +108,6 @@ class Maker:
         made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)], ir_version=11)
         onnx.checker.check_model(made, full_check=True)
         return ir.from_proto(made)
-
-
-def attach_functions(model: ir.Model) -> None:
-    """Add the functions of our matmuls, which a graph that goes to TensorRT does not have."""
-    for node in model.graph:
-        for bits, name in op.OPS.items():
-            if (node.domain, node.op_type) == (DOMAIN, name):
-                outputs, bias = len(node.outputs), len(node.inputs) == len(op.INPUTS)
-                node.overload = op.overload(outputs, bias)
-                function = ir.serde.deserialize_function(onnx.parser.parse_function(op.function(bits, outputs, bias)))
-                model.functions[function.identifier()] = function
-
-
-def run(model: ir.Model, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Every output by name. ONNX Runtime leaves the graph as it is, so nothing is fused there."""
-    attach_functions(model)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = 1
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    content = ir.to_proto(model).SerializeToString()
-    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    names = [value.name for value in session.get_outputs()]
-    return dict(zip(names, session.run(names, feeds), strict=True))
 
 
 def copy(model: ir.Model) -> ir.Model:

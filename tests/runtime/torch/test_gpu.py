@@ -24,6 +24,7 @@ from gta_edge.runtime.torch import session as backend
 from gta_edge.runtime.torch.backend import TORCH
 from gta_edge.runtime.torch.session import TorchSession
 from tests.helpers import reference
+from tests.helpers.torch_graphs import WithoutGraph
 
 P = 400
 VOCAB = 89
@@ -267,17 +268,6 @@ def test_the_first_token_of_a_graph_leaves_the_cache_as_it_was(start, model, com
     found = session.forward(ids[:, 33:])
     for row in range(2):
         assert_near(found[row], expected(model, compute, ids[row])[-1], compute)
-
-
-class WithoutGraph:
-    """In the place of ``DecodeGraph``: the same step, launched operator by operator."""
-
-    def __init__(self, model: Decoder, caches: Any, batch: int) -> None:
-        self._model, self._caches = model, caches
-
-    def replay(self, ids: np.ndarray, past_length: np.ndarray) -> torch.Tensor:
-        inputs = [torch.tensor(x, device="cuda") for x in (ids, past_length, np.zeros_like(ids))]
-        return self._model(*inputs, self._caches)[0].cpu()
 
 
 @on_gpu

@@ -39,7 +39,7 @@ from gta_edge.runtime.torch import session as backend
 from gta_edge.runtime.torch.session import TorchSession, load_decoder, multiplies_codes
 from tests.helpers import reference
 from tests.helpers.checkpoints import write_checkpoint
-from tests.runtime.torch.test_gpu import WithoutGraph
+from tests.helpers.torch_graphs import WithoutGraph
 
 P = 400
 VOCAB = 89
