@@ -29,7 +29,7 @@ from gta_edge.libraries.onnxruntime import (
 from gta_edge.model.kv_cache import LOGITS, PAST, PRESENT, TOKEN_INPUTS, interface_names
 from gta_edge.numerics.dtypes import DTYPES
 from gta_edge.runtime.cache_policy import CachePolicy
-from gta_edge.runtime.onnxruntime.lowered import GRAPH, Form, kept_graph
+from gta_edge.runtime.onnxruntime.lowered import GRAPH, PACKED, Form, cached_graph
 from gta_edge.runtime.onnxruntime.model import OpenModel, model_files, open_model
 from gta_edge.runtime.session import Ids, Logits, Session
 from gta_edge.support.files import scratch_directory
@@ -76,7 +76,7 @@ class OnnxRuntimeCudaSession(Session):
         device: ``cuda``, or ``cpu`` for the same session on ONNX Runtime's CPU provider, which lacks bf16 and CUDA
             graphs: it is for tests.
         device_id: CUDA's number for the GPU.
-        progress: told of weights that are converted or laid out anew.
+        progress: told of weights that are converted or repacked.
         options: as ``CachePolicy`` takes them; ``capacity_step`` as large as the longest context avoids all growth.
 
     Raises:
@@ -127,21 +127,21 @@ class OnnxRuntimeCudaSession(Session):
     # --- the model -------------------------------------------------------------------------------------------------
 
     def _open(self) -> OpenModel:
-        """Return the model in ONNX Runtime: of the graph that is kept in the bundle, or of one made for now."""
+        """Return the model in ONNX Runtime: of the graph that is cached in the bundle, or of one made for now."""
         bundle, compute = self._bundle, self.compute
-        graph = kept_graph(bundle, _form(compute), progress=self._progress)
+        graph = cached_graph(bundle, _form(compute), progress=self._progress)
         if graph is not None:
             try:
                 return self._created(graph, model_files(bundle, _form(compute).directory))
             except CapacityError:
                 raise
-            except BackendError:  # another process may have replaced what was kept, while ONNX Runtime read it
+            except BackendError:  # another process may have replaced what was cached, while ONNX Runtime read it
                 pass
         from gta_edge.runtime.onnxruntime.cuda_lower import cuda_graph
 
         try:
             with scratch_directory() as temporary:
-                weights = temporary.resolve() / "weights.data"
+                weights = temporary.resolve() / PACKED
                 graph = cuda_graph(bundle, compute, weights, weights.name, self._progress, everything=True)
                 return self._created(graph, {weights.name: weights})
         except (OSError, OutputError) as error:

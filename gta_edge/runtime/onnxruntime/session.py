@@ -22,7 +22,7 @@ from gta_edge.libraries.onnxruntime import EXACT_PRODUCTS, INT8_PRODUCTS, first_
 from gta_edge.model.kv_cache import LOGITS, PAST, PRESENT, TOKEN_INPUTS, interface_names
 from gta_edge.plan.host_memory import require_memory_for_onnxruntime
 from gta_edge.runtime.cache_policy import CachePolicy
-from gta_edge.runtime.onnxruntime.lowered import LoweredGraph, lower, without_new_weights
+from gta_edge.runtime.onnxruntime.lowered import CPU, LoweredGraph, lower, without_new_weights
 from gta_edge.runtime.onnxruntime.model import OpenModel, model_files, open_model
 from gta_edge.runtime.session import Ids, Logits, Session
 from gta_edge.support.progress import Progress, silent
@@ -32,7 +32,6 @@ __all__ = ["OnnxRuntimeSession"]
 
 _DEVICE = ("cpu", 0)
 _FATAL = 4
-_KEPT = "engines/onnxruntime"
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class OnnxRuntimeSession(Session):
         bundle: the model.
         threads: threads for one operator; None for one on each core that this process may use.
         exact: multiply by int8 and int4 weights in float32, instead of rounding activations to int8.
-        progress: told of weights that are laid out anew.
+        progress: told of weights that are repacked.
         options: as ``CachePolicy`` takes them.
 
     Raises:
@@ -84,9 +83,9 @@ class OnnxRuntimeSession(Session):
         try:
             self._model = self._open(lowered)
         except Exception:  # ONNX Runtime's errors have no common base
-            if not lowered.kept:
+            if not lowered.cached:
                 raise
-            # another process may have replaced what was kept, between our reading and ONNX Runtime's
+            # another process may have replaced what was cached, between our reading and ONNX Runtime's
             self._model = self._open(without_new_weights(bundle, exact=exact))
         if {value.name for value in self._model.session.get_inputs()} != set(interface_names(bundle.config)[0]):
             self._model.close()
@@ -110,7 +109,7 @@ class OnnxRuntimeSession(Session):
         settings.intra_op_num_threads = self._threads
         settings.add_session_config_entry(*(EXACT_PRODUCTS if self._exact else INT8_PRODUCTS))
         try:
-            files = model_files(bundle, _KEPT if lowered.kept else None)
+            files = model_files(bundle, CPU.directory if lowered.cached else None)
             return open_model(module, lowered.graph, files, settings, ["CPUExecutionProvider"])
         except GtaEdgeError:
             raise

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from gta_edge.cuda.session import free_gpu_bytes
 from gta_edge.errors import CapacityError, EngineError, InputError
+from gta_edge.formats.artifacts import artifacts_directory, made_from
 from gta_edge.formats.bundle import Bundle
 from gta_edge.model.config import ModelConfig
 from gta_edge.model.kv_cache import input_shapes
@@ -26,8 +27,6 @@ from gta_edge.runtime.tensorrt.engine import (
     engine_directory,
     engine_output,
     has_engine,
-    made_from,
-    make_engines_directory,
     write_engine,
 )
 from gta_edge.runtime.tensorrt.engine_kind import ENGINES
@@ -158,7 +157,7 @@ def build(
     disk = _WRITTEN_COPIES * bundle.weight_bytes
     with engine_output(bundle, spec.engine, force=force, needed_bytes=disk) as output:
         # On the bundle's disk, which has room for an engine: a system's temporary directory may lie in memory.
-        with scratch_directory(make_engines_directory(bundle)) as scratch:
+        with scratch_directory(artifacts_directory(bundle)) as scratch:
             matmul, timings = _matmul(bundle, spec, target, scratch, progress)
             model = _lowered(bundle, spec, scratch / "model", target.newer_ops, matmul, progress)
             plan = build_plan(model, spec, profile_shapes(bundle, spec), target, progress)
@@ -206,7 +205,7 @@ def lower_only(
     # among the engines is the one place in the bundle that may be written to
     inputs = () if output is None else (bundle.directory,)
     if output is None:
-        output = make_engines_directory(bundle) / f"{spec.engine}-onnx"
+        output = artifacts_directory(bundle) / f"{spec.engine}-onnx"
     with new_directory(
         output, force=force, inputs=inputs, needed_bytes=bundle.weight_bytes, kind="gta-edge-model"
     ) as partial:

@@ -231,7 +231,7 @@ def contents(directory: Path) -> dict[str, tuple[int, bytes]]:
 
 def test_each_type_is_made_once_and_kept(bundle: Bundle) -> None:
     first = [logits(on_cpu(bundle, compute=compute)) for compute in ("fp16", "fp32")]
-    names = ["model.onnx", "prepared.json", "weights.data"]
+    names = ["graph.json", "model.onnx", "weights.data"]
     before = contents(bundle.directory / KEPT)
     assert list(before) == [f"{compute}/{name}" for compute in ("fp16", "fp32") for name in names]
     told: list[Any] = []
@@ -246,7 +246,7 @@ def test_each_type_is_made_once_and_kept(bundle: Bundle) -> None:
     Bundle.open(bundle.directory, verify_hashes=True)  # the bundle itself is as it was
 
 
-@pytest.mark.parametrize("name", ["model.onnx", "weights.data", "prepared.json"])
+@pytest.mark.parametrize("name", ["model.onnx", "weights.data", "graph.json"])
 def test_what_is_damaged_is_made_anew(bundle: Bundle, name: str) -> None:
     wanted = logits(on_cpu(bundle, compute="fp16"))
     path = bundle.directory / KEPT / "fp16" / name

@@ -19,6 +19,7 @@ import pytest
 from gta_edge.cuda.gpu import Gpu
 from gta_edge.errors import BackendError, CapacityError, EngineError, InputError, OutputError
 from gta_edge.formats import integrity
+from gta_edge.formats.artifacts import made_from
 from gta_edge.formats.bundle import Bundle
 from gta_edge.libraries.cuda import driver_cuda_version
 from gta_edge.model.kv_cache import cache_bytes
@@ -30,7 +31,6 @@ from gta_edge.runtime.tensorrt.engine import (
     engine_directory,
     keep_engine,
     load_engine,
-    made_from,
 )
 from gta_edge.runtime.tensorrt.log import new_log, started
 from gta_edge.support.memory import available_bytes
@@ -375,7 +375,7 @@ def test_an_interrupted_build_leaves_nothing(bundle: Bundle, no_gpu: None, after
     with pytest.raises(KeyboardInterrupt):
         build(bundle, RTX, progress=interrupt)
     assert (set(seen) == {"writing weights"}) == (after == "writing weights")
-    assert not [*(bundle.directory / "engines").iterdir()]
+    assert not (bundle.directory / "engines").exists()
     build(bundle, RTX)
 
 
@@ -432,7 +432,7 @@ def test_ctrl_c_in_the_midst_of_tensorrt(copied_bundle: Path, no_gpu: None) -> N
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (130, b"", b"")
-    assert not [*engines.iterdir()]
+    assert not engines.exists()
 
 
 def test_tensorrt_without_a_driver_that_it_takes() -> None:
@@ -521,4 +521,5 @@ def test_a_purpose_is_a_command(bundle: Bundle, command: Callable[..., Result], 
     out = tmp_path / "out"
     document = command(*words[1:], "--onnx-only", "--output", out, "--json").document
     expected = asdict(replace(PLUGIN, max_length=33, chunk_size=33))
+    del expected["matmul"]  # there it is what multiplies in the end: nothing, where no weights are quantised
     assert {name: document[name] for name in expected} == expected

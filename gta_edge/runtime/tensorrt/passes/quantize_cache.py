@@ -20,8 +20,6 @@ else:
 
 __all__ = ["QuantizeCachePass"]
 
-_PAST, _PRESENT = ("past_key", "past_latent"), ("present_key", "present_latent")
-
 
 class QuantizeCachePass(ir.passes.InPlacePass):
     """Give the caches of ``GroupedLatentAttention`` a type of 8 bits, and a scale per head and row beside them.
@@ -34,11 +32,10 @@ class QuantizeCachePass(ir.passes.InPlacePass):
     Args:
         cache: ``int8`` or ``fp8`` (e4m3).
 
-    Precondition: the functions are removed (``KeepPluginNodesPass``), and past caches are graph inputs.
-    Postcondition: every node has scales and all its caches have the type. Where they have already, nothing changes.
+    Where the caches have the type already, nothing changes.
 
     Raises:
-        EngineError: there is no such node, or one whose caches are not the graph's own.
+        EngineError: the model has functions, or no such node, or one whose caches are not the graph's own.
     """
 
     def __init__(self, cache: str) -> None:
@@ -47,18 +44,26 @@ class QuantizeCachePass(ir.passes.InPlacePass):
             raise EngineError(f"the cache type is {cache!r}", f"expected one of {', '.join(QUANTIZED_CACHE_TYPES)}")
         self.dtype = ir.DataType[DTYPES[cache].onnx]
 
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Change the caches of ``model``."""
-        nodes = [node for node in model.graph if node.domain == DOMAIN and node.op_type == op.OP]
+    def requires(self, model: ir.Model) -> None:
+        """There are such nodes, and no functions (``KeepPluginNodesPass``)."""
+        nodes = _attention(model.graph)
         if not nodes or model.functions:
             found = "the model keeps its functions" if nodes else f"the graph has no {op.OP}"
-            raise EngineError(f"{found}", "caches of 8 bits need the plugin: choose the plugin form of a GTA model")
-        modified = [self._quantize(model.graph, node) for node in nodes]
+            raise EngineError(found, "caches of 8 bits need the plugin: choose the plugin form of a GTA model")
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Change the caches of ``model``."""
+        modified = [self._quantize(model.graph, node) for node in _attention(model.graph)]
         return ir.passes.PassResult(model, modified=any(modified))
 
+    def ensures(self, model: ir.Model) -> None:
+        """Every cache has the type."""
+        caches = [value for node in _attention(model.graph) for value in (*_past(node), *_present(node))]
+        if any(value is None or value.dtype != self.dtype for value in caches):
+            raise ir.passes.PostconditionError("a cache has another type")
+
     def _quantize(self, graph: ir.Graph, node: ir.Node) -> bool:
-        past = [node.inputs[op.INPUTS.index(name)] for name in _PAST]
-        present = [node.outputs[op.OUTPUTS.index(name)] for name in _PRESENT]
+        past, present = _past(node), _present(node)
         if {value.dtype for value in past if value is not None} == {self.dtype}:
             return False
         own = all(v is not None and v.is_graph_input() for v in past) and all(v.is_graph_output() for v in present)
@@ -85,3 +90,15 @@ class QuantizeCachePass(ir.passes.InPlacePass):
         cache.type = ir.TensorType(self.dtype)
         shape, name = ir.Shape(list(cache.shape)[:3]), scale_name(str(cache.name))
         return ir.Value(name=name, shape=shape, type=ir.TensorType(ir.DataType.FLOAT))
+
+
+def _attention(graph: ir.Graph) -> list[ir.Node]:
+    return [node for node in graph if (node.domain, node.op_type) == (DOMAIN, op.OP)]
+
+
+def _past(node: ir.Node) -> list[ir.Value | None]:
+    return [node.inputs[op.INPUTS.index(name)] for name in ("past_key", "past_latent")]
+
+
+def _present(node: ir.Node) -> list[ir.Value]:
+    return [node.outputs[op.OUTPUTS.index(name)] for name in ("present_key", "present_latent")]
