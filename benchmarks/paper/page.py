@@ -45,6 +45,7 @@ from benchmarks.paper.theory import (
 from gta_edge.errors import GtaEdgeError, InputError
 from gta_edge.libraries.optional import optional
 from gta_edge.model.config import ModelConfig
+from gta_edge.model.kv_cache import bytes_per_token
 from gta_edge.support.files import new_file
 
 PAGE = Path(__file__).parents[2] / "docs" / "paper.md"
@@ -213,7 +214,7 @@ def cache_table(models: Models) -> str:
             cache_formula(config),
             config.cache_values_per_token_per_layer,
             config.num_hidden_layers,
-            f"{config.cache_bytes_per_token(2):,}",
+            f"{bytes_per_token(config, 'bf16'):,}",
             of_baseline(config, members, figure, "GQA"),
             of_baseline(config, members, figure, "MHA"),
         )

@@ -12,6 +12,7 @@ from gta_edge.errors import InputError
 from gta_edge.formats.bundle import MANIFEST, Bundle
 from gta_edge.formats.checkpoint import Checkpoint
 from gta_edge.model.config import GTAConfig, ModelConfig
+from gta_edge.model.kv_cache import bytes_per_token
 from gta_edge.model.presets import PRESETS, preset
 from gta_edge.numerics.dtypes import CHECKPOINT_DTYPES
 from gta_edge.plan.cost import stored_parts
@@ -65,7 +66,7 @@ def describe(config: ModelConfig, precision: str, weight_bytes: int, cache_dtype
         "max_length": config.max_position_embeddings,
         "cache_values_per_token_per_layer": config.cache_values_per_token_per_layer,
         "cache_dtype": cache_dtype,
-        "cache_bytes_per_token": config.cache_bytes_per_token(CHECKPOINT_DTYPES[cache_dtype].bytes),
+        "cache_bytes_per_token": bytes_per_token(config, CHECKPOINT_DTYPES[cache_dtype].name),
         "attention_flops_per_pair": config.attention_flops_per_pair,
         "weight_bytes": weight_bytes,
         "precision": precision,

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 from gta_edge.formats.weights import is_kept, stored_dtype
 from gta_edge.model.config import GTAConfig, ModelConfig
+from gta_edge.model.kv_cache import cache_bytes
 from gta_edge.numerics.dtypes import DTYPES
 from gta_edge.numerics.quantization import BITS
 
@@ -23,7 +24,6 @@ __all__ = [
     "Execution",
     "Operator",
     "Step",
-    "cache_bytes",
     "cpu_blocks",
     "matrices",
     "operators",
@@ -175,14 +175,6 @@ def _part(parameter: str) -> str:
 def scale_bytes(shape: tuple[int, ...], block_size: int | None) -> int:
     """Return the bytes of the float16 scales of a quantised matrix ``[out, in]``."""
     return _SCALE_BYTES * shape[0] * (shape[1] // block_size if block_size else 1)
-
-
-def cache_bytes(config: ModelConfig, cache_dtype: str, tokens: int, batch: int = 1) -> int:
-    """Return the bytes of the cache of all layers for ``tokens`` in each of ``batch`` rows, scales included."""
-    per_token = config.cache_bytes_per_token(DTYPES[cache_dtype].bytes)
-    if DTYPES[cache_dtype].needs_scale:
-        per_token += config.num_hidden_layers * _FLOAT_BYTES * sum(cache.heads for cache in config.caches)
-    return batch * tokens * per_token
 
 
 # --- what a step moves and computes ----------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from benchmarks.paper import page, results, run, theory
 from benchmarks.random_bundles import make_bundles
 from gta_edge.errors import BackendError, BundleError, InputError
 from gta_edge.model.config import GQAConfig, GTAConfig, ModelConfig
+from gta_edge.model.kv_cache import bytes_per_token, cache_bytes
 from gta_edge.model.presets import PRESETS, preset
 from gta_edge.plan import cost
 from gta_edge.plan.roofline import make_plan
@@ -93,7 +94,7 @@ def report(factors: Factors, device: str = "cpu", **changes: Mapping[str, Any]) 
     rows, entries = [], []
     for name, config in MODELS["tiny"].items():
         common = {"bundle": f"/somewhere/{name}-2-int4", "backend": "onnxruntime", "precision": "int4"}
-        per_token = config.cache_bytes_per_token(4)
+        per_token = bytes_per_token(config)
         sizes = {"weight_bytes_per_step": 1000, "cache_bytes_per_token": per_token}
         entries.append(common | sizes | {"device": device, "python": "3.11.7", "versions": {"onnxruntime": "1.31.1"}})
         for context, (ttft, tpot) in GTA_MS.items():
@@ -133,7 +134,7 @@ def measured(factors: Factors, device: str = "cpu", **changes: Mapping[str, Any]
     document = report(factors, device, **changes)
     layers = TINY.num_hidden_layers
     facts = {
-        name: results.Facts(1000, config.cache_bytes_per_token(4), layers * config.attention_flops_per_pair, 5)
+        name: results.Facts(1000, bytes_per_token(config), layers * config.attention_flops_per_pair, 5)
         for name, config in MODELS["tiny"].items()
     }
     parts = [run.part(document, MODELS["tiny"], "a command")]
@@ -212,7 +213,7 @@ def test_ratios_are_taken_within_a_round():
     text = render(measured({"gta-tiny": {64: [1.0, 2.0]}, "gqa-tiny": {64: [1.5, 3.0]}}))
     row = ratios(text)["64"]
     assert row[0] == row[2] == row[4] == "1.50 (1.50..1.50)"
-    cache = {name: 64 * config.cache_bytes_per_token(4) for name, config in MODELS["tiny"].items()}
+    cache = {name: cache_bytes(config, "fp32", 64) for name, config in MODELS["tiny"].items()}
     assert row[3] == f"{(1000 + cache['gqa-tiny']) / (1000 + cache['gta-tiny']):.2f}"
 
 

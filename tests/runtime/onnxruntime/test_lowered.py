@@ -38,8 +38,8 @@ from tests.helpers.small_models import IDS, MODELS, formula_logits, write_bundle
 
 EXACT, ROUNDED = 1e-4, 0.5  # bounds for the largest error over the standard deviation of the exact logits
 KEPT = "engines/onnxruntime"
-RECORD, GRAPH, EXACT_GRAPH, PACKED = "prepared.json", "model.onnx", "exact.onnx", "weights.data"
-KEPT_FILES = [EXACT_GRAPH, GRAPH, RECORD, PACKED]  # in order
+RECORD, GRAPH, EXACT_GRAPH, PACKED = "graph.json", "model.onnx", "exact.onnx", "weights.data"
+KEPT_FILES = [EXACT_GRAPH, RECORD, GRAPH, PACKED]  # in order
 
 
 # --- bundles ---------------------------------------------------------------------------------------------------------
@@ -193,7 +193,7 @@ def test_weights_that_stay_as_they_are_are_not_written_again(kept: Path) -> None
 
 
 def test_the_same_bundle_gives_the_same_graph(kept: Path, bundle: Path) -> None:
-    """To the byte, so two processes that prepare at once can use each other's files."""
+    """To the byte, so two processes that lower at once can use each other's files."""
     load(bundle, "onnxruntime").close()
     for name in (GRAPH, EXACT_GRAPH, PACKED):
         assert (bundle / KEPT / name).read_bytes() == (kept / KEPT / name).read_bytes()
@@ -230,7 +230,7 @@ def test_weights_are_laid_out_once(bundle: Path) -> None:
     logits(bundle, exact=True, progress=lambda *step: told.append(step))
     assert told == first
     what, done, total = zip(*sorted(first, key=lambda step: step[1]), strict=True)
-    assert set(what) == {"laying out weights"}
+    assert set(what) == {"writing weights"}
     assert list(done) == list(range(1, total[0] + 1))
 
 
@@ -371,7 +371,7 @@ def test_without_a_place_for_the_secret_nothing_is_kept_or_believed(
     (tmp_path / "file").touch()
     monkeypatch.setenv("GTA_EDGE_CACHE", str(tmp_path / "file"))
     before = listing(kept)
-    assert not lower(Bundle.open(kept)).kept
+    assert not lower(Bundle.open(kept)).cached
     assert listing(kept) == before
 
 
@@ -548,7 +548,9 @@ def public() -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("precision", ["int4", "fp32"])
-def test_a_bundle_that_cannot_be_written_to(pristine: Path, public: Path, precision: str) -> None:
+def test_a_bundle_that_cannot_be_written_to(
+    pristine: Path, public: Path, precision: str, caplog: pytest.LogCaptureFixture
+) -> None:
     directory = public / "bundle"
     if precision == "int4":
         shutil.copytree(pristine, directory)
@@ -559,6 +561,7 @@ def test_a_bundle_that_cannot_be_written_to(pristine: Path, public: Path, precis
         before = listing(directory)
         exact, default = logits(directory, exact=True), logits(directory)
         assert listing(directory) == before
+    assert caplog.records == []
     assert reference.relative_error(exact, wanted) <= EXACT
     assert reference.relative_error(default, wanted) <= ROUNDED
     assert np.array_equal(default, exact) == (precision == "fp32")
@@ -635,6 +638,40 @@ def test_what_is_not_ours_is_not_replaced(bundle: Path) -> None:
     before = listing(bundle)
     assert_right(bundle)
     assert listing(bundle) == before
+
+
+@pytest.mark.parametrize("what", ["a file of somebody's", "a file in the place", "a link", "a file above"])
+def test_what_is_in_the_way_is_said_once(
+    bundle: Path, tmp_path: Path, what: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    place = bundle / KEPT
+    if what == "a file above":
+        place.parent.write_text("mine")
+    else:
+        place.parent.mkdir()
+    if what == "a file of somebody's":
+        place.mkdir()
+        (place / "mine").write_text("mine")
+    elif what == "a file in the place":
+        place.write_text("mine")
+    elif what == "a link":
+        (tmp_path / "elsewhere").mkdir()
+        place.symlink_to(tmp_path / "elsewhere")
+    for exact in (False, True):
+        load(bundle, "onnxruntime", exact=exact).close()
+    (record,) = caplog.records
+    assert (record.name.split(".")[0], record.levelname) == ("gta_edge", "WARNING")
+    text = record.getMessage()
+    assert text.startswith(f"{place}: is made anew at every load (") and text.isprintable()
+    assert ("mine" in text) is (what == "a file of somebody's")
+
+
+def test_what_an_earlier_version_cached_is_replaced(kept: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Its record had another name."""
+    (kept / KEPT / RECORD).rename(kept / KEPT / "prepared.json")
+    assert_right(kept)
+    assert_kept(kept)
+    assert caplog.records == []
 
 
 def test_what_is_kept_for_other_engines_stays(bundle: Path) -> None:

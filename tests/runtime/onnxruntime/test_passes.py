@@ -22,6 +22,7 @@ from onnx_ir.passes import common
 from gta_edge.errors import BackendError
 from gta_edge.export.graph import prepare, traced
 from gta_edge.export.quantizer import Quantizer
+from gta_edge.graph.io import run_passes
 from gta_edge.graph.share_dimensions import ShareDimensionsPass
 from gta_edge.model.config import ModelConfig
 from gta_edge.model.rope import rope_tables
@@ -309,7 +310,7 @@ def test_a_decoder_in_another_type() -> None:
 
 def test_a_decoder_that_is_no_stored_tensor() -> None:
     with pytest.raises(BackendError, match="value decoder value_decoder is no stored tensor; export the bundle again"):
-        ExpandAttentionPass()(ir.from_proto(model(Sizes())))
+        run_passes(ir.from_proto(model(Sizes())), "model.onnx", ExpandAttentionPass())
 
 
 def test_a_decoder_that_is_computed() -> None:
@@ -319,7 +320,7 @@ def test_a_decoder_that_is_computed() -> None:
     graph = one_attention(inputs, sizes, ["Neg"])
     inputs["value_decoder"] = -inputs["value_decoder"]
     try:
-        ExpandAttentionPass()(graph)
+        run_passes(graph, "model.onnx", ExpandAttentionPass())
     except BackendError:
         return
     assert_attends(graph, inputs, sizes)
@@ -526,7 +527,7 @@ class Matrix:
         scales = np.repeat(self.scales, self.block, axis=0) if self.block else self.scales
         return self.codes.astype(np.float64) * scales.astype(np.float64)
 
-    def product(self, x: np.ndarray) -> np.ndarray:
+    def matmul(self, x: np.ndarray) -> np.ndarray:
         return reference.double(x) @ self.values + (0 if self.bias is None else self.bias)
 
     @property
@@ -642,6 +643,33 @@ def test_products_of_different_inputs_or_kinds_stay_apart() -> None:
     x, z = normal(3, 32), normal(3, 32, seed=1)
     for (name, value), matrix in zip(run(graph, {"x": x, "z": z}).items(), (*matrices, other), strict=True):
         assert reference.relative_error(value, matrix.matmul(z if matrix is other else x)) <= 1e-5, name
+
+
+@pytest.mark.parametrize("output", [True, False])
+def test_a_matmul_that_is_used_without_its_bias_too(output: bool) -> None:
+    matrix = Matrix(0, 32, 5, 8, None, bias=True)
+    nodes, outputs = matrix.nodes("x"), {"y0": ["batch", 5], "m0.matmul": ["batch", 5]}
+    if not output:
+        nodes.append(helper.make_node("Neg", ["m0.matmul"], ["negative"]))
+        outputs = {"y0": ["batch", 5], "negative": ["batch", 5]}
+    graph = small(nodes, {"x": ["batch", 32]}, outputs, matrix.tensors)
+    assert FuseMatMulsPass(EXACT)(graph).modified
+    x = normal(3, 32)
+    found = list(run(graph, {"x": x}).values())
+    assert reference.relative_error(found[0], matrix.matmul(x)) <= 1e-5
+    plain = matrix.matmul(x) - np.asarray(matrix.bias, np.float64)
+    assert reference.relative_error(found[1] if output else -found[1], plain) <= 1e-5
+
+
+def test_weights_with_zero_points_are_left_alone() -> None:
+    matrix = Matrix(0, 32, 5, 8, None)
+    nodes = matrix.nodes("x")
+    nodes[1].input.append("zero")
+    tensors = matrix.tensors | {"zero": np.arange(5, dtype=np.int8)}
+    graph = small(nodes, {"x": ["batch", 32]}, {"y0": ["batch", 5]}, tensors)
+    before = serialise(graph)
+    assert not FuseMatMulsPass(EXACT)(graph).modified
+    assert serialise(graph) == before
 
 
 @pytest.mark.parametrize("shape", [(1,), (5, 1), (3, 5)], ids=str)

@@ -22,15 +22,17 @@ from onnx_ir.passes import common
 from gta_edge.errors import BundleError, CapacityError, EngineError, GtaEdgeError, InputError, OutputError
 from gta_edge.export.pipeline import export_model
 from gta_edge.formats.bundle import Bundle
+from gta_edge.graph.io import run_passes
 from gta_edge.graph.retype import ConvertPrecisionPass
 from gta_edge.model.config import ModelConfig
+from gta_edge.model.kv_cache import input_shapes, interface_names
 from gta_edge.plugins.attention import definition as op
 from gta_edge.plugins.attention.plugin_call import QUANTISED_CACHE
 from gta_edge.runtime.tensorrt.lower import lower
 from gta_edge.runtime.tensorrt.passes.fold_constants import FoldConstantsPass
+from gta_edge.runtime.tensorrt.passes.keep_plugin_nodes import KeepPluginNodesPass
 from gta_edge.runtime.tensorrt.passes.lower_opset import OPSET, LowerOpsetPass
 from gta_edge.runtime.tensorrt.passes.quantize_cache import QuantizeCachePass
-from gta_edge.runtime.tensorrt.passes.remove_functions import KeepPluginNodesPass
 from gta_edge.runtime.tensorrt.passes.set_capacity import SetCapacityPass
 from tests.helpers import reference
 from tests.helpers.checkpoints import write_checkpoint
@@ -191,9 +193,14 @@ def test_the_plugins_nodes(bundles: Bundles, tmp_path: Path, name: str, cache: s
         assert len(node.input) == 10 + len(scales)
         assert list(node.input[4:6]) == past and list(node.input[10:]) == scales
         assert list(node.output[1:]) == [name.replace("past", "present") for name in (*past, *scales)]
+    config = ModelConfig.from_dict(TABLE[name])
+    sizes = {"batch": "batch", "tokens": "tokens", "positions": "positions", "capacity": CAPACITY}
+    found = {value.name: tuple(shape_and_type(value)[0]) for value in model.graph.input}
+    assert list(found.items()) == list(input_shapes(config, cache or "bf16", **sizes).items())
+    assert [value.name for value in model.graph.output] == interface_names(config, cache or "bf16")[1]
     values = {value.name: value for value in (*model.graph.input, *model.graph.output)}
     for i in range(LAYERS):
-        for kind, spec in zip(kinds, ModelConfig.from_dict(TABLE[name]).caches, strict=True):
+        for kind, spec in zip(kinds, config.caches, strict=True):
             for side in ("past", "present"):
                 label = kind.replace("past", side)
                 assert shape_and_type(values[f"{label}.{i}"]) == (
@@ -334,9 +341,9 @@ def test_an_append(tokens: int) -> None:
 def test_what_is_not_written_out(node: onnx.NodeProto, message: str) -> None:
     info = (TensorProto.FLOAT, ["b", "t", 6])
     model = graph_of([node], {"x": info}, {"y": info}, {"w": np.ones((6, 3), np.float32)})
-    with pytest.raises(ir.passes.PassError) as caught:
-        ir.passes.Sequential(LowerOpsetPass())(model)
-    assert_one_line(caught.value.__cause__, EngineError, message)
+    with pytest.raises(EngineError) as caught:
+        run_passes(model, "model.onnx", LowerOpsetPass())
+    assert_one_line(caught.value, EngineError, message)
 
 
 def assert_one_line(error: BaseException | None, kind: type[GtaEdgeError], message: str) -> None:
@@ -419,9 +426,9 @@ RELU = helper.make_node("Relu", ["x"], ["y"])
     ],
 )
 def test_graphs_that_are_not_ours(change: Callable[[], Any], model: ir.Model, message: str) -> None:
-    with pytest.raises(ir.passes.PassError) as caught:
-        ir.passes.Sequential(change())(model)
-    assert_one_line(caught.value.__cause__, EngineError, message)
+    with pytest.raises(EngineError) as caught:
+        run_passes(model, "model.onnx", change())
+    assert_one_line(caught.value, EngineError, message)
 
 
 def test_passes_in_the_wrong_order(bundles: Bundles) -> None:
@@ -430,13 +437,13 @@ def test_passes_in_the_wrong_order(bundles: Bundles) -> None:
         (QuantizeCachePass("fp8"), "the model keeps its functions"),
         (LowerOpsetPass(), "the model has functions"),
     ):
-        with pytest.raises(ir.passes.PassError) as caught:
-            ir.passes.Sequential(change)(model)
-        assert_one_line(caught.value.__cause__, EngineError, message)
+        with pytest.raises(EngineError) as caught:
+            run_passes(model, "model.onnx", change)
+        assert_one_line(caught.value, EngineError, message)
     ConvertPrecisionPass("fp16")(model)
-    with pytest.raises(ir.passes.PassError) as caught:
-        ir.passes.Sequential(ConvertPrecisionPass("bf16"))(model)
-    assert_one_line(caught.value.__cause__, EngineError, "the graph's inputs are float16, expected float32")
+    with pytest.raises(EngineError) as caught:
+        run_passes(model, "model.onnx", ConvertPrecisionPass("bf16"))
+    assert_one_line(caught.value, EngineError, "the graph's inputs are float16, expected float32")
 
 
 def test_constants_take_the_type_of_what_they_meet() -> None:

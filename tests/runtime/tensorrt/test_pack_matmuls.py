@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from onnx_ir.passes import common
 
-from gta_edge.errors import EngineError
 from gta_edge.export.pipeline import export_model
 from gta_edge.formats.bundle import Bundle
 from gta_edge.graph.retype import ConvertPrecisionPass
@@ -435,10 +434,32 @@ def test_the_products_of_a_model(bundles: Bundles) -> None:
     assert {each.bits for each in baseline} == {8} and {each.block_size for each in baseline} == {0}
 
 
-def test_an_input_of_unknown_width(bundles: Bundles) -> None:
-    model = ir.load(bundles("gqa, tied", "int4").model_path)
+def test_the_matmuls_of_a_model_whose_values_have_no_shapes(bundles: Bundles) -> None:
+    """The stored weights tell every size."""
+    path = bundles("gqa, tied", "int4").model_path
+    model, plain = ir.load(path), ir.load(path)
     for node in model.graph:
         for value in node.outputs:
             value.shape = None
-    with pytest.raises(EngineError, match=r"^the width of .* is not known; export the bundle again$"):
-        calls_of(model)
+    assert calls_of(model) == calls_of(plain)
+    assert len(calls_of(plain)) == 5
+
+
+def test_a_matrix_that_is_used_twice_and_packed_once() -> None:
+    """With an input of one axis it is left, with another it is packed."""
+    made = Maker()
+    made.matmul("x", "a", (128, 16))
+    made.nodes.append(helper.make_node("MatMul", ["v", "a.matrix"], ["b"]))
+    made.outputs.append(helper.make_tensor_value_info("b", TensorProto.FLOAT, [16]))
+    model = made.model(X, ("v", [128]))
+    done = packed(model)
+    assert (done.calls, done.matmuls) == (1, 1)
+    assert done.left == {"a.transposed": "it is multiplied by a tensor of 1 axes, expected at least two"}
+    assert counts(model)["DequantizeLinear"] == 1
+
+
+def test_nothing_is_changed_where_matmuls_are_counted(bundles: Bundles) -> None:
+    model = ir.load(bundles("gta, tied", "int4").model_path)
+    before = ir.to_proto(model).SerializeToString()
+    calls_of(model)
+    assert ir.to_proto(model).SerializeToString() == before

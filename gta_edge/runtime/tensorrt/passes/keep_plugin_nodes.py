@@ -23,23 +23,24 @@ class KeepPluginNodesPass(ir.passes.InPlacePass):
     TensorRT's parser takes the function where there is one, plugin or not. It finds the plugin by the node's domain
     or, before 10.10, by two attributes.
 
-    Precondition: every function of the model is one of ours.
-    Postcondition: there is no function, every node of domain ``gta`` is one that the plugin implements, and has the
-    attributes ``plugin_namespace`` and ``plugin_version``.
+    Afterwards every such node has the attributes ``plugin_namespace`` and ``plugin_version``.
 
     Raises:
         EngineError: the model has functions or nodes that no plugin stands for.
     """
 
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Remove the functions of ``model``."""
-        nodes = [node for node in model.graph if node.domain == DOMAIN]
-        for domain, name in [key[:2] for key in model.functions] + [(n.domain, n.op_type) for n in nodes]:
+    def requires(self, model: ir.Model) -> None:
+        """The plugin implements every function, and every node of our domain."""
+        nodes = [(node.domain, node.op_type) for node in model.graph if node.domain == DOMAIN]
+        for domain, name in [*(key[:2] for key in model.functions), *nodes]:
             if (domain, name) != (DOMAIN, op.OP):
                 raise EngineError(f"no plugin implements {domain}::{name}, only {DOMAIN}::{op.OP}", "export it again")
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Remove the functions of ``model``."""
         modified = bool(model.functions)
         model.functions.clear()
-        for node in nodes:
+        for node in [node for node in model.graph if node.domain == DOMAIN]:
             for name, text in (("plugin_namespace", DOMAIN), ("plugin_version", str(VERSION))):
                 if node.attributes.get_string(name, "") != text:
                     node.attributes[name] = ir.AttrString(name, text)
