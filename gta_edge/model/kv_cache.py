@@ -68,7 +68,7 @@ class CacheTensor:
         name: without ``past_`` or ``present_``: ``key.0``, ``latent_scale.53``.
         heads: that are cached.
         width: values per head and token; None for scales, of which each has one and no axis for it.
-        dtype: a name in ``DTYPES``.
+        dtype: ``fp32`` or one of ``CACHE_TYPES``.
     """
 
     name: str
@@ -113,7 +113,7 @@ def cache_tensors(config: ModelConfig, dtype: str = "fp32") -> list[CacheTensor]
 
     Args:
         config: the model's sizes.
-        dtype: of cached values, a name in ``DTYPES``; float32 is what a bundle's own graph has.
+        dtype: of cached values, ``fp32`` or one of ``CACHE_TYPES``; float32 is what a bundle's own graph has.
     """
     tensors = [tensor for i in range(config.num_hidden_layers) for tensor in _layer_tensors(config, dtype, i)]
     return sorted(tensors, key=lambda tensor: tensor.width is None)  # which keeps the order otherwise
@@ -143,7 +143,7 @@ def input_shapes(
 
     Args:
         config: the model's sizes.
-        dtype: of cached values, a name in ``DTYPES``.
+        dtype: of cached values, ``fp32`` or one of ``CACHE_TYPES``.
         batch: B, a number or a symbol's name; so are the others.
         tokens: T, new ones per row.
         positions: M, of each row, that logits are given for.

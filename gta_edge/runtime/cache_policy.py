@@ -41,7 +41,7 @@ class CachePolicy:
 
     Args:
         config: the model's sizes.
-        dtype: of cached values, a name in ``dtypes.DTYPES``.
+        dtype: of cached values, ``fp32`` or one of ``CACHE_TYPES``.
         on_host: whether its memory is the host's, of which the system is asked before it is taken.
         chunk_size: largest number of tokens per row that is run at once.
         capacity_step: granularity in tokens of the cache's growth.

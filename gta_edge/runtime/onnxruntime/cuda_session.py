@@ -98,9 +98,9 @@ class OnnxRuntimeCudaSession(Session):
         progress: Progress = silent,
         **options: Any,
     ) -> None:
+        self.compute = compute
         options = {"chunk_size": CHUNK_SIZE, "capacity_step": _CAPACITY_STEP} | options
         super().__init__(bundle.config, CachePolicy(bundle.config, compute, **options))
-        self.compute = compute
         on_gpu = device == "cuda"
         self.device = "gpu" if on_gpu else "cpu"
         self._onnxruntime = load_onnxruntime_cuda(device_id) if on_gpu else load_onnxruntime("ort-gpu")
