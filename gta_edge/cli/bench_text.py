@@ -11,6 +11,7 @@ import rich.table
 
 from gta_edge.evaluate.bench.report import UNSTEADY
 from gta_edge.machine import info as machine
+from gta_edge.runtime.registry import BACKENDS
 
 __all__ = ["as_markdown", "how_wrong", "show"]
 
@@ -108,7 +109,7 @@ def _computes(entry: Document) -> str:
 
 def _software(entry: Document) -> str:
     backend = entry["backend"].partition("@")[0]
-    name = "onnxruntime-gpu" if backend == "onnxruntime-cuda" else backend  # others have their distribution's name
+    name = BACKENDS[backend].distribution
     version = entry["versions"].get(name)
     return f"{f'{name} {version}, ' if version else ''}Python {entry['python']}"
 

@@ -8,12 +8,10 @@ from typing import Any
 from gta_edge.cli import doctor_checks
 from gta_edge.cli.output import FAILED, current, key_value_table
 from gta_edge.machine import info as machine
+from gta_edge.runtime.registry import BACKENDS
 from gta_edge.version import __version__
 
 __all__ = ["doctor"]
-
-BACKENDS = ("tensorrt", "tensorrt-rtx", "onnxruntime-cuda", "onnxruntime", "torch")
-"""Checks that are of a backend, the fastest first."""
 
 
 def doctor() -> None:
@@ -32,8 +30,8 @@ def doctor() -> None:
         },
         "packages": machine.package_versions(),
         "kernels": {"gpu": None} | kernels,
-        "tensorrt": {engine: answers[engine].get("version") for engine in ("tensorrt", "tensorrt-rtx")},
-        "onnxruntime_providers": answers["onnxruntime"].get("providers", []),
+        "tensorrt": {name: answers[name].get("version") for name, each in BACKENDS.items() if each.builds_engine},
+        "onnxruntime_providers": next((each["providers"] for each in answers.values() if "providers" in each), []),
         "backends": {name: _without(answers[name], "version", "providers") for name in BACKENDS},
         "features": {name: answers[name] for name in ("export", "plot")},
     }

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from gta_edge.cli.output import current
-from gta_edge.formats.weights import PRECISIONS
+from gta_edge.numerics.dtypes import PRECISIONS
 from gta_edge.support.text import printable
 
 __all__ = ["export"]

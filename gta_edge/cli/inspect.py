@@ -14,11 +14,11 @@ from gta_edge.formats.checkpoint import Checkpoint
 from gta_edge.model.config import GTAConfig, ModelConfig
 from gta_edge.model.kv_cache import bytes_per_token
 from gta_edge.model.presets import PRESETS, preset
+from gta_edge.numerics.dtypes import CHECKPOINT_DTYPES
 from gta_edge.plan.cost import stored_parts
 
 __all__ = ["describe", "inspect"]
 
-_PRECISION_OF_DTYPE = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 _MIB = 2**20
 _BAR = 30
 
@@ -36,7 +36,8 @@ def inspect(
             config, precision, weight_bytes, extra = _open(Path(target), verify_hashes, progress)
         else:
             config = preset(target)
-            precision, weight_bytes, extra = _PRECISION_OF_DTYPE[config.dtype], config.weight_bytes, {"kind": "preset"}
+            precision = CHECKPOINT_DTYPES[config.dtype].name
+            weight_bytes, extra = config.weight_bytes, {"kind": "preset"}
     # a bundle computes in float32 and so does its cache; a checkpoint's cache would be in its own type
     cache_dtype = "float32" if extra["kind"] == "bundle" else config.dtype
     description = describe(config, precision, weight_bytes, cache_dtype) | extra
@@ -47,7 +48,7 @@ def inspect(
 
 
 def describe(config: ModelConfig, precision: str, weight_bytes: int, cache_dtype: str) -> dict[str, Any]:
-    """Return the figures of a model, as ``--json`` prints them; ``cache_dtype`` is a key of ``DTYPES``."""
+    """Return the figures of a model, as ``--json`` prints them; ``cache_dtype`` is a key of ``CHECKPOINT_DTYPES``."""
     gta = config if isinstance(config, GTAConfig) else None
     key, mixed = config.caches
     return {
@@ -65,7 +66,7 @@ def describe(config: ModelConfig, precision: str, weight_bytes: int, cache_dtype
         "max_length": config.max_position_embeddings,
         "cache_values_per_token_per_layer": config.cache_values_per_token_per_layer,
         "cache_dtype": cache_dtype,
-        "cache_bytes_per_token": bytes_per_token(config, _PRECISION_OF_DTYPE[cache_dtype]),
+        "cache_bytes_per_token": bytes_per_token(config, CHECKPOINT_DTYPES[cache_dtype].name),
         "attention_flops_per_pair": config.attention_flops_per_pair,
         "weight_bytes": weight_bytes,
         "precision": precision,
@@ -83,7 +84,7 @@ def _open(path: Path, verify_hashes: bool, progress: Any) -> tuple[ModelConfig, 
         return bundle.config, bundle.precision, bundle.weight_bytes, extra
     checkpoint = Checkpoint.open(path)
     dtypes = sorted({checkpoint.dtype_of(name) for name in checkpoint.names})
-    precision = "+".join(_PRECISION_OF_DTYPE[dtype] for dtype in dtypes)
+    precision = "+".join(CHECKPOINT_DTYPES[dtype].name for dtype in dtypes)
     return checkpoint.config, precision, checkpoint.weight_bytes, {"kind": "checkpoint"}
 
 

@@ -14,11 +14,11 @@ from gta_edge.formats.bundle import MANIFEST, WEIGHTS, Bundle
 from gta_edge.formats.checkpoint import Checkpoint
 from gta_edge.machine.devices import MEASURED, Device, device, device_names
 from gta_edge.model.presets import PRESETS, preset
-from gta_edge.plan.roofline import Model, Plan, execution_for, largest, make_plan
+from gta_edge.numerics.dtypes import CHECKPOINT_DTYPES, DTYPES
+from gta_edge.plan.roofline import Model, Plan, largest, make_plan
+from gta_edge.runtime.registry import fastest_on
 
 __all__ = ["plan"]
-
-_PRECISION_OF_DTYPE = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
 def plan(
@@ -98,32 +98,20 @@ def _model(target: str, precision: str | None, block_size: int | None) -> Model:
         if target not in PRESETS:
             raise InputError(f"{target} is neither a directory nor a preset", f"presets are {', '.join(PRESETS)}")
         config = preset(target)
-        return Model.of(target, config, precision or _PRECISION_OF_DTYPE[config.dtype], block_size)
+        return Model.of(target, config, precision or CHECKPOINT_DTYPES[config.dtype].name, block_size)
     if (path / MANIFEST).exists():
         bundle = Bundle.open(path)
         if precision in (None, bundle.precision) and block_size in (None, bundle.block_size):
             return Model(target, bundle.config, bundle.precision, bundle.block_size, bundle.weight_bytes)
         return Model.of(target, bundle.config, precision or bundle.precision, block_size)
     checkpoint = Checkpoint.open(path)
-    found = {_PRECISION_OF_DTYPE[checkpoint.dtype_of(name)] for name in checkpoint.names}
+    found = {CHECKPOINT_DTYPES[checkpoint.dtype_of(name)].name for name in checkpoint.names}
     own = found.pop() if len(found) == 1 else "fp32"
     return Model.of(target, checkpoint.config, precision or own, block_size, checkpoint.names)
 
 
 def _plan(model: Model, machine: Device, cache_dtype: str | None, **options: int | None) -> Plan:
-    from gta_edge.runtime.cache_policy import CHUNK_SIZE
-    from gta_edge.runtime.tensorrt.build import CHUNK_SIZE as ENGINE_CHUNK_SIZE
-    from gta_edge.runtime.tensorrt.build import LOGIT_POSITIONS
-
-    gpu = machine.backend == "tensorrt"
-    execution = execution_for(
-        model.config,
-        machine.backend,
-        model.precision,
-        cache_dtype,
-        chunk_size=ENGINE_CHUNK_SIZE if gpu else CHUNK_SIZE,
-        logit_positions=LOGIT_POSITIONS if gpu else 1,
-    )
+    execution = fastest_on(machine.kind).execution(model.config, model.precision, cache_dtype)
     given = {name: value for name, value in options.items() if value is not None}
     return make_plan(model, machine, execution, **given)
 
@@ -143,8 +131,8 @@ def _baselines(first: Plan, targets: list[str]) -> list[str]:
 
 def _advice(plan: Plan, target: str, block_size: int | None) -> list[str]:
     """Return changes of the options that make a model fit which does not, the smallest first."""
-    gta = plan.model.config.architecture == "GTAForCausalLM" and plan.device.backend == "tensorrt"
-    caches = [None, *(["int8"] if gta else [])]
+    possible = fastest_on(plan.device.kind).cache_types(plan.model.config, plan.execution.compute)
+    caches = [None, *[name for name in possible if DTYPES[name].needs_scale][:1]]
     precisions = [None, *(["int4"] if plan.model.precision != "int4" else [])]
     ways, last = [], plan
     for cache_dtype in caches:
@@ -165,7 +153,8 @@ def _advice(plan: Plan, target: str, block_size: int | None) -> list[str]:
 
 def _build_peak(plan: Plan, max_length: int) -> int | None:
     """Return what building an engine for so many tokens takes in memory; None where nothing is built."""
-    if plan.device.backend != "tensorrt":
+    backend = fastest_on(plan.device.kind)
+    if not backend.builds_engine:
         return None
     from gta_edge.runtime.tensorrt.build import requirement
     from gta_edge.runtime.tensorrt.engine import EngineSpec
@@ -174,7 +163,7 @@ def _build_peak(plan: Plan, max_length: int) -> int | None:
     manifest = {"files": {WEIGHTS: {"bytes": model.weight_bytes}}, "block_size": model.block_size}
     bundle = Bundle(Path(model.name), model.config, model.precision, manifest)  # only sizes are asked for
     spec = EngineSpec(
-        engine="tensorrt",
+        engine=backend.name,
         compute=execution.compute,
         cache_dtype=execution.cache_dtype,
         max_length=max_length,
@@ -194,7 +183,7 @@ def _document(plan: Plan) -> dict[str, Any]:
         "model": model.name,
         "architecture": model.config.architecture,
         "device": machine.name,
-        "backend": machine.backend,
+        "backend": fastest_on(machine.kind).name,
         "precision": model.precision,
         "block_size": model.block_size,
         "compute": plan.execution.compute,
