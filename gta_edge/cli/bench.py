@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from gta_edge.cli.choices import BACKEND_NAMES, backend_list, completed_list
 from gta_edge.cli.output import FAILED, current
 from gta_edge.errors import InputError
 from gta_edge.support.text import brief, one_line, printable
@@ -22,13 +23,18 @@ def bench(
     bundles: Annotated[list[Path], typer.Argument(metavar="BUNDLE…", help="The bundles.")],
     backend: Annotated[
         str | None,
-        typer.Option(help="Backends with commas between; NAME@PYTHON under another interpreter. All by default."),
+        typer.Option(
+            metavar="A,B@PYTHON",
+            help=f"Of {', '.join(BACKEND_NAMES)}; NAME@PYTHON runs one under another interpreter. All by default.",
+            parser=backend_list,
+            autocompletion=completed_list(BACKEND_NAMES),
+        ),
     ] = None,
     contexts: Annotated[
         str | None, typer.Option(help="Tokens of the prompt: 128,2048, the default, or what fits the model.")
     ] = None,
     new_tokens: Annotated[int | None, typer.Option(help="Steps timed after it; 32, or what fits the model.")] = None,
-    batch: Annotated[int, typer.Option(help="Rows at once.")] = 1,
+    batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
     rounds: Annotated[
         int | None, typer.Option(help="Repeats; by default at least 3, and up to 15 until medians settle.")
     ] = None,
@@ -55,7 +61,7 @@ def bench(
         from gta_edge.cli.plan_plot import check
 
         check(plot, force=force, inputs=[*bundles, *([prompt_file] if prompt_file else [])])
-    targets = parse_targets(backend)
+    targets = parse_targets(backend or None)
     settings = Settings(
         contexts=None if contexts is None else _numbers("--contexts", contexts),
         new_tokens=DEFAULT_NEW_TOKENS if new_tokens is None else new_tokens,

@@ -7,19 +7,18 @@ from typing import Annotated
 
 import typer
 
+from gta_edge.cli.choices import Precision, value_of
 from gta_edge.cli.output import current
-from gta_edge.formats.weights import PRECISIONS
 from gta_edge.support.text import printable
 
 __all__ = ["export"]
 
 
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="Directory with config.json and safetensors.")],
-    bundle: Annotated[Path, typer.Argument(help="Directory to write.")],
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Directory with config.json and safetensors.")],
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="Directory to write.")],
     precision: Annotated[
-        str | None,
-        typer.Option(help=f"How weights are stored: {', '.join(PRECISIONS)}; the checkpoint's own by default."),
+        Precision | None, typer.Option(help="How weights are stored; the checkpoint's own by default.")
     ] = None,
     block_size: Annotated[
         int | None,
@@ -39,7 +38,7 @@ def export(
         result = pipeline.export_model(
             checkpoint,
             bundle,
-            precision=precision,
+            precision=value_of(precision),
             block_size=block_size,
             calibrate=calibrate,
             verify=verify,

@@ -10,21 +10,21 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Annotated, Any, get_type_hints
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
-import rich.console
-import rich.markup
-import rich.progress
-import rich.table
 import typer
 
+from gta_edge.cli.loading import load_libraries
 from gta_edge.cli.signals import exit_status
 from gta_edge.errors import GtaEdgeError
-from gta_edge.libraries.optional import too_old
-from gta_edge.support.json_text import json_text
 from gta_edge.support.progress import Progress, silent
 from gta_edge.support.text import one_line, printable
+
+if TYPE_CHECKING:  # loaded when it is used: help and the version do without
+    import rich.console
+    import rich.table
 
 __all__ = ["FAILED", "SCHEMA_VERSION", "Output", "as_line", "command", "current", "key_value_table"]
 
@@ -49,10 +49,18 @@ class Output:
     json: bool = False
     quiet: bool = False
     debug: bool = False
-    console: rich.console.Console = field(default_factory=rich.console.Console)
+
+    @cached_property
+    def console(self) -> rich.console.Console:
+        """Stdout, as wide as its terminal."""
+        import rich.console
+
+        return rich.console.Console()
 
     def document(self, content: dict[str, Any]) -> None:
         """Print the result as JSON (docs/json.md); what JSON cannot say (infinity, NaN) becomes null."""
+        from gta_edge.support.json_text import json_text
+
         print(json_text({"schema_version": SCHEMA_VERSION, **content}, sys.stdout.encoding))
 
     def note(self, text: str) -> None:
@@ -66,6 +74,9 @@ class Output:
         if self.json or self.quiet or not sys.stderr.isatty():
             yield silent
             return
+        import rich.console
+        import rich.progress
+
         columns = (
             rich.progress.TextColumn("{task.description}"),
             rich.progress.BarColumn(),
@@ -106,6 +117,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     def run(**options: Any) -> None:
         global _current  # one command a process
         _current = Output(**{name: options.pop(name) for name in _COMMON})
+        load_libraries()
         try:
             with _notes():
                 function(**options)
@@ -151,6 +163,9 @@ def _notes() -> Iterator[None]:
 
 def key_value_table(rows: dict[str, str]) -> rich.table.Table:
     """Return a plain two-column table."""
+    import rich.markup
+    import rich.table
+
     table = rich.table.Table(box=None, show_header=False, pad_edge=False)
     for key, value in rows.items():
         table.add_row(rich.markup.escape(printable(key)), rich.markup.escape(printable(value)))
@@ -158,6 +173,8 @@ def key_value_table(rows: dict[str, str]) -> rich.table.Table:
 
 
 def _describe(error: BaseException) -> str:
+    from gta_edge.libraries.optional import too_old
+
     if isinstance(error, MemoryError):
         return "not enough memory; use a smaller model, a shorter context, or close other programs"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
