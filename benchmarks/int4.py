@@ -1,13 +1,13 @@
-"""Products with int4 and int8 weights on a GPU beside fp16 ones: each of a model's, and all of a step's together.
+"""Matmuls with int4 and int8 weights on a GPU beside fp16 ones: each of a model's, and all of a step's together.
 
     python benchmarks/int4.py [--json FILE] [--markdown FILE] [--model NAME] [--rows 1,8,512] [--quick]
 
-Unmeasured so far: no figure of it is published yet. First the floor: what each product reads, and how fast the GPU
+Unmeasured so far: no figure of it is published yet. First the floor: what each matmul reads, and how fast the GPU
 copies. Then the times. Each contender multiplies by so many matrices in turn that together they are at least four times
 the L2, captured in a CUDA graph; contenders take turns in every round, and ratios are taken within a round. Last, all
-products of one step of the whole model, every layer with weights of its own. Before that, results are compared with
+matmuls of one step of the whole model, every layer with weights of its own. Before that, results are compared with
 float64. The rate is that of a copy, which reads and writes: reads alone may be a little faster. torch's own int4
-product runs where it supports the GPU.
+matmul runs where it supports the GPU.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ Work = Callable[[], None]
 
 
 @dataclass(frozen=True)
-class Product:
+class MatMul:
     """One call of a step: matrices that share their input, side by side."""
 
     name: str
@@ -93,8 +93,8 @@ class Product:
         return 2 * rows * (self.in_features + self.out_features)
 
 
-def products(config: ModelConfig) -> list[Product]:
-    """Return the products of a model's step, those that share their input together."""
+def matmuls(config: ModelConfig) -> list[MatMul]:
+    """Return the matmuls of a model's step, those that share their input together."""
     hidden, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     if isinstance(config, GTAConfig):
         query, key = config.num_query_heads * config.key_dim, config.num_key_heads * config.key_dim
@@ -103,11 +103,11 @@ def products(config: ModelConfig) -> list[Product]:
         width = config.cache_values_per_token_per_layer // 2
         attention = (hidden, width, width)
     return [
-        Product("attention, in", hidden, attention, layers),
-        Product("attention, out", hidden, (hidden,), layers),
-        Product("gate and up", hidden, (inner, inner), layers),
-        Product("down", inner, (hidden,), layers),
-        Product("head", hidden, (config.vocab_size,), 1),
+        MatMul("attention, in", hidden, attention, layers),
+        MatMul("attention, out", hidden, (hidden,), layers),
+        MatMul("gate and up", hidden, (inner, inner), layers),
+        MatMul("down", inner, (hidden,), layers),
+        MatMul("head", hidden, (config.vocab_size,), 1),
     ]
 
 
@@ -126,20 +126,20 @@ class Ours:
         self.variant = MatMulVariant(bits, block_size, "fp16")
         self.label = f"gta-edge int{bits}, {f'blocks of {block_size}' if block_size else 'per channel'}"
 
-    def weight_bytes(self, product: Product) -> int:
+    def weight_bytes(self, matmul: MatMul) -> int:
         """Return the bytes of a packed matrix and its scales."""
-        weight, scale = self._shapes(product)
+        weight, scale = self._shapes(matmul)
         return 4 * _size(weight) + 2 * _size(scale)
 
-    def prepare(self, product: Product, rows: int, copies: int) -> Run:
+    def prepare(self, matmul: MatMul, rows: int, copies: int) -> Run:
         """Return what multiplies by each of so many random matrices."""
-        weight_shape, scale_shape = self._shapes(product)
+        weight_shape, scale_shape = self._shapes(matmul)
         weights = torch.randint(-(2**31), 2**31, (copies, *weight_shape), dtype=torch.int32, device="cuda")
         scales = torch.rand((copies, *scale_shape), dtype=torch.float16, device="cuda") * 0.01
-        x = torch.randn(rows, product.in_features, dtype=torch.float16, device="cuda")
-        outputs = [torch.empty(rows, size, dtype=torch.float16, device="cuda") for size in product.output_sizes]
+        x = torch.randn(rows, matmul.in_features, dtype=torch.float16, device="cuda")
+        outputs = [torch.empty(rows, size, dtype=torch.float16, device="cuda") for size in matmul.output_sizes]
         kernels = matmul_kernels(self.variant, current_gpu(torch.cuda.current_device()))
-        sizes = {"rows": rows, "in_features": product.in_features, "output_sizes": product.output_sizes}
+        sizes = {"rows": rows, "in_features": matmul.in_features, "output_sizes": matmul.output_sizes}
         size = kernels.workspace_bytes(**sizes)
         workspace = torch.empty(size, dtype=torch.uint8, device="cuda") if size else None
 
@@ -157,43 +157,43 @@ class Ours:
 
         return run
 
-    def check(self, product: Product, rows: int) -> None:
+    def check(self, matmul: MatMul, rows: int) -> None:
         """Compare with float32.
 
         Raises:
             BackendError: the result is wrong.
         """
-        x, weight, scale, outputs = self.prepare(product, rows, 1)(0)
+        x, weight, scale, outputs = self.prepare(matmul, rows, 1)(0)
         packed = Packed(weight.cpu().numpy(), scale.cpu().numpy())
         bits, block = self.variant.bits, self.variant.block_size
-        codes, scales = unpack(packed, product.in_features, product.out_features, bits, block)
-        spread_scales = torch.from_numpy(scales).float().reshape(-1, product.out_features)
-        repeats = block or product.in_features
+        codes, scales = unpack(packed, matmul.in_features, matmul.out_features, bits, block)
+        spread_scales = torch.from_numpy(scales).float().reshape(-1, matmul.out_features)
+        repeats = block or matmul.in_features
         matrix = torch.from_numpy(codes).float() * spread_scales.repeat_interleave(repeats, 0)
         wanted = x.double().cpu() @ matrix.double()
         error = (torch.cat(outputs, dim=1).double().cpu() - wanted).abs().max() / wanted.abs().max()
         if not error <= TOLERANCE:
-            raise BackendError(f"{self.label} is wrong: {product.name}, {rows} rows, is off by {error:.1e}")
+            raise BackendError(f"{self.label} is wrong: {matmul.name}, {rows} rows, is off by {error:.1e}")
 
-    def _shapes(self, product: Product) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        return packed_shapes(product.in_features, product.out_features, self.variant.bits, self.variant.block_size)
+    def _shapes(self, matmul: MatMul) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return packed_shapes(matmul.in_features, matmul.out_features, self.variant.bits, self.variant.block_size)
 
 
 class Fp16:
-    """The product of torch in fp16, which is cuBLAS's."""
+    """The matmul of torch in fp16, which is cuBLAS's."""
 
     label = "cuBLAS fp16"
 
-    def weight_bytes(self, product: Product) -> int:
+    def weight_bytes(self, matmul: MatMul) -> int:
         """Return the bytes of a matrix."""
-        return 2 * product.in_features * product.out_features
+        return 2 * matmul.in_features * matmul.out_features
 
-    def prepare(self, product: Product, rows: int, copies: int) -> Run:
+    def prepare(self, matmul: MatMul, rows: int, copies: int) -> Run:
         """Return what multiplies by each of so many random matrices."""
-        shape = (copies, product.out_features, product.in_features)
+        shape = (copies, matmul.out_features, matmul.in_features)
         weights = torch.empty(shape, dtype=torch.float16, device="cuda").normal_()
-        x = torch.randn(rows, product.in_features, dtype=torch.float16, device="cuda")
-        y = torch.empty(rows, product.out_features, dtype=torch.float16, device="cuda")
+        x = torch.randn(rows, matmul.in_features, dtype=torch.float16, device="cuda")
+        y = torch.empty(rows, matmul.out_features, dtype=torch.float16, device="cuda")
         return lambda i: torch.mm(x, weights[i].t(), out=y)
 
 
@@ -202,14 +202,14 @@ class TorchInt4:
 
     label = f"torch int4, blocks of {BLOCK}"
 
-    def weight_bytes(self, product: Product) -> int:
+    def weight_bytes(self, matmul: MatMul) -> int:
         """Return the bytes of a packed matrix, its scales and zero points."""
-        values = product.in_features * product.out_features
+        values = matmul.in_features * matmul.out_features
         return values // 2 + 4 * values // BLOCK
 
-    def prepare(self, product: Product, rows: int, copies: int) -> Run:
+    def prepare(self, matmul: MatMul, rows: int, copies: int) -> Run:
         """Return what multiplies by each of so many random matrices."""
-        k, n = product.in_features, product.out_features
+        k, n = matmul.in_features, matmul.out_features
         weights = [
             torch._convert_weight_to_int4pack(torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device="cuda"), 8)
             for _ in range(copies)
@@ -238,14 +238,14 @@ def _size(shape: tuple[int, ...]) -> int:
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
-def traffic_bytes(key: str, product: Product, rows: int) -> int:
+def traffic_bytes(key: str, matmul: MatMul, rows: int) -> int:
     """Return what a call reads and writes at least."""
-    return CONTENDERS[key].weight_bytes(product) + product.io_bytes(rows)
+    return CONTENDERS[key].weight_bytes(matmul) + matmul.io_bytes(rows)
 
 
-def one_product(contender: Any, product: Product, rows: int, copies: int) -> Work:
-    """Return what multiplies by all of a contender's matrices of one product."""
-    run = contender.prepare(product, rows, copies)
+def one_matmul(contender: Any, matmul: MatMul, rows: int, copies: int) -> Work:
+    """Return what multiplies by all of a contender's matrices of one matmul."""
+    run = contender.prepare(matmul, rows, copies)
 
     def work() -> None:
         for i in range(copies):
@@ -254,9 +254,9 @@ def one_product(contender: Any, product: Product, rows: int, copies: int) -> Wor
     return work
 
 
-def one_step(contender: Any, all_products: list[Product], rows: int) -> Work:
-    """Return what does all products of a step, layer by layer and then the head's."""
-    runs = [(contender.prepare(product, rows, product.count), product.count) for product in all_products]
+def one_step(contender: Any, all_matmuls: list[MatMul], rows: int) -> Work:
+    """Return what does all matmuls of a step, layer by layer and then the head's."""
+    runs = [(contender.prepare(matmul, rows, matmul.count), matmul.count) for matmul in all_matmuls]
     layers = max(count for _, count in runs)
 
     def work() -> None:
@@ -271,25 +271,25 @@ def one_step(contender: Any, all_products: list[Product], rows: int) -> Work:
     return work
 
 
-def measure_product(product: Product, rows: int, place: Document, rounds: int) -> Document:
-    """Return one row: a product by all contenders, in turns."""
-    say(f"{product.name}, {rows} rows")
+def measure_matmul(matmul: MatMul, rows: int, place: Document, rounds: int) -> Document:
+    """Return one row: a matmul by all contenders, in turns."""
+    say(f"{matmul.name}, {rows} rows")
     work: dict[str, tuple[Callable[[], Work], int]] = {}
     for key, contender in CONTENDERS.items():
-        copies = layer_count(contender.weight_bytes(product), place["l2_bytes"])
-        work[key] = partial(one_product, contender, product, rows, copies), copies
-    row = measure(work, place, rounds, {key: traffic_bytes(key, product, rows) for key in CONTENDERS})
-    return {"product": product.name, "rows": rows, "flops": product.flops(rows), **row}
+        copies = layer_count(contender.weight_bytes(matmul), place["l2_bytes"])
+        work[key] = partial(one_matmul, contender, matmul, rows, copies), copies
+    row = measure(work, place, rounds, {key: traffic_bytes(key, matmul, rows) for key in CONTENDERS})
+    return {"matmul": matmul.name, "rows": rows, "flops": matmul.flops(rows), **row}
 
 
-def measure_step(all_products: list[Product], rows: int, place: Document, rounds: int) -> Document:
-    """Return the row of all products of a step, in their order, each layer by its own weights."""
-    say(f"all products of a step, {rows} rows")
-    work = {key: (partial(one_step, each, all_products, rows), 1) for key, each in CONTENDERS.items()}
-    moved = {key: sum(each.count * traffic_bytes(key, each, rows) for each in all_products) for key in CONTENDERS}
+def measure_step(all_matmuls: list[MatMul], rows: int, place: Document, rounds: int) -> Document:
+    """Return the row of all matmuls of a step, in their order, each layer by its own weights."""
+    say(f"all matmuls of a step, {rows} rows")
+    work = {key: (partial(one_step, each, all_matmuls, rows), 1) for key, each in CONTENDERS.items()}
+    moved = {key: sum(each.count * traffic_bytes(key, each, rows) for each in all_matmuls) for key in CONTENDERS}
     row = measure(work, place, rounds, moved)
-    flops = sum(each.count * each.flops(rows) for each in all_products)
-    return {"product": "all of a step", "rows": rows, "flops": flops, **row}
+    flops = sum(each.count * each.flops(rows) for each in all_matmuls)
+    return {"matmul": "all of a step", "rows": rows, "flops": flops, **row}
 
 
 def measure(
@@ -343,17 +343,17 @@ def ratios(times: dict[str, list[float]]) -> Document:
 
 
 def static_table(model: str) -> Table:
-    """Return what each product of a step reads, by its definition."""
+    """Return what each matmul of a step reads, by its definition."""
     return [
         {
-            "product": product.name,
-            "of a step": f"{product.count}",
-            "inputs": f"{product.in_features}",
-            "outputs": " + ".join(map(str, product.output_sizes)),
-            "MFLOP a row": f"{product.flops(1) / 1e6:.1f}",
+            "matmul": matmul.name,
+            "of a step": f"{matmul.count}",
+            "inputs": f"{matmul.in_features}",
+            "outputs": " + ".join(map(str, matmul.output_sizes)),
+            "MFLOP a row": f"{matmul.flops(1) / 1e6:.1f}",
         }
-        | {f"MB, {each.label}": f"{each.weight_bytes(product) / 1e6:.2f}" for each in CONTENDERS.values()}
-        for product in products(preset(model))
+        | {f"MB, {each.label}": f"{each.weight_bytes(matmul) / 1e6:.2f}" for each in CONTENDERS.values()}
+        for matmul in matmuls(preset(model))
     ]
 
 
@@ -362,7 +362,7 @@ def times_table(rows: list[Document]) -> Table:
     table = []
     for row in rows:
         for key, figures in row["contenders"].items():
-            cells = {"product": row["product"], "rows": f"{row['rows']}", "by": CONTENDERS[key].label}
+            cells = {"matmul": row["matmul"], "rows": f"{row['rows']}", "by": CONTENDERS[key].label}
             if "failed" in figures:
                 cells |= dict.fromkeys(("us", "MB moved", "of copy rate", "TFLOP/s"), MISSING)
             else:
@@ -378,7 +378,7 @@ def ratios_table(rows: list[Document]) -> Table:
     """Return how many times the peers' time is ours."""
     peers = [key for key in CONTENDERS if key not in OWN]
     return [
-        {"product": row["product"], "rows": f"{row['rows']}", "time over that of": CONTENDERS[own].label}
+        {"matmul": row["matmul"], "rows": f"{row['rows']}", "time over that of": CONTENDERS[own].label}
         | {CONTENDERS[peer].label: ranged(found[peer], 2) if peer in found else MISSING for peer in peers}
         for row in rows
         for own, found in row["ratios"].items()
@@ -389,7 +389,7 @@ def conditions(document: Document) -> str:
     """Say what was measured, with which command, where and when."""
     place, used = document["gpu"], ", ".join(f"{name} {number}" for name, number in document["versions"].items())
     return (
-        f"Products of {document['model']}, random weights, medians of {document['rounds']} rounds (smallest..largest). "
+        f"Matmuls of {document['model']}, random weights, medians of {document['rounds']} rounds (smallest..largest). "
         f"`{document['command']}` on {place['name']} ({place['architecture']}, {place['processors']} multiprocessors, "
         f"{place['l2_bytes'] / 2**20:.0f} MiB L2), {document['date'][:10]}; {used}. It copies "
         f"{place['copy_bytes_per_s'] / 1e9:.0f} GB/s (read and written) and reads "
@@ -400,8 +400,8 @@ def conditions(document: Document) -> str:
 def failures(document: Document) -> list[str]:
     """Return one sentence for each thing that was not measured."""
     return [
-        f"{CONTENDERS[key].label}, {row['product']}, {row['rows']} rows: {figures['failed']}"
-        for row in document["products"]
+        f"{CONTENDERS[key].label}, {row['matmul']}, {row['rows']} rows: {figures['failed']}"
+        for row in document["matmuls"]
         for key, figures in row["contenders"].items()
         if "failed" in figures
     ]
@@ -410,7 +410,7 @@ def failures(document: Document) -> list[str]:
 def show(document: Document) -> None:
     """Print what was measured."""
     print(conditions(document))
-    for table in (times_table(document["products"]), ratios_table(document["products"])):
+    for table in (times_table(document["matmuls"]), ratios_table(document["matmuls"])):
         show_table(table)
     for sentence in failures(document):
         print(sentence)
@@ -419,7 +419,7 @@ def show(document: Document) -> None:
 def markdown(document: Document) -> str:
     """Return the tables for a page of the documentation, with what they were measured on."""
     parts = [conditions(document)]
-    rows = document["products"]
+    rows = document["matmuls"]
     for table in (static_table(document["model"]), times_table(rows), ratios_table(rows)):
         lines = [list(table[0]), ["---"] * len(table[0]), *(list(cells.values()) for cells in table)]
         parts.append("\n".join(f"| {' | '.join(cells)} |" for cells in lines))
@@ -435,13 +435,13 @@ def run(model: str, rows: tuple[int, ...], quick: bool) -> Document:
     show_table(static_table(model))
     place |= rates(quick)
     rounds = 3 if quick else 7
-    all_products = products(preset(model))
+    all_matmuls = matmuls(preset(model))
     for key in OWN:
-        for product in all_products[:-1]:  # the head's matrix in float64 would take gigabytes of the host's memory
+        for matmul in all_matmuls[:-1]:  # the head's matrix in float64 would take gigabytes of the host's memory
             for number in sorted({1, 16, *rows}):
-                CONTENDERS[key].check(product, number)
-    found = [measure_product(product, number, place, rounds) for number in rows for product in all_products]
-    found += [measure_step(all_products, number, place, rounds) for number in rows]
+                CONTENDERS[key].check(matmul, number)
+    found = [measure_matmul(matmul, number, place, rounds) for number in rows for matmul in all_matmuls]
+    found += [measure_step(all_matmuls, number, place, rounds) for number in rows]
     return {
         "command": " ".join(["python", *sys.argv]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -449,7 +449,7 @@ def run(model: str, rows: tuple[int, ...], quick: bool) -> Document:
         "gpu": place,
         "versions": versions(),
         "rounds": rounds,
-        "products": found,
+        "matmuls": found,
     }
 
 

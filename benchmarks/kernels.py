@@ -57,7 +57,7 @@ MODEL_CONTEXTS = (128, 2048, 8192, 32768)
 MODELS = ("gta-1b", "gqa-1b")
 
 L2_MULTIPLE = 4
-MOST_LAYERS = 2048
+MAX_LAYERS = 2048
 MEMORY_FRACTION = 0.9
 """Of the free memory that a row's contenders may take together."""
 ROUND_SECONDS, TRIAL_SECONDS = 0.2, 0.05
@@ -206,7 +206,7 @@ class Measured:
 
 def layer_count(layer_bytes: int, l2_bytes: int) -> int:
     """Return how many layers are together at least four times the L2."""
-    return min(MOST_LAYERS, max(1, -(-L2_MULTIPLE * l2_bytes // layer_bytes)))
+    return min(MAX_LAYERS, max(1, -(-L2_MULTIPLE * l2_bytes // layer_bytes)))
 
 
 def brief(error: Exception) -> str:

@@ -46,14 +46,14 @@ def count(model: Path) -> GraphFlops:
     Raises:
         BundleError: a matrix product whose shape cannot be told, or one of another kind.
     """
-    short, long = (_products(model, capacity) for capacity in CAPACITIES)
+    short, long = (_matmuls(model, capacity) for capacity in CAPACITIES)
     growth = {node: long[node] - flops for node, flops in short.items()}
     pairs = TOKENS * (CAPACITIES[1] - CAPACITIES[0])
     by_token = sum(flops for node, flops in short.items() if not growth[node])
     return GraphFlops(sum(growth.values()) // pairs, by_token // TOKENS)
 
 
-def _products(path: Path, capacity: int) -> dict[int, int]:
+def _matmuls(path: Path, capacity: int) -> dict[int, int]:
     """Return the FLOPs of every matrix product by its place among the nodes, for ``TOKENS`` new tokens in one row."""
     model = onnx.load(path, load_external_data=False)
     sizes = _sizes(model, capacity)

@@ -37,9 +37,9 @@ What int8 and int4 change is no damage: perplexity judges it (``gta-edge eval``)
 """
 
 ROUNDED_BOUND = 2.0
-"""The same of a backend that rounds activations to int8 for products with int8 and int4 weights.
+"""The same of a backend that rounds activations to int8 for matmuls with int8 and int4 weights.
 
-Each product is off by half a percent then, and through the layers the largest of millions of logits is off by a tenth
+Each matmul is off by half a percent then, and through the layers the largest of millions of logits is off by a tenth
 of their spread (the trained example model) to half of it (54 layers of random weights). Logits of a kernel that is
 wrong have nothing to do with the reference, and the largest difference is five or more times the spread.
 """

@@ -103,7 +103,7 @@ def _static(report: Document, several: bool) -> Table:
 
 def _computes(entry: Document) -> str:
     graph = {True: ", CUDA graph", False: ", no CUDA graph", None: ""}[entry["cuda_graph"]]
-    return f"{entry['compute']}{', int8 products' if entry['rounds_activations'] else ''}{graph}"
+    return f"{entry['compute']}{', int8 matmuls' if entry['rounds_activations'] else ''}{graph}"
 
 
 def _software(entry: Document) -> str:

@@ -54,7 +54,7 @@ def build(
     """Build a TensorRT engine of a bundle, or write the model for other tools."""
     from gta_edge.formats.bundle import Bundle
     from gta_edge.runtime.tensorrt import build as builder
-    from gta_edge.runtime.tensorrt.engine import Purpose
+    from gta_edge.runtime.tensorrt.engine import EngineSpec
 
     if output is not None and not onnx_only:
         raise typer.BadParameter("--output goes with --onnx-only; an engine lies in its bundle")
@@ -65,29 +65,31 @@ def build(
         opened = Bundle.open(bundle, verify_hashes=verify_hashes, progress=progress)
         length = max_length or min(4096, opened.config.max_position_embeddings)
         computes = value_of(compute) or (opened.precision if opened.precision in ("fp16", "bf16") else "fp16")
-        purpose = Purpose(
+        spec = EngineSpec(
             engine=engine.value,
             compute=computes,
             cache_dtype=value_of(cache_dtype) or computes,
             max_length=length,
             max_batch=max_batch,
             chunk_size=min(builder.CHUNK_SIZE, length),
-            int4=matmul.value,
+            matmul=matmul.value,
         )
-        builder.check_purpose(opened, purpose)
-        needed = builder.requirement(opened, purpose)
+        builder.check_spec(opened, spec)
+        needed = builder.requirement(opened, spec)
         if onnx_only:
-            written = builder.prepare_only(
-                opened, purpose, output, newer_ops=not older_parser, force=force, progress=progress
+            written = builder.lower_only(
+                opened, spec, output, newer_ops=not older_parser, force=force, progress=progress
             )
         else:
             capabilities = compute_capability.replace(" ", "").split(",") if compute_capability else []
-            written = builder.build(opened, purpose, compute_capabilities=capabilities, force=force, progress=progress)
-    document = {"written": str(written), **vars(purpose), "estimated_peak_bytes": None if onnx_only else needed.peak}
-    document["products"] = builder.products_of(written) if opened.precision in ("int4", "int8") else None
+            written = builder.build(opened, spec, compute_capabilities=capabilities, force=force, progress=progress)
+    multiplied_by = builder.matmul_of(written) if opened.precision in ("int4", "int8") else None
+    document = {"written": str(written), **vars(spec), "estimated_peak_bytes": None if onnx_only else needed.peak}
+    # two keys that the first documents had stay
+    document |= {"int4": spec.matmul, "matmul": multiplied_by, "products": multiplied_by}
     if out.json:
         out.document(document)
     else:
-        cache = f"a cache of {purpose.max_length} tokens in {purpose.cache_dtype}"
-        products = f", {document['products']} products" if document["products"] else ""
-        print(f"{written}: {purpose.engine}, {purpose.compute}, {cache}{products}")
+        cache = f"a cache of {spec.max_length} tokens in {spec.cache_dtype}"
+        matmuls = f", {multiplied_by} matmuls" if multiplied_by else ""
+        print(f"{written}: {spec.engine}, {spec.compute}, {cache}{matmuls}")

@@ -168,12 +168,12 @@ def _build_peak(plan: Plan, max_length: int) -> int | None:
     if plan.device.backend != "tensorrt":
         return None
     from gta_edge.runtime.tensorrt.build import requirement
-    from gta_edge.runtime.tensorrt.engine import Purpose
+    from gta_edge.runtime.tensorrt.engine import EngineSpec
 
     model, execution = plan.model, plan.execution
     manifest = {"files": {WEIGHTS: {"bytes": model.weight_bytes}}, "block_size": model.block_size}
     bundle = Bundle(Path(model.name), model.config, model.precision, manifest)  # only sizes are asked for
-    purpose = Purpose(
+    spec = EngineSpec(
         engine="tensorrt",
         compute=execution.compute,
         cache_dtype=execution.cache_dtype,
@@ -181,7 +181,7 @@ def _build_peak(plan: Plan, max_length: int) -> int | None:
         max_batch=plan.batch,
         chunk_size=min(execution.chunk_size, max_length),
     )
-    return requirement(bundle, purpose).peak
+    return requirement(bundle, spec).peak
 
 
 def _document(plan: Plan) -> dict[str, Any]:

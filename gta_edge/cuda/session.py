@@ -83,26 +83,27 @@ class Cuda:
         if int(status):
             if status != self._driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
                 raise BackendError(f"the GPU gave no memory for {what} ({_name(status)})", "run `gta-edge doctor`")
-            raise CapacityError(f"{what} takes {_gb(size_bytes)} and {self._room(size_bytes)}")
+            problem, remedy = self._room(size_bytes)
+            raise CapacityError(f"{what} takes {_gb(size_bytes)} and {problem}", remedy)
         self._addresses.append(int(address))
         self._call("cuMemsetD8Async", address, 0, size_bytes, self._stream)
         return int(address)
 
-    def _room(self, size_bytes: int) -> str:
-        """Say why so many bytes could not be had, and what helps."""
+    def _room(self, size_bytes: int) -> tuple[str, str]:
+        """Return why so many bytes could not be had, and what helps."""
         free, remedy = self.free_bytes(), "build with a smaller --max-length or --max-batch"
         if size_bytes > free:
-            return f"the GPU has {_gb(free)} free; close other programs, or {remedy}"
+            return f"the GPU has {_gb(free)} free", f"close other programs, or {remedy}"
         largest = self._largest_block(size_bytes)
         if not self.shares_memory:
             return (
-                f"the largest block that the GPU gives is {_gb(largest)}, of {_gb(free)} free in pieces; close other "
-                f"programs, or {remedy}"
+                f"the largest block that the GPU gives is {_gb(largest)}, of {_gb(free)} free in pieces",
+                f"close other programs, or {remedy}",
             )
         return (
             f"the largest block that CUDA gives is {_gb(largest)}: it shares the system's memory, of which {_gb(free)} "
-            "are free only once file caches are dropped; run: sync; echo 3 | sudo tee /proc/sys/vm/drop_caches, close "
-            f"other programs, or {remedy}"
+            "are free only once file caches are dropped",
+            f"run: sync; echo 3 | sudo tee /proc/sys/vm/drop_caches, close other programs, or {remedy}",
         )
 
     def _largest_block(self, limit: int) -> int:

@@ -12,7 +12,7 @@ from gta_edge.export.passes.attach_functions import AttachFunctionsPass
 from gta_edge.export.passes.fold_weight_views import FoldWeightViewsPass
 from gta_edge.export.passes.quantize_embedding import QuantizeEmbeddingPass
 from gta_edge.export.passes.quantize_weights import QuantizeWeightsPass
-from gta_edge.export.passes.stamp_layers import StampLayersPass
+from gta_edge.export.passes.stamp_layers import RepeatLayersPass
 from gta_edge.export.passes.store_weights import StoreWeightsPass
 from gta_edge.export.passes.tie_head import TieHeadPass
 from gta_edge.export.quantizer import Quantizer
@@ -40,7 +40,7 @@ def traced(config: ModelConfig, biases: Collection[str]) -> ir.Model:
     if set(biases) != {name.replace(".0.", f".{i}.", 1) for name in first for i in layers}:
         return trace(config, biases)
     model = trace(config.replace(num_hidden_layers=1), first)
-    return StampLayersPass(config.num_hidden_layers, interface_names(config))(model).model
+    return RepeatLayersPass(config.num_hidden_layers, interface_names(config))(model).model
 
 
 def prepare(

@@ -27,7 +27,7 @@ else:
 
 __all__ = ["add_function", "load_graph", "rewriting", "run_passes", "serialised"]
 
-_FIXED_BYTES, _LAYER_BYTES, _MOST_BYTES = 2**18, 2**16, 2**24
+_FIXED_BYTES, _LAYER_BYTES, _MAX_BYTES = 2**18, 2**16, 2**24
 """Of a graph's file: a layer takes a third of that at most, and parsed it may take eighty times its size."""
 _REMEDY = "export the bundle again, or copy it anew"
 
@@ -85,7 +85,7 @@ def add_function(model: ir.Model, text: str) -> None:
 
 
 def _content(path: Path, config: ModelConfig) -> bytes:
-    most = min(_FIXED_BYTES + _LAYER_BYTES * config.num_hidden_layers, _MOST_BYTES)
+    most = min(_FIXED_BYTES + _LAYER_BYTES * config.num_hidden_layers, _MAX_BYTES)
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             raise BundleError(f"{printable(str(path))}: is not a regular file", _REMEDY)

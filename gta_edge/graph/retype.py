@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 else:
     ir = optional("onnx_ir", "tensorrt")
 
-__all__ = ["COMPUTE_TYPES", "RetypePass"]
+__all__ = ["COMPUTE_TYPES", "ConvertPrecisionPass"]
 
 COMPUTE_TYPES = {"fp16": "FLOAT16", "bf16": "BFLOAT16", "fp32": "FLOAT"}
 """ONNX's name of the type, by the name that ``--compute`` takes."""
@@ -26,13 +26,13 @@ COMPUTE_TYPES = {"fp16": "FLOAT16", "bf16": "BFLOAT16", "fp32": "FLOAT"}
 _CACHE = "present_"
 
 
-class RetypePass(ir.passes.InPlacePass):
+class ConvertPrecisionPass(ir.passes.InPlacePass):
     """Turn a graph that computes in float32 into a strongly typed one in ``compute``.
 
     Activations, the residual stream, caches, value decoder, cos and sin get that type, and so does every stored tensor
     of floats: matrices, norms' weights, biases, and the scales of quantised matrices, whose codes stay packed behind
     their DequantizeLinear. They are converted when the model is written. The Casts behind which they were stored go.
-    The scales of ``PackProductsPass`` stay float16, as the op takes them.
+    The scales of ``PackMatMulsPass`` stay float16, as the op takes them.
 
     What stays float32: the softmax, which the graph marks by a Cast of what is float32 already; the norms' sums
     (``stash_type`` 1); and the logits, by a Cast behind the head's product. That product stays in ``compute``: engines

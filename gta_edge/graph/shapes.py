@@ -22,9 +22,9 @@ __all__ = ["ATTRIBUTES", "INPUTS", "Known", "outputs_of"]
 FLOAT, INT8, INT32, INT64, BOOL, FLOAT16, BFLOAT16, INT4 = 1, 3, 6, 7, 9, 10, 16, 22
 """ONNX's numbers of element types (``onnx.TensorProto``); those that a bundle's graph has."""
 
-_MOST_VALUES = 4096
-_MOST_AXES = 8
-_MOST_SIZE = 2**40
+_MAX_VALUES = 4096
+_MAX_AXES = 8
+_MAX_SIZE = 2**40
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def outputs_of(op_type: str, inputs: Sequence[Known], attributes: Attributes) ->
     except (IndexError, OverflowError, KeyError) as error:  # an axis that is not there, a number beyond int64
         raise ValueError(f"its inputs or attributes do not go together ({type(error).__name__})") from error
     for result in results:
-        _require(len(result.shape) <= _MOST_AXES and all(0 <= size <= _MOST_SIZE for size in result.shape), "its size")
+        _require(len(result.shape) <= _MAX_AXES and all(0 <= size <= _MAX_SIZE for size in result.shape), "its size")
     return results
 
 
@@ -79,7 +79,7 @@ def _require(condition: object, what: str) -> None:
 
 def _known(dtype: int, shape: Sequence[int], numbers: Any = None) -> list[Known]:
     shape = tuple(int(size) for size in shape)
-    if numbers is None or dtype != INT64 or math.prod(shape) > _MOST_VALUES:
+    if numbers is None or dtype != INT64 or math.prod(shape) > _MAX_VALUES:
         return [Known(dtype, shape)]
     return [Known(dtype, shape, np.asarray(numbers, np.int64).reshape(shape))]
 
@@ -122,7 +122,7 @@ def _computed(compute: Callable[[Any, Any], Any]) -> Rule:
     def rule(inputs: Sequence[Known], attributes: Attributes) -> list[Known]:
         (result,) = _arithmetic(inputs, attributes)
         a, b = (value.numbers for value in inputs)
-        followed = a is not None and b is not None and result.elements <= _MOST_VALUES
+        followed = a is not None and b is not None and result.elements <= _MAX_VALUES
         return _known(result.dtype, result.shape, compute(a, b) if followed else None)
 
     return rule
@@ -178,14 +178,14 @@ def _concat(inputs: Sequence[Known], attributes: Attributes) -> list[Known]:
     _require(len(rests) == 1, "one of its inputs")
     shape = [*first.shape[:axis], sum(value.shape[axis] for value in inputs), *first.shape[axis + 1 :]]
     parts = [value.numbers for value in inputs if value.numbers is not None]
-    followed = math.prod(shape) <= _MOST_VALUES and len(parts) == len(inputs)
+    followed = math.prod(shape) <= _MAX_VALUES and len(parts) == len(inputs)
     return _known(first.dtype, shape, np.concatenate(parts, axis) if followed else None)
 
 
 def _unsqueeze(inputs: Sequence[Known], attributes: Attributes) -> list[Known]:
     x, given = inputs[0], _numbers(inputs[1])
     rank = len(x.shape) + given.size
-    _require(given.ndim <= 1 and rank <= _MOST_AXES, "its number of axes")
+    _require(given.ndim <= 1 and rank <= _MAX_AXES, "its number of axes")
     axes = {_axis(int(axis), rank) for axis in given.reshape(-1)}
     _require(len(axes) == given.size, "one of its axes")
     sizes = iter(x.shape)
@@ -202,7 +202,7 @@ def _squeeze(inputs: Sequence[Known], attributes: Attributes) -> list[Known]:
 
 def _reshape(inputs: Sequence[Known], attributes: Attributes) -> list[Known]:
     x, wanted = inputs[0], _numbers(inputs[1])
-    _require(wanted.ndim == 1 and wanted.size <= _MOST_AXES, "the shape it is given")
+    _require(wanted.ndim == 1 and wanted.size <= _MAX_AXES, "the shape it is given")
     copies = not attributes.get("allowzero", 0)
     shape = [x.shape[i] if size == 0 and copies else int(size) for i, size in enumerate(wanted.tolist())]
     if -1 in shape:
@@ -221,7 +221,7 @@ def _transpose(inputs: Sequence[Known], attributes: Attributes) -> list[Known]:
 
 def _expand(inputs: Sequence[Known], attributes: Attributes) -> list[Known]:
     wanted = _numbers(inputs[1])
-    _require(wanted.ndim == 1 and wanted.size <= _MOST_AXES and (wanted >= 0).all(), "the shape it is given")
+    _require(wanted.ndim == 1 and wanted.size <= _MAX_AXES and (wanted >= 0).all(), "the shape it is given")
     return _known(inputs[0].dtype, _broadcast(inputs[0].shape, tuple(map(int, wanted))))
 
 
@@ -256,7 +256,7 @@ def _range(inputs: Sequence[Known], attributes: Attributes) -> list[Known]:
     start, stop, step = (int(_numbers(value)) for value in inputs)
     _require(step != 0, "its step")
     found = range(start, stop, step)
-    return _known(INT64, (len(found),), found if len(found) <= _MOST_VALUES else None)
+    return _known(INT64, (len(found),), found if len(found) <= _MAX_VALUES else None)
 
 
 def _matmul(inputs: Sequence[Known], attributes: Attributes) -> list[Known]:

@@ -45,10 +45,10 @@ _IR_VERSIONS = range(8, 16)
 _BITS = {FLOAT: 32, FLOAT16: 16, BFLOAT16: 16, INT32: 32, INT64: 64, INT8: 8, INT4: 4}
 _STORED = _BITS.keys() - {INT64}
 _NUMPY = {FLOAT: "<f4", FLOAT16: "<f2", INT32: "<i4", INT64: "<i8"}
-_MOST_INLINE_BYTES = 2**16
-_MOST_FIXED, _MOST_PER_LAYER = 400, 200  # nodes, or stored tensors: a baseline in int4 has 100 nodes in a layer
+_MAX_INLINE_BYTES = 2**16
+_MAX_FIXED, _MAX_PER_LAYER = 400, 200  # nodes, or stored tensors: a baseline in int4 has 100 nodes in a layer
 
-_MOST_ATTRIBUTES = 8
+_MAX_ATTRIBUTES = 8
 
 # Sizes of the inputs' axes to look at a graph with. The first are so small that no two dimensions are equal by chance;
 # the second are those of a large step.
@@ -108,12 +108,12 @@ def check_model(model: onnx.ModelProto, config: ModelConfig, file_bytes: Mapping
 
 def _check_counts(graph: onnx.GraphProto, config: ModelConfig) -> None:
     """Refuse more than can be looked at in a short time: an empty message takes two bytes of a file."""
-    most = _MOST_FIXED + _MOST_PER_LAYER * config.num_hidden_layers
+    most = _MAX_FIXED + _MAX_PER_LAYER * config.num_hidden_layers
     for what in ("node", "initializer", "value_info"):
         if len(getattr(graph, what)) > most:
             raise ValueError(f"it has {len(getattr(graph, what))} entries of {what}, expected at most {most}")
-    if any(len(node.attribute) > _MOST_ATTRIBUTES for node in graph.node):
-        raise ValueError(f"it has a node of more than {_MOST_ATTRIBUTES} attributes")
+    if any(len(node.attribute) > _MAX_ATTRIBUTES for node in graph.node):
+        raise ValueError(f"it has a node of more than {_MAX_ATTRIBUTES} attributes")
 
 
 def _check_header(model: onnx.ModelProto) -> None:
@@ -210,7 +210,7 @@ def _tensor(tensor: onnx.TensorProto, file_bytes: Mapping[str, int] | None) -> K
         return Known(tensor.data_type, shape)
     if tensor.data_location or tensor.external_data:
         raise ValueError(f"the tensor {name} may not lie in a file")
-    if len(tensor.raw_data) != needed or needed > _MOST_INLINE_BYTES:
+    if len(tensor.raw_data) != needed or needed > _MAX_INLINE_BYTES:
         raise ValueError(f"the tensor {name} has {len(tensor.raw_data)} bytes, expected {needed} for {brief(shape)}")
     numbers = np.frombuffer(tensor.raw_data, "<i8").reshape(shape) if tensor.data_type == INT64 else None
     return Known(tensor.data_type, shape, numbers)

@@ -15,7 +15,7 @@ from gta_edge.errors import BundleError, CapacityError
 from gta_edge.formats.weights import PACKED, SCALE, TRANSPOSED, from_stored, parameter_name
 from gta_edge.graph.io import load_graph
 from gta_edge.model.config import ModelConfig
-from gta_edge.numerics.quantization import Coded, unpack_nibbles
+from gta_edge.numerics.quantization import QuantizedMatrix, unpack_nibbles
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -39,10 +39,12 @@ def read_weights(model_path: Path, config: ModelConfig) -> Iterator[tuple[str, n
         BundleError: the file cannot be read, or an initializer does not fit the config.
     """
     for name, stored in read_stored(model_path, config):
-        yield name, stored.values if isinstance(stored, Coded) else stored
+        yield name, stored.values if isinstance(stored, QuantizedMatrix) else stored
 
 
-def read_stored(model_path: Path, config: ModelConfig) -> Iterator[tuple[str, npt.NDArray[np.float32] | Coded]]:
+def read_stored(
+    model_path: Path, config: ModelConfig
+) -> Iterator[tuple[str, npt.NDArray[np.float32] | QuantizedMatrix]]:
     """Yield the parameters as ``read_weights`` does, but leave quantised matrices in codes."""
     model = load_graph(model_path, config, "export")
     shapes = config.parameter_shapes()
@@ -70,7 +72,7 @@ def read_stored(model_path: Path, config: ModelConfig) -> Iterator[tuple[str, np
 
 def _coded(
     stored_name: str, stored: Array, shape: Sequence[int], initializers: Mapping[str, ir.Value], model_path: Path
-) -> Coded:
+) -> QuantizedMatrix:
     packed = stored_name.endswith(PACKED)
     scale_name = (parameter_name(stored_name) + TRANSPOSED if packed else stored_name) + SCALE
     if scale_name not in initializers:
@@ -85,7 +87,7 @@ def _coded(
     blocks = len(scales) if scales.ndim == 2 else 1
     if scales.ndim not in (1, 2) or blocks < 1 or codes.shape[0] % blocks or codes.shape[1] != scales.shape[-1]:
         raise BundleError(f"{model_path}: the scales of {stored_name} are {scales.shape}", "export the bundle again")
-    return Coded(codes, scales, bits)
+    return QuantizedMatrix(codes, scales, bits)
 
 
 def _table_codes(

@@ -44,9 +44,9 @@ _WARNING, _FATAL = 2, 4  # ONNX Runtime's default severity of what it logs, and 
 
 _ACCURACY_LEVEL = "session.qdq_matmulnbits_accuracy_level"
 INT8_PRODUCTS = (_ACCURACY_LEVEL, "4")
-"""Session option: products with int4 and int8 weights round activations to int8, up to four times faster."""
+"""Session option: matmuls with int4 and int8 weights round activations to int8, up to four times faster."""
 EXACT_PRODUCTS = (_ACCURACY_LEVEL, "1")
-"""Session option: products with int4 and int8 weights in float32, instead of with activations rounded to int8."""
+"""Session option: matmuls with int4 and int8 weights in float32, instead of with activations rounded to int8."""
 
 WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 """Session option: the directory that a model given as bytes names its weights from."""

@@ -1,4 +1,4 @@
-"""Measures the machine that a plan is for when no device is named: memory, bandwidth, and the rate of products."""
+"""Measures the machine that a plan is for when no device is named: memory, bandwidth, and the rate of matmuls."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ _GPU_EFFICIENCY = 0.8
 _GPU_RUNTIME_BYTES = 600_000_000
 
 _READ_BYTES = 2**27  # by each core: more than caches hold
-_LEAST_READ_BYTES = 2**23
+_MIN_READ_BYTES = 2**23
 _READ_SECONDS = 0.5
 _MATRIX = 1024
 _GPU_COPY_BYTES = 2**29
-_LEAST_COPY_BYTES = 2**26  # free; smaller copies would measure its caches
+_MIN_COPY_BYTES = 2**26  # free; smaller copies would measure its caches
 
 # Dense operations per multiprocessor and clock in fp32, in fp16 with float32 sums, and in int8, by compute capability:
 # NVIDIA's architecture whitepapers.
@@ -68,7 +68,7 @@ def measure(name: str) -> Device:
 
 
 def measure_cpu(name: str = "this-cpu") -> Device:
-    """Measure memory, the bandwidth that all cores read at, and the rate of float32 products. Takes about a second.
+    """Measure memory, the bandwidth that all cores read at, and the rate of float32 matmuls. Takes about a second.
 
     Raises:
         BackendError: the system does not say how much memory there is.
@@ -87,7 +87,7 @@ def measure_cpu(name: str = "this-cpu") -> Device:
         rates={"fp32": rate, "fp16": rate, "int8": rate},
         efficiency=CPU_EFFICIENCY,
         operator_s=_CPU_OPERATOR_S,
-        source="measured just now: reading with all cores, and float32 products",
+        source="measured just now: reading with all cores, and float32 matmuls",
         verified=True,
         assumptions=("system: what other programs take now", "other programs that run now make both slower"),
     )
@@ -106,7 +106,7 @@ def _read_bandwidth(cores: int) -> float:
     """
     free = available_bytes()
     each = _READ_BYTES if free is None else min(_READ_BYTES, free // (2 * cores))
-    if each < _LEAST_READ_BYTES:
+    if each < _MIN_READ_BYTES:
         raise BackendError(
             f"{(free or 0) / 1e6:.0f} MB of memory are available, too little to measure with",
             "close other programs, or name a --device",
@@ -118,7 +118,7 @@ def _read_bandwidth(cores: int) -> float:
 
 
 def _matmul_rate() -> float:
-    """Return the FLOPs per second of a float32 product of square matrices, by what numpy multiplies with."""
+    """Return the FLOPs per second of a float32 matmul of square matrices, by what numpy multiplies with."""
     matrix: npt.NDArray[np.float32] = np.ones((_MATRIX, _MATRIX), np.float32)
     return _best(lambda: matrix @ matrix, 2 * _MATRIX**3)
 
@@ -219,7 +219,7 @@ def _check_usable(gpu: Gpu, free: int, clock_hz: float) -> None:
     Raises:
         BackendError: its memory is full, or it does not say its clock.
     """
-    if free < _LEAST_COPY_BYTES:
+    if free < _MIN_COPY_BYTES:
         raise BackendError(
             f"the memory of {gpu.name} is full ({free / 1e6:.0f} MB free)", "close other programs, or name a --device"
         )

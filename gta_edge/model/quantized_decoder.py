@@ -18,7 +18,7 @@ from gta_edge.errors import BundleError
 from gta_edge.libraries.optional import optional
 from gta_edge.model.config import ModelConfig
 from gta_edge.model.decoder import Decoder
-from gta_edge.numerics.quantization import Coded
+from gta_edge.numerics.quantization import QuantizedMatrix
 from gta_edge.plugins.matmul.definition import MAX_OUTPUTS
 from gta_edge.plugins.matmul.packing import BLOCK_SIZES, OUTPUTS_MULTIPLE, Packed, pack
 from gta_edge.plugins.matmul.torch import ALIGNED_INPUTS, dequantised_rows
@@ -30,7 +30,7 @@ else:
     torch = optional("torch", "export")
     Tensor, nn = torch.Tensor, torch.nn
 
-__all__ = ["PackedEmbedding", "Product", "Products", "build_packed_decoder", "is_packable"]
+__all__ = ["PackedEmbedding", "QuantizedLinear", "QuantizedLinears", "build_packed_decoder", "is_packable"]
 
 _GROUPS = {"self_attn": ("q_proj", "k_proj", "v_proj", "g_proj"), "mlp": ("gate_proj", "up_proj")}
 """Linear layers of a block that share their input; a baseline has no g_proj."""
@@ -91,7 +91,7 @@ class _Call(nn.Module):
         return results
 
 
-class Products(nn.Module):
+class QuantizedLinears(nn.Module):
     """Linear layers that share their input, in as few calls as they take.
 
     Args:
@@ -130,7 +130,7 @@ class Products(nn.Module):
         return results
 
 
-class Product(Products):
+class QuantizedLinear(QuantizedLinears):
     """One Linear layer."""
 
     def __init__(self, matrix: _Matrix) -> None:
@@ -162,13 +162,13 @@ class PackedEmbedding(nn.Module):
         return rows.to(self._like.dtype)
 
 
-def is_packable(matrix: Coded) -> bool:
+def is_packable(matrix: QuantizedMatrix) -> bool:
     """Tell whether kernels multiply by this matrix as it is."""
     return matrix.block_size in BLOCK_SIZES.get(matrix.bits, ()) and matrix.codes.shape[0] % ALIGNED_INPUTS == 0
 
 
 def build_packed_decoder(
-    config: ModelConfig, weights: Iterable[tuple[str, npt.NDArray[Any] | Coded]], device: str = "cpu"
+    config: ModelConfig, weights: Iterable[tuple[str, npt.NDArray[Any] | QuantizedMatrix]], device: str = "cpu"
 ) -> Decoder:
     """Return a ``Decoder`` whose quantised matrices stay in codes, and whose other parameters are in float32.
 
@@ -186,12 +186,12 @@ def build_packed_decoder(
     tensors: dict[str, Tensor] = {}
     matrices: dict[str, _Matrix] = {}
     for name, stored in weights:
-        if isinstance(stored, Coded) and is_packable(stored):
+        if isinstance(stored, QuantizedMatrix) and is_packable(stored):
             packed = pack(stored.codes, stored.scales, stored.bits, stored.block_size)
             inputs, outputs = stored.codes.shape
             matrices[name] = _Matrix(packed, inputs, outputs, stored.bits, stored.block_size)
         else:
-            values = stored.values if isinstance(stored, Coded) else stored.astype(np.float32, copy=False)
+            values = stored.values if isinstance(stored, QuantizedMatrix) else stored.astype(np.float32, copy=False)
             tensors[name] = torch.from_numpy(values).to(device)
         del stored
     found = tensors.keys() | matrices.keys()
@@ -206,24 +206,26 @@ def build_packed_decoder(
 
 
 def _replace(model: Decoder, matrices: dict[str, _Matrix], device: str) -> None:
-    """Put packed products in the place of the layers whose matrices are given, which are taken out of the dict."""
+    """Put packed matmuls in the place of the layers whose matrices are given, which are taken out of the dict."""
     for i, layer in enumerate(model.model.layers):
         for block, names in _GROUPS.items():
             prefix, module = f"model.layers.{i}.{block}.", getattr(layer, block)
             own = [name for name in names if hasattr(module, name)]
             if any(f"{prefix}{name}.weight" in matrices for name in own):
-                module.projections = Products([_taken(module, prefix, name, matrices) for name in own]).to(device)
+                module.projections = QuantizedLinears([_taken(module, prefix, name, matrices) for name in own]).to(
+                    device
+                )
             single = _SINGLE[block]
             if f"{prefix}{single}.weight" in matrices:
                 matrix = _taken(module, prefix, single, matrices)
-                setattr(module, single, Product(matrix).to(device))  # type: ignore[arg-type]  # a matrix, or a Linear
+                setattr(module, single, QuantizedLinear(matrix).to(device))  # type: ignore[arg-type]  # a matrix, or a Linear
     head = matrices.pop("lm_head.weight", None)
     table = matrices.pop("model.embed_tokens.weight", None)
     if head is not None:
         del model.lm_head
-        model.packed_head = Products([head]).to(device)
+        model.packed_head = QuantizedLinears([head]).to(device)
     if table is not None:
-        packed = Products([table]).to(device)
+        packed = QuantizedLinears([table]).to(device)
         if model.config.tie_word_embeddings:
             model.packed_head = packed
         model.model.embed_tokens = PackedEmbedding(packed.calls[0])  # type: ignore[assignment]  # called likewise

@@ -22,8 +22,8 @@ __all__ = [
     "BITS",
     "BLOCK_SIZES",
     "DEFAULT_BLOCK_SIZE",
-    "Coded",
     "Quantized",
+    "QuantizedMatrix",
     "pack_nibbles",
     "quantize",
     "unpack_nibbles",
@@ -65,7 +65,7 @@ class Quantized:
 
 
 @dataclass(frozen=True)
-class Coded:
+class QuantizedMatrix:
     """A matrix as an int8 or int4 bundle holds it.
 
     Attributes:

@@ -2,7 +2,7 @@
 
 Figures follow from sizes alone; nothing here measures or knows a machine. They are what ``planning.py`` turns into
 memory and time. A multiply-add is 2 FLOPs. What is left out: FLOPs of norms, softmax, gates and activations, below one
-percent of the products'.
+percent of the matmuls'.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ _SCALE_BYTES = 2  # float16, as stored
 _FLOAT_BYTES = 4
 _INLINE_BYTES = 1024  # tensors up to this lie in the graph's own file
 _CPU_BLOCK_BYTES = 8  # ONNX Runtime's kernel keeps a float32 scale and a float32 sum for every block
-# Set so that times agree with those measured (docs/plan.md): what unpacking a code costs, at the products' rate, and
-# that the cache is read at half of the bandwidth, maybe because float32 products pack what they multiply by.
+# Set so that times agree with those measured (docs/plan.md): what unpacking a code costs, at the matmuls' rate, and
+# that the cache is read at half of the bandwidth, maybe because float32 matmuls pack what they multiply by.
 _CPU_UNPACK_FLOPS = 4
 _CPU_CACHE_READS = 2
 _CPU_CHANNEL_BLOCK = 256  # how many weights share a scale there where the bundle has one for a whole channel
@@ -102,8 +102,8 @@ class Operator:
     """What one kind of operator costs in one step, over all layers.
 
     Attributes:
-        name: as in a checkpoint for products; else ``embedding``, ``attention``, ``elementwise``.
-        flops: of products and attention.
+        name: as in a checkpoint for matmuls; else ``embedding``, ``attention``, ``elementwise``.
+        flops: of matmuls and attention.
         weight_bytes: read, each weight once.
         cache_bytes: read and written.
         activation_bytes: read and written.
@@ -199,7 +199,7 @@ def cache_bytes(config: ModelConfig, cache_dtype: str, tokens: int, batch: int =
 
 
 def read_bytes(name: str, shape: tuple[int, ...], precision: str, block_size: int | None, execution: Execution) -> int:
-    """Return the bytes that one product with a matrix ``[out, in]`` reads of it.
+    """Return the bytes that one matmul with a matrix ``[out, in]`` reads of it.
 
     On a CPU floats are float32 by then, and codes lie with a float32 scale and sum for each block (ONNX Runtime's
     ``MatMulNBits``). On a GPU floats are in the compute type, and codes lie as stored.
@@ -235,7 +235,7 @@ def operators(
     last = {name: shape for name, shape in shapes.items() if name.startswith(("v_b_proj", "o_proj"))}
     first = {name: shape for name, shape in shapes.items() if name not in last}
 
-    def product(name: str, shape: tuple[int, ...], tokens: int, times: int) -> Operator:
+    def matmul(name: str, shape: tuple[int, ...], tokens: int, times: int) -> Operator:
         values = times * math.prod(shape)
         unpack = execution.backend == "onnxruntime" and precision in BITS and not is_kept(name)
         return Operator(
@@ -245,12 +245,12 @@ def operators(
             activation_bytes=times * tokens * width * sum(shape),
         )
 
-    found += [product(f".{name}", shape, rows, layers) for name, shape in first.items()]
+    found += [matmul(f".{name}", shape, rows, layers) for name, shape in first.items()]
     found.append(_attention(config, execution, step))
-    found += [product(f".{name}", shape, rows, layers) for name, shape in (last | mlp).items()]
+    found += [matmul(f".{name}", shape, rows, layers) for name, shape in (last | mlp).items()]
     found.append(_elementwise(config, rows, width))
     head = EMBEDDING if config.tie_word_embeddings else HEAD
-    logits = product(head, (config.vocab_size, config.hidden_size), step.batch * step.logits, 1 if step.logits else 0)
+    logits = matmul(head, (config.vocab_size, config.hidden_size), step.batch * step.logits, 1 if step.logits else 0)
     found.append(replace(logits, name="lm_head"))
     return tuple(replace(op, name=op.name.removeprefix(".").removesuffix(".weight")) for op in found)
 
@@ -276,7 +276,7 @@ def _attention(config: ModelConfig, execution: Execution, step: Step) -> Operato
     heads = query_heads(config)
     mixed = config.caches[1].width
     activations = COMPUTE_BYTES[execution.compute] * queries * heads * (config.key_width + mixed)
-    if execution.writes_scores:  # written and read by the product, the mask, the softmax, and read by the mix
+    if execution.writes_scores:  # written and read by the matmul, the mask, the softmax, and read by the mix
         scores = step.batch * heads * step.tokens * (step.past + step.tokens)
         activations += _SCORE_PASSES * COMPUTE_BYTES[execution.compute] * scores
     reads = _CPU_CACHE_READS if execution.backend == "onnxruntime" else 1
@@ -301,6 +301,6 @@ def query_heads(config: ModelConfig) -> int:
 def _elementwise(config: ModelConfig, rows: int, width: int) -> Operator:
     """Norms, residual sums, the activation of the MLP and the gate: what they read and write."""
     hidden, inner = config.hidden_size, config.intermediate_size
-    gate = 3 * hidden if isinstance(config, GTAConfig) else 0  # gate and values in, product out
+    gate = 3 * hidden if isinstance(config, GTAConfig) else 0  # gate and values in, matmul out
     per_row = config.num_hidden_layers * (2 * 5 * hidden + 3 * inner + gate) + 2 * hidden
     return Operator("elementwise", activation_bytes=rows * per_row * width)

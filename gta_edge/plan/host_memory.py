@@ -20,8 +20,8 @@ from gta_edge.support.memory import require_bytes
 
 __all__ = [
     "require_memory_for_export",
+    "require_memory_for_lowering",
     "require_memory_for_onnxruntime",
-    "require_memory_for_preparation",
     "require_memory_for_torch",
 ]
 
@@ -32,7 +32,7 @@ _CHECKING = 28 * _MIB  # a run in ONNX Runtime and one in torch, beside both
 _ONNXRUNTIME = 8 * _MIB  # to load it
 _ONNX_IR = 56 * _MIB  # to load it, change a graph and run it
 _FLOAT_BYTES = 4
-_MOMENT_BYTES = 4 + 2 * 8  # of products of inputs: in float32 and, while they are inverted, twice in float64
+_MOMENT_BYTES = 4 + 2 * 8  # of matmuls of inputs: in float32 and, while they are inverted, twice in float64
 _CLOSE = "close other programs"
 _MORE = f"{_CLOSE}, or use a machine with more memory"
 _NARROWER = f"{_CLOSE}, or export with --precision int4"
@@ -70,7 +70,7 @@ def require_memory_for_torch(config: ModelConfig, precision: str, what: str) -> 
 
 
 def require_memory_for_onnxruntime(config: ModelConfig, precision: str, block_size: int | None) -> None:
-    """Refuse to load a bundle on a CPU where there is no room: products have a copy of their matrix, as it is run.
+    """Refuse to load a bundle on a CPU where there is no room: matmuls have a copy of their matrix, as it is run.
 
     Raises:
         CapacityError: there is none.
@@ -83,7 +83,7 @@ def require_memory_for_onnxruntime(config: ModelConfig, precision: str, block_si
     require_bytes(needed, "loading the model in ONNX Runtime", _MORE if precision == "int4" else _NARROWER)
 
 
-def require_memory_for_preparation() -> None:
+def require_memory_for_lowering() -> None:
     """Refuse to make the graph that ONNX Runtime runs where there is no room for what makes it.
 
     Raises:

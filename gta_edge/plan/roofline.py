@@ -336,15 +336,15 @@ def _weights(model: Model, execution: Execution, tokens: int) -> tuple[int, int]
 def _on_cpu(model: Model, execution: Execution, tokens: int) -> tuple[int, int]:
     """Return what the matrices take under ONNX Runtime, and what beside it while they are loaded.
 
-    The file of weights is mapped. Products have a packed copy of their own, and what was mapped for it is let go, but
+    The file of weights is mapped. Matmuls have a packed copy of their own, and what was mapped for it is let go, but
     for the embedding, of which what is looked up stays: whole blocks of pages. Floats of 16 bits become float32 one
     matrix at a time.
     """
     config, shapes = model.config, cost.matrices(model.config)
     quantised = model.precision in BITS
-    products = {name: shape for name, shape in shapes.items() if name != cost.EMBEDDING or config.tie_word_embeddings}
+    matmuls = {name: shape for name, shape in shapes.items() if name != cost.EMBEDDING or config.tie_word_embeddings}
     held = 0
-    for name, shape in products.items():
+    for name, shape in matmuls.items():
         held += cost.read_bytes(name, shape, model.precision, model.block_size, execution)
         if quantised and not is_kept(name):
             held += _SCALE_COPY_BYTES * cost.cpu_blocks(shape, model.block_size)
@@ -356,7 +356,7 @@ def _on_cpu(model: Model, execution: Execution, tokens: int) -> tuple[int, int]:
         stored = table * (_FLOAT_BYTES if model.precision == "fp32" else 2)
     packed_from_table = model.precision == "fp32" and config.tie_word_embeddings  # read as a whole, and kept
     held += stored if packed_from_table else min(stored, tokens * _FAULT_BYTES)
-    widest = max(math.prod(shape) for shape in products.values())
+    widest = max(math.prod(shape) for shape in matmuls.values())
     return held, _FLOAT_BYTES * widest if model.precision in ("fp16", "bf16") else 0
 
 

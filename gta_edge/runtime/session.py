@@ -62,7 +62,7 @@ class Session(ABC):
     """Name of the backend, as ``--backend`` takes it."""
 
     rounds_activations: bool = False
-    """Whether products round activations to int8; the option ``exact`` of such a backend turns it off."""
+    """Whether matmuls round activations to int8; the option ``exact`` of such a backend turns it off."""
 
     compute: str = "fp32"
     """Type of activations and cache: ``fp32``, ``fp16`` or ``bf16``."""

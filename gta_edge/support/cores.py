@@ -13,8 +13,8 @@ __all__ = ["check_threads", "installed_cores", "threads_for", "usable_cores"]
 
 TOPOLOGY = Path("/sys/devices/system/cpu")
 
-_MOST_PER_CORE = 4  # more only wait for each other, and each takes memory
-_MOST_AT_LEAST = 16
+_MAX_PER_CORE = 4  # more only wait for each other, and each takes memory
+_MAX_AT_LEAST = 16
 
 
 def installed_cores() -> int:
@@ -48,7 +48,7 @@ def check_threads(asked: int | None) -> None:
     Raises:
         InputError: less than 1, or far more than the machine has cores.
     """
-    most = max(_MOST_AT_LEAST, _MOST_PER_CORE * installed_cores())
+    most = max(_MAX_AT_LEAST, _MAX_PER_CORE * installed_cores())
     if asked is not None and not 1 <= asked <= most:
         raise InputError(
             f"{brief(asked)} threads were asked for, and of the machine's {installed_cores()} cores {usable_cores()} "

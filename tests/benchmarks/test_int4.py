@@ -1,4 +1,4 @@
-"""The benchmark of the quantised products, as far as it goes without a GPU: what it counts, its tables, its errors."""
+"""The benchmark of the quantised matmuls, as far as it goes without a GPU: what it counts, its tables, its errors."""
 
 import subprocess
 import sys
@@ -21,7 +21,7 @@ def int4(script: Callable[[str], ModuleType]) -> ModuleType:
 
 
 def test_the_products_of_gta_1b(int4):
-    found = [(each.in_features, each.output_sizes, each.count) for each in int4.products(preset("gta-1b"))]
+    found = [(each.in_features, each.output_sizes, each.count) for each in int4.matmuls(preset("gta-1b"))]
     assert found == [
         (1280, (320, 64, 128, 1280), 54),
         (1280, (1280,), 54),
@@ -35,7 +35,7 @@ def test_the_products_of_gta_1b(int4):
 def test_the_products_are_the_models_matrices(int4, name):
     """All parameters but the norms, the value decoders and, where it is not the head's, the embedding."""
     config = preset(name)
-    counted = sum(each.count * each.in_features * each.out_features for each in int4.products(config))
+    counted = sum(each.count * each.in_features * each.out_features for each in int4.matmuls(config))
     shapes = config.parameter_shapes()
     others = sum(int4._size(shape) for shape in shapes.values() if len(shape) == 1)
     if isinstance(config, GTAConfig):
@@ -45,8 +45,8 @@ def test_the_products_are_the_models_matrices(int4, name):
 
 
 def test_the_bytes_of_a_matrix(int4):
-    product = int4.Product("", 1280, (1280,), 1)
-    sizes = {key: contender.weight_bytes(product) for key, contender in int4.CONTENDERS.items()}
+    matmul = int4.MatMul("", 1280, (1280,), 1)
+    sizes = {key: contender.weight_bytes(matmul) for key, contender in int4.CONTENDERS.items()}
     values = 1280 * 1280
     assert sizes == {
         "int4": values // 2 + 2 * values // 32,
@@ -54,8 +54,8 @@ def test_the_bytes_of_a_matrix(int4):
         "fp16": 2 * values,
         "torch-int4": values // 2 + 4 * values // 32,
     }
-    assert int4.traffic_bytes("int8", product, 3) == sizes["int8"] + 2 * 3 * (1280 + 1280)
-    assert product.flops(3) == 2 * 3 * values
+    assert int4.traffic_bytes("int8", matmul, 3) == sizes["int8"] + 2 * 3 * (1280 + 1280)
+    assert matmul.flops(3) == 2 * 3 * values
 
 
 def test_ratios_are_taken_within_a_round(int4):
@@ -71,7 +71,7 @@ def document(int4: ModuleType) -> dict[str, Any]:
         key: {"bytes": 1_000_000, "time_s": int4.spread(values), "copy_fraction": 0.5} for key, values in times.items()
     }
     contenders["torch-int4"] = {"bytes": 1, "failed": "no such thing"}
-    row = {"product": "down", "rows": 1, "flops": 2e7, "contenders": contenders, "ratios": int4.ratios(times)}
+    row = {"matmul": "down", "rows": 1, "flops": 2e7, "contenders": contenders, "ratios": int4.ratios(times)}
     return {
         "command": "python benchmarks/int4.py",
         "date": "2026-01-02T03:04:05+00:00",
@@ -79,7 +79,7 @@ def document(int4: ModuleType) -> dict[str, Any]:
         "gpu": GPU,
         "versions": {"torch": "1.2"},
         "rounds": 3,
-        "products": [row],
+        "matmuls": [row],
     }
 
 

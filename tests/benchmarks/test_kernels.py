@@ -98,7 +98,7 @@ def test_caches_are_together_four_times_the_l2(kernels):
     assert kernels.layer_count(layer_bytes=1000, l2_bytes=10_000) == 40
     assert kernels.layer_count(layer_bytes=999, l2_bytes=10_000) == 41
     assert kernels.layer_count(layer_bytes=10**9, l2_bytes=10_000) == 1
-    assert kernels.layer_count(layer_bytes=1, l2_bytes=10_000) == kernels.MOST_LAYERS
+    assert kernels.layer_count(layer_bytes=1, l2_bytes=10_000) == kernels.MAX_LAYERS
 
 
 def test_every_backend_of_a_peer_is_tried(script):

@@ -51,7 +51,7 @@ OPTIONS = {
         "--max-length",
         "--max-batch",
         "--onnx-only",
-        "--int4",
+        "--matmul",
     ],
     "plan": ["--device", "--context", "--batch", "--precision", "--cache-dtype", "--plot"],
     "bench": ["BUNDLE", "--backend", "--contexts", "--new-tokens", "--batch", "--prompt-file", "--plot", "--markdown"],

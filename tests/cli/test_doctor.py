@@ -239,7 +239,7 @@ def test_a_gpu_that_is_anothers(gpu: Callable[[str], None], monkeypatch: pytest.
     nvrtc(monkeypatch, 87)
 
     def taken() -> None:
-        raise BackendError("the GPU cannot be used (CUDA_ERROR_DEVICE_UNAVAILABLE); end the program that has it")
+        raise BackendError("the GPU cannot be used (CUDA_ERROR_DEVICE_UNAVAILABLE)", "end the program that has it")
 
     monkeypatch.setattr(doctor_checks, "_use_gpu", taken)
     assert asked("kernels")["reason"] == "the GPU cannot be used (CUDA_ERROR_DEVICE_UNAVAILABLE)"

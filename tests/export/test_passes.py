@@ -10,7 +10,7 @@ import pytest
 from gta_edge.export.graph import traced
 from gta_edge.export.passes.attach_functions import AttachFunctionsPass
 from gta_edge.export.passes.fold_weight_views import FoldWeightViewsPass
-from gta_edge.export.passes.stamp_layers import StampLayersPass
+from gta_edge.export.passes.stamp_layers import RepeatLayersPass
 from gta_edge.export.passes.store_weights import StoreWeightsPass
 from gta_edge.export.passes.tie_head import TieHeadPass
 from gta_edge.export.trace import interface_names, trace
@@ -101,7 +101,7 @@ def test_stamped_layers_are_traced_layers(name: str, tmp_path: Path) -> None:
 
 def test_a_single_layer_needs_no_stamp() -> None:
     case = Case("tied")
-    assert not StampLayersPass(1, interface_names(case.config))(case.model).modified
+    assert not RepeatLayersPass(1, interface_names(case.config))(case.model).modified
 
 
 def test_a_second_run_changes_nothing(case: Case) -> None:

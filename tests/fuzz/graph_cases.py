@@ -26,7 +26,7 @@ from gta_edge.formats.bundle import MANIFEST, MODEL, Bundle
 from gta_edge.graph.weights import read_stored
 from gta_edge.runtime.onnxruntime.cuda_lower import cuda_graph
 from gta_edge.runtime.onnxruntime.session import OnnxRuntimeSession
-from gta_edge.runtime.tensorrt.lower import load_model, specialise
+from gta_edge.runtime.tensorrt.lower import load_model, lower
 from gta_edge.runtime.tensorrt.matmul_choice import calls_of
 from tests.helpers.fuzz import ends_well, rng
 
@@ -212,7 +212,7 @@ def paths(directory: Path, scratch: Path) -> dict[str, Callable[[], object]]:
 
     def engine(form: str, **options: Any) -> Callable[[], object]:
         at = scratch / form
-        return lambda: specialise(Bundle.open(directory), at, form=form, compute="fp16", capacity=16, **options)
+        return lambda: lower(Bundle.open(directory), at, form=form, compute="fp16", capacity=16, **options)
 
     def cuda() -> None:
         cuda_graph(Bundle.open(directory), "fp16", scratch / "cuda.data", "cuda.data")

@@ -15,7 +15,7 @@ import pytest
 from gta_edge.errors import BundleError, EngineError
 from gta_edge.formats.bundle import MANIFEST, MODEL, WEIGHTS, Bundle
 from gta_edge.runtime.onnxruntime.lowered import _CPU, GRAPH, kept_graph
-from gta_edge.runtime.tensorrt.engine import EngineRecord, Purpose, keep_engine, load_engine, made_from
+from gta_edge.runtime.tensorrt.engine import EngineManifest, EngineSpec, keep_engine, load_engine, made_from
 from tests.helpers.fuzz import CASES, ends_well, rng
 
 HERE = {"tensorrt": "10.3.0", "compute_capability": "8.7"}
@@ -63,8 +63,8 @@ def complete(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     shutil.copytree(tiny_bundle, directory, ignore=shutil.ignore_patterns("engines"))
     bundle = Bundle.open(directory)
     assert kept_graph(bundle, _CPU) is not None
-    purpose = Purpose("tensorrt", "fp16", "fp16", max_length=64, max_batch=2, chunk_size=32)
-    keep_engine(bundle, EngineRecord(purpose, made_from(bundle), HERE["tensorrt"], ["8.7"]), b"the engine")
+    purpose = EngineSpec("tensorrt", "fp16", "fp16", max_length=64, max_batch=2, chunk_size=32)
+    keep_engine(bundle, EngineManifest(purpose, made_from(bundle), HERE["tensorrt"], ["8.7"]), b"the engine")
     return directory
 
 

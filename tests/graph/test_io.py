@@ -23,7 +23,7 @@ from gta_edge.graph.weights import read_weights
 from gta_edge.plugins.attention import definition as op
 from gta_edge.runtime.onnxruntime.cuda_lower import cuda_graph
 from gta_edge.runtime.onnxruntime.lower import graphs
-from gta_edge.runtime.tensorrt.lower import specialise
+from gta_edge.runtime.tensorrt.lower import lower
 from tests.helpers import reference
 from tests.helpers.checkpoints import write_checkpoint
 
@@ -476,7 +476,7 @@ def test_numbers_that_are_none_make_no_warnings(copied_bundle: Path, tmp_path: P
     (copied_bundle / WEIGHTS).write_bytes(content.tobytes())
     assert any(np.isnan(values).any() for _, values in read_weights(bundle.model_path, bundle.config))
     for form in ("plugin", "function"):
-        specialise(bundle, tmp_path / form, form=form, compute="fp16", capacity=16)
+        lower(bundle, tmp_path / form, form=form, compute="fp16", capacity=16)
     cuda_graph(bundle, "fp16", tmp_path / "weights.data", "weights.data")
     graphs(bundle, tmp_path / "cpu.data", "cpu.data")
 

@@ -17,7 +17,7 @@ from gta_edge.errors import GtaEdgeError
 CASES = int(os.environ.get("GTA_EDGE_FUZZ_CASES", "20"))
 """Cases of each fuzzer."""
 
-_MOST_CHARACTERS = 600
+_MAX_CHARACTERS = 600
 
 
 def rng(name: str, case: int) -> random.Random:
@@ -35,6 +35,6 @@ def ends_well(call: Callable[[], Any]) -> GtaEdgeError | None:
     except GtaEdgeError as error:
         text = str(error)
         assert text.isprintable(), f"not in one printable line: {text!r}"
-        assert 0 < len(text) < _MOST_CHARACTERS, f"{len(text)} characters: {text[:2000]!r}"
+        assert 0 < len(text) < _MAX_CHARACTERS, f"{len(text)} characters: {text[:2000]!r}"
         return error
     return None

@@ -1,4 +1,4 @@
-"""Inputs of the products with quantised weights, and what should come out, in float64."""
+"""Inputs of the matmuls with quantised weights, and what should come out, in float64."""
 
 from __future__ import annotations
 

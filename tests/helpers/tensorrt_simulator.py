@@ -31,8 +31,8 @@ from gta_edge.formats.bundle import Bundle
 from gta_edge.libraries.tensorrt import TensorRT
 from gta_edge.runtime.tensorrt import session as runtime_tensorrt
 from gta_edge.runtime.tensorrt.build import profile_shapes
-from gta_edge.runtime.tensorrt.engine import EngineRecord, Purpose, keep_engine, made_from
-from gta_edge.runtime.tensorrt.lower import specialise
+from gta_edge.runtime.tensorrt.engine import EngineManifest, EngineSpec, keep_engine, made_from
+from gta_edge.runtime.tensorrt.lower import lower
 from gta_edge.runtime.tensorrt.session import TensorRTSession
 
 driver_enums = pytest.importorskip("cuda.bindings.driver", reason="the package cuda-bindings is needed")
@@ -401,12 +401,12 @@ def _module(driver: Driver) -> Any:
     )
 
 
-def build(bundle: Bundle, purpose: Purpose, directory: Path, *, capturable: bool = True, captures: bool = True) -> None:
+def build(bundle: Bundle, spec: EngineSpec, directory: Path, *, capturable: bool = True, captures: bool = True) -> None:
     """Put an engine for the simulation into a bundle, and the model that it stands for into a directory."""
-    model = specialise(bundle, directory, form="function", compute=purpose.compute, capacity=purpose.max_length)
-    document = {"model": str(model), "profiles": profile_shapes(bundle, purpose)}
+    model = lower(bundle, directory, form="function", compute=spec.compute, capacity=spec.max_length)
+    document = {"model": str(model), "profiles": profile_shapes(bundle, spec)}
     document |= {"capturable": capturable, "captures": captures}
-    record = EngineRecord(purpose, made_from(bundle), VERSION, ["8.7"])
+    record = EngineManifest(spec, made_from(bundle), VERSION, ["8.7"])
     keep_engine(bundle, record, json.dumps(document).encode(), force=True)
 
 

@@ -180,9 +180,9 @@ def test_a_token_costs_what_the_config_says(name: str, context: int) -> None:
 def test_a_token_reads_every_matrix_once() -> None:
     config = preset("gta-1b")
     found = by_name(config, Step(1, 1, 0))
-    products = 54 * sum(GTA_1B_LAYER.values()) + 128256 * 1280
+    matmuls = 54 * sum(GTA_1B_LAYER.values()) + 128256 * 1280
     read = sum(op.weight_bytes for op in found.values())
-    assert read == 2 * products + 2 * 1280  # and one row of the embedding
+    assert read == 2 * matmuls + 2 * 1280  # and one row of the embedding
 
 
 def test_the_cache_is_read_and_the_new_tokens_written() -> None:

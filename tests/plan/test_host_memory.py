@@ -64,8 +64,8 @@ def test_a_session_is_refused_before_torch_is_loaded(tiny_bundle: Path) -> None:
 
 
 def test_a_comparison_is_refused_before_torch_is_loaded(tiny_bundle: Path, tiny_checkpoint: Path) -> None:
-    call = f"verification.verify({str(tiny_bundle)!r}, {str(tiny_checkpoint)!r})"
-    message, loaded = in_little_room(call, "from gta_edge.runtime import verification")
+    call = f"verify.verify({str(tiny_bundle)!r}, {str(tiny_checkpoint)!r})"
+    message, loaded = in_little_room(call, "from gta_edge.evaluate import verify")
     assert message.startswith("comparing with PyTorch takes at least 2")
     assert "torch" not in loaded
 

@@ -118,8 +118,8 @@ def test_int4_on_a_gpu_is_what_is_stored_but_for_norms_and_tables() -> None:
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_a_cpu_holds_16_bits_as_float32(precision: str) -> None:
     memory = planned(on=CPU, precision=precision, context=64).memory
-    products = preset("gta-1b").parameters * 4
-    assert products < memory.weights < 1.01 * products
+    matmuls = preset("gta-1b").parameters * 4
+    assert matmuls < memory.weights < 1.01 * matmuls
     assert memory.loading == 4 * 128256 * 1280
 
 

@@ -139,11 +139,11 @@ def test_a_bundle_whose_tokenizer_is_damaged_is_refused_before_anything_is_loade
 @pytest.fixture
 def with_engine(copied_bundle: Path, tmp_path: Path) -> Path:
     """A bundle with an engine for the simulation."""
-    from gta_edge.runtime.tensorrt.engine import Purpose
+    from gta_edge.runtime.tensorrt.engine import EngineSpec
     from tests.helpers import tensorrt_simulator as simulator
 
-    purpose = Purpose("tensorrt-rtx", "fp16", "fp16", max_length=100, max_batch=2, chunk_size=32)
-    simulator.build(Bundle.open(copied_bundle), purpose, tmp_path / "prepared")
+    spec = EngineSpec("tensorrt-rtx", "fp16", "fp16", max_length=100, max_batch=2, chunk_size=32)
+    simulator.build(Bundle.open(copied_bundle), spec, tmp_path / "prepared")
     return copied_bundle
 
 

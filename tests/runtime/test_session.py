@@ -24,7 +24,7 @@ from gta_edge.model.decoder import Decoder
 from gta_edge.runtime.onnxruntime.cuda_session import OnnxRuntimeCudaSession
 from gta_edge.runtime.onnxruntime.session import OnnxRuntimeSession
 from gta_edge.runtime.session import Session
-from gta_edge.runtime.tensorrt.engine import Purpose
+from gta_edge.runtime.tensorrt.engine import EngineSpec
 from gta_edge.runtime.torch.session import TorchSession
 from tests.helpers import reference
 from tests.helpers import tensorrt_simulator as simulator
@@ -70,7 +70,7 @@ def onnxruntime_cuda_session(config: ModelConfig, weights: dict[str, np.ndarray]
     return OnnxRuntimeCudaSession(bundle, device="cpu", compute="fp32", **own)
 
 
-ENGINE = Purpose("tensorrt-rtx", "fp32", "fp32", max_length=24, max_batch=5, chunk_size=20)
+ENGINE = EngineSpec("tensorrt-rtx", "fp32", "fp32", max_length=24, max_batch=5, chunk_size=20)
 
 
 @functools.cache
@@ -635,7 +635,7 @@ def test_a_closed_session_runs_no_more(session, by):
 
 # --- activations rounded to int8 -------------------------------------------------------------------------------------
 
-ROUNDED = 0.5  # the same tolerance where products with integers round activations
+ROUNDED = 0.5  # the same tolerance where matmuls with integers round activations
 
 
 @pytest.mark.parametrize(("backend", "model"), [("onnxruntime", model) for model in INTEGERS], indirect=True)

@@ -45,7 +45,7 @@ class Answers:
         logits: float32 [N, B, V]: after the prompt and after each token that it then chose.
         backend: ``torch``, ``onnxruntime``, …
         compute: type that it computes in.
-        rounds: whether products round activations to int8.
+        rounds: whether matmuls round activations to int8.
         quantised_cache: whether the cache is in int8 or fp8.
     """
 

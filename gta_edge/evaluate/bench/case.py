@@ -16,13 +16,13 @@ from gta_edge.evaluate.bench.targets import Target
 from gta_edge.formats.bundle import Bundle
 from gta_edge.plan.cost import COMPUTE_BYTES
 
-__all__ = ["Entrant"]
+__all__ = ["Case"]
 
 Document = dict[str, Any]
 
 
 @dataclass(eq=False)
-class Entrant:
+class Case:
     """One bundle on one target. Its process is started when it is first asked, and again after it was put away.
 
     Attributes:
@@ -61,7 +61,7 @@ class Entrant:
             GtaEdgeError: it cannot be measured; why.
         """
         if self._start()["laid_out"]:
-            self.put_away()
+            self.release()
             self._start()
 
     def check(self, prompt: Path, shape: tuple[int, int, int]) -> Answers:
@@ -107,7 +107,7 @@ class Entrant:
         """What its GPU had left when it was asked last."""
         return self._last.get("gpu_free_bytes")
 
-    def put_away(self, *, patient: bool = True) -> None:
+    def release(self, *, patient: bool = True) -> None:
         """End the process, which frees its memory."""
         if self._worker:
             self._worker.close(patient=patient)  # interrupted here, it is still ours to end
@@ -121,7 +121,7 @@ class Entrant:
             answer = self._worker.ask(**request)
         except BackendError as error:
             self.failure = str(error)
-            self.put_away()
+            self.release()
             raise
         self._last = answer
         return answer
@@ -141,6 +141,6 @@ class Entrant:
         except GtaEdgeError as error:
             self.failure = str(error)
             with suppress(OSError):
-                self.put_away()
+                self.release()
             raise
         return self.opened

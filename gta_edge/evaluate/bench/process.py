@@ -29,7 +29,7 @@ _SECONDS_TO_END = 5.0
 _SECONDS_TO_IMPORT = 120.0
 _LAST_BYTES = 4096
 _LONGEST_LINE = 2**26  # characters; steps that were timed are some twenty each
-_MOST_NOISE = 10_000  # lines that are no answers; who writes more is no worker of ours
+_MAX_NOISE = 10_000  # lines that are no answers; who writes more is no worker of ours
 _ANSWER = '{"ok":'
 _HAS_US = "import gta_edge.evaluate.bench.worker"
 _OTHERS = ("-m", "gta_edge.evaluate.bench.worker")
@@ -108,7 +108,7 @@ class Worker:
         """Return the next answer; lines before it are what sites and libraries print, and none of our business."""
         stdout = self._process.stdout
         assert stdout  # a pipe
-        for _ in range(_MOST_NOISE):
+        for _ in range(_MAX_NOISE):
             line = stdout.readline(_LONGEST_LINE)
             if not line:
                 break

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
 
-from gta_edge.evaluate.bench.case import Entrant
+from gta_edge.evaluate.bench.case import Case
 from gta_edge.evaluate.bench.floor import floor_ms, step_weight_bytes
 from gta_edge.evaluate.bench.statistics import relative, settled, summarise
 from gta_edge.formats.bundle import Bundle
@@ -46,15 +46,15 @@ _COMPARED = ("agrees", "max_rel_error", "bound", "mean_error", "mean_bound", "sa
 
 @dataclass(frozen=True)
 class Comparison:
-    """How an entrant's answers compare with the reference's.
+    """How an case's answers compare with the reference's.
 
     Attributes:
         reference: who that was.
-        is_reference: whether it was this entrant itself.
+        is_reference: whether it was this case itself.
         has_peer: whether anybody else answered.
         exact: whether the reference rounds nothing below float32.
         found: as ``agreement`` returns it.
-        in_exact_arithmetic: the same, of an entrant that rounds activations and is asked once not to; why it could not
+        in_exact_arithmetic: the same, of an case that rounds activations and is asked once not to; why it could not
             be asked; None if it does not round, or is itself what others are compared with.
     """
 
@@ -68,7 +68,7 @@ class Comparison:
 
 def report(
     *,
-    entrants: Sequence[Entrant],
+    cases: Sequence[Case],
     contexts: Mapping[str, Sequence[int]],
     comparisons: Mapping[tuple[int, int], Comparison],
     absent: Sequence[Document],
@@ -80,12 +80,12 @@ def report(
 ) -> Document:
     """Return the whole report; results by context, the fastest first, wrong answers and what failed last."""
     rates = {device: max(values) for device, values in bandwidths.items()}
-    static = [_static(entrant, batch, rates, bandwidth_notes) for entrant in entrants]
+    static = [_static(case, batch, rates, bandwidth_notes) for case in cases]
     results = []
-    for place, entrant in enumerate(entrants):
-        for context in contexts[entrant.name]:
-            tokens = new_tokens(context, entrant.bundle)
-            row = _row(entrant, static[place], context, batch, tokens, described)
+    for place, case in enumerate(cases):
+        for context in contexts[case.name]:
+            tokens = new_tokens(context, case.bundle)
+            row = _row(case, static[place], context, batch, tokens, described)
             results.append(_compared(row, comparisons.get((place, context))))
     return {
         "gta_edge": __version__,
@@ -107,28 +107,28 @@ def describe_machine() -> Document:
     }
 
 
-def _static(entrant: Entrant, batch: int, rates: Mapping[str, float], bandwidth_notes: Mapping[str, str]) -> Document:
-    """Return what is known of an entrant beside times: what a step must read, and how fast that can be."""
-    opened = entrant.opened
+def _static(case: Case, batch: int, rates: Mapping[str, float], bandwidth_notes: Mapping[str, str]) -> Document:
+    """Return what is known of an case beside times: what a step must read, and how fast that can be."""
+    opened = case.opened
     assert opened is not None  # who could not be opened is absent
     device = opened["device"]
     notes = {}
     if device not in rates:
         notes["bandwidth_bytes_per_s"] = bandwidth_notes.get(device, "the bandwidth was not measured")
-    per_token = next((r["cache_bytes_per_token"] for rounds in entrant.rounds.values() for r in rounds), None)
+    per_token = next((r["cache_bytes_per_token"] for rounds in case.rounds.values() for r in rounds), None)
     if per_token is None:
-        notes["cache_bytes_per_token"] = entrant.failure or "nothing was measured"
+        notes["cache_bytes_per_token"] = case.failure or "nothing was measured"
     return {
-        "bundle": entrant.name,
-        "backend": entrant.target.label,
-        "precision": entrant.bundle.precision,
+        "bundle": case.name,
+        "backend": case.target.label,
+        "precision": case.bundle.precision,
         "compute": opened["compute"],
         "device": device,
         "rounds_activations": opened["rounds_activations"],
-        "weight_bytes_per_step": step_weight_bytes(entrant.bundle, opened, batch),
+        "weight_bytes_per_step": step_weight_bytes(case.bundle, opened, batch),
         "cache_bytes_per_token": per_token,
         "bandwidth_bytes_per_s": rates.get(device),
-        "cuda_graph": _replays(entrant, notes),
+        "cuda_graph": _replays(case, notes),
         "load_s": opened["load_s"],
         "python": opened["python"],
         "versions": opened["versions"],
@@ -136,35 +136,33 @@ def _static(entrant: Entrant, batch: int, rates: Mapping[str, float], bandwidth_
     }
 
 
-def _replays(entrant: Entrant, notes: dict[str, str]) -> bool | None:
+def _replays(case: Case, notes: dict[str, str]) -> bool | None:
     """Return whether single tokens are replays of a CUDA graph, as the worker said last."""
     # another interpreter's worker may be of a version that does not say
-    said = [r["cuda_graph"] for rounds in entrant.rounds.values() for r in rounds if "cuda_graph" in r]
+    said = [r["cuda_graph"] for rounds in case.rounds.values() for r in rounds if "cuda_graph" in r]
     told: list[bool] = [value for value in said if value is not None]
     if told:
         return told[-1]
-    notes["cuda_graph"] = "no CUDA graph on this backend" if said else entrant.failure or "not measured"
+    notes["cuda_graph"] = "no CUDA graph on this backend" if said else case.failure or "not measured"
     return None
 
 
-def _row(
-    entrant: Entrant, static: Document, context: int, batch: int, new_tokens: int, described: Document
-) -> Document:
+def _row(case: Case, static: Document, context: int, batch: int, new_tokens: int, described: Document) -> Document:
     row: Document = {
-        "bundle": entrant.name,
-        "backend": entrant.target.label,
-        "precision": entrant.bundle.precision,
+        "bundle": case.name,
+        "backend": case.target.label,
+        "precision": case.bundle.precision,
         "context": context,
         "batch": batch,
         "new_tokens": new_tokens,
     }
-    rounds = entrant.rounds.get(context, [])
+    rounds = case.rounds.get(context, [])
     if not rounds:
-        reason = entrant.failure or "it was not measured"
+        reason = case.failure or "it was not measured"
         return row | dict.fromkeys(_MEASURED) | {"notes": dict.fromkeys(_MEASURED, reason)}
     notes = {}
-    if entrant.failure is not None and entrant.rounds and context == max(entrant.rounds):
-        notes["rounds"] = f"it failed later: {entrant.failure}"
+    if case.failure is not None and case.rounds and context == max(case.rounds):
+        notes["rounds"] = f"it failed later: {case.failure}"
     row |= summarise(rounds, context, batch)
     row["new_tokens"] = len(rounds[0]["steps_ms"])
     row["others_busy_cores"] = _mean_busy(rounds)

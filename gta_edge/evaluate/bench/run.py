@@ -1,8 +1,8 @@
 """The benchmark: every backend on every bundle, in turns, each in a process of its own.
 
-For each context, shortest first: every entrant reads the prompt once untimed, which warms it up and gives the logits
+For each context, shortest first: every case reads the prompt once untimed, which warms it up and gives the logits
 that are compared (without ``compare`` and ``warm_up`` it reads only the prompt's beginning); then rounds, in which all
-entrants take turns, so that what the machine does meanwhile hits all alike, until the medians have settled or patience
+cases take turns, so that what the machine does meanwhile hits all alike, until the medians have settled or patience
 ends. Only one process works at a time. Since contexts grow, the peak of a process's memory after a context is that
 context's: nothing before it took more, except loading, which is part of it.
 """
@@ -21,7 +21,7 @@ import numpy as np
 
 from gta_edge.errors import GtaEdgeError, OutputError
 from gta_edge.evaluate.bench.agreement import Answers, agreement, choose_reference, is_exact
-from gta_edge.evaluate.bench.case import Entrant
+from gta_edge.evaluate.bench.case import Case
 from gta_edge.evaluate.bench.process import Worker, environment_for, temporary_files
 from gta_edge.evaluate.bench.report import Comparison, describe_machine, report
 from gta_edge.evaluate.bench.settings import CHECKED_STEPS, DEFAULT_CONTEXTS, DEFAULT_NEW_TOKENS, Settings, check_room
@@ -37,9 +37,9 @@ __all__ = ["DEFAULT_CONTEXTS", "DEFAULT_NEW_TOKENS", "Settings", "bench"]
 Document = dict[str, Any]
 
 _ROUNDS = 3
-_MOST_ROUNDS = 15
-_ENOUGH_S = 1.0  # of the slowest entrant at one context; what takes less is repeated
-_PATIENCE_S = 60.0  # of all entrants at one context; rounds that have not settled by then are reported as they are
+_MAX_ROUNDS = 15
+_ENOUGH_S = 1.0  # of the slowest case at one context; what takes less is repeated
+_PATIENCE_S = 60.0  # of all cases at one context; rounds that have not settled by then are reported as they are
 _STEADY_S = 10.0  # after which bandwidth is measured again, to see how steady the machine was
 _FIRST_SYNTHETIC_SEED = 0
 
@@ -51,9 +51,9 @@ class _Run:
     settings: Settings
     directory: Path
     progress: Progress
-    entrants: list[Entrant] = field(default_factory=list)
-    twins: dict[int, Entrant] = field(default_factory=dict)
-    """By the identity of each entrant that rounds activations: the same in exact arithmetic, asked and not measured."""
+    cases: list[Case] = field(default_factory=list)
+    twins: dict[int, Case] = field(default_factory=dict)
+    """By the identity of each case that rounds activations: the same in exact arithmetic, asked and not measured."""
     exact: dict[int, Document | str] = field(default_factory=dict)
     """By the same: how its twin compared with the reference, or why it was not compared."""
     checked: set[str] = field(default_factory=set)
@@ -62,7 +62,7 @@ class _Run:
     bandwidths: dict[str, list[float]] = field(default_factory=dict)
     bandwidth_notes: dict[str, str] = field(default_factory=dict)
     comparisons: dict[tuple[int, int], Comparison] = field(default_factory=dict)
-    """By place among the entrants, and context."""
+    """By place among the cases, and context."""
 
     def new_directory(self) -> Path:
         with temporary_files(self.directory):
@@ -98,16 +98,16 @@ def bench(
             begin = time.monotonic()
             _measure_bandwidths(run)
             for context in sorted({context for found in contexts.values() for context in found}):
-                _measure_context(run, context, [e for e in run.entrants if context in contexts[e.name]])
-            for entrant in run.entrants:
-                entrant.put_away()
+                _measure_context(run, context, [e for e in run.cases if context in contexts[e.name]])
+            for case in run.cases:
+                case.release()
             if time.monotonic() - begin > _STEADY_S:
                 _measure_bandwidths(run)
         finally:
-            for entrant in (*run.entrants, *run.twins.values()):
-                entrant.put_away(patient=False)
+            for case in (*run.cases, *run.twins.values()):
+                case.release(patient=False)
     return report(
-        entrants=run.entrants,
+        cases=run.cases,
         contexts=contexts,
         comparisons=run.comparisons,
         absent=run.absent,
@@ -136,20 +136,20 @@ def _open_all(run: _Run, bundles: dict[str, Bundle], targets: Sequence[Target]) 
         if isinstance(environment, GtaEdgeError):
             run.absent.append(_absence(name, target, environment, bundles[name]))
         else:
-            entrant = Entrant(name, bundles[name], target, environment, run.new_directory(), run.settings.threads)
-            run.entrants.append(entrant)
-    for done, entrant in enumerate([*run.entrants]):
+            case = Case(name, bundles[name], target, environment, run.new_directory(), run.settings.threads)
+            run.cases.append(case)
+    for done, case in enumerate([*run.cases]):
         run.progress("loading", done, len(pairs))
         try:
-            entrant.open()
+            case.open()
         except GtaEdgeError as error:
-            run.entrants.remove(entrant)
-            run.absent.append(_absence(entrant.name, entrant.target, error, entrant.bundle))
+            run.cases.remove(case)
+            run.absent.append(_absence(case.name, case.target, error, case.bundle))
             continue
-        _make_room(run, entrant)
+        _make_room(run, case)
     run.progress("loading", len(pairs), len(pairs))
     if run.settings.compare:
-        run.twins = {id(e): _twin(run, e) for e in run.entrants if e.opened and e.opened["rounds_activations"]}
+        run.twins = {id(e): _twin(run, e) for e in run.cases if e.opened and e.opened["rounds_activations"]}
 
 
 def _absence(name: str, target: Target, error: GtaEdgeError, bundle: Bundle) -> Document:
@@ -158,55 +158,55 @@ def _absence(name: str, target: Target, error: GtaEdgeError, bundle: Bundle) -> 
     return {"bundle": name, "backend": target.label, "reason": reason, "remedy": remedy}
 
 
-def _twin(run: _Run, of: Entrant) -> Entrant:
-    """Return an entrant in exact arithmetic: where rounding hides what is wrong, it shows there."""
+def _twin(run: _Run, of: Case) -> Case:
+    """Return an case in exact arithmetic: where rounding hides what is wrong, it shows there."""
     directory, threads = run.new_directory(), run.settings.threads
-    return Entrant(of.name, of.bundle, of.target, of.environment, directory, threads, exact=True)
+    return Case(of.name, of.bundle, of.target, of.environment, directory, threads, exact=True)
 
 
 # --- turns -----------------------------------------------------------------------------------------------------------
 
 
-def _measure_context(run: _Run, context: int, entrants: list[Entrant]) -> None:
-    prompts = {name: _prompt(run, context, name, entrants) for name in {e.name for e in entrants}}
+def _measure_context(run: _Run, context: int, cases: list[Case]) -> None:
+    prompts = {name: _prompt(run, context, name, cases) for name in {e.name for e in cases}}
     if run.settings.compare:
         for name, prompt in prompts.items():
-            _compare(run, context, prompt, [e for e in entrants if e.name == name])
-    least, most = (run.settings.rounds,) * 2 if run.settings.rounds else (_ROUNDS, _MOST_ROUNDS)
-    spent = {id(e): 0.0 for e in entrants}
+            _compare(run, context, prompt, [e for e in cases if e.name == name])
+    least, most = (run.settings.rounds,) * 2 if run.settings.rounds else (_ROUNDS, _MAX_ROUNDS)
+    spent = {id(e): 0.0 for e in cases}
     for i in range(most):
-        able = [e for e in entrants if e.failure is None]
+        able = [e for e in cases if e.failure is None]
         if i >= least and (not able or _is_enough(able, context, spent)):
             break
-        for done, entrant in enumerate(able if i % 2 == 0 else reversed(able)):
+        for done, case in enumerate(able if i % 2 == 0 else reversed(able)):
             run.progress(f"context {context}", i * len(able) + done, max(least, i + 1) * len(able))
             begin = time.perf_counter()
-            with _going_on():  # the entrant remembers it, and what was measured before stays
-                tokens, warm_up = _new_tokens(run, context, entrant), run.settings.warm_up
-                entrant.measure(context, prompts[entrant.name], tokens, warm_up=warm_up)
-            spent[id(entrant)] += time.perf_counter() - begin
-            _make_room(run, entrant)
+            with _going_on():  # the case remembers it, and what was measured before stays
+                tokens, warm_up = _new_tokens(run, context, case), run.settings.warm_up
+                case.measure(context, prompts[case.name], tokens, warm_up=warm_up)
+            spent[id(case)] += time.perf_counter() - begin
+            _make_room(run, case)
     run.progress(f"context {context}", 1, 1)
 
 
-def _is_enough(entrants: list[Entrant], context: int, spent: dict[int, float]) -> bool:
+def _is_enough(cases: list[Case], context: int, spent: dict[int, float]) -> bool:
     """Tell whether more rounds would hardly change the medians, or cost more patience than they are worth."""
-    seconds = [spent[id(e)] for e in entrants]
+    seconds = [spent[id(e)] for e in cases]
     if sum(seconds) >= _PATIENCE_S:
         return True
-    per_round = (summarise(e.rounds[context], context, 1)["per_round"] for e in entrants)
+    per_round = (summarise(e.rounds[context], context, 1)["per_round"] for e in cases)
     return max(seconds) >= _ENOUGH_S and all(settled(values) for found in per_round for values in found.values())
 
 
-def _new_tokens(run: _Run, context: int, entrant: Entrant) -> int:
+def _new_tokens(run: _Run, context: int, case: Case) -> int:
     """An engine may hold fewer tokens than the model has positions."""
-    limit = entrant.opened["max_length"] if entrant.opened else context
-    return max(1, min(run.settings.new_tokens_at(context, entrant.bundle), limit - context))
+    limit = case.opened["max_length"] if case.opened else context
+    return max(1, min(run.settings.new_tokens_at(context, case.bundle), limit - context))
 
 
-def _prompt(run: _Run, context: int, name: str, entrants: list[Entrant]) -> Path:
+def _prompt(run: _Run, context: int, name: str, cases: list[Case]) -> Path:
     """Write the ids [B, context] of a bundle's prompt to a file and return it."""
-    vocab = next(e.bundle.config.vocab_size for e in entrants if e.name == name)
+    vocab = next(e.bundle.config.vocab_size for e in cases if e.name == name)
     if run.settings.prompt is not None:
         ids = np.tile(np.asarray(run.settings.prompt[:context], np.int64), (run.settings.batch, 1))
     else:
@@ -228,73 +228,73 @@ def _going_on() -> Iterator[None]:
         pass
 
 
-def _compare(run: _Run, context: int, prompt: Path, entrants: list[Entrant]) -> None:
-    """Ask all of a bundle's entrants, and twins as needed, for their answers to the same prompt, and compare."""
-    if not entrants:
+def _compare(run: _Run, context: int, prompt: Path, cases: list[Case]) -> None:
+    """Ask all of a bundle's cases, and twins as needed, for their answers to the same prompt, and compare."""
+    if not cases:
         return
     given: dict[int, Answers] = {}
-    twins = _twins_to_ask(run, entrants)
-    for entrant in (*entrants, *twins):
-        if entrant.failure is not None:
+    twins = _twins_to_ask(run, cases)
+    for case in (*cases, *twins):
+        if case.failure is not None:
             continue
-        steps = min(CHECKED_STEPS, *(_new_tokens(run, context, e) for e in entrants))
-        shape = (1 + steps, run.settings.batch, entrant.bundle.config.vocab_size)
+        steps = min(CHECKED_STEPS, *(_new_tokens(run, context, e) for e in cases))
+        shape = (1 + steps, run.settings.batch, case.bundle.config.vocab_size)
         with _going_on():
-            given[id(entrant)] = entrant.check(prompt, shape)
-        if entrant.exact:
-            entrant.put_away()
-        _make_room(run, entrant)
+            given[id(case)] = case.check(prompt, shape)
+        if case.exact:
+            case.release()
+        _make_room(run, case)
     if not given:
         return
     chosen = choose_reference(given)
-    reference = next(e for e in (*entrants, *twins) if id(e) == chosen)
+    reference = next(e for e in (*cases, *twins) if id(e) == chosen)
     label = f"{reference.target.label}, exact" if reference.exact else reference.target.label
-    for entrant in entrants:
-        _note_exact(run, entrant, given, chosen)
-        if id(entrant) in given:
-            place = next(i for i, e in enumerate(run.entrants) if e is entrant)
-            found = agreement(given[id(entrant)], given[chosen])
+    for case in cases:
+        _note_exact(run, case, given, chosen)
+        if id(case) in given:
+            place = next(i for i, e in enumerate(run.cases) if e is case)
+            found = agreement(given[id(case)], given[chosen])
             run.comparisons[place, context] = Comparison(
                 label,
-                entrant is reference,
+                case is reference,
                 len(given) > 1,
                 is_exact(given[chosen]),
                 found,
-                run.exact.get(id(entrant)),
+                run.exact.get(id(case)),
             )
 
 
-def _twins_to_ask(run: _Run, entrants: list[Entrant]) -> list[Entrant]:
+def _twins_to_ask(run: _Run, cases: list[Case]) -> list[Case]:
     """Return the twins that are asked now: all of them once, then one as the reference if nobody else is exact."""
-    twins = [run.twins[id(e)] for e in entrants if id(e) in run.twins]
-    if entrants[0].name not in run.checked:
-        run.checked.add(entrants[0].name)
+    twins = [run.twins[id(e)] for e in cases if id(e) in run.twins]
+    if cases[0].name not in run.checked:
+        run.checked.add(cases[0].name)
         return twins
-    able = [e for e in entrants if e.failure is None]
+    able = [e for e in cases if e.failure is None]
     exact = [e for e in able if e.opened and e.opened["compute"] == "fp32" and id(e) not in run.twins]
     return [] if exact else [e for e in twins if e.failure is None][:1]
 
 
-def _note_exact(run: _Run, entrant: Entrant, given: dict[int, Answers], chosen: int) -> None:
-    """Keep how an entrant's twin compares with the reference: within float32's bound, whatever rounding hides."""
-    twin = run.twins.get(id(entrant))
+def _note_exact(run: _Run, case: Case, given: dict[int, Answers], chosen: int) -> None:
+    """Keep how an case's twin compares with the reference: within float32's bound, whatever rounding hides."""
+    twin = run.twins.get(id(case))
     if twin is None or id(twin) == chosen:
         return
     if id(twin) in given:
-        run.exact[id(entrant)] = agreement(given[id(twin)], given[chosen])
+        run.exact[id(case)] = agreement(given[id(twin)], given[chosen])
     elif twin.failure is not None:
-        run.exact.setdefault(id(entrant), twin.failure)
+        run.exact.setdefault(id(case), twin.failure)
 
 
-def _make_room(run: _Run, entrant: Entrant) -> None:
-    """End an entrant's process if there may be no room for the next one that has none, on the host or the GPU."""
-    waiting = [e.needed_bytes for e in run.entrants if not e.running and e.failure is None]
-    if not waiting or not entrant.running:
+def _make_room(run: _Run, case: Case) -> None:
+    """End an case's process if there may be no room for the next one that has none, on the host or the GPU."""
+    waiting = [e.needed_bytes for e in run.cases if not e.running and e.failure is None]
+    if not waiting or not case.running:
         return
     host, gpu = max(n for n, _ in waiting), max(n for _, n in waiting)
-    free, gpu_free = available_bytes(), entrant.gpu_free_bytes
+    free, gpu_free = available_bytes(), case.gpu_free_bytes
     if (free is not None and free < host) or (gpu_free is not None and gpu_free < gpu):
-        entrant.put_away()
+        case.release()
 
 
 # --- bandwidth -------------------------------------------------------------------------------------------------------
@@ -303,7 +303,7 @@ def _make_room(run: _Run, entrant: Entrant) -> None:
 def _measure_bandwidths(run: _Run) -> None:
     """Measure the memory of each kind of device that is used, once more."""
     for device in ("cpu", "gpu"):
-        user = next((e for e in run.entrants if e.opened and e.opened["device"] == device), None)
+        user = next((e for e in run.cases if e.opened and e.opened["device"] == device), None)
         if user is None:
             continue
         run.progress("bandwidth", 0, 1)

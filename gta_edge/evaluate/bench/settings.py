@@ -21,7 +21,7 @@ DEFAULT_NEW_TOKENS = 32
 CHECKED_STEPS = 8
 """Tokens after the prompt whose logits are compared."""
 
-_MOST_ROUNDS = 10**6
+_MAX_ROUNDS = 10**6
 _FLOAT, _ID = 4, 8
 
 
@@ -60,8 +60,8 @@ class Settings:
         for name, value in (("--batch", self.batch), ("--new-tokens", self.new_tokens), ("--rounds", self.rounds)):
             if value is not None and value < 1:
                 raise InputError(f"{name} is {brief(value)}", "expected a whole number above 0")
-        if self.rounds is not None and self.rounds > _MOST_ROUNDS:
-            raise InputError(f"--rounds is {brief(self.rounds)}", f"expected 1 to {_MOST_ROUNDS}")
+        if self.rounds is not None and self.rounds > _MAX_ROUNDS:
+            raise InputError(f"--rounds is {brief(self.rounds)}", f"expected 1 to {_MAX_ROUNDS}")
         check_threads(self.threads)
         for context in self.contexts or ():
             if context < 1:

@@ -11,12 +11,12 @@ if TYPE_CHECKING:
 else:
     ir = optional("onnx_ir", "export")
 
-__all__ = ["StampLayersPass"]
+__all__ = ["RepeatLayersPass"]
 
 _FIRST = "model.layers.0."
 
 
-class StampLayersPass(ir.passes.InPlacePass):
+class RepeatLayersPass(ir.passes.InPlacePass):
     """Repeat the first layer: nodes, weights by name, and a pair of cache inputs and outputs for each.
 
     Layers differ in their weights alone, and tracing costs per layer, so one is traced and the others are stamped.

@@ -44,7 +44,7 @@ DECODE_TOKENS = 16
 ROWS = 16
 """Rows of one tensor core product, and tokens of the slice of the cache that it meets."""
 
-LEAST_SPLIT_TOKENS, MOST_SPLIT_TOKENS = 256, 2048
+MIN_SPLIT_TOKENS, MAX_SPLIT_TOKENS = 256, 2048
 """Tokens of a split: fewer make the combining kernel's work grow, more let one long row of a batch end last."""
 
 COMBINE_THREADS = 256
@@ -182,7 +182,7 @@ def decode_program(variant: Variant, architecture: str) -> Program:
         "GTA_DECODE_WARPS_M": warps_m,
         "GTA_DECODE_WARPS_N": warps_n,
         "GTA_DECODE_STAGES": stages,
-        "GTA_DECODE_LEAST_TOKENS": LEAST_SPLIT_TOKENS,
+        "GTA_DECODE_LEAST_TOKENS": MIN_SPLIT_TOKENS,
         "GTA_DECODE_SHARED_BYTES": shared_bytes,
         "GTA_COMBINE_COLUMNS": columns,
         "GTA_COMBINE_THREADS": COMBINE_THREADS,
@@ -214,12 +214,12 @@ def _row_blocks(program: Program, tokens: int) -> int:
 def decode_splits(program: Program, processors: int, batch: int, tokens: int, capacity: int) -> int:
     """Return among how many blocks the cache's length is divided.
 
-    As many as are resident at once, within ``LEAST_SPLIT_TOKENS`` and ``MOST_SPLIT_TOKENS`` for a full cache. The
+    As many as are resident at once, within ``MIN_SPLIT_TOKENS`` and ``MAX_SPLIT_TOKENS`` for a full cache. The
     blocks share out the true length by themselves, so the number depends on nothing that changes from step to step.
     """
     others = batch * program.tile("GTA_DECODE_GROUPS") * _row_blocks(program, tokens)
     resident = processors * min(program.resident_blocks, 2)
-    least, most = -(-capacity // MOST_SPLIT_TOKENS), -(-capacity // program.tile("GTA_DECODE_LEAST_TOKENS"))
+    least, most = -(-capacity // MAX_SPLIT_TOKENS), -(-capacity // program.tile("GTA_DECODE_LEAST_TOKENS"))
     return min(max(resident // others, least), most)
 
 

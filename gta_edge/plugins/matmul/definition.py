@@ -191,9 +191,9 @@ def function(bits: int, outputs: int = 1, bias: bool = False) -> str:
     dequantised = Slice (values_matrix, begin, end)
 
     x_f32 = Cast <to = 1> (x)
-    product = MatMul (x_f32, dequantised)
+    matmul = MatMul (x_f32, dequantised)
     {"bias_f32 = Cast <to = 1> (bias)" if bias else ""}
-    {"whole = Add (product, bias_f32)" if bias else "whole = Identity (product)"}
+    {"whole = Add (matmul, bias_f32)" if bias else "whole = Identity (matmul)"}
     rounded = CastLike (whole, x)
     {", ".join(results)} = Split <axis = -1> (rounded, sizes)
 }}"""

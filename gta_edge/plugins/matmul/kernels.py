@@ -1,4 +1,4 @@
-"""The products with quantised weights on a GPU: kernels compiled and loaded once, then launched on device addresses.
+"""The matmuls with quantised weights on a GPU: kernels compiled and loaded once, then launched on device addresses.
 
 Knows of no framework. A launch allocates nothing and waits for nothing, so that it can be captured in a CUDA graph.
 """
@@ -16,7 +16,7 @@ from gta_edge.errors import BackendError
 from gta_edge.plugins.domain import KERNELS
 from gta_edge.plugins.matmul.tiling import (
     MATMUL_SIGNATURE,
-    MOST_OUTPUTS,
+    MAX_OUTPUTS,
     MatMulLaunch,
     MatMulVariant,
     matmul_programs,
@@ -133,7 +133,7 @@ class MatMulKernels:
                 )
             if not address and name != "bias":
                 raise BackendError(f"{name} is at address 0", "expected memory of the GPU")
-        absent = (0,) * (MOST_OUTPUTS - len(outputs))
+        absent = (0,) * (MAX_OUTPUTS - len(outputs))
         self._launcher.launch(stream, [(config, kernel, *addresses, *absent, *numbers)])
 
     def _plan(self, rows: int, in_features: int, output_sizes: tuple[int, ...]) -> MatMulLaunch:
@@ -142,7 +142,7 @@ class MatMulKernels:
     def _prepare(self, rows: int, in_features: int, output_sizes: tuple[int, ...]) -> tuple[Any, Any, tuple[Any, ...]]:
         """Return all of a launch that does not depend on addresses, as cuda.core takes it."""
         plan = self.plan(rows, in_features, output_sizes)
-        sizes = output_sizes + (0,) * (MOST_OUTPUTS - len(output_sizes))
+        sizes = output_sizes + (0,) * (MAX_OUTPUTS - len(output_sizes))
         # An int of Python would be passed as 8 bytes.
         numbers = tuple(np.int32(number) for number in (rows, in_features, *sizes))
         return self._launcher.config(plan.launch), self._kernels[plan.program, plan.kernel], numbers

@@ -38,7 +38,7 @@ _BIAS = INPUTS.index("bias")
 
 
 class _MatMulPlugin(Plugin):
-    """Products of one input with one quantised matrix or several.
+    """Matmuls of one input with one quantised matrix or several.
 
     Args:
         parameters: the op and the node's attributes.
@@ -196,7 +196,7 @@ class _Int8MatMulPlugin(_MatMulPlugin):
 
 
 class _MatMulCreator(Creator):
-    """Makes plugins for products."""
+    """Makes plugins for matmuls."""
 
     version, domain = VERSION, DOMAIN
     bits: ClassVar[int]
@@ -207,13 +207,13 @@ class _MatMulCreator(Creator):
 
 
 class Int4MatMulCreator(_MatMulCreator):
-    """Makes plugins for products with int4 matrices."""
+    """Makes plugins for matmuls with int4 matrices."""
 
     bits, op, fields = 4, OPS[4], FIELDS[4]
 
 
 class Int8MatMulCreator(_MatMulCreator):
-    """Makes plugins for products with int8 matrices."""
+    """Makes plugins for matmuls with int8 matrices."""
 
     bits, op, fields = 8, OPS[8], FIELDS[8]
 

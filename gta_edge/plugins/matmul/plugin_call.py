@@ -1,4 +1,4 @@
-"""What one plugin for products with quantised matrices is, and what one call of it takes: types, sizes and workspace.
+"""What one plugin for matmuls with quantised matrices is, and what one call of it takes: types, sizes and workspace.
 
 Nothing here calls TensorRT; descriptors come in as names of types and as tuples of sizes.
 """

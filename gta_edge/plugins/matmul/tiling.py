@@ -1,7 +1,7 @@
-"""How the products with quantised weights are cut to a GPU: the one place that knows their tiles, grids and launches.
+"""How the matmuls with quantised weights are cut to a GPU: the one place that knows their tiles, grids and launches.
 
 A kernel is compiled for one ``MatMulVariant``; rows, inputs and outputs are numbers of a launch, so a few programs
-serve all products of all models. Nothing here needs CUDA, so that plans can be made anywhere.
+serve all matmuls of all models. Nothing here needs CUDA, so that plans can be made anywhere.
 
 Two ways to multiply, by the number of rows:
 
@@ -23,7 +23,7 @@ __all__ = [
     "BLOCK_SIZES",
     "FEW_ROWS",
     "MATMUL_SIGNATURE",
-    "MOST_OUTPUTS",
+    "MAX_OUTPUTS",
     "MatMulLaunch",
     "MatMulProgram",
     "MatMulPrograms",
@@ -42,8 +42,8 @@ BLOCK_SIZES = {4: (32, 64, 128), 8: (0, 32, 64, 128)}
 FEW_ROWS = 16
 """Most rows for which every weight is read once: two tiles of a tensor core product."""
 
-MOST_OUTPUTS = 4
-MOST_ROWS, MOST_INPUTS = 2**30, 2**24
+MAX_OUTPUTS = 4
+MAX_ROWS, MAX_INPUTS = 2**30, 2**24
 
 TILE_OUTPUTS = 16
 UNIT_INPUTS = 128
@@ -66,12 +66,12 @@ _SUM_BYTES = 2 * TILE_OUTPUTS * 4
 _WIDE, _WIDE_WITH_SHORT_BLOCKS = (4, 2, 2, 8, 3), (2, 4, 2, 4, 3)
 _NARROW = ((4, 1, 1, 8, 4), (4, 1, 1, 4, 4))
 _STAGE_INPUTS = 64
-_MOST_PADDING = 1.25
+_MAX_PADDING = 1.25
 """Rows that a tile may multiply in vain, as a factor of the least."""
 
 MATMUL_SIGNATURE = Signature(
-    ("x", "weight", "scale", "bias", *(f"output_{i}" for i in range(MOST_OUTPUTS))),
-    ("rows", "in_features", *(f"size_{i}" for i in range(MOST_OUTPUTS))),
+    ("x", "weight", "scale", "bias", *(f"output_{i}" for i in range(MAX_OUTPUTS))),
+    ("rows", "in_features", *(f"size_{i}" for i in range(MAX_OUTPUTS))),
 )
 """The parameters of every kernel here."""
 
@@ -168,7 +168,7 @@ class MatMulPrograms:
 
 @dataclass(frozen=True)
 class MatMulLaunch:
-    """The one launch of a product: of which kernel, and on which grid."""
+    """The one launch of a matmul: of which kernel, and on which grid."""
 
     program: MatMulProgram
     kernel: str
@@ -188,7 +188,7 @@ def matmul_programs(variant: MatMulVariant, architecture: str) -> MatMulPrograms
 def plan_matmul(
     programs: MatMulPrograms, processors: int, rows: int, in_features: int, output_sizes: Sequence[int]
 ) -> MatMulLaunch:
-    """Return what one product launches.
+    """Return what one matmul launches.
 
     Args:
         programs: of the variant.
@@ -312,7 +312,7 @@ def many_launch(program: MatMulProgram, rows: int, out_features: int) -> Launch:
 def _choose_many(candidates: tuple[MatMulProgram, ...], processors: int, rows: int, out_features: int) -> MatMulProgram:
     """Return the widest tile that multiplies few rows in vain and gives every multiprocessor a block, or the next."""
     padded = {program: _ceil_div(rows, program.block_rows) * program.block_rows for program in candidates}
-    fitting = [program for program in candidates if padded[program] <= _MOST_PADDING * min(padded.values())]
+    fitting = [program for program in candidates if padded[program] <= _MAX_PADDING * min(padded.values())]
     for program in fitting:
         x, y, _ = many_launch(program, rows, out_features).grid
         if x * y >= processors:
@@ -329,17 +329,17 @@ def _ceil_div(a: int, b: int) -> int:
 
 def _check(rows: int, in_features: int, output_sizes: Sequence[int]) -> None:
     """Raise BackendError where a size is out of range."""
-    if not 1 <= rows <= MOST_ROWS:
-        raise BackendError(f"x has {rows} rows", f"expected 1 to {MOST_ROWS}")
-    if in_features % 8 or not 8 <= in_features <= MOST_INPUTS:
+    if not 1 <= rows <= MAX_ROWS:
+        raise BackendError(f"x has {rows} rows", f"expected 1 to {MAX_ROWS}")
+    if in_features % 8 or not 8 <= in_features <= MAX_INPUTS:
         raise BackendError(
             f"in_features is {in_features}",
-            f"expected a multiple of 8 up to {MOST_INPUTS}, so that x's rows begin at "
+            f"expected a multiple of 8 up to {MAX_INPUTS}, so that x's rows begin at "
             "multiples of 16 bytes: pad x and the weights with zeros",
         )
-    if not 1 <= len(output_sizes) <= MOST_OUTPUTS or min(output_sizes) < 1:
+    if not 1 <= len(output_sizes) <= MAX_OUTPUTS or min(output_sizes) < 1:
         raise BackendError(
-            f"output_sizes is {tuple(output_sizes)}", f"expected one to {MOST_OUTPUTS} sizes of at least 1"
+            f"output_sizes is {tuple(output_sizes)}", f"expected one to {MAX_OUTPUTS} sizes of at least 1"
         )
     if any(size % TILE_OUTPUTS for size in output_sizes[:-1]):
         raise BackendError(

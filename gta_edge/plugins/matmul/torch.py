@@ -1,4 +1,4 @@
-"""The products with quantised matrices in torch, ``torch.ops.gta.blockwise_matmul``; importing this registers it.
+"""The matmuls with quantised matrices in torch, ``torch.ops.gta.blockwise_matmul``; importing this registers it.
 
 On CUDA tensors of fp16 or bf16 it runs the CUDA kernels, which read the codes as they lie. Everything else (the CPU,
 float32, sizes that the kernels are not made for) dequantises a slice of a matrix at a time, in torch's own operations.
@@ -64,10 +64,10 @@ def blockwise_matmul(
     for first in range(0, weight.shape[0], step):
         tiles = slice(first, first + step)
         parts.append(rows @ _dequantised(weight[tiles], scale[tiles], bits)[: sizes.in_features])
-    product = torch.cat(parts, dim=-1)[..., : sizes.out_features]
+    matmul = torch.cat(parts, dim=-1)[..., : sizes.out_features]
     if bias is not None:
-        product = product + bias.float()
-    return [part.to(x.dtype, copy=True).contiguous() for part in torch.split(product, list(sizes.output_sizes), dim=-1)]
+        matmul = matmul + bias.float()
+    return [part.to(x.dtype, copy=True).contiguous() for part in torch.split(matmul, list(sizes.output_sizes), dim=-1)]
 
 
 def dequantised_rows(weight: Tensor, scale: Tensor, ids: Tensor, bits: int, in_features: int) -> Tensor:

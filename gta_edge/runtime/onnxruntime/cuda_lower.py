@@ -1,6 +1,6 @@
 """Makes the graph that ONNX Runtime runs on a GPU out of a bundle's own; ``prepared`` keeps it.
 
-    engines/onnxruntime-cuda/fp16/, bf16/, fp32/    by the type to compute in, each with the files of prepared.py
+    engines/onnxruntime-cuda/fp16/, bf16/, fp32/    by the type to compute in, each with the files of lowered.py
 
 Every operator has a kernel of the CUDA provider in that type (docs/onnxruntime-cuda.md has the table): one that has not
 would run on the CPU, with a copy each way in every step, and no CUDA graph. It is imported only when there is none yet.
@@ -17,11 +17,11 @@ from gta_edge.errors import BundleError
 from gta_edge.formats.bundle import Bundle
 from gta_edge.graph.builder import Nodes, take_place
 from gta_edge.graph.io import load_graph, rewriting, serialised
-from gta_edge.graph.retype import COMPUTE_TYPES, RetypePass
+from gta_edge.graph.retype import COMPUTE_TYPES, ConvertPrecisionPass
 from gta_edge.graph.share_dimensions import ShareDimensionsPass
 from gta_edge.libraries.optional import optional
 from gta_edge.runtime.onnxruntime.lower import store_weights, tidied
-from gta_edge.runtime.onnxruntime.passes.fuse_matmuls import FuseProductsPass
+from gta_edge.runtime.onnxruntime.passes.fuse_matmuls import FuseMatMulsPass
 from gta_edge.runtime.onnxruntime.passes.fuse_norms import FuseNormsPass
 from gta_edge.runtime.onnxruntime.passes.multiply_by_head import MultiplyByHeadPass
 from gta_edge.support.progress import Progress, silent
@@ -78,21 +78,21 @@ def cuda_model(bundle: Bundle, compute: str) -> ir.Model:
         bundle,
         common.InlinePass(),
         ShareDimensionsPass(),
-        RetypePass(compute),
-        FuseProductsPass(_FLOAT32_PRODUCTS),
+        ConvertPrecisionPass(compute),
+        FuseMatMulsPass(_FLOAT32_PRODUCTS),
         FuseNormsPass(),
         MultiplyByHeadPass(),
     )
     with rewriting(bundle.model_path):
-        _suit_products(model, ir.DataType[COMPUTE_TYPES[compute]])
+        _suit_matmuls(model, ir.DataType[COMPUTE_TYPES[compute]])
         _slice_splits(model)
     left = next((node for node in model.graph if node.op_type == "DequantizeLinear"), None)
     if left is not None:
-        raise BundleError(f"{brief(left.name)} dequantises outside of a product", "export the bundle again")
+        raise BundleError(f"{brief(left.name)} dequantises outside of a matmul", "export the bundle again")
     return model
 
 
-def _suit_products(model: ir.Model, dtype: ir.DataType) -> None:
+def _suit_matmuls(model: ir.Model, dtype: ir.DataType) -> None:
     """Give scales and biases of ``MatMulNBits`` the type of its other input, and every bias an Add of its own.
 
     CUDA's kernel wants the one, and knows no bias in earlier releases; later ones add it in a kernel of its own too.
@@ -104,8 +104,8 @@ def _suit_products(model: ir.Model, dtype: ir.DataType) -> None:
                 _retype(value, dtype)
         if len(node.inputs) > _BIAS:
             nodes = Nodes()
-            product = nodes("MatMulNBits", *node.inputs[: _SCALE + 1], domain=node.domain, **_numbers(node))
-            total = nodes("Add", product, node.inputs[_BIAS])
+            matmul = nodes("MatMulNBits", *node.inputs[: _SCALE + 1], domain=node.domain, **_numbers(node))
+            total = nodes("Add", matmul, node.inputs[_BIAS])
             model.graph.insert_before(node, nodes.made)
             take_place(node.outputs[0], total)
             model.graph.remove(node, safe=True)
@@ -119,7 +119,7 @@ def _slice_splits(model: ir.Model) -> None:
     """
     for node in [node for node in model.graph if node.op_type == "Split"]:
         sizes = ir.convenience.get_const_tensor(node.inputs[1]) if node.inputs[1] is not None else None
-        assert sizes is not None  # FuseProductsPass made it
+        assert sizes is not None  # FuseMatMulsPass made it
         nodes, start = Nodes(), 0
         for old, size in zip(node.outputs, sizes.numpy().tolist(), strict=True):
             where = nodes.constant(start), nodes.constant(start + size), nodes.constant(node.attributes.get_int("axis"))
@@ -135,10 +135,10 @@ def _numbers(node: ir.Node) -> dict[str, int]:
 
 def _retype(value: ir.Value, dtype: ir.DataType) -> None:
     stored = value.const_value
-    assert stored is not None  # FuseProductsPass made it
+    assert stored is not None  # FuseMatMulsPass made it
 
     def data() -> ir.TensorProtocol:
-        with np.errstate(all="ignore"):  # as float16 already, by RetypePass, which checked the range
+        with np.errstate(all="ignore"):  # as float16 already, by ConvertPrecisionPass, which checked the range
             return ir.tensor(np.asarray(stored.numpy(), np.float32).astype(dtype.numpy()), dtype=dtype)
 
     value.const_value = ir.LazyTensor(data, dtype=dtype, shape=ir.Shape(stored.shape.numpy()), name=value.name)

@@ -46,7 +46,7 @@ _CHUNK_SIZE = 512
 _CAPACITY_STEP = 2048
 """Every growth copies the cache through the host's memory and captures the step anew."""
 
-_REVISION = 1  # of what cuda_preparation does
+_REVISION = 1  # of what cuda_lower does
 _FATAL = 4
 _NO_GRAPH = -1  # as gpu_graph_id: run without one
 
@@ -175,7 +175,7 @@ class OnnxRuntimeCudaSession(Session):
         settings = module.SessionOptions()
         settings.log_severity_level = _FATAL  # its errors are raised, and must not stand beside ours on stderr
         settings.intra_op_num_threads = compute_threads()
-        # The graph has its fusions. Of the others one makes a Split of Slices again, see cuda_preparation.
+        # The graph has its fusions. Of the others one makes a Split of Slices again, see cuda_lower.
         settings.graph_optimization_level = module.GraphOptimizationLevel.ORT_ENABLE_BASIC
         device, device_id = self._device
         on_cuda = (

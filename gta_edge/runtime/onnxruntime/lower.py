@@ -14,7 +14,7 @@ from gta_edge.graph.share_dimensions import ShareDimensionsPass
 from gta_edge.libraries.optional import optional
 from gta_edge.numerics.quantization import BITS
 from gta_edge.runtime.onnxruntime.passes.expand_attention import ExpandAttentionPass
-from gta_edge.runtime.onnxruntime.passes.fuse_matmuls import FuseProductsPass
+from gta_edge.runtime.onnxruntime.passes.fuse_matmuls import FuseMatMulsPass
 from gta_edge.runtime.onnxruntime.passes.fuse_norms import FuseNormsPass
 from gta_edge.support.progress import Progress, silent
 from gta_edge.support.threads import threads_to_use
@@ -52,7 +52,7 @@ def graphs(bundle: Bundle, weights: Path, location: str, progress: Progress = si
         ExpandAttentionPass(),
         common.InlinePass(),
         ShareDimensionsPass(),
-        FuseProductsPass(_INT8_ACTIVATIONS),
+        FuseMatMulsPass(_INT8_ACTIVATIONS),
         FuseNormsPass(),
     )
     with rewriting(bundle.model_path):

@@ -2,8 +2,8 @@
 
 The bundle's own graph stays as it is: one node for each attention, standard operators, one file for every engine. For
 ONNX Runtime the functions are inlined and what all layers have in common (positions, mask, shapes) is computed once.
-Products with integers get its kernel's own layout, in a file beside the graph; all other weights stay where they are.
-This is how a form is kept, and the CPU's; the one for GPUs is in ``cuda_preparation``.
+Matmuls with integers get its kernel's own layout, in a file beside the graph; all other weights stay where they are.
+This is how a form is kept, and the CPU's; the one for GPUs is in ``cuda_lower``.
 
     engines/onnxruntime/model.onnx, exact.onnx    the two graphs: activations rounded to int8, or not
     engines/onnxruntime/weights.data              codes and scales
@@ -24,14 +24,14 @@ from gta_edge.errors import OutputError
 from gta_edge.formats.artifacts import Artifact, RefusedError, open_artifact, require_secret, write_record
 from gta_edge.formats.bundle import MODEL, WEIGHTS, Bundle
 from gta_edge.numerics.quantization import BITS
-from gta_edge.plan.host_memory import require_memory_for_preparation
+from gta_edge.plan.host_memory import require_memory_for_lowering
 from gta_edge.support.files import new_directory
 from gta_edge.support.ownership import ARTIFACTS
 from gta_edge.support.partials import remove_stale
 from gta_edge.support.progress import Progress, silent
 from gta_edge.version import __version__
 
-__all__ = ["GRAPH", "Form", "Prepared", "kept_graph", "prepare", "without_new_weights"]
+__all__ = ["GRAPH", "Form", "LoweredGraph", "kept_graph", "lower", "without_new_weights"]
 
 GRAPH = "model.onnx"
 _RECORD, _EXACT, _PACKED = "prepared.json", "exact.onnx", "weights.data"
@@ -61,12 +61,12 @@ class Form:
 
 
 @dataclass(frozen=True)
-class Prepared:
+class LoweredGraph:
     """A graph for ONNX Runtime.
 
     Attributes:
         graph: the model, serialised; its weights are external files, named from the bundle's directory.
-        rounds_activations: whether products round activations to int8.
+        rounds_activations: whether matmuls round activations to int8.
         kept: whether the graph is one that is kept, with weights beside it that may be replaced at any time.
     """
 
@@ -75,7 +75,7 @@ class Prepared:
     kept: bool
 
 
-def prepare(bundle: Bundle, *, exact: bool = False, progress: Progress = silent) -> Prepared:
+def lower(bundle: Bundle, *, exact: bool = False, progress: Progress = silent) -> LoweredGraph:
     """Return the graph for a bundle: the one that is kept in it, or a new one, which is kept if the bundle is writable.
 
     Args:
@@ -88,23 +88,23 @@ def prepare(bundle: Bundle, *, exact: bool = False, progress: Progress = silent)
     """
     rounds = bundle.precision in BITS and not exact
     graph = kept_graph(bundle, _CPU, _EXACT if exact else GRAPH, progress)
-    return without_new_weights(bundle, exact=exact) if graph is None else Prepared(graph, rounds, kept=True)
+    return without_new_weights(bundle, exact=exact) if graph is None else LoweredGraph(graph, rounds, kept=True)
 
 
-def without_new_weights(bundle: Bundle, *, exact: bool = False) -> Prepared:
+def without_new_weights(bundle: Bundle, *, exact: bool = False) -> LoweredGraph:
     """Return a graph that reads the bundle's own weights and nothing else: slower to load, and for that always right.
 
     Raises:
         BackendError: the bundle's graph cannot be read, or onnx-ir is missing.
     """
-    require_memory_for_preparation()
+    require_memory_for_lowering()
     from gta_edge.runtime.onnxruntime.lower import graph_without_new_weights
 
-    return Prepared(graph_without_new_weights(bundle), bundle.precision in BITS and not exact, kept=False)
+    return LoweredGraph(graph_without_new_weights(bundle), bundle.precision in BITS and not exact, kept=False)
 
 
 def _for_cpu(bundle: Bundle, weights: Path, location: str, progress: Progress) -> dict[str, bytes]:
-    require_memory_for_preparation()
+    require_memory_for_lowering()
     from gta_edge.runtime.onnxruntime.lower import graphs
 
     default, exact = graphs(bundle, weights, location, progress)

@@ -21,7 +21,7 @@ from gta_edge.formats.bundle import Bundle
 from gta_edge.libraries.onnxruntime import EXACT_PRODUCTS, INT8_PRODUCTS, first_line, is_out_of_memory, load_onnxruntime
 from gta_edge.model.config import CacheSpec
 from gta_edge.plan.host_memory import require_memory_for_onnxruntime
-from gta_edge.runtime.onnxruntime.lowered import Prepared, prepare, without_new_weights
+from gta_edge.runtime.onnxruntime.lowered import LoweredGraph, lower, without_new_weights
 from gta_edge.runtime.onnxruntime.model import OpenModel, model_files, open_model
 from gta_edge.runtime.session import Ids, Logits, Session
 from gta_edge.support.progress import Progress, silent
@@ -75,15 +75,15 @@ class OnnxRuntimeSession(Session):
         super().__init__(bundle.config, **options)
         require_memory_for_onnxruntime(bundle.config, bundle.precision, bundle.block_size)
         self._onnxruntime = load_onnxruntime()
-        prepared = prepare(bundle, exact=exact, progress=progress)
-        self.rounds_activations = prepared.rounds_activations
+        lowered = lower(bundle, exact=exact, progress=progress)
+        self.rounds_activations = lowered.rounds_activations
         self._bundle, self._exact = bundle, exact
         self._threads = compute_threads(threads)  # its own default are all cores of the machine
         self._model: OpenModel | None = None
         try:
-            self._model = self._open(prepared)
+            self._model = self._open(lowered)
         except Exception:  # ONNX Runtime's errors have no common base
-            if not prepared.kept:
+            if not lowered.kept:
                 raise
             # another process may have replaced what was kept, between our reading and ONNX Runtime's
             self._model = self._open(without_new_weights(bundle, exact=exact))
@@ -97,7 +97,7 @@ class OnnxRuntimeSession(Session):
         self._caches: dict[str, npt.NDArray[np.float32]] = {}  # [B, n, S, d] at their start, as steps see them
         self._step: _Step | None = None
 
-    def _open(self, prepared: Prepared) -> OpenModel:
+    def _open(self, lowered: LoweredGraph) -> OpenModel:
         """Return a graph in ONNX Runtime.
 
         Raises:
@@ -110,8 +110,8 @@ class OnnxRuntimeSession(Session):
         settings.intra_op_num_threads = self._threads
         settings.add_session_config_entry(*(EXACT_PRODUCTS if self._exact else INT8_PRODUCTS))
         try:
-            files = model_files(bundle, _KEPT if prepared.kept else None)
-            return open_model(module, prepared.graph, files, settings, ["CPUExecutionProvider"])
+            files = model_files(bundle, _KEPT if lowered.kept else None)
+            return open_model(module, lowered.graph, files, settings, ["CPUExecutionProvider"])
         except GtaEdgeError:
             raise
         except Exception as error:  # likewise

@@ -1,7 +1,7 @@
 """Builds a TensorRT engine from a bundle: what ``gta-edge build`` does.
 
 One engine holds the weights once and two profiles: single tokens, and chunks of a prompt. The graph is made for
-TensorRT first (``specialise.py``), then parsed, then built; the engine and its record appear in the bundle at once.
+TensorRT first (``lower.py``), then parsed, then built; the engine and its record appear in the bundle at once.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from gta_edge.numerics.quantization import BITS
 from gta_edge.runtime.tensorrt.engine import (
     CHOICES,
     ENGINES,
-    PRODUCTS,
-    EngineRecord,
-    Purpose,
+    IMPLEMENTATIONS,
+    EngineManifest,
+    EngineSpec,
     engine_directory,
     engine_output,
     has_engine,
@@ -45,9 +45,9 @@ __all__ = [
     "Requirement",
     "buffer_bytes",
     "build",
-    "check_purpose",
-    "prepare_only",
-    "products_of",
+    "check_spec",
+    "lower_only",
+    "matmul_of",
     "profile_shapes",
     "requirement",
 ]
@@ -98,26 +98,26 @@ class Requirement:
         return self.cache + max(self.logits, self.buffers) + self.weights // _WEIGHT_COPIES
 
 
-def requirement(bundle: Bundle, purpose: Purpose) -> Requirement:
+def requirement(bundle: Bundle, spec: EngineSpec) -> Requirement:
     """Return what building an engine is expected to take."""
     return Requirement(
         weights=_WEIGHT_COPIES * bundle.weight_bytes,
-        cache=2 * purpose.cache_bytes(bundle.config),
-        logits=4 * purpose.max_batch * LOGIT_POSITIONS * bundle.config.vocab_size,
+        cache=2 * spec.cache_bytes(bundle.config),
+        logits=4 * spec.max_batch * LOGIT_POSITIONS * bundle.config.vocab_size,
         builder=int(_BUILDER_BYTES + _LAYER_BYTES * bundle.config.num_hidden_layers),
-        buffers=buffer_bytes(bundle.config, purpose),
+        buffers=buffer_bytes(bundle.config, spec),
     )
 
 
-def buffer_bytes(config: ModelConfig, purpose: Purpose) -> int:
+def buffer_bytes(config: ModelConfig, spec: EngineSpec) -> int:
     """Return the bytes of a session's ids, lengths, positions and logits, which it has on the GPU and pinned."""
-    ids = purpose.max_batch * (purpose.chunk_size + 1 + LOGIT_POSITIONS)
-    return _ID_BYTES * ids + _LOGIT_BYTES * purpose.max_batch * LOGIT_POSITIONS * config.vocab_size
+    ids = spec.max_batch * (spec.chunk_size + 1 + LOGIT_POSITIONS)
+    return _ID_BYTES * ids + _LOGIT_BYTES * spec.max_batch * LOGIT_POSITIONS * config.vocab_size
 
 
 def build(
     bundle: Bundle,
-    purpose: Purpose,
+    spec: EngineSpec,
     *,
     compute_capabilities: Sequence[str] = (),
     force: bool = False,
@@ -127,7 +127,7 @@ def build(
 
     Args:
         bundle: the model.
-        purpose: what the engine is for.
+        spec: what the engine is for.
         compute_capabilities: of the GPUs to build for, ``8.6``; by default that of the GPU here, and where there is
             none, all that TensorRT-RTX knows. TensorRT itself builds for no other than the one here.
         force: replace an engine that is there.
@@ -137,47 +137,47 @@ def build(
         The engine's directory.
 
     Raises:
-        InputError: the purpose does not fit the model.
+        InputError: the spec does not fit the model.
         EngineError: TensorRT cannot build it, or an engine is there and not ``force``.
         CapacityError: the memory that is free here is less than the build is expected to take.
         BackendError: TensorRT or the GPU is missing.
     """
-    check_purpose(bundle, purpose)
-    directory = engine_directory(bundle, purpose.engine)
-    if not force and has_engine(bundle, purpose.engine):
+    check_spec(bundle, spec)
+    directory = engine_directory(bundle, spec.engine)
+    if not force and has_engine(bundle, spec.engine):
         raise EngineError(f"{directory}: there is an engine already", "give --force to replace it")
-    needed = requirement(bundle, purpose)
-    _check_memory(needed, needed.peak, available_bytes(), "here", purpose, bundle.precision)
+    needed = requirement(bundle, spec)
+    _check_memory(needed, needed.peak, available_bytes(), "here", spec, bundle.precision)
 
     from gta_edge.runtime.tensorrt.builder import Target, build_plan
 
-    target = Target.choose(purpose.engine, compute_capabilities)
+    target = Target.choose(spec.engine, compute_capabilities)
     if target.gpu:
-        _check_memory(needed, needed.on_gpu, free_gpu_bytes(), f"on {target.gpu}", purpose, bundle.precision)
+        _check_memory(needed, needed.on_gpu, free_gpu_bytes(), f"on {target.gpu}", spec, bundle.precision)
     disk = _WRITTEN_COPIES * bundle.weight_bytes
-    with engine_output(bundle, purpose.engine, force=force, needed_bytes=disk) as output:
+    with engine_output(bundle, spec.engine, force=force, needed_bytes=disk) as output:
         # On the bundle's disk, which has room for an engine: a system's temporary directory may lie in memory.
         with scratch_directory(make_engines_directory(bundle)) as scratch:
-            products, timings = _products(bundle, purpose, target, scratch, progress)
-            model = _specialised(bundle, purpose, scratch / "model", target.newer_ops, products, progress)
-            plan = build_plan(model, purpose, profile_shapes(bundle, purpose), target, progress)
+            matmul, timings = _matmul(bundle, spec, target, scratch, progress)
+            model = _lowered(bundle, spec, scratch / "model", target.newer_ops, matmul, progress)
+            plan = build_plan(model, spec, profile_shapes(bundle, spec), target, progress)
         capabilities = list(target.compute_capabilities)
-        record = EngineRecord(
-            purpose,
+        record = EngineManifest(
+            spec,
             made_from(bundle),
             target.tensorrt,
             capabilities,
-            products=products,
-            product_timings=timings,
+            matmul=matmul,
+            matmul_timings=timings,
             gpu=target.gpu_name,
         )
         write_engine(output, record, plan)
     return directory
 
 
-def prepare_only(
+def lower_only(
     bundle: Bundle,
-    purpose: Purpose,
+    spec: EngineSpec,
     output: Path | None = None,
     *,
     newer_ops: bool = True,
@@ -188,7 +188,7 @@ def prepare_only(
 
     Args:
         bundle: the model.
-        purpose: what an engine of it would be for.
+        spec: what an engine of it would be for.
         output: directory to write; by default one among the bundle's engines.
         newer_ops: whether the parser that will read it knows RMSNormalization (TensorRT 10.15 and later).
         force: replace the directory.
@@ -198,30 +198,30 @@ def prepare_only(
         The ONNX file.
 
     Raises:
-        InputError: the purpose does not fit the model.
+        InputError: the spec does not fit the model.
         OutputError: the directory exists or cannot be written.
     """
-    check_purpose(bundle, purpose)
+    check_spec(bundle, spec)
     # among the engines is the one place in the bundle that may be written to
     inputs = () if output is None else (bundle.directory,)
     if output is None:
-        output = make_engines_directory(bundle) / f"{purpose.engine}-onnx"
+        output = make_engines_directory(bundle) / f"{spec.engine}-onnx"
     with new_directory(
         output, force=force, inputs=inputs, needed_bytes=bundle.weight_bytes, kind="gta-edge-model"
     ) as partial:
-        products = "plugin" if purpose.engine == "tensorrt" and purpose.int4 != "native" else "native"
-        name = _specialised(bundle, purpose, partial, newer_ops, products, progress).name
+        matmul = "plugin" if spec.engine == "tensorrt" and spec.matmul != "native" else "native"
+        name = _lowered(bundle, spec, partial, newer_ops, matmul, progress).name
     return Path(output) / name
 
 
-def profile_shapes(bundle: Bundle, purpose: Purpose) -> list[dict[str, tuple[tuple[int, ...], ...]]]:
+def profile_shapes(bundle: Bundle, spec: EngineSpec) -> list[dict[str, tuple[tuple[int, ...], ...]]]:
     """Return, for decode and for prefill, the least, usual and largest shape of every input by name."""
     first, second = bundle.config.caches
-    rows = (1, 1, purpose.max_batch)
+    rows = (1, 1, spec.max_batch)
     profiles = []
     for tokens, logits in (
         ((1, 1, 1), (1, 1, 1)),
-        ((1, purpose.chunk_size, purpose.chunk_size), (1, 1, min(LOGIT_POSITIONS, purpose.chunk_size))),
+        ((1, spec.chunk_size, spec.chunk_size), (1, 1, min(LOGIT_POSITIONS, spec.chunk_size))),
     ):
         shapes: dict[str, tuple[tuple[int, ...], ...]] = {
             "input_ids": tuple(zip(rows, tokens, strict=True)),
@@ -231,60 +231,56 @@ def profile_shapes(bundle: Bundle, purpose: Purpose) -> list[dict[str, tuple[tup
         for i in range(bundle.config.num_hidden_layers):
             for cache in (first, second):
                 name = f"past_{cache.name}"
-                shapes[f"{name}.{i}"] = tuple((n, cache.heads, purpose.max_length, cache.width) for n in rows)
-                if purpose.quantised_cache:
-                    shapes[f"{name}_scale.{i}"] = tuple((n, cache.heads, purpose.max_length) for n in rows)
+                shapes[f"{name}.{i}"] = tuple((n, cache.heads, spec.max_length, cache.width) for n in rows)
+                if spec.quantised_cache:
+                    shapes[f"{name}_scale.{i}"] = tuple((n, cache.heads, spec.max_length) for n in rows)
         profiles.append(shapes)
     return profiles
 
 
-def check_purpose(bundle: Bundle, purpose: Purpose) -> None:
+def check_spec(bundle: Bundle, spec: EngineSpec) -> None:
     """Refuse what no engine of this model can be built for, before anything is worked out from it.
 
     Raises:
         InputError: a name that there is not, or a size outside of what the model has; which, and what is expected.
     """
     config = bundle.config
-    if purpose.engine not in ENGINES:
-        raise InputError(*unknown("no engine is called {}; there are {}", purpose.engine, ENGINES))
-    allowed: Sequence[str] = ("fp16", "bf16", "fp32") if purpose.engine == "tensorrt-rtx" else ("fp16", "bf16")
-    if purpose.compute not in allowed:
-        raise InputError(
-            *unknown(f"{purpose.engine} does not compute in {{}}; expected {{}}", purpose.compute, allowed)
-        )
-    plugin = purpose.engine == "tensorrt" and isinstance(config, GTAConfig)
-    caches = (purpose.compute, "int8", "fp8") if plugin else (purpose.compute,)
-    if purpose.cache_dtype not in caches:
+    if spec.engine not in ENGINES:
+        raise InputError(*unknown("no engine is called {}; there are {}", spec.engine, ENGINES))
+    allowed: Sequence[str] = ("fp16", "bf16", "fp32") if spec.engine == "tensorrt-rtx" else ("fp16", "bf16")
+    if spec.compute not in allowed:
+        raise InputError(*unknown(f"{spec.engine} does not compute in {{}}; expected {{}}", spec.compute, allowed))
+    plugin = spec.engine == "tensorrt" and isinstance(config, GTAConfig)
+    caches = (spec.compute, "int8", "fp8") if plugin else (spec.compute,)
+    if spec.cache_dtype not in caches:
         raise InputError(
             *unknown(
-                f"a cache of {{}} is not possible with --engine {purpose.engine} and --compute {purpose.compute} for "
+                f"a cache of {{}} is not possible with --engine {spec.engine} and --compute {spec.compute} for "
                 f"{config.architecture}; expected {{}}",
-                purpose.cache_dtype,
+                spec.cache_dtype,
                 caches,
             )
         )
-    _check_int4(bundle, purpose)
-    if not 1 <= purpose.max_length <= config.max_position_embeddings:
+    _check_matmul_choice(bundle, spec)
+    if not 1 <= spec.max_length <= config.max_position_embeddings:
         raise InputError(
-            f"--max-length is {brief(purpose.max_length)}",
+            f"--max-length is {brief(spec.max_length)}",
             f"the model has positions for 1 to {config.max_position_embeddings}",
         )
-    if not 1 <= purpose.chunk_size <= purpose.max_length:
-        raise InputError(
-            f"a chunk has {purpose.chunk_size} tokens", f"expected 1 to the {purpose.max_length} of the cache"
-        )
-    if not 1 <= purpose.max_batch <= 256:
-        raise InputError(f"--max-batch is {brief(purpose.max_batch)}", "expected 1 to 256")
+    if not 1 <= spec.chunk_size <= spec.max_length:
+        raise InputError(f"a chunk has {spec.chunk_size} tokens", f"expected 1 to the {spec.max_length} of the cache")
+    if not 1 <= spec.max_batch <= 256:
+        raise InputError(f"--max-batch is {brief(spec.max_batch)}", "expected 1 to 256")
 
 
 def _check_memory(
-    needed: Requirement, peak: int, free: int | None, where: str, purpose: Purpose, precision: str
+    needed: Requirement, peak: int, free: int | None, where: str, spec: EngineSpec, precision: str
 ) -> None:
     """Refuse what the system would end halfway, without a word, for want of memory."""
     if free is not None and peak > free:
         help_ = "close other programs"
         if needed.cache > needed.weights:
-            help_ += f", or give less than --max-length {purpose.max_length} --max-batch {purpose.max_batch}"
+            help_ += f", or give less than --max-length {spec.max_length} --max-batch {spec.max_batch}"
         elif precision != "int4":
             help_ += ", or export with --precision int4"
         raise CapacityError(
@@ -294,59 +290,59 @@ def _check_memory(
         )
 
 
-def _check_int4(bundle: Bundle, purpose: Purpose) -> None:
-    if purpose.int4 not in CHOICES:
-        raise InputError(*unknown("--int4 is {}; expected {}", purpose.int4, CHOICES))
-    if purpose.int4 == "plugin" and purpose.engine != "tensorrt":
+def _check_matmul_choice(bundle: Bundle, spec: EngineSpec) -> None:
+    if spec.matmul not in CHOICES:
+        raise InputError(*unknown("--matmul is {}; expected {}", spec.matmul, CHOICES))
+    if spec.matmul == "plugin" and spec.engine != "tensorrt":
         raise InputError(
-            f"{purpose.engine} takes no plugins", "leave out --int4 plugin, or build with --engine tensorrt"
+            f"{spec.engine} takes no plugins", "leave out --matmul plugin, or build with --engine tensorrt"
         )
-    if purpose.int4 == "plugin" and bundle.precision not in BITS:
+    if spec.matmul == "plugin" and bundle.precision not in BITS:
         raise InputError(
-            f"--int4 plugin is for matrices of int4 or int8, and the bundle's are {bundle.precision}",
+            f"--matmul plugin is for matrices of int4 or int8, and the bundle's are {bundle.precision}",
             "leave it out, or export with --precision int4",
         )
 
 
-def _products(
-    bundle: Bundle, purpose: Purpose, target: Target, scratch: Path, progress: Progress
+def _matmul(
+    bundle: Bundle, spec: EngineSpec, target: Target, scratch: Path, progress: Progress
 ) -> tuple[str, list[dict[str, Any]]]:
     """Return who multiplies by quantised matrices, and the timings that this was decided by."""
-    if purpose.engine != "tensorrt":
+    if spec.engine != "tensorrt":
         return "native", []
-    if purpose.int4 != "auto":
-        return purpose.int4, []
+    if spec.matmul != "auto":
+        return spec.matmul, []
     from gta_edge.runtime.tensorrt.lower import load_model
     from gta_edge.runtime.tensorrt.matmul_choice import calls_of, choose
-    from gta_edge.runtime.tensorrt.matmul_timing import UnableError, time_products
+    from gta_edge.runtime.tensorrt.matmul_timing import UnableError, time_matmuls
 
     try:
-        timings = time_products(calls_of(load_model(bundle)), purpose, target, scratch, progress)
+        timings = time_matmuls(calls_of(load_model(bundle)), spec, target, scratch, progress)
     except UnableError as unable:  # if the other cannot either, the engine's own build says so
-        other = next(who for who in PRODUCTS if who != unable.who)
+        other = next(who for who in IMPLEMENTATIONS if who != unable.who)
         return other, [{"unable": unable.who, "reason": str(unable)}]
-    return choose(timings).products, [each.document() for each in timings]
+    return choose(timings).matmul, [each.document() for each in timings]
 
 
-def products_of(written: Path) -> str:
+def matmul_of(written: Path) -> str:
     """Return who multiplies by quantised matrices in what was written: ``plugin`` or ``native``.
 
     Args:
-        written: what ``build`` or ``prepare_only`` returned.
+        written: what ``build`` or ``lower_only`` returned.
     """
-    path = written / "engine.json" if written.is_dir() else written.parent / "prepared.json"
+    path = written / "engine.json" if written.is_dir() else written.parent / "lowered.json"
     document = json.loads(path.read_text(encoding="utf-8"))
-    return str(document.get("content", document)["products"])
+    return str(document.get("content", document)["matmul"])
 
 
-def _specialised(
-    bundle: Bundle, purpose: Purpose, directory: Path, newer_ops: bool, products: str, progress: Progress
+def _lowered(
+    bundle: Bundle, spec: EngineSpec, directory: Path, newer_ops: bool, matmul: str, progress: Progress
 ) -> Path:
-    from gta_edge.runtime.tensorrt.lower import specialise
+    from gta_edge.runtime.tensorrt.lower import lower
 
-    options: dict[str, Any] = {"compute": purpose.compute, "capacity": purpose.max_length, "newer_ops": newer_ops}
-    options["products"] = products
-    plugin = purpose.engine == "tensorrt" and isinstance(bundle.config, GTAConfig)
-    if plugin and purpose.cache_dtype != purpose.compute:
-        options["cache_dtype"] = purpose.cache_dtype
-    return specialise(bundle, directory, form="plugin" if plugin else "function", progress=progress, **options)
+    options: dict[str, Any] = {"compute": spec.compute, "capacity": spec.max_length, "newer_ops": newer_ops}
+    options["matmul"] = matmul
+    plugin = spec.engine == "tensorrt" and isinstance(bundle.config, GTAConfig)
+    if plugin and spec.cache_dtype != spec.compute:
+        options["cache_dtype"] = spec.cache_dtype
+    return lower(bundle, directory, form="plugin" if plugin else "function", progress=progress, **options)

@@ -15,7 +15,7 @@ from gta_edge.cuda.gpu import OLDEST, current_gpu
 from gta_edge.errors import BackendError, EngineError, OutputError
 from gta_edge.libraries.tensorrt import TensorRT, load
 from gta_edge.plugins import register
-from gta_edge.runtime.tensorrt.engine import Purpose, compute_capability
+from gta_edge.runtime.tensorrt.engine import EngineSpec, compute_capability
 from gta_edge.runtime.tensorrt.log import first_reason, new_log, started
 from gta_edge.runtime.tensorrt.runtime_cache import read_cached
 from gta_edge.support.files import cache_directory, new_file
@@ -106,13 +106,13 @@ class Target:
 
 
 def build_plan(
-    model: Path, purpose: Purpose, profiles: Sequence[Shapes], target: Target, progress: Progress = silent
+    model: Path, spec: EngineSpec, profiles: Sequence[Shapes], target: Target, progress: Progress = silent
 ) -> memoryview:
     """Return the serialised engine.
 
     Args:
         model: the prepared ONNX file.
-        purpose: what the engine is for.
+        spec: what the engine is for.
         profiles: shapes of the inputs, for each profile.
         target: what builds it, and for which GPU.
         progress: told of TensorRT's phases.
@@ -125,7 +125,7 @@ def build_plan(
     interrupt = _Interrupt()
     with interrupt.handled():
         try:
-            plan = _plan(model, purpose, profiles, target, progress, interrupt)
+            plan = _plan(model, spec, profiles, target, progress, interrupt)
         except EngineError:
             if not interrupt.asked:
                 raise
@@ -135,14 +135,14 @@ def build_plan(
 
 def _plan(
     model: Path,
-    purpose: Purpose,
+    spec: EngineSpec,
     profiles: Sequence[Shapes],
     target: Target,
     progress: Progress,
     interrupt: _Interrupt,
 ) -> memoryview:
     trt = target.trt.module
-    if purpose.engine == "tensorrt":
+    if spec.engine == "tensorrt":
         register(trt)
     log = new_log(trt)
     builder = started(trt.Builder, log, "builder")
@@ -158,7 +158,7 @@ def _plan(
     config.progress_monitor = monitor
     if target.trt.compiles_at_run_time:
         config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # otherwise a run may allocate: no CUDA graphs
-    if purpose.engine == "tensorrt-rtx":
+    if spec.engine == "tensorrt-rtx":
         config.num_compute_capabilities = len(target.compute_capabilities)
         for i, each in enumerate(target.compute_capabilities):
             config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{each.replace('.', '')}"), i)

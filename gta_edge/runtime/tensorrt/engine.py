@@ -31,11 +31,11 @@ from gta_edge.version import __version__
 __all__ = [
     "CHOICES",
     "ENGINES",
-    "PRODUCTS",
+    "IMPLEMENTATIONS",
     "SCALE_BYTES",
     "VALUE_BYTES",
-    "EngineRecord",
-    "Purpose",
+    "EngineManifest",
+    "EngineSpec",
     "compute_capability",
     "engine_directory",
     "engine_output",
@@ -49,10 +49,10 @@ __all__ = [
 ]
 
 ENGINES = ("tensorrt", "tensorrt-rtx")
-PRODUCTS = ("plugin", "native")
+IMPLEMENTATIONS = ("plugin", "native")
 """Who multiplies by quantised matrices."""
-CHOICES = ("auto", *PRODUCTS)
-"""What ``gta-edge build --int4`` takes."""
+CHOICES = ("auto", *IMPLEMENTATIONS)
+"""What ``gta-edge build --matmul`` takes."""
 VALUE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}
 """Of a cached value, by the cache's type."""
 SCALE_BYTES = 4
@@ -61,7 +61,7 @@ PLAN, RECORD = "engine.plan", "engine.json"
 
 
 @dataclass(frozen=True)
-class Purpose:
+class EngineSpec:
     """What an engine is built for, as the options of ``gta-edge build`` say it.
 
     Attributes:
@@ -71,7 +71,7 @@ class Purpose:
         max_length: tokens that a row's cache has room for.
         max_batch: rows at once.
         chunk_size: tokens of a prompt at once.
-        int4: who multiplies by int4 and int8 matrices: ``plugin``, ``native``, or ``auto`` for who is faster.
+        matmul: who computes products with int4 and int8 matrices: ``plugin``, ``native``, or ``auto``, the faster.
     """
 
     engine: str
@@ -80,7 +80,7 @@ class Purpose:
     max_length: int
     max_batch: int
     chunk_size: int
-    int4: str = "auto"
+    matmul: str = "auto"
 
     @property
     def quantised_cache(self) -> bool:
@@ -98,33 +98,33 @@ class Purpose:
         """Return the command that builds such an engine, replacing the one there is."""
         options = f"--engine {self.engine} --compute {self.compute} --cache-dtype {self.cache_dtype}"
         options += f" --max-length {self.max_length} --max-batch {self.max_batch}"
-        options += f" --int4 {self.int4} --force" if self.int4 != "auto" else " --force"
+        options += f" --matmul {self.matmul} --force" if self.matmul != "auto" else " --force"
         return f"gta-edge build {shlex.quote(str(bundle))} {options}"
 
 
 @dataclass(frozen=True)
-class EngineRecord:
+class EngineManifest:
     """What an engine was made from, by and for.
 
     Attributes:
-        purpose: what it was built for.
+        spec: what it was built for.
         made_from: SHA-256 of the bundle's graph and weights, by file name.
         tensorrt: version of TensorRT that built it, which alone can load it.
         compute_capabilities: of the GPUs that it was built for, ``8.7``.
         gta_edge: version of this package that built it; its plugin is part of that.
-        products: who multiplies by quantised matrices in it, ``plugin`` or ``native``.
-        product_timings: what that was decided by, if it was: of each kind of product, see ``Timing.document``; or who
+        matmul: its implementation of products with quantised matrices, ``plugin`` or ``native``.
+        matmul_timings: what that was decided by, if it was: of each kind of matmul, see ``Timing.document``; or who
             could not multiply here, and why.
         gpu: name of the GPU that kernels were timed on; empty where there was none.
     """
 
-    purpose: Purpose
+    spec: EngineSpec
     made_from: dict[str, str]
     tensorrt: str
     compute_capabilities: list[str]
     gta_edge: str = __version__
-    products: str = "native"
-    product_timings: list[dict[str, Any]] = field(default_factory=list)
+    matmul: str = "native"
+    matmul_timings: list[dict[str, Any]] = field(default_factory=list)
     gpu: str = ""
 
 
@@ -180,7 +180,7 @@ def engine_output(bundle: Bundle, engine: str, *, force: bool, needed_bytes: int
     return new_directory(directory, force=force, needed_bytes=needed_bytes, artifact=True)
 
 
-def write_engine(directory: Path, record: EngineRecord, plan: bytes | memoryview) -> None:
+def write_engine(directory: Path, record: EngineManifest, plan: bytes | memoryview) -> None:
     """Write an engine and its record.
 
     Raises:
@@ -190,15 +190,15 @@ def write_engine(directory: Path, record: EngineRecord, plan: bytes | memoryview
     write_record(directory, RECORD, asdict(record))
 
 
-def keep_engine(bundle: Bundle, record: EngineRecord, plan: bytes | memoryview, *, force: bool = False) -> Path:
+def keep_engine(bundle: Bundle, record: EngineManifest, plan: bytes | memoryview, *, force: bool = False) -> Path:
     """Write an engine and its record into the bundle; both appear at once, complete.
 
     Raises:
         OutputError: there is one already and not ``force``, or the bundle cannot be written to.
     """
-    with engine_output(bundle, record.purpose.engine, force=force, needed_bytes=len(plan)) as partial:
+    with engine_output(bundle, record.spec.engine, force=force, needed_bytes=len(plan)) as partial:
         write_engine(partial, record, plan)
-    return engine_directory(bundle, record.purpose.engine)
+    return engine_directory(bundle, record.spec.engine)
 
 
 def compute_capability(architecture: str) -> str:
@@ -209,7 +209,7 @@ def compute_capability(architecture: str) -> str:
 
 def load_engine(
     bundle: Bundle, engine: str, *, tensorrt: str, compute_capability: str, gpu: str = ""
-) -> tuple[memoryview, EngineRecord]:
+) -> tuple[memoryview, EngineManifest]:
     """Return a bundle's engine, mapped from its file, and its record, if it fits what is here.
 
     The file is hashed where its modification time is not the one recorded: a copy, or a change.
@@ -237,12 +237,12 @@ def load_engine(
     for name, (now, then) in here.items():
         if now != then:
             found = f"is {brief(now)} here and was {brief(then)}" if isinstance(now, str) else "are others"
-            remedy = record.purpose.command(bundle.directory)
+            remedy = record.spec.command(bundle.directory)
             raise EngineError(f"{directory}: {name} {found} when the engine was built", f"run: {remedy}")
     return artifact.mapped[PLAN], record
 
 
-def _built_for(record: EngineRecord, compute_capability: str) -> str:
+def _built_for(record: EngineManifest, compute_capability: str) -> str:
     """Return the compute capability if the engine was built for it, otherwise those that it was built for."""
     known = record.compute_capabilities
     return compute_capability if compute_capability in known else ", ".join(known)
@@ -272,7 +272,7 @@ def _no_engine(bundle: Bundle, engine: str) -> EngineError:
     return EngineError(f"{engine_directory(bundle, engine)}: there is no engine", f"run: {_build(bundle, engine)}")
 
 
-def _open_engine(bundle: Bundle, engine: str) -> tuple[Artifact, EngineRecord]:
+def _open_engine(bundle: Bundle, engine: str) -> tuple[Artifact, EngineManifest]:
     """Return a bundle's engine and its record, if it is this machine's and as it was written."""
     require_engine(bundle, engine)
     directory = engine_directory(bundle, engine)
@@ -286,10 +286,10 @@ def _open_engine(bundle: Bundle, engine: str) -> tuple[Artifact, EngineRecord]:
         ) from refused
     try:
         entries: Mapping[str, Any] = artifact.content
-        record = EngineRecord(**{**entries, "purpose": Purpose(**entries["purpose"])})
+        record = EngineManifest(**{**entries, "spec": EngineSpec(**entries["spec"])})
         _check_types(record)
-        if PLAN not in artifact.mapped or record.purpose.engine != engine:
-            raise ValueError(f"it is of {record.purpose.engine}, or lists no {PLAN}")
+        if PLAN not in artifact.mapped or record.spec.engine != engine:
+            raise ValueError(f"it is of {record.spec.engine}, or lists no {PLAN}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:  # of another version of this package
         raise EngineError(
             f"{directory / RECORD}: is not the record of an engine ({one_line(error)})",
@@ -298,17 +298,17 @@ def _open_engine(bundle: Bundle, engine: str) -> tuple[Artifact, EngineRecord]:
     return artifact, record
 
 
-def _check_types(record: EngineRecord) -> None:
+def _check_types(record: EngineManifest) -> None:
     """Raise ValueError where a value is not of its type; dataclasses take anything."""
-    purpose, lists = record.purpose, record.compute_capabilities
-    texts = [record.tensorrt, record.gta_edge, record.gpu, purpose.engine, purpose.compute, purpose.cache_dtype]
-    texts += [*record.made_from, *record.made_from.values(), *lists, purpose.int4, record.products]
-    numbers = [purpose.max_length, purpose.max_batch, purpose.chunk_size]
-    if not (isinstance(lists, list) and isinstance(record.product_timings, list)):
+    spec, lists = record.spec, record.compute_capabilities
+    texts = [record.tensorrt, record.gta_edge, record.gpu, spec.engine, spec.compute, spec.cache_dtype]
+    texts += [*record.made_from, *record.made_from.values(), *lists, spec.matmul, record.matmul]
+    numbers = [spec.max_length, spec.max_batch, spec.chunk_size]
+    if not (isinstance(lists, list) and isinstance(record.matmul_timings, list)):
         raise ValueError("a list is expected and something else found")
     if not all(isinstance(text, str) for text in texts):
         raise ValueError("a text is expected and something else found")
-    if not {purpose.compute, purpose.cache_dtype} <= VALUE_BYTES.keys() or record.products not in PRODUCTS:
+    if not {spec.compute, spec.cache_dtype} <= VALUE_BYTES.keys() or record.matmul not in IMPLEMENTATIONS:
         raise ValueError("a type, or a word, that there is not")
     if not all(type(number) is int and number > 0 for number in numbers):
         raise ValueError("a positive whole number is expected and something else found")

@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING, Any
 from gta_edge.errors import CapacityError, InputError, OutputError
 from gta_edge.formats.bundle import MODEL, WEIGHTS, Bundle
 from gta_edge.graph.io import load_graph, rewriting, run_passes
-from gta_edge.graph.retype import COMPUTE_TYPES, RetypePass
+from gta_edge.graph.retype import COMPUTE_TYPES, ConvertPrecisionPass
 from gta_edge.graph.share_dimensions import ShareDimensionsPass
 from gta_edge.libraries.optional import optional
 from gta_edge.model.config import GTAConfig
-from gta_edge.runtime.tensorrt.engine import PRODUCTS
+from gta_edge.runtime.tensorrt.engine import IMPLEMENTATIONS
 from gta_edge.runtime.tensorrt.passes.fold_constants import FoldConstantsPass
-from gta_edge.runtime.tensorrt.passes.lower_opset import WriteOutNewerOpsPass
-from gta_edge.runtime.tensorrt.passes.pack_matmuls import PackProductsPass
+from gta_edge.runtime.tensorrt.passes.lower_opset import LowerOpsetPass
+from gta_edge.runtime.tensorrt.passes.pack_matmuls import PackMatMulsPass
 from gta_edge.runtime.tensorrt.passes.quantize_cache import CACHE_TYPES, QuantizeCachePass
-from gta_edge.runtime.tensorrt.passes.remove_functions import RemoveFunctionsPass
+from gta_edge.runtime.tensorrt.passes.remove_functions import KeepPluginNodesPass
 from gta_edge.runtime.tensorrt.passes.set_capacity import SetCapacityPass
 from gta_edge.support.progress import Progress, silent
 from gta_edge.version import __version__
@@ -35,19 +35,19 @@ if TYPE_CHECKING:
 else:
     ir, common = optional("onnx_ir", "tensorrt"), optional("onnx_ir.passes.common", "tensorrt")
 
-__all__ = ["FORMS", "RECORD", "load_model", "specialise"]
+__all__ = ["FORMS", "RECORD", "load_model", "lower"]
 
 FORMS = ("plugin", "function")
 
 FORMAT = "gta-edge-model"
-RECORD = "prepared.json"
-"""Says what a specialised model was made from and for."""
+RECORD = "lowered.json"
+"""Says what a lowered model was made from and for."""
 _WRITTEN = (MODEL, WEIGHTS)
 
 _INLINE_BYTES = 1024
 
 
-def specialise(
+def lower(
     bundle: Bundle,
     directory: Path,
     *,
@@ -57,7 +57,7 @@ def specialise(
     capacity: int,
     batch: int | None = None,
     newer_ops: bool = True,
-    products: str = "native",
+    matmul: str = "native",
     progress: Progress = silent,
 ) -> Path:
     """Write ``model.onnx``, its weights and a record into a directory, which then needs nothing of the bundle.
@@ -72,7 +72,8 @@ def specialise(
         capacity: rows of each cache.
         batch: rows of a step; any number if None.
         newer_ops: whether the parser knows operators of opset 23 and 24 (TensorRT 10.15 and later).
-        products: who multiplies by quantised matrices, ``plugin`` (in either form, and not in ``fp32``) or ``native``.
+        matmul: implementation of products with quantised matrices, ``plugin`` (in either form, and not in ``fp32``)
+            or ``native``.
         progress: told of each tensor written.
 
     Returns:
@@ -87,31 +88,31 @@ def specialise(
         BackendError: onnx-ir is not installed.
     """
     _check(bundle, form, compute, cache_dtype, capacity, batch)
-    _check_products(products, compute)
+    _check_matmul(matmul, compute)
     directory = Path(directory)
     if any((directory / name).exists() for name in (MODEL, WEIGHTS, RECORD)):
         raise OutputError(f"{directory}: holds a model already", "choose another directory, or an empty one")
     quantised = cache_dtype if cache_dtype in CACHE_TYPES else None
-    model, packing = load_model(bundle), PackProductsPass()
+    model, packing = load_model(bundle), PackMatMulsPass()
     passes: list[ir.passes.PassBase] = []
     if form == "plugin":
-        passes.append(RemoveFunctionsPass())
+        passes.append(KeepPluginNodesPass())
     else:
         passes += [common.InlinePass(), ShareDimensionsPass()]
-    if products == "plugin":
+    if matmul == "plugin":
         passes.append(packing)
-    passes.append(RetypePass(compute))
+    passes.append(ConvertPrecisionPass(compute))
     if quantised:
         passes.append(QuantizeCachePass(quantised))
     passes.append(SetCapacityPass(capacity, batch))
     if not newer_ops:
-        passes += [WriteOutNewerOpsPass(), FoldConstantsPass()]
+        passes += [LowerOpsetPass(), FoldConstantsPass()]
     passes.append(common.CommonSubexpressionEliminationPass())
     cleaning = common.RemoveUnusedNodesPass(), common.RemoveUnusedOpsetsPass(), common.NameFixPass()
     run_passes(model, bundle.model_path, *passes, *cleaning)
     record: dict[str, Any] = {"format": FORMAT, "form": form, "compute": compute, "cache_dtype": quantised or compute}
     record |= {"capacity": capacity, "batch": batch, "newer_ops": newer_ops}
-    record |= {"products": products, "packed": packing.products, "not_packed": packing.left}
+    record |= {"matmul": matmul, "packed": packing.matmuls, "not_packed": packing.left}
     record |= {"gta_edge": __version__, "made_from": _sums(bundle)}
     try:
         directory.mkdir(exist_ok=True)
@@ -144,12 +145,12 @@ def _check(bundle: Bundle, form: str, compute: str, cache_dtype: str | None, cap
         raise InputError(f"the batch is {batch}", "expected at least 1")
 
 
-def _check_products(products: str, compute: str) -> None:
-    if products not in PRODUCTS:
-        raise InputError(f"products are {products!r}", f"expected {' or '.join(PRODUCTS)}")
-    if products == "plugin" and compute == "fp32":
+def _check_matmul(matmul: str, compute: str) -> None:
+    if matmul not in IMPLEMENTATIONS:
+        raise InputError(f"matmul is {matmul!r}", f"expected {' or '.join(IMPLEMENTATIONS)}")
+    if matmul == "plugin" and compute == "fp32":
         raise InputError(
-            "the plugin multiplies in fp16 or bf16, not in 'fp32'", "choose one of them, or native products"
+            "the plugin multiplies in fp16 or bf16, not in 'fp32'", "choose one of them, or native matmuls"
         )
 
 

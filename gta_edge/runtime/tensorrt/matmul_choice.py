@@ -1,7 +1,7 @@
 """Who multiplies by the quantised matrices of an engine, our plugin or TensorRT itself: the rule, given what they take.
 
 Nothing proves that TensorRT makes one fast kernel of DequantizeLinear and MatMul on a given GPU, nor that our kernels
-are the faster ones there. So both are timed on the GPU that the engine is for (``product_timing.py``), with the model's
+are the faster ones there. So both are timed on the GPU that the engine is for (``matmul_timing.py``), with the model's
 own sizes, and this module decides by the times.
 """
 
@@ -17,15 +17,15 @@ from gta_edge.graph.io import run_passes
 from gta_edge.libraries.optional import optional
 from gta_edge.plugins.domain import DOMAIN
 from gta_edge.plugins.matmul import definition as op
-from gta_edge.runtime.tensorrt.engine import PRODUCTS
-from gta_edge.runtime.tensorrt.passes.pack_matmuls import PackProductsPass
+from gta_edge.runtime.tensorrt.engine import IMPLEMENTATIONS
+from gta_edge.runtime.tensorrt.passes.pack_matmuls import PackMatMulsPass
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 else:
     ir = optional("onnx_ir", "tensorrt")
 
-__all__ = ["PHASES", "SLOWER_PREFILL", "Choice", "ProductCall", "Timing", "calls_of", "choose"]
+__all__ = ["PHASES", "SLOWER_PREFILL", "Choice", "MatMulCall", "Timing", "calls_of", "choose"]
 
 PHASES = ("decode", "prefill")
 
@@ -34,8 +34,8 @@ SLOWER_PREFILL = 2.0
 
 
 @dataclass(frozen=True)
-class ProductCall:
-    """One kind of product in a model, as the plugin makes one call of it.
+class MatMulCall:
+    """One kind of matmul in a model, as the plugin makes one call of it.
 
     Attributes:
         bits: of a code.
@@ -60,16 +60,16 @@ class ProductCall:
 
 @dataclass(frozen=True)
 class Timing:
-    """What one kind of product takes.
+    """What one kind of matmul takes.
 
     Attributes:
-        call: the product.
+        call: the matmul.
         count: how often a step has it.
         phase: ``decode`` or ``prefill``.
         microseconds: of one, by who multiplies.
     """
 
-    call: ProductCall
+    call: MatMulCall
     count: int
     phase: str
     microseconds: Mapping[str, float]
@@ -85,16 +85,16 @@ class Choice:
     """What was chosen, and why.
 
     Attributes:
-        products: ``plugin`` or ``native``.
-        microseconds: of all products of a step, by phase and by who multiplies; empty where nothing was timed.
+        matmul: ``plugin`` or ``native``.
+        microseconds: of all matmuls of a step, by phase and by who multiplies; empty where nothing was timed.
     """
 
-    products: str
+    matmul: str
     microseconds: Mapping[str, Mapping[str, float]]
 
 
-def calls_of(model: ir.Model) -> Counter[ProductCall]:
-    """Return the products of a bundle's model that the plugin can take, and how often there is each of them.
+def calls_of(model: ir.Model) -> Counter[MatMulCall]:
+    """Return the matmuls of a bundle's model that the plugin can take, and how often there is each of them.
 
     Args:
         model: will be changed; its weights are not read.
@@ -102,10 +102,10 @@ def calls_of(model: ir.Model) -> Counter[ProductCall]:
     Raises:
         EngineError: an input's width is not known.
     """
-    run_passes(model, "the bundle's graph", PackProductsPass())
+    run_passes(model, "the bundle's graph", PackMatMulsPass())
     bits = {name: width for width, name in op.OPS.items()}
     return Counter(
-        ProductCall(
+        MatMulCall(
             bits=bits[node.op_type],
             block_size=node.attributes.get_int("block_size", 0),
             in_features=_inputs(node),
@@ -121,17 +121,18 @@ def calls_of(model: ir.Model) -> Counter[ProductCall]:
 def choose(timings: Sequence[Timing]) -> Choice:
     """Return who multiplies in the whole engine: who takes less for a token, unless prompts pay for it.
 
-    The one whose products of a decode step take less time in all wins, TensorRT where they take the same. But where its
+    The one whose matmuls of a decode step take less time in all wins, TensorRT where they take the same. But where its
     chunk of a prompt takes more than ``SLOWER_PREFILL`` times as long as the other's, the other wins.
 
     Args:
-        timings: of every kind of product in the model, in both phases; if there is none, TensorRT multiplies.
+        timings: of every kind of matmul in the model, in both phases; if there is none, TensorRT multiplies.
     """
     if not timings:
         return Choice("native", {})
     totals = {
         phase: {
-            who: sum(each.count * each.microseconds[who] for each in timings if each.phase == phase) for who in PRODUCTS
+            who: sum(each.count * each.microseconds[who] for each in timings if each.phase == phase)
+            for who in IMPLEMENTATIONS
         }
         for phase in PHASES
     }

@@ -1,7 +1,7 @@
-"""Times the quantised products of a model on the GPU here, by our plugin and by TensorRT itself.
+"""Times the quantised matmuls of a model on the GPU here, by our plugin and by TensorRT itself.
 
-For every kind of product two small engines are built, with the profiles of the model's own engine. Each holds the
-product many times over, every time with another matrix, so that a run reads matrices from memory as a model's step
+For every kind of matmul two small engines are built, with the profiles of the model's own engine. Each holds the
+matmul many times over, every time with another matrix, so that a run reads matrices from memory as a model's step
 does, and not from a cache. A run is a CUDA graph, replayed; the two engines take turns, so that both meet the same
 clocks.
 """
@@ -22,15 +22,15 @@ import numpy.typing as npt
 from gta_edge.cuda.session import Cuda
 from gta_edge.errors import BackendError, EngineError, GtaEdgeError
 from gta_edge.graph.builder import Nodes, lazy_initializer
-from gta_edge.graph.retype import RetypePass
+from gta_edge.graph.retype import ConvertPrecisionPass
 from gta_edge.libraries.optional import optional
 from gta_edge.plugins.domain import OPSET
 from gta_edge.runtime.tensorrt.builder import Target, build_plan
-from gta_edge.runtime.tensorrt.engine import PRODUCTS, Purpose
+from gta_edge.runtime.tensorrt.engine import IMPLEMENTATIONS, EngineSpec
 from gta_edge.runtime.tensorrt.log import first_reason, new_log, started
-from gta_edge.runtime.tensorrt.matmul_choice import PHASES, ProductCall, Timing
-from gta_edge.runtime.tensorrt.passes.lower_opset import WriteOutNewerOpsPass
-from gta_edge.runtime.tensorrt.passes.pack_matmuls import PackProductsPass
+from gta_edge.runtime.tensorrt.matmul_choice import PHASES, MatMulCall, Timing
+from gta_edge.runtime.tensorrt.passes.lower_opset import LowerOpsetPass
+from gta_edge.runtime.tensorrt.passes.pack_matmuls import PackMatMulsPass
 from gta_edge.support.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -39,12 +39,12 @@ if TYPE_CHECKING:
 else:
     ir, common = optional("onnx_ir", "tensorrt"), optional("onnx_ir.passes.common", "tensorrt")
 
-__all__ = ["UnableError", "copies_of", "product_model", "time_products"]
+__all__ = ["UnableError", "copies_of", "matmul_model", "time_matmuls"]
 
 _CACHES = 3
 """A run reads as many times what the GPU's cache holds."""
-_LEAST_BYTES = 2**23  # so that a run takes much longer than the gap before it
-_MOST_COPIES = 64
+_MIN_BYTES = 2**23  # so that a run takes much longer than the gap before it
+_MAX_COPIES = 64
 _ROUNDS = 7
 _ROUND_SECONDS = 0.02
 _OUTPUT = "present_y"  # what is called so stays in the compute type, as within a model
@@ -58,14 +58,14 @@ class UnableError(Exception):
         self.who = who
 
 
-def time_products(
-    calls: Mapping[ProductCall, int], purpose: Purpose, target: Target, scratch: Path, progress: Progress = silent
+def time_matmuls(
+    calls: Mapping[MatMulCall, int], spec: EngineSpec, target: Target, scratch: Path, progress: Progress = silent
 ) -> list[Timing]:
-    """Return what each kind of product takes, for a token and for a chunk of a prompt.
+    """Return what each kind of matmul takes, for a token and for a chunk of a prompt.
 
     Args:
         calls: how often a step has each kind.
-        purpose: of the model's engine: its compute type and chunk size.
+        spec: of the model's engine: its compute type and chunk size.
         target: TensorRT, and the GPU here.
         scratch: a directory with room for some hundred megabytes.
         progress: told of each kind that is timed.
@@ -83,49 +83,49 @@ def time_products(
     for done, (call, count) in enumerate(calls.items(), 1):
         copies = copies_of(call, cache_bytes)
         plans = {}
-        for who in PRODUCTS:
+        for who in IMPLEMENTATIONS:
             try:
-                plans[who] = _built(call, who, copies, purpose, target, scratch)
+                plans[who] = _built(call, who, copies, spec, target, scratch)
             except EngineError as error:
                 raise UnableError(who, error) from error
-        measured = _timed(call, copies, plans, purpose, target)
+        measured = _timed(call, copies, plans, spec, target)
         timings += [Timing(call, count, phase, measured[phase]) for phase in PHASES]
-        progress("timing products", done, len(calls))
+        progress("timing matmuls", done, len(calls))
     return timings
 
 
-def copies_of(call: ProductCall, cache_bytes: int) -> int:
+def copies_of(call: MatMulCall, cache_bytes: int) -> int:
     """Return how many matrices a run takes so that none is in the GPU's cache when it is read."""
     matrix_bytes = call.in_features * sum(call.output_sizes) * call.bits // 8
-    return max(1, min(_MOST_COPIES, -(-max(_LEAST_BYTES, _CACHES * cache_bytes) // matrix_bytes)))
+    return max(1, min(_MAX_COPIES, -(-max(_MIN_BYTES, _CACHES * cache_bytes) // matrix_bytes)))
 
 
-def product_model(call: ProductCall, who: str, compute: str, copies: int, *, newer_ops: bool = True) -> ir.Model:
-    """Return a model that has a product several times, each with an input and outputs of its own.
+def matmul_model(call: MatMulCall, who: str, compute: str, copies: int, *, newer_ops: bool = True) -> ir.Model:
+    """Return a model that has a matmul several times, each with an input and outputs of its own.
 
     Inputs are ``x.{copy}`` [B, T, K], outputs ``present_y.{copy}.{i}`` [B, T, output_sizes[i]]. It is made as a
     bundle's graph is, of random matrices, and goes through the same passes.
 
     Args:
-        call: the product.
+        call: the matmul.
         who: ``plugin`` or ``native``.
         compute: ``fp16`` or ``bf16``.
         copies: how often.
         newer_ops: whether the parser knows operators of opset 24.
     """
-    graph = ir.Graph([], [], nodes=[], opset_imports={"": OPSET}, name="products")
+    graph = ir.Graph([], [], nodes=[], opset_imports={"": OPSET}, name="matmuls")
     for copy in range(copies):
         _add_copy(graph, call, copy)
     model = ir.Model(graph, ir_version=11)
-    passes: list[ir.passes.PassBase] = [PackProductsPass()] if who == "plugin" else []
-    passes.append(RetypePass(compute))
+    passes: list[ir.passes.PassBase] = [PackMatMulsPass()] if who == "plugin" else []
+    passes.append(ConvertPrecisionPass(compute))
     if not newer_ops:
-        passes.append(WriteOutNewerOpsPass())
+        passes.append(LowerOpsetPass())
     ir.passes.Sequential(*passes, common.NameFixPass())(model)
     return model
 
 
-def _add_copy(graph: ir.Graph, call: ProductCall, copy: int) -> None:
+def _add_copy(graph: ir.Graph, call: MatMulCall, copy: int) -> None:
     x = ir.Value(name=f"x.{copy}", shape=ir.Shape(["B", "T", call.in_features]), type=ir.TensorType(ir.DataType.FLOAT))
     graph.inputs.append(x)
     nodes = Nodes()
@@ -171,27 +171,27 @@ def _codes(graph: ir.Graph, name: str, shape: tuple[int, int], bits: int) -> ir.
 # --- on the GPU ------------------------------------------------------------------------------------------------------
 
 
-def _built(call: ProductCall, who: str, copies: int, purpose: Purpose, target: Target, scratch: Path) -> memoryview:
-    model = product_model(call, who, purpose.compute, copies, newer_ops=target.newer_ops)
-    path = scratch / "products.onnx"
-    ir.save(model, path, external_data="products.data")
+def _built(call: MatMulCall, who: str, copies: int, spec: EngineSpec, target: Target, scratch: Path) -> memoryview:
+    model = matmul_model(call, who, spec.compute, copies, newer_ops=target.newer_ops)
+    path = scratch / "matmuls.onnx"
+    ir.save(model, path, external_data="matmuls.data")
     profiles = []
     for phase in PHASES:
-        shape = (1, call.rows(phase, purpose.chunk_size), call.in_features)
+        shape = (1, call.rows(phase, spec.chunk_size), call.in_features)
         profiles.append({f"x.{copy}": (shape, shape, shape) for copy in range(copies)})
-    return build_plan(path, purpose, profiles, target)
+    return build_plan(path, spec, profiles, target)
 
 
 def _timed(
-    call: ProductCall, copies: int, plans: Mapping[str, memoryview], purpose: Purpose, target: Target
+    call: MatMulCall, copies: int, plans: Mapping[str, memoryview], spec: EngineSpec, target: Target
 ) -> dict[str, dict[str, float]]:
-    """Return microseconds of one product, by phase and by who multiplies."""
+    """Return microseconds of one matmul, by phase and by who multiplies."""
     cuda = Cuda()
     runs: dict[str, _Run] = {}
     try:
         for who, plan in plans.items():
             with _blamed(who):
-                runs[who] = _Run(call, copies, plan, purpose, target, cuda)
+                runs[who] = _Run(call, copies, plan, spec, target, cuda)
         found = {}
         for place, phase in enumerate(PHASES):
             steps: dict[str, Callable[[], None]] = {}
@@ -233,23 +233,23 @@ def _repeated(cuda: Cuda, step: Callable[[], None]) -> float:
 
 
 class _Run:
-    """An engine of products; all inputs are one memory, and so are all outputs."""
+    """An engine of matmuls; all inputs are one memory, and so are all outputs."""
 
     def __init__(
-        self, call: ProductCall, copies: int, plan: memoryview, purpose: Purpose, target: Target, cuda: Cuda
+        self, call: MatMulCall, copies: int, plan: memoryview, spec: EngineSpec, target: Target, cuda: Cuda
     ) -> None:
         trt = target.trt.module
-        self.call, self.copies, self.purpose, self.cuda = call, copies, purpose, cuda
+        self.call, self.copies, self.spec, self.cuda = call, copies, spec, cuda
         self._strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
         self._log = new_log(trt)
         self._runtime = started(trt.Runtime, self._log, "runtime")
         self._engine = self._runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
             raise BackendError(f"TensorRT cannot load an engine that it has just built ({self._reason()})")
-        rows = max(call.rows(phase, purpose.chunk_size) for phase in PHASES)
+        rows = max(call.rows(phase, spec.chunk_size) for phase in PHASES)
         widest = max(call.output_sizes)
-        self._x = cuda.allocate(2 * rows * call.in_features, "a product's input")
-        self._y = cuda.allocate(2 * rows * widest, "a product's output")
+        self._x = cuda.allocate(2 * rows * call.in_features, "a matmul's input")
+        self._y = cuda.allocate(2 * rows * widest, "a matmul's output")
         sizes = [int(self._engine.get_device_memory_size_for_profile_v2(i)) for i in range(len(PHASES))]
         self._scratch = cuda.allocate(max(*sizes, 1), "TensorRT's scratch memory"), max(*sizes, 1)
         self._contexts: list[Any] = []
@@ -258,10 +258,10 @@ class _Run:
         """Return what starts a run in one of the profiles: a graph, or TensorRT itself where it cannot be captured."""
         context = self._engine.create_execution_context(self._strategy)
         if context is None or not context.set_optimization_profile_async(profile, self.cuda.stream):
-            raise BackendError(f"TensorRT cannot prepare an engine of products ({self._reason()})")
+            raise BackendError(f"TensorRT cannot prepare an engine of matmuls ({self._reason()})")
         context.set_device_memory(*self._scratch)
         self._contexts.append(context)
-        shape = (1, self.call.rows(phase, self.purpose.chunk_size), self.call.in_features)
+        shape = (1, self.call.rows(phase, self.spec.chunk_size), self.call.in_features)
         for copy in range(self.copies):
             context.set_input_shape(f"x.{copy}", shape)
             context.set_tensor_address(f"x.{copy}", self._x)
@@ -280,7 +280,7 @@ class _Run:
     def _enqueue(self, context: Any) -> None:
         if not context.execute_async_v3(self.cuda.stream):
             raise BackendError(
-                f"TensorRT could not run an engine of products ({self._reason()})", "run `gta-edge doctor`"
+                f"TensorRT could not run an engine of matmuls ({self._reason()})", "run `gta-edge doctor`"
             )
 
     def _reason(self) -> str:

@@ -16,17 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from gta_edge.errors import OutputError
-from gta_edge.runtime.tensorrt.engine import EngineRecord
+from gta_edge.runtime.tensorrt.engine import EngineManifest
 from gta_edge.support.files import cache_directory, new_file
 
-__all__ = ["RunTimeKernels", "read_cached"]
+__all__ = ["RuntimeCache", "read_cached"]
 
 _log = logging.getLogger(__name__)
 
 _MAX_CACHED_BYTES = 2**30
 
 
-class RunTimeKernels:
+class RuntimeCache:
     """The kernels of one engine on one GPU.
 
     Args:
@@ -35,7 +35,7 @@ class RunTimeKernels:
         record: of the engine.
     """
 
-    def __init__(self, trt: Any, gpu: str, record: EngineRecord) -> None:
+    def __init__(self, trt: Any, gpu: str, record: EngineManifest) -> None:
         self._trt = trt
         self._path = _path(gpu, record)
         self._cache: Any = None
@@ -93,7 +93,7 @@ def read_cached(path: Path) -> bytes:
         return b""
 
 
-def _path(gpu: str, record: EngineRecord) -> Path | None:
+def _path(gpu: str, record: EngineManifest) -> Path | None:
     directory = cache_directory()
     what = json.dumps([gpu, asdict(record)], sort_keys=True)
     name = hashlib.sha256(what.encode()).hexdigest()[:32]

@@ -26,7 +26,7 @@ from gta_edge.runtime.session import Ids, Logits, Session
 from gta_edge.runtime.tensorrt.build import LOGIT_POSITIONS, buffer_bytes
 from gta_edge.runtime.tensorrt.engine import SCALE_BYTES, VALUE_BYTES, compute_capability, load_engine, require_engine
 from gta_edge.runtime.tensorrt.log import first_reason, new_log, started
-from gta_edge.runtime.tensorrt.runtime_cache import RunTimeKernels
+from gta_edge.runtime.tensorrt.runtime_cache import RuntimeCache
 
 __all__ = ["TensorRTSession"]
 
@@ -75,19 +75,19 @@ class TensorRTSession(Session):
         trt = load(engine)
         here = compute_capability(gpu.architecture)
         plan, record = load_engine(bundle, engine, tensorrt=trt.version_text, compute_capability=here, gpu=gpu.name)
-        purpose = record.purpose
+        spec = record.spec
         super().__init__(
             bundle.config,
-            chunk_size=purpose.chunk_size if chunk_size is None else min(chunk_size, purpose.chunk_size),
-            capacity_step=purpose.max_length,
+            chunk_size=spec.chunk_size if chunk_size is None else min(chunk_size, spec.chunk_size),
+            capacity_step=spec.max_length,
         )
         self.backend = engine
-        self.compute = purpose.compute
+        self.compute = spec.compute
         self._record, self._directory = record, bundle.directory
         self._prefill: Any = None
         self._engine: Any = None
         self._runtime: Any = None
-        self._kernels: RunTimeKernels | None = None
+        self._kernels: RuntimeCache | None = None
         self._decoders: dict[int, _Decoder] = {}
         self._addresses: dict[str, int] = {}
         self._cuda = Cuda(device_id)
@@ -108,9 +108,9 @@ class TensorRTSession(Session):
         if self._engine is None:
             raise BackendError(f"TensorRT cannot load the engine ({self._reason()})", f"{self._rebuild()}")
         if trt.compiles_at_run_time:
-            self._kernels = RunTimeKernels(trt.module, gpu.name, self._record)
-        purpose, vocab = self._record.purpose, self.config.vocab_size
-        rows, chunk = purpose.max_batch, purpose.chunk_size
+            self._kernels = RuntimeCache(trt.module, gpu.name, self._record)
+        spec, vocab = self._record.spec, self.config.vocab_size
+        rows, chunk = spec.max_batch, spec.chunk_size
         self._ids = self._tensor("input_ids", rows * chunk, np.int64)
         self._past = self._tensor("past_length", rows, np.int64)
         self._positions = self._tensor("logit_positions", rows * LOGIT_POSITIONS, np.int64)
@@ -118,9 +118,9 @@ class TensorRTSession(Session):
         self._cache_bytes = 0
         for layer in range(self.config.num_hidden_layers):
             for cache in self.config.caches:
-                size = rows * cache.heads * purpose.max_length
-                self._add_cache(f"{cache.name}.{layer}", size * cache.width * VALUE_BYTES[purpose.cache_dtype])
-                if purpose.quantised_cache:
+                size = rows * cache.heads * spec.max_length
+                self._add_cache(f"{cache.name}.{layer}", size * cache.width * VALUE_BYTES[spec.cache_dtype])
+                if spec.quantised_cache:
                     self._add_cache(f"{cache.name}_scale.{layer}", size * SCALE_BYTES)
         sizes = [int(self._engine.get_device_memory_size_for_profile_v2(each)) for each in (_DECODE, _PREFILL)]
         self._scratch_bytes = max(*sizes, 1)
@@ -131,16 +131,16 @@ class TensorRTSession(Session):
 
     def _check_room(self, engine_bytes: int) -> None:
         """Refuse what TensorRT would fail at halfway, or the system end, with a message that has figures."""
-        purpose = self._record.purpose
-        cache_bytes, free = purpose.cache_bytes(self.config), self._cuda.free_bytes()
-        buffers = buffer_bytes(self.config, purpose)
+        spec = self._record.spec
+        cache_bytes, free = spec.cache_bytes(self.config), self._cuda.free_bytes()
+        buffers = buffer_bytes(self.config, spec)
         needed = (
             engine_bytes + cache_bytes + buffers * (2 if self._cuda.shares_memory else 1)
         )  # pinned ones beside them
         if needed > free:
             raise CapacityError(
-                f"the engine takes {engine_bytes / 1e9:.2f} GB, its cache of {purpose.max_length} tokens for "
-                f"{purpose.max_batch} rows {cache_bytes / 1e9:.2f} GB, its buffers {buffers / 1e9:.2f} GB: all of it "
+                f"the engine takes {engine_bytes / 1e9:.2f} GB, its cache of {spec.max_length} tokens for "
+                f"{spec.max_batch} rows {cache_bytes / 1e9:.2f} GB, its buffers {buffers / 1e9:.2f} GB: all of it "
                 f"takes {needed / 1e9:.3f} GB and the GPU has {free / 1e9:.3f} GB free",
                 "close other programs, or build with a smaller --max-length or --max-batch",
             )
@@ -164,7 +164,7 @@ class TensorRTSession(Session):
 
     @property
     def max_length(self) -> int:
-        return self._record.purpose.max_length
+        return self._record.spec.max_length
 
     @property
     def _limit(self) -> str:
@@ -173,7 +173,7 @@ class TensorRTSession(Session):
     @property
     def max_batch(self) -> int:
         """Rows that the engine was built for."""
-        return self._record.purpose.max_batch
+        return self._record.spec.max_batch
 
     @property
     def cache_bytes(self) -> int:
@@ -198,7 +198,7 @@ class TensorRTSession(Session):
         if batch > self.max_batch:
             raise InputError(
                 f"ids have {batch} rows and the engine was built for {self.max_batch}",
-                f"give fewer, or run: {replace(self._record.purpose, max_batch=batch).command(self._directory)}",
+                f"give fewer, or run: {replace(self._record.spec, max_batch=batch).command(self._directory)}",
             )
 
     def _run(self, input_ids: Ids, past_length: Ids, logit_positions: Ids) -> Logits:
@@ -280,7 +280,7 @@ class TensorRTSession(Session):
         for layer in range(self.config.num_hidden_layers):
             for cache in self.config.caches:
                 shapes[f"past_{cache.name}.{layer}"] = (rows, cache.heads, length, cache.width)
-                if self._record.purpose.quantised_cache:
+                if self._record.spec.quantised_cache:
                     shapes[f"past_{cache.name}_scale.{layer}"] = (rows, cache.heads, length)
         for name, shape in shapes.items():
             if not context.set_input_shape(name, shape):
@@ -301,7 +301,7 @@ class TensorRTSession(Session):
         return first_reason(self._log.errors)
 
     def _rebuild(self) -> str:
-        return f"run: {self._record.purpose.command(self._directory)}"
+        return f"run: {self._record.spec.command(self._directory)}"
 
     def _release(self) -> None:
         if self._kernels:

@@ -60,7 +60,7 @@ def default_device() -> str:
 
 
 def multiplies_codes(precision: str, device: str, compute: str) -> bool:
-    """Tell whether there are kernels for the products with matrices stored in ``precision``."""
+    """Tell whether there are kernels for the matmuls with matrices stored in ``precision``."""
     on_gpu = device.startswith("cuda") and precision in BITS and compute in ("fp16", "bf16")
     return on_gpu and torch.cuda.is_available() and torch.cuda.get_device_capability(device) >= OLDEST
 

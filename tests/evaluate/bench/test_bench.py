@@ -19,7 +19,7 @@ from gta_edge.accuracy.tolerance import COMPUTE_BOUNDS
 from gta_edge.errors import BackendError, InputError
 from gta_edge.evaluate.bench import process, report, run, worker
 from gta_edge.evaluate.bench.agreement import Answers, agreement, bound, choose_reference, is_exact
-from gta_edge.evaluate.bench.case import Entrant
+from gta_edge.evaluate.bench.case import Case
 from gta_edge.evaluate.bench.floor import floor_ms, step_weight_bytes
 from gta_edge.evaluate.bench.process import Worker, WorkerError, environment_for
 from gta_edge.evaluate.bench.run import Settings, bench
@@ -134,11 +134,11 @@ def test_when_there_are_rounds_enough(
     tiny_bundle: Path, rounds: list[list[float]], spent: tuple[float, float], enough: bool
 ) -> None:
     opened = Bundle.open(tiny_bundle)
-    entrants = [Entrant("it", opened, Target("torch"), {}, tiny_bundle) for _ in rounds]
-    for entrant, medians in zip(entrants, rounds, strict=True):
-        entrant.rounds = {8: [{"ttft_ms": 100.0, "steps_ms": [median]} for median in medians]}
-    by_entrant = {id(entrant): seconds for entrant, seconds in zip(entrants, spent, strict=True)}
-    assert run._is_enough(entrants, 8, by_entrant) is enough
+    cases = [Case("it", opened, Target("torch"), {}, tiny_bundle) for _ in rounds]
+    for case, medians in zip(cases, rounds, strict=True):
+        case.rounds = {8: [{"ttft_ms": 100.0, "steps_ms": [median]} for median in medians]}
+    by_entrant = {id(case): seconds for case, seconds in zip(cases, spent, strict=True)}
+    assert run._is_enough(cases, 8, by_entrant) is enough
 
 
 # --- who is right --------------------------------------------------------------------------------------------------
@@ -492,10 +492,10 @@ def test_what_was_measured_on(whole: dict[str, Any]) -> None:
 def test_whether_tokens_are_replays_or_why_it_is_not_known(
     tiny_bundle: Path, rounds: list[dict[str, Any]], failure: str | None, said: bool | None, reason: str | None
 ) -> None:
-    entrant = Entrant("it", Bundle.open(tiny_bundle), Target("torch"), {}, tiny_bundle, failure=failure)
-    entrant.rounds = {8: rounds} if rounds else {}
+    case = Case("it", Bundle.open(tiny_bundle), Target("torch"), {}, tiny_bundle, failure=failure)
+    case.rounds = {8: rounds} if rounds else {}
     notes: dict[str, str] = {}
-    assert report._replays(entrant, notes) is said
+    assert report._replays(case, notes) is said
     assert notes == ({} if reason is None else {"cuda_graph": reason})
 
 
@@ -542,12 +542,12 @@ def test_without_room_for_two_processes_there_is_one(tiny_bundle: Path, monkeypa
 def test_rounds_far_apart_are_warned_of_until_they_are_many(
     tiny_bundle: Path, medians: list[float], warned: bool
 ) -> None:
-    entrant = Entrant("it", Bundle.open(tiny_bundle), Target("torch"), {}, tiny_bundle)
+    case = Case("it", Bundle.open(tiny_bundle), Target("torch"), {}, tiny_bundle)
     memory = {"peak_host_bytes": 3, "gpu_bytes": None, "shares_memory": False, "cache_bytes": 1}
     one = {"ttft_ms": 100.0, "others_busy_s": None, **memory}
-    entrant.rounds = {8: [one | {"steps_ms": [median]} for median in medians]}
+    case.rounds = {8: [one | {"steps_ms": [median]} for median in medians]}
     static = {"device": "cpu", "cache_bytes_per_token": 1, "weight_bytes_per_step": 1, "notes": {}}
-    row = report._row(entrant, static | {"bandwidth_bytes_per_s": 1e9}, 8, 1, 1, {"cpu_cache_bytes": None})
+    row = report._row(case, static | {"bandwidth_bytes_per_s": 1e9}, 8, 1, 1, {"cpu_cache_bytes": None})
     assert ("not settled" in row["notes"].get("spread.tpot", "")) is warned
     assert "spread.ttft" not in row["notes"]
 

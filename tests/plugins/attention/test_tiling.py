@@ -106,7 +106,7 @@ def test_decode_covers_every_row_and_no_more_blocks_than_are_of_use(
     assert (y // groups - 1) * block_rows < rows <= y // groups * block_rows
 
     # more blocks than run at once only where a split would be too long for the row of a batch that ends last
-    resident, longest = processors * min(2, program.resident_blocks), tiling.MOST_SPLIT_TOKENS
+    resident, longest = processors * min(2, program.resident_blocks), tiling.MAX_SPLIT_TOKENS
     assert splits * y * z <= resident or (splits - 1) * longest < capacity
     assert splits >= 1
     assert (splits - 1) * program.tile("GTA_DECODE_LEAST_TOKENS") < capacity  # a full cache leaves none without work

@@ -1,4 +1,4 @@
-"""The products with quantised matrices, in torch and as ONNX functions, against float64."""
+"""The matmuls with quantised matrices, in torch and as ONNX functions, against float64."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def matrix(case: Case) -> np.ndarray:
 
 
 def spread(case: Case) -> float:
-    """The standard deviation that products with a normal x have."""
+    """The standard deviation that matmuls with a normal x have."""
     return float(np.sqrt(case.in_features * np.square(matrix(case)).mean()))
 
 

@@ -1,4 +1,4 @@
-"""The products with quantised weights, on the host: the very sources, run by the simulation, against float64."""
+"""The matmuls with quantised weights, on the host: the very sources, run by the simulation, against float64."""
 
 from __future__ import annotations
 
@@ -134,8 +134,8 @@ def test_many_rows(builds, name, rows, in_features, output_sizes, program):
     assert check(case, builds, many=program).kernel == "gta_matmul"
 
 
-def products(config: ModelConfig) -> dict[int, list[tuple[int, ...]]]:
-    """By the inputs of a model's products, the outputs of each that is one call."""
+def matmuls(config: ModelConfig) -> dict[int, list[tuple[int, ...]]]:
+    """By the inputs of a model's matmuls, the outputs of each that is one call."""
     hidden, inner = config.hidden_size, config.intermediate_size
     if isinstance(config, GTAConfig):
         query, key = config.num_query_heads * config.key_dim, config.num_key_heads * config.key_dim
@@ -154,10 +154,7 @@ def short(sizes: Sequence[int]) -> tuple[int, ...]:
 @pytest.mark.parametrize("of", [INT4, INT8, MatMulVariant(4, 128, "bf16")], ids=str)
 def test_the_products_of_every_preset(builds, of, rows):
     shapes = {
-        (inputs, short(sizes))
-        for name in PRESETS
-        for inputs, calls in products(preset(name)).items()
-        for sizes in calls
+        (inputs, short(sizes)) for name in PRESETS for inputs, calls in matmuls(preset(name)).items() for sizes in calls
     }
     assert {inputs for inputs, _ in shapes} == {768, 1280, 1920, 3584}
     for inputs, sizes in sorted(shapes):
@@ -213,7 +210,7 @@ EVERYWHERE = [(1, None), (12, None), (20, 0), (20, 1), (20, 2)]
 @pytest.mark.parametrize("compute", ["fp16", "bf16"])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_the_largest_scale_and_code(builds, rows, many, compute, bits):
-    """A weight of -8 · 65504 leaves fp16's range, the product with a small x does not."""
+    """A weight of -8 · 65504 leaves fp16's range, the matmul with a small x does not."""
     shape, of = (256, 32), MatMulVariant(bits, 32, compute)
     codes = np.full(shape, -(2 ** (bits - 1)), np.int8)
     scales = np.full((8, 32), 65504, np.float16)

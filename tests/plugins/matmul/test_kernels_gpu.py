@@ -1,4 +1,4 @@
-"""The products with quantised weights on a GPU, launched on raw addresses, against float64."""
+"""The matmuls with quantised weights on a GPU, launched on raw addresses, against float64."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from gta_edge.plugins.matmul.packing import Packed, unpack
 from gta_edge.plugins.matmul.tiling import MatMulVariant
 from tests.helpers import matmul_cases as cases
 from tests.plugins.attention.test_kernels_gpu import TYPES, Memory, bits, synchronize
-from tests.plugins.matmul.test_kernels import products
+from tests.plugins.matmul.test_kernels import matmuls
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")]
 
 ROWS = (1, 2, 7, 8, 9, 16, 17, 33, 100, 512)
 SHAPES = sorted(
-    {(inputs, sizes) for name in PRESETS for inputs, calls in products(preset(name)).items() for sizes in calls}
+    {(inputs, sizes) for name in PRESETS for inputs, calls in matmuls(preset(name)).items() for sizes in calls}
 )
 
 

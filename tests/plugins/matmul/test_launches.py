@@ -1,4 +1,4 @@
-"""The launch of the products with quantised weights, with a stand-in for CUDA: no GPU is needed."""
+"""The launch of the matmuls with quantised weights, with a stand-in for CUDA: no GPU is needed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The products' plugins in TensorRT's own registry, and what they ask of the launch layer; on a GPU what they compute.
+"""The matmuls' plugins in TensorRT's own registry, and what they ask of the launch layer; on a GPU what they compute.
 
 The classes are those of TensorRT's lean runtime, which has no parser and no builder, and needs a GPU only to run
 engines. Its descriptors have no format and its expression builder makes no constants, so there a stand-in is given.
@@ -257,7 +257,7 @@ def test_the_parser_gives_the_creator_what_the_plugin_reads(
     inputs = ["x", *(tensor.name for tensor in stored)]
     node = helper.make_node(OPS[bits], inputs, outputs, domain="gta", **attributes(64, sizes))
     values = [helper.make_tensor_value_info(n, TensorProto.FLOAT16, ["B", "T", None]) for n in ("x", *outputs)]
-    graph = helper.make_graph([node], "product", values[:1], values[1:], stored)
+    graph = helper.make_graph([node], "matmul", values[:1], values[1:], stored)
     opsets = [helper.make_opsetid("", 20), helper.make_opsetid("gta", 1)]
     onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), tmp_path / "model.onnx")
     command = [sys.executable, "-c", PARSER_SCRIPT, str(tmp_path / "model.onnx")]
@@ -572,7 +572,7 @@ ROUNDING = {"fp16": 2.0**-11, "bf16": 2.0**-8}
 
 
 class PluginCall:
-    """A call of a product through a plugin, on memory between guards, and what it should give in float64."""
+    """A call of a matmul through a plugin, on memory between guards, and what it should give in float64."""
 
     def __init__(
         self,

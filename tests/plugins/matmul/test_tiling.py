@@ -1,4 +1,4 @@
-"""Tiles, grids and launches of the products with quantised weights, and what the compiler makes of them."""
+"""Tiles, grids and launches of the matmuls with quantised weights, and what the compiler makes of them."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from gta_edge.plugins.matmul.tiling import (
     BLOCK_SIZES,
     FEW_RESIDENT_WARPS,
     FEW_ROWS,
-    MOST_INPUTS,
-    MOST_ROWS,
+    MAX_INPUTS,
+    MAX_ROWS,
     MatMulVariant,
     few_launch,
     many_launch,
@@ -35,7 +35,7 @@ variants = st.sampled_from(list(VARIANTS.values()))
 inputs = st.integers(1, 4000).map(lambda n: 8 * n)
 sizes = st.integers(1, 200_000)
 
-# Inputs and outputs of GTA-1B's products: of a layer, those that share their input are one; and the head's.
+# Inputs and outputs of GTA-1B's matmuls: of a layer, those that share their input are one; and the head's.
 GTA_1B = [(1280, 1792), (1280, 1280), (1280, 7168), (3584, 1280), (1280, 128256)]
 
 
@@ -190,15 +190,15 @@ def test_variants_that_are_refused(arguments: tuple[int, int, str], text: str) -
 @pytest.mark.parametrize(
     ("call", "text"),
     [
-        ({"rows": 0}, f"x has 0 rows; expected 1 to {MOST_ROWS}"),
-        ({"rows": MOST_ROWS + 1}, f"x has {MOST_ROWS + 1} rows; expected 1 to {MOST_ROWS}"),
+        ({"rows": 0}, f"x has 0 rows; expected 1 to {MAX_ROWS}"),
+        ({"rows": MAX_ROWS + 1}, f"x has {MAX_ROWS + 1} rows; expected 1 to {MAX_ROWS}"),
         (
             {"in_features": 100},
-            f"in_features is 100; expected a multiple of 8 up to {MOST_INPUTS}, so that x's rows begin at multiples of "
+            f"in_features is 100; expected a multiple of 8 up to {MAX_INPUTS}, so that x's rows begin at multiples of "
             "16 bytes: pad x and the weights with zeros",
         ),
         ({"in_features": 0}, "in_features is 0; expected a multiple of 8"),
-        ({"in_features": MOST_INPUTS + 8}, "expected a multiple of 8 up to"),
+        ({"in_features": MAX_INPUTS + 8}, "expected a multiple of 8 up to"),
         ({"output_sizes": ()}, "output_sizes is (); expected one to 4 sizes of at least 1"),
         ({"output_sizes": (16,) * 5}, "expected one to 4 sizes of at least 1"),
         ({"output_sizes": (16, 0)}, "output_sizes is (16, 0); expected one to 4 sizes of at least 1"),
@@ -215,7 +215,7 @@ def test_sizes_that_are_refused(call: dict[str, object], text: str) -> None:
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(("rows", "outputs"), [(MOST_ROWS, 1), (17, 4194240), (1, 4194240)])
+@pytest.mark.parametrize(("rows", "outputs"), [(MAX_ROWS, 1), (17, 4194240), (1, 4194240)])
 def test_the_largest_sizes_have_a_grid(rows: int, outputs: int) -> None:
     for of in VARIANTS.values():
         programs = matmul_programs(of, "sm_90")
@@ -223,7 +223,7 @@ def test_the_largest_sizes_have_a_grid(rows: int, outputs: int) -> None:
             x, y, _ = many_launch(program, rows, outputs).grid
             assert x * program.block_rows < 2**31
             assert y <= 65535
-        assert plan_matmul(programs, 132, rows, MOST_INPUTS, (outputs,)).launch.grid[0] >= 1
+        assert plan_matmul(programs, 132, rows, MAX_INPUTS, (outputs,)).launch.grid[0] >= 1
 
 
 # --- what the compiler makes of it ------------------------------------------------------------------------------------

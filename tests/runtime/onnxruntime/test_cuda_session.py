@@ -97,8 +97,8 @@ class MatMulNBits(OpRun):
         numbers = codes if bits == 8 else np.stack([codes & 15, codes >> 4], axis=-1)
         numbers = numbers.reshape(N, -1, block_size).astype(np.float32) - (1 << bits - 1)
         matrix = (numbers * scales.reshape(N, -1, 1).astype(np.float32)).reshape(N, -1)[:, :K]
-        product = (a.astype(np.float32) @ matrix.T).astype(a.dtype)
-        return (product if bias is None else product + bias,)
+        matmul = (a.astype(np.float32) @ matrix.T).astype(a.dtype)
+        return (matmul if bias is None else matmul + bias,)
 
 
 class SkipSimplifiedLayerNormalization(OpRun):

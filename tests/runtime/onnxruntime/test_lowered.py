@@ -32,7 +32,7 @@ from gta_edge.formats import integrity
 from gta_edge.formats.bundle import MANIFEST, MODEL, WEIGHTS, Bundle
 from gta_edge.graph.weights import read_weights
 from gta_edge.model.config import ModelConfig
-from gta_edge.runtime.onnxruntime.lowered import prepare
+from gta_edge.runtime.onnxruntime.lowered import lower
 from gta_edge.runtime.registry import load
 from tests.cli import environment, listing
 from tests.helpers import reference
@@ -91,7 +91,7 @@ def bundle(pristine: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def prepared_once(pristine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def lowered_once(pristine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy in which a session has kept its graph; not to be changed."""
     directory = shutil.copytree(pristine, tmp_path_factory.mktemp("kept") / "bundle")
     load(directory, "onnxruntime").close()
@@ -99,9 +99,9 @@ def prepared_once(pristine: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 @pytest.fixture
-def kept(prepared_once: Path, tmp_path: Path) -> Path:
+def kept(lowered_once: Path, tmp_path: Path) -> Path:
     """A copy in which a session has kept its graph, times of files included, to do anything to."""
-    return shutil.copytree(prepared_once, tmp_path / "kept")
+    return shutil.copytree(lowered_once, tmp_path / "kept")
 
 
 # --- logits ----------------------------------------------------------------------------------------------------------
@@ -142,7 +142,7 @@ def assert_kept(directory: Path) -> None:
     assert names(directory / KEPT) == KEPT_FILES
     before = identities(directory / KEPT)
     for name in (GRAPH, EXACT_GRAPH):
-        assert prepare(Bundle.open(directory), exact=name == EXACT_GRAPH).graph == before[name][2]
+        assert lower(Bundle.open(directory), exact=name == EXACT_GRAPH).graph == before[name][2]
     assert identities(directory / KEPT) == before
     assert_right(directory)
 
@@ -220,7 +220,7 @@ def test_what_all_layers_share_is_there_once(tmp_path: Path) -> None:
 
 
 def test_weights_that_stay_as_they_are_are_not_written_again(kept: Path) -> None:
-    """The tables and norms lie in the bundle's own file; only products with integers get a layout of their own."""
+    """The tables and norms lie in the bundle's own file; only matmuls with integers get a layout of their own."""
     graph = onnx.load(kept / KEPT / GRAPH, load_external_data=False).graph
     places: dict[str, set[str]] = {}
     for tensor in graph.initializer:
@@ -412,7 +412,7 @@ def test_without_a_place_for_the_secret_nothing_is_kept_or_believed(
     (tmp_path / "file").touch()
     monkeypatch.setenv("GTA_EDGE_CACHE", str(tmp_path / "file"))
     before = listing(kept)
-    assert not prepare(Bundle.open(kept)).kept
+    assert not lower(Bundle.open(kept)).kept
     assert listing(kept) == before
 
 
@@ -423,7 +423,7 @@ def test_large_files_are_hashed_when_that_is_asked_for(kept: Path, monkeypatch: 
     flip(path)
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
     before = path.stat().st_ino
-    prepare(Bundle.open(kept, verify_hashes=True))
+    lower(Bundle.open(kept, verify_hashes=True))
     assert path.stat().st_ino != before
     assert_right(kept)
 
@@ -476,13 +476,13 @@ def records(draw: Any) -> Callable[[dict[str, Any]], Any]:
 
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(change=records())
-def test_a_record_of_any_json(prepared_once: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+def test_a_record_of_any_json(lowered_once: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     with tempfile.TemporaryDirectory() as temporary:
-        directory = shutil.copytree(prepared_once, Path(temporary, "bundle"))
+        directory = shutil.copytree(lowered_once, Path(temporary, "bundle"))
         original = record_of(directory)
         wanted = (directory / KEPT / GRAPH).read_bytes()
         edit(directory / KEPT / RECORD, change)
-        assert prepare(Bundle.open(directory)).graph == wanted
+        assert lower(Bundle.open(directory)).graph == wanted
         found = record_of(directory)
         assert found["content"] == original["content"]
 
@@ -606,8 +606,8 @@ def test_a_bundle_that_cannot_be_written_to(pristine: Path, public: Path, precis
 
 
 @pytest.mark.parametrize("outdated", [False, True])
-def test_a_bundle_that_can_no_longer_be_written_to(prepared_once: Path, public: Path, outdated: bool) -> None:
-    directory = shutil.copytree(prepared_once, public / "bundle")
+def test_a_bundle_that_can_no_longer_be_written_to(lowered_once: Path, public: Path, outdated: bool) -> None:
+    directory = shutil.copytree(lowered_once, public / "bundle")
     if outdated:
         flip(directory / KEPT / GRAPH)
     with read_only(directory):
@@ -617,8 +617,8 @@ def test_a_bundle_that_can_no_longer_be_written_to(prepared_once: Path, public: 
 
 
 @pytest.mark.parametrize("closed", ["engines", KEPT])
-def test_what_somebody_else_kept_and_may_not_be_read(prepared_once: Path, public: Path, closed: str) -> None:
-    directory = shutil.copytree(prepared_once, public / "bundle")
+def test_what_somebody_else_kept_and_may_not_be_read(lowered_once: Path, public: Path, closed: str) -> None:
+    directory = shutil.copytree(lowered_once, public / "bundle")
     with read_only(directory, closed=directory / closed):
         assert_right(directory)
 
@@ -650,7 +650,7 @@ def test_a_disk_that_takes_no_more_with_a_graph_that_is_out_of_date(kept: Path) 
 
 
 @pytest.mark.parametrize("part", [0.1, 0.5, 0.9])
-def test_a_full_disk(pristine: Path, prepared_once: Path, tmp_path: Path, part: float) -> None:
+def test_a_full_disk(pristine: Path, lowered_once: Path, tmp_path: Path, part: float) -> None:
     """A file system with room for the bundle, and for a part of what would be kept."""
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -658,7 +658,7 @@ def test_a_full_disk(pristine: Path, prepared_once: Path, tmp_path: Path, part: 
     def kib(directory: Path) -> int:
         return sum(-(-path.stat().st_size // 4096) * 4 for path in directory.rglob("*") if path.is_file())
 
-    size = kib(pristine) + int(part * kib(prepared_once / KEPT))
+    size = kib(pristine) + int(part * kib(lowered_once / KEPT))
     mount, unmount = shutil.which("mount"), shutil.which("umount")
     options = ["-t", "tmpfs", "-o", f"size={size}k", "tmpfs", disk]
     if not (mount and unmount) or subprocess.run([mount, *options], capture_output=True, check=False).returncode:

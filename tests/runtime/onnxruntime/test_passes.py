@@ -30,14 +30,14 @@ from gta_edge.model.rope import rope_tables
 from gta_edge.numerics.quantization import pack_nibbles
 from gta_edge.plugins.domain import DOMAIN, OPSET
 from gta_edge.runtime.onnxruntime.passes.expand_attention import ExpandAttentionPass
-from gta_edge.runtime.onnxruntime.passes.fuse_matmuls import FuseProductsPass
+from gta_edge.runtime.onnxruntime.passes.fuse_matmuls import FuseMatMulsPass
 from gta_edge.runtime.onnxruntime.passes.fuse_norms import FuseNormsPass
 from tests.helpers import reference
 from tests.plugins.attention.test_definition import Sizes, all_sizes, arrays, assert_cache, expected, model
 
 TOLERANCE = 1e-4  # largest error over the standard deviation of the exact result
 SETTINGS = settings(max_examples=40, deadline=None, derandomize=True)
-EXACT, ROUNDED = 1, 4  # levels of accuracy of ONNX Runtime's products with integers
+EXACT, ROUNDED = 1, 4  # levels of accuracy of ONNX Runtime's matmuls with integers
 
 # --- models ----------------------------------------------------------------------------------------------------------
 
@@ -186,7 +186,7 @@ def test_every_pass_keeps_the_meaning(name: str, precision: str) -> None:
         ExpandAttentionPass(),
         common.InlinePass(),
         ShareDimensionsPass(),
-        FuseProductsPass(EXACT),
+        FuseMatMulsPass(EXACT),
         FuseNormsPass(),
         common.CommonSubexpressionEliminationPass(),
     ):
@@ -210,8 +210,8 @@ def test_passes_that_need_no_other_first(name: str, change: type[Any]) -> None:
     [
         (ExpandAttentionPass(), "fp32"),
         (ShareDimensionsPass(), "fp32"),
-        (FuseProductsPass(EXACT), "int4"),
-        (FuseProductsPass(EXACT), "int8"),
+        (FuseMatMulsPass(EXACT), "int4"),
+        (FuseMatMulsPass(EXACT), "int8"),
         (FuseNormsPass(), "fp32"),
     ],
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,
@@ -226,7 +226,7 @@ def test_a_second_run_changes_nothing(change: Any, precision: str) -> None:
     assert serialise(graph) == before
 
 
-@pytest.mark.parametrize("change", [ExpandAttentionPass(), ShareDimensionsPass(), FuseProductsPass(4), FuseNormsPass()])
+@pytest.mark.parametrize("change", [ExpandAttentionPass(), ShareDimensionsPass(), FuseMatMulsPass(4), FuseNormsPass()])
 def test_nothing_to_do(change: Any) -> None:
     graph = small([helper.make_node("Relu", ["x"], ["y"])], {"x": ["batch", 4]}, {"y": ["batch", 4]})
     before = serialise(graph)
@@ -528,7 +528,7 @@ def test_products_that_share_an_input_are_one(name: str, precision: str) -> None
     ExpandAttentionPass()(graph)
     ShareDimensionsPass()(graph)  # or the parts are asked for their sizes
     before = op_types(graph)
-    assert FuseProductsPass(ROUNDED)(graph).modified
+    assert FuseMatMulsPass(ROUNDED)(graph).modified
     fused = [node for node in graph.graph if node.op_type == "MatMulNBits"]
     assert len(fused) == 4 * LAYERS + 1  # query, key, latent and gate; what mixes heads; gate and up; down; the head
     for node in fused:
@@ -547,7 +547,7 @@ def test_products_that_share_an_input_are_one(name: str, precision: str) -> None
 def test_products_with_floating_point_numbers_are_left_alone(precision: str) -> None:
     graph = bundled("more keys", precision)
     before = serialise(graph)
-    assert not FuseProductsPass(EXACT)(graph).modified
+    assert not FuseMatMulsPass(EXACT)(graph).modified
     assert serialise(graph) == before
 
 
@@ -586,22 +586,20 @@ class Matrix:
         """The nodes that multiply x by the matrix, to a value called ``y`` and its number."""
         along = {"axis": 0, "block_size": self.block} if self.block else {"axis": 1}
         name, result = self.name, self.name.replace("m", "y")
-        product = result if self.bias is None else f"{name}.product"
+        matmul = result if self.bias is None else f"{name}.matmul"
         made = [
             helper.make_node("Cast", [f"{name}.scale"], [f"{name}.factor"], to=TensorProto.FLOAT),
             helper.make_node("DequantizeLinear", [name, f"{name}.factor"], [f"{name}.values"], **along),
-            helper.make_node("MatMul", [x, f"{name}.values"], [product]),
+            helper.make_node("MatMul", [x, f"{name}.values"], [matmul]),
         ]
         if self.bias is not None:  # on either side
-            terms = [product, f"{name}.added"]
+            terms = [matmul, f"{name}.added"]
             made.append(helper.make_node("Add", terms if len(self.bias) % 2 else terms[::-1], [result]))
         return made
 
 
-def products(
-    matrices: Sequence[Matrix], *more: onnx.NodeProto, outputs: dict[str, list[Any]] | None = None
-) -> ir.Model:
-    """A graph that multiplies x by all of them, and returns the products, or other outputs."""
+def matmuls(matrices: Sequence[Matrix], *more: onnx.NodeProto, outputs: dict[str, list[Any]] | None = None) -> ir.Model:
+    """A graph that multiplies x by all of them, and returns the matmuls, or other outputs."""
     inputs = len(matrices[0].codes)
     nodes = [node for matrix in matrices for node in matrix.nodes("x")]
     tensors = {name: tensor for matrix in matrices for name, tensor in matrix.tensors.items()}
@@ -620,15 +618,15 @@ def matrices_of_one_input(draw: Any) -> list[Matrix]:
 @SETTINGS
 @given(matrices=matrices_of_one_input())
 def test_products_are_those_of_the_formula_each_at_its_place(matrices: list[Matrix]) -> None:
-    graph = products(matrices)
-    assert FuseProductsPass(EXACT)(graph).modified
+    graph = matmuls(matrices)
+    assert FuseMatMulsPass(EXACT)(graph).modified
     common.RemoveUnusedNodesPass()(graph)
     assert op_types(graph) == Counter(["MatMulNBits"] if len(matrices) == 1 else ["MatMulNBits", "Split"])
     x = normal(3, len(matrices[0].codes))
     found = run(graph, {"x": x})
     assert list(found) == [matrix.name.replace("m", "y") for matrix in matrices]
     for matrix, value in zip(matrices, found.values(), strict=True):
-        exact = matrix.product(x)
+        exact = matrix.matmul(x)
         size = np.abs(x).astype(np.float64) @ np.abs(matrix.values)  # a sum may come out near zero
         assert (np.abs(value - exact) <= 1e-5 * (size.max() + np.abs(exact).max())).all(), matrix.name
 
@@ -637,19 +635,19 @@ def test_products_are_those_of_the_formula_each_at_its_place(matrices: list[Matr
 def test_whole_channels_of_any_length(inputs: int) -> None:
     """The kernel knows blocks of 16 and longer, a power of two: what is missing in the last one must not count."""
     matrices = [Matrix(0, inputs, 5, 8, None, bias=True), Matrix(1, inputs, 3, 8, None)]
-    graph = products(matrices)
-    FuseProductsPass(EXACT)(graph)
+    graph = matmuls(matrices)
+    FuseMatMulsPass(EXACT)(graph)
     x = normal(4, inputs)
     for matrix, value in zip(matrices, run(graph, {"x": x}).values(), strict=True):
-        assert reference.relative_error(value, matrix.product(x)) <= 1e-5
+        assert reference.relative_error(value, matrix.matmul(x)) <= 1e-5
 
 
 @pytest.mark.parametrize(("bits", "block"), [(4, 16), (4, 128), (8, None), (8, 64)])
 def test_codes_lie_as_the_kernel_reads_them(bits: int, block: int | None) -> None:
     """Unsigned, a row of blocks for each output: read back here by the kernel's own definition."""
     matrices = [Matrix(i, 384, 6 + i, bits, block) for i in range(3)]
-    graph = products(matrices)
-    FuseProductsPass(ROUNDED)(graph)
+    graph = matmuls(matrices)
+    FuseMatMulsPass(ROUNDED)(graph)
     (node,) = (node for node in graph.graph if node.op_type == "MatMulNBits")
     size = node.attributes["block_size"].value
     codes, scales = (node.inputs[i].const_value.numpy() for i in (1, 2))
@@ -670,8 +668,8 @@ def test_rounded_activations_are_near_and_not_the_same() -> None:
     x = normal(3, 256)
     results = []
     for level in (EXACT, ROUNDED):
-        graph = products(matrices)
-        FuseProductsPass(level)(graph)
+        graph = matmuls(matrices)
+        FuseMatMulsPass(level)(graph)
         results.append(run(graph, {"x": x}))
     for name, exact in results[0].items():
         assert 1e-5 < reference.relative_error(results[1][name], exact) < 0.05
@@ -684,11 +682,11 @@ def test_products_of_different_inputs_or_kinds_stay_apart() -> None:
     tensors = {name: tensor for matrix in (*matrices, other) for name, tensor in matrix.tensors.items()}
     outputs = {f"y{i}": ["batch", 4] for i in range(5)}
     graph = small(nodes, {"x": ["batch", 32], "z": ["batch", 32]}, outputs, tensors)
-    assert FuseProductsPass(EXACT)(graph).modified
+    assert FuseMatMulsPass(EXACT)(graph).modified
     assert op_types(graph)["MatMulNBits"] == 4
     x, z = normal(3, 32), normal(3, 32, seed=1)
     for (name, value), matrix in zip(run(graph, {"x": x, "z": z}).items(), (*matrices, other), strict=True):
-        assert reference.relative_error(value, matrix.product(z if matrix is other else x)) <= 1e-5, name
+        assert reference.relative_error(value, matrix.matmul(z if matrix is other else x)) <= 1e-5, name
 
 
 @pytest.mark.parametrize("shape", [(1,), (5, 1), (3, 5)], ids=str)
@@ -696,10 +694,10 @@ def test_what_is_added_and_is_no_bias(shape: tuple[int, ...]) -> None:
     matrix, added = Matrix(0, 32, 5, 4, 16), normal(*shape)
     nodes = [*matrix.nodes("x"), helper.make_node("Add", ["y0", "added"], ["sum"])]
     graph = small(nodes, {"x": ["batch", 32]}, {"sum": ["batch", 5]}, matrix.tensors | {"added": added})
-    assert FuseProductsPass(EXACT)(graph).modified
+    assert FuseMatMulsPass(EXACT)(graph).modified
     assert op_types(graph)["Add"] == 1
     x = normal(5 if shape == (5, 1) else 3, 32)
-    assert reference.relative_error(run(graph, {"x": x})["sum"], matrix.product(x) + added) <= 1e-5
+    assert reference.relative_error(run(graph, {"x": x})["sum"], matrix.matmul(x) + added) <= 1e-5
 
 
 @pytest.mark.parametrize(
@@ -719,13 +717,13 @@ def test_what_is_put_together_again_is_not_taken_apart(order: list[int], undone:
     relu = helper.make_node("Relu", [f"y{order[0]}"], ["positive"])
     if also:
         outputs["positive"] = ["batch", None]
-    graph = products(matrices, concat, *([relu] if also else []), outputs=outputs)
-    assert FuseProductsPass(EXACT)(graph).modified
+    graph = matmuls(matrices, concat, *([relu] if also else []), outputs=outputs)
+    assert FuseMatMulsPass(EXACT)(graph).modified
     assert op_types(graph)["Concat"] == (0 if undone and not also else 1)
     x = normal(3, 32)
     found = run(graph, {"x": x})
     assert list(found) == list(outputs)
-    exact = [matrix.product(x) for matrix in matrices]
+    exact = [matrix.matmul(x) for matrix in matrices]
     # by columns, since the matrices are of very different size
     whole = np.concatenate([exact[i] for i in order], axis=1)
     assert found["whole"].shape == whole.shape

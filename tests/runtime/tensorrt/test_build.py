@@ -22,10 +22,10 @@ from gta_edge.formats import integrity
 from gta_edge.formats.bundle import Bundle
 from gta_edge.libraries.cuda import driver_cuda_version
 from gta_edge.runtime.tensorrt import build as building
-from gta_edge.runtime.tensorrt.build import LOGIT_POSITIONS, build, prepare_only, profile_shapes, requirement
+from gta_edge.runtime.tensorrt.build import LOGIT_POSITIONS, build, lower_only, profile_shapes, requirement
 from gta_edge.runtime.tensorrt.engine import (
-    EngineRecord,
-    Purpose,
+    EngineManifest,
+    EngineSpec,
     engine_directory,
     keep_engine,
     load_engine,
@@ -36,7 +36,7 @@ from gta_edge.support.memory import available_bytes
 from tests.cli import COMMAND, Result, environment
 from tests.helpers.records import edit
 
-RTX = Purpose("tensorrt-rtx", "fp16", "fp16", max_length=64, max_batch=2, chunk_size=32)
+RTX = EngineSpec("tensorrt-rtx", "fp16", "fp16", max_length=64, max_batch=2, chunk_size=32)
 PLUGIN = replace(RTX, engine="tensorrt")
 HERE = {"tensorrt": "10.3.0", "compute_capability": "8.7"}
 
@@ -56,11 +56,11 @@ def message(error: type[Exception], call: Callable[..., Any], *arguments: Any, *
 # --- the record -------------------------------------------------------------------------------------------------------
 
 
-def kept_record(bundle: Bundle, **changes: Any) -> EngineRecord:
-    return replace(EngineRecord(PLUGIN, made_from(bundle), HERE["tensorrt"], ["8.0", "8.7"]), **changes)
+def kept_record(bundle: Bundle, **changes: Any) -> EngineManifest:
+    return replace(EngineManifest(PLUGIN, made_from(bundle), HERE["tensorrt"], ["8.0", "8.7"]), **changes)
 
 
-def kept(bundle: Bundle, **changes: Any) -> EngineRecord:
+def kept(bundle: Bundle, **changes: Any) -> EngineManifest:
     record = kept_record(bundle, **changes)
     keep_engine(bundle, record, b"the engine", force=True)
     return record
@@ -141,18 +141,18 @@ DAMAGES = {
     "no record": without_record,
     "changed and not signed": edited(lambda d: d["content"].update(tensorrt="10.3.0"), sign=False),
     "a name too many": edited(lambda d: d["content"].update(more=1)),
-    "no purpose": edited(lambda d: d["content"].pop("purpose")),
+    "no spec": edited(lambda d: d["content"].pop("spec")),
     "a list": edited(lambda d: d.update(content=[])),
-    "a text for a number": edited(lambda d: d["content"]["purpose"].update(max_length="64")),
+    "a text for a number": edited(lambda d: d["content"]["spec"].update(max_length="64")),
     "a number for a text": edited(lambda d: d["content"].update(tensorrt=10)),
     "a text for a list": edited(lambda d: d["content"].update(compute_capabilities="8.7")),
     "numbers in a list": edited(lambda d: d["content"].update(compute_capabilities=[8.7])),
     "made from a list": edited(lambda d: d["content"].update(made_from=[])),
     "no time": edited(lambda d: d["files"]["engine.plan"].pop("mtime_ns")),
     "no files": edited(lambda d: d.update(files={})),
-    "a type that there is not": edited(lambda d: d["content"]["purpose"].update(cache_dtype="int3")),
-    "no rows": edited(lambda d: d["content"]["purpose"].update(max_batch=0)),
-    "another engine's": edited(lambda d: d["content"]["purpose"].update(engine="tensorrt-rtx")),
+    "a type that there is not": edited(lambda d: d["content"]["spec"].update(cache_dtype="int3")),
+    "no rows": edited(lambda d: d["content"]["spec"].update(max_batch=0)),
+    "another engine's": edited(lambda d: d["content"]["spec"].update(engine="tensorrt-rtx")),
 }
 
 
@@ -258,9 +258,9 @@ def test_another_engine_is_replaced_only_on_demand(bundle: Bundle) -> None:
     ],
 )
 def test_purposes_that_are_refused(bundle: Bundle, changes: dict[str, Any], told: str, tmp_path: Path) -> None:
-    purpose = replace(RTX, **changes)
-    assert told in message(InputError, build, bundle, purpose)
-    assert told in message(InputError, prepare_only, bundle, purpose, tmp_path / "out")
+    spec = replace(RTX, **changes)
+    assert told in message(InputError, build, bundle, spec)
+    assert told in message(InputError, lower_only, bundle, spec, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -347,18 +347,18 @@ def test_an_engine_with_both_profiles(
     bundle: Bundle, no_gpu: None, compute: str, asked: list[str], built: list[str]
 ) -> None:
     told: list[tuple[str, int, int]] = []
-    purpose = replace(RTX, compute=compute, cache_dtype=compute)
-    directory = build(bundle, purpose, compute_capabilities=asked, progress=lambda *step: told.append(step))
+    spec = replace(RTX, compute=compute, cache_dtype=compute)
+    directory = build(bundle, spec, compute_capabilities=asked, progress=lambda *step: told.append(step))
     import tensorrt_rtx as trt
 
     plan, record = load_engine(bundle, "tensorrt-rtx", tensorrt=trt.__version__, compute_capability=built[-1])
-    assert record == EngineRecord(purpose, made_from(bundle), trt.__version__, built)
+    assert record == EngineManifest(spec, made_from(bundle), trt.__version__, built)
     assert len(plan) > 1000
     assert {path.name for path in directory.iterdir()} == {"engine.plan", "engine.json"}
     assert {path.name for path in directory.parent.iterdir()} == {"tensorrt-rtx"}
     assert all(0 < done <= total for _, done, total in told)
     assert len({what for what, *_ in told}) >= 2  # writing weights, and TensorRT's own
-    assert "give --force" in message(EngineError, build, bundle, purpose)
+    assert "give --force" in message(EngineError, build, bundle, spec)
 
 
 @pytest.mark.parametrize("after", ["writing weights", "TensorRT"])
@@ -386,12 +386,12 @@ def test_timings_are_kept_for_the_next_build(
     pytest.importorskip("tensorrt_rtx", reason="the package tensorrt-rtx is needed")
     from gta_edge.libraries.tensorrt import load
     from gta_edge.runtime.tensorrt.builder import Target, build_plan
-    from gta_edge.runtime.tensorrt.lower import specialise
+    from gta_edge.runtime.tensorrt.lower import lower
 
     monkeypatch.setenv("GTA_EDGE_CACHE", str(tmp_path / "cache"))
     trt = replace(load("tensorrt-rtx"), times_kernels=True)  # it has the calls, and no use for them
     target = Target(trt, ("8.6",), "a GPU / of 8.6")
-    model = specialise(bundle, tmp_path / "model", form="function", compute="fp16", capacity=RTX.max_length)
+    model = lower(bundle, tmp_path / "model", form="function", compute="fp16", capacity=RTX.max_length)
     version = trt.version_text.replace(".", "-")
     kept = tmp_path / "cache" / "timings" / f"tensorrt-rtx-{version}-a-GPU---of-8-6.cache"
     if content is not None:
@@ -410,13 +410,13 @@ def test_timings_that_tensorrt_does_not_take_cost_no_engine(
     trt = pytest.importorskip("tensorrt_rtx", reason="the package tensorrt-rtx is needed")
     from gta_edge.libraries.tensorrt import load
     from gta_edge.runtime.tensorrt.builder import Target, build_plan
-    from gta_edge.runtime.tensorrt.lower import specialise
+    from gta_edge.runtime.tensorrt.lower import lower
 
     monkeypatch.setenv("GTA_EDGE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(trt.IBuilderConfig, "set_timing_cache", lambda *arguments, **options: False)
     monkeypatch.setattr(trt.IBuilderConfig, "get_timing_cache", lambda config: None)
     target = Target(replace(load("tensorrt-rtx"), times_kernels=True), ("8.6",), "a GPU")
-    model = specialise(bundle, tmp_path / "model", form="function", compute="fp16", capacity=RTX.max_length)
+    model = lower(bundle, tmp_path / "model", form="function", compute="fp16", capacity=RTX.max_length)
     assert len(build_plan(model, RTX, profile_shapes(bundle, RTX), target)) > 1000
     assert not [*(tmp_path / "cache" / "timings").iterdir()]
 
@@ -425,7 +425,7 @@ def test_ctrl_c_in_the_midst_of_tensorrt(copied_bundle: Path, no_gpu: None) -> N
     arguments = [*COMMAND, "build", copied_bundle, "--engine", "tensorrt-rtx", "--compute-capability", "8.6"]
     engines = copied_bundle / "engines"
     with subprocess.Popen(arguments, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        while process.poll() is None and not [*engines.glob(".gta-edge-*.partial/model/prepared.json")]:
+        while process.poll() is None and not [*engines.glob(".gta-edge-*.partial/model/lowered.json")]:
             time.sleep(0.01)
         time.sleep(0.4)  # TensorRT parses now, or builds
         process.send_signal(signal.SIGINT)
@@ -446,12 +446,12 @@ def test_tensorrt_without_a_driver_that_it_takes() -> None:
 
 
 def test_a_model_that_tensorrt_refuses(bundle: Bundle, no_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(bundle: Bundle, purpose: Purpose, directory: Path, *rest: object) -> Path:
+    def broken(bundle: Bundle, spec: EngineSpec, directory: Path, *rest: object) -> Path:
         directory.mkdir()
         (directory / "model.onnx").write_bytes(b"no model")
         return directory / "model.onnx"
 
-    monkeypatch.setattr(building, "_specialised", broken)
+    monkeypatch.setattr(building, "_lowered", broken)
     assert "refuses the model (" in message(EngineError, build, bundle, RTX)
     assert not engine_directory(bundle, RTX.engine).exists()
 

@@ -25,15 +25,15 @@ from onnx_ir.passes import common
 from gta_edge.errors import BundleError, CapacityError, EngineError, GtaEdgeError, InputError, OutputError
 from gta_edge.export.pipeline import export_model
 from gta_edge.formats.bundle import Bundle
-from gta_edge.graph.retype import RetypePass
+from gta_edge.graph.retype import ConvertPrecisionPass
 from gta_edge.model.config import ModelConfig
 from gta_edge.plugins.attention import definition as op
 from gta_edge.plugins.attention.plugin_call import QUANTISED_CACHE
-from gta_edge.runtime.tensorrt.lower import specialise
+from gta_edge.runtime.tensorrt.lower import lower
 from gta_edge.runtime.tensorrt.passes.fold_constants import FoldConstantsPass
-from gta_edge.runtime.tensorrt.passes.lower_opset import OPSET, WriteOutNewerOpsPass
+from gta_edge.runtime.tensorrt.passes.lower_opset import OPSET, LowerOpsetPass
 from gta_edge.runtime.tensorrt.passes.quantize_cache import QuantizeCachePass
-from gta_edge.runtime.tensorrt.passes.remove_functions import RemoveFunctionsPass
+from gta_edge.runtime.tensorrt.passes.remove_functions import KeepPluginNodesPass
 from gta_edge.runtime.tensorrt.passes.set_capacity import SetCapacityPass
 from tests.helpers import reference
 from tests.helpers.checkpoints import write_checkpoint
@@ -185,11 +185,11 @@ def test_float32_is_what_the_bundle_computes(
 
 
 def function_form(bundle: Bundle, directory: Path, **options: Any) -> Path:
-    return specialise(bundle, directory, form="function", capacity=CAPACITY, **options)
+    return lower(bundle, directory, form="function", capacity=CAPACITY, **options)
 
 
 def plugin_form(bundle: Bundle, directory: Path, **options: Any) -> onnx.ModelProto:
-    return onnx.load(specialise(bundle, directory, form="plugin", capacity=CAPACITY, **options))
+    return onnx.load(lower(bundle, directory, form="plugin", capacity=CAPACITY, **options))
 
 
 # --- types -----------------------------------------------------------------------------------------------------------
@@ -355,7 +355,7 @@ def run(model: ir.Model, **feeds: np.ndarray) -> np.ndarray:
 
 
 def written_out(model: ir.Model, op_type: str) -> ir.Model:
-    assert WriteOutNewerOpsPass()(model).modified
+    assert LowerOpsetPass()(model).modified
     assert op_type not in {node.op_type for node in model.graph}
     assert model.graph.opset_imports[""] == OPSET
     return model
@@ -427,7 +427,7 @@ def test_what_is_not_written_out(node: onnx.NodeProto, message: str) -> None:
     info = (TensorProto.FLOAT, ["b", "t", 6])
     model = graph_of([node], {"x": info}, {"y": info}, {"w": np.ones((6, 3), np.float32)})
     with pytest.raises(ir.passes.PassError) as caught:
-        ir.passes.Sequential(WriteOutNewerOpsPass())(model)
+        ir.passes.Sequential(LowerOpsetPass())(model)
     assert_one_line(caught.value.__cause__, EngineError, message)
 
 
@@ -442,8 +442,8 @@ def assert_one_line(error: BaseException | None, kind: type[GtaEdgeError], messa
 @pytest.mark.parametrize("cache", [None, "int8"])
 def test_a_second_run_changes_nothing(bundles: Bundles, cache: str | None) -> None:
     model = ir.load(bundles("gta, tied", "int4").model_path)
-    passes: list[Any] = [RemoveFunctionsPass(), RetypePass("fp16"), SetCapacityPass(CAPACITY, BATCH)]
-    passes += [WriteOutNewerOpsPass(), FoldConstantsPass()]
+    passes: list[Any] = [KeepPluginNodesPass(), ConvertPrecisionPass("fp16"), SetCapacityPass(CAPACITY, BATCH)]
+    passes += [LowerOpsetPass(), FoldConstantsPass()]
     if cache:
         passes.insert(2, QuantizeCachePass(cache))
     assert [change(model).modified for change in passes] == [True] * len(passes)
@@ -455,7 +455,7 @@ def test_a_second_run_changes_nothing(bundles: Bundles, cache: str | None) -> No
 def test_float32_is_no_change(bundles: Bundles) -> None:
     model = ir.load(bundles("gta, tied", "fp16").model_path)
     before = ir.to_proto(model).SerializeToString(deterministic=True)
-    assert not RetypePass("fp32")(model).modified
+    assert not ConvertPrecisionPass("fp32")(model).modified
     assert ir.to_proto(model).SerializeToString(deterministic=True) == before
 
 
@@ -471,9 +471,13 @@ RELU = helper.make_node("Relu", ["x"], ["y"])
 @pytest.mark.parametrize(
     ("change", "model", "message"),
     [
-        (lambda: RetypePass("fp16"), foreign([RELU], z=(TensorProto.BFLOAT16, [1])), "inputs are bfloat16 and float"),
         (
-            lambda: RetypePass("fp16"),
+            lambda: ConvertPrecisionPass("fp16"),
+            foreign([RELU], z=(TensorProto.BFLOAT16, [1])),
+            "inputs are bfloat16 and float",
+        ),
+        (
+            lambda: ConvertPrecisionPass("fp16"),
             foreign(
                 [
                     helper.make_node("Cast", ["x"], ["wide"], to=1),
@@ -482,9 +486,13 @@ RELU = helper.make_node("Relu", ["x"], ["y"])
             ),
             "Add y mixes float32 (wide) and float16",
         ),
-        (lambda: RetypePass("fp16"), foreign([helper.make_node("Other", ["x"], ["y"], domain="gta")]), "Other is no"),
         (
-            lambda: RemoveFunctionsPass(),
+            lambda: ConvertPrecisionPass("fp16"),
+            foreign([helper.make_node("Other", ["x"], ["y"], domain="gta")]),
+            "Other is no",
+        ),
+        (
+            lambda: KeepPluginNodesPass(),
             foreign([helper.make_node("Other", ["x"], ["y"], domain="gta")]),
             "no plugin implements gta::Other",
         ),
@@ -512,14 +520,14 @@ def test_passes_in_the_wrong_order(bundles: Bundles) -> None:
     model = ir.load(bundles("gta, tied", "fp16").model_path)
     for change, message in (
         (QuantizeCachePass("fp8"), "the model keeps its functions"),
-        (WriteOutNewerOpsPass(), "the model has functions"),
+        (LowerOpsetPass(), "the model has functions"),
     ):
         with pytest.raises(ir.passes.PassError) as caught:
             ir.passes.Sequential(change)(model)
         assert_one_line(caught.value.__cause__, EngineError, message)
-    RetypePass("fp16")(model)
+    ConvertPrecisionPass("fp16")(model)
     with pytest.raises(ir.passes.PassError) as caught:
-        ir.passes.Sequential(RetypePass("bf16"))(model)
+        ir.passes.Sequential(ConvertPrecisionPass("bf16"))(model)
     assert_one_line(caught.value.__cause__, EngineError, "the graph's inputs are float16, expected float32")
 
 
@@ -533,7 +541,7 @@ def test_constants_take_the_type_of_what_they_meet() -> None:
         helper.make_node("Mul", ["wide", "two"], ["y"]),
     ]
     model = foreign(nodes)
-    assert RetypePass("fp16")(model).modified
+    assert ConvertPrecisionPass("fp16")(model).modified
     x = np.arange(12, dtype=np.float16).reshape(2, 6)
     found = run(model, x=x, past_x=np.zeros((2, 1, 1, 6), np.float16))
     np.testing.assert_array_equal(found, 2 * (2 * x.astype(np.float32) + 2))
@@ -593,7 +601,7 @@ def test_what_is_not_folded(node: onnx.NodeProto) -> None:
 def test_the_result_needs_nothing_of_the_bundle(bundles: Bundles, tmp_path: Path) -> None:
     bundle, seen = bundles("gta, untied", "int4"), []
     before = {path.name: path.read_bytes() for path in bundle.directory.iterdir()}
-    path = specialise(
+    path = lower(
         bundle,
         tmp_path / "model",
         compute="bf16",
@@ -604,7 +612,7 @@ def test_the_result_needs_nothing_of_the_bundle(bundles: Bundles, tmp_path: Path
         progress=lambda *event: seen.append(event),
     )
     assert path == tmp_path / "model" / "model.onnx"
-    assert {file.name for file in path.parent.iterdir()} == {"model.onnx", "model.onnx.data", "prepared.json"}
+    assert {file.name for file in path.parent.iterdir()} == {"model.onnx", "model.onnx.data", "lowered.json"}
     assert {path.name: path.read_bytes() for path in bundle.directory.iterdir()} == before
     model = onnx.load(path, load_external_data=False)
     outside = [tensor for tensor in model.graph.initializer if tensor.data_location == TensorProto.EXTERNAL]
@@ -612,7 +620,7 @@ def test_the_result_needs_nothing_of_the_bundle(bundles: Bundles, tmp_path: Path
         "model.onnx.data"
     }
     assert seen == [("writing weights", i + 1, len(outside)) for i in range(len(outside))]
-    record = json.loads((path.parent / "prepared.json").read_text())
+    record = json.loads((path.parent / "lowered.json").read_text())
     written = ("model.onnx", "model.onnx.data")
     assert record | {"gta_edge": ""} == {
         "format": "gta-edge-model",
@@ -623,7 +631,7 @@ def test_the_result_needs_nothing_of_the_bundle(bundles: Bundles, tmp_path: Path
         "capacity": CAPACITY,
         "batch": 3,
         "newer_ops": False,
-        "products": "native",
+        "matmul": "native",
         "packed": 0,
         "not_packed": {},
         "gta_edge": "",
@@ -655,7 +663,7 @@ def test_options_that_do_not_go_together(
     bundles: Bundles, tmp_path: Path, name: str, options: dict[str, Any], kind: type[GtaEdgeError], message: str
 ) -> None:
     with pytest.raises(kind) as caught:
-        specialise(bundles(name, "fp16"), tmp_path / "model", **{"compute": "fp16", "capacity": 4} | options)
+        lower(bundles(name, "fp16"), tmp_path / "model", **{"compute": "fp16", "capacity": 4} | options)
     assert_one_line(caught.value, kind, message)
     assert not (tmp_path / "model").exists()
 
@@ -729,10 +737,10 @@ def test_the_parser_takes_what_is_written_out(bundles: Bundles, tmp_path: Path, 
     from gta_edge.libraries.tensorrt import load
     from gta_edge.runtime.tensorrt.build import profile_shapes
     from gta_edge.runtime.tensorrt.builder import Target, build_plan
-    from gta_edge.runtime.tensorrt.engine import Purpose
+    from gta_edge.runtime.tensorrt.engine import EngineSpec
 
     bundle = bundles(name, "int4")
-    purpose = Purpose("tensorrt-rtx", compute, compute, max_length=CAPACITY, max_batch=BATCH, chunk_size=CAPACITY)
+    spec = EngineSpec("tensorrt-rtx", compute, compute, max_length=CAPACITY, max_batch=BATCH, chunk_size=CAPACITY)
     path = function_form(bundle, tmp_path, compute=compute, newer_ops=False)
     target = Target(load("tensorrt-rtx"), ("8.6",), None)
-    assert build_plan(path, purpose, profile_shapes(bundle, purpose), target).nbytes > 0
+    assert build_plan(path, spec, profile_shapes(bundle, spec), target).nbytes > 0

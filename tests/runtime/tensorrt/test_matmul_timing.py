@@ -1,4 +1,4 @@
-"""Products timed on a GPU with full TensorRT: to run on a board (``make test-jetson``); no torch, no ONNX Runtime."""
+"""Matmuls timed on a GPU with full TensorRT: to run on a board (``make test-jetson``); no torch, no ONNX Runtime."""
 
 from pathlib import Path
 
@@ -6,9 +6,9 @@ import pytest
 
 from gta_edge.errors import BackendError
 from gta_edge.runtime.tensorrt.builder import Target
-from gta_edge.runtime.tensorrt.engine import PRODUCTS, Purpose
-from gta_edge.runtime.tensorrt.matmul_choice import PHASES, ProductCall, choose
-from gta_edge.runtime.tensorrt.matmul_timing import time_products
+from gta_edge.runtime.tensorrt.engine import IMPLEMENTATIONS, EngineSpec
+from gta_edge.runtime.tensorrt.matmul_choice import PHASES, MatMulCall, choose
+from gta_edge.runtime.tensorrt.matmul_timing import time_matmuls
 
 
 def full_tensorrt() -> Target:
@@ -24,9 +24,9 @@ def full_tensorrt() -> Target:
 @pytest.mark.parametrize("compute", ["fp16", "bf16"])
 def test_on_a_gpu_both_are_timed(tmp_path: Path, compute: str) -> None:
     target = full_tensorrt()
-    purpose = Purpose("tensorrt", compute, compute, 512, 1, 128)
-    calls = {ProductCall(4, 32, 1280, (320, 64, 128, 1280), True): 54, ProductCall(8, 0, 1280, (3584, 3584), False): 54}
-    found = time_products(calls, purpose, target, tmp_path)
+    spec = EngineSpec("tensorrt", compute, compute, 512, 1, 128)
+    calls = {MatMulCall(4, 32, 1280, (320, 64, 128, 1280), True): 54, MatMulCall(8, 0, 1280, (3584, 3584), False): 54}
+    found = time_matmuls(calls, spec, target, tmp_path)
     assert [(each.call, each.phase) for each in found] == [(call, phase) for call in calls for phase in PHASES]
     for each in found:
         print(each)
@@ -34,4 +34,4 @@ def test_on_a_gpu_both_are_timed(tmp_path: Path, compute: str) -> None:
         for microseconds in each.microseconds.values():
             assert 0.05 < microseconds < 1e5
             assert each.phase == "prefill" or read / microseconds < 20e6  # bytes in 1 us: no GPU reads 20 TB/s
-    assert choose(found).products in PRODUCTS
+    assert choose(found).matmuls in IMPLEMENTATIONS

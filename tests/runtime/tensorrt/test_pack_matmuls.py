@@ -1,4 +1,4 @@
-"""Products left to the plugin: what the graph looks like, and that its meaning is the same.
+"""Matmuls left to the plugin: what the graph looks like, and that its meaning is the same.
 
 The meaning is what ONNX Runtime computes of the ops' own functions, with none of its own rewriting, before and after.
 """
@@ -22,13 +22,13 @@ from onnx_ir.passes import common
 from gta_edge.errors import EngineError
 from gta_edge.export.pipeline import export_model
 from gta_edge.formats.bundle import Bundle
-from gta_edge.graph.retype import RetypePass
+from gta_edge.graph.retype import ConvertPrecisionPass
 from gta_edge.numerics.quantization import pack_nibbles
 from gta_edge.plugins.domain import DOMAIN
 from gta_edge.plugins.matmul import definition as op
 from gta_edge.plugins.matmul.packing import packed_shapes
-from gta_edge.runtime.tensorrt.matmul_choice import ProductCall, calls_of
-from gta_edge.runtime.tensorrt.passes.pack_matmuls import PackProductsPass
+from gta_edge.runtime.tensorrt.matmul_choice import MatMulCall, calls_of
+from gta_edge.runtime.tensorrt.passes.pack_matmuls import PackMatMulsPass
 from gta_edge.runtime.tensorrt.passes.set_capacity import SetCapacityPass
 from tests.helpers import reference
 from tests.helpers.checkpoints import write_checkpoint
@@ -55,7 +55,7 @@ SETTINGS = settings(max_examples=30, deadline=None, derandomize=True)
 
 
 class Maker:
-    """Graphs of products as a bundle has them, their matrices random."""
+    """Graphs of matmuls as a bundle has them, their matrices random."""
 
     def __init__(self, seed: int = 0) -> None:
         self.rng = np.random.default_rng(seed)
@@ -118,14 +118,14 @@ class Maker:
 
     def model(self, *inputs: tuple[str, Sequence[Any]]) -> ir.Model:
         values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, dims) for name, dims in inputs]
-        graph = helper.make_graph(self.nodes, "products", values, self.outputs, self.stored)
+        graph = helper.make_graph(self.nodes, "matmuls", values, self.outputs, self.stored)
         made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)], ir_version=11)
         onnx.checker.check_model(made, full_check=True)
         return ir.from_proto(made)
 
 
 def attach_functions(model: ir.Model) -> None:
-    """Add the functions of our products, which a graph that goes to TensorRT does not have."""
+    """Add the functions of our matmuls, which a graph that goes to TensorRT does not have."""
     for node in model.graph:
         for bits, name in op.OPS.items():
             if (node.domain, node.op_type) == (DOMAIN, name):
@@ -171,10 +171,10 @@ def inputs_for(model: ir.Model, seed: int = 1) -> dict[str, np.ndarray]:
     }
 
 
-def packed(model: ir.Model) -> PackProductsPass:
+def packed(model: ir.Model) -> PackMatMulsPass:
     """Pack in place; what remains is a valid model that computes the same."""
     before, feeds = run(copy(model), inputs_for(model)), inputs_for(model)
-    done = PackProductsPass()
+    done = PackMatMulsPass()
     modified = done(model).modified
     assert modified == (done.calls > 0)
     onnx.checker.check_model(ir.to_proto(model))
@@ -194,10 +194,10 @@ X = ("x", ["B", "T", 128])
 @pytest.mark.parametrize("outputs", [1, 16, 37])
 def test_every_block_size(bits: int, block: int, bias: bool, outputs: int) -> None:
     made = Maker()
-    made.product("x", "a", (128, outputs), bits, block, bias)
+    made.matmul("x", "a", (128, outputs), bits, block, bias)
     model = made.model(X)
     done = packed(model)
-    assert (done.calls, done.products, done.left) == (1, 1, {})
+    assert (done.calls, done.matmuls, done.left) == (1, 1, {})
     (call,) = calls(model)
     assert counts(model) == {op.OPS[bits]: 1}
     assert {name: call.attributes[name].value for name in call.attributes} == {
@@ -220,8 +220,8 @@ def test_every_block_size(bits: int, block: int, bias: bool, outputs: int) -> No
 
 def test_int4_takes_as_many_bytes_as_before() -> None:
     made = Maker()
-    made.product("x", "a", (256, 320))
-    made.product("x", "b", (256, 64))
+    made.matmul("x", "a", (256, 320))
+    made.matmul("x", "b", (256, 64))
     model = made.model(("x", ["B", "T", 256]))
 
     def size() -> int:
@@ -235,7 +235,7 @@ def test_int4_takes_as_many_bytes_as_before() -> None:
 def test_products_of_one_input_are_one_call() -> None:
     made = Maker()
     for name, outputs, bias in (("q", 48, True), ("k", 16, False), ("v", 32, True)):
-        made.product("x", name, (128, outputs), bias=bias, swapped=name == "v")
+        made.matmul("x", name, (128, outputs), bias=bias, swapped=name == "v")
     model = made.model(X)
     assert packed(model).calls == 1
     (call,) = calls(model)
@@ -254,14 +254,14 @@ def test_products_of_one_input_are_one_call() -> None:
     st.integers(1, 2),
 )
 @SETTINGS
-def test_any_number_of_products_of_any_width(products: list[tuple[int, bool, tuple[int, int]]], sources: int) -> None:
+def test_any_number_of_products_of_any_width(matmuls: list[tuple[int, bool, tuple[int, int]]], sources: int) -> None:
     made = Maker()
-    for place, (outputs, bias, (bits, block)) in enumerate(products):
-        made.product(f"x{place % sources}", f"y{place}", (64, outputs), bits, block, bias)
+    for place, (outputs, bias, (bits, block)) in enumerate(matmuls):
+        made.matmul(f"x{place % sources}", f"y{place}", (64, outputs), bits, block, bias)
     model = made.model(*((f"x{source}", ["B", "T", 64]) for source in range(sources)))
     done = packed(model)
-    assert (done.products, done.left) == (len(products), {})
-    kinds = collections.Counter((place % sources, kind) for place, (_, _, kind) in enumerate(products))
+    assert (done.matmuls, done.left) == (len(matmuls), {})
+    kinds = collections.Counter((place % sources, kind) for place, (_, _, kind) in enumerate(matmuls))
     for call in calls(model):
         sizes = call.attributes["output_sizes"].as_ints()
         assert 1 <= len(sizes) <= 4
@@ -269,7 +269,7 @@ def test_any_number_of_products_of_any_width(products: list[tuple[int, bool, tup
     expected = 0
     for key, number in kinds.items():
         ragged = sum(
-            outputs % 16 > 0 for place, (outputs, _, kind) in enumerate(products) if (place % sources, kind) == key
+            outputs % 16 > 0 for place, (outputs, _, kind) in enumerate(matmuls) if (place % sources, kind) == key
         )
         calls_of_whole, rest = divmod(number - ragged, 4)
         expected += calls_of_whole + max(rest > 0, ragged)  # one of the ragged ones finds room behind the rest
@@ -278,7 +278,7 @@ def test_any_number_of_products_of_any_width(products: list[tuple[int, bool, tup
 
 def test_a_matrix_that_is_used_twice_is_stored_once() -> None:
     made = Maker()
-    made.product("x", "a", (128, 32))
+    made.matmul("x", "a", (128, 32))
     made.nodes.append(helper.make_node("MatMul", ["z", "a.matrix"], ["b"]))
     made.outputs.append(helper.make_tensor_value_info("b", TensorProto.FLOAT, ["B", "T", 32]))
     model = made.model(X, ("z", ["B", "T", 128]))
@@ -288,9 +288,9 @@ def test_a_matrix_that_is_used_twice_is_stored_once() -> None:
 
 def test_an_add_that_is_no_bias_stays() -> None:
     made = Maker()
-    made.product("x", "a", (128, 128))
+    made.matmul("x", "a", (128, 128))
     made.nodes.append(helper.make_node("Add", ["a", "x"], ["residual"]))
-    made.product("x", "c", (128, 16), bias=True)
+    made.matmul("x", "c", (128, 16), bias=True)
     made.nodes.append(helper.make_node("Neg", ["c.y"], ["also"]))  # what the bias is added to has another use
     for name, outputs in (("residual", 128), ("also", 16)):
         made.outputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, ["B", "T", outputs]))
@@ -312,8 +312,8 @@ def test_an_add_that_is_no_bias_stays() -> None:
 )
 def test_what_cannot_be_packed_is_left_and_named(shape: tuple[int, int], options: dict[str, Any], reason: str) -> None:
     made = Maker()
-    made.product("x", "a", shape, **options)
-    made.product("x", "b", (shape[0], 16), 8, 0 if shape[0] % 8 == 0 else 4)
+    made.matmul("x", "a", shape, **options)
+    made.matmul("x", "b", (shape[0], 16), 8, 0 if shape[0] % 8 == 0 else 4)
     model = made.model(("x", ["B", "T", shape[0]]))
     done = packed(model)
     assert list(done.left) == (["a.transposed"] if shape[0] % 8 == 0 else ["a.transposed", "b.transposed"])
@@ -324,7 +324,7 @@ def test_what_cannot_be_packed_is_left_and_named(shape: tuple[int, int], options
 
 def test_an_input_of_one_axis_is_left() -> None:
     made = Maker()
-    made.product("x", "a", (128, 16), rank=1)
+    made.matmul("x", "a", (128, 16), rank=1)
     done = packed(made.model(("x", [128])))
     assert done.left == {"a.transposed": "it is multiplied by a tensor of 1 axes, expected at least two"}
 
@@ -337,18 +337,18 @@ def test_a_graph_without_such_products_is_not_modified() -> None:
     made.outputs = [helper.make_tensor_value_info("z", TensorProto.FLOAT, ["B", "T", 4])]
     model = made.model(X)
     before = ir.to_proto(model).SerializeToString()
-    done = PackProductsPass()
+    done = PackMatMulsPass()
     assert not done(model).modified
-    assert (done.calls, done.products, done.left) == (0, 0, {})
+    assert (done.calls, done.matmuls, done.left) == (0, 0, {})
     assert ir.to_proto(model).SerializeToString() == before
 
 
 def test_a_second_run_changes_nothing() -> None:
     made = Maker()
-    made.product("x", "a", (128, 16))
+    made.matmul("x", "a", (128, 16))
     model = made.model(X)
     packed(model)
-    again = PackProductsPass()
+    again = PackMatMulsPass()
     assert not again(model).modified
     assert again.calls == 0
 
@@ -365,7 +365,7 @@ def test_codes_that_are_computed_are_left() -> None:
     y = helper.make_tensor_value_info("y", TensorProto.FLOAT16, ["T", 16])
     graph = helper.make_graph(made.nodes, "computed", [x, codes], [y], made.stored)
     model = ir.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)]))
-    done = PackProductsPass()
+    done = PackMatMulsPass()
     assert not done(model).modified
     assert done.left == {"codes": "it is computed, expected codes and scales that are stored"}
 
@@ -373,14 +373,19 @@ def test_codes_that_are_computed_are_left() -> None:
 # --- models ----------------------------------------------------------------------------------------------------------
 
 
-def specialised(bundle: Bundle, path: Path, compute: str, pack: bool) -> PackProductsPass:
+def lowered(bundle: Bundle, path: Path, compute: str, pack: bool) -> PackMatMulsPass:
     """Write a bundle's model as it would be for an engine, but with all functions, so that it runs anywhere.
 
     In bfloat16 they are inlined: ONNX's reference does not tell functions of one name apart.
     """
-    done = PackProductsPass()
+    done = PackMatMulsPass()
     passes: list[ir.passes.PassBase] = [done] * pack
-    passes += [RetypePass(compute), SetCapacityPass(CAPACITY), common.RemoveUnusedNodesPass(), common.NameFixPass()]
+    passes += [
+        ConvertPrecisionPass(compute),
+        SetCapacityPass(CAPACITY),
+        common.RemoveUnusedNodesPass(),
+        common.NameFixPass(),
+    ]
     model = ir.load(bundle.model_path)
     ir.passes.Sequential(*passes)(model)
     attach_functions(model)
@@ -400,8 +405,8 @@ each_precision = pytest.mark.parametrize("precision", ["int4", "int8"])
 @pytest.mark.parametrize("compute", ["fp16", "bf16"])
 def test_models_compute_the_same(bundles: Bundles, tmp_path: Path, name: str, precision: str, compute: str) -> None:
     before, after = tmp_path / "before" / "model.onnx", tmp_path / "after" / "model.onnx"
-    assert specialised(bundles(name, precision), before, compute, pack=False).calls == 0
-    assert specialised(bundles(name, precision), after, compute, pack=True).calls == 4 * LAYERS + 1
+    assert lowered(bundles(name, precision), before, compute, pack=False).calls == 0
+    assert lowered(bundles(name, precision), after, compute, pack=True).calls == 4 * LAYERS + 1
     onnx.checker.check_model(after, full_check=True)
     run_it, dtype = (on_onnxruntime, np.float16) if compute == "fp16" else (in_reference, ml_dtypes.bfloat16)
     found, expected = (logits(run_it(path), name, dtype) for path in (after, before))
@@ -416,7 +421,7 @@ def test_packed_models_are_as_near_to_the_exact_result_as_others(
     paths = [tmp_path / str(pack) / "model.onnx" for pack in (False, True)]
     errors = []
     for path in paths:
-        specialised(bundles(name, precision), path, "fp16", pack=path is paths[1])
+        lowered(bundles(name, precision), path, "fp16", pack=path is paths[1])
         found = logits(on_onnxruntime(path), name, np.float16)
         errors.append(reference.relative_error(found, exact(name, precision)))
     assert errors[1] <= 2 * errors[0]  # the largest of a few hundred roundings
@@ -426,13 +431,13 @@ def test_packed_models_are_as_near_to_the_exact_result_as_others(
 @each_precision
 def test_what_a_packed_model_consists_of(bundles: Bundles, tmp_path: Path, name: str, precision: str) -> None:
     bundle = bundles(name, precision)
-    done, model = PackProductsPass(), ir.load(bundle.model_path)
+    done, model = PackMatMulsPass(), ir.load(bundle.model_path)
     cleaning = common.RemoveUnusedNodesPass()
-    ir.passes.Sequential(done, RetypePass("bf16"), cleaning)(model)
+    ir.passes.Sequential(done, ConvertPrecisionPass("bf16"), cleaning)(model)
     model = ir.to_proto(model)
     gta = name.startswith("gta")
     assert done.left == {}
-    assert done.products == (8 if gta else 7) * LAYERS + 1
+    assert done.matmuls == (8 if gta else 7) * LAYERS + 1
     op_types = collections.Counter(node.op_type for node in model.graph.node)
     assert op_types[op.OPS[4 if precision == "int4" else 8]] == 4 * LAYERS + 1
     assert "DequantizeLinear" not in op_types
@@ -450,17 +455,17 @@ def test_blocks_of_16_leave_the_model_as_it_is(tmp_path: Path) -> None:
     bundle = export_model(
         tmp_path / "checkpoint", tmp_path / "bundle", precision="int4", block_size=16, verify=False
     ).bundle
-    done = specialised(bundle, tmp_path / "model" / "model.onnx", "fp16", pack=True)
+    done = lowered(bundle, tmp_path / "model" / "model.onnx", "fp16", pack=True)
     assert (done.calls, len(done.left)) == (0, 7 * LAYERS + 1)
     assert set(done.left.values()) == {"int4 with blocks of 16, expected one of 32, 64, 128"}
 
 
 def test_the_products_of_a_model(bundles: Bundles) -> None:
     found = calls_of(ir.load(bundles("gta, tied", "int4").model_path))
-    head = ProductCall(4, 32, 64, (61,), False, head=True)
+    head = MatMulCall(4, 32, 64, (61,), False, head=True)
     assert sorted(found.values()) == [1] + [LAYERS] * 4
     assert found[head] == 1
-    assert found[ProductCall(4, 32, 64, (64, 32, 64, 8), True)] == LAYERS
+    assert found[MatMulCall(4, 32, 64, (64, 32, 64, 8), True)] == LAYERS
     assert head.rows("prefill", 512) == 1
     assert {each.rows("prefill", 512) for each in found if each != head} == {512}
     assert {each.rows("decode", 512) for each in found} == {1}

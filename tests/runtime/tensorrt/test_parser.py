@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from gta_edge.formats.bundle import Bundle
-from gta_edge.runtime.tensorrt.lower import specialise
+from gta_edge.runtime.tensorrt.lower import lower
 
 pytest.importorskip("tensorrt_rtx", reason="the parser of the package tensorrt-rtx is needed")
 
@@ -74,7 +74,7 @@ def test_the_parser_gives_the_creator_what_the_plugin_reads(
 ) -> None:
     bundle = Bundle.open(tiny_bundle)
     options = {"compute": compute, "cache_dtype": cache, "capacity": 64, "newer_ops": newer_ops}
-    result = parse(specialise(bundle, tmp_path / "model", form="plugin", **options))
+    result = parse(lower(bundle, tmp_path / "model", form="plugin", **options))
     config: Any = bundle.config
     assert result["created"] == [
         {

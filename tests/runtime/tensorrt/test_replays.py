@@ -12,13 +12,13 @@ import pytest
 from gta_edge.errors import BackendError, CapacityError, InputError
 from gta_edge.formats.bundle import Bundle
 from gta_edge.runtime.tensorrt.build import LOGIT_POSITIONS, buffer_bytes
-from gta_edge.runtime.tensorrt.engine import Purpose
+from gta_edge.runtime.tensorrt.engine import EngineSpec
 from gta_edge.runtime.tensorrt.session import TensorRTSession
 from tests.helpers import tensorrt_simulator as simulator
 from tests.helpers.tensorrt_simulator import Driver, open_simulated
 
 LENGTH, ROWS, CHUNK = 100, 3, 32
-PURPOSE = Purpose("tensorrt-rtx", "fp16", "fp16", max_length=LENGTH, max_batch=ROWS, chunk_size=CHUNK)
+SPEC = EngineSpec("tensorrt-rtx", "fp16", "fp16", max_length=LENGTH, max_batch=ROWS, chunk_size=CHUNK)
 STEP = ["copy pinned to device"] * 3 + ["run", "copy device to pinned"]
 
 
@@ -28,7 +28,7 @@ def bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundl
     directory = tmp_path_factory.mktemp("simulated")
     shutil.copytree(tiny_bundle, directory / "bundle")
     opened = Bundle.open(directory / "bundle")
-    simulator.build(opened, PURPOSE, directory / "prepared")
+    simulator.build(opened, SPEC, directory / "prepared")
     return opened
 
 
@@ -39,7 +39,7 @@ def driver() -> Driver:
 
 @pytest.fixture
 def session(bundle: Bundle, driver: Driver) -> Iterator[TensorRTSession]:
-    with open_simulated(bundle, PURPOSE.engine, driver) as opened:
+    with open_simulated(bundle, SPEC.engine, driver) as opened:
         yield opened
 
 
@@ -98,7 +98,7 @@ def test_past_and_present_are_one_memory_that_no_step_copies(session: TensorRTSe
         "copy device to pinned",
     }
     size = session.config.cache_bytes_per_token(2) * LENGTH * ROWS
-    assert session.cache_bytes == PURPOSE.cache_bytes(session.config) == size
+    assert session.cache_bytes == SPEC.cache_bytes(session.config) == size
     assert driver.used_bytes() >= size
 
 
@@ -108,8 +108,8 @@ def test_an_engine_that_cannot_be_captured_runs_step_by_step(
 ) -> None:
     """TensorRT-RTX says so before, TensorRT only when it is tried."""
     other, driver = Bundle.open(copied_bundle), Driver()
-    simulator.build(other, PURPOSE, tmp_path / "prepared", **{how: False})
-    with open_simulated(other, PURPOSE.engine, driver) as without:
+    simulator.build(other, SPEC, tmp_path / "prepared", **{how: False})
+    with open_simulated(other, SPEC.engine, driver) as without:
         assert (session.cuda_graph, without.cuda_graph) == (None, None)
         for i in range(4):
             step = ids(session, 2, 1, seed=i)
@@ -151,7 +151,7 @@ def test_more_logits_than_one_run_gives(session: TensorRTSession, driver: Driver
 
 
 def test_everything_is_given_back(bundle: Bundle, driver: Driver) -> None:
-    session = open_simulated(bundle, PURPOSE.engine, driver)
+    session = open_simulated(bundle, SPEC.engine, driver)
     session.forward(ids(session, 1, 3))
     session.forward(ids(session, 1, 1))
     session.close()
@@ -163,7 +163,7 @@ def test_everything_is_given_back(bundle: Bundle, driver: Driver) -> None:
 
 
 def test_an_error_of_cuda_keeps_nothing(bundle: Bundle, driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
-    session = open_simulated(bundle, PURPOSE.engine, driver)
+    session = open_simulated(bundle, SPEC.engine, driver)
     failed = (simulator.driver_enums.CUresult.CUDA_ERROR_ILLEGAL_ADDRESS,)
     monkeypatch.setattr(driver, "cuStreamSynchronize", lambda stream: failed)
     with pytest.raises(BackendError, match="CUDA_ERROR_ILLEGAL_ADDRESS"):
@@ -173,15 +173,15 @@ def test_an_error_of_cuda_keeps_nothing(bundle: Bundle, driver: Driver, monkeypa
 
 
 def test_a_gpu_that_is_too_small_is_refused_with_figures(bundle: Bundle) -> None:
-    needed = PURPOSE.cache_bytes(bundle.config)
+    needed = SPEC.cache_bytes(bundle.config)
     driver = Driver(memory_bytes=needed)
     with pytest.raises(CapacityError, match="--max-length or --max-batch") as raised:
-        open_simulated(bundle, PURPOSE.engine, driver)
+        open_simulated(bundle, SPEC.engine, driver)
     assert f"{needed / 1e9:.2f} GB" in str(raised.value)
     assert not driver.live
     driver = Driver(memory_bytes=needed + 2000)  # enough by the estimate, but not in fact
     with pytest.raises(CapacityError, match=r"takes 0\.\d+ GB and the GPU has 0\.\d+ GB free"):
-        open_simulated(bundle, PURPOSE.engine, driver)
+        open_simulated(bundle, SPEC.engine, driver)
     assert not driver.live
     assert driver.calls.count("retain") == driver.calls.count("release") == 1
 
@@ -191,7 +191,7 @@ def test_memory_in_pieces_is_said_by_the_largest(bundle: Bundle, integrated: boo
     """That so much is free and so little cannot be had makes no sense without."""
     driver = Driver(block_bytes=40_000, integrated=integrated)
     with pytest.raises(CapacityError) as raised:
-        open_simulated(bundle, PURPOSE.engine, driver)
+        open_simulated(bundle, SPEC.engine, driver)
     message = str(raised.value)
     assert re.search(r"takes 0\.000 GB and the largest block that (the GPU|CUDA) gives is 0\.000 GB", message)
     assert ("drop_caches" in message) is integrated
@@ -201,15 +201,15 @@ def test_memory_in_pieces_is_said_by_the_largest(bundle: Bundle, integrated: boo
 
 
 def test_pinned_memory_that_runs_out_is_named(bundle: Bundle) -> None:
-    buffers = buffer_bytes(bundle.config, PURPOSE)
+    buffers = buffer_bytes(bundle.config, SPEC)
     driver = Driver(pinned_bytes=buffers - 1)
     with pytest.raises(
         CapacityError, match=r"a buffer for logits takes 0\.\d+ GB of pinned memory, which CUDA does not"
     ):
-        open_simulated(bundle, PURPOSE.engine, driver)
+        open_simulated(bundle, SPEC.engine, driver)
     assert not driver.live
     assert driver.calls.count("retain") == driver.calls.count("release") == 1
-    with open_simulated(bundle, PURPOSE.engine, Driver(pinned_bytes=buffers)):
+    with open_simulated(bundle, SPEC.engine, Driver(pinned_bytes=buffers)):
         pass
 
 
@@ -217,19 +217,19 @@ def test_buffers_are_in_the_estimates(bundle: Bundle, monkeypatch: pytest.Monkey
     from gta_edge.runtime.tensorrt.build import requirement
 
     rows, vocab = 200, bundle.config.vocab_size
-    many = replace(PURPOSE, max_batch=rows)
+    many = replace(SPEC, max_batch=rows)
     found = buffer_bytes(bundle.config, many)
     assert found == 8 * rows * (CHUNK + 1 + LOGIT_POSITIONS) + 4 * rows * LOGIT_POSITIONS * vocab
     needed = requirement(bundle, many)
     assert needed.peak >= needed.weights + needed.cache + needed.builder + 2 * found
     assert needed.on_gpu >= needed.cache + found
     # where the memory is the host's, pinned buffers take it too
-    cache, plan = PURPOSE.cache_bytes(bundle.config), 20_000
-    memory = cache + plan + int(1.5 * buffer_bytes(bundle.config, PURPOSE))
-    open_simulated(bundle, PURPOSE.engine, Driver(memory_bytes=memory)).close()
+    cache, plan = SPEC.cache_bytes(bundle.config), 20_000
+    memory = cache + plan + int(1.5 * buffer_bytes(bundle.config, SPEC))
+    open_simulated(bundle, SPEC.engine, Driver(memory_bytes=memory)).close()
     monkeypatch.setattr("gta_edge.cuda.session.available_bytes", lambda: memory)
     with pytest.raises(CapacityError, match="its buffers"):
-        open_simulated(bundle, PURPOSE.engine, Driver(memory_bytes=memory, integrated=True))
+        open_simulated(bundle, SPEC.engine, Driver(memory_bytes=memory, integrated=True))
 
 
 def test_the_first_error_is_the_reason(session: TensorRTSession, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,7 +279,7 @@ def test_kernels_that_were_compiled_at_run_time_are_kept(
     monkeypatch.setattr("gta_edge.runtime.tensorrt.runtime_cache.cache_directory", lambda: tmp_path / "cache")
 
     def opened() -> TensorRTSession:
-        return open_simulated(bundle, PURPOSE.engine, compiles_at_run_time=True)
+        return open_simulated(bundle, SPEC.engine, compiles_at_run_time=True)
 
     first = opened()
     first.forward(ids(first, 1, 1))
@@ -311,12 +311,12 @@ def test_kernels_that_were_compiled_at_run_time_are_kept(
 
 def test_a_smaller_engine_is_another_engine(bundle: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """What one engine's kernels are is no business of another's."""
-    from gta_edge.runtime.tensorrt.engine import EngineRecord
-    from gta_edge.runtime.tensorrt.runtime_cache import RunTimeKernels
+    from gta_edge.runtime.tensorrt.engine import EngineManifest
+    from gta_edge.runtime.tensorrt.runtime_cache import RuntimeCache
 
     monkeypatch.setattr("gta_edge.runtime.tensorrt.runtime_cache.cache_directory", lambda: tmp_path)
     records = [
-        EngineRecord(replace(PURPOSE, max_length=length), {"model.onnx": "0"}, "1.7", ["8.6"]) for length in (10, 20)
+        EngineManifest(replace(SPEC, max_length=length), {"model.onnx": "0"}, "1.7", ["8.6"]) for length in (10, 20)
     ]
-    paths = {RunTimeKernels(None, gpu, record)._path for record in records for gpu in ("one", "another")}
+    paths = {RuntimeCache(None, gpu, record)._path for record in records for gpu in ("one", "another")}
     assert len(paths) == 4

@@ -21,8 +21,8 @@ from gta_edge.model.presets import PRESETS, preset
 from gta_edge.numerics.quantization import BITS, BLOCK_SIZES
 from gta_edge.runtime.tensorrt.build import profile_shapes
 from gta_edge.runtime.tensorrt.builder import Target, build_plan
-from gta_edge.runtime.tensorrt.engine import Purpose
-from gta_edge.runtime.tensorrt.lower import specialise
+from gta_edge.runtime.tensorrt.engine import EngineSpec
+from gta_edge.runtime.tensorrt.lower import lower
 from tests.runtime.onnxruntime.test_passes import traced_once
 
 pytest.importorskip("tensorrt_rtx", reason="the parser and the builder of the package tensorrt-rtx are needed")
@@ -32,16 +32,16 @@ SCALE_BYTES = 2 + 2 * 4
 """A float16 scale in the model; the engine has it in float32, in the worst case once for each profile."""
 
 
-def purpose(compute: str) -> Purpose:
-    return Purpose("tensorrt-rtx", compute, compute, max_length=CAPACITY, max_batch=BATCH, chunk_size=TOKENS)
+def spec(compute: str) -> EngineSpec:
+    return EngineSpec("tensorrt-rtx", compute, compute, max_length=CAPACITY, max_batch=BATCH, chunk_size=TOKENS)
 
 
 def engine_bytes(bundle: Bundle, directory: Path, compute: str) -> int:
     """Build an engine for decode and prefill, and return its size."""
     options = {"form": "function", "compute": compute, "capacity": CAPACITY}
-    model = specialise(bundle, directory, **options)
+    model = lower(bundle, directory, **options)
     target = Target(load("tensorrt-rtx"), ("8.6",), None)
-    return build_plan(model, purpose(compute), profile_shapes(bundle, purpose(compute)), target).nbytes
+    return build_plan(model, spec(compute), profile_shapes(bundle, spec(compute)), target).nbytes
 
 
 def weights(config: ModelConfig) -> int:

@@ -23,7 +23,7 @@ from gta_edge.numerics.quantization import BITS
 from gta_edge.runtime.registry import open_session
 from gta_edge.runtime.session import Session
 from gta_edge.runtime.tensorrt.build import LOGIT_POSITIONS, build
-from gta_edge.runtime.tensorrt.engine import Purpose
+from gta_edge.runtime.tensorrt.engine import EngineSpec
 from tests.helpers.engine_bundles import COMPUTE, MODEL, prepared, write
 from tests.helpers.reference import gta_logits
 
@@ -49,8 +49,8 @@ def available(engine: str, **options: str) -> object:
 
 ENGINES = [
     available("tensorrt"),
-    available("tensorrt", int4="plugin"),
-    available("tensorrt", int4="native"),
+    available("tensorrt", matmul="plugin"),
+    available("tensorrt", matmul="native"),
     available("tensorrt", cache_dtype="int8"),
     available("tensorrt", cache_dtype="fp8"),
     available("tensorrt-rtx"),
@@ -69,21 +69,21 @@ def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.fixture(scope="module", params=ENGINES)
-def purpose(request: pytest.FixtureRequest, bundle: tuple[Bundle, str]) -> Purpose:
+def spec(request: pytest.FixtureRequest, bundle: tuple[Bundle, str]) -> EngineSpec:
     """What the engine that now lies in the bundle was built for."""
     engine, options = request.param
     opened, compute = bundle
     if "int4" in options and opened.precision not in BITS:
         pytest.skip(f"{opened.precision} has no quantised matrices")
-    purpose = Purpose(engine, compute, compute, max_length=LENGTH, max_batch=ROWS, chunk_size=CHUNK)
-    purpose = replace(purpose, **options)
-    build(opened, purpose, force=True)
-    return purpose
+    spec = EngineSpec(engine, compute, compute, max_length=LENGTH, max_batch=ROWS, chunk_size=CHUNK)
+    spec = replace(spec, **options)
+    build(opened, spec, force=True)
+    return spec
 
 
 @pytest.fixture
-def session(bundle: tuple[Bundle, str], purpose: Purpose) -> Iterator[Session]:
-    with open_session(bundle[0], purpose.engine) as opened:
+def session(bundle: tuple[Bundle, str], spec: EngineSpec) -> Iterator[Session]:
+    with open_session(bundle[0], spec.engine) as opened:
         yield opened
 
 
@@ -91,10 +91,10 @@ Near = Callable[[np.ndarray, np.ndarray], bool]
 
 
 @pytest.fixture
-def near(purpose: Purpose) -> Near:
+def near(spec: EngineSpec) -> Near:
     def within(found: np.ndarray, expected: np.ndarray) -> bool:
         assert found.shape == expected.shape
-        bound = CACHE_BOUNDS.get(purpose.cache_dtype, COMPUTE_BOUNDS[purpose.compute])
+        bound = CACHE_BOUNDS.get(spec.cache_dtype, COMPUTE_BOUNDS[spec.compute])
         return difference(found, expected).max_rel_error <= bound
 
     return within
@@ -156,10 +156,10 @@ def test_truncate_and_reset(session: Session, near: Near, expected: Logits) -> N
     assert near(session.forward(other), expected(other)[:, -1])
 
 
-def test_the_cache_has_its_memory_from_the_start(session: Session, purpose: Purpose) -> None:
+def test_the_cache_has_its_memory_from_the_start(session: Session, spec: EngineSpec) -> None:
     before = session.cache_bytes
     session.forward(ids(1, LENGTH))
-    assert session.cache_bytes == before == purpose.cache_bytes(MODEL)
+    assert session.cache_bytes == before == spec.cache_bytes(MODEL)
     with pytest.raises(CapacityError):
         session.forward(ids(1, 1))
 
@@ -169,9 +169,9 @@ def test_more_rows_than_it_was_built_for(session: Session) -> None:
         session.forward(ids(ROWS + 1, 4))
 
 
-def test_two_sessions_of_one_engine(bundle: tuple[Bundle, str], purpose: Purpose, session: Session) -> None:
+def test_two_sessions_of_one_engine(bundle: tuple[Bundle, str], spec: EngineSpec, session: Session) -> None:
     given = ids(1, 20)
-    with open_session(bundle[0], purpose.engine) as other:
+    with open_session(bundle[0], spec.engine) as other:
         for i in range(20):
             assert np.array_equal(session.forward(given[:, i : i + 1]), other.forward(given[:, i : i + 1]))
 

@@ -27,8 +27,14 @@ from gta_edge.formats.bundle import Bundle
 from gta_edge.graph.weights import read_stored, read_weights
 from gta_edge.model.config import ModelConfig
 from gta_edge.model.decoder import Decoder
-from gta_edge.model.quantized_decoder import PackedEmbedding, Product, Products, build_packed_decoder, is_packable
-from gta_edge.numerics.quantization import Coded
+from gta_edge.model.quantized_decoder import (
+    PackedEmbedding,
+    QuantizedLinear,
+    QuantizedLinears,
+    build_packed_decoder,
+    is_packable,
+)
+from gta_edge.numerics.quantization import QuantizedMatrix
 from gta_edge.runtime.torch import session as backend
 from gta_edge.runtime.torch.session import TorchSession, load_decoder, multiplies_codes
 from tests.helpers import reference
@@ -42,7 +48,7 @@ SMALL = {"vocab_size": VOCAB, "max_position_embeddings": P, "intermediate_size":
 
 @dataclass(frozen=True)
 class Case:
-    """A model, how it is stored, and the widths of the products in a layer's attention that take x."""
+    """A model, how it is stored, and the widths of the matmuls in a layer's attention that take x."""
 
     entries: dict[str, Any]
     precision: str
@@ -173,12 +179,12 @@ def test_what_becomes_one_call(bundle, case):
             (layer.self_attn, CASES[case].calls),
             (layer.mlp, [[bundle.config.intermediate_size] * 2]),
         ):
-            assert isinstance(block.projections, Products)
+            assert isinstance(block.projections, QuantizedLinears)
             assert [call.output_sizes for call in block.projections.calls] == calls
         for single in (layer.self_attn.o_proj, layer.mlp.down_proj):
-            assert isinstance(single, Product)
+            assert isinstance(single, QuantizedLinear)
             assert [call.output_sizes for call in single.calls] == [[bundle.config.hidden_size]]
-    assert isinstance(model.packed_head, Products)
+    assert isinstance(model.packed_head, QuantizedLinears)
     assert [call.output_sizes for call in model.packed_head.calls] == [[VOCAB]]
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     assert {name.rpartition(".")[2] for name in linear} <= {"v_b_proj"}  # which is never quantised
@@ -194,7 +200,7 @@ def packed_bytes(bundle: Bundle) -> int:
     """Bytes of the bundle's parameters: codes and scales once, all else in 16 bits."""
     total = 0
     for _, stored in read_stored(bundle.model_path, bundle.config):
-        if isinstance(stored, Coded):
+        if isinstance(stored, QuantizedMatrix):
             total += stored.codes.size * stored.bits // 8 + stored.scales.nbytes
         else:
             total += 2 * stored.size
@@ -249,9 +255,9 @@ def test_loading_holds_one_dequantised_matrix_at_most(tmp_path):
     assert peak <= bound
 
 
-def coded(inputs: int, outputs: int, bits: int, block_size: int) -> Coded:
+def coded(inputs: int, outputs: int, bits: int, block_size: int) -> QuantizedMatrix:
     scales = np.ones((inputs // block_size, outputs) if block_size else (outputs,), np.float16)
-    return Coded(np.ones((inputs, outputs), np.int8), scales, bits)
+    return QuantizedMatrix(np.ones((inputs, outputs), np.int8), scales, bits)
 
 
 @pytest.mark.parametrize(
@@ -277,7 +283,7 @@ def test_blocks_that_kernels_do_not_take_are_dequantised(tmp_path, precision):
     options = {"precision": precision, "block_size": 16, "verify": False}
     bundle = export_model(tmp_path / "checkpoint", tmp_path / "bundle", **options).bundle
     model = packed(bundle)
-    assert not any(isinstance(module, Products) for module in model.modules())
+    assert not any(isinstance(module, QuantizedLinears) for module in model.modules())
     ids = prompt(1, 20)
     with TorchSession(model) as session:
         assert_near(session.forward(ids, all_logits=True)[0], expected(bundle, ids[0]), "fp32")
@@ -300,7 +306,7 @@ def test_one_matrix_that_is_not_in_codes(bundle, apart):
 
     def weights() -> Iterator[tuple[str, Any]]:
         for name, stored in read_stored(bundle.model_path, bundle.config):
-            yield name, stored.values if name == apart and isinstance(stored, Coded) else stored
+            yield name, stored.values if name == apart and isinstance(stored, QuantizedMatrix) else stored
 
     ids = prompt(2, 20)
     with TorchSession(build_packed_decoder(bundle.config, weights())) as session:
@@ -369,7 +375,7 @@ def test_a_parameter_that_is_missing_is_named(bundle):
 @pytest.mark.parametrize("case", ["gta, int4"])
 def test_the_cpu_computes_with_dequantised_weights(bundle):
     model = load_decoder(bundle, "cpu", "fp32")
-    assert not any(isinstance(module, Products) for module in model.modules())
+    assert not any(isinstance(module, QuantizedLinears) for module in model.modules())
 
 
 @pytest.mark.parametrize(
@@ -464,7 +470,7 @@ def test_memory_on_the_gpu(start, bundle, compute):
 def test_load_takes_codes_by_itself(bundle):
     ids = prompt(1, 30)
     with gta_edge.load(bundle.directory, backend="torch") as session:
-        assert isinstance(session._model.packed_head, Products)
+        assert isinstance(session._model.packed_head, QuantizedLinears)
         assert_near(session.forward(ids, all_logits=True)[0], expected(bundle, ids[0]), session.compute)
 
 

@@ -28,7 +28,7 @@ class ExpandAttentionPass(ir.passes.InPlacePass):
 
     A step of one token runs some 30 small nodes per layer, and each costs a microsecond or two whatever it does. So:
     query and key are rotated together and split where they need no further reshaping; the scale is a factor of the
-    product; query heads stay rows of one product from scores to mix when key and latent heads are as many; the mask
+    matmul; query heads stay rows of one matmul from scores to mix when key and latent heads are as many; the mask
     is laid out for those rows, once for all layers; and the tile of the mix is folded into the value decoder, which
     costs nothing in float32.
 
@@ -123,7 +123,7 @@ def _softmax(
     visible = nodes("LessOrEqual", rows, nodes("Unsqueeze", positions, nodes.constant(-1)))  # [B, T, S]
     zero, lowest = nodes.scalar(0, np.float32), nodes.scalar(_LOWEST, np.float32)
     mask = nodes("Unsqueeze", nodes("Where", visible, zero, lowest), nodes.constant(1))  # [B, 1, T, S]
-    if n_k == n_c:  # the rows of one product are those of the next
+    if n_k == n_c:  # the rows of one matmul are those of the next
         repeats = nodes.constant(1, 1, n_q // n_k, 1)
         return nodes("Softmax", nodes("Add", scores, nodes("Tile", mask, repeats)), axis=-1)
     by_query = nodes("Concat", nodes.constant(0), nodes.constant(n_q), tokens, capacity, axis=0)

@@ -17,17 +17,17 @@ if TYPE_CHECKING:
 else:
     ir = optional("onnx_ir", "ort")
 
-__all__ = ["FuseProductsPass"]
+__all__ = ["FuseMatMulsPass"]
 
 _DOMAIN = "com.microsoft"
 _CHANNEL_BLOCKS = (256, 128, 64, 32, 16)  # int8 has a scale per channel, the kernel one per block: the longer the fewer
 
 
-class FuseProductsPass(ir.passes.InPlacePass):
+class FuseMatMulsPass(ir.passes.InPlacePass):
     """Replace ``MatMul(x, DequantizeLinear(codes, Cast(scales)))`` and a bias behind it by ``MatMulNBits``.
 
     ONNX Runtime does the same when it loads a model, one matrix at a time, holding the old and the new form in memory.
-    Done here it happens once, and the result is stored. Products of one input become a single one and a Split: its
+    Done here it happens once, and the result is stored. Matmuls of one input become a single one and a Split: its
     outputs lie one after the other, so their codes do too.
 
     Args:
@@ -43,41 +43,41 @@ class FuseProductsPass(ir.passes.InPlacePass):
         self.accuracy_level = accuracy_level
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Fuse the products of ``model``."""
+        """Fuse the matmuls of ``model``."""
         graph = model.graph
-        groups: dict[tuple[ir.Value, ir.DataType, int], list[_Product]] = {}
+        groups: dict[tuple[ir.Value, ir.DataType, int], list[_MatMul]] = {}
         for node in graph:
-            product = _product(node)
-            if product is not None:
-                groups.setdefault((product.input, product.dtype, product.block), []).append(product)
-        for products in groups.values():
-            self._fuse(graph, products)
+            matmul = _matmul(node)
+            if matmul is not None:
+                groups.setdefault((matmul.input, matmul.dtype, matmul.block), []).append(matmul)
+        for matmuls in groups.values():
+            self._fuse(graph, matmuls)
         if groups:
             model.opset_imports[_DOMAIN] = 1
         return ir.passes.PassResult(model, modified=bool(groups))
 
-    def _fuse(self, graph: ir.Graph, products: list[_Product]) -> None:
-        first = products[0]
-        name = "+".join(product.name for product in products)
-        outputs = [product.outputs for product in products]
-        biases = any(product.bias is not None for product in products)
-        inputs = [first.input, *_stored(graph, name, products), None, None]
-        inputs += [_bias(graph, name, products)] if biases else []
+    def _fuse(self, graph: ir.Graph, matmuls: list[_MatMul]) -> None:
+        first = matmuls[0]
+        name = "+".join(matmul.name for matmul in matmuls)
+        outputs = [matmul.outputs for matmul in matmuls]
+        biases = any(matmul.bias is not None for matmul in matmuls)
+        inputs = [first.input, *_stored(graph, name, matmuls), None, None]
+        inputs += [_bias(graph, name, matmuls)] if biases else []
         attributes = {"K": first.inputs, "N": sum(outputs), "bits": first.bits, "block_size": first.block}
         attributes["accuracy_level"] = self.accuracy_level
         fused = ir.node("MatMulNBits", inputs if biases else inputs[:3], attributes=attributes, domain=_DOMAIN)
         made = [fused]
-        if len(products) > 1:
+        if len(matmuls) > 1:
             made.append(_split(graph, fused.outputs[0], name, outputs))
         graph.insert_before(first.node, made)
-        for product, new in zip(products, made[-1].outputs, strict=True):
-            product.replace(graph, new)
-        if len(products) > 1:
+        for matmul, new in zip(matmuls, made[-1].outputs, strict=True):
+            matmul.replace(graph, new)
+        if len(matmuls) > 1:
             _undo_concat(graph, made[-1], outputs)
 
 
-class _Product:
-    """A product with a quantised matrix: ``last`` is the node whose output it is, the bias's Add or the MatMul."""
+class _MatMul:
+    """A matmul with a quantised matrix: ``last`` is the node whose output it is, the bias's Add or the MatMul."""
 
     def __init__(self, node: ir.Node, dequantize: ir.Node, weight: ir.Value, scales: ir.Value) -> None:
         assert node.inputs[0] is not None and weight.shape is not None and weight.dtype is not None
@@ -99,7 +99,7 @@ class _Product:
         graph.remove([self.last] if self.last is self.node else [self.last, self.node], safe=True)
 
 
-def _product(node: ir.Node) -> _Product | None:
+def _matmul(node: ir.Node) -> _MatMul | None:
     dequantize = node.inputs[1].producer() if node.op_type == "MatMul" and node.inputs[1] is not None else None
     if dequantize is None or dequantize.op_type != "DequantizeLinear":
         return None
@@ -108,35 +108,35 @@ def _product(node: ir.Node) -> _Product | None:
     scales = cast.inputs[0] if cast is not None and cast.op_type == "Cast" else scales
     if weight is None or scales is None or not (weight.is_initializer() and scales.is_initializer()):
         return None
-    return _Product(node, dequantize, weight, scales)
+    return _MatMul(node, dequantize, weight, scales)
 
 
-def _stored(graph: ir.Graph, name: str, products: list[_Product]) -> Iterable[ir.Value]:
-    """Return the codes, uint8 [N, K / block, bytes], and the scales, float32 [N, K / block], of all products."""
-    first = products[0]
+def _stored(graph: ir.Graph, name: str, matmuls: list[_MatMul]) -> Iterable[ir.Value]:
+    """Return the codes, uint8 [N, K / block, bytes], and the scales, float32 [N, K / block], of all matmuls."""
+    first = matmuls[0]
     blocks = -(-first.inputs // first.block)
-    rows = sum(product.outputs for product in products)
+    rows = sum(matmul.outputs for matmul in matmuls)
 
     def codes() -> ir.TensorProtocol:
-        return ir.tensor(np.concatenate([_codes(product, blocks) for product in products]))
+        return ir.tensor(np.concatenate([_codes(matmul, blocks) for matmul in matmuls]))
 
     def scales() -> ir.TensorProtocol:
-        return ir.tensor(np.concatenate([_scales(product, blocks) for product in products]))
+        return ir.tensor(np.concatenate([_scales(matmul, blocks) for matmul in matmuls]))
 
     width = first.block * first.bits // 8
     yield lazy_initializer(graph, f"{name}.codes", ir.DataType.UINT8, (rows, blocks, width), codes)
     yield lazy_initializer(graph, f"{name}.scales", ir.DataType.FLOAT, (rows, blocks), scales)
 
 
-def _codes(product: _Product, blocks: int) -> npt.NDArray[np.uint8]:
+def _codes(matmul: _MatMul, blocks: int) -> npt.NDArray[np.uint8]:
     """Return unsigned codes [out, blocks, bytes of a block]."""
-    shape = product.inputs, product.outputs
-    data = np.frombuffer(_tensor(product.weight).tobytes(), np.uint8)
-    codes = unpack_nibbles(data, shape) if product.bits == 4 else data.view(np.int8).reshape(shape)
-    _release(product.weight)
-    unsigned = np.full((product.outputs, blocks * product.block), 1 << product.bits - 1, np.uint8)
-    np.add(codes.T, unsigned[:, : product.inputs], out=unsigned[:, : product.inputs], casting="unsafe")
-    return (pack_nibbles(unsigned) if product.bits == 4 else unsigned).reshape(product.outputs, blocks, -1)
+    shape = matmul.inputs, matmul.outputs
+    data = np.frombuffer(_tensor(matmul.weight).tobytes(), np.uint8)
+    codes = unpack_nibbles(data, shape) if matmul.bits == 4 else data.view(np.int8).reshape(shape)
+    _release(matmul.weight)
+    unsigned = np.full((matmul.outputs, blocks * matmul.block), 1 << matmul.bits - 1, np.uint8)
+    np.add(codes.T, unsigned[:, : matmul.inputs], out=unsigned[:, : matmul.inputs], casting="unsafe")
+    return (pack_nibbles(unsigned) if matmul.bits == 4 else unsigned).reshape(matmul.outputs, blocks, -1)
 
 
 def _tensor(value: ir.Value) -> ir.TensorProtocol:
@@ -149,16 +149,16 @@ def _release(value: ir.Value) -> None:
         value.const_value.release()  # mapped pages count as memory in use
 
 
-def _scales(product: _Product, blocks: int) -> npt.NDArray[np.float32]:
-    stored = _tensor(product.scales).numpy().astype(np.float32)
+def _scales(matmul: _MatMul, blocks: int) -> npt.NDArray[np.float32]:
+    stored = _tensor(matmul.scales).numpy().astype(np.float32)
     rows = stored.T if stored.ndim == 2 else np.repeat(stored[:, None], blocks, axis=1)
     return np.ascontiguousarray(rows)
 
 
-def _bias(graph: ir.Graph, name: str, products: list[_Product]) -> ir.Value:
-    """Return the biases one after the other, zeros where a product has none."""
-    parts = [product.bias for product in products]
-    sizes = [product.outputs for product in products]
+def _bias(graph: ir.Graph, name: str, matmuls: list[_MatMul]) -> ir.Value:
+    """Return the biases one after the other, zeros where a matmul has none."""
+    parts = [matmul.bias for matmul in matmuls]
+    sizes = [matmul.outputs for matmul in matmuls]
 
     def data() -> ir.TensorProtocol:
         return ir.tensor(

@@ -16,10 +16,10 @@ __all__ = ["MultiplyByHeadPass"]
 
 
 class MultiplyByHeadPass(ir.passes.InPlacePass):
-    """Replace ``MatMul(x [B, n, T, k], w [n, k, m])`` by a product of [n, B·T, k] and w, and Transposes around it.
+    """Replace ``MatMul(x [B, n, T, k], w [n, k, m])`` by a matmul of [n, B·T, k] and w, and Transposes around it.
 
     The stack is shared by the rows of the batch, so each of its matrices is read once and not once per row. And
-    ONNX Runtime's CUDA provider lists the matrices of such a broadcast product in memory of the host, which it fills
+    ONNX Runtime's CUDA provider lists the matrices of such a broadcast matmul in memory of the host, which it fills
     in each run and then gives back; a CUDA graph would read that place again in every replay, whatever lies there.
 
     Precondition: w is an initializer, and the graph has the input ``input_ids`` [B, T].
@@ -27,7 +27,7 @@ class MultiplyByHeadPass(ir.passes.InPlacePass):
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Rewrite such products of ``model``."""
+        """Rewrite such matmuls of ``model``."""
         graph = model.graph
         ids = next((value for value in graph.inputs if value.name == "input_ids"), None)
         modified = False
@@ -38,10 +38,10 @@ class MultiplyByHeadPass(ir.passes.InPlacePass):
             n, k, m = (int(size) for size in w.shape.numpy())
             nodes = Nodes()
             rows = nodes("Reshape", nodes("Transpose", x, perm=[1, 0, 2, 3]), nodes.constant(n, -1, k))
-            product = nodes("MatMul", rows, w)  # [n, B·T, m]
+            matmul = nodes("MatMul", rows, w)  # [n, B·T, m]
             tokens = nodes("Shape", ids, start=1, end=2)
             shape = nodes("Concat", nodes.constant(n, -1), tokens, nodes.constant(m), axis=0)
-            result = nodes("Transpose", nodes("Reshape", product, shape), perm=[1, 0, 2, 3])
+            result = nodes("Transpose", nodes("Reshape", matmul, shape), perm=[1, 0, 2, 3])
             graph.insert_before(node, nodes.made)
             take_place(node.outputs[0], result)
             graph.remove(node, safe=True)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 else:
     ir = optional("onnx_ir", "tensorrt")
 
-__all__ = ["NEWEST_OPSET", "OPSET", "WriteOutNewerOpsPass"]
+__all__ = ["NEWEST_OPSET", "OPSET", "LowerOpsetPass"]
 
 OPSET = 20
 """What TensorRT 10.0 to 10.13 support in whole (their parser's docs/operators.md)."""
@@ -29,14 +29,14 @@ NEWEST_OPSET = 21
 _IR_VERSION = 10  # of ONNX 1.16, which those parsers are built with
 
 
-class WriteOutNewerOpsPass(ir.passes.InPlacePass):
+class LowerOpsetPass(ir.passes.InPlacePass):
     """Replace RMSNormalization, RotaryEmbedding and TensorScatter by operators of opset 20, and lower the opset.
 
     The norm's sums are float32, its result is cast back before the weight, as the standard has it. Written out,
     TensorScatter is no update in place: a baseline's cache is copied at every step, with indices as large as the
     cache. In the plugin form of a GTA model there is none, and no RotaryEmbedding.
 
-    Precondition: no functions (``RemoveFunctionsPass``, or inlined). Norms are over the last axis; rotation is of whole
+    Precondition: no functions (``KeepPluginNodesPass``, or inlined). Norms are over the last axis; rotation is of whole
     heads, in halves, of [B, T, heads · width]; scattering is linear along axis -2 of [B, heads, S, width].
     Postcondition: every standard operator has its form in the opset that the model imports, 20, or 21 where weights
     are int4 or have a scale per block. The IR version is at most 10.

@@ -1,4 +1,4 @@
-"""Leave products with quantised matrices to our own plugin, one call for all matrices that share an input."""
+"""Leave matmuls with quantised matrices to our own plugin, one call for all matrices that share an input."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ if TYPE_CHECKING:
 else:
     ir = optional("onnx_ir", "tensorrt")
 
-__all__ = ["PackProductsPass"]
+__all__ = ["PackMatMulsPass"]
 
 _INPUTS_MULTIPLE = 8
 """The kernels read a row of inputs 16 bytes at a time."""
 
 
-class PackProductsPass(ir.passes.InPlacePass):
+class PackMatMulsPass(ir.passes.InPlacePass):
     """Replace ``MatMul(x, DequantizeLinear(codes, scales))`` and a bias behind it by ``BlockwiseInt{4,8}MatMul``.
 
-    Products of one input, bits and block size become one call with several outputs, ``op.MAX_OUTPUTS`` at most; the
+    Matmuls of one input, bits and block size become one call with several outputs, ``op.MAX_OUTPUTS`` at most; the
     width of every output but the last is a multiple of 16, so that each begins with a tile of its own. A bias is added
-    in the call; zeros stand for that of a product which has none.
+    in the call; zeros stand for that of a matmul which has none.
 
     Codes and scales are packed when the model is written, one matrix at a time.
 
@@ -40,53 +40,53 @@ class PackProductsPass(ir.passes.InPlacePass):
     channel in int4), inputs that are no multiple of 8, zero points, scales that are no float16, an input of one axis.
 
     Precondition: codes are int4 or int8 [in, out], symmetric, scales [in / block, out] along axis 0 or [out] along
-    axis 1, float16, a Cast behind them or not. The graph is a bundle's own, in float32 (``RetypePass`` comes after this
-    one and keeps the scales' type), or one in float16.
+    axis 1, float16, a Cast behind them or not. The graph is a bundle's own, in float32 (``ConvertPrecisionPass`` comes
+    after this one and keeps the scales' type), or one in float16.
     Postcondition: every MatMul behind a DequantizeLinear is named in ``left``. Nodes of the op have the attributes by
-    which any of TensorRT's parsers finds the plugin, and no function. A graph without such products is not modified.
+    which any of TensorRT's parsers finds the plugin, and no function. A graph without such matmuls is not modified.
 
     Attributes:
         calls: nodes that the last run made.
-        products: that they took the place of.
+        matmuls: that they took the place of.
         left: for each matrix that is still multiplied by natively, the reason.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls, self.products = 0, 0
+        self.calls, self.matmuls = 0, 0
         self.left: dict[str, str] = {}
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Pack the products of ``model``."""
+        """Pack the matmuls of ``model``."""
         graph = model.graph
         self.left = {}
-        groups: dict[tuple[ir.Value, int, int], list[_Product]] = {}
+        groups: dict[tuple[ir.Value, int, int], list[_MatMul]] = {}
         for place, node in enumerate(graph):
-            if not _is_product(node):
+            if not _is_matmul(node):
                 continue
-            found = _product(node, place)
+            found = _matmul(node, place)
             if isinstance(found, str):
                 self.left[_matrix_name(node)] = found
             else:
                 groups.setdefault((found.input, found.bits, found.block), []).append(found)
-        calls = [call for products in groups.values() for call in _split(products)]
+        calls = [call for matmuls in groups.values() for call in _split(matmuls)]
         packed: dict[tuple[str, ...], tuple[ir.Value, ir.Value]] = {}
-        for products in calls:
-            names = tuple(product.name for product in products)
+        for matmuls in calls:
+            names = tuple(matmul.name for matmul in matmuls)
             if names not in packed:  # matrices may be used again, with another input
-                packed[names] = _Stored(products).initializers(graph)
-            _replace(graph, products, *packed[names])
-        for product in (product for products in calls for product in products):
-            _remove_unused(graph, product)
-        self.calls, self.products = len(calls), sum(map(len, calls))
+                packed[names] = _Stored(matmuls).initializers(graph)
+            _replace(graph, matmuls, *packed[names])
+        for matmul in (matmul for matmuls in calls for matmul in matmuls):
+            _remove_unused(graph, matmul)
+        self.calls, self.matmuls = len(calls), sum(map(len, calls))
         if calls:
             graph.opset_imports[DOMAIN] = VERSION
         return ir.passes.PassResult(model, modified=bool(calls))
 
 
 @dataclass(frozen=True, eq=False)
-class _Product:
-    """A product that can be packed: ``last`` is the node whose output it is, the bias's Add or the MatMul."""
+class _MatMul:
+    """A matmul that can be packed: ``last`` is the node whose output it is, the bias's Add or the MatMul."""
 
     node: ir.Node
     place: int
@@ -126,19 +126,19 @@ class _Product:
 # --- what there is ---------------------------------------------------------------------------------------------------
 
 
-def _is_product(node: ir.Node) -> bool:
+def _is_matmul(node: ir.Node) -> bool:
     if node.op_type != "MatMul" or node.domain or node.inputs[1] is None:
         return False
     dequantize = node.inputs[1].producer()
     return dequantize is not None and (dequantize.domain, dequantize.op_type) == ("", "DequantizeLinear")
 
 
-def _product(node: ir.Node, place: int) -> _Product | str:
+def _matmul(node: ir.Node, place: int) -> _MatMul | str:
     """Return what can be packed, or why it cannot."""
     x, matrix = node.inputs
     assert x is not None and matrix is not None  # it is a MatMul
     dequantize = matrix.producer()
-    assert dequantize is not None  # _is_product
+    assert dequantize is not None  # _is_matmul
     weight, scales, *zero_points = dequantize.inputs
     cast = scales.producer() if scales is not None else None
     scales = cast.inputs[0] if cast is not None and cast.op_type == "Cast" else scales
@@ -167,11 +167,11 @@ def _product(node: ir.Node, place: int) -> _Product | str:
         return f"it is multiplied by a tensor of {len(x.shape)} axes, expected at least two"
     last, bias = _bias(node, outputs)
     stored = _tensor(weight), _tensor(scales), None if bias is None else _tensor(bias)
-    return _Product(node, place, last, dequantize, x, weight, scales, bias, bits, block, *stored)
+    return _MatMul(node, place, last, dequantize, x, weight, scales, bias, bits, block, *stored)
 
 
 def _bias(node: ir.Node, outputs: int) -> tuple[ir.Node, ir.Value | None]:
-    """Return the node that adds a bias, if it is all that the product is for, and the bias."""
+    """Return the node that adds a bias, if it is all that the matmul is for, and the bias."""
     uses = list(node.outputs[0].uses())
     if len(uses) == 1 and not node.outputs[0].is_graph_output():
         user, index = uses[0]
@@ -192,10 +192,10 @@ def _matrix_name(node: ir.Node) -> str:
 # --- calls -----------------------------------------------------------------------------------------------------------
 
 
-def _split(products: Sequence[_Product]) -> list[list[_Product]]:
-    """Distribute products over calls; one of another width than a multiple of 16 can only be the last of its call."""
-    whole = [each for each in products if each.sizes[1] % OUTPUTS_MULTIPLE == 0]
-    ragged = [each for each in products if each.sizes[1] % OUTPUTS_MULTIPLE]
+def _split(matmuls: Sequence[_MatMul]) -> list[list[_MatMul]]:
+    """Distribute matmuls over calls; one of another width than a multiple of 16 can only be the last of its call."""
+    whole = [each for each in matmuls if each.sizes[1] % OUTPUTS_MULTIPLE == 0]
+    ragged = [each for each in matmuls if each.sizes[1] % OUTPUTS_MULTIPLE]
     calls = [whole[i : i + op.MAX_OUTPUTS] for i in range(0, len(whole), op.MAX_OUTPUTS)]
     room = [call for call in calls if len(call) < op.MAX_OUTPUTS]
     for each in ragged:
@@ -206,30 +206,30 @@ def _split(products: Sequence[_Product]) -> list[list[_Product]]:
     return calls
 
 
-def _replace(graph: ir.Graph, products: Sequence[_Product], weight: ir.Value, scale: ir.Value) -> None:
-    """Let one call stand for products."""
-    first = products[0]
+def _replace(graph: ir.Graph, matmuls: Sequence[_MatMul], weight: ir.Value, scale: ir.Value) -> None:
+    """Let one call stand for matmuls."""
+    first = matmuls[0]
     inputs = [first.input, weight, scale]
-    if any(product.bias is not None for product in products):
-        inputs.append(_biases(graph, products))
-    sizes = [product.sizes[1] for product in products]
+    if any(matmul.bias is not None for matmul in matmuls):
+        inputs.append(_biases(graph, matmuls))
+    sizes = [matmul.sizes[1] for matmul in matmuls]
     call = ir.node(
         op.OPS[first.bits],
         inputs,
         attributes=op.attributes(first.block, sizes),
         domain=DOMAIN,
-        num_outputs=len(products),
+        num_outputs=len(matmuls),
     )
-    graph.insert_before(min(products, key=lambda product: product.place).node, call)
-    for product, new in zip(products, call.outputs, strict=True):
-        take_place(product.last.outputs[0], new)
-        graph.remove([product.last] if product.last is product.node else [product.last, product.node], safe=True)
+    graph.insert_before(min(matmuls, key=lambda matmul: matmul.place).node, call)
+    for matmul, new in zip(matmuls, call.outputs, strict=True):
+        take_place(matmul.last.outputs[0], new)
+        graph.remove([matmul.last] if matmul.last is matmul.node else [matmul.last, matmul.node], safe=True)
 
 
-def _remove_unused(graph: ir.Graph, product: _Product) -> None:
+def _remove_unused(graph: ir.Graph, matmul: _MatMul) -> None:
     """Remove what stored and dequantised a matrix, where nothing else uses it."""
-    values = [product.weight, product.scales, *([product.bias] if product.bias is not None else [])]
-    node: ir.Node | None = product.dequantize
+    values = [matmul.weight, matmul.scales, *([matmul.bias] if matmul.bias is not None else [])]
+    node: ir.Node | None = matmul.dequantize
     while node is not None and node.graph is graph and not node.outputs[0].uses():
         before = node.inputs[1].producer() if len(node.inputs) > 1 and node.inputs[1] is not None else None
         graph.remove(node, safe=True)  # the DequantizeLinear, then the Cast of its scales
@@ -245,14 +245,14 @@ def _remove_unused(graph: ir.Graph, product: _Product) -> None:
 class _Stored:
     """The packed matrices of one call, made when they are written; codes are packed once for codes and scales."""
 
-    def __init__(self, products: Sequence[_Product]) -> None:
-        self.products = products
+    def __init__(self, matmuls: Sequence[_MatMul]) -> None:
+        self.matmuls = matmuls
         self._scale: npt.NDArray[np.float16] | None = None
 
     def initializers(self, graph: ir.Graph) -> tuple[ir.Value, ir.Value]:
         """Return the weight, int32, and the scale, float16, added to a graph."""
-        first, name = self.products[0], "+".join(product.name for product in self.products)
-        outputs = sum(product.sizes[1] for product in self.products)
+        first, name = self.matmuls[0], "+".join(matmul.name for matmul in self.matmuls)
+        outputs = sum(matmul.sizes[1] for matmul in self.matmuls)
         weight, scale = packed_shapes(first.sizes[0], outputs, first.bits, first.block)
         return (
             lazy_initializer(graph, f"{name}.packed", ir.DataType.INT32, weight, self._weight_tensor),
@@ -261,8 +261,8 @@ class _Stored:
 
     def _weight_tensor(self) -> ir.TensorProtocol:
         weights, scales = [], []
-        for product in self.products:
-            packed = pack(product.codes(), _array(product.scales_stored), product.bits, product.block)
+        for matmul in self.matmuls:
+            packed = pack(matmul.codes(), _array(matmul.scales_stored), matmul.bits, matmul.block)
             weights.append(packed.weight)
             scales.append(packed.scale)
         self._scale = np.concatenate(scales)
@@ -276,23 +276,23 @@ class _Stored:
         return ir.tensor(scale)
 
 
-def _biases(graph: ir.Graph, products: Sequence[_Product]) -> ir.Value:
-    """Return the biases one after the other, zeros where a product has none; they have the type of the input."""
-    biases = [product.bias for product in products if product.bias is not None]
+def _biases(graph: ir.Graph, matmuls: Sequence[_MatMul]) -> ir.Value:
+    """Return the biases one after the other, zeros where a matmul has none; they have the type of the input."""
+    biases = [matmul.bias for matmul in matmuls if matmul.bias is not None]
     dtype = biases[0].dtype
     assert dtype is not None  # an initializer's
-    if len(products) == 1:
+    if len(matmuls) == 1:
         return biases[0]
 
     def data() -> ir.TensorProtocol:
         arrays = [
-            np.zeros(product.sizes[1], dtype.numpy()) if product.bias_stored is None else _array(product.bias_stored)
-            for product in products
+            np.zeros(matmul.sizes[1], dtype.numpy()) if matmul.bias_stored is None else _array(matmul.bias_stored)
+            for matmul in matmuls
         ]
         return ir.tensor(np.concatenate(arrays), dtype=dtype)
 
     name = "+".join(str(bias.name) for bias in biases)
-    return lazy_initializer(graph, f"{name}.packed", dtype, (sum(product.sizes[1] for product in products),), data)
+    return lazy_initializer(graph, f"{name}.packed", dtype, (sum(matmul.sizes[1] for matmul in matmuls),), data)
 
 
 def _tensor(value: ir.Value) -> ir.TensorProtocol:

@@ -35,7 +35,7 @@ class QuantizeCachePass(ir.passes.InPlacePass):
     Args:
         cache: ``int8`` or ``fp8`` (e4m3).
 
-    Precondition: the functions are removed (``RemoveFunctionsPass``), and past caches are graph inputs.
+    Precondition: the functions are removed (``KeepPluginNodesPass``), and past caches are graph inputs.
     Postcondition: every node has scales and all its caches have the type. Where they have already, nothing changes.
 
     Raises:

@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 else:
     ir = optional("onnx_ir", "tensorrt")
 
-__all__ = ["RemoveFunctionsPass"]
+__all__ = ["KeepPluginNodesPass"]
 
 
-class RemoveFunctionsPass(ir.passes.InPlacePass):
+class KeepPluginNodesPass(ir.passes.InPlacePass):
     """Remove the functions that give our nodes their meaning in standard operators.
 
     TensorRT's parser takes the function where there is one, plugin or not. It finds the plugin by the node's domain
