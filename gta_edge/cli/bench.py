@@ -20,7 +20,7 @@ _MAX_MESSAGE = 500
 
 
 def bench(
-    bundles: Annotated[list[Path], typer.Argument(metavar="BUNDLE…", help="The bundles.")],
+    bundles: Annotated[list[Path], typer.Argument(metavar="BUNDLE", help="The bundles.")],
     backend: Annotated[
         str | None,
         typer.Option(
@@ -58,7 +58,7 @@ def bench(
     if prompt_file is not None and ids is not None:
         raise typer.BadParameter("give one of --prompt-file and --ids")
     if plot is not None:
-        from gta_edge.cli.plan_plot import check
+        from gta_edge.cli.plot import check
 
         check(plot, force=force, inputs=[*bundles, *([prompt_file] if prompt_file else [])])
     targets = parse_targets(backend or None)

@@ -18,7 +18,7 @@ def init(
     name: Annotated[
         str,
         typer.Argument(
-            metavar="PRESET", help=f"One of {', '.join(PRESETS)}.", autocompletion=completed(PRESETS.keys)
+            metavar="PRESET", help=f"One of {', '.join(PRESETS)}.", autocompletion=completed(lambda: PRESETS)
         ),
     ],
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where the checkpoint goes.")],

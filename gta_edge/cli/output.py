@@ -8,6 +8,7 @@ import inspect
 import logging
 import os
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ if TYPE_CHECKING:  # loaded when it is used: help and the version do without
     import rich.console
     import rich.table
 
-__all__ = ["FAILED", "SCHEMA_VERSION", "Output", "as_line", "command", "current", "key_value_table"]
+__all__ = ["FAILED", "SCHEMA_VERSION", "Output", "as_line", "command", "current", "fill", "key_value_table"]
 
 FAILED = 1
 SCHEMA_VERSION = 1
@@ -34,6 +35,7 @@ SCHEMA_VERSION = 1
 
 _MAX_LINE = 560
 _KEPT_END = 160
+_MIN_COLUMNS = 20
 
 
 @dataclass
@@ -170,6 +172,25 @@ def key_value_table(rows: dict[str, str]) -> rich.table.Table:
     for key, value in rows.items():
         table.add_row(rich.markup.escape(printable(key)), rich.markup.escape(printable(value)))
     return table
+
+
+def fill(text: str, width: int, indent: str = "", first: str | None = None) -> str:
+    """Return ``text`` in lines of at most ``width`` characters; addresses and paths stay whole, however long.
+
+    Args:
+        text: one paragraph.
+        width: characters of a line, its indent included.
+        indent: of every line.
+        first: of the first line, where that differs.
+    """
+    return textwrap.fill(
+        text,
+        max(width, len(indent) + _MIN_COLUMNS),
+        initial_indent=indent if first is None else first,
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def _describe(error: BaseException) -> str:

@@ -18,12 +18,12 @@ from safetensors.numpy import load_file, save_file
 
 import gta_edge
 from gta_edge.cli import doctor_checks
-from gta_edge.cli.app import app
+from gta_edge.cli.app import VERBS as COMMANDS
 from gta_edge.machine import info as machine
 from tests.cli import COMMAND, Result, environment, listing, run
 from tests.conftest import TINY
 
-VERBS = sorted(str(entry.name) for entry in app.registered_commands)
+VERBS = sorted(COMMANDS)
 OPTIONS = {
     "init": ["PRESET", "DIR", "--layers", "--seed", "--dtype", "--max-length"],
     "export": ["--precision", "--no-verify", "--force"],
