@@ -41,7 +41,10 @@ def bench(
     prompt_file: Annotated[Path | None, typer.Option(help="A text to begin with; random tokens by default.")] = None,
     ids: Annotated[str | None, typer.Option(help="Token ids to begin with: 1,2,3.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads on a CPU; one per core by default.")] = None,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables in Markdown.")] = False,
+    wide: Annotated[
+        bool, typer.Option("--wide", help="Print all tables: floors, percentiles, ranks; wider than 80 columns.")
+    ] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print all tables, in Markdown.")] = False,
     plot: Annotated[
         Path | None, typer.Option(help="Draw latency against context, a line per backend: a .png, .svg or .pdf.")
     ] = None,
@@ -72,7 +75,7 @@ def bench(
     )
     with output.progress() as progress:
         report = run(bundles, targets, settings, progress=progress)
-    _show(report, markdown=markdown)
+    _show(report, wide=wide, markdown=markdown)
     if plot is not None:
         from gta_edge.cli.bench_plot import draw
 
@@ -95,17 +98,17 @@ def _fail(message: str) -> None:
     sys.exit(FAILED)
 
 
-def _show(report: dict[str, Any], *, markdown: bool) -> None:
+def _show(report: dict[str, Any], *, wide: bool, markdown: bool) -> None:
     output = current()
     if output.json:
         output.document(report)
         return
-    from gta_edge.cli.bench_text import as_markdown, show
+    from gta_edge.cli.bench_text import as_markdown, show, show_all
 
     if markdown:
         print(as_markdown(report))
     else:
-        show(output.console, report)
+        (show_all if wide else show)(output.console, report)
 
 
 def _numbers(option: str, text: str) -> tuple[int, ...]:

@@ -72,7 +72,7 @@ class Output:
 
     @contextmanager
     def progress(self) -> Iterator[Progress]:
-        """Yield a progress callable: a bar on a terminal, nothing elsewhere."""
+        """Yield a progress callable: on a terminal a bar, or a spinner for what cannot count; nothing elsewhere."""
         if self.json or self.quiet or not sys.stderr.isatty():
             yield silent
             return
@@ -80,6 +80,7 @@ class Output:
         import rich.progress
 
         columns = (
+            rich.progress.SpinnerColumn(finished_text=" "),
             rich.progress.TextColumn("{task.description}"),
             rich.progress.BarColumn(),
             rich.progress.TaskProgressColumn(),
@@ -88,12 +89,23 @@ class Output:
         with rich.progress.Progress(*columns, console=rich.console.Console(stderr=True)) as bars:
             tasks: dict[str, rich.progress.TaskID] = {}
 
+            spinning: list[rich.progress.TaskID] = []
+
+            def end_spinner() -> None:
+                while spinning:
+                    bars.update(spinning.pop(), completed=1, total=1)
+
             def report(what: str, done: int, total: int) -> None:
+                end_spinner()
                 if what not in tasks:
-                    tasks[what] = bars.add_task(what, total=total)
-                bars.update(tasks[what], completed=done, total=total)
+                    tasks[what] = bars.add_task(what, total=total or None)
+                if total:
+                    bars.update(tasks[what], completed=done, total=total)
+                else:
+                    spinning.append(tasks[what])
 
             yield report
+            end_spinner()
 
 
 _current = Output()

@@ -67,6 +67,7 @@ def _torch(
     **options: Any,
 ) -> Session:
     require_memory_for_torch(bundle.config, "fp32", "PyTorch")  # the model's, ``load_decoder`` asks for
+    progress("loading PyTorch", 0, 0)
     from gta_edge.runtime.torch.session import TorchSession, default_compute, default_device, load_decoder
 
     device = default_device()
