@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from gta_edge.cli.choices import BACKEND_NAMES, backend_list, completed_list
+from gta_edge.cli.export import changes
 from gta_edge.cli.output import FAILED, current
 
 __all__ = ["verify"]
@@ -42,9 +43,10 @@ def verify(
     else:
         table = rich.table.Table("", "max abs error", "max rel error", "top-1 agreement", box=None)
         rounded = {f"{name}, int8 activations": d for name, d in report.int8_activations.items()}
-        for name, d in {**report.backends, **rounded, f"{report.precision} weights": report.quantisation}.items():
+        for name, d in {**report.backends, **rounded}.items():
             table.add_row(name, f"{d.max_abs_error:.2e}", f"{d.max_rel_error:.2e}", f"{d.top1_agreement:.4f}")
         output.console.print(table)
+        print(changes(report.precision, report.quantisation))
         for name, reason in report.unavailable.items():
             print(f"not verified: {name}: {reason}")
         print("passed" if report.passed else "failed")
