@@ -45,7 +45,7 @@ def single(console: rich.console.Console, plan: Plan, document: dict[str, Any], 
     rows["  "] = _why(plan.prefill)
     for key, value in rows.items():
         _print(console, f"{key:<17}{value}")
-    _print(console, f"\nA bound, not a measurement: {_roofline(plan)}{'' if sources else _see(device)}.")
+    _print(console, f"\nA bound, not a measurement: {_roofline(plan)}.")
     if not plan.fits:
         _print(console, "\nTo make it fit:")
         for way in document["advice"] or ["a smaller model, a shorter context and batch, or a larger device"]:
@@ -57,7 +57,7 @@ def comparison(console: rich.console.Console, plans: list[Plan], *, sources: boo
     """Print several plans for one device side by side."""
     first = plans[0]
     _print(console, f"{first.device.title}: context {first.context:,}, batch {first.batch}")
-    _print(console, f"a bound, not a measurement: {_roofline(first)}{'' if sources else _see(first.device)}\n")
+    _print(console, f"a bound, not a measurement: {_roofline(first)}\n")
     lines = [
         ("", [plan.model.name for plan in plans]),
         ("weights stored in", [plan.model.precision for plan in plans]),
@@ -153,10 +153,9 @@ def _print_origin(console: rich.console.Console, device: Device, *, sources: boo
         checked = "checked" if device.verified else "not checked"
         for sentence in (f"figures, {checked}: {device.source}", *device.assumptions):
             _print(console, fill(sentence, console.width, indent="  "))
-
-
-def _see(device: Device) -> str:
-    return "; see --sources" if device.verified else "; not checked: --sources"
+    else:
+        unchecked = "" if device.verified else "not checked; "
+        _print(console, f"The device's figures: {unchecked}--sources says where they are from.")
 
 
 def _fits(plan: Plan) -> str:

@@ -65,11 +65,13 @@ def environment(**changes: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, **changes}
 
 
-def run(*arguments: object, timeout: float = 120, **options: Any) -> Result:
-    """Run the command in a process of its own, as a shell would."""
+def run(
+    *arguments: object, timeout: float = 120, extra: dict[str, str] | None = None, **options: Any
+) -> Result:
+    """Run the command in a process of its own, as a shell would, with ``extra`` variables."""
     process = subprocess.run(
         [*COMMAND, *map(str, arguments)],
-        env=environment(),
+        env=environment(**(extra or {})),
         capture_output=True,
         text=True,
         timeout=timeout,

@@ -53,8 +53,8 @@ OPTIONS = {
         "--onnx-only",
         "--matmul",
     ],
-    "plan": ["--device", "--context", "--batch", "--precision", "--cache-dtype", "--plot"],
-    "bench": ["BUNDLE", "--backend", "--contexts", "--new-tokens", "--batch", "--prompt-file", "--plot", "--markdown"],
+    "plan": ["--device", "--devices", "--sources", "--context", "--batch", "--precision", "--cache-dtype", "--plot"],
+    "bench": ["BUNDLE", "--backend", "--contexts", "--new-tokens", "--batch", "--prompt-file", "--plot", "--markdown", "--wide"],
     "doctor": [],
 }
 
@@ -99,7 +99,7 @@ def test_help_of_a_verb(command: Command, verb: str) -> None:
     result = command(verb, "--help")
     assert (result.status, result.err) == (0, "")
     assert f"gta-edge {verb}" in result.out
-    for option in [*OPTIONS.get(verb, []), "--json", "--quiet", "--debug", "--help"]:
+    for option in [*OPTIONS.get(verb, []), "--json", "--quiet", "--debug", "-h, --help"]:
         assert option in result.out
 
 
@@ -408,8 +408,10 @@ def test_doctor() -> None:
 def test_doctor_for_people(command: Command) -> None:
     result = command("doctor")
     assert (result.status, result.err) == (0, "")
-    assert re.search(r"^backend onnxruntime +works *$", result.out, re.MULTILINE)
-    assert re.search(r"^feature export +works *$", result.out, re.MULTILINE)
+    for name in ("onnxruntime", "torch", "export"):
+        assert re.search(rf"^✓ {name}\b", result.out, re.MULTILINE), name
+    lines = result.out.splitlines()
+    assert re.fullmatch(r"Best backend here: \S+\. Next: gta-edge (build|export) .*", lines[-1])
 
 
 def test_doctor_shows_a_jetsons_clocks(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -425,7 +427,7 @@ def test_doctor_shows_a_jetsons_clocks(command: Command, monkeypatch: pytest.Mon
         text = command("doctor").out
         assert command("doctor", "--json").content["machine"]["clocks_hz"] == found["clocks_hz"]
         assert ("sudo jetson_clocks" in text) is ("memory not known" in text) is ("Jetson" in (board or ""))
-    assert re.search(r"^clocks +GPU 306 to 918 MHz, now 306; CPU 306 to 918", text, re.MULTILINE)
+    assert re.search(r"^· clocks +GPU 306 to 918 MHz, now 306; CPU 306 to 918", text, re.MULTILINE)
 
 
 # --- terminals and pipes -------------------------------------------------------------------------------------------
