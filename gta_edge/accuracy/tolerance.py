@@ -155,7 +155,7 @@ def difference(logits: npt.NDArray[np.float32], reference: npt.NDArray[np.float3
 
 
 def quantisation(logits: npt.NDArray[np.float32], own: npt.NDArray[np.float32]) -> Quantisation:
-    """Compare logits [..., V] of a bundle's weights with those of the checkpoint's own; not finite is infinitely far."""
+    """Compare logits [..., V] of a bundle with those of its checkpoint's own weights; not finite is infinitely far."""
     found = difference(logits, own)
     divergence = _mean_kl_divergence(logits, own) if np.isfinite(found.max_abs_error) else float("inf")
     return Quantisation(**vars(found), mean_kl_divergence=divergence)

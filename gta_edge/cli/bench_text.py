@@ -34,11 +34,13 @@ def show(console: rich.console.Console, report: Document) -> None:
     marks = _marks(report)
     for bundle in dict.fromkeys(row["bundle"] for row in report["results"]):
         rows = [row for row in report["results"] if row["bundle"] == bundle]
-        console.print(f"\n{bundle}, {rows[0]['precision']}", style="bold", markup=False, highlight=False, soft_wrap=True)
+        console.print(
+            f"\n{bundle}, {rows[0]['precision']}", style="bold", markup=False, highlight=False, soft_wrap=True
+        )
         wrong = [row["agrees"] is False for row in rows]
         console.print(_rich(_SHORT_HEADS, [_short(row, marks) for row in rows], wrong, numbers=(0, 2, 3, 4, 5)))
     notes = [f"{mark} {backend}" for backend, mark in marks.items() if mark]
-    for line in (*notes, *_closing(report)):
+    for line in (*notes, *_closing(report, "~")):
         shown = line if line in notes else fill(line, console.width, "  ", "- ")
         console.print(shown, markup=False, highlight=False, soft_wrap=True)
 
@@ -243,8 +245,13 @@ def _bundle_head(several: bool) -> tuple[str, ...]:
     return ("bundle",) if several else ()
 
 
-def _closing(report: Document) -> Iterator[str]:
-    """Yield what failed, what is wrong, and which backends are not there, each with its reason."""
+def _closing(report: Document, mark: str = "spread") -> Iterator[str]:
+    """Yield what failed, what is wrong, and which backends are not there, each with its reason.
+
+    Args:
+        report: as ``--json`` prints it.
+        mark: what shows a row whose rounds have not settled.
+    """
     said = set()
     for row in report["results"]:
         reason = row["notes"].get("ttft_ms") or row["notes"].get("rounds")
@@ -255,7 +262,7 @@ def _closing(report: Document) -> Iterator[str]:
     unsteady = [row for row in report["results"] if _unsettled(row)]
     if unsteady:
         yield (
-            f"the rounds lie more than {UNSTEADY:.0%} apart (~) and have not settled in {len(unsteady)} of "
+            f"the rounds lie more than {UNSTEADY:.0%} apart ({mark}) and have not settled in {len(unsteady)} of "
             f"{len(report['results'])} rows; run again before ranking by these"
         )
     busy = max((row["others_busy_cores"] or 0 for row in report["results"]), default=0)

@@ -32,7 +32,8 @@ def build(
         ),
     ] = Matmul.AUTO,
     max_length: Annotated[
-        int | None, typer.Option(min=1, help="Tokens that the cache holds; by default 4096, or the model's max context.")
+        int | None,
+        typer.Option(min=1, help="Tokens that the cache holds; by default 4096, or the model's max context."),
     ] = None,
     max_batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 1,
     compute_capability: Annotated[

@@ -20,7 +20,9 @@ def evaluate(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The bundle.")],
     text: Annotated[Path | None, typer.Option(help="A text file, UTF-8; - is standard input.")] = None,
     ids: Annotated[Path | None, typer.Option(help="Token ids: a .npy file of integers.")] = None,
-    window: Annotated[int | None, typer.Option(help="Tokens attended at most; the model's max context by default.")] = None,
+    window: Annotated[
+        int | None, typer.Option(help="Tokens attended at most; the model's max context by default.")
+    ] = None,
     backend: Annotated[Backend, typer.Option(help="auto: the fastest that works.")] = Backend.AUTO,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads; one per core by default.")] = None,
     verify_hashes: Annotated[bool, typer.Option("--verify-hashes", help="Hash the weights first.")] = False,

@@ -18,7 +18,9 @@ __all__ = ["changes", "export"]
 
 
 def export(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Directory with config.json and safetensors.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="CHECKPOINT", help="Directory with config.json and safetensors.")
+    ],
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="Directory to write.")],
     precision: Annotated[
         Precision | None, typer.Option(help="How weights are stored; the checkpoint's own by default.")

@@ -21,9 +21,7 @@ __all__ = ["generate"]
 def generate(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The bundle.")],
     prompt: Annotated[str | None, typer.Option(help="Text to continue; without one, standard input is read.")] = None,
-    prompt_file: Annotated[
-        Path | None, typer.Option(help="A file with it; - is standard input.")
-    ] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="A file with it; - is standard input.")] = None,
     ids: Annotated[str | None, typer.Option(help="Token ids to continue: 1,2,3.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 256,

@@ -38,6 +38,8 @@ def init(
     with output.progress() as progress:
         initialise(config, directory, seed=seed, force=force, progress=progress)
     if output.json:
-        output.document({"checkpoint": str(directory), "parameters": config.parameters, "dtype": dtype.value, "seed": seed})
+        output.document(
+            {"checkpoint": str(directory), "parameters": config.parameters, "dtype": dtype.value, "seed": seed}
+        )
     else:
         print(f"{directory}: {config.parameters:,} random parameters in {dtype.value}")

@@ -46,9 +46,7 @@ def plan(
     ] = None,
     batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
     prompt: Annotated[int | None, typer.Option(help="Tokens of the prompt; the context by default.")] = None,
-    precision: Annotated[
-        Precision | None, typer.Option(help="How weights are stored; by default as they are.")
-    ] = None,
+    precision: Annotated[Precision | None, typer.Option(help="How weights are stored; by default as they are.")] = None,
     block_size: Annotated[int | None, typer.Option(help="Weights that share a scale, for int8 and int4.")] = None,
     cache_dtype: Annotated[
         CacheDtype | None, typer.Option(help="fp32 on a CPU; on a GPU the type to compute in, or int8 or fp8.")

@@ -25,7 +25,7 @@ def single(console: rich.console.Console, plan: Plan, document: dict[str, Any], 
     _print(console, f"context {plan.context:,}, batch {plan.batch}\n")
     rows = {
         "weights": f"{_gb(memory.weights)}   {_gb(model.weight_bytes)} stored",
-        "cache": f"{_gb(memory.cache)}   {plan.execution.cache_dtype}, {_per_token(plan):,} bytes per token and sequence",
+        "cache": f"{_gb(memory.cache)}   {plan.execution.cache_dtype}, {_per_token(plan):,} bytes a token and sequence",
         "activations": _gb(memory.activations),
         "runtime": f"{_gb(memory.runtime)}   libraries, context",
         "peak": f"{_gb(memory.peak)}   of {_gb(device.available_bytes)} beside the system's {_gb(device.system_bytes)}",
@@ -46,11 +46,11 @@ def single(console: rich.console.Console, plan: Plan, document: dict[str, Any], 
     for key, value in rows.items():
         _print(console, f"{key:<17}{value}")
     _print(console, f"\nA bound, not a measurement: {_roofline(plan)}.")
+    _print_origin(console, device, sources=sources)
     if not plan.fits:
         _print(console, "\nTo make it fit:")
         for way in document["advice"] or ["a smaller model, a shorter context and batch, or a larger device"]:
             _print(console, f"  {way}")
-    _print_origin(console, device, sources=sources)
 
 
 def comparison(console: rich.console.Console, plans: list[Plan], *, sources: bool) -> None:
@@ -78,7 +78,7 @@ def comparison(console: rich.console.Console, plans: list[Plan], *, sources: boo
     width = 2 + max(len(cell) for _, cells in lines for cell in cells)
     for key, cells in lines:
         _print(console, f"{key:<17}" + "".join(f"{cell:>{width}}" for cell in cells))
-    _print(console, "\n" + "\n".join(_by_context(plans)))
+    _print(console, "\n" + "\n".join(_by_context(plans)) + "\n")
     _print_origin(console, first.device, sources=sources)
 
 
@@ -149,7 +149,7 @@ def _print_origin(console: rich.console.Console, device: Device, *, sources: boo
     if device.fallback_reason:
         _print(console, fill(f"This is the CPU; the GPU cannot be used: {device.fallback_reason}", console.width))
     if sources:
-        _print(console, "\nSources")
+        _print(console, "Sources")
         checked = "checked" if device.verified else "not checked"
         for sentence in (f"figures, {checked}: {device.source}", *device.assumptions):
             _print(console, fill(sentence, console.width, indent="  "))
@@ -173,7 +173,7 @@ def _context(plan: Plan) -> str:
 
 
 def _build(plan: Plan, document: dict[str, Any]) -> str:
-    size = f"{document['build_peak_bytes'] / 1e9:.2f} GB".ljust(10)
+    size = f"{_gb(document['build_peak_bytes']):<9}"
     if document["build_fits"] is None:
         return f"{size} at its peak, in the host's memory"
     if document["build_fits"]:
@@ -181,7 +181,7 @@ def _build(plan: Plan, document: dict[str, Any]) -> str:
     missing = document["build_peak_bytes"] - document["available_bytes"]
     shorter = document["build_max_length"]
     instead = f"; --max-length {shorter} {_FITS}" if shorter else ""
-    return f"{size} {_DOES_NOT_FIT}, {_gb(missing)} missing{instead}"
+    return f"{size} {_DOES_NOT_FIT} by {_gb(missing)}{instead}"
 
 
 def _why(phase: Phase) -> str:

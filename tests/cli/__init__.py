@@ -65,9 +65,7 @@ def environment(**changes: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, **changes}
 
 
-def run(
-    *arguments: object, timeout: float = 120, extra: dict[str, str] | None = None, **options: Any
-) -> Result:
+def run(*arguments: object, timeout: float = 120, extra: dict[str, str] | None = None, **options: Any) -> Result:
     """Run the command in a process of its own, as a shell would, with ``extra`` variables."""
     process = subprocess.run(
         [*COMMAND, *map(str, arguments)],

@@ -48,9 +48,7 @@ def test_a_plan_for_a_person(command: Command) -> None:
     for line in ("weights", "cache", "activations", "peak", "engine build", "longest context", "largest batch"):
         assert re.search(rf"^{line} +\d", found.out, re.MULTILINE), line
     assert re.search(r"^result +fits, [\d.]+ GB left$", found.out, re.MULTILINE)
-    assert re.search(
-        r"^decode .*tokens/s\n +bound by bandwidth \(weights \d+%, cache \d+%", found.out, re.MULTILINE
-    )
+    assert re.search(r"^decode .*tokens/s\n +bound by bandwidth \(weights \d+%, cache \d+%", found.out, re.MULTILINE)
     assert "assumed" not in found.out
     assert "assumed" in command("plan", "gta-1b", *BOARD, "--sources").out
 
@@ -240,7 +238,10 @@ def test_no_model_is_wrong_usage(command: Command) -> None:
 
 
 def test_names_of_what_there_is_not_are_wrong_usage(command: Command) -> None:
-    assert "no device is called 'jetson'; there are orin-nano-4gb," in command("plan", "gta-1b", "--device", "jetson").usage
+    assert (
+        "no device is called 'jetson'; there are orin-nano-4gb,"
+        in command("plan", "gta-1b", "--device", "jetson").usage
+    )
     assert "'fp32'" in command("plan", "gta-1b", *BOARD, "--precision", "int3").usage
 
 
