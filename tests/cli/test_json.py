@@ -118,6 +118,10 @@ def test_what_is_inspected_may_be_no_bundle(command: Command, tiny_checkpoint: P
     assert problems("inspect", command("inspect", "--json", what.format(checkpoint=tiny_checkpoint)).document) == []
 
 
+def test_the_list_of_devices_is_as_documented(command: Command) -> None:
+    assert problems("plan --devices", command("plan", "--devices", "--json").document) == []
+
+
 def test_a_deviation_would_be_seen() -> None:
     good = {"schema_version": 1, "tokens": 8, "loss": 1.5, "perplexity": None, "backend": "torch"}
     assert problems("eval", good) == []
