@@ -2,6 +2,7 @@
 # make test   run the tests
 # make fuzz   run the fuzzers with CASES cases each, 5000 by default
 # make lint   run the linters and the type checker
+# make wheel  make the wheel in dist/, which is all that a board needs
 # make test-jetson   run the tests that need a GPU and TensorRT, with JetPack's own Python packages visible
 # All set-up happens here, in .venv; PYTHON chooses the interpreter (3.11 or later: ONNX Runtime needs it; on a board,
 # for test-jetson, JetPack's own).
@@ -21,7 +22,7 @@ BUNDLES    ?= build/test-bundles
 
 CASES      ?= 5000
 
-.PHONY: demo test fuzz test-jetson lint format clean
+.PHONY: demo test fuzz test-jetson wheel lint format clean
 
 demo: $(VENV)/.demo
 	rm -rf $(DEMO) && mkdir $(DEMO)
@@ -40,6 +41,11 @@ fuzz: $(VENV)/.dev
 test-jetson: $(VENV)/.jetson
 	PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 $(if $(wildcard $(BUNDLES)),GTA_EDGE_TEST_BUNDLES=$(BUNDLES)) \
 	  $(BIN)/python -m pytest -m 'gpu or tensorrt' $$($(BIN)/python scripts/board_tests.py)
+
+wheel: | $(VENV)/bin/python
+	rm -f dist/gta_edge-*.whl
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+	@ls dist/gta_edge-*.whl
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -35,6 +35,7 @@ import gta_edge
 from gta_edge.errors import BackendError, GtaEdgeError, InputError, OutputError
 from gta_edge.formats.bundle import MANIFEST, Bundle
 from gta_edge.formats.random_checkpoint import initialise
+from gta_edge.libraries.install import install_command
 from gta_edge.model.config import ModelConfig
 from gta_edge.model.presets import preset
 from gta_edge.support.cores import usable_cores
@@ -618,7 +619,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
 def _prepare_outputs(arguments: argparse.Namespace) -> None:
     """Find out before the long run what would fail after it."""
     if arguments.plot and importlib.util.find_spec("matplotlib") is None:
-        raise BackendError("--plot needs matplotlib: pip install 'gta-edge[plot]'")
+        raise BackendError(f"--plot needs matplotlib: {install_command('plot')}")
     arguments.work.mkdir(parents=True, exist_ok=True)
     for path in (arguments.json, arguments.markdown, arguments.plot):
         if path and not path.resolve().parent.is_dir():

@@ -30,6 +30,7 @@ from gta_edge.errors import BackendError, GtaEdgeError, InputError
 from gta_edge.evaluate.bench.run import Settings, bench
 from gta_edge.evaluate.bench.targets import parse_targets
 from gta_edge.formats.weights import PRECISIONS
+from gta_edge.libraries.install import install_command
 from gta_edge.runtime.registry import BACKENDS
 from gta_edge.support.files import new_file
 from gta_edge.support.progress import Progress
@@ -255,7 +256,7 @@ def main() -> None:
             raise InputError(f"{arguments.output}: its directory does not exist; make it, or choose another")
         if not arguments.page_only:
             if importlib.util.find_spec("matplotlib") is None:
-                raise BackendError("the Python module matplotlib is needed to draw; run: pip install 'gta-edge[plot]'")
+                raise BackendError(f"the Python module matplotlib is needed to draw; run: {install_command('plot')}")
             request = Request(
                 arguments.work,
                 {size: models[size] for size in arguments.sizes},

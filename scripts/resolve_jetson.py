@@ -20,12 +20,12 @@ else:
     sys.exit("error: this script needs Python 3.11 or later; the board does not need the script")
 
 ROOT = Path(__file__).parents[1]
-# glibc 2.35 (Ubuntu 22.04, JetPack 6.2) and 2.39 (24.04, JetPack 7)
+# glibc 2.35 (Ubuntu 22.04, JetPack 6) and 2.39 (24.04, JetPack 7)
 PLATFORMS = {"3.10": 35, "3.12": 39}
 NVRTC_12, NVRTC_13 = "nvidia-cuda-nvrtc-cu12==12.6.*", "nvidia-cuda-nvrtc==13.0.*"
-# Extras, and requirements beside them, that docs/jetson.md and the Makefile tell people to install.
+# Extras, and requirements beside them, that docs/jetson and the Makefile tell people to install.
 SETS = {
-    "JetPack 6.2": (
+    "JetPack 6": (
         "3.10",
         [
             ("base",),
@@ -35,7 +35,7 @@ SETS = {
             ("ort",),
         ],
     ),
-    "JetPack 6.2, a newer Python": ("3.12", [("ort",)]),
+    "JetPack 6, a newer Python": ("3.12", [("ort",)]),
     "JetPack 7.x": (
         "3.12",
         [
@@ -45,7 +45,6 @@ SETS = {
             ("test", "tensorrt", "cuda13", NVRTC_13),
             ("export", "ort"),
             ("ort",),
-            ("tensorrt-rtx", "cuda13"),
             ("dev", "tensorrt"),
         ],
     ),

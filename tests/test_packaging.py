@@ -54,10 +54,12 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = directory / "source"
     skipped = shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "demo")
     shutil.copytree(ROOT, source, ignore=skipped)
-    options = ["--wheel", "--no-isolation", "--outdir", directory, source]
-    result = subprocess.run([sys.executable, "-m", "build", *options], capture_output=True, text=True, check=False)
+    # with what this environment has, and not in one that pip makes from the index
+    offline = {"PIP_NO_BUILD_ISOLATION": "0", "PIP_NO_INDEX": "1"}
+    command = ["make", "-C", source, "wheel", f"VENV={sys.prefix}"]
+    result = subprocess.run(command, env=os.environ | offline, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
-    (path,) = directory.glob("*.whl")
+    (path,) = (source / "dist").glob("*.whl")
     return path
 
 
@@ -83,7 +85,13 @@ def test_what_is_in_the_wheel(wheel: Path) -> None:
     package = {name for name in names if ".dist-info/" not in name}
     tree = {str(path.relative_to(ROOT)) for path in (ROOT / "gta_edge").rglob("*") if path.is_file()}
     assert package == {name for name in tree if "__pycache__" not in name}
-    assert "gta_edge/py.typed" in package
+    kernels = [name for name in package if name.startswith("gta_edge/plugins/kernels/")]
+    assert {Path(name).suffix for name in kernels} == {".cu", ".cuh"}
+    assert {"py.typed", "machine/devices.toml", "machine/jetpack.toml"} <= {
+        name.removeprefix("gta_edge/") for name in package
+    }
+    assert wheel.name == f"gta_edge-{gta_edge.__version__}-py3-none-any.whl"
+    assert wheel.stat().st_size < 1e6
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
 
 
@@ -159,7 +167,7 @@ def test_inspect(bare: Bare, tiny_checkpoint: Path, tiny_bundle: Path) -> None:
     assert bare.command("inspect", tiny_bundle, "--json").document["kind"] == "bundle"
 
 
-def test_doctor_says_that_nothing_works_and_what_to_install(bare: Bare) -> None:
+def test_doctor_says_that_nothing_works_and_what_to_install(bare: Bare, wheel: Path) -> None:
     result = bare.command("doctor", "--json")
     assert result.status == 1
     document = json.loads(result.out)
@@ -168,15 +176,14 @@ def test_doctor_says_that_nothing_works_and_what_to_install(bare: Bare) -> None:
     for entry in backends.values():
         assert entry["works"] is False
         assert "not installed" in entry["reason"]
-    assert backends["torch"]["remedy"] == "pip install 'gta-edge[export]'"
+    assert backends["torch"]["remedy"] == f"pip install 'gta-edge[export] @ {wheel.as_uri()}'"
     if sys.version_info >= (3, 11):
-        assert backends["onnxruntime"]["remedy"] == "pip install 'gta-edge[ort]'"
+        assert backends["onnxruntime"]["remedy"] == f"pip install 'gta-edge[ort] @ {wheel.as_uri()}'"
     features = document["features"]
     assert features["plot"]["reason"] == "matplotlib not installed"
     assert features["export"]["reason"] == "torch, onnx, onnx_ir, onnxscript not installed"
     assert [features[name]["remedy"] for name in ("export", "plot")] == [
-        "pip install 'gta-edge[export]'",
-        "pip install 'gta-edge[plot]'",
+        f"pip install 'gta-edge[{extra}] @ {wheel.as_uri()}'" for extra in ("export", "plot")
     ]
     # the status is 1, so there is one line that says why
     assert re.fullmatch(r"error: .*\n", result.err)
@@ -204,5 +211,5 @@ def test_what_is_missing_is_named_with_the_line_that_installs_it(
 ) -> None:
     places = {"checkpoint": tiny_checkpoint, "bundle": tiny_bundle, "out": tmp_path / "out"}
     message = bare.command(*(word.format(**places) for word in arguments.split())).error
-    assert re.findall(r"pip install 'gta-edge\[(\w+)\]'", message) == extras
+    assert re.findall(r"pip install 'gta-edge\[(\w+)\] @ file:///\S+\.whl'", message) == extras
     assert list(tmp_path.iterdir()) == []

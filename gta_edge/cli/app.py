@@ -13,7 +13,7 @@ import typer.core
 import typer.main
 
 from gta_edge.cli.loading import loading
-from gta_edge.cli.output import FAILED, as_line, command
+from gta_edge.cli.output import FAILED, MAX_USAGE, as_line, command
 from gta_edge.version import __version__
 
 __all__ = ["VERBS", "Verb", "app", "function_of", "run"]
@@ -143,7 +143,7 @@ def run() -> None:
         status = app(standalone_mode=False)
     except _USAGE_ERRORS as error:
         if not error.message.startswith("Usage:"):  # without a command it is the help
-            error.message = as_line(error.message)
+            error.message = as_line(error.message, MAX_USAGE)
         error.show()
         status = error.exit_code
     except typer.Abort:

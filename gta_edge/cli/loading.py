@@ -24,8 +24,10 @@ def loading() -> Iterator[None]:
     except BaseException as error:
         if "--debug" in sys.argv:
             raise
+        from gta_edge.libraries.install import reinstall_command
+
         said = f"{type(error).__name__}: {one_line(error)}"
-        remedy = "run: pip install --upgrade --force-reinstall gta-edge"
+        remedy = f"run: {reinstall_command()}"
         print(f"error: a library that gta-edge needs cannot be loaded ({said}); {remedy}", file=sys.stderr)
         sys.exit(1)
 

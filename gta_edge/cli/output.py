@@ -27,14 +27,16 @@ if TYPE_CHECKING:  # loaded when it is used: help and the version do without
     import rich.console
     import rich.table
 
-__all__ = ["FAILED", "SCHEMA_VERSION", "Output", "as_line", "command", "current", "fill", "key_value_table"]
+__all__ = ["FAILED", "MAX_USAGE", "SCHEMA_VERSION", "Output", "as_line", "command", "current", "fill", "key_value_table"]
 
 FAILED = 1
 SCHEMA_VERSION = 1
 """Of all documents that ``--json`` prints; it grows when a key goes or changes its meaning, not when one is added."""
 
-_MAX_LINE = 560
-_KEPT_END = 160
+_MAX_LINE = 1200
+_KEPT_END = 300  # room for a command with a path
+MAX_USAGE = 560
+"""Characters of what is wrong with a call, which may be quoted at any length."""
 _MIN_COLUMNS = 20
 
 
@@ -206,6 +208,7 @@ def fill(text: str, width: int, indent: str = "", first: str | None = None) -> s
 
 
 def _describe(error: BaseException) -> str:
+    from gta_edge.libraries.install import reinstall_command
     from gta_edge.libraries.optional import too_old
 
     if isinstance(error, MemoryError):
@@ -219,14 +222,14 @@ def _describe(error: BaseException) -> str:
     if isinstance(error, (AttributeError, ImportError, TypeError)) and (old := too_old()):
         return f"{old} ({type(error).__name__}: {error})"  # what it lacks, or took in another form then
     if isinstance(error, ImportError):
-        return f"a library cannot be loaded ({one_line(error)}); run: pip install --upgrade --force-reinstall gta-edge"
+        return f"a library cannot be loaded ({one_line(error)}); run: {reinstall_command()}"
     return f"unexpected {type(error).__name__}: {error}; run again with --debug and please report it"
 
 
-def as_line(message: str) -> str:
+def as_line(message: str, longest: int = _MAX_LINE) -> str:
     """Return a message as one printable line; the middle of one that is too long goes, the remedy at its end stays."""
     line = printable(" ".join(message.split()))
-    return line if len(line) <= _MAX_LINE else f"{line[: _MAX_LINE - _KEPT_END]} … {line[-_KEPT_END:]}"
+    return line if len(line) <= longest else f"{line[: longest - _KEPT_END]} … {line[-_KEPT_END:]}"
 
 
 def _fail(message: str) -> None:

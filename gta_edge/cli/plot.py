@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gta_edge.errors import BackendError, OutputError
+from gta_edge.libraries.install import install_command
 from gta_edge.libraries.optional import optional
 from gta_edge.support.files import check_new_file, new_file
 
@@ -58,7 +59,7 @@ def check(path: Path, *, force: bool, inputs: Sequence[Path]) -> None:
     check_new_file(path, force=force, inputs=inputs)
     if importlib.util.find_spec("matplotlib") is None:
         raise BackendError(
-            "the Python module matplotlib is needed and not installed", "run: pip install 'gta-edge[plot]'"
+            "the Python module matplotlib is needed and not installed", f"run: {install_command('plot')}"
         )
 
 

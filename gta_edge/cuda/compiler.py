@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from gta_edge.errors import BackendError, OutputError
-from gta_edge.libraries.cuda import cuda_extra
+from gta_edge.libraries.cuda import cuda_extra, nvrtc_distribution
+from gta_edge.libraries.install import install_command
 from gta_edge.libraries.optional import optional
 from gta_edge.support.files import cache_directory, new_file
 
@@ -125,13 +126,13 @@ def _nvrtc_version(architecture: str) -> tuple[int, int]:
     except Exception as error:  # of a kind that differs from release to release
         raise BackendError(
             f"NVRTC, CUDA's run-time compiler, cannot be loaded ({_first_line(error)})",
-            f"run: pip install 'gta-edge[{extra}]'",
+            f"run: {install_command(extra)}",
         ) from error
     if architecture not in [f"sm_{number}" for number in known]:
         raise BackendError(
             f"NVRTC {major}.{minor} does not compile for {architecture}, but for "
             f"{', '.join(f'sm_{number}' for number in known)}",
-            f"run: pip install --upgrade 'gta-edge[{extra}]'",
+            f"run: {install_command(extra, upgrade=nvrtc_distribution())}",
         )
     return major, minor
 
@@ -158,7 +159,7 @@ def _compile(program: Compilable, architecture: str, sources: Path) -> Compiled:
     except Exception as error:  # its class is not public
         raise BackendError(
             f"{program.source} does not compile for {architecture} ({_first_error(error)})",
-            f"run: pip install --upgrade 'gta-edge[{extra}]', or report this line",
+            f"run: {install_command(extra, upgrade=nvrtc_distribution())}, or report this line",
         ) from error
     # without what differs from one compilation to the next
     text = re.sub(r"^.*Compile time = .*\n?", "", log.getvalue().replace("\0", ""), flags=re.MULTILINE).strip()

@@ -15,7 +15,7 @@ from typing import Any
 from gta_edge.cuda.architecture import Launch
 from gta_edge.cuda.compiler import Compilable, compile_program
 from gta_edge.errors import BackendError
-from gta_edge.libraries.cuda import cuda_extra, driver_cuda_version, driver_problem
+from gta_edge.libraries.cuda import cuda_extra, driver_cuda_version, driver_problem, nvrtc_distribution
 from gta_edge.libraries.optional import optional
 
 __all__ = ["OLDEST", "Gpu", "Launcher", "current_gpu"]
@@ -178,9 +178,10 @@ class Launcher:
         except Exception as error:  # CUDAError, or RuntimeError of the driver's own functions
             version = driver_cuda_version()
             known = f"CUDA {version[0]}.{version[1]}" if version else "no CUDA"
+            below = f"<{version[0]}.{version[1] + 1}" if version else ""  # NVRTC's cubins are for its own CUDA or later
             raise BackendError(
                 f"the {self.name} kernels cannot be loaded on {self.gpu.name} ({_one_line(error)})",
-                f"its driver knows {known}: update it, or run: pip install 'gta-edge[{cuda_extra()}]'",
+                f"its driver knows {known}: update it, or run: pip install '{nvrtc_distribution()}{below}'",
             ) from error
 
 

@@ -7,12 +7,14 @@ import ctypes
 from gta_edge.errors import BackendError
 from gta_edge.support.text import one_line
 
-__all__ = ["cuda_extra", "driver_cuda_version", "driver_problem"]
+__all__ = ["cuda_extra", "driver_cuda_version", "driver_problem", "gpu_compute_capability", "nvrtc_distribution"]
 
 _NO_DRIVER = (
     "there is no NVIDIA driver (libcuda.so.1 is not found)",
     "install it, in a container pass the GPU in (docker run --gpus all), or choose another backend",
 )
+
+_COMPUTE_CAPABILITY = (75, 76)  # CUdevice_attribute of its two numbers
 
 # What to make of the codes that cuInit may return: CUDA's driver API, CUresult.
 _START_FAILURES = {
@@ -59,6 +61,24 @@ def driver_problem() -> BackendError | None:
         return None
     what, remedy = _START_FAILURES.get(status, ("the NVIDIA driver does not start", "restart the machine"))
     return BackendError(f"{what} (CUDA error {status})", remedy)
+
+
+def gpu_compute_capability(device_id: int = 0) -> tuple[int, int] | None:
+    """Return a GPU's compute capability as the driver says it, without any other library; None where it does not."""
+    device, values = ctypes.c_int(), (ctypes.c_int(), ctypes.c_int())
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+        failed = driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(device), device_id)
+        for number, value in zip(_COMPUTE_CAPABILITY, values, strict=True):
+            failed = failed or driver.cuDeviceGetAttribute(ctypes.byref(value), number, device)
+    except (OSError, AttributeError):
+        return None
+    return None if failed else (values[0].value, values[1].value)
+
+
+def nvrtc_distribution() -> str:
+    """Return the distribution that brings NVRTC, CUDA's run-time compiler, of ``cuda_extra``."""
+    return {"cuda12": "nvidia-cuda-nvrtc-cu12", "cuda13": "nvidia-cuda-nvrtc"}[cuda_extra()]
 
 
 def cuda_extra() -> str:

@@ -8,6 +8,7 @@ package has to set ``ORT_DISABLE_TELEMETRY=1`` itself.
 from __future__ import annotations
 
 import ctypes
+import platform
 import re
 import sys
 from collections.abc import Iterator
@@ -19,7 +20,8 @@ from typing import Any
 import numpy as np
 
 from gta_edge.errors import BackendError
-from gta_edge.libraries.cuda import driver_problem
+from gta_edge.libraries.cuda import driver_problem, gpu_compute_capability
+from gta_edge.libraries.install import install_command
 from gta_edge.libraries.optional import installed, optional
 from gta_edge.support.text import one_line
 
@@ -33,6 +35,7 @@ __all__ = [
     "load_onnxruntime",
     "load_onnxruntime_cuda",
     "quiet",
+    "run_a_kernel",
     "why_no_gpu",
 ]
 
@@ -40,6 +43,12 @@ _OLDEST_VERSION = (1, 25)  # the first with TensorScatter
 _LIBRARIES = "pip install 'onnxruntime-gpu[cuda,cudnn]>=1.27'"
 _CUDA_FAILURE = re.compile(r"CUDA failure \d+: [^;\n]*")
 _OLDEST_FOR_CUDA = (1, 27)  # the first with CUDA kernels for Cast and Reshape of opset 24
+_NO_CODE = "no kernel image is available"  # CUDA's text for its error 209, cudaErrorNoKernelImageForDevice
+_JETSONS = ((8, 7), (11, 0))  # Orin and Thor
+_SUM = (  # a model that adds two numbers, "a" and "b", to "c", of opset 17
+    b'\x08\x08:H\n\x0e\n\x01a\n\x01b\x12\x01c"\x03Add\x12\x03sumZ\x0f\n\x01a\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01'
+    b"Z\x0f\n\x01b\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01b\x0f\n\x01c\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01B\x04\n\x00\x10\x11"
+)
 _WARNING, _FATAL = 2, 4  # ONNX Runtime's default severity of what it logs, and the highest
 
 _ACCURACY_LEVEL = "session.qdq_matmulnbits_accuracy_level"
@@ -83,15 +92,15 @@ def load_onnxruntime_cuda(device_id: int = 0) -> Any:
     """Import ONNX Runtime, see that it can use a GPU, and return it.
 
     Raises:
-        BackendError: it is missing, too old, or made for CPUs; there is no NVIDIA driver or no GPU; or one of CUDA's
-            libraries is missing, which ONNX Runtime itself only logs.
+        BackendError: it is missing, too old, or made for CPUs or for other GPUs; there is no NVIDIA driver or no GPU;
+            or one of CUDA's libraries is missing, which ONNX Runtime itself only logs.
     """
     module = load_onnxruntime("ort-gpu")
     if CUDA_PROVIDER not in module.get_available_providers():
         raise BackendError(
             f"ONNX Runtime {module.__version__} has no CUDA provider: it is the package onnxruntime, and "
             "onnxruntime-gpu must be there in its place, not beside it",
-            "run: pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'gta-edge[ort-gpu]'",
+            f"run: pip uninstall -y onnxruntime onnxruntime-gpu && {install_command('ort-gpu')}",
         )
     if _numbers(module.__version__) < _OLDEST_FOR_CUDA:
         raise BackendError(
@@ -107,9 +116,25 @@ def load_onnxruntime_cuda(device_id: int = 0) -> Any:
     try:
         with quiet(module):
             module.OrtValue.ortvalue_from_shape_and_type([1], np.float32, "cuda", device_id)
+            run_a_kernel(module, (CUDA_PROVIDER, {"device_id": str(device_id)}))
     except Exception as error:  # ONNX Runtime's errors have no common base
-        raise why_no_gpu(module, error) from error
+        raise why_no_gpu(module, error, device_id) from error
     return module
+
+
+def run_a_kernel(module: Any, provider: Any) -> None:
+    """Add two numbers, which fails where ONNX Runtime holds no code for this GPU: no other way tells for every build.
+
+    Raises:
+        Exception: whatever ONNX Runtime raises, or RuntimeError for a wrong sum.
+    """
+    settings = module.SessionOptions()
+    settings.log_severity_level = _FATAL  # what is wrong is raised
+    session = module.InferenceSession(_SUM, settings, providers=[provider])
+    ones = np.ones(1, np.float32)
+    (total,) = session.run(None, {"a": ones, "b": ones})
+    if total.tolist() != [2.0]:
+        raise RuntimeError(f"1 + 1 is {total.tolist()} there")
 
 
 def _numbers(version: str) -> tuple[int, ...]:
@@ -146,16 +171,29 @@ def quiet(module: Any) -> Iterator[None]:
         module.set_default_logger_severity(_WARNING)
 
 
-def why_no_gpu(module: Any, error: Exception) -> BackendError:
+def why_no_gpu(module: Any, error: Exception, device_id: int = 0) -> BackendError:
     """Return as an error why ONNX Runtime has no use of the GPU, given what it raised, and what to do."""
     version = f"ONNX Runtime {module.__version__}"
     if is_out_of_memory(error):
         return BackendError("the GPU's memory is full", "close other programs")
+    if _NO_CODE in str(error):
+        return _no_code(version, gpu_compute_capability(device_id))
     cuda = "" if _CUDA_FAILURE.search(str(error)) else _cuda(module)
     missing = next((name for name in _cuda_libraries(cuda) if not _loads(name)), None)
     if missing:
         return BackendError(f"{version} is made for CUDA {cuda} and {missing} is not found", f"run: {_LIBRARIES}")
     return BackendError(f"{version} cannot use the GPU ({first_line(error)})", "run `gta-edge doctor`")
+
+
+def _no_code(version: str, capability: tuple[int, int] | None) -> BackendError:
+    """Return as an error that this build is for other GPUs, and what to do."""
+    of = f" of compute capability {capability[0]}.{capability[1]}" if capability else ""
+    of_pypi = platform.machine() == "aarch64" and capability in _JETSONS
+    hint = ", not PyPI's, which has none for Jetson" if of_pypi else ""
+    return BackendError(
+        f"{version} holds no code for this GPU{of}",
+        f"choose the backend tensorrt, or install a build of onnxruntime-gpu for this GPU{hint}",
+    )
 
 
 def is_out_of_memory(error: Exception) -> bool:

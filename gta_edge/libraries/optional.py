@@ -17,12 +17,11 @@ from types import ModuleType
 from typing import Any
 
 from gta_edge.errors import BackendError
+from gta_edge.libraries.install import DISTRIBUTION, install_command, reinstall_command
 from gta_edge.support.files import cache_directory
 from gta_edge.support.text import one_line, printable
 
 __all__ = ["UnusableError", "find_module", "installed", "keep_silent", "optional", "too_old"]
-
-_DISTRIBUTION = "gta-edge"
 
 
 class UnusableError(ImportError):
@@ -50,10 +49,11 @@ def optional(name: str, extra: str) -> Any:
     try:
         module = find_module(name)
     except UnusableError as error:
-        package = _distribution_of(name) or f"'gta-edge[{extra}]'"
-        return _Absent(str(error), error.remedy or f"run: pip install --upgrade --force-reinstall {package}")
+        found = _distribution_of(name)
+        again = f"pip install --upgrade --force-reinstall {found}" if found else reinstall_command(extra)
+        return _Absent(str(error), error.remedy or f"run: {again}")
     if module is None:
-        return _Absent(f"the Python module {name} is needed and not installed", f"run: pip install 'gta-edge[{extra}]'")
+        return _Absent(f"the Python module {name} is needed and not installed", f"run: {install_command(extra)}")
     return module
 
 
@@ -223,7 +223,7 @@ def _left_over(name: str, module: ModuleType) -> UnusableError:
 def _floors() -> dict[str, str]:
     """Return the oldest release of each distribution that this package requires; empty where it says so, or nowhere."""
     try:
-        found = requires(_DISTRIBUTION) or []
+        found = requires(DISTRIBUTION) or []
     except PackageNotFoundError:  # run from its source
         return {}
     floors = {}

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gta_edge.errors import BackendError
+from gta_edge.libraries.install import install_command
 from gta_edge.libraries.optional import UnusableError, find_module
 
 __all__ = ["FLAVOURS", "TensorRT", "describe", "load"]
@@ -135,7 +136,7 @@ def _flavour(module: Any) -> str:
 def _install(flavour: str) -> str:
     """Say what to do on this platform to have TensorRT."""
     if flavour == "tensorrt-rtx":
-        return "run: pip install --upgrade 'gta-edge[tensorrt-rtx]'"
+        return f"run: {install_command('tensorrt-rtx', upgrade='tensorrt-rtx')}"
     if flavour == "tensorrt-lean":
         return "run: pip install --upgrade tensorrt-lean-cu13-bindings tensorrt-lean-cu13-libs"
     if _on_jetson():
@@ -145,7 +146,7 @@ def _install(flavour: str) -> str:
         )
     return (
         "run: pip install --upgrade tensorrt, or use the engine tensorrt-rtx, which needs no plugin: "
-        "pip install 'gta-edge[tensorrt-rtx]'"
+        f"{install_command('tensorrt-rtx')}"
     )
 
 

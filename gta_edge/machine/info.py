@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from gta_edge.machine.jetpack import jetpack_of
 from gta_edge.support.cores import installed_cores, usable_cores
 from gta_edge.support.memory import available_bytes, installed_bytes, total_bytes
 from gta_edge.support.text import printable
@@ -25,6 +26,8 @@ __all__ = [
     "describe",
     "gpus",
     "is_jetson",
+    "jetpack",
+    "jetson_linux",
     "package_versions",
     "power_mode",
     "timing_warnings",
@@ -53,6 +56,7 @@ _DRIVER = re.compile(r"\d+(\.\d+)+|\[?N/A\]?")
 _DEVFREQ = Path("/sys/class/devfreq")
 _CPUS = Path("/sys/devices/system/cpu")
 _EMC = Path("/sys/kernel/debug/bpmp/debug/clk/emc")  # a Jetson's memory controller
+_JETSON_LINUX = Path("/etc/nv_tegra_release")
 
 
 def describe() -> dict[str, Any]:
@@ -73,8 +77,8 @@ def describe() -> dict[str, Any]:
         "available_bytes": available_bytes(),
         "installed_bytes": installed_bytes(),
         "board": _line(Path("/proc/device-tree/model")),
-        "jetpack": _jetpack(),
-        "jetson_linux": _line(Path("/etc/nv_tegra_release")),
+        "jetpack": jetpack(),
+        "jetson_linux": jetson_linux(),
         "power_mode": power_mode(),
         "clocks_fixed": clocks_fixed(),
         "clocks_hz": clocks_hz(),
@@ -84,6 +88,17 @@ def describe() -> dict[str, Any]:
 def is_jetson(found: dict[str, Any]) -> bool:
     """Tell whether what ``describe`` returned is a Jetson: by its system, or by its board's name in a container."""
     return bool(found["jetson_linux"] or found["jetpack"] or "Jetson" in (found["board"] or ""))
+
+
+def jetson_linux(release: Path = _JETSON_LINUX) -> str | None:
+    """Return the line that says which Jetson Linux (L4T) this is; None elsewhere."""
+    return _line(release)
+
+
+def jetpack(release: Path = _JETSON_LINUX) -> str | None:
+    """Return the version of JetPack: of the package of that name, which not every image has, or of Jetson Linux."""
+    found = _run("dpkg-query", "--show", "--showformat=${Version}", "nvidia-jetpack")
+    return found if found and re.fullmatch(r"\d[\w.+:~-]*", found) else jetpack_of(jetson_linux(release))
 
 
 def gpus() -> list[dict[str, str]]:
@@ -182,11 +197,6 @@ def timing_warnings(found: dict[str, Any], load: float | None = None) -> list[st
             f"other programs have kept {busy} in the last minute; what is measured beside them is slower and varies"
         )
     return warnings
-
-
-def _jetpack() -> str | None:
-    found = _run("dpkg-query", "--show", "--showformat=${Version}", "nvidia-jetpack")
-    return found if found and re.fullmatch(r"\d[\w.+:~-]*", found) else None
 
 
 def package_versions() -> dict[str, str]:

@@ -37,6 +37,7 @@ OF_THE_MODEL = (BundleError, CheckpointError, ConfigError, InputError)
 """Errors that no other backend helps against: of the files, or of what was asked for."""
 
 _MAX_REASON = 200
+_MAX_REMEDY = 300  # a longer one is left out: a command that is cut does something else
 
 
 def _onnxruntime(bundle: Bundle, *, compute: str | None = None, **options: Any) -> Session:
@@ -235,7 +236,8 @@ def is_here(bundle: Bundle, name: str) -> bool:
 def reason_of(error: Exception) -> str:
     """Return in one line of bounded length why a backend does not work."""
     if isinstance(error, GtaEdgeError):
-        return one_line(error, _MAX_REASON)
+        problem, remedy = one_line(error.problem, _MAX_REASON), error.remedy or ""
+        return f"{problem}; {one_line(remedy)}" if 0 < len(remedy) <= _MAX_REMEDY else problem
     if isinstance(error, MemoryError):
         return "there is not enough memory"
     if isinstance(error, OSError) and error.filename is not None:

@@ -15,6 +15,7 @@ import onnx
 import pytest
 
 from gta_edge.errors import BundleError, GtaEdgeError, InputError
+from gta_edge.libraries.install import install_command
 from gta_edge.model.config import GQAConfig, GTAConfig, ModelConfig
 from gta_edge.model.presets import PRESETS, preset
 from gta_edge.plan import cost
@@ -523,7 +524,7 @@ def test_what_cannot_be_done_is_said_in_one_line(tmp_path):
 def test_what_draws_is_asked_for_before_the_long_run(it, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setattr(sys, "argv", ["paper.py", "--work", str(tmp_path / "work"), "--output", str(tmp_path / "a.md")])
-    with pytest.raises(SystemExit, match=r"^error: .*matplotlib.*pip install 'gta-edge\[plot\]'$"):
+    with pytest.raises(SystemExit, match=rf"^error: .*matplotlib.*{re.escape(install_command('plot'))}$"):
         it.paper.main()
     assert not list(tmp_path.iterdir())
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from gta_edge.libraries.install import install_command
 from gta_edge.machine.devices import MEASURED, device_names
 from gta_edge.model.presets import PRESETS
 from tests.cli import Result, environment, run
@@ -196,7 +197,7 @@ def test_a_drawing_without_matplotlib(tmp_path: Path) -> None:
     words = [sys.executable, "-c", script, "plan", "gta-1b", *BOARD, "--plot", tmp_path / "plan.png"]
     process = subprocess.run(words, capture_output=True, text=True, check=False, env=environment())
     found = Result(process.returncode, process.stdout, process.stderr)
-    assert "pip install 'gta-edge[plot]'" in found.error
+    assert install_command("plot") in found.error
     assert list(tmp_path.iterdir()) == []
 
 

@@ -19,6 +19,7 @@ from gta_edge.cuda.compiler import Resources, compile_program
 from gta_edge.errors import BackendError
 from gta_edge.libraries import cuda
 from gta_edge.libraries.cuda import cuda_extra, driver_cuda_version
+from gta_edge.libraries.install import install_command
 from gta_edge.model.config import GTAConfig
 from gta_edge.model.presets import PRESETS, preset
 from gta_edge.plugins.attention.definition import Sizes
@@ -309,10 +310,7 @@ def test_what_to_install_depends_on_the_driver(
     monkeypatch.setattr(cuda, "driver_cuda_version", lambda: driver)
     monkeypatch.setitem(sys.modules, "cuda.bindings.nvrtc", None)
     text = message(stub_program())
-    assert re.fullmatch(
-        rf"the Python module cuda\.bindings\.nvrtc is needed and not installed; run: pip install 'gta-edge\[{extra}\]'",
-        text,
-    )
+    assert text == f"the Python module cuda.bindings.nvrtc is needed and not installed; run: {install_command(extra)}"
 
 
 @pytest.fixture
@@ -325,7 +323,7 @@ def test_without_cuda_core(kernels: Path, monkeypatch: pytest.MonkeyPatch) -> No
     fake_nvrtc(monkeypatch, nvrtcVersion=lambda: (0, 13, 4), nvrtcGetSupportedArchs=lambda: (0, [80]))
     monkeypatch.setitem(sys.modules, "cuda.core", None)
     assert message(stub_program(), kernels=kernels) == (
-        "the Python module cuda.core is needed and not installed; run: pip install 'gta-edge[cuda13]'"
+        f"the Python module cuda.core is needed and not installed; run: {install_command('cuda13')}"
     )
 
 
@@ -337,7 +335,7 @@ def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_nvrtc(monkeypatch, nvrtcVersion=absent)
     assert message(stub_program()) == (
         "NVRTC, CUDA's run-time compiler, cannot be loaded (Failure finding libnvrtc.so); "
-        "run: pip install 'gta-edge[cuda13]'"
+        f"run: {install_command('cuda13')}"
     )
 
 
@@ -345,7 +343,8 @@ def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_nvrtc_that_is_older_than_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_nvrtc(monkeypatch, nvrtcVersion=lambda: (0, 12, 4), nvrtcGetSupportedArchs=lambda: (0, [80, 90]))
     assert message(stub_program(), "sm_120") == (
-        "NVRTC 12.4 does not compile for sm_120, but for sm_80, sm_90; run: pip install --upgrade 'gta-edge[cuda13]'"
+        "NVRTC 12.4 does not compile for sm_120, but for sm_80, sm_90; "
+        f"run: {install_command('cuda13', upgrade='nvidia-cuda-nvrtc')}"
     )
 
 
@@ -357,7 +356,7 @@ def test_a_source_that_does_not_compile_names_the_first_error(kernels: Path, cac
     )
     assert message(stub_program(), kernels=kernels) == (
         'stub.cu does not compile for sm_80 (stub.cu(3): error: identifier "a" is undefined); '
-        "run: pip install --upgrade 'gta-edge[cuda13]', or report this line"
+        f"run: {install_command('cuda13', upgrade='nvidia-cuda-nvrtc')}, or report this line"
     )
     assert not cache.exists()
 

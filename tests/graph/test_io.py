@@ -1,6 +1,7 @@
 """Reading a bundle's graph: what export writes is taken, and nothing that could harm who runs it."""
 
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from gta_edge.graph.io import load_graph, rewriting, run_passes
 from gta_edge.graph.shapes import Known
 from gta_edge.graph.validate import check_model
 from gta_edge.graph.weights import read_weights
+from gta_edge.libraries.install import install_command
 from gta_edge.plugins.attention import definition as op
 from gta_edge.runtime.onnxruntime.cuda_lower import cuda_graph
 from gta_edge.runtime.onnxruntime.lower import graphs
@@ -526,5 +528,5 @@ def test_a_missing_library_says_what_to_install(tiny_bundle: Path, monkeypatch: 
     monkeypatch.setattr(io, "ir", optional("no_such_module", "ort"))
     monkeypatch.setattr(io, "optional", lambda name, extra: optional("no_such_module", extra))
     bundle = Bundle.open(tiny_bundle)
-    with pytest.raises(GtaEdgeError, match=r"pip install 'gta-edge\[tensorrt\]'"):
+    with pytest.raises(GtaEdgeError, match=re.escape(install_command("tensorrt"))):
         load_graph(bundle.model_path, bundle.config, "tensorrt")

@@ -26,7 +26,7 @@ COMPUTE = {"bf16": "bf16", "int4": "fp16", "int8": "fp16"}
 
 def write(directory: Path, precisions: Iterable[str] = COMPUTE) -> dict[str, Path]:
     """Export a model of random weights, once per precision."""
-    reason = "no torch here to export with, and GTA_EDGE_TEST_BUNDLES is not set: see docs/jetson.md"
+    reason = "no torch here to export with, and GTA_EDGE_TEST_BUNDLES is not set: see docs/jetson/board.md"
     pytest.importorskip("torch", reason=reason)
     initialise(MODEL, directory / "checkpoint")
     made = {precision: directory / precision for precision in precisions}

@@ -12,6 +12,7 @@ import pytest
 
 from gta_edge.errors import BackendError
 from gta_edge.libraries import optional as module
+from gta_edge.libraries.install import install_command
 from gta_edge.libraries.optional import UnusableError, find_module, installed, optional
 from tests.cli import Result, environment
 
@@ -57,7 +58,7 @@ def test_one_that_works(library: Path) -> None:
 @pytest.mark.parametrize("name", [NAME, f"{NAME}.inner"])
 def test_one_that_is_not_installed(library: Path, name: str) -> None:
     assert find_module(name) is None
-    assert refusal(name) == (f"the Python module {name} is needed and not installed; run: pip install 'gta-edge[plot]'")
+    assert refusal(name) == f"the Python module {name} is needed and not installed; run: {install_command('plot')}"
 
 
 @pytest.mark.parametrize(

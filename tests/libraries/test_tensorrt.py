@@ -11,6 +11,7 @@ import pytest
 from gta_edge.errors import BackendError
 from gta_edge.libraries import optional
 from gta_edge.libraries import tensorrt as module
+from gta_edge.libraries.install import install_command
 from gta_edge.libraries.tensorrt import FLAVOURS, TensorRT, describe, load
 
 
@@ -141,9 +142,9 @@ def test_only_what_is_asked_for(nothing_installed: pytest.MonkeyPatch) -> None:
 
 PIP = (
     "run: pip install --upgrade tensorrt, or use the engine tensorrt-rtx, which needs no plugin: "
-    "pip install 'gta-edge[tensorrt-rtx]'"
+    f"{install_command('tensorrt-rtx')}"
 )
-RTX = "run: pip install --upgrade 'gta-edge[tensorrt-rtx]'"
+RTX = f"run: {install_command('tensorrt-rtx', upgrade='tensorrt-rtx')}"
 JETPACK = (
     "it comes with JetPack 6.2 and later: run sudo apt install python3-libnvinfer, and make the environment with "
     f"--system-site-packages from JetPack's own Python (this one is {platform.python_version()})"

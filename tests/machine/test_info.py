@@ -1,11 +1,13 @@
 """What a machine says of itself; its files and commands are stood in for where this one is no Jetson."""
 
 import os
+import re
 from pathlib import Path
 
 import pytest
 
 from gta_edge.machine import info as machine
+from gta_edge.machine.jetpack import jetpacks
 
 
 def test_this_machine() -> None:
@@ -147,6 +149,64 @@ def test_dpkg_that_has_no_version(commands: Path) -> None:
     assert machine.describe()["jetpack"] is None
 
 
+RELEASE = (
+    "# R{} (release), REVISION: {}, GCID: 38968081, BOARD: generic, EABI: aarch64, DATE: Wed Jan  8 01:49:37 UTC 2025"
+)
+
+
+@pytest.mark.parametrize(
+    ("major", "revision", "expected"),
+    [
+        (36, "4.0", "6.1"),
+        (36, "4.3", "6.2"),
+        (36, "4.4", "6.2.1"),
+        (36, "4.7", "6.2.1"),
+        (36, "5.0", "6.2.2"),
+        (36, "5.2", "6.2.3"),
+        (38, "2.0", "7.0"),
+        (38, "4.0", "7.1"),
+        (39, "2.0", "7.2"),
+        (39, "2.1", "7.2.1"),
+        (39, "2.2", "7.2.2"),
+        (36, "4.30", None),  # not 4.3
+        (36, "4.9", None),  # a later one: not guessed
+        (136, "4.3", None),
+        (40, "1.0", None),
+    ],
+)
+def test_jetpack_by_jetson_linux(
+    commands: Path, tmp_path: Path, major: int, revision: str, expected: str | None
+) -> None:
+    command(commands, "dpkg-query", "dpkg-query: no packages found matching nvidia-jetpack", status=1)
+    write(tmp_path / "nv_tegra_release", RELEASE.format(major, revision) + "\n# KERNEL_VARIANT: oot")
+    assert machine.jetpack(tmp_path / "nv_tegra_release") == expected
+    command(commands, "dpkg-query", "6.2+b77")  # where there is that package, it knows
+    assert machine.jetpack(tmp_path / "nv_tegra_release") == "6.2+b77"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\n",
+        b"# R36 (release)",
+        b"# R36 (release), REVISION: ",
+        b"# R36 (release), REVISION: 4",
+        b"# R36 (release), REVISION: 4.x",
+        b"# R" + b"9" * 5000 + b" (release), REVISION: 4.3",
+        "# R36 (release), REVISION: \u0664.\u0663".encode(),  # digits, of another script
+        b"\xff\xfe# R36 (release), REVISION: 4.3",
+        b"\0" * 64,
+    ],
+)
+def test_a_damaged_release_file(commands: Path, tmp_path: Path, content: bytes) -> None:
+    command(commands, "dpkg-query", "", status=1)
+    (tmp_path / "nv_tegra_release").write_bytes(content)
+    assert machine.jetpack(tmp_path / "nv_tegra_release") is None
+    assert machine.jetpack(tmp_path / "none") is None
+    assert machine.jetpack(tmp_path) is None  # a directory
+
+
 def test_commands_that_fail(commands: Path) -> None:
     for name in ("nvpmodel", "nvidia-smi", "nvcc", "dpkg-query"):
         command(commands, name, "NVIDIA-SMI has failed", status=9)
@@ -198,3 +258,9 @@ def test_what_makes_times_vary(changes: dict[str, object], load: float, words: l
     found = machine.timing_warnings(dict.fromkeys(keys) | {"usable_cores": 8, "cores": 8} | changes, load)
     assert len(found) == len(words)
     assert all(word in text for word, text in zip(words, found, strict=True))
+
+
+def test_the_docs_have_the_same_jetpacks() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "jetson" / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d\d\.[\d., ]+) \| (\d\.[\d.]+) \|", page, re.MULTILINE)
+    assert {release: jetpack for releases, jetpack in rows for release in releases.split(", ")} == jetpacks()

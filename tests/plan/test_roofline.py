@@ -1,6 +1,7 @@
 """What a plan says of a device: memory, the edges of what fits, and time from a roofline worked out by hand."""
 
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -27,8 +28,8 @@ BOARD = Device(
 )
 CPU = replace(BOARD, name="cpu", backend="onnxruntime", rates=dict.fromkeys(("fp32", "fp16", "int8"), 3e11))
 NAMES = (
-    "orin-nano-4gb, orin-nano-8gb, orin-nano-8gb-super, orin-nx-8gb, orin-nx-16gb, agx-orin-32gb, agx-orin-64gb, "
-    "agx-thor, gb10, rtx-3060-12gb, h100"
+    "orin-nano-4gb, orin-nano-8gb, orin-nano-8gb-super, orin-nx-8gb, orin-nx-8gb-super, orin-nx-16gb, "
+    "orin-nx-16gb-super, agx-orin-32gb, agx-orin-64gb, thor-t4000, agx-thor, gb10, rtx-3060-12gb, h100"
 )
 
 
@@ -67,8 +68,17 @@ def test_every_device_is_plausible_and_says_where_its_figures_are_from(name: str
 
 def test_memory_is_below_what_the_name_says() -> None:
     for name in NAMES.split(", "):
-        if name.endswith("gb") and name != "gb10":
-            assert device(name).memory_bytes <= int(name.rsplit("-", 1)[1][:-2]) * 2**30
+        if size := re.search(r"-(\d+)gb", name):
+            assert device(name).memory_bytes <= int(size[1]) * 2**30
+
+
+@pytest.mark.parametrize(("name", "multiprocessors", "mhz"), [("orin-nx-8gb", 8, 765), ("orin-nx-16gb", 8, 918)])
+def test_super_mode_is_a_higher_clock(name: str, multiprocessors: int, mhz: int) -> None:
+    plain, faster = device(name), device(f"{name}-super")
+    assert (faster.bandwidth, faster.memory_bytes) == (plain.bandwidth, plain.memory_bytes)
+    for found, clock in ((plain, mhz), (faster, 1173)):
+        assert found.rates["int8"] == pytest.approx(multiprocessors * clock * 1e6 * 4096, rel=0.005)
+    assert faster.rates["fp16"] / plain.rates["fp16"] == pytest.approx(1173 / mhz, rel=0.005)
 
 
 def test_an_unknown_device() -> None:

@@ -105,6 +105,16 @@ def test_what_no_other_backend_helps_against_is_raised(tiny_bundle: Path, failin
     gc.collect()
 
 
+@pytest.mark.parametrize("length", [10, 250, 5000])
+def test_a_reason_has_its_remedy_whole_or_not_at_all(length: int) -> None:
+    remedy = f"run: pip install '{'x' * length}'"
+    said = backends.reason_of(BackendError("a problem " * 1000, remedy))
+    assert len(said) < 600
+    assert said.startswith("a problem a problem")
+    assert said.endswith(f"; {remedy}") == (length < 300)
+    assert ("pip" in said) == (length < 300)
+
+
 def test_nothing_works(tiny_bundle: Path, failing: Failing) -> None:
     for name in ("onnxruntime", "torch"):
         failing(name, (RuntimeError, "this is why " + "x" * 1000))

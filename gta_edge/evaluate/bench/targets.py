@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import sys
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import gta_edge.version
 from gta_edge.errors import BackendError
+from gta_edge.libraries.install import install_command
 from gta_edge.runtime.registry import BACKENDS, check_backend
 from gta_edge.support.files import cache_directory
 from gta_edge.support.text import brief
@@ -109,8 +111,8 @@ class Target:
     @property
     def remedy(self) -> str:
         """The line that installs this package and what the backend needs for the interpreter."""
-        pip = "pip install" if self.interpreter is None else f"{self.interpreter} -m pip install"
-        return f"{pip} 'gta-edge[{EXTRAS.get(self.backend, self.backend)}]'"
+        pip = "pip" if self.interpreter is None else f"{shlex.quote(self.interpreter)} -m pip"
+        return install_command(EXTRAS.get(self.backend, self.backend), pip=pip)
 
 
 def is_source_tree() -> bool:

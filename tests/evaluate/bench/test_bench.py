@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -28,6 +29,7 @@ from gta_edge.evaluate.bench.targets import Target, parse_targets
 from gta_edge.export.pipeline import export_model
 from gta_edge.formats import bundle as bundles
 from gta_edge.formats.bundle import Bundle
+from gta_edge.libraries.install import install_command
 from gta_edge.runtime.session import Session
 from tests.conftest import TINY
 from tests.helpers.bench_bundles import damaged
@@ -352,7 +354,8 @@ def test_an_interpreter_that_does_not_exist(tmp_path: Path, name: str) -> None:
 
 def test_an_interpreter_without_the_package(tmp_path: Path) -> None:
     python = interpreter(tmp_path / "python", "echo 'ModuleNotFoundError: No module named numpy' >&2; exit 1")
-    with pytest.raises(BackendError, match=r"No module named numpy.*; .*python -m pip install 'gta-edge\[export\]'"):
+    remedy = re.escape(install_command("export", pip=f"{python} -m pip"))
+    with pytest.raises(BackendError, match=rf"No module named numpy.*; .*{remedy}"):
         environment_for(Target("torch", str(python)), tmp_path)
 
 

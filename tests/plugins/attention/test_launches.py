@@ -18,6 +18,7 @@ from gta_edge.cuda.compiler import Compiled
 from gta_edge.cuda.gpu import Gpu, current_gpu
 from gta_edge.errors import BackendError
 from gta_edge.libraries.cuda import driver_cuda_version
+from gta_edge.libraries.install import install_command
 from gta_edge.plugins.attention import kernels as launch
 from gta_edge.plugins.attention import launches as plan
 from gta_edge.plugins.attention import tiling
@@ -307,7 +308,7 @@ def test_a_driver_without_cuda_core(cuda: FakeCuda, monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "cuda.core", None)
     for call in (current_gpu, lambda: AttentionKernels(FP16, ORIN)):
         assert message(call) == (
-            "the Python module cuda.core is needed and not installed; run: pip install 'gta-edge[cuda13]'"
+            f"the Python module cuda.core is needed and not installed; run: {install_command('cuda13')}"
         )
 
 
@@ -337,7 +338,7 @@ def test_kernels_that_cannot_be_loaded(cuda: FakeCuda) -> None:
     cuda.fails = "load"
     assert message(AttentionKernels, FP16, ORIN) == (
         "the attention kernels cannot be loaded on Orin (CUDA_ERROR_INVALID_IMAGE); its driver knows CUDA 13.0: "
-        "update it, or run: pip install 'gta-edge[cuda13]'"
+        "update it, or run: pip install 'nvidia-cuda-nvrtc<13.1'"
     )
     assert cuda.contexts[-1] == 0x77
 

@@ -60,7 +60,7 @@ def test_kernels_that_cannot_be_loaded(cuda: FakeCuda) -> None:
     cuda.fails = "load"
     assert message(MatMulKernels, INT4, ORIN) == (
         "the quantised matmul kernels cannot be loaded on Orin (CUDA_ERROR_INVALID_IMAGE); its driver knows CUDA "
-        "13.0: update it, or run: pip install 'gta-edge[cuda13]'"
+        "13.0: update it, or run: pip install 'nvidia-cuda-nvrtc<13.1'"
     )
 
 

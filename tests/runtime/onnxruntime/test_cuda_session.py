@@ -27,6 +27,7 @@ from gta_edge.errors import BackendError, CapacityError, EngineError
 from gta_edge.formats.bundle import Bundle
 from gta_edge.graph.types import types_of_outputs
 from gta_edge.libraries import onnxruntime as ort
+from gta_edge.libraries.install import install_command
 from gta_edge.model.config import ModelConfig
 from gta_edge.runtime.onnxruntime import cuda_session as backend
 from gta_edge.runtime.onnxruntime.cuda_lower import cuda_graph, cuda_model
@@ -334,7 +335,7 @@ def test_the_cpu_package_is_told_apart(bundle: Bundle) -> None:
         load(bundle.directory, "onnxruntime-cuda")
     text = one_line(caught)
     assert "has no CUDA provider" in text
-    assert text.endswith("pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'gta-edge[ort-gpu]'")
+    assert text.endswith(f"pip uninstall -y onnxruntime onnxruntime-gpu && {install_command('ort-gpu')}")
     with load(bundle.directory) as session:
         assert session.backend == "onnxruntime"
 

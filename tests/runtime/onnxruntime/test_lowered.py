@@ -31,6 +31,7 @@ from gta_edge.export.pipeline import export_model
 from gta_edge.formats import integrity
 from gta_edge.formats.bundle import MANIFEST, MODEL, WEIGHTS, Bundle
 from gta_edge.graph.weights import read_weights
+from gta_edge.libraries.install import install_command
 from gta_edge.model.config import ModelConfig
 from gta_edge.runtime.onnxruntime.lowered import lower
 from gta_edge.runtime.registry import load
@@ -322,7 +323,7 @@ except BackendError as error:
 """
     before = listing(bundle)
     out = in_a_process(script, bundle)
-    assert out == ("the Python module onnx_ir is needed and not installed; run: pip install 'gta-edge[ort]'\n")
+    assert out == f"the Python module onnx_ir is needed and not installed; run: {install_command('ort')}\n"
     assert listing(bundle) == before
 
 
