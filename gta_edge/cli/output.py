@@ -27,7 +27,17 @@ if TYPE_CHECKING:  # loaded when it is used: help and the version do without
     import rich.console
     import rich.table
 
-__all__ = ["FAILED", "MAX_USAGE", "SCHEMA_VERSION", "Output", "as_line", "command", "current", "fill", "key_value_table"]
+__all__ = [
+    "FAILED",
+    "MAX_USAGE",
+    "SCHEMA_VERSION",
+    "Output",
+    "as_line",
+    "command",
+    "current",
+    "fill",
+    "key_value_table",
+]
 
 FAILED = 1
 SCHEMA_VERSION = 1
