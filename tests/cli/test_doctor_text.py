@@ -13,8 +13,15 @@ MISSING = {"works": False, "reason": REASON, "remedy": "pip install 'something[w
 WORKS: dict[str, Any] = {"works": True, "reason": None, "remedy": None}
 MACHINE = {
     **dict.fromkeys(("board", "jetpack", "jetson_linux", "power_mode", "clocks_fixed", "clocks_hz", "cpu_governor")),
-    **{"system": "Linux", "architecture": "x86_64", "python": "3.11", "cpu": "a CPU", "cores": 4, "usable_cores": 2},
-    **{"memory_bytes": 2**33, "available_bytes": 2**32, "installed_bytes": 2**34},
+    "system": "Linux",
+    "architecture": "x86_64",
+    "python": "3.11",
+    "cpu": "a CPU",
+    "cores": 4,
+    "usable_cores": 2,
+    "memory_bytes": 2**33,
+    "available_bytes": 2**32,
+    "installed_bytes": 2**34,
 }
 REPORT: dict[str, Any] = {
     "gta_edge": "1.0",
