@@ -37,6 +37,7 @@ from gta_edge.formats.bundle import MANIFEST, Bundle
 from gta_edge.formats.random_checkpoint import initialise
 from gta_edge.libraries.install import install_command
 from gta_edge.model.config import ModelConfig
+from gta_edge.model.kv_cache import bytes_per_token
 from gta_edge.model.presets import preset
 from gta_edge.support.cores import usable_cores
 
@@ -526,7 +527,7 @@ def run(arguments: argparse.Namespace) -> Document:
             "model": system.preset,
             "parameters": config.parameters,
             "token_bytes": read,
-            "cache_bytes_per_token": config.cache_bytes_per_token(),
+            "cache_bytes_per_token": bytes_per_token(config),
         }
         spec = {"engine": system.engine, "model": str(path.resolve()), "new_tokens": arguments.new_tokens}
         spec |= {"vocab_size": config.vocab_size}

@@ -50,7 +50,7 @@ from gta_edge.model.config import GTAConfig, ModelConfig
 from gta_edge.model.presets import PRESETS, preset
 from gta_edge.plugins.matmul.kernels import matmul_kernels
 from gta_edge.plugins.matmul.packing import Packed, packed_shapes, unpack
-from gta_edge.plugins.matmul.tiling import MatMulVariant
+from gta_edge.plugins.matmul.tiling import Variant
 
 if TYPE_CHECKING:
     import torch
@@ -123,7 +123,7 @@ class Ours:
     """
 
     def __init__(self, bits: int, block_size: int) -> None:
-        self.variant = MatMulVariant(bits, block_size, "fp16")
+        self.variant = Variant(bits, block_size, "fp16")
         self.label = f"gta-edge int{bits}, {f'blocks of {block_size}' if block_size else 'per channel'}"
 
     def weight_bytes(self, matmul: MatMul) -> int:
@@ -140,8 +140,6 @@ class Ours:
         outputs = [torch.empty(rows, size, dtype=torch.float16, device="cuda") for size in matmul.output_sizes]
         kernels = matmul_kernels(self.variant, current_gpu(torch.cuda.current_device()))
         sizes = {"rows": rows, "in_features": matmul.in_features, "output_sizes": matmul.output_sizes}
-        size = kernels.workspace_bytes(**sizes)
-        workspace = torch.empty(size, dtype=torch.uint8, device="cuda") if size else None
 
         def run(i: int) -> tuple[Any, ...]:
             kernels.launch(
@@ -150,7 +148,6 @@ class Ours:
                 weight=weights[i].data_ptr(),
                 scale=scales[i].data_ptr(),
                 outputs=[output.data_ptr() for output in outputs],
-                workspace=workspace.data_ptr() if workspace is not None else 0,
                 **sizes,
             )
             return x, weights[i], scales[i], outputs

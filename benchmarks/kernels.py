@@ -39,6 +39,7 @@ from gta_edge.cuda.gpu import current_gpu
 from gta_edge.errors import BackendError, GtaEdgeError, InputError, OutputError
 from gta_edge.libraries.optional import optional
 from gta_edge.model.decoder import Decoder
+from gta_edge.model.kv_cache import bytes_per_token
 from gta_edge.model.presets import preset
 from gta_edge.runtime.torch.session import TorchSession
 
@@ -351,7 +352,7 @@ def measure_model(name: str, contexts: tuple[int, ...], new_tokens: int, place: 
                 steps.append(time.perf_counter() - start)
             if not np.isfinite(logits).all():
                 raise BackendError(f"{name} at context {context} gives logits that are not finite")
-            cache_bytes = context * config.cache_bytes_per_token(2)
+            cache_bytes = context * bytes_per_token(config, "bf16")
             floor = floor_ms(2 * (config.parameters - unread), cache_bytes, place["read_bytes_per_s"])
             token = spread(steps)
             rows.append(

@@ -32,7 +32,7 @@ from gta_edge.formats.bundle import Bundle
 from gta_edge.machine.devices import Device
 from gta_edge.machine.probe import measure_cpu
 from gta_edge.plan.roofline import Model, Plan, execution_for, make_plan
-from gta_edge.runtime.session import CHUNK_SIZE
+from gta_edge.runtime.cache_policy import CHUNK_SIZE
 from gta_edge.support.cores import usable_cores
 
 MEMORY_BOUND, TIME_BOUND = 0.10, 0.25

@@ -15,8 +15,8 @@ os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 import pytest
 
 from gta_edge.cli import main
-from gta_edge.model.presets import preset
-from tests.cli import Result
+from tests.helpers.commands import Result
+from tests.helpers.tiny import TINY
 
 # A shell starts background jobs with Ctrl-C ignored, and the commands that the tests interrupt would inherit that.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
@@ -27,19 +27,6 @@ if "GTA_EDGE_CACHE" not in os.environ:
     os.environ["GTA_EDGE_CACHE"] = tempfile.mkdtemp(prefix="gta-edge-tests-")
     Path(os.environ["GTA_EDGE_CACHE"]).chmod(0o1777)
     atexit.register(shutil.rmtree, os.environ["GTA_EDGE_CACHE"], ignore_errors=True)
-
-TINY = preset("gta1-160m").replace(
-    num_hidden_layers=2,
-    hidden_size=96,
-    num_attention_heads=12,
-    head_dim=8,
-    key_dim=8,
-    latent_dim=16,
-    intermediate_size=128,
-    vocab_size=300,
-    max_position_embeddings=128,
-)
-"""The smallest preset with its head ratios, and all else as small as it gets."""
 
 
 @pytest.fixture(scope="session")

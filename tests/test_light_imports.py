@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,9 +12,11 @@ import pytest
 
 import gta_edge
 from gta_edge import errors
-from tests.cli import environment
+from scripts.structure import circles, figures, import_graph, imports, may_import, modules
+from tests.helpers.commands import ROOT, environment
 
 PACKAGE = Path(gta_edge.__file__).parent
+MODULES = modules(PACKAGE)
 HEAVY = (
     "cuda",
     "tensorrt_lean_bindings",
@@ -91,108 +94,21 @@ def test_what_users_rely_on() -> None:
         gta_edge.nonsense  # noqa: B018
 
 
-def modules() -> Iterator[tuple[str, Path]]:
-    """Every module of the package, by name."""
-    for path in sorted(PACKAGE.rglob("*.py")):
-        parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
-        yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), path
-
-
 # --- which module may import which ---------------------------------------------------------------------------------
 
-# From the top down; who is on a floor may import from it and from those below. ``docs/architecture.md`` says what
-# each is for.
-FLOORS = (
-    "cli",
-    "evaluate",
-    "export",
-    "runtime",
-    "accuracy",
-    "graph",
-    "plan",
-    "formats",
-    "model",
-    "plugins",
-    "machine",
-    "cuda",
-    "libraries",
-    "numerics",
-    "support",
-    "errors",
-    "version",
-)
-STRANGERS = {("export", "runtime")}
-"""Floors of which the upper one has no business on the lower one."""
 
-SIBLINGS = {
-    "gta_edge.plugins": ("attention", "matmul"),
-    "gta_edge.runtime": ("onnxruntime", "tensorrt", "torch"),
-}
-"""Folders that do not know each other: ops, and engines."""
+def forbidden(module: str, source: str) -> list[str]:
+    return [name for name in imports(source, MODULES) if not may_import(module, name)]
 
 
-def floor(module: str) -> str:
-    """The part of the package that a module belongs to; ``cli`` for the command by another name."""
-    parts = module.split(".")
-    return "cli" if parts[1:] == ["__main__"] else parts[1] if len(parts) > 1 else ""
-
-
-def may_import(module: str, other: str) -> bool:
-    """Tell whether an import goes down; the package's own face reaches for anything, and only commands for it."""
-    upper, lower = floor(module), floor(other)
-    for parent, names in SIBLINGS.items():
-        inside = [name for name in names if f"{module}.".startswith(f"{parent}.{name}.")]
-        if any(f"{other}.".startswith(f"{parent}.{name}.") for name in names if inside and name not in inside):
-            return False
-    if not upper:
-        return lower != "cli"
-    if not lower:
-        return upper == "cli"
-    return FLOORS.index(upper) <= FLOORS.index(lower) and (upper, lower) not in STRANGERS
-
-
-def imports(source: str, names: set[str]) -> Iterator[str]:
-    """Modules of the package that this source imports, anywhere in it, by statement or by name."""
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            found = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "relative imports are not used here"
-            # what is imported is a module itself, or something in one
-            found = [f if (f := f"{node.module}.{alias.name}") in names else str(node.module) for alias in node.names]
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            found = [node.value] if node.value in names and "." in node.value else []
-        else:
-            continue
-        yield from (name for name in found if name.partition(".")[0] == "gta_edge")
-
-
-def forbidden(module: str, source: str, names: set[str]) -> list[str]:
-    return [name for name in imports(source, names) if not may_import(module, name)]
-
-
-@pytest.mark.parametrize("module", [name for name, _ in modules()])
+@pytest.mark.parametrize("module", MODULES)
 def test_imports_go_one_way(module: str) -> None:
-    found = dict(modules())
-    assert forbidden(module, found[module].read_text(), set(found)) == []
+    assert forbidden(module, MODULES[module].read_text()) == []
 
 
 def test_no_module_reaches_itself() -> None:
     """Through imports at any place, in functions too."""
-    found = dict(modules())
-    graph = {name: {each for each in imports(path.read_text(), set(found)) if each} for name, path in found.items()}
-    del graph["gta_edge"]  # the face reaches for anything, and only commands for it
-    done: set[str] = set()
-
-    def visit(name: str, above: tuple[str, ...]) -> None:
-        assert name not in above, " -> ".join((*above[above.index(name) :], name))
-        if name not in done:
-            for other in graph.get(name, ()):
-                visit(other, (*above, name))
-            done.add(name)
-
-    for name in graph:
-        visit(name, ())
+    assert circles(import_graph(PACKAGE)) == []
 
 
 @pytest.mark.parametrize(
@@ -212,4 +128,66 @@ def test_no_module_reaches_itself() -> None:
     ],
 )
 def test_imports_that_would_be_found(module: str, source: str) -> None:
-    assert forbidden(module, source, {name for name, _ in modules()})
+    assert forbidden(module, source)
+
+
+def test_the_figures_of_a_tree(tmp_path: Path) -> None:
+    """Two modules of the ground that import each other, and one that reaches up."""
+    sources = {
+        "gta_edge/__init__.py": "",
+        "gta_edge/errors.py": "from gta_edge.cli import app",
+        "gta_edge/cli/__init__.py": "",
+        "gta_edge/cli/app.py": "import gta_edge.errors\n\nfrom gta_edge.support.files import read",
+        "gta_edge/support/__init__.py": "",
+        "gta_edge/support/files.py": "def read():\n    return 1",
+        "tests/test_app.py": "\n\n",
+    }
+    for name, text in sources.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert figures(tmp_path) == {
+        "modules": 6,
+        "rooms": 3,
+        "arrows between rooms": 3,
+        "circles of modules": 1,
+        "circles of rooms": 1,
+        "imports of modules": 3,
+        "of these upward": 1,
+        "of these without a floor": 0,
+        "lines of gta_edge": 6,
+        "lines of benchmarks": 0,
+        "lines of tests": 2,
+    }
+
+
+# --- the tests themselves ------------------------------------------------------------------------------------------
+
+
+def imported_tests(source: str) -> list[str]:
+    """Test modules that this source imports; of what they share, ``tests.helpers`` is the place."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            found += [f"{node.module}.{alias.name}" for alias in node.names]
+    return [name for name in found if re.match(r"tests\b.*\.(test_|conftest\b)", name)]
+
+
+def test_no_test_module_is_imported() -> None:
+    found = {path: imported_tests(path.read_text()) for path in (ROOT / "tests").rglob("*.py")}
+    assert len(found) > 100
+    assert {path: names for path, names in found.items() if names} == {}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from tests.model.test_config import SIZES",
+        "from tests.model import test_config",
+        "def f():\n    import tests.model.test_config as other",
+        "from tests.conftest import TINY",
+    ],
+)
+def test_imports_of_tests_that_would_be_found(source: str) -> None:
+    assert imported_tests(source)

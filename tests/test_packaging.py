@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 import gta_edge
-from tests.cli import ROOT, Result
+from tests.helpers.commands import ROOT, Result
 
 EXTRAS = {"export", "ort", "ort-gpu", "tensorrt", "tensorrt-rtx", "cuda12", "cuda13", "serve", "plot", "test", "dev"}
 VERBS = ["init", "export", "build", "inspect", "plan", "verify", "eval", "generate", "doctor"]

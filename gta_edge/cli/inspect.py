@@ -11,7 +11,8 @@ from gta_edge.cli.output import current, key_value_table
 from gta_edge.errors import InputError
 from gta_edge.formats.bundle import MANIFEST, Bundle
 from gta_edge.formats.checkpoint import Checkpoint
-from gta_edge.model.config import DTYPES, GTAConfig, ModelConfig
+from gta_edge.model.config import GTAConfig, ModelConfig
+from gta_edge.model.kv_cache import bytes_per_token
 from gta_edge.model.presets import PRESETS, preset
 from gta_edge.plan.cost import stored_parts
 
@@ -63,7 +64,7 @@ def describe(config: ModelConfig, precision: str, weight_bytes: int, cache_dtype
         "max_length": config.max_position_embeddings,
         "cache_values_per_token_per_layer": config.cache_values_per_token_per_layer,
         "cache_dtype": cache_dtype,
-        "cache_bytes_per_token": config.cache_bytes_per_token(DTYPES[cache_dtype]),
+        "cache_bytes_per_token": bytes_per_token(config, _PRECISION_OF_DTYPE[cache_dtype]),
         "attention_flops_per_pair": config.attention_flops_per_pair,
         "weight_bytes": weight_bytes,
         "precision": precision,

@@ -44,7 +44,8 @@ SCHEMA_VERSION = 1
 """Of all documents that ``--json`` prints; it grows when a key goes or changes its meaning, not when one is added."""
 
 _MAX_LINE = 1200
-_KEPT_END = 300  # room for a command with a path
+_MAX_WORD = 240
+_KEPT_END = 160
 MAX_USAGE = 560
 """Characters of what is wrong with a call, which may be quoted at any length."""
 _MIN_COLUMNS = 20
@@ -159,7 +160,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         except Exception as error:  # the last resort: one line for a person, whatever went wrong
             if _current.debug:
                 raise
-            _fail(_describe(error))
+            _fail(*((error.problem, error.remedy) if isinstance(error, GtaEdgeError) else _describe(error)))
 
     hints = get_type_hints(function, include_extras=True)
     own = [p.replace(annotation=hints[p.name]) for p in inspect.signature(function).parameters.values()]
@@ -217,33 +218,40 @@ def fill(text: str, width: int, indent: str = "", first: str | None = None) -> s
     )
 
 
-def _describe(error: BaseException) -> str:
+def _describe(error: BaseException) -> tuple[str, str | None]:
+    """Return problem and remedy of what the package did not raise itself."""
     from gta_edge.libraries.install import reinstall_command
     from gta_edge.libraries.optional import too_old
 
+    name = type(error).__name__
     if isinstance(error, MemoryError):
-        return "not enough memory; use a smaller model, a shorter context, or close other programs"
+        return "not enough memory", "use a smaller model, a shorter context, or close other programs"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return f"the disk is full ({error.filename or 'while writing'}); free some space and run again"
+        return f"the disk is full ({error.filename or 'while writing'})", "free some space and run again"
     if isinstance(error, OSError):
-        return f"{error.filename or 'input or output'}: {error.strerror or error}; check the path and its permissions"
-    if isinstance(error, GtaEdgeError):
-        return str(error)
+        where = error.filename or "input or output"
+        return f"{where}: {error.strerror or error}", "check the path and its permissions"
     if isinstance(error, (AttributeError, ImportError, TypeError)) and (old := too_old()):
-        return f"{old} ({type(error).__name__}: {error})"  # what it lacks, or took in another form then
+        return f"{old} ({name}: {error})", None  # what it lacks, or took in another form then
     if isinstance(error, ImportError):
-        return f"a library cannot be loaded ({one_line(error)}); run: {reinstall_command()}"
-    return f"unexpected {type(error).__name__}: {error}; run again with --debug and please report it"
+        return f"a library cannot be loaded ({one_line(error)})", f"run: {reinstall_command()}"
+    return f"unexpected {name}: {error}", "run again with --debug and please report it"
 
 
 def as_line(message: str, longest: int = _MAX_LINE) -> str:
-    """Return a message as one printable line; the middle of one that is too long goes, the remedy at its end stays."""
-    line = printable(" ".join(message.split()))
+    """Return a message as one printable line; the middle goes of a word (a path) or a line that is too long."""
+    line = " ".join(map(_as_word, message.split()))
     return line if len(line) <= longest else f"{line[: longest - _KEPT_END]} … {line[-_KEPT_END:]}"
 
 
-def _fail(message: str) -> None:
-    print("error:", as_line(message), file=sys.stderr)
+def _as_word(word: str) -> str:
+    word = printable(word)
+    return word if len(word) <= _MAX_WORD else f"{word[: _MAX_WORD // 2]}…{word[-_MAX_WORD // 2 :]}"
+
+
+def _fail(message: str, remedy: str | None) -> None:
+    end = f"; {printable(' '.join(remedy.split()))}" if remedy else ""  # whole: it may be a command
+    print(f"error: {as_line(message)}{end}", file=sys.stderr)
     sys.exit(FAILED)
 
 

@@ -157,7 +157,7 @@ def _model(target: str, precision: str | None, block_size: int | None) -> Model:
 
 
 def _plan(model: Model, machine: Device, cache_dtype: str | None, **options: int | None) -> Plan:
-    from gta_edge.runtime.session import CHUNK_SIZE
+    from gta_edge.runtime.cache_policy import CHUNK_SIZE
     from gta_edge.runtime.tensorrt.build import CHUNK_SIZE as ENGINE_CHUNK_SIZE
     from gta_edge.runtime.tensorrt.build import LOGIT_POSITIONS
 

@@ -12,18 +12,17 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from io import StringIO
 from pathlib import Path
 from typing import Any, Protocol
 
-from gta_edge.errors import BackendError, OutputError
+from gta_edge.errors import BackendError
 from gta_edge.libraries.cuda import cuda_extra, nvrtc_distribution
 from gta_edge.libraries.install import install_command
 from gta_edge.libraries.optional import optional
-from gta_edge.support.files import cache_directory, new_file
+from gta_edge.support.files import cache_directory, write_cached
 
 __all__ = [
     "Compilable",
@@ -245,8 +244,5 @@ def _write(entry: Path, compiled: Compiled) -> None:
         "kernels": {name: asdict(resources) for name, resources in compiled.resources.items()},
         "log": compiled.log,
     }
-    with suppress(OSError, OutputError):
-        entry.parent.mkdir(parents=True, exist_ok=True)
-        for suffix, content in ((".cubin", compiled.cubin), (".json", json.dumps(report, indent=1).encode())):
-            with new_file(entry.with_suffix(suffix), force=True) as partial:
-                partial.write_bytes(content)
+    write_cached(entry.with_suffix(".cubin"), compiled.cubin)
+    write_cached(entry.with_suffix(".json"), json.dumps(report, indent=1).encode())

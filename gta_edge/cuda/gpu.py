@@ -5,7 +5,7 @@ Knows of no framework and of no op.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -18,12 +18,14 @@ from gta_edge.errors import BackendError
 from gta_edge.libraries.cuda import cuda_extra, driver_cuda_version, driver_problem, nvrtc_distribution
 from gta_edge.libraries.optional import optional
 
-__all__ = ["OLDEST", "Gpu", "Launcher", "current_gpu"]
+__all__ = ["OLDEST", "Gpu", "Launcher", "check_addresses", "current_gpu"]
 
 OLDEST = (8, 0)
 """Compute capability that has asynchronous copies to shared memory and bf16 in tensor cores."""
 
-_STREAMS_KEPT = 16
+_ALIGNMENT = 16
+"""Bytes that kernels read at once."""
+_STREAMS_CACHED = 16
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,30 @@ def current_gpu(device_id: int = 0) -> Gpu:
     return gpu
 
 
+def check_addresses(
+    addresses: Iterable[tuple[str, int]], alignments: Mapping[str, int], optional: Collection[str]
+) -> None:
+    """See that a kernel can be given these addresses.
+
+    Args:
+        addresses: in the GPU's memory, by the argument's name; 0 for none.
+        alignments: bytes that an address must be a multiple of, where these are not 16.
+        optional: arguments that there need not be.
+
+    Raises:
+        BackendError: one is missing or not aligned.
+    """
+    for name, address in addresses:
+        alignment = alignments.get(name, _ALIGNMENT)
+        if address % alignment:
+            raise BackendError(
+                f"{name} is at address {address:#x}",
+                f"expected a multiple of {alignment}: copy it to memory that is aligned so",
+            )
+        if not address and name not in optional:
+            raise BackendError(f"{name} is at address 0", "expected memory of the GPU")
+
+
 class Launcher:
     """Loads kernels on one GPU, for good, and launches them.
 
@@ -84,7 +110,7 @@ class Launcher:
     def __init__(self, gpu: Gpu, name: str, sources: Path) -> None:
         self.gpu, self.name, self._sources = gpu, name, sources
         self._core = optional("cuda.core", cuda_extra())
-        self._stream = lru_cache(_STREAMS_KEPT)(self._core.Stream.from_handle)
+        self._stream = lru_cache(_STREAMS_CACHED)(self._core.Stream.from_handle)
 
     def load(self, programs: Mapping[Compilable, Mapping[str, int]]) -> dict[tuple[Compilable, str], Any]:
         """Compile programs and return their kernels, loaded.

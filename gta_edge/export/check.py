@@ -16,6 +16,7 @@ from gta_edge.errors import ExportError
 from gta_edge.formats.bundle import Bundle
 from gta_edge.formats.checkpoint import Checkpoint
 from gta_edge.libraries.onnxruntime import EXACT_PRODUCTS, first_line, load_onnxruntime
+from gta_edge.model.kv_cache import INPUT_IDS, LOGIT_POSITIONS, LOGITS, PAST_LENGTH, cache_tensors
 from gta_edge.support.progress import Progress, silent
 from gta_edge.support.threads import compute_threads
 
@@ -62,20 +63,17 @@ def _plain_logits(bundle: Bundle, ids: npt.NDArray[np.int64], prefill: int) -> n
 
 
 def _steps(session: Any, bundle: Bundle, ids: npt.NDArray[np.int64], prefill: int) -> Iterator[npt.NDArray[np.float32]]:
-    config = bundle.config
+    caches = cache_tensors(bundle.config)
     feeds: dict[str, npt.NDArray[Any]] = {
-        f"past_{cache.name}.{i}": np.zeros((1, cache.heads, ids.shape[1], cache.width), np.float32)
-        for i in range(config.num_hidden_layers)
-        for cache in config.caches
+        cache.past: np.zeros(cache.shape(1, ids.shape[1]), np.float32) for cache in caches
     }
-    names = list(feeds)
     bounds = [0, *range(prefill, ids.shape[1] + 1)]
     for start, stop in pairwise(bounds):
-        feeds["input_ids"] = ids[:, start:stop]
-        feeds["past_length"] = np.array([start])
-        feeds["logit_positions"] = np.arange(stop - start)[None]
-        logits, *presents = session.run(["logits", *(name.replace("past", "present") for name in names)], feeds)
-        feeds.update(zip(names, presents, strict=True))
+        feeds[INPUT_IDS] = ids[:, start:stop]
+        feeds[PAST_LENGTH] = np.array([start])
+        feeds[LOGIT_POSITIONS] = np.arange(stop - start)[None]
+        logits, *presents = session.run([LOGITS, *(cache.present for cache in caches)], feeds)
+        feeds.update({cache.past: present for cache, present in zip(caches, presents, strict=True)})
         yield logits
 
 

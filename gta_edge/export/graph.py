@@ -16,9 +16,10 @@ from gta_edge.export.passes.stamp_layers import RepeatLayersPass
 from gta_edge.export.passes.store_weights import StoreWeightsPass
 from gta_edge.export.passes.tie_head import TieHeadPass
 from gta_edge.export.quantizer import Quantizer
-from gta_edge.export.trace import interface_names, trace
+from gta_edge.export.trace import trace
 from gta_edge.libraries.optional import optional
 from gta_edge.model.config import ModelConfig
+from gta_edge.model.kv_cache import interface_names
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from gta_edge.libraries.optional import optional
 from gta_edge.model.config import GTAConfig, ModelConfig
 from gta_edge.model.decoder import Decoder, empty_cache
+from gta_edge.model.kv_cache import BATCH_AXIS, CAPACITY_AXIS, interface_names
 from gta_edge.plugins.attention import definition as op
 from gta_edge.plugins.domain import DOMAIN, VERSION
 
@@ -26,16 +27,9 @@ if TYPE_CHECKING:
 else:
     onnx, onnxscript, torch = (optional(name, "export") for name in ("onnx", "onnxscript", "torch"))
 
-__all__ = ["interface_names", "trace"]
+__all__ = ["trace"]
 
 _TORCH_OPSET = 23  # the newest that torch writes
-
-
-def interface_names(config: ModelConfig) -> tuple[list[str], list[str]]:
-    """Return the graph's input and output names, in order."""
-    caches = [f"{cache.name}.{i}" for i in range(config.num_hidden_layers) for cache in config.caches]
-    inputs = ["input_ids", "past_length", "logit_positions", *(f"past_{name}" for name in caches)]
-    return inputs, ["logits", *(f"present_{name}" for name in caches)]
 
 
 def trace(config: ModelConfig, biases: Collection[str]) -> ir.Model:
@@ -49,7 +43,7 @@ def trace(config: ModelConfig, biases: Collection[str]) -> ir.Model:
         model = Decoder(config, biases).eval().to("meta")
         ids, lengths, positions = (torch.zeros(shape, dtype=torch.int64) for shape in ((2, 8), (2,), (2, 3)))
         caches = empty_cache(config, 2, 16)
-    cache_axes = {0: "batch", 2: "capacity"}
+    cache_axes = {BATCH_AXIS: "batch", CAPACITY_AXIS: "capacity"}
     axes = (
         {0: "batch", 1: "tokens"},
         {0: "batch"},

@@ -7,6 +7,12 @@ secret of this user on this machine. What somebody else made is never run, but m
     engines/NAME/…          the artifact's files
     engines/NAME/*.json     its record: what it was made from and for; size, time and hash of every file; the signature
 
+An artifact is replaced as a whole, and only where nothing else lies in its place. What it was made from, the bundle's
+files and this version of the package, is in every record (``origin``); where that differs, it is out of date.
+
+Compiled kernels and TensorRT-RTX's are none: they lie in the package's cache, under names that are hashes of all that
+they depend on, and were not brought by a bundle.
+
 The secret is ``machine-UID.key`` in the package's cache directory, readable by its user alone. Without it, artifacts
 are made anew, once.
 """
@@ -16,24 +22,44 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+import logging
 import mmap
 import os
 import secrets
 import stat
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 from gta_edge.errors import OutputError
+from gta_edge.formats.bundle import MODEL, WEIGHTS, Bundle
 from gta_edge.formats.integrity import describe_file, is_entry, problem_of
-from gta_edge.support.files import cache_directory
+from gta_edge.support.files import OccupiedError, cache_directory, new_directory
 from gta_edge.support.json_files import parse_json
+from gta_edge.support.ownership import ARTIFACTS
+from gta_edge.support.partials import remove_stale
 from gta_edge.support.progress import Progress, silent
-from gta_edge.support.text import one_line
+from gta_edge.support.text import brief, one_line
+from gta_edge.version import __version__
 
-__all__ = ["Artifact", "RefusedError", "open_artifact", "require_secret", "write_record"]
+__all__ = [
+    "Artifact",
+    "RefusedError",
+    "artifacts_directory",
+    "cached_artifact",
+    "difference",
+    "made_from",
+    "new_artifact",
+    "open_artifact",
+    "origin",
+    "require_secret",
+    "write_record",
+]
+
+_log = logging.getLogger(__name__)
 
 _FORMAT, _FORMAT_VERSION = "gta-edge-artifact", 1
 _MAX_RECORD_BYTES = 2**20
@@ -167,6 +193,141 @@ def require_secret() -> bytes:
     with suppress(OSError):  # a home directory may be shared by machines
         return hmac.digest(secret, _MACHINE_ID.read_bytes(), "sha256")
     return hmac.digest(secret, b"", "sha256")
+
+
+# --- in a bundle -----------------------------------------------------------------------------------------------------
+
+
+def made_from(bundle: Bundle) -> dict[str, str]:
+    """Return the SHA-256 of what artifacts are made from, the bundle's graph and weights, by file name."""
+    files = bundle.manifest["files"]
+    return {name: files[name]["sha256"] for name in (MODEL, WEIGHTS) if name in files}
+
+
+def origin(bundle: Bundle) -> dict[str, Any]:
+    """Return what every record says of where an artifact comes from: the bundle's files, and this package's version."""
+    return {"gta_edge": __version__, "made_from": made_from(bundle)}
+
+
+def difference(now: Mapping[str, Any], then: Mapping[str, Any]) -> str | None:
+    """Return the first thing that is another now than when an artifact was made; None where all is the same.
+
+    It is named: ``TensorRT is '10.3' here and was '10.1'``, ``the bundle's files are others``.
+    """
+    for name in {**now, **then}:
+        here, recorded = now.get(name), then.get(name)
+        if here != recorded:
+            texts = isinstance(here, str) and isinstance(recorded, str)
+            return f"{name} is {brief(here)} here and was {brief(recorded)}" if texts else f"{name} are others"
+    return None
+
+
+def artifacts_directory(bundle: Bundle, place: str = ARTIFACTS) -> Path:
+    """Return the directory of a bundle that artifacts lie in, or one below, made if it is not there.
+
+    Raises:
+        OutputError: the bundle cannot be written to, a link leads elsewhere, or a file is in the way.
+    """
+    directory = bundle.directory
+    try:
+        for part in Path(place).parts:
+            directory /= part
+            _check_no_link(directory)
+            directory.mkdir(exist_ok=True)
+    except FileExistsError as error:
+        raise OccupiedError(f"{directory}: cannot be made (there is a file)", "remove it") from error
+    except OSError as error:
+        raise OutputError(
+            f"{directory}: cannot be made ({error.strerror})", "give a bundle that can be written to"
+        ) from error
+    return directory
+
+
+@contextmanager
+def new_artifact(bundle: Bundle, place: str, *, force: bool = False, needed_bytes: int = 0) -> Iterator[Path]:
+    """Yield a directory for an artifact's files, and at last its record; it appears in the bundle when it is complete.
+
+    Args:
+        bundle: where.
+        place: the artifact's directory, from the bundle's: ``engines/tensorrt``.
+        force: replace one that is there.
+        needed_bytes: what will be written, as far as it is known.
+
+    Raises:
+        OutputError: there is one already and not ``force``, something else is in its place, there is nowhere to keep
+            the secret, or the bundle cannot be written to. Every other exception of the body passes as it is.
+    """
+    require_secret()
+    directory = bundle.directory / place
+    above = list(directory.parents)[: len(Path(place).parts) - 1]
+    try:
+        artifacts_directory(bundle, str(Path(place).parent))
+        _check_no_link(directory)
+        with new_directory(directory, force=force, needed_bytes=needed_bytes, artifact=True) as partial:
+            yield partial
+    finally:
+        with suppress(OSError):  # not there, or not empty
+            for parent in above:
+                parent.rmdir()
+
+
+def cached_artifact(
+    bundle: Bundle,
+    place: str,
+    record: str,
+    content: Mapping[str, Any],
+    make: Callable[[Path], None],
+    *,
+    read: Sequence[str],
+    mapped: Sequence[str] = (),
+    progress: Progress = silent,
+) -> Artifact | None:
+    """Return an artifact that can be made at any time: the one there is, or one made now.
+
+    None where it cannot be kept: the bundle cannot be written to, or the disk is full. Where something else is in its
+    place, a warning says so, once.
+
+    Args:
+        bundle: what it is made from.
+        place: its directory, from the bundle's.
+        record: name of its record.
+        content: what it is made from and for; one with another is out of date.
+        make: writes its files into a directory. An OSError there is taken for one of the place.
+        read: as ``open_artifact`` takes it.
+        mapped: likewise.
+        progress: told of bytes hashed.
+
+    Raises:
+        GtaEdgeError: from ``make``, but for OutputError.
+    """
+    options: dict[str, Any] = {"read": read, "mapped": mapped, "progress": progress, "verify_hashes": bundle.verified}
+    remove_stale(bundle.directory / ARTIFACTS)
+    with suppress(RefusedError):
+        found = open_artifact(bundle.directory, place, record, **options)
+        if difference(content, found.content) is None:
+            return found
+    try:
+        with new_artifact(bundle, place, force=True) as partial:
+            make(partial)
+            write_record(partial, record, content, progress)
+        found = open_artifact(bundle.directory, place, record, **options)
+    except OccupiedError as error:
+        _warn_once(f"{bundle.directory / place}: is made anew at every load ({error.problem}); remove what is there")
+    except (OutputError, OSError, RefusedError):  # read-only, full, or just replaced: it goes without, slower to load
+        pass
+    else:
+        return found if difference(content, found.content) is None else None
+    return None
+
+
+def _check_no_link(directory: Path) -> None:
+    if directory.is_symlink():
+        raise OccupiedError(f"{directory}: is a link, and engines are read from the bundle itself", "remove the link")
+
+
+@cache
+def _warn_once(text: str) -> None:
+    _log.warning("%s", text)
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------

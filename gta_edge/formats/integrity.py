@@ -11,12 +11,11 @@ import json
 import os
 import stat
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
-from gta_edge.errors import GtaEdgeError, OutputError
-from gta_edge.support.files import cache_directory, new_file
+from gta_edge.errors import OutputError
+from gta_edge.support.files import cache_directory, write_cached
 from gta_edge.support.json_files import read_json
 from gta_edge.support.progress import Progress, silent
 
@@ -124,7 +123,4 @@ def _remembered(path: Path, info: os.stat_result, digest: str) -> bool:
 def _remember(path: Path, info: os.stat_result, digest: str) -> None:
     file = _stamp_file(path)
     if file is not None:
-        with suppress(OSError, GtaEdgeError):  # without a cache it is hashed every time
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with new_file(file, force=True) as partial:
-                partial.write_text(json.dumps(_stamp(info, digest)), encoding="utf-8")
+        write_cached(file, json.dumps(_stamp(info, digest)).encode())  # without a cache it is hashed every time

@@ -1,4 +1,7 @@
-"""A bundle's graph, from its file to passes and on: every path to a session or an engine reads it here."""
+"""A bundle's graph, lowered for a backend: loaded, run through passes, and stored.
+
+Every path to a session or an engine goes through here.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gta_edge.errors import BundleError, CapacityError, GtaEdgeError
 from gta_edge.formats.bundle import WEIGHTS
@@ -17,18 +20,22 @@ from gta_edge.model.config import ModelConfig
 from gta_edge.plugins.attention import definition as op
 from gta_edge.plugins.domain import DOMAIN
 from gta_edge.support.files import bundle_file
+from gta_edge.support.progress import Progress
 from gta_edge.support.text import one_line, printable
 
 if TYPE_CHECKING:
     import onnx
     import onnx_ir as ir
+    from onnx_ir.passes import common
 else:
     onnx, ir = optional("onnx", "ort"), optional("onnx_ir", "ort")
+    common = optional("onnx_ir.passes.common", "ort")
 
-__all__ = ["add_function", "load_graph", "rewriting", "run_passes", "serialised"]
+__all__ = ["add_function", "load_graph", "rewriting", "run_passes", "serialised", "store_weights"]
 
 _FIXED_BYTES, _LAYER_BYTES, _MAX_BYTES = 2**18, 2**16, 2**24
 """Of a graph's file: a layer takes a third of that at most, and parsed it may take eighty times its size."""
+_INLINE_BYTES = 1024  # tensors of no more stay in the graph's own file, as in a bundle
 _REMEDY = "export the bundle again, or copy it anew"
 
 
@@ -103,13 +110,64 @@ def _content(path: Path, config: ModelConfig) -> bytes:
 
 
 def run_passes(model: ir.Model, where: Path | str, *passes: ir.passes.PassBase) -> None:
-    """Run passes over a bundle's graph; ``where`` is the file that it comes from.
+    """Run passes over a bundle's graph, and those that tidy up after any; ``where`` is the file that it comes from.
+
+    Common subexpressions are merged, what nothing uses is removed, and names are made unique.
 
     Raises:
         GtaEdgeError: as ``rewriting`` has it.
     """
+    tidying = common.CommonSubexpressionEliminationPass(), common.RemoveUnusedNodesPass(), common.NameFixPass()
     with rewriting(where):
-        ir.passes.Sequential(*passes)(model)
+        ir.passes.Sequential(*passes, *tidying)(model)
+
+
+def store_weights(
+    model: ir.Model,
+    where: Path | str,
+    weights: Path,
+    location: str,
+    progress: Progress,
+    *,
+    everything: bool = True,
+    workers: int = 1,
+) -> None:
+    """Write weights to a file, and let the model refer to them there; what is small stays in the graph.
+
+    Args:
+        model: whose weights are read and made now, one for each worker at a time.
+        where: the file that the model comes from.
+        weights: the file to write.
+        location: what the model calls it.
+        progress: told of each tensor.
+        everything: write all weights; otherwise those alone that passes have made, and the others stay where they are.
+        workers: threads that make and write tensors.
+
+    Raises:
+        GtaEdgeError: as ``rewriting`` has it.
+        OSError: the file cannot be written.
+    """
+    found = [
+        (value, tensor)
+        for value in model.graph.initializers.values()
+        if (tensor := value.const_value) is not None
+        and (everything or isinstance(tensor, ir.LazyTensor))
+        and (isinstance(tensor, ir.ExternalTensor) or tensor.nbytes > _INLINE_BYTES)
+    ]
+
+    def wrote(_: Any, info: Any) -> None:
+        progress("writing weights", info.index + 1, info.total)
+
+    if not found:
+        return
+    with rewriting(where):
+        written = ir.external_data.convert_tensors_to_external(
+            [tensor for _, tensor in found], weights.parent, weights.name, callback=wrote, max_workers=workers
+        )
+    for (value, _), tensor in zip(found, written, strict=True):
+        value.const_value = ir.ExternalTensor(
+            location, tensor.offset, tensor.length, tensor.dtype, shape=tensor.shape, name=str(value.name)
+        )
 
 
 def serialised(model: ir.Model, where: Path | str) -> bytes:

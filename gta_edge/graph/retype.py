@@ -10,6 +10,7 @@ import numpy.typing as npt
 from gta_edge.errors import EngineError
 from gta_edge.graph.types import Types, input_kinds, title, types_of_outputs, value_types
 from gta_edge.libraries.optional import optional
+from gta_edge.model.kv_cache import PRESENT, is_scale
 from gta_edge.plugins.domain import DOMAIN
 from gta_edge.plugins.matmul import definition as blockwise_matmul
 
@@ -22,8 +23,6 @@ __all__ = ["COMPUTE_TYPES", "ConvertPrecisionPass"]
 
 COMPUTE_TYPES = {"fp16": "FLOAT16", "bf16": "BFLOAT16", "fp32": "FLOAT"}
 """ONNX's name of the type, by the name that ``--compute`` takes."""
-
-_CACHE = "present_"
 
 
 class ConvertPrecisionPass(ir.passes.InPlacePass):
@@ -71,7 +70,7 @@ class ConvertPrecisionPass(ir.passes.InPlacePass):
 
     def _is_done(self, graph: ir.Graph) -> bool:
         """Tell whether the inputs have the type, but for a quantised cache's scales, which are float32."""
-        scales = [value for value in graph.inputs if "_scale." in str(value.name)]
+        scales = [value for value in graph.inputs if is_scale(str(value.name))]
         found = {value.dtype for value in graph.inputs if value not in scales} & _floats()
         if not found <= {self.dtype, ir.DataType.FLOAT} or len(found) > 1:
             names = " and ".join(sorted(dtype.name.lower() for dtype in found if dtype is not None))
@@ -104,7 +103,7 @@ class _Retyping:
         for node in list(graph):
             self._retype(node)
         for index, value in enumerate(graph.outputs):
-            if self.before[value] == ir.DataType.FLOAT != self.now[value] and not str(value.name).startswith(_CACHE):
+            if self.before[value] == ir.DataType.FLOAT != self.now[value] and not str(value.name).startswith(PRESENT):
                 graph.outputs[index] = self._widened(value)
 
     def _record(self, value: ir.Value, dtype: ir.DataType) -> None:

@@ -32,6 +32,7 @@ from gta_edge.graph.shapes import (
     outputs_of,
 )
 from gta_edge.model.config import ModelConfig
+from gta_edge.model.kv_cache import LOGITS, TOKEN_INPUTS, cache_tensors, input_shapes
 from gta_edge.plugins.attention import definition as op
 from gta_edge.plugins.domain import DOMAIN, OPSET, VERSION
 from gta_edge.support.text import brief
@@ -136,19 +137,10 @@ Interface = Mapping[str, tuple[int, tuple[int | str, ...]]]
 
 
 def _interface(config: ModelConfig) -> tuple[Interface, Interface]:
-    caches: dict[str, tuple[int, tuple[int | str, ...]]] = {
-        f"{cache.name}.{i}": (FLOAT, ("batch", cache.heads, "capacity", cache.width))
-        for i in range(config.num_hidden_layers)
-        for cache in config.caches
-    }
-    inputs: dict[str, tuple[int, tuple[int | str, ...]]] = {
-        "input_ids": (INT64, ("batch", "tokens")),
-        "past_length": (INT64, ("batch",)),
-        "logit_positions": (INT64, ("batch", "positions")),
-    }
-    outputs: Interface = {"logits": (FLOAT, ("batch", "positions", config.vocab_size))}
-    inputs |= {f"past_{name}": entry for name, entry in caches.items()}
-    return inputs, {**outputs, **{f"present_{name}": entry for name, entry in caches.items()}}
+    shapes = input_shapes(config, batch="batch", tokens="tokens", positions="positions", capacity="capacity")
+    inputs = {name: (INT64 if name in TOKEN_INPUTS else FLOAT, shape) for name, shape in shapes.items()}
+    logits = {LOGITS: (FLOAT, ("batch", "positions", config.vocab_size))}
+    return inputs, {**logits, **{cache.present: inputs[cache.past] for cache in cache_tensors(config)}}
 
 
 def _check_interface(what: str, found: Sequence[onnx.ValueInfoProto], expected: Interface) -> None:

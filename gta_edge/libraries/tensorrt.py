@@ -46,8 +46,6 @@ class TensorRT:
     """Whether networks or engines may hold plugins of ours."""
     namespace_by_domain: bool
     """Whether the parser takes a node's domain for the plugin's namespace, instead of its attribute only."""
-    aliased_plugin_io: bool
-    """Whether a plugin can declare that an output is an input's memory."""
     strongly_typed_flag: bool
     """Whether a strongly typed network has to be asked for; otherwise there are no others."""
     parses_newer_ops: bool
@@ -109,8 +107,6 @@ def describe(module: Any) -> TensorRT:
         builds=hasattr(module, "Builder") and hasattr(module, "OnnxParser"),
         plugins=hasattr(module, "IPluginV3") and (network is None or hasattr(network, "add_plugin_v3")),
         namespace_by_domain=rtx or version >= _NAMESPACE_BY_DOMAIN,
-        aliased_plugin_io=hasattr(module, "IPluginV3OneBuildV2")
-        and hasattr(getattr(module, "PreviewFeature", None), "ALIASED_PLUGIN_IO_10_03"),
         strongly_typed_flag=not rtx and version < _ONLY_STRONGLY_TYPED,
         parses_newer_ops=rtx or version >= _NEWER_OPS,
         times_kernels=not rtx and hasattr(module, "ITimingCache"),

@@ -201,10 +201,6 @@ class ModelConfig(ABC):
         """Values that one token adds to the cache of one layer: n_k·d_k + n_c·d_l, or 2·n_kv·d_h."""
         return sum(cache.values_per_token for cache in self.caches)
 
-    def cache_bytes_per_token(self, bytes_per_value: int = 4) -> int:
-        """Bytes that one token adds to the cache of all layers."""
-        return self.num_hidden_layers * self.cache_values_per_token_per_layer * bytes_per_value
-
     def flops_per_token(self, context: int) -> int:
         """FLOPs of one decode step with ``context`` tokens attended: every matrix once, and the attention."""
         layer = sum(math.prod(shape) for shape in self.layer_shapes().values() if len(shape) == 2)

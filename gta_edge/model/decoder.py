@@ -1,7 +1,7 @@
 """The decoder in PyTorch, GTA and baselines: the reference that every graph and kernel is measured against.
 
 Clear before fast. Parameters carry the published names, so a checkpoint's tensors load as they are. The model is
-Llama (pre-norm RMSNorm, SwiGLU) but for the attention, which is one registered op (``plugins/torch_ops.py``).
+Llama (pre-norm RMSNorm, SwiGLU) but for the attention, which is one registered op (``plugins/attention/torch.py``).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from gta_edge.libraries.optional import optional
 from gta_edge.model.config import GTAConfig, ModelConfig
+from gta_edge.model.kv_cache import cache_tensors
 from gta_edge.model.rope import rope_tables
 from gta_edge.plugins.attention import torch as torch_ops
 
@@ -225,11 +226,5 @@ class Decoder(nn.Module):
 
 def empty_cache(config: ModelConfig, batch: int, capacity: int, **options: Any) -> list[Cache]:
     """Return zeroed caches for all layers; ``options`` go to ``torch.zeros`` (dtype, device)."""
-    first, second = config.caches
-    return [
-        (
-            torch.zeros(batch, first.heads, capacity, first.width, **options),
-            torch.zeros(batch, second.heads, capacity, second.width, **options),
-        )
-        for _ in range(config.num_hidden_layers)
-    ]
+    tensors = (torch.zeros(cache.shape(batch, capacity), **options) for cache in cache_tensors(config))
+    return list(zip(tensors, tensors, strict=True))  # a key, and what follows it

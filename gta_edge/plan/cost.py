@@ -15,10 +15,10 @@ import numpy as np
 
 from gta_edge.formats.weights import PRECISIONS, is_kept, stored_dtype
 from gta_edge.model.config import GTAConfig, ModelConfig
+from gta_edge.model.kv_cache import cache_bytes
 from gta_edge.numerics.quantization import BITS
 
 __all__ = [
-    "CACHE_BYTES",
     "COMPUTE_BYTES",
     "EMBEDDING",
     "HEAD",
@@ -26,7 +26,6 @@ __all__ = [
     "Execution",
     "Operator",
     "Step",
-    "cache_bytes",
     "cpu_blocks",
     "matrices",
     "operators",
@@ -48,9 +47,6 @@ PARTS = ("embedding", "attention", "mlp", "norms", "head", "tables")
 """Of a model's weights; tables are those of cos and sin."""
 _PARTS_BY_WORD = {".self_attn.": "attention", ".mlp.": "mlp"}
 
-CACHE_BYTES = COMPUTE_BYTES | {"int8": 1, "fp8": 1}
-"""Bytes of a cached value; int8 and fp8 have a float32 scale per head and token beside them."""
-
 _SCALE_BYTES = 2  # float16, as stored
 _FLOAT_BYTES = 4
 _INLINE_BYTES = 1024  # tensors up to this lie in the graph's own file
@@ -70,7 +66,7 @@ class Execution:
         backend: ``onnxruntime`` (a CPU: float32 activations and cache, float weights as float32) or ``tensorrt`` (a
             GPU: ``compute`` for activations and float weights, codes as stored).
         compute: ``fp32``, ``fp16`` or ``bf16``.
-        cache_dtype: a key of ``CACHE_BYTES``.
+        cache_dtype: a key of ``kv_cache.VALUE_BYTES``.
         chunk_size: most tokens of a prompt in one step.
         logit_positions: for how many positions of a step there is room for logits.
         writes_scores: whether attention scores go through memory; a fused kernel keeps them on the chip.
@@ -185,14 +181,6 @@ def _part(parameter: str) -> str:
 def scale_bytes(shape: tuple[int, ...], block_size: int | None) -> int:
     """Return the bytes of the float16 scales of a quantised matrix ``[out, in]``."""
     return _SCALE_BYTES * shape[0] * (shape[1] // block_size if block_size else 1)
-
-
-def cache_bytes(config: ModelConfig, cache_dtype: str, tokens: int, batch: int = 1) -> int:
-    """Return the bytes of the cache of all layers for ``tokens`` in each of ``batch`` rows, scales included."""
-    per_token = config.cache_bytes_per_token(CACHE_BYTES[cache_dtype])
-    if cache_dtype not in COMPUTE_BYTES:
-        per_token += config.num_hidden_layers * _FLOAT_BYTES * sum(cache.heads for cache in config.caches)
-    return batch * tokens * per_token
 
 
 # --- what a step moves and computes ----------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from gta_edge.errors import InputError
 from gta_edge.formats.weights import block_size_for, is_kept
 from gta_edge.machine.devices import Device
 from gta_edge.model.config import GTAConfig, ModelConfig
+from gta_edge.model.kv_cache import cache_bytes
 from gta_edge.numerics.quantization import BITS
 from gta_edge.plan import cost
 from gta_edge.plan.cost import Execution, Operator, Step
@@ -212,7 +213,7 @@ class Plan:
         weights, loading = _weights(self.model, self.execution, context * batch)
         return Memory(
             weights=weights,
-            cache=cost.cache_bytes(self.model.config, self.execution.cache_dtype, context, batch),
+            cache=cache_bytes(self.model.config, self.execution.cache_dtype, context, batch),
             activations=activation_bytes(self.model.config, self.execution, batch, tokens, context),
             runtime=self.device.runtime_bytes,
             loading=loading,

@@ -17,10 +17,8 @@ def register(trt: Any = None) -> None:
         BackendError: TensorRT is missing, too old, or has no plugins.
     """
     from gta_edge.libraries.tensorrt import describe, load
-    from gta_edge.plugins.attention.plugin import AttentionCreator
-    from gta_edge.plugins.matmul.plugin import Int4MatMulCreator, Int8MatMulCreator
-    from gta_edge.plugins.plugin_base import register_creators
+    from gta_edge.plugins.attention.plugin import ATTENTION_PLUGINS
+    from gta_edge.plugins.matmul.plugin import MATMUL_PLUGINS
+    from gta_edge.plugins.plugin_registry import register_plugins
 
-    register_creators(
-        load() if trt is None else describe(trt), [AttentionCreator, Int4MatMulCreator, Int8MatMulCreator]
-    )
+    register_plugins(load() if trt is None else describe(trt), (*ATTENTION_PLUGINS, *MATMUL_PLUGINS))

@@ -1,7 +1,7 @@
-"""What all plugins of TensorRT here share: failures, the GPU, the fields, the creator, the registry.
+"""What the ops' ``plugin.py`` share: TensorRT's calls, failures, and the GPU.
 
-A plugin derives from ``Plugin`` and says what its op is; ``plugin_class`` mixes in the classes of the TensorRT module
-at hand. One object is the plugin and its three capabilities: core, build and runtime.
+A plugin derives from ``Plugin`` and says what its op is; ``plugin_registry.py`` mixes in the classes of the TensorRT
+module at hand. One object is the plugin and its three capabilities: core, build and runtime.
 
 TensorRT calls the methods from C++. Its bindings catch what they raise, write it to stderr and give TensorRT an error,
 so that the build or the run fails; ``take_failures`` has the messages for those who want to raise them.
@@ -11,34 +11,21 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import cache, wraps
-from threading import Lock
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
 
 from gta_edge.cuda.gpu import Gpu, current_gpu
 from gta_edge.errors import BackendError
 from gta_edge.libraries.cuda import cuda_extra
 from gta_edge.libraries.optional import optional
-from gta_edge.libraries.tensorrt import TensorRT
-from gta_edge.plugins.plugin_fields import Fields, FieldTypes, Value, read_fields
+from gta_edge.plugins.domain import DOMAIN, VERSION
+from gta_edge.plugins.plugin_call_base import Built, Call, Fields, ParametersBase
 
-__all__ = [
-    "Creator",
-    "Plugin",
-    "Settled",
-    "creator_class",
-    "cuda_driver",
-    "gpu_here",
-    "plugin_class",
-    "register_creators",
-    "reported",
-    "take_failures",
-    "type_name",
-]
+__all__ = ["Plugin", "Run", "cuda_driver", "reported", "take_failures"]
 
-_FAILURES_KEPT = 16
+_MAX_FAILURES = 16
 _DATA_TYPES = {
     "HALF": "fp16",
     "BF16": "bf16",
@@ -52,7 +39,7 @@ _DATA_TYPES = {
 
 # --- what went wrong -------------------------------------------------------------------------------------------------
 
-_failures: deque[str] = deque(maxlen=_FAILURES_KEPT)
+_failures: deque[str] = deque(maxlen=_MAX_FAILURES)
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
@@ -85,7 +72,7 @@ def reported(method: _Method) -> _Method:
 
 
 @cache
-def type_name(data_type: Any) -> str:
+def _type_name(data_type: Any) -> str:
     """Return this package's name of one of TensorRT's types, TensorRT's own where there is none."""
     name = str(getattr(data_type, "name", data_type))
     return _DATA_TYPES.get(name, name)
@@ -102,7 +89,7 @@ def _current_device() -> int:
     return 0 if int(status) else int(device)
 
 
-def gpu_here() -> Gpu:
+def _gpu_here() -> Gpu:
     """Return the GPU that is current in this thread.
 
     Raises:
@@ -114,20 +101,30 @@ def gpu_here() -> Gpu:
 # --- the plugin ------------------------------------------------------------------------------------------------------
 
 
-class Settled(Protocol):
-    """What a build settled: the engine fits this, and its workspace was reserved for it."""
+class Run(NamedTuple):
+    """What ``enqueue`` is given, as far as a launch takes it."""
 
-    @property
-    def architecture(self) -> str:
-        """Of the GPU that it was built on, ``sm_87``."""
-
-    @property
-    def processors(self) -> int:
-        """Multiprocessors of the GPU that it was built on."""
+    input_desc: Sequence[Any]
+    inputs: Sequence[int]
+    outputs: Sequence[int]
+    workspace: int
+    stream: int
 
 
-class Plugin:
-    """What a plugin does for all ops alike; a subclass says what its own does.
+class Kernels(Protocol):
+    """An op's kernels, loaded on a GPU."""
+
+    def plan(self, *sizes: Any, **more: Any) -> object:
+        """Return what a call with these sizes launches."""
+
+
+_ParametersT = TypeVar("_ParametersT", bound=ParametersBase[Any])
+_CallT = TypeVar("_CallT", bound=Call)
+_KernelsT = TypeVar("_KernelsT", bound=Kernels)
+
+
+class Plugin(Generic[_ParametersT, _CallT, _KernelsT]):
+    """What TensorRT calls, for all ops alike; a subclass says what its own op does.
 
     An object is used by one thread at a time, as TensorRT promises. What objects share is the kernels, which do not
     change once they are loaded.
@@ -139,44 +136,47 @@ class Plugin:
 
     trt: ClassVar[Any]
     bases: ClassVar[tuple[Any, ...]]
-    op: ClassVar[str]
-    version: ClassVar[int]
-    domain: ClassVar[str]
 
-    plugin_name: str
-    plugin_version: str
-    plugin_namespace: str
-    num_outputs: int
-    timing_cache_id: str
-    metadata_string: str
-
-    def __init__(self, parameters: Any, built: Any = None) -> None:
+    def __init__(self, parameters: _ParametersT, built: Built[Any] | None = None) -> None:
         for base in self.bases:
             base.__init__(self)
         self.parameters, self.built = parameters, built
-        self.plugin_name, self.plugin_version, self.plugin_namespace = self.op, str(self.version), self.domain
-        self.num_outputs = self._number_of_outputs()
-        self.timing_cache_id = self.metadata_string = json.dumps(self._field_values(None))
+        self.plugin_name, self.plugin_version, self.plugin_namespace = parameters.fields.op, str(VERSION), DOMAIN
+        self.num_outputs = len(parameters.outputs)
+        self.timing_cache_id = self.metadata_string = json.dumps(parameters.field_values(None))
         self._gpu: Gpu | None = None
+        self._ready: tuple[_CallT, _KernelsT] | None = None
         self._serialised: Fields | None = None
 
-    # -- what an op says of itself; TensorRT's other methods are its own too
+    # -- what an op says of itself
     # Not abstract methods: ABC's metaclass does not go with that of the bindings' classes, which are mixed in.
 
-    def _number_of_outputs(self) -> int:
-        """Return it; TensorRT asks before it shows the inputs."""
+    def _describe(self, types: tuple[str, ...], shapes: tuple[tuple[int, ...], ...], exact: bool) -> _CallT:
+        """Return the call that inputs of these types and shapes are; ``exact`` unless shapes are a profile's bounds."""
         raise NotImplementedError
 
-    def _field_values(self, built: Any) -> dict[str, Value]:
-        """Return all that the plugin is made of, by the field's name."""
+    def _output_shapes(self, inputs: Sequence[Any], expr_builder: Any) -> list[Any]:
+        """Return the outputs' shapes as TensorRT's expressions."""
         raise NotImplementedError
 
-    def _allowed_types(self, place: int, types: Sequence[str], num_inputs: int) -> Sequence[str]:
-        """Return the types that an input or output may have, given those of all before it; none if there is no such."""
+    def _check_largest(self, call: _CallT, gpu: Gpu) -> None:
+        """Raise BackendError where the kernels do not take the largest call of a profile."""
         raise NotImplementedError
 
-    def _load_kernels(self, gpu: Gpu) -> None:
-        """Compile and load the kernels of what was built."""
+    def _workspace_bytes(self, call: _CallT, gpu: Gpu) -> int:
+        """Return the workspace that suffices for all calls up to this one; none, unless an op needs some."""
+        return 0
+
+    def _kernels(self, variant: Any, gpu: Gpu) -> _KernelsT:
+        """Return the kernels of a variant, compiled and loaded at the first call."""
+        raise NotImplementedError
+
+    def _fits(self, call: _CallT, descs: Sequence[Any]) -> bool:
+        """Tell whether the sizes that change from call to call are this one's; reading all would take longer."""
+        raise NotImplementedError
+
+    def _launch(self, call: _CallT, kernels: _KernelsT, run: Run) -> None:
+        """Launch a call's kernels."""
         raise NotImplementedError
 
     # -- core
@@ -193,12 +193,52 @@ class Plugin:
     # -- build
 
     @reported
+    def get_output_data_types(self, input_types: Sequence[Any]) -> list[Any]:
+        """Return the outputs' types, each that of an input.
+
+        Raises:
+            BackendError: there are no kernels for this combination of types.
+        """
+        self.parameters.check_types([_type_name(each) for each in input_types])
+        return [input_types[place] for place in self.parameters.typed_like]
+
+    @reported
+    def get_output_shapes(self, inputs: Sequence[Any], shape_inputs: Sequence[Any], expr_builder: Any) -> list[Any]:
+        """Return the outputs' shapes, of the inputs' own expressions: nothing is lost that TensorRT knows of them.
+
+        Raises:
+            BackendError: the op has no such number of inputs.
+        """
+        self.parameters.check_number(len(inputs))
+        return self._output_shapes(inputs, expr_builder)
+
+    @reported
     def supports_format_combination(self, pos: int, in_out: Sequence[Any], num_inputs: int) -> bool:
         """Tell whether an input or output may have its type and format, given those of all before it."""
         if in_out[pos].desc.format != self.trt.TensorFormat.LINEAR:
             return False
-        types = [type_name(each.desc.type) for each in in_out[: pos + 1]]
-        return types[pos] in self._allowed_types(pos, types, num_inputs)
+        types = [_type_name(each.desc.type) for each in in_out[: pos + 1]]
+        return types[pos] in self.parameters.allowed_types(pos, types, num_inputs)
+
+    @reported
+    def configure_plugin(self, in_: Sequence[Any], out: Sequence[Any]) -> None:
+        """Take the types and the sizes for which an engine is built.
+
+        Raises:
+            BackendError: the kernels do not take them, or there is no GPU that can run the kernels.
+        """
+        call, gpu = self._largest_call(in_), _gpu_here()
+        self._check_largest(call, gpu)
+        self.built, self._gpu = Built(call.variant, gpu.architecture, gpu.processors), gpu
+
+    @reported
+    def get_workspace_size(self, in_: Sequence[Any], out: Sequence[Any]) -> int:
+        """Return the bytes that suffice for all sizes up to the profile's largest.
+
+        Raises:
+            BackendError: as ``configure_plugin``.
+        """
+        return self._workspace_bytes(self._largest_call(in_), self._own_gpu())
 
     # -- runtime
 
@@ -214,131 +254,79 @@ class Plugin:
         """
         attached = self.clone()
         if self.built is not None:
-            attached._load_kernels(attached._own_gpu())
+            attached._kernels(self.built.variant, attached._own_gpu())
         return attached
 
     @reported
     def get_fields_to_serialize(self) -> Any:
         """Return all that ``create_plugin`` needs to make this plugin again."""
         # The bindings copy the addresses only; so what is at them lives as long as the plugin.
-        self._serialised = Fields(self.trt, self._field_values(self.built))
+        self._serialised = Fields(self.trt, self.parameters.field_values(self.built))
         return self._serialised.collection
 
+    @reported
+    def on_shape_change(self, in_: Sequence[Any], out: Sequence[Any]) -> None:
+        """Check the shapes, and have kernels and launches ready for them.
+
+        Raises:
+            BackendError: the kernels do not take them.
+        """
+        call, kernels = self._prepare(in_)
+        kernels.plan(*call.sizes)
+        self._ready = call, kernels
+
+    @reported
+    def enqueue(
+        self,
+        input_desc: Sequence[Any],
+        output_desc: Sequence[Any],
+        inputs: Sequence[int],
+        outputs: Sequence[int],
+        workspace: int,
+        stream: int,
+    ) -> None:
+        """Queue one call of the op on a stream: nothing is allocated, nothing waited for.
+
+        Args:
+            input_desc: types and shapes of the inputs.
+            output_desc: of the outputs.
+            inputs: device addresses.
+            outputs: device addresses.
+            workspace: device address of ``get_workspace_size`` bytes.
+            stream: handle of a CUDA stream.
+
+        Raises:
+            BackendError: the kernels do not take these sizes or addresses, or a launch failed.
+        """
+        ready = self._ready
+        if ready is None or not self._fits(ready[0], input_desc):
+            ready = self._prepare(input_desc)
+        self._launch(*ready, Run(input_desc, inputs, outputs, workspace, stream))
+
     # -- within
+
+    def _largest_call(self, in_: Iterable[Any]) -> _CallT:
+        """Return the largest call of a profile."""
+        types, shapes = zip(*((_type_name(each.desc.type), tuple(each.max)) for each in in_), strict=True)
+        return self._describe(types, shapes, exact=False)
+
+    def _prepare(self, descs: Iterable[Any]) -> tuple[_CallT, _KernelsT]:
+        """Return the call that inputs of these types and shapes are, and its kernels."""
+        types, shapes = zip(*((_type_name(each.type), tuple(each.dims)) for each in descs), strict=True)
+        call = self._describe(types, shapes, exact=True)
+        return call, self._kernels(call.variant, self._own_gpu())
 
     def _own_gpu(self) -> Gpu:
         """Return the GPU to plan for: the current one, with no more multiprocessors than the workspace is made for."""
         if self._gpu is None:
-            built: Settled | None = self.built
-            gpu = gpu_here()
-            if built is not None:
-                if gpu.architecture != built.architecture:
+            gpu = _gpu_here()
+            if self.built is not None:
+                if gpu.architecture != self.built.architecture:
                     raise BackendError(
-                        f"this engine was built on a GPU of {built.architecture}, {gpu.name} is {gpu.architecture}",
+                        f"this engine was built on a GPU of {self.built.architecture}, {gpu.name} is "
+                        f"{gpu.architecture}",
                         "build the engine again on this machine",
                     )
-                gpu = replace(gpu, processors=min(gpu.processors, built.processors))
+                gpu = replace(gpu, processors=min(gpu.processors, self.built.processors))
             self._gpu = gpu
         return self._gpu
-
-
-class Creator:
-    """Makes plugins from a node's attributes, and from what an engine holds of them."""
-
-    trt: ClassVar[Any]
-    base: ClassVar[Any]
-    op: ClassVar[str]
-    version: ClassVar[int]
-    domain: ClassVar[str]
-    fields: ClassVar[FieldTypes]
-
-    name: str
-    plugin_version: str
-    plugin_namespace: str
-    field_names: Any
-
-    def __init__(self) -> None:
-        self.base.__init__(self)
-        self.name, self.plugin_version, self.plugin_namespace = self.op, str(self.version), self.domain
-        # The parser passes on the attributes that are declared here.
-        examples = {name: (1,) if kind is tuple else kind(1) for name, kind in self.fields.attributes.items()}
-        self._declared = Fields(self.trt, examples)
-        self.field_names = self._declared.collection
-
-    @reported
-    def create_plugin(self, name: str, field_collection: Any, phase: Any) -> Any:
-        """Make a plugin.
-
-        Args:
-            name: of the layer.
-            field_collection: the node's attributes, in the phase RUNTIME what ``get_fields_to_serialize`` returned.
-            phase: BUILD or RUNTIME.
-
-        Raises:
-            BackendError: a field is missing, unknown, ill-typed or out of range.
-        """
-        values = read_fields(self.trt, self.fields, field_collection)
-        return self._create(values, phase == self.trt.TensorRTPhase.BUILD)
-
-    def _create(self, values: dict[str, Any], building: bool) -> Any:
-        """Make a plugin of the values of its fields."""
-        raise NotImplementedError  # each op's creator has it; why it is not abstract: see Plugin
-
-
-# --- the classes over one TensorRT module ----------------------------------------------------------------------------
-
-
-def plugin_class(trt: Any, behaviour: type[Plugin], name: str | None = None, build: Any = None) -> Any:
-    """Return a plugin's class: its behaviour, and TensorRT's classes mixed in.
-
-    Args:
-        trt: the TensorRT module.
-        behaviour: what the plugin does.
-        name: of the class; the op's if none is given.
-        build: TensorRT's class of the build capability; ``IPluginV3OneBuild`` if none is given.
-    """
-    bases = (trt.IPluginV3, trt.IPluginV3OneCore, build or trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime)
-    # The bindings' classes have a metaclass of their own.
-    return type(trt.IPluginV3)(name or behaviour.op, (behaviour, *bases), {"trt": trt, "bases": bases})
-
-
-def creator_class(trt: Any, behaviour: type[Creator]) -> Any:
-    """Return a creator's class, like ``plugin_class``."""
-    base = trt.IPluginCreatorV3One
-    return type(base)(f"{behaviour.op}Creator", (behaviour, base), {"trt": trt, "base": base})
-
-
-# --- the registry ----------------------------------------------------------------------------------------------------
-
-_creators: list[Any] = []  # the registry refers to them for as long as the process lives
-_registering = Lock()
-
-
-def register_creators(trt: TensorRT, creators: Sequence[type[Creator]]) -> None:
-    """Register creators, except those that are registered.
-
-    Args:
-        trt: whose registry.
-        creators: their behaviours.
-
-    Raises:
-        BackendError: it has no plugins, or refuses one.
-    """
-    if not trt.plugins:
-        raise BackendError(
-            f"{trt.flavour} {trt.version_text} takes no plugins",
-            "build the form without them: gta-edge build --engine tensorrt-rtx",
-        )
-    with _registering:
-        registry = trt.module.get_plugin_registry()
-        for each in creators:
-            if registry.get_creator(each.op, str(each.version), each.domain) is not None:
-                continue
-            creator = creator_class(trt.module, each)()
-            if not registry.register_creator(creator, each.domain):
-                raise BackendError(
-                    f"{trt.flavour} {trt.version_text} did not register the plugin {each.domain}::{each.op} version "
-                    f"{each.version}",
-                    "start a new process in which nothing else of that name is registered",
-                )
-            _creators.append(creator)

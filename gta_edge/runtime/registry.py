@@ -133,7 +133,7 @@ def load(
         compute: type that a GPU computes in, ``fp16``, ``bf16`` or ``fp32``; by default the bundle's own 16-bit type,
             or else bf16 (fp16 on ``onnxruntime-cuda``). A CPU computes in fp32.
         verify_hashes: hash the weights even if their size and time are as recorded.
-        progress: told of bytes hashed, and of weights laid out anew.
+        progress: told of bytes hashed, and of weights repacked.
 
     Raises:
         BundleError: the bundle is damaged.

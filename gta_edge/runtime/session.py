@@ -1,8 +1,8 @@
 """The one shape of every backend: a session holds a model and its cache, and appends tokens to it.
 
-What is the same everywhere lives here, in ``Session``: checking ids, prompts in chunks, rows of different length,
-the growth of the cache, and the bound ``past_length + T <= S <= P`` that every kernel relies on. A backend adds only
-how memory is held (``_resize``) and how one chunk is run (``_run``).
+What is the same everywhere lives here, in ``Session``: checking ids, prompts in chunks, rows of different length, and
+whose the cache is. What the cache holds and when it grows is its policy's (``cache_policy``). A backend adds only how
+memory is held (``_resize``) and how one chunk is run (``_run``).
 """
 
 from __future__ import annotations
@@ -16,31 +16,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from gta_edge.errors import BackendError, CapacityError, InputError
+from gta_edge.errors import BackendError, InputError
 from gta_edge.model.config import ModelConfig
-from gta_edge.plan.cost import Execution
-from gta_edge.plan.roofline import activation_bytes
+from gta_edge.runtime.cache_policy import CachePolicy
 from gta_edge.support.exclusive import Exclusive
-from gta_edge.support.memory import available_bytes
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
     from gta_edge.formats.tokenizer import Tokenizer
 
-__all__ = ["CAPACITY_STEP", "CHUNK_SIZE", "Claim", "Session"]
+__all__ = ["Claim", "Session"]
 
 Ids = npt.NDArray[np.int64]
 Logits = npt.NDArray[np.float32]
-
-CHUNK_SIZE = 256
-"""Tokens of a prompt that are run at once: bounds the memory of activations and scores. 128 to 512 are equally fast."""
-
-CAPACITY_STEP = 256
-"""The cache grows in multiples of this many tokens, since attention costs as its capacity."""
-
-_FEW_BYTES = 2**24
-"""Logits that nobody need ask the system for."""
 
 
 class Session(ABC):
@@ -48,8 +37,7 @@ class Session(ABC):
 
     Args:
         config: the model's sizes.
-        chunk_size: largest number of tokens per row that is run at once.
-        capacity_step: granularity in tokens of the cache's growth.
+        cache: what the cache holds and when it grows; float32 on a device, growing in steps, by default.
 
     Rows of a batch may differ in length; the first ``forward`` on an empty cache sets their number.
 
@@ -67,11 +55,7 @@ class Session(ABC):
     compute: str = "fp32"
     """Type of activations and cache: ``fp32``, ``fp16`` or ``bf16``."""
 
-    def __init__(
-        self, config: ModelConfig, *, chunk_size: int = CHUNK_SIZE, capacity_step: int = CAPACITY_STEP
-    ) -> None:
-        if chunk_size < 1 or capacity_step < 1:
-            raise InputError(f"chunk_size {chunk_size} and capacity_step {capacity_step} must be at least 1")
+    def __init__(self, config: ModelConfig, cache: CachePolicy | None = None) -> None:
         self.config = config
         # for text in and out; who loads a bundle sets them from its files
         self.tokenizer: Tokenizer | None = None
@@ -79,11 +63,7 @@ class Session(ABC):
         self.chat_end_token_ids: frozenset[int] = frozenset()  # besides those
         self.chat_sampling: Mapping[str, float] = {}  # options of ``generate`` where a chat leaves them open
         self.skipped: dict[str, str] = {}  # by name, why ``auto`` passed over a backend that is there
-        self.chunk_size = chunk_size
-        self.capacity_step = capacity_step
-        self._length: Ids = np.zeros(1, np.int64)
-        self._capacity = 0
-        self._step_size = 0  # rows times tokens of the largest chunk that there was room for
+        self._cache = cache or CachePolicy(config)
         self._closed = False
         self._calls = Exclusive("the session", "load the bundle once for each thread, or let them take turns")
         self._owner: Claim | None = None  # the claim that the cache is of; None after anybody else changed it
@@ -101,10 +81,6 @@ class Session(ABC):
     @abstractmethod
     def _run(self, input_ids: Ids, past_length: Ids, logit_positions: Ids) -> Logits:
         """Append ``input_ids`` [B, T] and return logits [B, M, V]; there is room for them."""
-
-    def _host_cache_bytes(self, batch: int, capacity: int) -> int:
-        """Return the bytes of the host's memory that the cache of this size takes; 0 where it is not there."""
-        return 0
 
     @property
     @abstractmethod
@@ -138,17 +114,22 @@ class Session(ABC):
     @property
     def length(self) -> Ids:
         """Tokens in the cache, int64 [B], per row (a copy)."""
-        return self._length.copy()
+        return self._cache.length.copy()
 
     @property
     def capacity(self) -> int:
         """Tokens per row that the cache has memory for now."""
-        return self._capacity
+        return self._cache.capacity
 
     @property
     def max_length(self) -> int:
-        """Tokens per row that the model has positions for (P)."""
-        return self.config.max_position_embeddings
+        """Tokens per row at most: those that the model has positions for (P), or that an engine was built for."""
+        return self._cache.max_length
+
+    @property
+    def chunk_size(self) -> int:
+        """Tokens of a prompt that are run at once, per row."""
+        return self._cache.chunk_size
 
     def forward(self, ids: Any, *, lengths: Any = None, all_logits: bool = False) -> Logits:
         """Append tokens to the cache and return logits.
@@ -209,7 +190,7 @@ class Session(ABC):
         self._changed_by = f"{call} was called on it" if owner is None else "another generation or evaluation began"
 
     def _empty(self, owner: Claim | None) -> None:
-        self._length = np.zeros_like(self._length)
+        self._cache.reset()
         self._changed(owner, "reset()")
 
     def _forward(self, ids: Any, lengths: Any, all_logits: bool, owner: Claim | None) -> Logits:
@@ -220,11 +201,10 @@ class Session(ABC):
         ids = self._check_ids(ids)
         batch, tokens = ids.shape
         counts = self._check_lengths(lengths, batch, tokens)
-        past = self._past_for(batch)
-        chunks = self._plan(past, counts, tokens)
+        cache = self._cache
+        past = cache.past_for(batch)
         shape = (batch, tokens, self.config.vocab_size) if all_logits else (batch, self.config.vocab_size)
-        ends = max(int((past + np.minimum(counts, start)).max()) + stop - start for start, stop in chunks)
-        self._check_memory_for(batch, ends, min(tokens, self.chunk_size), 4 * math.prod(shape))
+        chunks = cache.plan(past, counts, tokens, 4 * math.prod(shape))
 
         logits: Logits = np.zeros(shape, np.float32)
         self._changed(None, "a forward() that failed")  # what it leaves is nobody's
@@ -235,30 +215,19 @@ class Session(ABC):
             else:
                 ends_here = (counts > start) & (counts <= stop)
                 positions = np.maximum(real - 1, 0)[:, None] if ends_here.any() else np.zeros((batch, 0), np.int64)
-            self._reserve(batch, int(past.max()) + stop - start)
+            cache.reserve(batch, int(past.max()) + stop - start, self._resize)
             part = self._run(ids[:, start:stop], past, np.ascontiguousarray(positions, np.int64))
             if all_logits:
                 logits[:, start:stop] = np.where((positions < real[:, None])[:, :, None], part, np.float32(0))
             elif part.shape[1]:
                 logits[ends_here] = part[ends_here, 0]
-            past = past + real
-            self._length = past
+            past = cache.length = past + real
         self._changed(owner, "forward()")
         return logits
 
     def _truncate(self, length: Any, owner: Claim | None) -> None:
         self._check_owner(owner)
-        wanted = _as_array(length, "a length for truncate")
-        if wanted.dtype.kind not in "iu" or wanted.shape not in ((), self._length.shape):
-            raise InputError(
-                f"truncate got {length!r}", f"expected one whole number, or one for each of {len(self._length)} rows"
-            )
-        if (wanted < 0).any() or (wanted > self._length).any():
-            raise InputError(
-                f"cannot truncate to {wanted.tolist()}: the rows hold {self._length.tolist()} tokens",
-                "expected numbers from 0 to those",
-            )
-        self._length = np.broadcast_to(wanted, self._length.shape).astype(np.int64)
+        self._cache.truncate(_as_array(length, "a length for truncate"), length)
         self._changed(owner, "truncate()")
 
     def _check_ids(self, ids: Any) -> Ids:
@@ -283,79 +252,6 @@ class Session(ABC):
         if (array < 1).any() or (array > tokens).any():
             raise InputError(f"lengths are {array.tolist()}", f"expected 1 to {tokens}, the width of the ids")
         return array.astype(np.int64)
-
-    @property
-    def _limit(self) -> str:
-        """Say what ``max_length`` comes from."""
-        return f"the model has {self.max_length} positions"
-
-    def _past_for(self, batch: int) -> Ids:
-        if batch == len(self._length):
-            return self._length
-        if self._length.any():
-            raise InputError(
-                f"ids have {batch} rows and the cache holds {len(self._length)}", "call reset() to start another batch"
-            )
-        return np.zeros(batch, np.int64)
-
-    def _plan(self, past: Ids, counts: Ids, tokens: int) -> list[tuple[int, int]]:
-        """Cut T into chunks and check every one of them against P, padding included, before any is run."""
-        chunks = [(start, min(start + self.chunk_size, tokens)) for start in range(0, tokens, self.chunk_size)]
-        for start, stop in chunks:
-            ends = past + np.minimum(counts, start) + (stop - start)
-            row = int(ends.argmax())
-            if ends[row] > self.max_length:
-                raise CapacityError(
-                    f"row {row} holds {int(past[row])} tokens and would reach {int(ends[row])} with the given ones, "
-                    f"padding included",
-                    f"{self._limit}: truncate, reset, or give fewer",
-                )
-        return chunks
-
-    def _check_memory_for(self, batch: int, tokens: int, width: int, logits_bytes: int) -> None:
-        """Refuse what the system would end halfway, without a word, for want of memory.
-
-        Args:
-            batch: rows.
-            tokens: that each row's cache has to hold.
-            width: tokens of a row that are run at once, at most.
-            logits_bytes: that are returned.
-
-        Raises:
-            CapacityError: it takes more than is available.
-        """
-        grows = batch != len(self._length) or tokens > self._capacity
-        if not grows and batch * width <= self._step_size and logits_bytes < _FEW_BYTES:
-            return
-        capacity = self._capacity_for(tokens) if grows else self._capacity
-        needed, held = logits_bytes, self._host_cache_bytes(batch, capacity)
-        if held:
-            needed += max(0, held - self.cache_bytes)
-            if batch * width > self._step_size:
-                execution = Execution("onnxruntime", self.compute, self.compute, width, writes_scores=True)
-                needed += activation_bytes(self.config, execution, batch, width, capacity)
-        available = available_bytes()
-        if available is not None and needed > available:
-            raise CapacityError(
-                f"{batch} rows of {tokens} tokens take {needed / 1e9:.2f} GB more of memory than the session has, and "
-                f"{available / 1e9:.2f} GB are available",
-                "give fewer rows or shorter prompts, or close other programs",
-            )
-        self._step_size = max(self._step_size, batch * width)
-
-    def _capacity_for(self, tokens: int) -> int:
-        """Return the capacity for ``tokens`` per row: in steps, larger ones for more tokens, never past P."""
-        step = self.capacity_step * max(1, tokens // (16 * self.capacity_step))
-        return min(-(-tokens // step) * step, self.max_length)
-
-    def _reserve(self, batch: int, tokens: int) -> None:
-        """Grow the cache to hold ``tokens`` per row."""
-        if batch == len(self._length) and tokens <= self._capacity:
-            return
-        capacity = self._capacity_for(tokens)
-        self._resize(batch, capacity)
-        self._length = np.zeros(batch, np.int64) if batch != len(self._length) else self._length
-        self._capacity = capacity
 
 
 class Claim:

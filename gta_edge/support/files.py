@@ -23,6 +23,7 @@ from gta_edge.support.partials import Partial, remove_stale, replace_directory, 
 from gta_edge.support.text import printable
 
 __all__ = [
+    "OccupiedError",
     "bundle_file",
     "cache_directory",
     "check_new_file",
@@ -30,11 +31,16 @@ __all__ = [
     "new_file",
     "plain_name",
     "scratch_directory",
+    "write_cached",
 ]
 
 _NAME_BYTES = 255  # of a name on Linux
 # What the system says of the place that is written to; anything else is the writer's own error.
 _OF_THE_PLACE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG}
+
+
+class OccupiedError(OutputError):
+    """What lies in a result's place is not this program's, and not replaced."""
 
 
 def plain_name(name: object) -> TypeGuard[str]:
@@ -178,6 +184,14 @@ def new_file(
         partial.remove()
 
 
+def write_cached(path: Path, content: bytes | memoryview) -> None:
+    """Write a file that can be made again, as ``new_file`` does; where it cannot be written, nothing is lost."""
+    with suppress(OSError, OutputError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with new_file(path, force=True) as partial:
+            partial.write_bytes(content)
+
+
 def check_new_file(
     path: str | os.PathLike[str], *, force: bool = False, inputs: Iterable[Path] = (), needed_bytes: int = 0
 ) -> Path:
@@ -254,13 +268,13 @@ def _check_directory(target: Path, force: bool, kind: str | None, artifact: bool
     if mode is None:
         return
     if not stat.S_ISDIR(mode):
-        raise OutputError(f"{target} exists and is no directory", "choose another output path")
+        raise OccupiedError(f"{target} exists and is no directory", "choose another output path")
     if not force:
         raise OutputError(f"{target} already exists", "choose another output path, or replace it with --force")
     with _at(target):
         foreign = foreign_entry(target, kind=kind, artifact=artifact)
     if foreign is not None:
-        raise OutputError(
+        raise OccupiedError(
             f"{target} holds what this program did not make ({foreign}), and is not replaced even with --force",
             "choose another output path, or remove it yourself",
         )

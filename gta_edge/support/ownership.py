@@ -23,7 +23,8 @@ __all__ = ["ARTIFACTS", "RECORDS", "check_inputs", "foreign_entry"]
 RECORDS = {
     "gta_edge.json": ("gta-edge-bundle",),
     "gta_edge_checkpoint.json": ("gta-edge-checkpoint",),
-    "prepared.json": ("gta-edge-artifact",),
+    "graph.json": ("gta-edge-artifact",),
+    "prepared.json": ("gta-edge-artifact",),  # what graph.json was called
     "lowered.json": ("gta-edge-model",),
     "engine.json": ("gta-edge-artifact",),
 }

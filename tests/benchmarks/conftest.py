@@ -3,12 +3,11 @@
 import importlib
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+from tests.helpers.benchmarks import BENCHMARKS
 
 
 @pytest.fixture

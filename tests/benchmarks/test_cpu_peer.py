@@ -170,7 +170,7 @@ def wide_bundle(tmp_path: Path) -> Path:
     """A bundle whose vocabulary is large enough for the worker's prompts."""
     from gta_edge.export.pipeline import export_model
     from gta_edge.formats.random_checkpoint import initialise
-    from tests.conftest import TINY
+    from tests.helpers.tiny import TINY
 
     initialise(TINY.replace(vocab_size=1200), tmp_path / "checkpoint")
     export_model(tmp_path / "checkpoint", tmp_path / "bundle", verify=False)

@@ -8,7 +8,7 @@ import pytest
 
 from gta_edge.formats.bundle import WEIGHTS, Bundle
 from gta_edge.model.config import ModelConfig
-from tests.conftest import TINY
+from tests.helpers.tiny import TINY
 
 FILE_BYTES = 1_000_000
 

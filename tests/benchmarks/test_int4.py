@@ -11,8 +11,7 @@ import pytest
 
 from gta_edge.model.config import GTAConfig
 from gta_edge.model.presets import PRESETS, preset
-from tests.benchmarks.conftest import BENCHMARKS
-from tests.benchmarks.test_kernels import GPU
+from tests.helpers.benchmarks import BENCHMARKS, GPU
 
 
 @pytest.fixture

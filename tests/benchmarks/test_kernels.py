@@ -10,18 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.benchmarks.conftest import BENCHMARKS
-
-GPU = {
-    "name": "A GPU",
-    "architecture": "sm_99",
-    "processors": 3,
-    "l2_bytes": 4 * 2**20,
-    "memory_bytes": 8 * 2**30,
-    "copy_bytes_per_s": 100e9,
-    "read_bytes_per_s": 90e9,
-    "matmul_flops_per_s": 50e12,
-}
+from tests.helpers.benchmarks import BENCHMARKS, GPU
 
 
 @pytest.fixture

@@ -17,10 +17,10 @@ import pytest
 import rich.console
 
 from gta_edge.cli import bench_plot, bench_text
-from tests.cli import COMMAND, Result, environment
-from tests.conftest import TINY
 from tests.helpers.bench_bundles import damaged
 from tests.helpers.bench_interpreters import wrong
+from tests.helpers.commands import COMMAND, Result, environment
+from tests.helpers.tiny import TINY
 
 Command = Callable[..., Result]
 

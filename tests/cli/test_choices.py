@@ -17,7 +17,7 @@ from gta_edge.model.presets import PRESETS
 from gta_edge.numerics.dtypes import CACHE_TYPES
 from gta_edge.runtime.registry import BACKENDS
 from gta_edge.runtime.tensorrt.engine import ENGINES, IMPLEMENTATIONS
-from tests.cli import Result, run
+from tests.helpers.commands import Result, run
 
 Command = Callable[..., Result]
 

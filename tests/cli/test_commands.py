@@ -21,8 +21,8 @@ import gta_edge
 from gta_edge.cli import doctor_checks
 from gta_edge.cli.app import VERBS as COMMANDS
 from gta_edge.machine import info as machine
-from tests.cli import COMMAND, ROOT, Result, environment, listing, run
-from tests.conftest import TINY
+from tests.helpers.commands import COMMAND, ROOT, Result, environment, listing, run
+from tests.helpers.tiny import TINY
 
 VERBS = sorted(COMMANDS)
 OPTIONS = {

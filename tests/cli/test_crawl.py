@@ -20,7 +20,7 @@ import pytest
 import typer.main
 
 from gta_edge.cli.app import app, function_of
-from tests.cli import Result, listing
+from tests.helpers.commands import Result, listing
 
 Command = Callable[..., Result]
 Parameter = Any  # of click, which some versions of typer have as a part of their own

@@ -18,7 +18,7 @@ from gta_edge.cuda.gpu import Gpu
 from gta_edge.errors import BackendError, GtaEdgeError
 from gta_edge.libraries.install import install_command
 from gta_edge.runtime.tensorrt import builder as tensorrt_builder
-from tests.cli import COMMAND, Result, environment
+from tests.helpers.commands import COMMAND, Result, environment
 
 NOT_INSTALLED = "raise ModuleNotFoundError(f'No module named {__name__!r}', name=__name__)"
 

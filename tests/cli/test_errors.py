@@ -1,46 +1,25 @@
 """Whatever goes wrong: the right exit status, one line that says what and what to do, and nothing left behind."""
 
-import fcntl
 import gc
 import io
-import json
 import os
 import pickle
 import re
-import resource
 import shutil
-import signal
-import struct
 import subprocess
-import sys
-import termios
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
 
-from tests.cli import COMMAND, Result, environment, listing, run
-from tests.formats.test_bundle import manifest_of, relist, write
+from tests.helpers.bundle_files import manifest_of, relist, write
+from tests.helpers.commands import COMMAND, Result, environment, listing, run
+from tests.helpers.limits import largest_file
+from tests.helpers.pickles import Trap
 
 Command = Callable[..., Result]
-
-
-@pytest.fixture
-def failing(command: Command, tmp_path: Path) -> Callable[..., str]:
-    """Run a command that fails, in an empty working directory; nothing may appear or vanish, there or beside it."""
-
-    def run(*arguments: object) -> str:
-        before = listing(tmp_path)
-        message = command(*arguments).error
-        assert listing(tmp_path) == before
-        return message
-
-    return run
 
 
 # --- wrong usage ---------------------------------------------------------------------------------------------------
@@ -227,13 +206,6 @@ def npz(array: Any) -> bytes:
     return stream.getvalue()
 
 
-class Trap:
-    """Stops the interpreter when it is unpickled."""
-
-    def __reduce__(self) -> Any:
-        return os._exit, (77,)
-
-
 GOOD = npy(np.arange(20))
 IDS = {
     "empty": (b"", "not a readable .npy"),
@@ -350,142 +322,6 @@ def test_weights_that_are_not_numbers(command: Command, copied_bundle: Path, tmp
         assert "NaN" in result.error
 
 
-# --- damaged checkpoints, through export ---------------------------------------------------------------------------
-
-
-def set_config(**changes: Any) -> Callable[[Path], None]:
-    def damage(directory: Path) -> None:
-        path = directory / "config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-    return damage
-
-
-def set_file(name: str, content: bytes | None) -> Callable[[Path], None]:
-    def damage(directory: Path) -> None:
-        (directory / name).unlink(missing_ok=True)
-        if content is not None:
-            (directory / name).write_bytes(content)
-
-    return damage
-
-
-def set_tensors(edit: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
-    def damage(directory: Path) -> None:
-        tensors = load_file(directory / "model.safetensors")
-        edit(tensors)
-        save_file(tensors, directory / "model.safetensors")
-
-    return damage
-
-
-def cut(fraction: float) -> Callable[[Path], None]:
-    def damage(directory: Path) -> None:
-        path = directory / "model.safetensors"
-        os.truncate(path, int(path.stat().st_size * fraction))
-
-    return damage
-
-
-def only_pickles(directory: Path) -> None:
-    (directory / "model.safetensors").unlink()
-    (directory / "pytorch_model.bin").write_bytes(pickle.dumps(Trap()))
-
-
-def pipe(name: str) -> Callable[[Path], None]:
-    def damage(directory: Path) -> None:
-        (directory / name).unlink()
-        os.mkfifo(directory / name)
-
-    return damage
-
-
-NORM = "model.norm.weight"
-UP = "model.layers.0.mlp.up_proj.weight"
-HUGE = struct.pack("<Q", 2**62)
-DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
-    "half": (cut(0.5), "model.safetensors"),
-    "all but a byte": (cut(0.99999), "model.safetensors"),
-    "empty": (cut(0), "is empty"),
-    "header alone": (set_file("model.safetensors", struct.pack("<Q", 2) + b"{}"), "too few"),
-    "huge header": (set_file("model.safetensors", HUGE + b"{}"), "no valid safetensors"),
-    "text": (set_file("model.safetensors", b"version https://git-lfs.github.com/spec/v1\n"), "no valid safetensors"),
-    "pickle by another name": (set_file("model.safetensors", pickle.dumps(Trap())), "pickle"),
-    "pickles only": (only_pickles, "pickle"),
-    "no weights": (set_file("model.safetensors", None), "model.safetensors"),
-    "weights are a pipe": (pipe("model.safetensors"), "not a regular file"),
-    "config is a pipe": (pipe("config.json"), "not a regular file"),
-    "tokenizer is a pipe": (pipe("tokenizer.json"), "not a regular file"),
-    "no config": (set_file("config.json", None), "config.json"),
-    "empty config": (set_file("config.json", b""), "not valid JSON"),
-    "config is no JSON": (set_file("config.json", b"{'vocab_size': 3}"), "not valid JSON"),
-    "config is no object": (set_file("config.json", b"[1, 2]"), "expected a JSON object"),
-    "config is nested": (set_file("config.json", b"[" * 100_000), "not valid JSON"),
-    "config is no text": (set_file("config.json", b"\xff\xfe\0"), "not valid JSON"),
-    "text for a number": (set_config(hidden_size="96"), "hidden_size"),
-    "a fraction": (set_config(vocab_size=300.5), "vocab_size"),
-    "null": (set_config(num_hidden_layers=None), "num_hidden_layers"),
-    "true": (set_config(num_attention_heads=True), "num_attention_heads"),
-    "zero": (set_config(intermediate_size=0), "intermediate_size is 0"),
-    "no heads": (set_config(num_attention_heads=0), "num_attention_heads is 0"),
-    "negative": (set_config(num_key_heads=-1), "num_key_heads is -1"),
-    "absurd": (set_config(num_hidden_layers=2**31 - 1), "too few"),
-    "beyond absurd": (set_config(num_hidden_layers=2**62), "num_hidden_layers"),
-    "absurd vocabulary": (set_config(vocab_size=2**31 - 1), "model.embed_tokens.weight"),
-    "absurd length": (set_config(max_position_embeddings=2**62), "max_position_embeddings"),
-    "not a number": (set_config(rope_theta=float("nan")), "rope_theta"),
-    "heads that do not divide": (set_config(num_query_heads=5), "not a multiple"),
-    "widths that do not fit": (set_config(hidden_size=100), "hidden_size"),
-    "widths that differ": (set_config(query_dim=16), "query_dim"),
-    "another architecture": (set_config(architectures=["GPT2LMHeadModel"]), "GPT2LMHeadModel"),
-    "an end token outside": (set_config(eos_token_id=300), "eos_token_id"),
-    "missing tensor": (set_tensors(lambda tensors: tensors.pop(NORM)), f"config.json asks for: {NORM}"),
-    "surplus tensor": (set_tensors(lambda tensors: tensors.update(extra=tensors[NORM].copy())), "extra"),
-    "misshapen tensor": (set_tensors(lambda tensors: tensors.update({NORM: tensors[NORM][:-1].copy()})), "[95]"),
-    "transposed tensor": (set_tensors(lambda tensors: tensors.update({UP: tensors[UP].T.copy()})), "[96, 128]"),
-    "another type": (set_tensors(lambda tensors: tensors.update({NORM: tensors[NORM].astype(np.float64)})), "F64"),
-    "a layer too few": (set_config(num_hidden_layers=1), "model.layers.1"),
-    "a layer too many": (set_config(num_hidden_layers=3), "model.layers.2"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", DAMAGE)
-def test_a_damaged_checkpoint(failing: Callable[..., str], copied_checkpoint: Path, tmp_path: Path, name: str) -> None:
-    damage, expected = DAMAGE[name]
-    damage(copied_checkpoint)
-    assert expected in failing("export", copied_checkpoint, tmp_path / "out")
-    assert expected in failing("inspect", copied_checkpoint)
-
-
-def test_weights_that_are_not_finite(
-    failing: Callable[..., str], copied_checkpoint: Path, tiny_bundle: Path, tmp_path: Path
-) -> None:
-    def spoil(tensors: dict[str, Any]) -> None:
-        tensors[NORM][3] = float("nan")
-
-    set_tensors(spoil)(copied_checkpoint)
-    said = f"{NORM} holds nan at [3], 1 of 96 values are not finite"
-    assert said in failing("export", copied_checkpoint, tmp_path / "out", "--no-verify")
-    assert said in failing("verify", tiny_bundle, "--checkpoint", copied_checkpoint)
-
-
-def test_weights_that_do_not_fit_a_precision(
-    failing: Callable[..., str], copied_checkpoint: Path, tmp_path: Path
-) -> None:
-    def enlarge(tensors: dict[str, Any]) -> None:
-        tensors["model.embed_tokens.weight"][0, 0] = 1e6
-
-    set_tensors(enlarge)(copied_checkpoint)
-    assert "65504" in failing("export", copied_checkpoint, tmp_path / "out", "--precision", "fp16")
-
-
-def test_a_damaged_checkpoint_in_a_process_of_its_own(copied_checkpoint: Path, tmp_path: Path) -> None:
-    cut(0.5)(copied_checkpoint)
-    before = listing(tmp_path)
-    assert "model.safetensors" in run("export", copied_checkpoint, tmp_path / "out").error
-    assert listing(tmp_path) == before
-
-
 # --- outputs -------------------------------------------------------------------------------------------------------
 
 
@@ -526,16 +362,6 @@ def test_force_does_not_remove_the_checkpoint_that_is_read(
     assert listing(checkpoint) == before
 
 
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 @pytest.mark.parametrize("size", [1000, 100_000])  # less than the graph, less than the weights
 def test_a_bundle_that_is_larger_than_a_file_can_be(
     failing: Callable[..., str], copied_bundle: Path, tiny_checkpoint: Path, tmp_path: Path, size: int
@@ -569,116 +395,3 @@ def test_a_full_disk(command: Command, tiny_checkpoint: Path, small_disk: Path) 
     assert "free some space" in command("export", tiny_checkpoint, small_disk / "out", "--no-verify").error
     assert "are free" in command("init", "gta1-160m", small_disk / "out", "--layers", "1").error
     assert list(small_disk.iterdir()) == []
-
-
-# --- Ctrl-C --------------------------------------------------------------------------------------------------------
-
-
-def wait_for(condition: Callable[[], Any], seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.005)
-
-
-def test_interrupted_generation(tiny_bundle: Path) -> None:
-    # The command waits in the middle of its text, since the pipe that it writes to has room for ten bytes only.
-    arguments = [*COMMAND, "generate", tiny_bundle, "--ids", "1,2,3", "--ignore-eos"]
-    ours, theirs = os.pipe()
-    size = fcntl.fcntl(theirs, fcntl.F_SETPIPE_SZ, 4096)
-    filling = size - 10
-    os.write(theirs, b"x" * filling)
-
-    def waiting() -> bool:
-        buffer = bytearray(4)
-        fcntl.ioctl(ours, termios.FIONREAD, buffer)
-        return struct.unpack("i", buffer)[0] > size - 4  # a character has up to four bytes, and is written at once
-
-    with subprocess.Popen(arguments, env=environment(), stdout=theirs, stderr=subprocess.PIPE) as process:
-        os.close(theirs)
-        try:
-            wait_for(waiting)
-            process.send_signal(signal.SIGINT)
-            with os.fdopen(ours, "rb") as stream:
-                out = stream.read()[filling:]
-            assert process.stderr is not None
-            err = process.stderr.read().decode()
-            assert process.wait(60) == 130
-        finally:
-            process.kill()
-    assert 7 < len(out) < 100  # of more than a hundred
-    assert out.endswith(b"\n")
-    assert re.fullmatch(r"\[onnxruntime\] 3 prompt tokens, .*; \d+ tokens.*; ended by interrupted\n", err)
-
-
-def test_interrupted_generation_as_json(tiny_bundle: Path) -> None:
-    script = """
-import os, signal, sys
-from gta_edge.cli import main
-from gta_edge.runtime.generation.sampling import Sampler
-
-sample, drawn = Sampler.sample, []
-
-def interrupted(*arguments):
-    drawn.append(sample(*arguments))
-    if len(drawn) == 3:
-        os.kill(os.getpid(), signal.SIGINT)
-    return drawn[-1]
-
-Sampler.sample = interrupted
-main()
-"""
-    process = subprocess.run(
-        [sys.executable, "-c", script, "generate", tiny_bundle, "--ids", "1,2,3", "--ignore-eos", "--json"],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert (process.returncode, process.stderr) == (130, "")
-    document = json.loads(process.stdout)
-    assert document["finish_reason"] == "interrupted"
-    assert len(document["ids"]) in (2, 3)
-
-
-def test_interrupted_before_the_first_token(tiny_bundle: Path, tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "prompt")  # waits for its text
-    arguments = [*COMMAND, "generate", tiny_bundle, "--prompt-file", tmp_path / "prompt"]
-    with subprocess.Popen(arguments, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        with (tmp_path / "prompt").open("wb"):  # returns when the command has opened it
-            process.send_signal(signal.SIGINT)
-            out, err = process.communicate(timeout=60)
-        assert (process.returncode, out, err) == (130, b"", b"")
-
-
-@pytest.mark.parametrize("moment", ["at once", "a little later"])
-def test_interrupted_export(tiny_checkpoint: Path, tmp_path: Path, moment: str) -> None:
-    arguments = [*COMMAND, "export", tiny_checkpoint, tmp_path / "out"]
-    with subprocess.Popen(arguments, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        wait_for(lambda: any(tmp_path.iterdir()))
-        partial = next(tmp_path.iterdir())
-        if moment == "a little later":
-            wait_for(lambda: any(partial.iterdir()))  # the graph is being written, or checked already
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
-    assert (process.returncode, out, err) == (130, b"", b"")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_interrupted_while_the_program_starts() -> None:
-    script = """
-import os, signal, sys
-from gta_edge.cli import main
-
-class Interrupt:
-    def find_spec(self, name, path=None, target=None):
-        if name == "typer":
-            os.kill(os.getpid(), signal.SIGINT)
-
-sys.meta_path.insert(0, Interrupt())
-main()
-"""
-    process = subprocess.run(
-        [sys.executable, "-c", script, "doctor"], env=environment(), capture_output=True, text=True, check=False
-    )
-    assert (process.returncode, process.stdout, process.stderr) == (130, "", "")

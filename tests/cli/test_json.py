@@ -13,7 +13,7 @@ import pytest
 
 from gta_edge.cli.app import VERBS
 from gta_edge.cli.output import SCHEMA_VERSION
-from tests.cli import COMMAND, ROOT, Result, environment
+from tests.helpers.commands import COMMAND, ROOT, Result, environment
 
 Command = Callable[..., Result]
 Schema = dict[str, str]

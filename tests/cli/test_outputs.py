@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli import Result, listing
+from tests.helpers.commands import Result, listing
 
 Command = Callable[..., Result]
 

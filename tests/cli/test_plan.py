@@ -12,7 +12,7 @@ import pytest
 from gta_edge.libraries.install import install_command
 from gta_edge.machine.devices import MEASURED, device_names
 from gta_edge.model.presets import PRESETS
-from tests.cli import Result, environment, run
+from tests.helpers.commands import Result, environment, run
 
 KEYS = {
     "device",

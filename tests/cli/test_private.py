@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import gta_edge
-from tests.cli import COMMAND, ROOT, environment
+from tests.helpers.commands import COMMAND, ROOT, environment
 
 # Of C's functions and of Python's, which are called by them; a local socket is nobody else's business.
 NOTES = r"""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli import COMMAND, environment
+from tests.helpers.commands import COMMAND, environment
 
 
 def started(*arguments: object, cwd: Path, **options: object) -> subprocess.Popen:

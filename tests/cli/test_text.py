@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli import COMMAND, environment, run
-from tests.formats.test_bundle import manifest_of, relist, write
+from tests.helpers.bundle_files import manifest_of, relist, write
+from tests.helpers.commands import COMMAND, environment, run
 
 OPTIONS = ("--max-new-tokens", "6", "--ignore-eos")
 

@@ -23,20 +23,10 @@ from gta_edge.libraries.install import install_command
 from gta_edge.model.config import GTAConfig
 from gta_edge.model.presets import PRESETS, preset
 from gta_edge.plugins.attention.definition import Sizes
-from gta_edge.plugins.attention.launches import Programs, decode_launches, prefill_launches, programs
+from gta_edge.plugins.attention.launches import Programs, decode_launches, prefill_launches, programs_for
 from gta_edge.plugins.attention.tiling import DECODE_TOKENS, Program, Variant
 from gta_edge.plugins.domain import KERNELS
-
-
-def has_nvrtc() -> bool:
-    try:
-        compiler._nvrtc_version("sm_80")
-    except BackendError:
-        return False
-    return True
-
-
-needs_nvrtc = pytest.mark.skipif(not has_nvrtc(), reason="needs the extra cuda12 or cuda13")
+from tests.helpers.nvrtc import ALL_COMPILES, BUILT_FOR, REGISTERS, needs_nvrtc
 
 SIZES = Sizes(5, 1, 1, 64, 128, 1280)
 STUB = """
@@ -443,10 +433,6 @@ print(*sorted(mapped), sep="\\n")
 
 # --- the kernels themselves ------------------------------------------------------------------------------------------
 
-BUILT_FOR = ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_110", "sm_120")
-ALL_COMPILES = os.environ.get("GTA_EDGE_ALL_COMPILES") == "1"
-REGISTERS = 65536  # of a multiprocessor
-
 
 def preset_sizes() -> dict[Sizes, str]:
     """The presets' sizes, by which they are told apart, and the last preset that has them."""
@@ -483,7 +469,7 @@ def compiles() -> list[object]:
 @needs_nvrtc
 @pytest.mark.parametrize(("variant", "architecture"), compiles())
 def test_the_presets_compile_without_spilling(variant: Variant, architecture: str) -> None:
-    check_kernels(programs(variant, architecture), architecture)
+    check_kernels(programs_for(variant, architecture), architecture)
 
 
 EXTREMES = {
@@ -500,7 +486,7 @@ EXTREMES = {
 @pytest.mark.parametrize("cache", ["bf16", "int8", "fp8"])
 @pytest.mark.parametrize("sizes", EXTREMES.values(), ids=EXTREMES)
 def test_other_sizes_compile(sizes: Sizes, cache: str, architecture: str) -> None:
-    check_kernels(programs(Variant(sizes, "bf16", cache), architecture), architecture, may_spill=True)
+    check_kernels(programs_for(Variant(sizes, "bf16", cache), architecture), architecture, may_spill=True)
 
 
 def check_kernels(programs: Programs, architecture: str, *, may_spill: bool = False) -> None:

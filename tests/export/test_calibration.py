@@ -23,9 +23,10 @@ from gta_edge.formats.checkpoint import Checkpoint
 from gta_edge.numerics.quantization import BLOCK_SIZES, Quantized, quantize
 from tests.helpers import reference
 from tests.helpers.checkpoints import write_checkpoint
-from tests.numerics.test_quantization import RANGES
+from tests.helpers.exports import export_refused
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+RANGES = {8: (-127, 127), 4: (-8, 7)}  # of quantised weights
 DAMPING = 0.01  # of the mean diagonal, as in the paper
 
 
@@ -300,16 +301,6 @@ def checkpoint(tiny_checkpoint: Path, tmp_path: Path) -> Path:
     return tmp_path / "checkpoint"
 
 
-def refused(checkpoint: Path, kind: type[Exception], **options: Any) -> str:
-    """What is said of an export that is refused: one line; and nothing is left of it."""
-    before = sorted(checkpoint.parent.rglob("*"))
-    with pytest.raises(kind) as caught:
-        export_model(checkpoint, checkpoint.parent / "bundle", **options)
-    assert sorted(checkpoint.parent.rglob("*")) == before
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
 TEXTS: dict[str, tuple[bytes | None, str]] = {
     "missing": (None, r"cannot be read \(No such file.*give another calibration text"),
     "in another encoding": (
@@ -327,13 +318,13 @@ def test_a_text_that_cannot_be_used(checkpoint: Path, precision: str, content: b
     text = checkpoint.parent / "text"
     if content is not None:
         text.write_bytes(content)
-    said = refused(checkpoint, InputError, precision=precision, calibrate=text)
+    said = export_refused(checkpoint, InputError, precision=precision, calibrate=text)
     assert str(text) in said
     assert re.search(message, said), said
 
 
 def test_a_text_that_is_a_directory(checkpoint: Path) -> None:
-    assert "cannot be read" in refused(checkpoint, InputError, precision="int4", calibrate=checkpoint)
+    assert "cannot be read" in export_refused(checkpoint, InputError, precision="int4", calibrate=checkpoint)
 
 
 def test_a_text_just_long_enough(checkpoint: Path) -> None:
@@ -347,7 +338,7 @@ def test_tokens_outside_the_vocabulary(checkpoint: Path, tiny_checkpoint: Path, 
     random_checkpoint(tmp_path / "other" / "checkpoint", entries, tiny_checkpoint)
     text = tmp_path / "other" / "text"
     text.write_text("wxyz" * 40)  # 119 to 122
-    said = refused(tmp_path / "other" / "checkpoint", InputError, precision="int4", calibrate=text)
+    said = export_refused(tmp_path / "other" / "checkpoint", InputError, precision="int4", calibrate=text)
     assert "a vocabulary of 100" in said
 
 
@@ -355,14 +346,14 @@ def test_a_checkpoint_without_a_tokenizer(checkpoint: Path) -> None:
     (checkpoint / "tokenizer.json").unlink()
     text = checkpoint.parent / "text"
     text.write_text(TEXT, encoding="utf-8")
-    assert "has no tokenizer.json" in refused(checkpoint, InputError, precision="int4", calibrate=text)
+    assert "has no tokenizer.json" in export_refused(checkpoint, InputError, precision="int4", calibrate=text)
 
 
 def test_a_damaged_tokenizer(checkpoint: Path) -> None:
     (checkpoint / "tokenizer.json").write_text('{"model": 1}')
     text = checkpoint.parent / "text"
     text.write_text(TEXT, encoding="utf-8")
-    said = refused(checkpoint, CheckpointError, precision="int4", calibrate=text)
+    said = export_refused(checkpoint, CheckpointError, precision="int4", calibrate=text)
     assert f"{checkpoint / 'tokenizer.json'}: is not a tokenizer" in said
 
 
@@ -378,7 +369,7 @@ def test_a_byte_order_mark_is_no_part_of_the_text(checkpoint: Path) -> None:
 def test_only_integers_are_calibrated(checkpoint: Path, precision: str | None) -> None:
     text = checkpoint.parent / "text"
     text.write_text(TEXT, encoding="utf-8")
-    said = refused(checkpoint, InputError, precision=precision, calibrate=text)
+    said = export_refused(checkpoint, InputError, precision=precision, calibrate=text)
     assert f"precision is {precision or 'fp32'}, which is not calibrated; calibrate int8 or int4" in said
 
 
@@ -404,7 +395,7 @@ def test_weights_that_cannot_be_calibrated(name: str, value: float, tiny_checkpo
     text = tmp_path / "text"
     text.write_text(TEXT, encoding="utf-8")
     error = ExportError if np.isfinite(value) else CheckpointError
-    said = refused(checkpoint, error, precision="int4", block_size=16, calibrate=text, verify=False)
+    said = export_refused(checkpoint, error, precision="int4", block_size=16, calibrate=text, verify=False)
     assert np.isfinite(value) or f"{name} holds {value} at [" in said
 
 

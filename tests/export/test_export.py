@@ -16,13 +16,14 @@ from gta_edge.errors import CheckpointError, ConfigError, ExportError, InputErro
 from gta_edge.export.pipeline import export_model
 from gta_edge.formats.bundle import Bundle
 from gta_edge.graph.weights import read_weights
+from gta_edge.model.config import ModelConfig
+from gta_edge.model.kv_cache import input_shapes, interface_names
 from gta_edge.plugins.attention import definition as op
 from gta_edge.plugins.domain import DOMAIN
 from tests.helpers import reference
 from tests.helpers.checkpoints import write_checkpoint
-from tests.model.test_decoder import scaled_tables
+from tests.helpers.exported_graphs import TOLERANCE, empty_feeds, exact_logits, run
 
-TOLERANCE = 1e-4  # largest error over the standard deviation of the exact logits
 SMALL = {"vocab_size": 97, "max_position_embeddings": 48}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 LLAMA3 = {
@@ -52,32 +53,6 @@ BASELINES: dict[str, dict[str, Any]] = {
 def model_entries(name: str) -> dict[str, Any]:
     make = reference.gta_entries if name in GTA else reference.llama_entries
     return make(**{**(GTA.get(name) or BASELINES[name]), **SMALL})
-
-
-def exact_logits(entries: dict[str, Any], weights: dict[str, np.ndarray], ids: np.ndarray) -> np.ndarray:
-    """Logits [B, T, V] in float64, from the formula; scaled rotations as transformers computes them."""
-    formula = reference.gta_logits if "num_query_heads" in entries else reference.llama_logits
-    tables = scaled_tables(entries, ids.shape[1]) if entries.get("rope_scaling") else None
-    return np.stack([formula(entries, weights, row, tables) for row in ids])
-
-
-def empty_feeds(session: Any, batch: int, capacity: int) -> dict[str, np.ndarray]:
-    """Zeroed caches for a graph, from its own interface."""
-    shapes = {value.name: value.shape for value in session.get_inputs() if value.name.startswith("past_")}
-    return {n: np.zeros((batch, s[1], capacity, s[3]), np.float32) for n, s in shapes.items() if n != "past_length"}
-
-
-def run(session: Any, feeds: dict[str, np.ndarray], ids: np.ndarray, past: np.ndarray) -> np.ndarray:
-    """One step of a graph; moves the present caches into ``feeds`` and returns all logits."""
-    batch, tokens = ids.shape
-    names = list(feeds)
-    outputs = ["logits", *(name.replace("past", "present") for name in names)]
-    positions = np.tile(np.arange(tokens), (batch, 1))
-    logits, *presents = session.run(
-        outputs, {**feeds, "input_ids": ids, "past_length": past, "logit_positions": positions}
-    )
-    feeds.update(zip(names, presents, strict=True))
-    return logits
 
 
 def plain_session(bundle: Path) -> Any:
@@ -151,6 +126,10 @@ def test_graph_is_as_promised(exported: tuple[dict, dict, Path]) -> None:
     assert inputs["input_ids"] == ["batch", "tokens"]
     assert inputs["logit_positions"] == ["batch", "positions"]
     assert outputs["logits"] == ["batch", "positions", entries["vocab_size"]]
+    sizes = {"batch": "batch", "tokens": "tokens", "positions": "positions", "capacity": "capacity"}
+    config = ModelConfig.from_dict(entries)
+    assert inputs == {name: list(shape) for name, shape in input_shapes(config, **sizes).items()}
+    assert (list(inputs), list(outputs)) == interface_names(config)
     for name in names:
         assert inputs[f"past_{name}"] == outputs[f"present_{name}"]
         assert inputs[f"past_{name}"][0::2] == ["batch", "capacity"]

@@ -13,9 +13,10 @@ from gta_edge.export.passes.fold_weight_views import FoldWeightViewsPass
 from gta_edge.export.passes.stamp_layers import RepeatLayersPass
 from gta_edge.export.passes.store_weights import StoreWeightsPass
 from gta_edge.export.passes.tie_head import TieHeadPass
-from gta_edge.export.trace import interface_names, trace
+from gta_edge.export.trace import trace
 from gta_edge.formats.weights import TRANSPOSED
 from gta_edge.model.config import ModelConfig
+from gta_edge.model.kv_cache import interface_names
 from gta_edge.model.rope import rope_tables
 from tests.helpers import reference
 

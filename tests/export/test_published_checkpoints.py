@@ -15,9 +15,9 @@ from safetensors.torch import save_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, logging
 
 from gta_edge.export.pipeline import export_model
-from tests.export.test_export import TOLERANCE, empty_feeds, exact_logits, run
 from tests.helpers import reference
 from tests.helpers.checkpoints import write_checkpoint
+from tests.helpers.exported_graphs import TOLERANCE, empty_feeds, exact_logits, run
 
 IDS = np.random.default_rng(0).integers(0, 97, (1, 24))
 SMALL = {"vocab_size": 97, "max_position_embeddings": 48}

@@ -20,11 +20,12 @@ from gta_edge.errors import BundleError, ExportError, InputError
 from gta_edge.export.pipeline import export_model
 from gta_edge.formats.bundle import Bundle
 from gta_edge.graph.weights import read_weights
-from tests.cli import Result
-from tests.export.test_export import TOLERANCE, empty_feeds, exact_logits, run
-from tests.formats.test_bundle import edit_model, forge, manifest_of, refused, relist, write
 from tests.helpers import reference
+from tests.helpers.bundle_files import edit_model, forge, manifest_of, refused, relist, write
 from tests.helpers.checkpoints import write_checkpoint
+from tests.helpers.commands import Result
+from tests.helpers.exported_graphs import TOLERANCE, empty_feeds, exact_logits, run
+from tests.helpers.exports import export_refused
 
 Command = Callable[..., Result]
 
@@ -351,16 +352,6 @@ def test_the_onnx_reference_agrees(exported: Exported) -> None:
 def checkpoint(tmp_path: Path) -> Path:
     checkpoint_of("without biases", tmp_path / "checkpoint")  # widths of 128 and 320, and 64 in the value decoder
     return tmp_path / "checkpoint"
-
-
-def export_refused(checkpoint: Path, kind: type[Exception], **options: Any) -> str:
-    """What is said of an export that is refused: one line; and nothing is left of it."""
-    before = sorted(checkpoint.parent.rglob("*"))
-    with pytest.raises(kind) as caught:
-        export_model(checkpoint, checkpoint.parent / "bundle", **options)
-    assert sorted(checkpoint.parent.rglob("*")) == before
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", None])

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gta_edge.formats import artifacts
-from gta_edge.formats.artifacts import Artifact, RefusedError, open_artifact, write_record
+from gta_edge.formats.artifacts import Artifact, RefusedError, difference, open_artifact, write_record
 from tests.helpers.records import edit
 
 PLACE, RECORD = "engines/kind", "engine.json"
@@ -168,3 +168,17 @@ def test_no_bit_of_a_record_can_be_changed(tmp_path_factory: pytest.TempPathFact
         return
     assert found.content == before["content"]  # white space
     assert json.loads(path.read_text()) == before
+
+
+@pytest.mark.parametrize(
+    ("now", "then", "told"),
+    [
+        ({"a": "1", "b": {"x": 1}}, {"b": {"x": 1}, "a": "1"}, None),
+        ({"a": "2", "b": "2"}, {"a": "1", "b": "1"}, "a is '2' here and was '1'"),
+        ({"files": {"x": 2}}, {"files": {"x": 1}}, "files are others"),
+        ({"a": "1"}, {}, "a are others"),
+        ({}, {"a": "1"}, "a are others"),
+    ],
+)
+def test_what_is_another_than_recorded(now: dict[str, object], then: dict[str, object], told: str | None) -> None:
+    assert difference(now, then) == told

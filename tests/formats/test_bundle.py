@@ -25,52 +25,25 @@ import gta_edge
 from gta_edge.errors import BackendError, BundleError, InputError
 from gta_edge.formats import integrity
 from gta_edge.formats.bundle import Bundle
-from tests.cli import environment
-from tests.conftest import TINY
+from tests.helpers.bundle_files import (
+    CONFIG,
+    MANIFEST,
+    MODEL,
+    WEIGHTS,
+    edit_model,
+    forge,
+    manifest_of,
+    refused,
+    relist,
+    write,
+)
+from tests.helpers.commands import environment
+from tests.helpers.limits import unprivileged
+from tests.helpers.tiny import TINY
 
-MANIFEST, MODEL, WEIGHTS, CONFIG = "gta_edge.json", "model.onnx", "model.onnx.data", "config.json"
 FILES = [CONFIG, MANIFEST, MODEL, WEIGHTS, "tokenizer.json", "tokenizer_config.json"]
 LISTED = [name for name in FILES if name != MANIFEST]
 BACKENDS = ["onnxruntime", "torch"]
-
-
-def manifest_of(directory: Path) -> dict[str, Any]:
-    """The manifest without its checksum."""
-    manifest = json.loads((directory / MANIFEST).read_text())
-    del manifest["sha256"]
-    return manifest
-
-
-def write(directory: Path, manifest: dict[str, Any]) -> None:
-    """Write a manifest with the checksum that belongs to it, as somebody would who means harm."""
-    checksum = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-    (directory / MANIFEST).write_text(json.dumps({**manifest, "sha256": checksum}))
-
-
-def forge(directory: Path, **changes: Any) -> None:
-    """Change entries of the manifest, with the right checksum."""
-    write(directory, manifest_of(directory) | changes)
-
-
-def relist(directory: Path) -> None:
-    """Make the manifest agree with the files that it lists, whatever is in them; those that are gone it forgets."""
-    manifest = manifest_of(directory)
-    files = {}
-    for name in manifest["files"]:
-        if (path := directory / name).exists():
-            digest = hashlib.sha256(path.read_bytes()).hexdigest()
-            files[name] = {"bytes": path.stat().st_size, "mtime_ns": path.stat().st_mtime_ns, "sha256": digest}
-    write(directory, manifest | {"files": files})
-
-
-def refused(directory: Path, **options: Any) -> str:
-    """What is said of a bundle that is refused: one line, and where it is."""
-    with pytest.raises(BundleError) as caught:
-        Bundle.open(directory, **options)
-    message = str(caught.value)
-    assert "\n" not in message
-    assert str(directory) in message
-    return message
 
 
 def replace_bytes(path: Path, content: bytes) -> None:
@@ -433,14 +406,6 @@ def test_a_config_of_another_model(copied_bundle: Path) -> None:
 # --- models that are not what they should be -------------------------------------------------------------------------
 
 
-def edit_model(directory: Path, edit: Callable[[onnx.ModelProto], Any]) -> None:
-    """Change the graph, and the manifest so that it agrees."""
-    model = onnx.load(directory / MODEL, load_external_data=False)
-    edit(model)
-    (directory / MODEL).write_bytes(model.SerializeToString())
-    relist(directory)
-
-
 def set_external(key: str, value: str) -> Callable[[onnx.ModelProto], None]:
     """Return an edit that says of all weights that they lie elsewhere."""
 
@@ -628,16 +593,10 @@ def test_a_bundle_that_cannot_be_written_to_opens(
         for path in directory.iterdir():
             path.chmod(0o444)
         directory.chmod(0o555)
-        root = os.geteuid() == 0  # who may write anywhere
-        if root:
-            os.seteuid(65534)
-        try:
+        with unprivileged():
             assert hashed(directory) == [WEIGHTS]
             assert hashed(directory) == []
-        finally:
-            if root:
-                os.seteuid(0)
-            directory.chmod(0o755)
+        directory.chmod(0o755)
         assert (directory / MANIFEST).read_bytes() == before
         assert sorted(path.name for path in directory.iterdir()) == FILES
 

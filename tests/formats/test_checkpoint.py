@@ -6,7 +6,6 @@ import pickle
 import subprocess
 import sys
 import tempfile
-from contextlib import contextmanager
 from pathlib import Path
 
 import ml_dtypes
@@ -34,20 +33,7 @@ from tests.helpers.checkpoint_files import (
     write_shards,
     write_single,
 )
-
-
-@contextmanager
-def _unprivileged():
-    """Root may do anything, so permissions are tested as somebody else."""
-    if os.geteuid() != 0:
-        yield
-        return
-    os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
-
+from tests.helpers.limits import unprivileged
 
 # --- what can be read ------------------------------------------------------------------------------------------------
 
@@ -417,7 +403,7 @@ def test_files_that_may_not_be_read():
         for path in (directory / "model.safetensors", directory):
             directory.chmod(0o755)
             path.chmod(0)
-            with _unprivileged():
+            with unprivileged():
                 refused(directory, "Permission denied")
         directory.chmod(0o755)
 

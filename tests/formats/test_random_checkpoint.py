@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import stat
 from collections import namedtuple
 
@@ -14,6 +13,7 @@ from gta_edge.errors import InputError, OutputError
 from gta_edge.formats.checkpoint import Checkpoint
 from gta_edge.formats.random_checkpoint import STANDARD_DEVIATION, initialise
 from gta_edge.model.config import GQAConfig, GTAConfig
+from tests.helpers.limits import largest_file
 
 GTA = GTAConfig(
     vocab_size=300,
@@ -232,13 +232,8 @@ def test_absurdly_many_layers_are_refused_at_once(tmp_path):
 
 
 def test_a_disk_that_takes_no_more(tmp_path):
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
-    try:
-        with pytest.raises(OutputError, match="cannot be written") as caught:
-            initialise(GTA, tmp_path / "c")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    with largest_file(20_000), pytest.raises(OutputError, match="cannot be written") as caught:
+        initialise(GTA, tmp_path / "c")
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 

@@ -12,7 +12,7 @@ import pytest
 from gta_edge.errors import BundleError, InputError
 from gta_edge.formats.charsmap import check_charsmap
 from gta_edge.formats.tokenizer import Tokenizer
-from tests.fuzz.test_fuzz_tokenizer import MAP, charsmap
+from tests.helpers.charsmap import MAP, charsmap
 from tests.helpers.generation import byte_level
 
 BASE = json.loads(byte_level().to_str())

@@ -225,10 +225,10 @@ def paths(directory: Path, scratch: Path) -> dict[str, Callable[[], object]]:
     return {
         "stored weights": stored,
         "onnxruntime": run,
-        "plugin form": engine("plugin", products="plugin"),
+        "plugin form": engine("plugin", matmul="plugin"),
         "function form": engine("function", newer_ops=False),
         "CUDA form": cuda,
-        "products": lambda: calls_of(load_model(Bundle.open(directory))),
+        "matmuls": lambda: calls_of(load_model(Bundle.open(directory))),
     }
 
 

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 
 from gta_edge.errors import BundleError, EngineError
+from gta_edge.formats.artifacts import RefusedError, made_from, open_artifact
 from gta_edge.formats.bundle import MANIFEST, MODEL, WEIGHTS, Bundle
-from gta_edge.runtime.onnxruntime.lowered import _CPU, GRAPH, kept_graph
-from gta_edge.runtime.tensorrt.engine import EngineManifest, EngineSpec, keep_engine, load_engine, made_from
+from gta_edge.runtime.onnxruntime.lowered import CPU, GRAPH, PACKED, cached_graph
+from gta_edge.runtime.tensorrt.engine import EngineManifest, EngineSpec, keep_engine, load_engine
 from tests.helpers.fuzz import CASES, ends_well, rng
 
 HERE = {"tensorrt": "10.3.0", "compute_capability": "8.7"}
@@ -62,7 +63,7 @@ def complete(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     directory = tmp_path_factory.mktemp("fuzz") / "bundle"
     shutil.copytree(tiny_bundle, directory, ignore=shutil.ignore_patterns("engines"))
     bundle = Bundle.open(directory)
-    assert kept_graph(bundle, _CPU) is not None
+    assert cached_graph(bundle, CPU) is not None
     purpose = EngineSpec("tensorrt", "fp16", "fp16", max_length=64, max_batch=2, chunk_size=32)
     keep_engine(bundle, EngineManifest(purpose, made_from(bundle), HERE["tensorrt"], ["8.7"]), b"the engine")
     return directory
@@ -137,11 +138,11 @@ def _same_manifest(path: Path, before: bytes) -> bool:
 
 def _graph_of(complete: Path) -> Callable[[], bytes | None]:
     def call() -> bytes | None:
-        from gta_edge.runtime.onnxruntime.lowered import _kept, _record
-
-        bundle = Bundle.open(complete)
-        found = _kept(bundle, _CPU, _record(bundle, _CPU), GRAPH, lambda *_: None)
-        return None if found is None else found.read[GRAPH]
+        try:
+            found = open_artifact(complete, CPU.directory, "graph.json", read=(GRAPH,), mapped=(PACKED,))
+        except RefusedError:
+            return None
+        return found.read[GRAPH]
 
     return call
 

@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 
 from gta_edge.export.pipeline import export_model
-from tests.cli import environment
 from tests.helpers import reference
 from tests.helpers.checkpoints import write_checkpoint
+from tests.helpers.commands import environment
 from tests.helpers.fuzz import CASES
 
 SECONDS = 120

@@ -3,7 +3,6 @@
 import base64
 import copy
 import json
-import struct
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ import tokenizers
 from gta_edge.formats.text_files import TextFiles
 from gta_edge.formats.tokenizer import Tokenizer
 from gta_edge.runtime.generation.incremental_decoder import IncrementalDecoder
+from tests.helpers.charsmap import MAP
 from tests.helpers.fuzz import CASES, ends_well, rng
 from tests.helpers.generation import CONFIG, byte_level, sentencepiece
 
@@ -21,21 +21,6 @@ ODD = [
     "\x1b[31m", [], [[]], ["a"], [0], {}, {"a": 0}, {"Regex": "(a+)+$"}, {"Regex": "("}, {"String": ""},
     {"type": "Fuse"},
 ]  # fmt: skip
-
-
-def charsmap(rules):
-    """A map of sentencepiece: rules from one byte to a text, each with a block of the trie for itself."""
-    blob, units = b"", [0] * (256 * (2 + len(rules)))
-    units[0] = 256 << 10
-    for i, (byte, text) in enumerate(rules.items()):
-        child, base = 256 ^ byte, 512 + 256 * i
-        units[child] = (child ^ base) << 10 | 1 << 8 | byte
-        units[base] = 1 << 31 | len(blob)
-        blob += text.encode() + b"\0"
-    return struct.pack(f"<I{len(units)}I", 4 * len(units), *units) + blob
-
-
-MAP = charsmap({ord("a"): "bcd", ord("!"): "", ord("e"): "é"})
 
 
 def parts(random):

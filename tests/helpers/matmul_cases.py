@@ -8,8 +8,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from gta_edge.model.config import GTAConfig, ModelConfig
 from gta_edge.plugins.matmul.packing import pack
-from gta_edge.plugins.matmul.tiling import MatMulVariant
+from gta_edge.plugins.matmul.tiling import Variant
 
 Array = np.ndarray
 
@@ -19,7 +20,7 @@ TOLERANCE = {"fp16": 2e-3, "bf16": 1e-2}
 ROUNDING = {"fp16": 2.0**-11, "bf16": 2.0**-8}
 
 VARIANTS = {
-    f"int{bits}, {f'blocks of {block}' if block else 'per channel'}, {compute}": MatMulVariant(bits, block, compute)
+    f"int{bits}, {f'blocks of {block}' if block else 'per channel'}, {compute}": Variant(bits, block, compute)
     for bits, blocks in ((4, (32, 64, 128)), (8, (0, 32, 64, 128)))
     for block in blocks
     for compute in ("fp16", "bf16")
@@ -30,7 +31,7 @@ VARIANTS = {
 class Case:
     """Arrays by the names that the kernels' parameters have, and the weights as numbers."""
 
-    variant: MatMulVariant
+    variant: Variant
     codes: Array
     """int8 [K, N]"""
     scales: Array
@@ -52,7 +53,7 @@ class Case:
 
 
 def make(
-    of: MatMulVariant,
+    of: Variant,
     rows: int,
     in_features: int,
     output_sizes: tuple[int, ...],
@@ -121,3 +122,14 @@ def packed_by_definition(codes: Array, scales: Array, bits: int, block_size: int
     for row, output in np.ndindex(rows.shape):
         scale[output // 16, row // blocks, output % 8, row % blocks, output % 16 // 8] = rows[row, output]
     return weight.view(np.int32), scale
+
+
+def matmuls(config: ModelConfig) -> dict[int, list[tuple[int, ...]]]:
+    """By the inputs of a model's matmuls, the outputs of each that is one call."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    if isinstance(config, GTAConfig):
+        query, key = config.num_query_heads * config.key_dim, config.num_key_heads * config.key_dim
+        attention = (query, key, config.num_latent_heads * config.latent_dim, hidden)
+    else:
+        attention = (hidden, config.cache_values_per_token_per_layer // 2, config.cache_values_per_token_per_layer // 2)
+    return {hidden: [attention, (hidden,), (inner, inner), (config.vocab_size,)], inner: [(hidden,)]}

@@ -27,11 +27,12 @@ import pytest
 
 from gta_edge.cuda import session as runtime_cuda
 from gta_edge.cuda.gpu import Gpu
+from gta_edge.formats.artifacts import made_from
 from gta_edge.formats.bundle import Bundle
 from gta_edge.libraries.tensorrt import TensorRT
 from gta_edge.runtime.tensorrt import session as runtime_tensorrt
 from gta_edge.runtime.tensorrt.build import profile_shapes
-from gta_edge.runtime.tensorrt.engine import EngineManifest, EngineSpec, keep_engine, made_from
+from gta_edge.runtime.tensorrt.engine import EngineManifest, EngineSpec, keep_engine
 from gta_edge.runtime.tensorrt.lower import lower
 from gta_edge.runtime.tensorrt.session import TensorRTSession
 
@@ -421,7 +422,6 @@ def simulated(driver: Driver, compiles_at_run_time: bool = False) -> Iterator[No
         builds=False,
         plugins=False,
         namespace_by_domain=True,
-        aliased_plugin_io=False,
         strongly_typed_flag=False,
         parses_newer_ops=True,
         times_kernels=False,

@@ -10,7 +10,7 @@ import pytest
 
 from gta_edge.libraries import install
 from gta_edge.libraries.install import install_command, reinstall_command, requirement
-from tests.cli import environment
+from tests.helpers.commands import environment
 
 PROJECT = """
 [build-system]

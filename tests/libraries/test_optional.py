@@ -14,7 +14,7 @@ from gta_edge.errors import BackendError
 from gta_edge.libraries import optional as module
 from gta_edge.libraries.install import install_command
 from gta_edge.libraries.optional import UnusableError, find_module, installed, optional
-from tests.cli import Result, environment
+from tests.helpers.commands import Result, environment
 
 NAME = "gta_edge_made_up"
 DISTRIBUTION = "gta-edge-made-up"

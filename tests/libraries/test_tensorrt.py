@@ -18,11 +18,10 @@ from gta_edge.libraries.tensorrt import FLAVOURS, TensorRT, describe, load
 def fake(name: str = "tensorrt", version: str = "10.3.0", *missing: str, **attributes: Any) -> ModuleType:
     """A module with what is looked at, full TensorRT's if not said else."""
     made = ModuleType(name)
-    names = ("Builder", "OnnxParser", "IPluginV3", "IPluginV3OneBuildV2", "get_plugin_registry")
+    names = ("Builder", "OnnxParser", "IPluginV3", "get_plugin_registry")
     for each in names:
         setattr(made, each, object)
     made.INetworkDefinition = type("INetworkDefinition", (), {"add_plugin_v3": None})  # type: ignore[attr-defined]
-    made.PreviewFeature = type("PreviewFeature", (), {"ALIASED_PLUGIN_IO_10_03": 0})  # type: ignore[attr-defined]
     made.__version__ = version  # type: ignore[attr-defined]
     for each, value in attributes.items():
         setattr(made, each, value)
@@ -78,14 +77,6 @@ def test_what_versions_of_tensorrt_can_do(version: str, by_domain: bool, flag: b
         flag,
         newer_ops,
     )
-    assert found.aliased_plugin_io
-
-
-@pytest.mark.parametrize(
-    "made", [fake("tensorrt", "10.3.0", "IPluginV3OneBuildV2"), fake("tensorrt", "10.3.0", PreviewFeature=object)]
-)
-def test_aliases_need_an_interface_and_a_preview_feature(made: ModuleType) -> None:
-    assert not describe(made).aliased_plugin_io
 
 
 @pytest.mark.parametrize(
@@ -108,7 +99,7 @@ def test_the_real_lean_runtime() -> None:
     found = load("tensorrt-lean")
     assert found == describe(lean)
     assert found.module is lean
-    assert (found.plugins, found.builds, found.aliased_plugin_io) == (True, False, True)
+    assert (found.plugins, found.builds) == (True, False)
 
 
 def test_the_real_tensorrt_for_rtx() -> None:

@@ -13,7 +13,7 @@ from gta_edge.errors import BackendError
 from gta_edge.machine import probe as measuring
 from gta_edge.machine.devices import Device
 from gta_edge.machine.probe import measure, measure_cpu, measure_gpu
-from tests.cli import Result
+from tests.helpers.commands import Result
 
 
 class Status(int):

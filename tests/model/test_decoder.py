@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from gta_edge.model.config import ModelConfig
 from gta_edge.model.decoder import Decoder, empty_cache
 from tests.helpers import reference
+from tests.helpers.rope_tables import scaled_tables
 
 TOLERANCE = 1e-4  # largest error over the standard deviation of the exact logits
 TOKENS = 7
@@ -75,20 +75,6 @@ def logits_of(model: Decoder, ids: np.ndarray, capacity: int | None = None) -> n
     )
     assert found.dtype == torch.float32
     return found.numpy()
-
-
-def scaled_tables(entries: dict, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tables for a scaled rotation from transformers' frequencies."""
-    config = LlamaConfig(
-        hidden_size=2 * entries["key_dim"],
-        num_attention_heads=2,
-        max_position_embeddings=entries["max_position_embeddings"],
-        rope_theta=entries["rope_theta"],
-        rope_scaling=dict(entries["rope_scaling"]),
-    )
-    rotary = LlamaRotaryEmbedding(config)
-    angles = np.arange(length)[:, None] * rotary.inv_freq.double().numpy()
-    return np.cos(angles) * rotary.attention_scaling, np.sin(angles) * rotary.attention_scaling
 
 
 # --- GTA -------------------------------------------------------------------------------------------------------------

@@ -14,8 +14,8 @@ from gta_edge.formats.random_checkpoint import initialise
 from gta_edge.formats.weights import block_size_for
 from gta_edge.model.config import GQAConfig, GTAConfig, ModelConfig
 from gta_edge.model.presets import preset
-from gta_edge.plan.cost import Execution, Step, cache_bytes, operators, read_bytes, stored_bytes
-from tests.cli import ROOT
+from gta_edge.plan.cost import Execution, Step, operators, read_bytes, stored_bytes
+from tests.helpers.commands import ROOT
 
 EXAMPLE = ROOT / "examples" / "tiny-gta"
 GPU = Execution("tensorrt", "fp16", "fp16", chunk_size=512)
@@ -38,21 +38,6 @@ GTA_1B_LAYER = {
 def by_name(config: ModelConfig, step: Step, execution: Execution = GPU, precision: str = "bf16") -> dict:
     block = block_size_for(config, precision)
     return {op.name: op for op in operators(config, precision, block, execution, step)}
-
-
-# --- the cache -------------------------------------------------------------------------------------------------------
-
-
-def test_cache_bytes_of_the_paper() -> None:
-    gta, gqa = preset("gta-1b"), preset("gqa-1b")
-    assert cache_bytes(gta, "bf16", 1) == 54 * (64 + 128) * 2 == 20736
-    assert cache_bytes(gqa, "fp16", 1) == 54 * 2 * 5 * 64 * 2 == 69120
-    assert cache_bytes(gta, "fp32", 1000, batch=3) == 3000 * 41472
-
-
-def test_a_cache_of_8_bits_has_scales() -> None:
-    # 192 values, and a float32 for the key head and one for the latent head
-    assert cache_bytes(preset("gta-1b"), "int8", 1) == cache_bytes(preset("gta-1b"), "fp8", 1) == 54 * (192 + 8)
 
 
 # --- what is stored --------------------------------------------------------------------------------------------------

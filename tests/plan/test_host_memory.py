@@ -14,7 +14,7 @@ from gta_edge.formats.random_checkpoint import initialise
 from gta_edge.model.presets import preset
 from gta_edge.plan import host_memory as needed_memory
 from gta_edge.support import memory
-from tests.cli import environment
+from tests.helpers.commands import environment
 
 LARGE = preset("gta-1b")
 

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from tests.plugins.simulator import LaunchSpec, Pointer, SimulationError, Simulator, available
+from tests.helpers.kernel_simulator import LaunchSpec, Pointer, SimulationError, Simulator, available
 
 pytestmark = pytest.mark.skipif(not available(), reason="needs g++ with its sanitizers")
 
@@ -280,7 +280,7 @@ def test_matrices_are_multiplied(kernel, name, dtype):
         float z[4];
         for (int i = 0; i < 4; ++i) x[i] = a[4 * lane + i], z[i] = c[4 * lane + i];
         for (int i = 0; i < 2; ++i) y[i] = b[2 * lane + i];
-        multiply_{name}(z, x, y);
+        mma_{name}(z, x, y);
         for (int i = 0; i < 4; ++i) c[4 * lane + i] = z[i];"""
     kernel("const u32* a, const u32* b, float* c", body)(a_registers, b_registers, c_registers)
     actual = np.zeros((16, 8), np.float32)
@@ -510,7 +510,7 @@ def test_the_same_seed_gives_the_same_run(kernel):
 # --- what a GPU may stumble over --------------------------------------------------------------------------------------
 
 
-MULTIPLY = "float c[4] = {};\nu32 a[4] = {}, b[2] = {};\n"
+MMA = "float c[4] = {};\nu32 a[4] = {}, b[2] = {};\n"
 
 
 @pytest.mark.parametrize(
@@ -546,7 +546,7 @@ MULTIPLY = "float c[4] = {};\nu32 a[4] = {}, b[2] = {};\n"
         ("if (threadIdx.x != 70) warp_barrier();", "thread 70 .*exit"),
         ("if (threadIdx.x % 2) warp_barrier(); else any_of_warp(true);", "any_of_warp"),
         ("if (threadIdx.x != 5)\nshuffle_xor(0, 1);\nblock_barrier();", "thread 5 .*block_barrier"),
-        (MULTIPLY + "if (threadIdx.x % 2)\nmultiply_f16(c, a, b);\nelse\nmultiply_f16(c, a, b);", "multiply_f16"),
+        (MMA + "if (threadIdx.x % 2)\nmma_f16(c, a, b);\nelse\nmma_f16(c, a, b);", "mma_f16"),
     ],
 )  # fmt: skip
 def test_faults_are_reported(kernel, body, report):

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.cli import environment
+from tests.helpers.commands import environment
 
 PROGRAM = """
 import json, resource, sys
@@ -44,7 +44,7 @@ backend, bundle = sys.argv[1:]
 ids = np.arange(1, 6)[None]
 with open_session() as session:
     # whoever looks whether there is memory beforehand must not be asked: it is what happens otherwise that counts
-    session._check_memory_for = lambda *arguments: None
+    session._cache.check_memory = lambda *arguments: None
     before = session.forward(ids)
     session.reset()
     session.forward(np.ones((1, 3), np.int64))
@@ -59,7 +59,7 @@ with open_session() as session:
     wide = np.ones((300, 128), np.int64)
     session.forward(np.ones((300, 1), np.int64))
     session.truncate(0)
-    session._reserve(300, 128)
+    session._cache.reserve(300, 128, session._resize)
     leave(60)
     end("a step", lambda: session.forward(wide))
     found["length"] = int(session.length.max())

@@ -17,7 +17,7 @@ from gta_edge.formats.bundle import Bundle
 from gta_edge.runtime import registry as backends
 from gta_edge.runtime.registry import BACKENDS, is_here, open_session
 from gta_edge.support.choices import unknown
-from tests.cli import Result
+from tests.helpers.commands import Result
 
 Command = Callable[..., Result]
 Error = tuple[Any, ...]
@@ -134,7 +134,7 @@ def test_a_backend_that_was_asked_for_is_not_replaced(tiny_bundle: Path, failing
 def test_a_bundle_whose_tokenizer_is_damaged_is_refused_before_anything_is_loaded(
     copied_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tests.formats.test_bundle import relist
+    from tests.helpers.bundle_files import relist
 
     (copied_bundle / "tokenizer.json").write_text("{}")
     relist(copied_bundle)

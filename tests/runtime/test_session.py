@@ -21,6 +21,7 @@ from gta_edge.formats.bundle import Bundle
 from gta_edge.graph.weights import read_weights
 from gta_edge.model.config import ModelConfig
 from gta_edge.model.decoder import Decoder
+from gta_edge.model.kv_cache import cache_bytes
 from gta_edge.runtime.onnxruntime.cuda_session import OnnxRuntimeCudaSession
 from gta_edge.runtime.onnxruntime.session import OnnxRuntimeSession
 from gta_edge.runtime.session import Session
@@ -427,7 +428,7 @@ def test_the_cache_grows_in_steps_and_keeps_its_content(start, model, step):
         assert max(before, t + 1) <= session.capacity <= P
         assert session.capacity % step == 0 or session.capacity == P
         assert session.capacity < t + 1 + step
-        assert session.cache_bytes == 2 * session.capacity * session.config.cache_bytes_per_token(4)
+        assert session.cache_bytes == cache_bytes(session.config, "fp32", session.capacity, batch=2)
         before = session.capacity
 
 

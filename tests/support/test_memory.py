@@ -9,7 +9,7 @@ import pytest
 
 from gta_edge.errors import CapacityError
 from gta_edge.support.memory import available_bytes, installed_bytes, require_bytes, total_bytes
-from tests.cli import environment
+from tests.helpers.commands import environment
 from tests.helpers.machines import Machine
 
 MiB = 2**20

@@ -10,7 +10,7 @@ import pytest
 
 from gta_edge.errors import CapacityError
 from gta_edge.support.threads import startable_threads, threads_to_use
-from tests.cli import environment
+from tests.helpers.commands import environment
 
 LIMITED = """
 import os, resource, sys

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from tests.cli import environment
+from tests.helpers.commands import environment
 
 SETUP = """
 import mmap, os, sys, tempfile

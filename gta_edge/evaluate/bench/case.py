@@ -14,7 +14,7 @@ from gta_edge.evaluate.bench.agreement import Answers
 from gta_edge.evaluate.bench.process import Worker, temporary_files
 from gta_edge.evaluate.bench.targets import Target
 from gta_edge.formats.bundle import Bundle
-from gta_edge.plan.cost import COMPUTE_BYTES
+from gta_edge.model.kv_cache import bytes_per_token
 
 __all__ = ["Case"]
 
@@ -77,7 +77,7 @@ class Case:
             path.unlink()
         assert self.opened is not None  # it was asked
         compute = self.opened["compute"]
-        quantised = answer["cache_bytes_per_token"] < self.bundle.config.cache_bytes_per_token(COMPUTE_BYTES[compute])
+        quantised = answer["cache_bytes_per_token"] < bytes_per_token(self.bundle.config, compute)
         return Answers(logits, self.target.backend, compute, self.opened["rounds_activations"], quantised)
 
     def measure(self, context: int, prompt: Path, new_tokens: int, *, warm_up: bool = True) -> None:

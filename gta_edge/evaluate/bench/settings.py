@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from gta_edge.errors import CapacityError, InputError
 from gta_edge.evaluate.bench.targets import Target
 from gta_edge.formats.bundle import Bundle
-from gta_edge.runtime.session import CHUNK_SIZE
+from gta_edge.model.kv_cache import cache_bytes
+from gta_edge.runtime.cache_policy import CHUNK_SIZE
 from gta_edge.support.cores import check_threads
 from gta_edge.support.memory import available_bytes
 from gta_edge.support.text import brief, printable
@@ -138,7 +139,7 @@ def needs(bundle: Bundle, context: int, new_tokens: int, batch: int, *, answers:
     checked = logits * (1 + min(CHECKED_STEPS, new_tokens))
     chunk = min(CHUNK_SIZE, context)
     per_token = 4 * config.hidden_size + 3 * config.intermediate_size + config.num_attention_heads * context
-    cache = batch * (context + new_tokens) * config.cache_bytes_per_token(_FLOAT)
+    cache = cache_bytes(config, "fp32", context + new_tokens, batch)
     ids = _ID * batch * context
     return Needs(
         own=2 * ids + answers * checked,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from gta_edge.libraries.optional import optional
+from gta_edge.model.kv_cache import INPUT_IDS, LOGIT_POSITIONS
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -61,7 +62,7 @@ def _boundary(graph: ir.Graph) -> tuple[ir.Value, ir.Value]:
     """Return what the layer reads from the graph before it, and what it gives to the graph behind it."""
     named = {str(value.name): value for value in graph.inputs}
     weights = [value for name, value in graph.initializers.items() if name.startswith(_FIRST)]
-    tokens, head = _dependents(graph, [named["input_ids"]]), _dependents(graph, [named["logit_positions"]])
+    tokens, head = _dependents(graph, [named[INPUT_IDS]]), _dependents(graph, [named[LOGIT_POSITIONS]])
     layer = _dependents(graph, weights)
     (entry,) = {v for node in layer - head for v in node.inputs if v is not None and v.producer() in tokens - layer}
     (leave,) = {v for node in head for v in node.inputs if v is not None and v.producer() in layer - head}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from gta_edge.libraries.optional import optional
+from gta_edge.model.kv_cache import LOGIT_POSITIONS, LOGITS
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -42,7 +43,7 @@ class TieHeadPass(ir.passes.InPlacePass):
         x, logits = product.inputs[0], product.outputs[0]
         assert x is not None and table.shape is not None  # the tracer gives both
         vocabulary, hidden = table.shape.numpy()
-        positions = next(value for value in graph.inputs if value.name == "logit_positions")
+        positions = next(value for value in graph.inputs if value.name == LOGIT_POSITIONS)
 
         def constant(*numbers: int) -> ir.Node:
             return ir.node("Constant", [], attributes={"value_ints": list(numbers)})
@@ -53,7 +54,7 @@ class TieHeadPass(ir.passes.InPlacePass):
         leading = ir.node("Shape", [positions])
         shape = ir.node("Concat", [leading.outputs[0], width.outputs[0]], attributes={"axis": 0})
         # allowzero: a chunk in the middle of a prompt asks for no logits, M = 0
-        result = ir.node("Reshape", [scores.outputs[0], shape.outputs[0]], attributes={"allowzero": 1}, name="logits")
+        result = ir.node("Reshape", [scores.outputs[0], shape.outputs[0]], attributes={"allowzero": 1}, name=LOGITS)
         graph.insert_before(product, [rows_shape, width, rows, scores, leading, shape, result])
 
         new = result.outputs[0]

@@ -3,7 +3,7 @@
 The meaning is the ONNX function below, in standard operators of opset 24; every other implementation (torch,
 kernels) is tested against it and against the formula of arXiv 2506.17286. This module imports nothing heavy.
 
-With ``B`` rows, ``T`` new tokens, capacity ``S``, ``P`` positions in the tables, hidden size ``H``:
+With ``B`` sequences, ``T`` new tokens of each, capacity ``S``, max context ``P``, hidden size ``H``:
 
     q, k   = rope(query), rope(key)             at positions past_length[b] + t
     cache  = past with k and latent written at rows past_length[b] ... past_length[b] + T - 1
@@ -12,7 +12,7 @@ With ``B`` rows, ``T`` new tokens, capacity ``S``, ``P`` positions in the tables
     output = sigmoid(gate) * concat_q(tile(Z_q, e) + Z_q · value_decoder[q]),   e = H / (n_q · d_l)
 
 where ``k(q) = q // (n_q / n_k)`` and ``c(q) = q // (n_q / n_c)``. Query heads that share a cached head are rows of one
-matrix product, so the cache is read once per cached head and not once per query head.
+matmul, so the cache is read once per cached head and not once per query head.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ BASELINE_ATTRIBUTES = ("num_query_heads", "num_key_heads", "scale")
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes that are fixed for a model, read off the attributes and the inputs' static dimensions."""
+    """A model's head counts and widths, read off the attributes and the inputs' static dimensions."""
 
     num_query_heads: int
     num_key_heads: int

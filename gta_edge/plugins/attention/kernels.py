@@ -1,6 +1,6 @@
-"""The attention kernels on a GPU: compiled and loaded once, then launched on raw device addresses.
+"""The attention kernels on a GPU: compiled and loaded once, then launched on device addresses.
 
-Knows of no framework. Whoever holds the memory (a session, an engine's plugin) gives addresses and a stream; a launch
+Knows of no framework. Whoever holds the memory (a session, an engine's plugin) gives addresses and a stream. A launch
 allocates nothing and waits for nothing, so that it can be captured in a CUDA graph.
 """
 
@@ -13,20 +13,19 @@ from typing import Any
 import numpy as np
 
 from gta_edge.cuda.architecture import MAX_INT32
-from gta_edge.cuda.gpu import Gpu, Launcher
+from gta_edge.cuda.gpu import Gpu, Launcher, check_addresses
 from gta_edge.errors import BackendError
-from gta_edge.plugins.attention.launches import Plan, decode_launches, plan_attention, prefill_launches, programs
+from gta_edge.plugins.attention.launches import Plan, decode_launches, plan_attention, prefill_launches, programs_for
 from gta_edge.plugins.attention.tiling import Variant
 from gta_edge.plugins.domain import KERNELS
 
 __all__ = ["AttentionKernels", "Buffers", "attention_kernels"]
 
-_ALIGNMENT = 16
 _ALIGNMENTS = {"past_length": 8, "key_scale": 4, "latent_scale": 4}
 _SCALES = ("key_scale", "latent_scale")
 _MAX_FLOAT32 = float(np.finfo(np.float32).max)
-_MAY_BE_ABSENT = (*_SCALES, "workspace")
-_LAUNCHES_KEPT = 256
+_OPTIONAL = (*_SCALES, "workspace")
+_LAUNCHES_CACHED = 256
 
 
 @dataclass(frozen=True)
@@ -69,15 +68,7 @@ class Buffers:
     """``AttentionKernels.workspace_bytes`` bytes of no meaning between calls; 0 if that is 0."""
 
     def __post_init__(self) -> None:
-        for name, address in vars(self).items():
-            alignment = _ALIGNMENTS.get(name, _ALIGNMENT)
-            if address % alignment:
-                raise BackendError(
-                    f"{name} is at address {address:#x}",
-                    f"expected a multiple of {alignment}: copy it to memory that is aligned so",
-                )
-            if not address and name not in _MAY_BE_ABSENT:
-                raise BackendError(f"{name} is at address 0", "expected memory of the GPU")
+        check_addresses(vars(self).items(), _ALIGNMENTS, _OPTIONAL)
 
 
 @cache
@@ -103,7 +94,7 @@ class AttentionKernels:
 
     def __init__(self, variant: Variant, gpu: Gpu) -> None:
         self.variant, self.gpu = variant, gpu
-        self.programs = programs(variant, gpu.architecture)
+        self.programs = programs_for(variant, gpu.architecture)
         self._launcher = Launcher(gpu, "attention", KERNELS)
         # Neither the kernels nor their shared memory depend on a call's sizes.
         samples = [decode_launches(self.programs.decode, gpu.processors, 1, 1, 1)]
@@ -111,8 +102,16 @@ class AttentionKernels:
         self._kernels = self._launcher.load(
             {launches[0].program: {each.kernel: each.launch.shared_bytes for each in launches} for launches in samples}
         )
-        self.plan = lru_cache(_LAUNCHES_KEPT)(self._plan)
-        self._prepared = lru_cache(_LAUNCHES_KEPT)(self._prepare)
+        self._planned = lru_cache(_LAUNCHES_CACHED)(self._plan)
+        self._prepared = lru_cache(_LAUNCHES_CACHED)(self._prepare)
+
+    def plan(self, batch: int, tokens: int, capacity: int) -> Plan:
+        """Return what a call with these sizes launches.
+
+        Raises:
+            BackendError: a size that the kernels cannot take.
+        """
+        return self._planned(batch, tokens, capacity)
 
     def workspace_bytes(self, batch: int, tokens: int, capacity: int) -> int:
         """Return the size of the workspace that a call with these sizes needs; 0 for long prompts.
@@ -147,7 +146,7 @@ class AttentionKernels:
             batch: B, up to 65535.
             tokens: T, at most ``capacity``.
             capacity: S.
-            positions: P.
+            positions: P, rows of ``cos`` and ``sin``.
             scale: factor of the scores, before the softmax; more than 0.
 
         Raises:
@@ -183,7 +182,7 @@ class AttentionKernels:
         plan = self.plan(batch, tokens, capacity)
         if tokens > capacity:
             raise BackendError(f"tokens is {tokens}", f"expected at most the capacity, {capacity}")
-        # The largest product must give the largest score; what counts is the float32 that the kernels get.
+        # The largest dot product must give the largest score; what counts is the float32 that the kernels get.
         if not (0 < scale <= _MAX_FLOAT32 and np.float32(scale) > 0):
             raise BackendError(f"scale is {scale}", "expected more than 0, and a number that float32 has")
         if not 1 <= positions <= MAX_INT32:

@@ -1,6 +1,6 @@
-"""What is launched for one call of the attention op, in which order and with which arguments.
+"""Launch plans of the attention op: which kernels one call launches, in which order and with which arguments.
 
-The one place that knows the order of the kernels' parameters. It needs no CUDA: ``launch.py`` fills the names in with
+The one place that knows the order of the kernels' parameters. It needs no CUDA: ``kernels.py`` fills the names in with
 device addresses, a simulation on the host with its own.
 """
 
@@ -23,7 +23,7 @@ __all__ = [
     "decode_launches",
     "plan_attention",
     "prefill_launches",
-    "programs",
+    "programs_for",
 ]
 
 MAX_CAPACITY = 2**30
@@ -91,7 +91,7 @@ class Plan:
     workspace_bytes: int
 
 
-def programs(variant: Variant, architecture: str) -> Programs:
+def programs_for(variant: Variant, architecture: str) -> Programs:
     """Return all that is compiled for a variant.
 
     Args:
@@ -145,7 +145,7 @@ def plan_attention(programs: Programs, processors: int, *, batch: int, tokens: i
         programs: of the variant.
         processors: multiprocessors of the GPU.
         batch: B, up to 65535.
-        tokens: T, new tokens of each row.
+        tokens: T, new tokens of each sequence.
         capacity: S, cached tokens that there is room for.
 
     Raises:
@@ -167,7 +167,7 @@ def plan_attention(programs: Programs, processors: int, *, batch: int, tokens: i
     for launch in launches:
         if max(launch.launch.grid[1:]) > MAX_GRID_YZ:
             raise BackendError(
-                f"{tokens} new tokens of {batch} rows take a grid of {launch.launch.grid}, whose last two numbers "
+                f"{tokens} new tokens of {batch} sequences take a grid of {launch.launch.grid}, whose last two numbers "
                 f"go up to {MAX_GRID_YZ}",
                 "append them in smaller chunks",
             )
@@ -181,4 +181,6 @@ def _check(batch: int, tokens: int, capacity: int) -> None:
         if not 1 <= value <= most:
             raise BackendError(f"{name} is {value}", f"expected 1 to {most}")
     if batch * tokens > MAX_INT32:
-        raise BackendError(f"{batch} rows of {tokens} new tokens are more than {MAX_INT32}", "append smaller chunks")
+        raise BackendError(
+            f"{batch} sequences of {tokens} new tokens are more than {MAX_INT32}", "append smaller chunks"
+        )

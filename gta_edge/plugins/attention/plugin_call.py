@@ -1,4 +1,4 @@
-"""What one attention plugin of TensorRT is, and what one call of it takes: types, sizes, launches and workspace.
+"""What one attention plugin is, and what one call of it takes: types, sizes and workspace.
 
 Nothing here calls TensorRT; descriptors come in as names of types and as tuples of sizes.
 """
@@ -15,26 +15,19 @@ import numpy as np
 from gta_edge.errors import BackendError
 from gta_edge.numerics.dtypes import COMPUTE_TYPES
 from gta_edge.plugins.attention.definition import INPUTS, OP, OUTPUTS, Sizes
-from gta_edge.plugins.attention.launches import plan_attention, programs
+from gta_edge.plugins.attention.launches import plan_attention, programs_for
 from gta_edge.plugins.attention.tiling import DECODE_TOKENS, Variant
-from gta_edge.plugins.plugin_fields import FieldTypes, Value
+from gta_edge.plugins.plugin_call_base import CALLS_CACHED, FieldTypes, ParametersBase, Value
 
 __all__ = [
-    "CALLS_KEPT",
-    "DECLARE_ALIAS",
     "FIELDS",
     "PAST_SCALES",
     "PRESENT_SCALES",
     "QUANTISED_CACHE",
-    "Built",
     "Call",
     "Parameters",
-    "allowed_types",
-    "check_types",
     "describe_call",
-    "field_values",
     "largest_workspace_bytes",
-    "read_built",
     "read_parameters",
 ]
 
@@ -43,10 +36,7 @@ PRESENT_SCALES = ("present_key_scale", "present_latent_scale")
 
 QUANTISED_CACHE = "quantised_cache"
 """Attribute, 0 or 1: the node has scales. A plugin says how many outputs it has before it sees its inputs."""
-DECLARE_ALIAS = "declare_alias"
-"""Attribute, 0 or 1: present caches are declared to be the past ones' memory."""
 
-CALLS_KEPT = 1024
 _CACHED = ("int8", "fp8")
 
 FIELDS = FieldTypes(
@@ -57,24 +47,16 @@ FIELDS = FieldTypes(
         "num_latent_heads": int,
         "scale": float,
         QUANTISED_CACHE: int,
-        DECLARE_ALIAS: int,
     },
-    built={
-        "key_dim": int,
-        "latent_dim": int,
-        "hidden_size": int,
-        "compute": str,
-        "cache": str,
-        "architecture": str,
-        "processors": int,
-    },
+    variant={"key_dim": int, "latent_dim": int, "hidden_size": int, "compute": str, "cache": str},
+    made_by="export",
+    optional=(QUANTISED_CACHE,),
 )
 """The plugin as its fields."""
-_OPTIONAL = (QUANTISED_CACHE, DECLARE_ALIAS)
 
 
 @dataclass(frozen=True)
-class Parameters:
+class Parameters(ParametersBase[Variant]):
     """The node's attributes.
 
     Raises:
@@ -86,7 +68,6 @@ class Parameters:
     num_latent_heads: int
     scale: float
     quantised_cache: bool = False
-    declare_alias: bool = False
 
     def __post_init__(self) -> None:
         for name in ("num_query_heads", "num_key_heads", "num_latent_heads"):
@@ -99,6 +80,11 @@ class Parameters:
         object.__setattr__(self, "scale", float(np.float32(self.scale)))  # as it is serialised
         if not 0 < self.scale < float("inf"):
             raise BackendError(f"{OP} has scale = {self.scale}", "expected more than 0")
+
+    @property
+    def fields(self) -> FieldTypes:
+        """The plugin's fields."""
+        return FIELDS
 
     @cached_property
     def inputs(self) -> tuple[str, ...]:
@@ -119,15 +105,73 @@ class Parameters:
             if name.startswith("present")
         )
 
+    @property
+    def typed_like(self) -> tuple[int, ...]:
+        """For each output, the place of the input that has its type: the query, and the past caches."""
+        return (0, *(past for past, _ in self.caches))
 
-@dataclass(frozen=True)
-class Built:
-    """What a build settled: the engine fits this, and its workspace was reserved for it."""
+    @property
+    def circumstances(self) -> str:
+        """What else the allowed types depend on."""
+        return f" and {QUANTISED_CACHE} = {int(self.quantised_cache)}"
 
-    variant: Variant
-    architecture: str
-    processors: int
-    """Multiprocessors of the GPU that it was built on."""
+    def check_number(self, inputs: int) -> None:
+        """Raise BackendError where the op has no such number of inputs."""
+        if inputs != len(self.inputs):
+            raise BackendError(
+                f"{OP} has {inputs} inputs",
+                f"with {QUANTISED_CACHE} = {int(self.quantised_cache)} it has {len(self.inputs)}: "
+                f"{', '.join(self.inputs)}",
+            )
+
+    def allowed_types(self, place: int, types: Sequence[str], num_inputs: int) -> tuple[str, ...]:
+        """Return the types that an input or output may have, given those of all before it; none if there is no such."""
+        if num_inputs != len(self.inputs):
+            return ()
+        name = (self.inputs + self.outputs)[place]
+        if name == "query":
+            return COMPUTE_TYPES
+        if name == "past_length":
+            return ("int64",)
+        if name.endswith("_scale"):
+            return ("fp32",)
+        if name == "past_key" and self.quantised_cache:
+            return _CACHED
+        if name in ("past_latent", "present_key", "present_latent"):
+            return (types[self.inputs.index("past_key")],)
+        return (types[0],)
+
+    def variant_values(self, variant: Variant) -> dict[str, Value]:
+        """Return the values of the fields that say what kernels are compiled for."""
+        sizes = variant.sizes
+        numbers = (sizes.key_dim, sizes.latent_dim, sizes.hidden_size)
+        return dict(zip(FIELDS.variant, (*numbers, variant.compute, variant.cache), strict=True))
+
+    def read_variant(self, values: Mapping[str, Any]) -> Variant:
+        """Return what kernels are compiled for, given those fields' values.
+
+        Raises:
+            BackendError: there are no such kernels.
+        """
+        heads = (self.num_query_heads, self.num_key_heads, self.num_latent_heads)
+        try:
+            sizes = Sizes(*heads, values["key_dim"], values["latent_dim"], values["hidden_size"])
+        except ValueError as error:
+            raise BackendError(f"{OP} in this engine is damaged ({error})", "build the engine again") from error
+        return Variant(sizes, values["compute"], values["cache"])
+
+
+def read_parameters(values: Mapping[str, Any]) -> Parameters:
+    """Return the attributes among the values of a plugin's fields.
+
+    Raises:
+        BackendError: one is missing or makes no sense.
+    """
+    given = FIELDS.attributes_among(values)
+    quantised = given.pop(QUANTISED_CACHE, 0)
+    if quantised not in (0, 1):
+        raise BackendError(f"{OP} has {QUANTISED_CACHE} = {quantised}", "expected 0 or 1")
+    return Parameters(**given, quantised_cache=bool(quantised))
 
 
 @dataclass(frozen=True)
@@ -140,86 +184,13 @@ class Call:
     capacity: int
     positions: int
 
-
-def read_parameters(values: Mapping[str, Any]) -> Parameters:
-    """Return the attributes among the values of a plugin's fields.
-
-    Raises:
-        BackendError: one is missing or makes no sense.
-    """
-    missing = [name for name in FIELDS.attributes if name not in values and name not in _OPTIONAL]
-    if missing:
-        raise BackendError(f"{OP} lacks {', '.join(missing)}", "export the model again")
-    given = {name: values[name] for name in FIELDS.attributes if name in values}
-    for name in _OPTIONAL:
-        if given.get(name, 0) not in (0, 1):
-            raise BackendError(f"{OP} has {name} = {given[name]}", "expected 0 or 1")
-        given[name] = bool(given.get(name, 0))
-    return Parameters(**given)
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """B, T and S: what the launches depend on."""
+        return self.batch, self.tokens, self.capacity
 
 
-def read_built(parameters: Parameters, values: Mapping[str, Any]) -> Built | None:
-    """Return what a build settled, None where the plugin was serialised before it.
-
-    Raises:
-        BackendError: part of it is missing, or there are no such kernels.
-    """
-    if not FIELDS.built_among(values):
-        return None
-    heads = (parameters.num_query_heads, parameters.num_key_heads, parameters.num_latent_heads)
-    try:
-        sizes = Sizes(*heads, values["key_dim"], values["latent_dim"], values["hidden_size"])
-    except ValueError as error:
-        raise BackendError(f"{OP} in this engine is damaged ({error})", "build the engine again") from error
-    return Built(Variant(sizes, values["compute"], values["cache"]), values["architecture"], values["processors"])
-
-
-def field_values(parameters: Parameters, built: Built | None) -> dict[str, Value]:
-    """Return all that a plugin is made of, by the field's name."""
-    values: dict[str, Value] = {name: kind(getattr(parameters, name)) for name, kind in FIELDS.attributes.items()}
-    if built is not None:
-        variant = built.variant
-        numbers = (variant.sizes.key_dim, variant.sizes.latent_dim, variant.sizes.hidden_size)
-        all_values = (*numbers, variant.compute, variant.cache, built.architecture, built.processors)
-        values |= dict(zip(FIELDS.built, all_values, strict=True))
-    return values
-
-
-def allowed_types(parameters: Parameters, place: int, types: Sequence[str]) -> tuple[str, ...]:
-    """Return the types that an input or output may have, given those of all before it."""
-    name = (parameters.inputs + parameters.outputs)[place]
-    if name == "query":
-        return COMPUTE_TYPES
-    if name == "past_length":
-        return ("int64",)
-    if name.endswith("_scale"):
-        return ("fp32",)
-    if name == "past_key" and parameters.quantised_cache:
-        return _CACHED
-    if name in ("past_latent", "present_key", "present_latent"):
-        return (types[parameters.inputs.index("past_key")],)
-    return (types[0],)
-
-
-def check_types(parameters: Parameters, types: Sequence[str]) -> None:
-    """Raise BackendError where the inputs' types are not a combination that there are kernels for."""
-    if len(types) != len(parameters.inputs):
-        raise BackendError(
-            f"{OP} has {len(types)} inputs",
-            f"with {QUANTISED_CACHE} = {int(parameters.quantised_cache)} it has "
-            f"{len(parameters.inputs)}: {', '.join(parameters.inputs)}",
-        )
-    for place, (name, found) in enumerate(zip(parameters.inputs, types, strict=True)):
-        allowed = allowed_types(parameters, place, types)
-        if found not in allowed:
-            raise BackendError(
-                f"{OP} has {name} of type {found} with a query of {types[0]} and {QUANTISED_CACHE} = "
-                f"{int(parameters.quantised_cache)}",
-                f"expected {' or '.join(allowed)}: retype the model, and build a strongly typed network",
-            )
-
-
-@lru_cache(CALLS_KEPT)
+@lru_cache(CALLS_CACHED)
 def describe_call(
     parameters: Parameters, types: tuple[str, ...], shapes: tuple[tuple[int, ...], ...], exact: bool = True
 ) -> Call:
@@ -234,7 +205,7 @@ def describe_call(
     Raises:
         BackendError: the kernels do not take this combination of types and shapes; the message names what is wrong.
     """
-    check_types(parameters, types)
+    parameters.check_types(types)
     given = dict(zip(parameters.inputs, shapes, strict=True))
     for name, rank in (("gate", 3), ("past_key", 4), ("past_latent", 4), ("cos", 2)):
         if len(given[name]) != rank:
@@ -272,13 +243,13 @@ def describe_call(
     return Call(Variant(sizes, types[0], types[parameters.inputs.index("past_key")]), b, t, s, named["P"])
 
 
-@lru_cache(CALLS_KEPT)
+@lru_cache(CALLS_CACHED)
 def largest_workspace_bytes(
     variant: Variant, architecture: str, processors: int, *, batch: int, tokens: int, capacity: int
 ) -> int:
     """Return the workspace that suffices for all calls up to these sizes.
 
-    It does not grow with every size: two rows may share the GPU's blocks better than three. So all are asked.
+    It does not grow with every size: two sequences may share the GPU's blocks better than three. So all are asked.
 
     Args:
         variant: sizes and types.
@@ -291,12 +262,12 @@ def largest_workspace_bytes(
     Raises:
         BackendError: the kernels do not take these sizes.
     """
-    of = programs(variant, architecture)
+    of = programs_for(variant, architecture)
     plan_attention(of, processors, batch=batch, tokens=tokens, capacity=capacity)
-    # Above this many rows the splits no longer depend on the batch, and the workspace grows with it.
+    # Above this many sequences the splits no longer depend on the batch, and the workspace grows with it.
     split = min(batch, 2 * processors + 1)
     return max(
-        plan_attention(of, processors, batch=rows, tokens=few, capacity=capacity).workspace_bytes
-        for rows in {*range(1, split + 1), batch}
+        plan_attention(of, processors, batch=sequences, tokens=few, capacity=capacity).workspace_bytes
+        for sequences in {*range(1, split + 1), batch}
         for few in range(1, min(tokens, DECODE_TOKENS) + 1)
     )

@@ -1,4 +1,4 @@
-"""How the attention kernels are cut to a model and a GPU: the one place that knows tiles, splits and grids.
+"""Tile sizes, splits and grids of the attention kernels, for a model and a GPU: the one place that knows them.
 
 A kernel is compiled for one ``Variant`` (a model's sizes, the compute type, the cache's type) on one kind of GPU; what
 is chosen here reaches the source as macros (``Program.defines``), and the source asserts at compile time that it needs
@@ -39,13 +39,13 @@ __all__ = [
 ]
 
 DECODE_TOKENS = 16
-"""Most new tokens per row for which the cache is split among blocks."""
+"""Most new tokens per sequence for which the cache is split among blocks."""
 
 ROWS = 16
-"""Rows of one tensor core product, and tokens of the slice of the cache that it meets."""
+"""Rows of one tensor core matmul, and tokens of the slice of the cache that it meets."""
 
 MIN_SPLIT_TOKENS, MAX_SPLIT_TOKENS = 256, 2048
-"""Tokens of a split: fewer make the combining kernel's work grow, more let one long row of a batch end last."""
+"""Tokens of a split: fewer make the combining kernel's work grow, more let one long sequence of a batch end last."""
 
 COMBINE_THREADS = 256
 APPEND_WARPS = 4
@@ -142,7 +142,7 @@ class Program:
 
 
 def decode_program(variant: Variant, architecture: str) -> Program:
-    """Return how the decode kernels are cut.
+    """Return the decode kernels' tiles.
 
     A block serves one group of heads: all query heads that reach each other by sharing a key or a latent head, so that
     every cached row is read once. Its query rows fill ``warps_m`` tiles of 16; ``warps_n`` warps take slices of 16
@@ -153,9 +153,9 @@ def decode_program(variant: Variant, architecture: str) -> Program:
     sizes, (per_processor, per_block) = variant.sizes, shared_limits(architecture)
     n_q, n_k, n_c = sizes.num_query_heads, sizes.num_key_heads, sizes.num_latent_heads
     shared_by_all, shared_by_both = gcd(n_k, n_c), n_q // gcd(n_q // n_k, n_q // n_c)
-    for groups, most_warps in product((shared_by_all, shared_by_both), (4, 2, 1)):
+    for groups, max_warps in product((shared_by_all, shared_by_both), (4, 2, 1)):
         warps_m = next(w for w in (1, 2, 4, 8) if w * ROWS >= n_q // groups or w == 8)
-        warps_n = max(1, most_warps // warps_m)
+        warps_n = max(1, max_warps // warps_m)
         keys, latents = max(1, n_k // groups), max(1, n_c // groups)
         row_bytes = keys * pitch(sizes.key_dim * variant.cache_itemsize)
         row_bytes += latents * pitch(sizes.latent_dim * variant.cache_itemsize)
@@ -182,7 +182,7 @@ def decode_program(variant: Variant, architecture: str) -> Program:
         "GTA_DECODE_WARPS_M": warps_m,
         "GTA_DECODE_WARPS_N": warps_n,
         "GTA_DECODE_STAGES": stages,
-        "GTA_DECODE_LEAST_TOKENS": MIN_SPLIT_TOKENS,
+        "GTA_DECODE_MIN_TOKENS": MIN_SPLIT_TOKENS,
         "GTA_DECODE_SHARED_BYTES": shared_bytes,
         "GTA_COMBINE_COLUMNS": columns,
         "GTA_COMBINE_THREADS": COMBINE_THREADS,
@@ -200,7 +200,7 @@ def decode_program(variant: Variant, architecture: str) -> Program:
 
 
 def _combine_shared_bytes(latent_dim: int, columns: int) -> int:
-    """Return the combining kernel's shared memory: parts of a mix, the mix, and parts of its product; float32."""
+    """Return the combining kernel's shared memory: parts of a mix, the mix, and parts of its matmul; float32."""
     splits, decoder_rows = COMBINE_THREADS // (latent_dim // 4), COMBINE_THREADS // (columns // 8)
     return 4 * (splits * latent_dim + latent_dim + decoder_rows * columns)
 
@@ -219,8 +219,8 @@ def decode_splits(program: Program, processors: int, batch: int, tokens: int, ca
     """
     others = batch * program.tile("GTA_DECODE_GROUPS") * _row_blocks(program, tokens)
     resident = processors * min(program.resident_blocks, 2)
-    least, most = -(-capacity // MAX_SPLIT_TOKENS), -(-capacity // program.tile("GTA_DECODE_LEAST_TOKENS"))
-    return min(max(resident // others, least), most)
+    fewest, most = -(-capacity // MAX_SPLIT_TOKENS), -(-capacity // program.tile("GTA_DECODE_MIN_TOKENS"))
+    return min(max(resident // others, fewest), most)
 
 
 def decode_grid(program: Program, splits: int, batch: int, tokens: int) -> Launch:
@@ -230,9 +230,9 @@ def decode_grid(program: Program, splits: int, batch: int, tokens: int) -> Launc
 
 
 def combine_grid(program: Program, processors: int, batch: int, tokens: int) -> Launch:
-    """Return the launch of ``gta_decode_combine``: rows, query heads, blocks of output columns.
+    """Return the launch of ``gta_decode_combine``: query tokens, query heads, blocks of output columns.
 
-    Each block keeps its part of the value decoder in registers and takes rows in turn, where there are more rows than
+    Each block keeps its part of the value decoder in registers and takes tokens in turn, where there are more than
     keep the GPU busy.
     """
     sizes = program.variant.sizes
@@ -243,7 +243,7 @@ def combine_grid(program: Program, processors: int, batch: int, tokens: int) -> 
 
 
 def workspace_bytes(program: Program, splits: int, batch: int, tokens: int) -> int:
-    """Return the size of the decode kernels' workspace: per row, head and split a mix, its maximum and its sum."""
+    """Return the size of the decode kernels' workspace: per token, head and split a mix, its maximum and its sum."""
     return batch * tokens * program.variant.sizes.num_query_heads * splits * (program.variant.sizes.latent_dim + 2) * 4
 
 
@@ -251,9 +251,9 @@ def workspace_bytes(program: Program, splits: int, batch: int, tokens: int) -> i
 
 
 def prefill_program(variant: Variant, architecture: str, row_tiles: int) -> Program:
-    """Return how the prefill kernels are cut: 4 warps of ``row_tiles`` tiles of 16 query rows each.
+    """Return the prefill kernels' tiles: 4 warps of ``row_tiles`` tiles of 16 query rows each.
 
-    Two row tiles halve the reads of shared memory per product; one leaves more blocks for short prompts.
+    Two row tiles halve the reads of shared memory per matmul; one leaves more blocks for short prompts.
     """
     sizes, (_, per_block) = variant.sizes, shared_limits(architecture)
     warps = 4
@@ -261,12 +261,12 @@ def prefill_program(variant: Variant, architecture: str, row_tiles: int) -> Prog
     token = pitch(sizes.key_dim * variant.cache_itemsize) + pitch(sizes.latent_dim * variant.cache_itemsize)
     token += 8 if variant.quantised else 0
     # more keys, or columns with wide latents, would not fit the registers
-    most_keys = 64 if row_tiles == 1 and sizes.latent_dim <= 128 else 32
-    most_columns = 64 if sizes.latent_dim <= 128 else 32
+    max_keys = 64 if row_tiles == 1 and sizes.latent_dim <= 128 else 32
+    max_columns = 64 if sizes.latent_dim <= 128 else 32
     candidates = [
         (keys, columns, query + 2 * max(keys * token, sizes.latent_dim * pitch(2 * columns)))
         for keys, columns in product((64, 32), (64, 32, 16))
-        if keys <= most_keys and columns <= most_columns and sizes.latent_dim % columns == 0
+        if keys <= max_keys and columns <= max_columns and sizes.latent_dim % columns == 0
     ]
     fitting = [entry for entry in candidates if entry[2] <= per_block]
     if not fitting:
@@ -302,7 +302,7 @@ def prefill_programs(variant: Variant, architecture: str) -> tuple[Program, ...]
 
 
 def prefill_grid(program: Program, batch: int, tokens: int) -> Launch:
-    """Return the launch of ``gta_prefill``: query heads, tiles of tokens, rows of the batch."""
+    """Return the launch of ``gta_prefill``: query heads, tiles of tokens, sequences."""
     tile = ROWS * program.tile("GTA_PREFILL_ROW_TILES") * program.tile("GTA_PREFILL_WARPS")
     return Launch(
         (program.variant.sizes.num_query_heads, -(-tokens // tile), batch), program.threads, program.shared_bytes
@@ -310,6 +310,6 @@ def prefill_grid(program: Program, batch: int, tokens: int) -> Launch:
 
 
 def append_grid(program: Program, batch: int, tokens: int) -> Launch:
-    """Return the launch of ``gta_append``: tokens, cached heads, rows of the batch."""
+    """Return the launch of ``gta_append``: tokens, cached heads, sequences."""
     heads = program.variant.sizes.num_key_heads + program.variant.sizes.num_latent_heads
     return Launch((-(-tokens // APPEND_WARPS), heads, batch), WARP * APPEND_WARPS)

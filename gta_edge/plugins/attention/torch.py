@@ -2,14 +2,23 @@
 
 Each op exists twice, as torch's naming has it: the plain one returns new caches and can be exported; the one with a
 trailing underscore writes into the caches it is given and returns the output alone.
+
+On CUDA tensors of fp16 or bf16 grouped latent attention runs the CUDA kernels. What these are not made for (float32,
+widths that are no multiple of 16, caches that are views, GPUs older than Ampere) is computed in torch's own operations.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
+from gta_edge.cuda.gpu import OLDEST, current_gpu
+from gta_edge.errors import BackendError
 from gta_edge.libraries.optional import installed, optional
+from gta_edge.plugins.attention.definition import Sizes
+from gta_edge.plugins.attention.kernels import Buffers, attention_kernels
+from gta_edge.plugins.attention.tiling import Variant
 
 if TYPE_CHECKING:
     import torch
@@ -18,28 +27,15 @@ else:
     torch = optional("torch", "export")
     Tensor = torch.Tensor
 
-__all__ = ["grouped_latent_attention", "grouped_query_attention"]
+__all__ = [
+    "grouped_latent_attention",
+    "grouped_latent_attention_",
+    "grouped_query_attention",
+    "grouped_query_attention_",
+]
 
 
-_EAGER: dict[str, Callable[..., Tensor]] = {}
-"""The functions behind the ops, in torch's own operations."""
-
-
-def _op(mutates: tuple[str, ...]) -> Callable[[Any], Any]:
-    """Register a function as ``torch.ops.gta.NAME``."""
-
-    def register(function: Callable[..., Any]) -> Any:
-        if not installed(torch):
-            return function
-        _EAGER[function.__name__] = function
-        return torch.library.custom_op(f"gta::{function.__name__}", function, mutates_args=mutates)
-
-    return register
-
-
-def _fake_of(op: Any) -> Callable[[Any], Any]:
-    """Register how an op's outputs look, for tracing."""
-    return op.register_fake if installed(torch) else lambda function: function
+# --- in torch's own operations ---------------------------------------------------------------------------------------
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -67,15 +63,14 @@ def _attend(query: Tensor, key_cache: Tensor, value_cache: Tensor, positions: Te
     b, n_q, t, d_k = query.shape
     n_k, s = key_cache.shape[1:3]
     n_v, d_v = value_cache.shape[1], value_cache.shape[3]
-    # heads that share a cached head become rows of one product: [B, n_k, (n_q/n_k)·T, d_k] x [B, n_k, d_k, S]
+    # heads that share a cached head become rows of one matmul: [B, n_k, (n_q/n_k)·T, d_k] x [B, n_k, d_k, S]
     scores = (query * scale).reshape(b, n_k, -1, d_k) @ key_cache.transpose(2, 3)
     visible = torch.arange(s, device=query.device) <= positions[:, None, :, None]  # [B, 1, T, S]
     weights = scores.reshape(b, n_q, t, s).float().masked_fill(~visible, torch.finfo(torch.float32).min).softmax(-1)
     return (weights.to(query.dtype).reshape(b, n_v, -1, s) @ value_cache).reshape(b, n_q, t, d_v)
 
 
-@_op(mutates=("past_key", "past_latent"))
-def grouped_latent_attention_(
+def _latent_attention(
     query: Tensor,
     key: Tensor,
     latent: Tensor,
@@ -91,7 +86,7 @@ def grouped_latent_attention_(
     num_latent_heads: int,
     scale: float,
 ) -> Tensor:
-    """The op with its caches updated in place; shapes as in ``grouped_latent_attention.INPUTS``."""
+    """Grouped latent attention with its caches updated in place; shapes as in ``definition.INPUTS``."""
     b, t, hidden = gate.shape
     positions = past_length[:, None] + torch.arange(t, device=gate.device)  # [B, T]
     cos, sin = cos[positions][:, None], sin[positions][:, None]  # [B, 1, T, d_k/2]
@@ -104,34 +99,7 @@ def grouped_latent_attention_(
     return torch.sigmoid(gate) * values.transpose(1, 2).reshape(b, t, hidden)
 
 
-@_op(mutates=())
-def grouped_latent_attention(
-    query: Tensor,
-    key: Tensor,
-    latent: Tensor,
-    gate: Tensor,
-    past_key: Tensor,
-    past_latent: Tensor,
-    past_length: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    value_decoder: Tensor,
-    num_query_heads: int,
-    num_key_heads: int,
-    num_latent_heads: int,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The op as a function: returns output, present_key, present_latent and leaves its inputs alone."""
-    present_key, present_latent = past_key.clone(), past_latent.clone()
-    heads = (num_query_heads, num_key_heads, num_latent_heads)
-    output = grouped_latent_attention_(
-        query, key, latent, gate, present_key, present_latent, past_length, cos, sin, value_decoder, *heads, scale
-    )
-    return output, present_key, present_latent
-
-
-@_op(mutates=("past_key", "past_value"))
-def grouped_query_attention_(
+def _query_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -144,7 +112,7 @@ def grouped_query_attention_(
     num_key_heads: int,
     scale: float,
 ) -> Tensor:
-    """The baselines' attention with its caches updated in place."""
+    """The baselines' attention with its caches updated in place; shapes as in ``definition.BASELINE_INPUTS``."""
     b, t, hidden = query.shape
     positions = past_length[:, None] + torch.arange(t, device=query.device)
     cos, sin = cos[positions][:, None], sin[positions][:, None]
@@ -155,43 +123,107 @@ def grouped_query_attention_(
     return _attend(q, past_key, past_value, positions, scale).transpose(1, 2).reshape(b, t, hidden)
 
 
-@_op(mutates=())
-def grouped_query_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    past_key: Tensor,
-    past_value: Tensor,
-    past_length: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    num_query_heads: int,
-    num_key_heads: int,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The baselines' attention as a function: returns output, present_key, present_value."""
-    present_key, present_value = past_key.clone(), past_value.clone()
-    output = grouped_query_attention_(
-        query, key, value, present_key, present_value, past_length, cos, sin, num_query_heads, num_key_heads, scale
-    )
-    return output, present_key, present_value
+# --- on the kernels --------------------------------------------------------------------------------------------------
 
 
-if installed(torch):
-    from gta_edge.plugins.attention.torch_kernels import on_gpu
+def _latent_attention_on_gpu(*arguments: Any) -> Tensor:
+    """The same on CUDA tensors: the kernels, where they are made for the call."""
+    inputs, heads, scale = arguments[:-4], arguments[-4:-1], arguments[-1]
+    query, key, latent, gate, past_key, past_latent, past_length, cos, sin, value_decoder = inputs
+    variant, device = _variant(inputs, heads), gate.device
+    if variant is None or torch.cuda.get_device_capability(device) < OLDEST or not scale > 0:
+        return _latent_attention(*arguments)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    kernels = attention_kernels(variant, current_gpu(index))
+    sizes = {"batch": gate.shape[0], "tokens": gate.shape[1], "capacity": past_key.shape[2]}
+    output = torch.empty_like(gate, memory_format=torch.contiguous_format)
+    workspace = torch.empty(kernels.workspace_bytes(**sizes), dtype=torch.uint8, device=device)
+    # held until the launches are queued: then the allocator may give their memory only to what follows them
+    whole = [tensor.contiguous() for tensor in (query, key, latent, gate, past_length, cos, sin, value_decoder)]
+    addresses = [tensor.data_ptr() for tensor in whole]
+    with torch.cuda.device(device):  # whose default stream has the handle of every other GPU's
+        kernels.launch(
+            torch.cuda.current_stream(device).cuda_stream,
+            Buffers(
+                query=addresses[0],
+                key=addresses[1],
+                latent=addresses[2],
+                gate=addresses[3],
+                key_cache=past_key.data_ptr(),
+                latent_cache=past_latent.data_ptr(),
+                key_scale=0,
+                latent_scale=0,
+                past_length=addresses[4],
+                cos=addresses[5],
+                sin=addresses[6],
+                value_decoder=addresses[7],
+                output=output.data_ptr(),
+                workspace=workspace.data_ptr(),
+            ),
+            **sizes,
+            positions=cos.shape[0],
+            scale=scale,
+        )
+    return output
 
-    grouped_latent_attention_.register_kernel("cuda")(on_gpu(_EAGER["grouped_latent_attention_"]))
+
+def _variant(inputs: tuple[Tensor, ...], heads: tuple[int, int, int]) -> Variant | None:
+    """Return what the kernels would be compiled for, or None if they are not made for these tensors."""
+    *values, past_length, cos, sin, value_decoder = inputs
+    gate, past_key, past_latent = values[3:]
+    types = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+    if gate.dtype not in types or any(x.dtype != gate.dtype for x in (*values, cos, sin, value_decoder)):
+        return None
+    if past_length.dtype != torch.int64 or not (past_key.is_contiguous() and past_latent.is_contiguous()):
+        return None
+    sizes = Sizes(*heads, past_key.shape[-1], past_latent.shape[-1], gate.shape[-1])
+    try:
+        return Variant(sizes, types[gate.dtype], types[gate.dtype])
+    except BackendError:
+        return None
 
 
-@_fake_of(grouped_latent_attention)
-def _(  # shapes only, for export
-    query: Tensor, key: Tensor, latent: Tensor, gate: Tensor, past_key: Tensor, past_latent: Tensor, *_: object
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(gate), torch.empty_like(past_key), torch.empty_like(past_latent)
+# --- torch's registry ------------------------------------------------------------------------------------------------
 
 
-@_fake_of(grouped_query_attention)
-def _(
-    query: Tensor, key: Tensor, value: Tensor, past_key: Tensor, past_value: Tensor, *_: object
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(query), torch.empty_like(past_key), torch.empty_like(past_value)
+def _register(
+    name: str, in_place: Callable[..., Tensor], caches: tuple[str, str], output_like: str, on_gpu: Any = None
+) -> tuple[Any, Any]:
+    """Register an op that returns new caches, and the one that updates them in place; return both in this order.
+
+    Args:
+        name: of the first; the second's has an underscore behind it.
+        in_place: what the second does, in torch's own operations; both take its arguments.
+        caches: arguments that it updates.
+        output_like: argument of which the output has shape and type.
+        on_gpu: what the second does on CUDA tensors, if that is something else.
+    """
+    if not installed(torch):
+        return in_place, in_place  # using either says what to install
+    places = [list(signature(in_place).parameters).index(cache) for cache in caches]
+    like = list(signature(in_place).parameters).index(output_like)
+    mutating = torch.library.custom_op(f"gta::{name}_", in_place, mutates_args=caches)
+    if on_gpu is not None:
+        mutating.register_kernel("cuda")(on_gpu)
+
+    def functional(*arguments: Any) -> tuple[Tensor, ...]:
+        presents = {place: arguments[place].clone() for place in places}
+        output = mutating(*(presents.get(place, argument) for place, argument in enumerate(arguments)))
+        return (output, *presents.values())
+
+    schema = torch.library.infer_schema(in_place, mutates_args=()).replace("-> Tensor", "-> (Tensor, Tensor, Tensor)")
+    plain = torch.library.custom_op(f"gta::{name}", functional, mutates_args=(), schema=schema)
+
+    @plain.register_fake
+    def _(*arguments: Any) -> tuple[Tensor, ...]:  # shapes only, for export
+        return tuple(torch.empty_like(arguments[place]) for place in (like, *places))
+
+    return plain, mutating
+
+
+grouped_latent_attention, grouped_latent_attention_ = _register(
+    "grouped_latent_attention", _latent_attention, ("past_key", "past_latent"), "gate", _latent_attention_on_gpu
+)
+grouped_query_attention, grouped_query_attention_ = _register(
+    "grouped_query_attention", _query_attention, ("past_key", "past_value"), "query"
+)

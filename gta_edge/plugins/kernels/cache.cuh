@@ -45,22 +45,22 @@ GTA_DEVICE void rotate(float (&low)[8], float (&high)[8], const Element* source,
 }
 
 // The tables' row of a position; positions outside them, of tokens that are dropped anyway, take the last one.
-GTA_DEVICE i64 table_row(int position, int positions) { return i64{least(position, positions - 1)} * (key_dim / 2); }
+GTA_DEVICE i64 table_row(int position, int positions) { return i64{min_of(position, positions - 1)} * (key_dim / 2); }
 
 // The largest magnitude of all lanes' values; NaN, whose bits are above infinity's, wins.
-GTA_DEVICE float largest_of_warp(const float (&x)[8], const float (&y)[8]) {
-    float most = 0.0f;
+GTA_DEVICE float max_of_warp(const float (&x)[8], const float (&y)[8]) {
+    float maximum = 0.0f;
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-        const u32 a = as_bits(x[j]) & 0x7fffffffu, b = as_bits(y[j]) & 0x7fffffffu, larger_bits = a > b ? a : b;
-        most = larger_bits > as_bits(most) ? as_float(larger_bits) : most;
+        const u32 a = as_bits(x[j]) & 0x7fffffffu, b = as_bits(y[j]) & 0x7fffffffu, max_bits = a > b ? a : b;
+        maximum = max_bits > as_bits(maximum) ? as_float(max_bits) : maximum;
     }
 #pragma unroll
     for (int mask = 16; mask > 0; mask /= 2) {
-        const float other = shuffle_xor(most, mask);
-        most = as_bits(other) > as_bits(most) ? other : most;
+        const float other = shuffle_xor(maximum, mask);
+        maximum = as_bits(other) > as_bits(maximum) ? other : maximum;
     }
-    return most;
+    return maximum;
 }
 
 GTA_DEVICE Codes to_codes(const float (&values)[8], float inverse_scale) {
@@ -81,7 +81,7 @@ GTA_DEVICE void append_key(CacheElement* row, float* scale, const Element* key, 
         rotate(low, high, key, cos, sin, lane);
     }
     if constexpr (quantised) {
-        const float row_scale = scale_of(largest_of_warp(low, high)), inverse = reciprocal(row_scale);
+        const float row_scale = scale_of(max_of_warp(low, high)), inverse = reciprocal(row_scale);
         if (active) {
             *reinterpret_cast<Codes*>(row + 8 * lane) = to_codes(low, inverse);
             *reinterpret_cast<Codes*>(row + key_dim / 2 + 8 * lane) = to_codes(high, inverse);
@@ -104,7 +104,7 @@ GTA_DEVICE void append_latent(CacheElement* row, float* scale, const Element* la
         if (active) {
             unpack(values, load_vector(latent + 8 * lane));
         }
-        const float row_scale = scale_of(largest_of_warp(values, values));
+        const float row_scale = scale_of(max_of_warp(values, values));
         if (active) {
             *reinterpret_cast<Codes*>(row + 8 * lane) = to_codes(values, reciprocal(row_scale));
         }

@@ -11,10 +11,10 @@ constexpr int groups = GTA_DECODE_GROUPS;
 constexpr int warps_m = GTA_DECODE_WARPS_M;  // tiles of 16 query rows, a warp each
 constexpr int warps_n = GTA_DECODE_WARPS_N;  // warps that take slices of 16 tokens in turn
 constexpr int stages = GTA_DECODE_STAGES;    // slices per warp in flight or in use
-constexpr int least_tokens = GTA_DECODE_LEAST_TOKENS;  // of a split: each one more is work for the second kernel
+constexpr int min_tokens = GTA_DECODE_MIN_TOKENS;  // of a split: each one more is work for the second kernel
 constexpr int decode_threads = warp_size * warps_m * warps_n;
 constexpr int round_tokens = slice_tokens * warps_n;
-static_assert(least_tokens % round_tokens == 0);
+static_assert(min_tokens % round_tokens == 0);
 
 GTA_DEVICE constexpr int at_least_1(int n) { return n < 1 ? 1 : n; }
 constexpr int group_queries = query_heads / groups;
@@ -35,10 +35,10 @@ static_assert((used_bytes > merge_bytes ? used_bytes : merge_bytes) == GTA_DECOD
 
 constexpr int combine_threads = GTA_COMBINE_THREADS;
 
-// Tokens of each split of a row that holds `present`; splits from ceil_div(present, this) on have none.
+// Tokens of each split of a sequence that holds `present`; splits from ceil_div(present, this) on have none.
 GTA_DEVICE int split_tokens(int present, int splits) {
     const int even = ceil_div(ceil_div(present, splits), round_tokens) * round_tokens;
-    return even < least_tokens ? least_tokens : even;
+    return even < min_tokens ? min_tokens : even;
 }
 
 struct Slices {  // the cached rows of one group
@@ -117,8 +117,8 @@ struct Attention {
                 if constexpr (group_keys > 1) {
                     keep_rows(kept, query[step], heads.key, head);
                 }
-                multiply(scores[0], group_keys > 1 ? kept : query[step], keys[0]);
-                multiply(scores[1], group_keys > 1 ? kept : query[step], keys[1]);
+                mma(scores[0], group_keys > 1 ? kept : query[step], keys[0]);
+                mma(scores[1], group_keys > 1 ? kept : query[step], keys[1]);
             }
         }
 
@@ -137,7 +137,7 @@ struct Attention {
                     unscaled[n][i] = visible ? reciprocal(scale) : 0.0f;
                 }
                 scores[n][i] = visible ? scores[n][i] : -infinity;
-                candidate[half] = larger(candidate[half], scores[n][i]);
+                candidate[half] = max_of(candidate[half], scores[n][i]);
             }
         }
         if constexpr (!quantised) {  // scores are scaled where they are used: one instruction less for each
@@ -179,8 +179,8 @@ struct Attention {
             for (int block = 0; block < latent_dim / 16; ++block) {
                 u32 operands[2][2];
                 latent_operands(operands, latents, block);
-                multiply(mix[2 * block], group_latents > 1 ? kept : weights, operands[0]);
-                multiply(mix[2 * block + 1], group_latents > 1 ? kept : weights, operands[1]);
+                mma(mix[2 * block], group_latents > 1 ? kept : weights, operands[0]);
+                mma(mix[2 * block + 1], group_latents > 1 ? kept : weights, operands[1]);
             }
         }
     }
@@ -216,7 +216,7 @@ gta_decode_split(const gta::Element* __restrict__ query,   // [B, T, n_q d_k]
     if (start >= present) {
         return;
     }
-    const int begin = static_cast<int>(start), end = least(begin + per_split, present);
+    const int begin = static_cast<int>(start), end = min_of(begin + per_split, present);
     const int rounds = ceil_div(end - begin, round_tokens);
     const int first_key = group * key_heads / groups, first_latent = group * latent_heads / groups;
     const i64 key_rows = (i64{batch_row} * key_heads + first_key) * capacity;
@@ -278,7 +278,7 @@ gta_decode_split(const gta::Element* __restrict__ query,   // [B, T, n_q d_k]
     int limit[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-        limit[half] = least(past + (row + 8 * half) / group_queries, end - 1);
+        limit[half] = min_of(past + (row + 8 * half) / group_queries, end - 1);
     }
     Attention attention;
 #pragma unroll
@@ -314,7 +314,7 @@ gta_decode_split(const gta::Element* __restrict__ query,   // [B, T, n_q d_k]
                     mixes[to * latent_dim + latent_column(tile, lane % 4 * 2 + 1)] = attention.mix[tile][2 * half + 1];
                 }
                 if (lane % 4 == 0) {
-                    sums[2 * to] = attention.softmax.most[half];
+                    sums[2 * to] = attention.softmax.maximum[half];
                     sums[2 * to + 1] = attention.softmax.sum[half];
                 }
             }
@@ -332,21 +332,21 @@ gta_decode_split(const gta::Element* __restrict__ query,   // [B, T, n_q d_k]
                 to[latent_column(tile, lane % 4 * 2 + 1)] = attention.mix[tile][2 * half + 1];
             }
             if (lane % 4 == 0) {
-                to[latent_dim] = attention.softmax.most[half];
+                to[latent_dim] = attention.softmax.maximum[half];
                 to[latent_dim + 1] = attention.softmax.sum[half];
             }
         }
         block_barrier();
         constexpr int units = latent_dim / 4;
-        for (int i = threadIdx.x; i < least(block_rows, rows - first_row) * units; i += decode_threads) {
+        for (int i = threadIdx.x; i < min_of(block_rows, rows - first_row) * units; i += decode_threads) {
             const int merged_row = i / units, unit = i % units;
             const float* from = merge + merged_row * merge_pitch;
-            float most = -infinity;
+            float maximum = -infinity;
 #pragma unroll
             for (int n = 0; n < warps_n; ++n) {
-                most = larger(most, from[n * block_rows * merge_pitch + latent_dim]);
+                maximum = max_of(maximum, from[n * block_rows * merge_pitch + latent_dim]);
             }
-            const float base = most == -infinity ? 0.0f : most;
+            const float base = maximum == -infinity ? 0.0f : maximum;
             Floats mix{};
             float sum = 0.0f;
 #pragma unroll
@@ -363,7 +363,7 @@ gta_decode_split(const gta::Element* __restrict__ query,   // [B, T, n_q d_k]
             const i64 to = place(first_row + merged_row);
             *reinterpret_cast<Floats*>(mixes + to * latent_dim + 4 * unit) = mix;
             if (unit == 0) {
-                sums[2 * to] = most;
+                sums[2 * to] = maximum;
                 sums[2 * to + 1] = sum;
             }
         }
@@ -417,17 +417,17 @@ gta_decode_combine(const float* __restrict__ mixes, const float* __restrict__ su
         const int active = ceil_div(present, split_tokens(present, splits));
         const i64 from = (i64{row} * query_heads + head) * splits;
 
-        float most = -infinity, sum = 0.0f;  // every warp works them out for itself
+        float maximum = -infinity, sum = 0.0f;  // every warp works them out for itself
         for (int first = 0; first < active; first += warp_size) {
-            most = larger(most, sums[2 * (from + least(first + lane, active - 1))]);
+            maximum = max_of(maximum, sums[2 * (from + min_of(first + lane, active - 1))]);
         }
 #pragma unroll
         for (int mask = 16; mask > 0; mask /= 2) {
-            most = larger(most, shuffle_xor(most, mask));
+            maximum = max_of(maximum, shuffle_xor(maximum, mask));
         }
-        const float base = most == -infinity ? 0.0f : most;
+        const float base = maximum == -infinity ? 0.0f : maximum;
         for (int first = 0; first < active; first += warp_size) {
-            const i64 split = from + least(first + lane, active - 1);
+            const i64 split = from + min_of(first + lane, active - 1);
             const float part = power_of_2(sums[2 * split] - base) * sums[2 * split + 1];
             sum += first + lane < active ? part : 0.0f;
         }
@@ -441,7 +441,7 @@ gta_decode_combine(const float* __restrict__ mixes, const float* __restrict__ su
             Floats part{};
 #pragma unroll 4
             for (int first = 0; first < active; first += mix_splits) {
-                const i64 split = from + least(first + first_split, active - 1);
+                const i64 split = from + min_of(first + first_split, active - 1);
                 const float power = power_of_2(sums[2 * split] - base);
                 const float weight = first + first_split < active ? power : 0.0f;
                 const Floats values = *reinterpret_cast<const Floats*>(mixes + split * latent_dim + 4 * mix_unit);

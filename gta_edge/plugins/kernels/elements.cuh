@@ -5,11 +5,11 @@
 
 namespace gta {
 
-// A value is a code times a float32 scale, one per token and head.
+// A cached value is an 8-bit one times a float32 scale, one per token and head.
 
 constexpr float largest_code = int8_cache ? 127.0f : 448.0f;  // of e4m3, 448
 
-// Two codes, in the low bytes of both halves, as two exact 16-bit floats.
+// Two 8-bit values, in the low bytes of both halves, as two exact 16-bit floats.
 GTA_DEVICE u32 widen(u32 codes) {
     if constexpr (int8_cache && bf16) {
         // 0x4300 is 128 and its last bit is worth 1; with the sign bit set as the exponent's lowest, 256
@@ -20,7 +20,7 @@ GTA_DEVICE u32 widen(u32 codes) {
         // 0x6400 is 1024 and its last bit is worth 1; less 1024 + 128
         return fma_f16x2((codes ^ 0x00800080u) | 0x64006400u, 0x3c003c00u, 0xe480e480u);
     } else if constexpr (bf16) {
-        // e4m3's exponent is 120 lower in bf16's terms; subnormal codes are subnormal bf16 until multiplied
+        // e4m3's exponent is 120 lower in bf16's terms; subnormal values are subnormal bf16 until multiplied
         const u32 moved = (codes & 0x00800080u) << 8 | (codes & 0x007f007fu) << 4;
         return fma_bf16x2(moved, 0x7b807b80u, 0x80008000u);
     } else {
@@ -36,7 +36,7 @@ GTA_DEVICE u32 to_e4m3(float value) {
     if (!(size < 448.0f)) {
         return sign | 0x7eu;
     }
-    if (size < 0.015625f) {  // below 2^-6 codes are 2^-9 apart; 8 of them is the first normal one
+    if (size < 0.015625f) {  // below 2^-6 values are 2^-9 apart; 8 of them is the first normal one
         return sign | static_cast<u32>(nearest_integer(size * 512.0f));
     }
     const u32 bits = as_bits(size);

@@ -9,13 +9,14 @@
 namespace gta {
 
 constexpr int stages = GTA_FEW_STAGES;
-constexpr int most_threads = GTA_FEW_THREADS;
+constexpr int max_threads = GTA_FEW_THREADS;
 constexpr int lane_vectors = unit_vectors / warp_size;
 constexpr int stage_bytes = 16 * unit_vectors + 2 * unit_scales;
-constexpr int chains = block_steps > 4 ? 2 : 1;  // of products that wait for each other, in a block of inputs
+constexpr int chains = block_steps > 4 ? 2 : 1;  // of mma that wait for each other, in a block of inputs
 static_assert(stages >= 2 && stage_bytes == GTA_FEW_STAGE_BYTES);
 
-// Adds a unit's products. `codes` and `scales` are this lane's in a stage, `x` its rows of ldmatrix.
+// Adds a unit's part of the sums. `codes` (quantised weights) and `scales` are this lane's in a stage, `x` its rows of
+// ldmatrix.
 template <int row_tiles>
 GTA_DEVICE void add_unit(float (&sums)[row_tiles][4], const Widening& widening, const u8* codes, const u8* scales,
                          const u8* const (&x)[row_tiles]) {
@@ -36,8 +37,8 @@ GTA_DEVICE void add_unit(float (&sums)[row_tiles][4], const Widening& widening, 
             for (int m = 0; m < row_tiles; ++m) {
                 u32 right[4];
                 load_matrices(right, x[m] + 2 * step_inputs * step);
-                multiply(part[0][m], left[0], {right[0], right[1]});
-                multiply(part[chains - 1][m], left[1], {right[2], right[3]});
+                mma(part[0][m], left[0], {right[0], right[1]});
+                mma(part[chains - 1][m], left[1], {right[2], right[3]});
             }
         }
         u32 pair = 0x3c003c00u;  // 1, 1
@@ -89,13 +90,13 @@ struct Copies {
 };
 
 template <int row_tiles>
-GTA_DEVICE void multiply_few(const Element* x, const Vector* weight, const u16* scale, const Element* bias,
-                             const Outputs& outputs, int rows, int in_features) {
+GTA_DEVICE void matmul_few(const Element* x, const Vector* weight, const u16* scale, const Element* bias,
+                           const Outputs& outputs, int rows, int in_features) {
     const int lane = lane_of_warp(), warp = threadIdx.x / warp_size, warps = blockDim.x / warp_size;
     const int units = ceil_div(in_features, unit_inputs), out_features = outputs.all();
     const int tiles = ceil_div(out_features, tile_outputs);
     const int share = ceil_div(units, warps), first = warp * share;
-    const int own = least(share, units - first);  // units of this warp, at least 1
+    const int own = min_of(share, units - first);  // units of this warp, at least 1
     const int own_tiles = ceil_div(tiles - blockIdx.x, gridDim.x);
 
     // Shared memory: x; the warps' stages; the warps' sums of two tiles, in turn.
@@ -126,7 +127,7 @@ GTA_DEVICE void multiply_few(const Element* x, const Vector* weight, const u16* 
     const u8* first_x[row_tiles];
 #pragma unroll
     for (int m = 0; m < row_tiles; ++m) {
-        first_x[m] = rows_of_x + least(8 * m + lane % 8, rows - 1) * pitch + 2 * unit_inputs * first + lane / 8 * 16;
+        first_x[m] = rows_of_x + min_of(8 * m + lane % 8, rows - 1) * pitch + 2 * unit_inputs * first + lane / 8 * 16;
     }
     const Widening widening;
     const u8* codes = own_stages + 16 * lane;
@@ -191,7 +192,7 @@ GTA_DEVICE void multiply_few(const Element* x, const Vector* weight, const u16* 
 
 }  // namespace gta
 
-GTA_KERNEL(gta::most_threads)
+GTA_KERNEL(gta::max_threads)
 gta_matmul_8_rows(const gta::Element* __restrict__ x,      // [rows, K]
                   const gta::Vector* __restrict__ weight,  // packed, as is the scale
                   const gta::u16* __restrict__ scale,
@@ -202,10 +203,10 @@ gta_matmul_8_rows(const gta::Element* __restrict__ x,      // [rows, K]
                   int size_3) {
     using namespace gta;
     const Outputs outputs{{output_0, output_1, output_2, output_3}, {size_0, size_1, size_2, size_3}};
-    multiply_few<1>(x, weight, scale, bias, outputs, rows, in_features);
+    matmul_few<1>(x, weight, scale, bias, outputs, rows, in_features);
 }
 
-GTA_KERNEL(gta::most_threads)
+GTA_KERNEL(gta::max_threads)
 gta_matmul_16_rows(const gta::Element* __restrict__ x,      // [rows, K]
                    const gta::Vector* __restrict__ weight,  // packed, as is the scale
                    const gta::u16* __restrict__ scale,
@@ -216,5 +217,5 @@ gta_matmul_16_rows(const gta::Element* __restrict__ x,      // [rows, K]
                    int size_3) {
     using namespace gta;
     const Outputs outputs{{output_0, output_1, output_2, output_3}, {size_0, size_1, size_2, size_3}};
-    multiply_few<2>(x, weight, scale, bias, outputs, rows, in_features);
+    matmul_few<2>(x, weight, scale, bias, outputs, rows, in_features);
 }

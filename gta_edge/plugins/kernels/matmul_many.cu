@@ -104,7 +104,7 @@ struct Weights {  // of one warp, its tiles of 16 outputs
 
 using Sums = float[output_tiles][row_tiles][4];
 
-// Adds the products of `part_steps` steps, whose inputs share scales.
+// Adds what `part_steps` steps are of the sums, whose inputs share scales.
 GTA_DEVICE void add_part(Sums& sums, const Widening& widening, const Stretch (&weights)[output_tiles], const u8* x,
                          int part_of_stage) {
     u32 left[output_tiles][part_steps][4];
@@ -124,8 +124,8 @@ GTA_DEVICE void add_part(Sums& sums, const Widening& widening, const Stretch (&w
             load_matrices(right, x + 8 * m * x_pitch + 2 * step_inputs * (part_of_stage * part_steps + step));
 #pragma unroll
             for (int tile = 0; tile < output_tiles; ++tile) {
-                multiply(part[tile][0], left[tile][step], {right[0], right[1]});
-                multiply(part[tile][1], left[tile][step], {right[2], right[3]});
+                mma(part[tile][0], left[tile][step], {right[0], right[1]});
+                mma(part[tile][1], left[tile][step], {right[2], right[3]});
             }
         }
 #pragma unroll
@@ -175,7 +175,7 @@ GTA_DEVICE void write_results(const Outputs& outputs, const u8* results, int fir
             if (place.size % 8 == 0) {  // then rows begin at multiples of 16 bytes, and this one does not end within
                 *reinterpret_cast<Vector*>(to) = *reinterpret_cast<const Vector*>(from);
             } else {
-                for (int j = 0; j < least(8, out_features - output); ++j) {
+                for (int j = 0; j < min_of(8, out_features - output); ++j) {
                     to[j] = reinterpret_cast<const Element*>(from)[j];
                 }
             }
@@ -205,7 +205,7 @@ gta_matmul(const gta::Element* __restrict__ x,      // [rows, K]
     Weights weights;
 #pragma unroll
     for (int i = 0; i < output_tiles; ++i) {  // past the last tile, that one again: its results are not written
-        const i64 tile = least((first_output + warp_output) / tile_outputs + i, last_tile);
+        const i64 tile = min_of((first_output + warp_output) / tile_outputs + i, last_tile);
         weights.codes[i] = weight + tile * units * unit_vectors + lane;
         weights.scales[i] =
             reinterpret_cast<const u32*>(scale + tile * units * unit_scales) + lane / 4 * unit_blocks;

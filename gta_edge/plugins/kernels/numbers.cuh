@@ -1,4 +1,4 @@
-// Numbers of 16 bits, their product on tensor cores, and the few sizes that all kernels share.
+// Numbers of 16 bits, their matmul on tensor cores (mma), and the few sizes that all kernels share.
 #pragma once
 
 #include <primitives.cuh>
@@ -11,10 +11,10 @@ using Element = u16;  // fp16 or bf16: inputs and outputs
 
 constexpr int warp_size = 32;
 
-// Distance of rows in shared memory: an odd number of 16-byte units, so that 8 rows' units lie in different banks.
+// Distance of rows in shared memory: an odd number of 16-byte units, so that 8 rows' units are in different banks.
 GTA_DEVICE constexpr int pitch_of(int row_bytes) { return (row_bytes / 16 | 1) * 16; }
 GTA_DEVICE constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
-GTA_DEVICE int least(int a, int b) { return a < b ? a : b; }
+GTA_DEVICE int min_of(int a, int b) { return a < b ? a : b; }
 GTA_DEVICE int lane_of_warp() { return threadIdx.x % warp_size; }
 
 GTA_DEVICE u32 pack(float low, float high) {
@@ -36,11 +36,11 @@ GTA_DEVICE float unpack(u16 bits) {
 GTA_DEVICE float unpack_low(u32 pair) { return unpack(static_cast<u16>(pair)); }
 GTA_DEVICE float unpack_high(u32 pair) { return unpack(static_cast<u16>(pair >> 16)); }
 
-GTA_DEVICE void multiply(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+GTA_DEVICE void mma(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2]) {
     if constexpr (bf16) {
-        multiply_bf16(c, a, b);
+        mma_bf16(c, a, b);
     } else {
-        multiply_f16(c, a, b);
+        mma_f16(c, a, b);
     }
 }
 

@@ -71,8 +71,8 @@ struct Rows {  // what one warp works on: row_tiles tiles of 16 query rows, of o
                 key_operands(operands, tile + 16 * block * key_pitch, step);
 #pragma unroll
                 for (int m = 0; m < row_tiles; ++m) {
-                    multiply(scores[m][2 * block], query[m], operands[0]);
-                    multiply(scores[m][2 * block + 1], query[m], operands[1]);
+                    mma(scores[m][2 * block], query[m], operands[0]);
+                    mma(scores[m][2 * block + 1], query[m], operands[1]);
                 }
             }
         }
@@ -123,7 +123,7 @@ struct Rows {  // what one warp works on: row_tiles tiles of 16 query rows, of o
             for (int n = 0; n < keys / 8; ++n) {
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
-                    candidate[i / 2] = larger(candidate[i / 2], scores[m][n][i]);
+                    candidate[i / 2] = max_of(candidate[i / 2], scores[m][n][i]);
                 }
             }
             if constexpr (!quantised) {  // scores are scaled where they are used: one instruction less for each
@@ -173,8 +173,8 @@ struct Rows {  // what one warp works on: row_tiles tiles of 16 query rows, of o
                 for (int m = 0; m < row_tiles; ++m) {
                     const u32 left[4] = {weights[m][2 * step][0], weights[m][2 * step][1], weights[m][2 * step + 1][0],
                                          weights[m][2 * step + 1][1]};
-                    multiply(mix[m][2 * block], left, operands[0]);
-                    multiply(mix[m][2 * block + 1], left, operands[1]);
+                    mma(mix[m][2 * block], left, operands[0]);
+                    mma(mix[m][2 * block + 1], left, operands[1]);
                 }
             }
         }
@@ -225,7 +225,7 @@ gta_prefill(const gta::Element* __restrict__ query,               // [B, T, n_q 
     const int head = blockIdx.x, batch_row = blockIdx.z, thread = threadIdx.x;
     const int first_token = (gridDim.y - 1 - blockIdx.y) * block_rows;  // the longest walks start first
     const int past = past_tokens(past_length, batch_row, capacity);
-    const int end = present_tokens(past, least(first_token + block_rows, tokens), capacity);  // of what is seen
+    const int end = present_tokens(past, min_of(first_token + block_rows, tokens), capacity);  // of what is seen
     const int tiles = ceil_div(end, keys);
     const int key_head = head / (query_heads / key_heads), latent_head = head / (query_heads / latent_heads);
     const i64 key_row = (i64{batch_row} * key_heads + key_head) * capacity;
@@ -271,15 +271,15 @@ gta_prefill(const gta::Element* __restrict__ query,               // [B, T, n_q 
     int limit[row_tiles][2];
 #pragma unroll
     for (int m = 0; m < row_tiles; ++m) {
-        limit[m][0] = least(past + first_row + 16 * m + lane / 4, end - 1);
-        limit[m][1] = least(past + first_row + 16 * m + lane / 4 + 8, end - 1);
+        limit[m][0] = min_of(past + first_row + 16 * m + lane / 4, end - 1);
+        limit[m][1] = min_of(past + first_row + 16 * m + lane / 4 + 8, end - 1);
     }
     Rows rows;
     for (int tile = 0; tile < tiles; ++tile) {
         wait_for_copies<1>();  // for this tile's keys; its latents may still be under way
         block_barrier();
         copy_keys(tile + 1);
-        const bool all_visible = (tile + 1) * keys <= least(past + first_row + 1, end);
+        const bool all_visible = (tile + 1) * keys <= min_of(past + first_row + 1, end);
         rows.add(shared + thread / warp_size * warp_rows * query_pitch, cache_tiles + tile % 2 * cache_bytes,
                  tile * keys, limit, all_visible, scale * log2_e, [&] {
                      wait_for_copies<1>();
@@ -330,8 +330,8 @@ gta_prefill(const gta::Element* __restrict__ query,               // [B, T, n_q 
                         pairs, tile + (16 * step + lane % 16) * decoder_pitch + 32 * block + 16 * (lane / 16));
 #pragma unroll
                     for (int m = 0; m < row_tiles; ++m) {
-                        multiply(sums[m][2 * block], mixed[m][step], {pairs[0], pairs[1]});
-                        multiply(sums[m][2 * block + 1], mixed[m][step], {pairs[2], pairs[3]});
+                        mma(sums[m][2 * block], mixed[m][step], {pairs[0], pairs[1]});
+                        mma(sums[m][2 * block + 1], mixed[m][step], {pairs[2], pairs[3]});
                     }
                 }
             }
@@ -341,7 +341,7 @@ gta_prefill(const gta::Element* __restrict__ query,               // [B, T, n_q 
                 picking_operand(picking, n % 2);
 #pragma unroll
                 for (int m = 0; m < row_tiles; ++m) {
-                    multiply(sums[m][n], mixed[m][part * (columns / 16) + n / 2], picking);
+                    mma(sums[m][n], mixed[m][part * (columns / 16) + n / 2], picking);
                 }
             }
 #pragma unroll

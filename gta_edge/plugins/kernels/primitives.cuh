@@ -113,14 +113,14 @@ GTA_DEVICE void load_matrices_transposed(u32 (&r)[2], const void* row) {
 //   a: rows g, g + 8, g, g + 8 at columns 2p, 2p + 1 (first two registers) and 2p + 8, 2p + 9 (last two);
 //   b: rows 2p, 2p + 1 (first register) and 2p + 8, 2p + 9 (second) of column g;
 //   c: columns 2p, 2p + 1 of row g (first two) and of row g + 8 (last two).
-GTA_DEVICE void multiply_f16(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+GTA_DEVICE void mma_f16(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2]) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
                  "{%0, %1, %2, %3};"
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-GTA_DEVICE void multiply_bf16(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+GTA_DEVICE void mma_bf16(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2]) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
                  "{%0, %1, %2, %3};"
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
@@ -130,7 +130,7 @@ GTA_DEVICE void multiply_bf16(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2
 // --- arithmetic -----------------------------------------------------------------------------------------------------
 
 // The larger of two; of a number and NaN, the number.
-GTA_DEVICE float larger(float a, float b) {
+GTA_DEVICE float max_of(float a, float b) {
     float y;
     asm("max.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
     return y;

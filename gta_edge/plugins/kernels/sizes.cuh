@@ -42,7 +42,7 @@ constexpr int query_pitch = pitch_of(2 * key_dim);
 constexpr float log2_e = 1.4426950408889634f;
 constexpr float infinity = __builtin_bit_cast(float, 0x7f800000u);
 
-// Tokens that a row's cache holds before this call. What memory says is not trusted: it may be anything.
+// Tokens that a sequence's cache holds before this call. What memory says is not trusted: it may be anything.
 GTA_DEVICE int past_tokens(const i64* past_length, int row, int capacity) {
     const i64 length = past_length[row];
     return length < 0 ? 0 : length > capacity ? capacity : static_cast<int>(length);

@@ -1,17 +1,17 @@
 // Tiles in shared memory, and the operands that the tensor cores take from them.
 //
-// A tile's rows are tokens (or query rows), `pitch` bytes apart. With 8-bit codes, the loads of 16-bit elements take two
-// codes at once, so the columns of a block of 16 arrive in another order:
-//   key codes     column 4 p + j takes the place 2 p + j % 2 + 8 (j / 2) of the product's inner dimension, and the
-//                 query is laid out in that order (query_place);
-//   latent codes  column 2 n + u takes the place 8 u + n of the product's columns (latent_column, latent_place).
+// A tile's rows are tokens (or query rows), `pitch` bytes apart. With 8-bit values, the loads of 16-bit elements take
+// two of them at once, so the columns of a block of 16 arrive in another order:
+//   8-bit keys     column 4 p + j takes the place 2 p + j % 2 + 8 (j / 2) of the matmul's inner dimension, and the
+//                 query's layout is in that order (query_place);
+//   8-bit latents  column 2 n + u takes the place 8 u + n of the matmul's columns (latent_column, latent_place).
 #pragma once
 
 #include "cache.cuh"
 
 namespace gta {
 
-constexpr int slice_tokens = 16;  // tokens of one tensor core product
+constexpr int slice_tokens = 16;  // tokens of one tensor core matmul
 
 // Copies rows first ... first + count - 1 of `row_bytes` each into a tile; rows from `end` on become zeros.
 //
@@ -22,7 +22,7 @@ GTA_DEVICE void copy_rows(u8* tile, const void* rows, int first, int end, int th
     constexpr int units = row_bytes / 16;
     const u8* const from = static_cast<const u8*>(rows) + i64{first} * row_bytes + thread * 16;
     u8* const to = tile + thread / units * pitch + thread % units * 16;
-    const int valid_units = least(end - first, count) * units - thread;  // from this thread's first one on
+    const int valid_units = min_of(end - first, count) * units - thread;  // from this thread's first one on
 #pragma unroll
     for (int start = 0; start < count * units; start += threads) {
         if (count * units % threads == 0 || start + thread < count * units) {
@@ -130,30 +130,30 @@ GTA_DEVICE void latent_operands(u32 (&b)[2][2], const u8* tile, int block) {
 // far, and the sum of weights, of this thread's tokens only, relative to it. Scores are logarithms to base 2.
 //
 // Of a quantised cache, the logarithm of a latent's scale is part of its score, so that weight times scale, which meets
-// the codes, never leaves the 16-bit range; the sum takes the weights without it.
+// the 8-bit values, never leaves the 16-bit range; the sum takes the weights without it.
 struct Softmax {
-    float most[2] = {-infinity, -infinity};
+    float maximum[2] = {-infinity, -infinity};
     float sum[2] = {0.0f, 0.0f};
 
     // Weights may grow to 2 to this power before everything is scaled down again: most slices then need no scaling.
     static constexpr float slack = 8.0f;
 
-    GTA_DEVICE float base(int half) const { return most[half] == -infinity ? 0.0f : most[half]; }
+    GTA_DEVICE float base(int half) const { return maximum[half] == -infinity ? 0.0f : maximum[half]; }
 
     // Takes in the largest of new scores per row; tells whether any row of the warp has to be scaled, and by what.
     GTA_DEVICE bool raise(float (&factor)[2], float (&candidate)[2]) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            candidate[half] = larger(candidate[half], shuffle_xor(candidate[half], 1));
-            candidate[half] = larger(candidate[half], shuffle_xor(candidate[half], 2));
+            candidate[half] = max_of(candidate[half], shuffle_xor(candidate[half], 1));
+            candidate[half] = max_of(candidate[half], shuffle_xor(candidate[half], 2));
         }
-        if (!any_of_warp(candidate[0] > most[0] + slack || candidate[1] > most[1] + slack)) {
+        if (!any_of_warp(candidate[0] > maximum[0] + slack || candidate[1] > maximum[1] + slack)) {
             return false;
         }
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const float before = most[half];
-            most[half] = larger(before, candidate[half]);
+            const float before = maximum[half];
+            maximum[half] = max_of(before, candidate[half]);
             factor[half] = power_of_2(before - base(half));
             sum[half] *= factor[half];
         }

@@ -14,7 +14,7 @@ static_assert(block_size == 32 || block_size == 64 || block_size == 128 || (bloc
 
 constexpr int tile_outputs = 16;
 constexpr int unit_inputs = 128;
-constexpr int step_inputs = 16;  // of one tensor core product
+constexpr int step_inputs = 16;  // of one tensor core matmul
 constexpr int unit_steps = unit_inputs / step_inputs;
 constexpr int unit_blocks = block_size == 0 ? 0 : unit_inputs / block_size;  // scales of an output in a unit
 constexpr int block_steps = block_size == 0 ? unit_steps : block_size / step_inputs;
@@ -24,12 +24,12 @@ constexpr int unit_scales = tile_outputs * unit_blocks;
 
 // Makes left operands.
 struct Widening {
-    // Which bits of a word are codes. A logical instruction takes one constant beside registers, and there are two.
+    // Which bits of a word are weights. A logical instruction takes one constant beside registers, and there are two.
     u32 low = kept_in_register(0x000f000fu);
     u32 high = kept_in_register(0x00f000f0u);
 
     // Left operand of step `step`, as integers, from this lane's vectors of the steps from 0 on. They are exact in both
-    // formats: a code's bits are set in a number whose last bit is worth 1, and what is too much is taken off.
+    // formats: a weight's bits are set in a number whose last bit is worth 1, and what is too much is taken off.
     template <int n>
     GTA_DEVICE void operand(u32 (&a)[4], const Vector (&codes)[n], int step) const {
         const u32(&word)[4] = codes[step / vector_steps].word;
@@ -86,11 +86,11 @@ GTA_DEVICE float channel_scale(const u16* scale, int output) {
 
 // --- outputs, side by side along N, each with memory of its own ------------------------------------------------------
 
-constexpr int most_outputs = 4;
+constexpr int max_outputs = 4;
 
 struct Outputs {
-    Element* data[most_outputs];
-    int size[most_outputs];  // 0 where there is none; all but the last are multiples of 16
+    Element* data[max_outputs];
+    int size[max_outputs];  // 0 where there is none; all but the last are multiples of 16
 
     GTA_DEVICE int all() const { return size[0] + size[1] + size[2] + size[3]; }
 };
@@ -104,7 +104,7 @@ GTA_DEVICE Place place_of(const Outputs& outputs, int output) {
     Place place{outputs.data[0] + output, outputs.size[0]};
     int before = outputs.size[0];
 #pragma unroll
-    for (int i = 1; i < most_outputs; ++i) {
+    for (int i = 1; i < max_outputs; ++i) {
         if (outputs.size[i] > 0 && output >= before) {
             place = Place{outputs.data[i] + (output - before), outputs.size[i]};
         }

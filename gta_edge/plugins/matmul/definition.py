@@ -3,13 +3,13 @@
 The meaning is the ONNX function below, in standard operators; every other implementation (torch, kernels) is tested
 against it and against the formula. This module imports nothing heavy.
 
-A call multiplies by one matrix, or by up to four that share their input and lie side by side:
+A call multiplies by one matrix, or by up to four that share their input and stand side by side along N:
 
     y = x · W + bias                         x [..., K], W [K, N], sums in float32
-    W[k, n] = code[k, n] · scale[k // block_size, n]
+    W[k, n] = quantised[k, n] · scale[k // block_size, n]
     y_0, y_1, ... = y, split after every ``output_sizes``
 
-How codes and scales lie is said, and done, in ``packing.py``.
+The layout of quantised weights and scales is that of ``packing.py``.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 OPS = {4: "BlockwiseInt4MatMul", 8: "BlockwiseInt8MatMul"}
-"""The ops by the width of a code in bits."""
+"""The ops by the bits of a weight."""
 
 INPUTS = (
     "x",  # float16, bfloat16 or float32 [..., K]
@@ -50,7 +50,7 @@ ATTRIBUTES = ("block_size", "output_sizes", "plugin_namespace", "plugin_version"
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes of one call, which are fixed for a model.
+    """Widths, bits and block size of one matmul, fixed for a model.
 
     Attributes:
         in_features: K.
@@ -84,7 +84,7 @@ class Sizes:
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
-        """Shape of the packed codes, int32."""
+        """Shape of the packed weights, int32."""
         return packed_shapes(self.in_features, self.out_features, self.bits, self.block_size)[0]
 
     @property
@@ -115,7 +115,7 @@ def overload(outputs: int, bias: bool) -> str:
 
 @dataclass(frozen=True)
 class _Words:
-    """How codes are taken out of words [tile_n, tile_k, lane, word]."""
+    """How weights are unpacked from words [tile_n, tile_k, lane, word]."""
 
     shifts: range
     split: tuple[int, ...]  # lane to g, t; word and place to w, odd, k8, h (int4), or s, k8, h, odd (int8)

@@ -1,6 +1,7 @@
-"""The matmuls with quantised weights on a GPU: kernels compiled and loaded once, then launched on device addresses.
+"""The matmul kernels on a GPU: compiled and loaded once, then launched on device addresses.
 
-Knows of no framework. A launch allocates nothing and waits for nothing, so that it can be captured in a CUDA graph.
+Knows of no framework. Whoever holds the memory (a session, an engine's plugin) gives addresses and a stream. A launch
+allocates nothing and waits for nothing, so that it can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -11,28 +12,23 @@ from typing import Any
 
 import numpy as np
 
-from gta_edge.cuda.gpu import Gpu, Launcher
+from gta_edge.cuda.gpu import Gpu, Launcher, check_addresses
 from gta_edge.errors import BackendError
 from gta_edge.plugins.domain import KERNELS
-from gta_edge.plugins.matmul.tiling import (
-    MATMUL_SIGNATURE,
-    MAX_OUTPUTS,
-    MatMulLaunch,
-    MatMulVariant,
-    matmul_programs,
-    plan_matmul,
-)
+from gta_edge.plugins.matmul.definition import MAX_OUTPUTS
+from gta_edge.plugins.matmul.launches import SIGNATURE, KernelLaunch, plan_matmul, programs_for
+from gta_edge.plugins.matmul.tiling import Variant
 
 __all__ = ["MatMulKernels", "matmul_kernels"]
 
-_ALIGNMENT = 16
 _ALIGNMENTS = {"bias": 2}
-_LAUNCHES_KEPT = 1024
+_OPTIONAL = ("bias",)
+_LAUNCHES_CACHED = 1024
 """A model has a handful of shapes, for each number of rows."""
 
 
 @cache
-def matmul_kernels(variant: MatMulVariant, gpu: Gpu) -> MatMulKernels:
+def matmul_kernels(variant: Variant, gpu: Gpu) -> MatMulKernels:
     """Return the kernels of a variant on a GPU, compiled and loaded at the first call.
 
     Raises:
@@ -52,37 +48,23 @@ class MatMulKernels:
         BackendError: the kernels cannot be compiled or not be loaded.
     """
 
-    def __init__(self, variant: MatMulVariant, gpu: Gpu) -> None:
+    def __init__(self, variant: Variant, gpu: Gpu) -> None:
         self.variant, self.gpu = variant, gpu
-        self.programs = matmul_programs(variant, gpu.architecture)
+        self.programs = programs_for(variant, gpu.architecture)
         self._launcher = Launcher(gpu, "quantised matmul", KERNELS)
         self._kernels = self._launcher.load(
             {program: dict.fromkeys(program.kernels, program.shared_bytes) for program in self.programs.all}
         )
-        self._planned = lru_cache(_LAUNCHES_KEPT)(self._plan)
-        self._prepared = lru_cache(_LAUNCHES_KEPT)(self._prepare)
+        self._planned = lru_cache(_LAUNCHES_CACHED)(self._plan)
+        self._prepared = lru_cache(_LAUNCHES_CACHED)(self._prepare)
 
-    def plan(self, rows: int, in_features: int, output_sizes: Sequence[int]) -> MatMulLaunch:
+    def plan(self, rows: int, in_features: int, output_sizes: Sequence[int]) -> KernelLaunch:
         """Return what a call with these sizes launches.
 
         Raises:
             BackendError: a size that the kernels cannot take.
         """
         return self._planned(rows, in_features, tuple(output_sizes))
-
-    def workspace_bytes(self, rows: int, in_features: int, output_sizes: Sequence[int]) -> int:
-        """Return the size of the workspace that a call with these sizes needs: none, for any.
-
-        Args:
-            rows: of x, all of its dimensions but the last one multiplied.
-            in_features: K.
-            output_sizes: of the matrices that lie side by side.
-
-        Raises:
-            BackendError: a size that the kernels cannot take.
-        """
-        self.plan(rows, in_features, output_sizes)
-        return 0
 
     def launch(
         self,
@@ -93,7 +75,6 @@ class MatMulKernels:
         scale: int,
         bias: int = 0,
         outputs: Sequence[int],
-        workspace: int,
         rows: int,
         in_features: int,
         output_sizes: Sequence[int],
@@ -111,7 +92,6 @@ class MatMulKernels:
             scale: float16, packed.
             bias: [sum of output_sizes] of the compute type; 0 for none.
             outputs: of each matrix, [rows, output_sizes[i]] of the compute type.
-            workspace: ``workspace_bytes`` bytes; 0 if that is 0.
             rows: of x.
             in_features: K, a multiple of 8.
             output_sizes: N of each matrix; all but the last are multiples of 16.
@@ -122,21 +102,13 @@ class MatMulKernels:
         config, kernel, numbers = self._prepared(rows, in_features, tuple(output_sizes))
         if len(outputs) != len(output_sizes):
             raise BackendError(f"there are {len(outputs)} outputs", f"expected {len(output_sizes)}, one for each size")
-        names = MATMUL_SIGNATURE.addresses[: 4 + len(outputs)]
+        names = SIGNATURE.addresses[: 4 + len(outputs)]
         addresses = (x, weight, scale, bias, *outputs)
-        for name, address in zip(names, addresses, strict=True):
-            alignment = _ALIGNMENTS.get(name, _ALIGNMENT)
-            if address % alignment:
-                raise BackendError(
-                    f"{name} is at address {address:#x}",
-                    f"expected a multiple of {alignment}: copy it to memory that is aligned so",
-                )
-            if not address and name != "bias":
-                raise BackendError(f"{name} is at address 0", "expected memory of the GPU")
+        check_addresses(zip(names, addresses, strict=True), _ALIGNMENTS, _OPTIONAL)
         absent = (0,) * (MAX_OUTPUTS - len(outputs))
         self._launcher.launch(stream, [(config, kernel, *addresses, *absent, *numbers)])
 
-    def _plan(self, rows: int, in_features: int, output_sizes: tuple[int, ...]) -> MatMulLaunch:
+    def _plan(self, rows: int, in_features: int, output_sizes: tuple[int, ...]) -> KernelLaunch:
         return plan_matmul(self.programs, self.gpu.processors, rows, in_features, output_sizes)
 
     def _prepare(self, rows: int, in_features: int, output_sizes: tuple[int, ...]) -> tuple[Any, Any, tuple[Any, ...]]:

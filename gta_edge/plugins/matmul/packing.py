@@ -1,19 +1,19 @@
-"""How the quantised matrices of ``BlockwiseInt4MatMul`` and ``BlockwiseInt8MatMul`` lie in memory.
+"""Memory layout of the quantised matrices of ``BlockwiseInt4MatMul`` and ``BlockwiseInt8MatMul``.
 
 The layout is that of the left operand of the tensor cores' ``mma.m16n8k16``, whose rows are output channels: what a
 lane needs of a tile of 16 outputs and 64 (int4) or 32 (int8) inputs are 16 bytes in a row, and a warp reads 512. With
-K inputs padded to ``Kp``, a multiple of 128, and N outputs padded to ``Np``, a multiple of 16 (code 0, scale 0), and
+K inputs padded to ``Kp``, a multiple of 128, and N outputs padded to ``Np``, a multiple of 16 (weight 0, scale 0), and
 lane ``4 g + t``, g < 8, t < 4:
 
     int4: weight int32 [Np/16, Kp/64, 32, 4]; in word w, nibble 4·odd + 2·k8 + h (from the lowest) is
-          8 + code of output 16·tile_n + 8·h + g and input 64·tile_k + 16·w + 8·k8 + 2·t + odd
+          8 + weight of output 16·tile_n + 8·h + g and input 64·tile_k + 16·w + 8·k8 + 2·t + odd
     int8: weight int32 [Np/16, Kp/32, 32, 4]; in word 2·s + k8, byte 2·h + odd is
-          128 + code of output 16·tile_n + 8·h + g and input 32·tile_k + 16·s + 8·k8 + 2·t + odd
+          128 + weight of output 16·tile_n + 8·h + g and input 32·tile_k + 16·s + 8·k8 + 2·t + odd
     scale float16 [Np/16, Kp/128, 8, 128/block, 2]: element (tile_n, j, g, b, h) belongs to output
           16·tile_n + 8·h + g and inputs 128·j + block·b and on
           [Np/16, 1, 8, 1, 2] where there is one scale per output channel (block size 0)
 
-Matrices that share their input lie one after the other along the first axis. Nothing here needs more than numpy.
+Matrices that share their input follow each other along the first axis. Nothing here needs more than numpy.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ OUTPUTS_MULTIPLE = 16
 """Outputs are padded to a multiple of this."""
 
 BLOCK_SIZES = {4: (32, 64, 128), 8: (0, 32, 64, 128)}
-"""By the width of a code in bits, the numbers of inputs that may share a scale; 0 is one scale per output channel."""
+"""By the bits of a weight, the numbers of inputs that may share a scale; 0 is one scale per output channel."""
 
 _TILE_INPUTS = {4: 64, 8: 32}
 _SLICE_BYTES = 2**20
-"""Codes that are turned at once: what is beside the result stays small, and mostly in the processor's cache."""
+"""Weights that are repacked at once: what is beside the result stays small, and mostly in the processor's cache."""
 
 Codes = npt.NDArray[np.int8]
 Scales = npt.NDArray[np.float16]
@@ -66,7 +66,7 @@ def packed_shapes(
         ValueError: there is no such packing.
     """
     if bits not in BLOCK_SIZES:
-        raise ValueError(f"codes of {bits} bits; expected 4 or 8")
+        raise ValueError(f"weights of {bits} bits; expected 4 or 8")
     if block_size not in BLOCK_SIZES[bits]:
         allowed = ", ".join(map(str, BLOCK_SIZES[bits]))
         raise ValueError(f"int{bits} in blocks of {block_size}; expected one of {allowed}")
@@ -82,13 +82,13 @@ def pack(codes: Codes, scales: Scales, bits: int, block_size: int) -> Packed:
     """Return a matrix in the ops' layout.
 
     Args:
-        codes: int8 [K, N]; from -8 to 7 where ``bits`` is 4.
+        codes: quantised weights, int8 [K, N]; from -8 to 7 where ``bits`` is 4.
         scales: float16 [K / block_size, N], or [N] where ``block_size`` is 0, as DequantizeLinear takes them.
         bits: 4 or 8.
         block_size: 32, 64 or 128; in int8 also 0, one scale per output channel.
 
     Raises:
-        ValueError: a type, a shape or a code does not fit.
+        ValueError: a type, a shape or a weight does not fit.
     """
     if codes.ndim != 2 or codes.dtype != np.int8:
         raise ValueError(f"codes are {codes.dtype} {list(codes.shape)}; expected int8 [K, N]")
@@ -103,7 +103,7 @@ def pack(codes: Codes, scales: Scales, bits: int, block_size: int) -> Packed:
 
 
 def unpack(packed: Packed, in_features: int, out_features: int, bits: int, block_size: int) -> tuple[Codes, Scales]:
-    """Undo ``pack``: return codes int8 [K, N], and scales float16 [K / block_size, N] or [N].
+    """Undo ``pack``: return quantised weights int8 [K, N], and scales float16 [K / block_size, N] or [N].
 
     Args:
         packed: one matrix.
@@ -162,11 +162,11 @@ def _padded(codes: Codes, inputs: int, tiles: int, offset: int) -> npt.NDArray[n
 def _pack_int4(codes: Codes, shape: tuple[int, ...]) -> npt.NDArray[np.int32]:
     nibbles = _padded(codes, shape[1] * 64, shape[0], 8)
     if nibbles.max() > 15:
-        raise ValueError(f"codes from {codes.min()} to {codes.max()}; expected -8 to 7 for int4")
+        raise ValueError(f"weights from {codes.min()} to {codes.max()}; expected -8 to 7 for int4")
     nibbles = nibbles.reshape(shape[1], 4, 2, 4, 2, shape[0], 2, 8)  # [tile_k, w, k8, t, odd, tile_n, h, g]
     octets = nibbles[..., 0, :] | nibbles[..., 1, :] << np.uint8(4)
-    lying = np.ascontiguousarray(octets.transpose(5, 0, 6, 3, 1, 4, 2))  # [tile_n, tile_k, g, t, w, odd, k8]
-    return lying.reshape(-1).view("<i4").reshape(shape)
+    words = np.ascontiguousarray(octets.transpose(5, 0, 6, 3, 1, 4, 2))  # [tile_n, tile_k, g, t, w, odd, k8]
+    return words.reshape(-1).view("<i4").reshape(shape)
 
 
 def _unpack_int4(weight: npt.NDArray[np.int32]) -> Codes:
@@ -180,8 +180,8 @@ def _unpack_int4(weight: npt.NDArray[np.int32]) -> Codes:
 def _pack_int8(codes: Codes, shape: tuple[int, ...]) -> npt.NDArray[np.int32]:
     octets = _padded(codes, shape[1] * 32, shape[0], 128)
     octets = octets.reshape(shape[1], 2, 2, 4, 2, shape[0], 2, 8)  # [tile_k, s, k8, t, odd, tile_n, h, g]
-    lying = np.ascontiguousarray(octets.transpose(5, 0, 7, 3, 1, 2, 6, 4))  # [tile_n, tile_k, g, t, s, k8, h, odd]
-    return lying.reshape(-1).view("<i4").reshape(shape)
+    words = np.ascontiguousarray(octets.transpose(5, 0, 7, 3, 1, 2, 6, 4))  # [tile_n, tile_k, g, t, s, k8, h, odd]
+    return words.reshape(-1).view("<i4").reshape(shape)
 
 
 def _unpack_int8(weight: npt.NDArray[np.int32]) -> Codes:

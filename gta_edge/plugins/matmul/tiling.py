@@ -1,59 +1,49 @@
-"""How the matmuls with quantised weights are cut to a GPU: the one place that knows their tiles, grids and launches.
+"""Tile sizes and grids of the matmul kernels, for a GPU: the one place that knows them.
 
-A kernel is compiled for one ``MatMulVariant``; rows, inputs and outputs are numbers of a launch, so a few programs
-serve all matmuls of all models. Nothing here needs CUDA, so that plans can be made anywhere.
+A kernel is compiled for one ``Variant`` on one kind of GPU; rows, inputs and outputs are numbers of a launch, so few
+programs serve all matmuls of all models. What is chosen here reaches the source as macros (``Program.defines``).
+Nothing here needs CUDA, so that plans can be made anywhere.
 
 Two ways to multiply, by the number of rows:
 
 * few, up to ``FEW_ROWS``: reading the weights is what takes the time. A block takes tiles of 16 outputs in turn, its
-  warps divide the inputs, and each keeps ``GTA_FEW_STAGES`` - 1 units of 128 inputs on their way.
+  warps divide the inputs, and each keeps ``GTA_FEW_STAGES`` - 1 units of 128 inputs in flight.
 * many, above: tiles of rows and outputs, whose x goes through shared memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gta_edge.cuda.architecture import BLOCK_RESERVE, MAX_GRID_YZ, WARP, Launch, Signature, pitch, shared_limits
+from gta_edge.cuda.architecture import BLOCK_RESERVE, WARP, Launch, pitch, shared_limits
 from gta_edge.errors import BackendError
 from gta_edge.numerics.dtypes import COMPUTE_TYPES
+from gta_edge.plugins.matmul.packing import BLOCK_SIZES, INPUTS_MULTIPLE, OUTPUTS_MULTIPLE
 
 __all__ = [
-    "BLOCK_SIZES",
+    "FEW_RESIDENT_WARPS",
     "FEW_ROWS",
-    "MATMUL_SIGNATURE",
-    "MAX_OUTPUTS",
-    "MatMulLaunch",
-    "MatMulProgram",
-    "MatMulPrograms",
-    "MatMulVariant",
+    "ROW_TILE",
+    "TILE_OUTPUTS",
+    "Program",
+    "Variant",
     "few_launch",
     "few_program",
     "many_launch",
     "many_programs",
-    "matmul_programs",
-    "plan_matmul",
 ]
 
-BLOCK_SIZES = {4: (32, 64, 128), 8: (0, 32, 64, 128)}
-"""Inputs that share a scale, by the bits of a code; 0 is one scale for each output."""
-
 FEW_ROWS = 16
-"""Most rows for which every weight is read once: two tiles of a tensor core product."""
+"""Most rows for which every weight is read once: two tiles of a tensor core matmul."""
 
-MAX_OUTPUTS = 4
-MAX_ROWS, MAX_INPUTS = 2**30, 2**24
-
-TILE_OUTPUTS = 16
-UNIT_INPUTS = 128
+TILE_OUTPUTS, UNIT_INPUTS = OUTPUTS_MULTIPLE, INPUTS_MULTIPLE
 ROW_TILE = 8
 
-FEW_MOST_WARPS = 16
+FEW_MAX_WARPS = 16
 FEW_RESIDENT_WARPS = {8: 22, 16: 16}
 """Warps of a multiprocessor that there are registers for, by the rows that the kernel takes."""
 
-FEW_MOST_RESIDENT = 8
+FEW_MAX_RESIDENT = 8
 """Blocks of a multiprocessor: each copies x for itself."""
 
 _START_TILES = 0.5
@@ -66,18 +56,10 @@ _SUM_BYTES = 2 * TILE_OUTPUTS * 4
 _WIDE, _WIDE_WITH_SHORT_BLOCKS = (4, 2, 2, 8, 3), (2, 4, 2, 4, 3)
 _NARROW = ((4, 1, 1, 8, 4), (4, 1, 1, 4, 4))
 _STAGE_INPUTS = 64
-_MAX_PADDING = 1.25
-"""Rows that a tile may multiply in vain, as a factor of the least."""
-
-MATMUL_SIGNATURE = Signature(
-    ("x", "weight", "scale", "bias", *(f"output_{i}" for i in range(MAX_OUTPUTS))),
-    ("rows", "in_features", *(f"size_{i}" for i in range(MAX_OUTPUTS))),
-)
-"""The parameters of every kernel here."""
 
 
 @dataclass(frozen=True)
-class MatMulVariant:
+class Variant:
     """What a kernel is compiled for.
 
     Args:
@@ -120,7 +102,7 @@ class MatMulVariant:
 
 
 @dataclass(frozen=True)
-class MatMulProgram:
+class Program:
     """One source file cut to a variant and a GPU."""
 
     source: str
@@ -131,7 +113,7 @@ class MatMulProgram:
     """Most dynamic shared memory of a launch."""
     processor_bytes: int
     """Shared memory of a multiprocessor."""
-    variant: MatMulVariant
+    variant: Variant
 
     def defines(self) -> dict[str, int]:
         """Return all macros of the source."""
@@ -152,79 +134,22 @@ class MatMulProgram:
         return TILE_OUTPUTS * self.tile("GTA_MANY_OUTPUT_TILES") * self.tile("GTA_MANY_OUTPUT_WARPS")
 
 
-@dataclass(frozen=True)
-class MatMulPrograms:
-    """All that is compiled for a variant on one kind of GPU."""
-
-    few: MatMulProgram
-    many: tuple[MatMulProgram, ...]
-    """The widest tile first."""
-
-    @property
-    def all(self) -> tuple[MatMulProgram, ...]:
-        """For few rows and for many."""
-        return (self.few, *self.many)
-
-
-@dataclass(frozen=True)
-class MatMulLaunch:
-    """The one launch of a matmul: of which kernel, and on which grid."""
-
-    program: MatMulProgram
-    kernel: str
-    launch: Launch
-
-
-def matmul_programs(variant: MatMulVariant, architecture: str) -> MatMulPrograms:
-    """Return all that is compiled for a variant.
-
-    Args:
-        variant: types of the weights and of x.
-        architecture: of the GPU, ``"sm_87"``.
-    """
-    return MatMulPrograms(few_program(variant, architecture), many_programs(variant, architecture))
-
-
-def plan_matmul(
-    programs: MatMulPrograms, processors: int, rows: int, in_features: int, output_sizes: Sequence[int]
-) -> MatMulLaunch:
-    """Return what one matmul launches.
-
-    Args:
-        programs: of the variant.
-        processors: multiprocessors of the GPU.
-        rows: of x.
-        in_features: K.
-        output_sizes: of the matrices that lie side by side along N.
-
-    Raises:
-        BackendError: a size that the kernels cannot take.
-    """
-    _check(rows, in_features, output_sizes)
-    if rows <= FEW_ROWS:
-        launch = few_launch(programs.few, processors, rows, in_features, sum(output_sizes))
-        if launch is not None:
-            return MatMulLaunch(programs.few, programs.few.kernels[rows > ROW_TILE], launch)
-    program = _choose_many(programs.many, processors, rows, sum(output_sizes))
-    return MatMulLaunch(program, program.kernels[0], many_launch(program, rows, sum(output_sizes)))
-
-
 # --- few rows ---------------------------------------------------------------------------------------------------------
 
 
-def few_program(variant: MatMulVariant, architecture: str) -> MatMulProgram:
-    """Return how the kernels for few rows are cut.
+def few_program(variant: Variant, architecture: str) -> Program:
+    """Return the tiles of the kernels for few rows.
 
-    A warp's units on their way are about 3 KiB; 20 warps keep 60 KiB of weights in flight on a multiprocessor, more
+    A warp's units in flight are about 3 KiB; 20 warps keep 60 KiB of weights in flight on a multiprocessor, more
     than bandwidth times latency of any GPU known here.
     """
     per_processor, per_block = shared_limits(architecture)
     tiles = {
         "GTA_FEW_STAGES": 4 if variant.bits == 4 else 3,
-        "GTA_FEW_THREADS": WARP * FEW_MOST_WARPS,
+        "GTA_FEW_THREADS": WARP * FEW_MAX_WARPS,
         "GTA_FEW_STAGE_BYTES": variant.unit_bytes,
     }
-    return MatMulProgram(
+    return Program(
         source="matmul_few.cu",
         kernels=("gta_matmul_8_rows", "gta_matmul_16_rows"),
         tiles=tuple(tiles.items()),
@@ -234,18 +159,16 @@ def few_program(variant: MatMulVariant, architecture: str) -> MatMulProgram:
     )
 
 
-def few_launch(
-    program: MatMulProgram, processors: int, rows: int, in_features: int, out_features: int
-) -> Launch | None:
+def few_launch(program: Program, processors: int, rows: int, in_features: int, out_features: int) -> Launch | None:
     """Return the launch for few rows, None where x does not fit the shared memory beside the weights' stages.
 
     The inputs are divided among so many warps that most are busy on a multiprocessor: in many small blocks or, where
     there is about one tile of outputs for each multiprocessor, in one large block.
     """
     units, tiles = _ceil_div(in_features, UNIT_INPUTS), _ceil_div(out_features, TILE_OUTPUTS)
-    most_resident = FEW_RESIDENT_WARPS[ROW_TILE if rows <= ROW_TILE else FEW_ROWS]
+    max_resident = FEW_RESIDENT_WARPS[ROW_TILE if rows <= ROW_TILE else FEW_ROWS]
     best, busiest = None, 0.0
-    for warps in range(1, FEW_MOST_WARPS + 1):  # of equals the first: fewer sums to add
+    for warps in range(1, FEW_MAX_WARPS + 1):  # of equals the first: fewer sums to add
         share = _ceil_div(units, warps)
         if warps != _ceil_div(units, share):  # some would have nothing to do
             continue
@@ -254,7 +177,7 @@ def few_launch(
         if shared_bytes > program.shared_bytes:
             break
         resident = min(
-            program.processor_bytes // (shared_bytes + BLOCK_RESERVE), most_resident // warps, FEW_MOST_RESIDENT
+            program.processor_bytes // (shared_bytes + BLOCK_RESERVE), max_resident // warps, FEW_MAX_RESIDENT
         )
         busy = min(resident, _ceil_div(tiles, processors)) * units / share
         if busy > busiest:
@@ -280,7 +203,7 @@ def _few_blocks(tiles: int, processors: int, resident: int) -> int:
 # --- many rows --------------------------------------------------------------------------------------------------------
 
 
-def many_programs(variant: MatMulVariant, architecture: str) -> tuple[MatMulProgram, ...]:
+def many_programs(variant: Variant, architecture: str) -> tuple[Program, ...]:
     """Return the programs for many rows, the widest tile first; scaling short blocks takes registers from the sums."""
     per_processor, _ = shared_limits(architecture)
     programs = []
@@ -297,54 +220,17 @@ def many_programs(variant: MatMulVariant, architecture: str) -> tuple[MatMulProg
             "GTA_MANY_SHARED_BYTES": shared_bytes,
         }
         programs.append(
-            MatMulProgram("matmul_many.cu", ("gta_matmul",), tuple(tiles.items()), shared_bytes, per_processor, variant)
+            Program("matmul_many.cu", ("gta_matmul",), tuple(tiles.items()), shared_bytes, per_processor, variant)
         )
     return tuple(programs)
 
 
-def many_launch(program: MatMulProgram, rows: int, out_features: int) -> Launch:
+def many_launch(program: Program, rows: int, out_features: int) -> Launch:
     """Return the launch for many rows: tiles of rows, which meet the same weights one after the other; of outputs."""
     threads = WARP * program.tile("GTA_MANY_OUTPUT_WARPS") * program.tile("GTA_MANY_ROW_WARPS")
     grid = (_ceil_div(rows, program.block_rows), _ceil_div(out_features, program.block_outputs), 1)
     return Launch(grid, threads, program.shared_bytes)
 
 
-def _choose_many(candidates: tuple[MatMulProgram, ...], processors: int, rows: int, out_features: int) -> MatMulProgram:
-    """Return the widest tile that multiplies few rows in vain and gives every multiprocessor a block, or the next."""
-    padded = {program: _ceil_div(rows, program.block_rows) * program.block_rows for program in candidates}
-    fitting = [program for program in candidates if padded[program] <= _MAX_PADDING * min(padded.values())]
-    for program in fitting:
-        x, y, _ = many_launch(program, rows, out_features).grid
-        if x * y >= processors:
-            return program
-    return fitting[-1]
-
-
 def _ceil_div(a: int, b: int) -> int:
     return -(-a // b)
-
-
-# --- what is refused --------------------------------------------------------------------------------------------------
-
-
-def _check(rows: int, in_features: int, output_sizes: Sequence[int]) -> None:
-    """Raise BackendError where a size is out of range."""
-    if not 1 <= rows <= MAX_ROWS:
-        raise BackendError(f"x has {rows} rows", f"expected 1 to {MAX_ROWS}")
-    if in_features % 8 or not 8 <= in_features <= MAX_INPUTS:
-        raise BackendError(
-            f"in_features is {in_features}",
-            f"expected a multiple of 8 up to {MAX_INPUTS}, so that x's rows begin at "
-            "multiples of 16 bytes: pad x and the weights with zeros",
-        )
-    if not 1 <= len(output_sizes) <= MAX_OUTPUTS or min(output_sizes) < 1:
-        raise BackendError(
-            f"output_sizes is {tuple(output_sizes)}", f"expected one to {MAX_OUTPUTS} sizes of at least 1"
-        )
-    if any(size % TILE_OUTPUTS for size in output_sizes[:-1]):
-        raise BackendError(
-            f"output_sizes is {tuple(output_sizes)}", f"expected multiples of {TILE_OUTPUTS}, but for the last one"
-        )
-    most = MAX_GRID_YZ * TILE_OUTPUTS * 4  # of the narrowest tile's outputs
-    if sum(output_sizes) > most:
-        raise BackendError(f"output_sizes add up to {sum(output_sizes)}", f"expected at most {most}")

@@ -1,19 +1,23 @@
-"""The matmuls with quantised matrices in torch, ``torch.ops.gta.blockwise_matmul``; importing this registers it.
+"""The matmul op in torch, registered as ``torch.ops.gta.blockwise_matmul``; importing this module registers it.
 
-On CUDA tensors of fp16 or bf16 it runs the CUDA kernels, which read the codes as they lie. Everything else (the CPU,
-float32, sizes that the kernels are not made for) dequantises a slice of a matrix at a time, in torch's own operations.
+On CUDA tensors of fp16 or bf16 it runs the CUDA kernels, which read the quantised weights as they are packed. What
+these are not made for (the CPU, float32, a number of inputs that is no multiple of 8, GPUs older than Ampere)
+dequantises a slice of the matrices at a time, in torch's own operations.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from gta_edge.cuda.gpu import OLDEST, current_gpu
 from gta_edge.errors import BackendError
 from gta_edge.libraries.optional import installed, optional
 from gta_edge.plugins.matmul.definition import Sizes
+from gta_edge.plugins.matmul.kernels import matmul_kernels
 from gta_edge.plugins.matmul.packing import OUTPUTS_MULTIPLE
+from gta_edge.plugins.matmul.tiling import Variant
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +35,9 @@ _SLICE_VALUES = 2**24
 """Weights that are dequantised at once."""
 
 
+# --- in torch's own operations ---------------------------------------------------------------------------------------
+
+
 def blockwise_matmul(
     x: Tensor,
     weight: Tensor,
@@ -40,7 +47,7 @@ def blockwise_matmul(
     block_size: int,
     output_sizes: Sequence[int],
 ) -> list[Tensor]:
-    """Multiply by packed matrices that lie side by side.
+    """Multiply by packed matrices that stand side by side along N.
 
     Args:
         x: floating point [..., K].
@@ -57,7 +64,7 @@ def blockwise_matmul(
     Raises:
         ValueError: types or shapes do not fit together.
     """
-    sizes = _checked(x, weight, scale, bias, bits, block_size, output_sizes)
+    sizes = _checked_sizes(x, (weight, scale, bias), bits, block_size, output_sizes)
     step = max(1, _SLICE_VALUES // (weight.shape[1] * (512 * 8 // bits)))
     rows = x.float()
     parts = []
@@ -71,7 +78,7 @@ def blockwise_matmul(
 
 
 def dequantised_rows(weight: Tensor, scale: Tensor, ids: Tensor, bits: int, in_features: int) -> Tensor:
-    """Look up outputs of a packed matrix as rows of a table, which an embedding tied to the head is.
+    """Look up outputs of a packed matrix as rows of a table: an embedding tied to the head.
 
     Args:
         weight: int32, packed.
@@ -101,7 +108,7 @@ def dequantised_rows(weight: Tensor, scale: Tensor, ids: Tensor, bits: int, in_f
 
 
 def _digits(words: Tensor, bits: int) -> Tensor:
-    """Return unsigned codes, int32: the words' axis becomes one for words and three more for their 2·2·2 or 2·2 places.
+    """Return unsigned weights, int32: the words' axis becomes one for words and three for their 2·2·2 or 2·2 places.
 
     int4: [..., 4] to [..., 4 w, 2 odd, 2 k8, 2 h]; int8: [..., 4] to [..., 2 s, 2 k8, 2 h, 2 odd].
     """
@@ -127,29 +134,18 @@ def _dequantised(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
     return (codes.float() - (1 << bits - 1)).mul_(factors).flatten(0, 1)
 
 
-@functools.lru_cache(1024)
-def _sizes(in_features: int, output_sizes: tuple[int, ...], bits: int, block_size: int) -> Sizes:
-    return Sizes(in_features, output_sizes, bits, block_size)
-
-
-def _checked(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    bits: int,
-    block_size: int,
-    output_sizes: Sequence[int],
+def _checked_sizes(
+    x: Tensor, parts: tuple[Tensor, Tensor, Tensor | None], bits: int, block_size: int, output_sizes: Sequence[int]
 ) -> Sizes:
-    """Return the call's sizes, of which the tensors are."""
+    """Return the call's sizes, of which x and ``parts`` (weight, scale and bias) are."""
     if not x.is_floating_point() or x.dim() < 1:
         raise ValueError(f"x is {_described(x)}; expected floating point [..., K]")
     sizes = _sizes(x.shape[-1], tuple(output_sizes), bits, block_size)
-    for name, tensor, dtype, shape in (
-        ("weight", weight, torch.int32, sizes.weight_shape),
-        ("scale", scale, torch.float16, sizes.scale_shape),
-        ("bias", bias, x.dtype, (sizes.out_features,)),
-    ):
+    dtypes, shapes = (
+        (torch.int32, torch.float16, x.dtype),
+        (sizes.weight_shape, sizes.scale_shape, (sizes.out_features,)),
+    )
+    for name, tensor, dtype, shape in zip(("weight", "scale", "bias"), parts, dtypes, shapes, strict=True):
         if tensor is not None and (tensor.dtype != dtype or tensor.shape != shape):
             raise ValueError(
                 f"{name} is {_described(tensor)}; expected {dtype} {list(shape)} for {sizes.in_features} inputs and "
@@ -158,42 +154,35 @@ def _checked(
     return sizes
 
 
+@lru_cache(1024)
+def _sizes(in_features: int, output_sizes: tuple[int, ...], bits: int, block_size: int) -> Sizes:
+    return Sizes(in_features, output_sizes, bits, block_size)
+
+
 def _described(tensor: Tensor) -> str:
     return f"{tensor.dtype} {list(tensor.shape)}"
 
 
-def _on_gpu(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    bits: int,
-    block_size: int,
-    output_sizes: Sequence[int],
-) -> list[Tensor]:
-    """The op on CUDA tensors: the kernels, where they are made for the call."""
-    from gta_edge.cuda.gpu import OLDEST, current_gpu
-    from gta_edge.plugins.matmul.kernels import matmul_kernels
-    from gta_edge.plugins.matmul.tiling import MatMulVariant
+# --- on the kernels --------------------------------------------------------------------------------------------------
 
-    compute = {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(x.dtype)
-    device = x.device
+
+def _on_gpu(*arguments: Any) -> list[Tensor]:
+    """The same on CUDA tensors: the kernels, where they are made for the call."""
+    x, *parts, bits, block_size, output_sizes = arguments
+    compute, device = {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(x.dtype), x.device
     if compute is None or x.shape[-1] % ALIGNED_INPUTS or torch.cuda.get_device_capability(device) < OLDEST:
-        return blockwise_matmul(x, weight, scale, bias, bits, block_size, output_sizes)
-    sizes = _checked(x, weight, scale, bias, bits, block_size, output_sizes)
-    if any(tensor.device != device for tensor in (weight, scale, bias) if tensor is not None):
-        raise BackendError(f"x lies on {device}, and weight, scale or bias elsewhere", "move them to one device")
+        return blockwise_matmul(*arguments)
+    sizes = _checked_sizes(x, tuple(parts), bits, block_size, output_sizes)
+    if any(tensor.device != device for tensor in parts if tensor is not None):
+        raise BackendError(f"x is on {device}, and weight, scale or bias elsewhere", "move them to one device")
     outputs = [x.new_empty(shape) for shape in sizes.output_shapes(x.shape)]
     rows = x.numel() // sizes.in_features
     if not rows:
         return outputs
     index = torch.cuda.current_device() if device.index is None else device.index
-    kernels = matmul_kernels(MatMulVariant(bits, block_size, compute), current_gpu(index))
-    # kept until the launches are queued: then the allocator may give their memory only to what follows them
-    workspace = torch.empty(
-        kernels.workspace_bytes(rows, sizes.in_features, sizes.output_sizes), dtype=torch.uint8, device=device
-    )
-    whole = [None if tensor is None else _aligned(tensor) for tensor in (x, weight, scale, bias)]
+    kernels = matmul_kernels(Variant(bits, block_size, compute), current_gpu(index))
+    # held until the launch is queued: then the allocator may give their memory only to what follows it
+    whole = [None if tensor is None else _aligned(tensor) for tensor in (x, *parts)]
     addresses = [0 if tensor is None else tensor.data_ptr() for tensor in whole]
     with torch.cuda.device(device):  # whose default stream has the handle of every other GPU's
         kernels.launch(
@@ -203,7 +192,6 @@ def _on_gpu(
             scale=addresses[2],
             bias=addresses[3],
             outputs=[output.data_ptr() for output in outputs],
-            workspace=workspace.data_ptr(),
             rows=rows,
             in_features=sizes.in_features,
             output_sizes=sizes.output_sizes,
@@ -217,7 +205,11 @@ def _aligned(tensor: Tensor) -> Tensor:
     return whole.clone() if whole.data_ptr() % 16 else whole
 
 
-def _register() -> Any:
+# --- torch's registry ------------------------------------------------------------------------------------------------
+
+
+def _register() -> None:
+    """Register the op."""
     op = torch.library.custom_op(
         "gta::blockwise_matmul",
         blockwise_matmul,
@@ -231,9 +223,7 @@ def _register() -> Any:
 
     @op.register_fake
     def _(x: Tensor, weight: Tensor, scale: Tensor, bias: Any, bits: int, block_size: int, sizes: Any) -> list[Tensor]:
-        return [x.new_empty(*x.shape[:-1], size) for size in sizes]  # shapes only, for tracing
-
-    return op
+        return [x.new_empty(*x.shape[:-1], size) for size in sizes]  # shapes only, for export
 
 
 if installed(torch):

@@ -1,4 +1,4 @@
-"""Makes the graph that ONNX Runtime runs on a GPU out of a bundle's own; ``prepared`` keeps it.
+"""Lowers a bundle's graph to what ONNX Runtime runs on a GPU; ``lowered`` caches it.
 
     engines/onnxruntime-cuda/fp16/, bf16/, fp32/    by the type to compute in, each with the files of lowered.py
 
@@ -16,16 +16,16 @@ import numpy as np
 from gta_edge.errors import BundleError
 from gta_edge.formats.bundle import Bundle
 from gta_edge.graph.builder import Nodes, take_place
-from gta_edge.graph.io import load_graph, rewriting, serialised
+from gta_edge.graph.io import load_graph, rewriting, run_passes, serialised, store_weights
 from gta_edge.graph.retype import COMPUTE_TYPES, ConvertPrecisionPass
 from gta_edge.graph.share_dimensions import ShareDimensionsPass
 from gta_edge.libraries.optional import optional
-from gta_edge.runtime.onnxruntime.lower import store_weights, tidied
 from gta_edge.runtime.onnxruntime.passes.fuse_matmuls import FuseMatMulsPass
 from gta_edge.runtime.onnxruntime.passes.fuse_norms import FuseNormsPass
 from gta_edge.runtime.onnxruntime.passes.multiply_by_head import MultiplyByHeadPass
 from gta_edge.support.progress import Progress, silent
 from gta_edge.support.text import brief
+from gta_edge.support.threads import threads_to_use
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -53,7 +53,7 @@ def cuda_graph(
     Args:
         bundle: the model.
         compute: ``fp16``, ``bf16`` or ``fp32``.
-        weights: file to write for weights that are of another type or laid out anew.
+        weights: file to write for weights that are converted or repacked.
         location: what the graph calls that file; all other weights stay in the bundle's own.
         progress: told of each.
         everything: write all weights, so that the graph needs nothing of the bundle.
@@ -64,18 +64,18 @@ def cuda_graph(
         BackendError: onnx-ir is not installed.
         EngineError: a weight is beyond float16's range.
     """
-    model = cuda_model(bundle, compute)
-    with rewriting(bundle.model_path):
-        store_weights(model, weights, location, progress, everything=everything)
-    return serialised(model, bundle.model_path)
+    path, model = bundle.model_path, cuda_model(bundle, compute)
+    workers = threads_to_use(2, asked=False)
+    store_weights(model, path, weights, location, progress, everything=everything, workers=workers)
+    return serialised(model, path)
 
 
 def cuda_model(bundle: Bundle, compute: str) -> ir.Model:
     """Return the graph with its weights still to be written; otherwise as ``cuda_graph``."""
     model = load_graph(bundle.model_path, bundle.config, "ort-gpu")
-    tidied(
+    run_passes(
         model,
-        bundle,
+        bundle.model_path,
         common.InlinePass(),
         ShareDimensionsPass(),
         ConvertPrecisionPass(compute),
@@ -84,7 +84,7 @@ def cuda_model(bundle: Bundle, compute: str) -> ir.Model:
         MultiplyByHeadPass(),
     )
     with rewriting(bundle.model_path):
-        _suit_matmuls(model, ir.DataType[COMPUTE_TYPES[compute]])
+        _convert_matmuls(model, ir.DataType[COMPUTE_TYPES[compute]])
         _slice_splits(model)
     left = next((node for node in model.graph if node.op_type == "DequantizeLinear"), None)
     if left is not None:
@@ -92,7 +92,7 @@ def cuda_model(bundle: Bundle, compute: str) -> ir.Model:
     return model
 
 
-def _suit_matmuls(model: ir.Model, dtype: ir.DataType) -> None:
+def _convert_matmuls(model: ir.Model, dtype: ir.DataType) -> None:
     """Give scales and biases of ``MatMulNBits`` the type of its other input, and every bias an Add of its own.
 
     CUDA's kernel wants the one, and knows no bias in earlier releases; later ones add it in a kernel of its own too.

@@ -26,8 +26,9 @@ from gta_edge.libraries.onnxruntime import (
     quiet,
     why_no_gpu,
 )
-from gta_edge.model.config import CacheSpec
-from gta_edge.runtime.onnxruntime.lowered import GRAPH, Form, kept_graph
+from gta_edge.model.kv_cache import LOGITS, PAST, PRESENT, TOKEN_INPUTS, interface_names
+from gta_edge.runtime.cache_policy import CachePolicy
+from gta_edge.runtime.onnxruntime.lowered import GRAPH, PACKED, Form, cached_graph
 from gta_edge.runtime.onnxruntime.model import OpenModel, model_files, open_model
 from gta_edge.runtime.session import Ids, Logits, Session
 from gta_edge.support.files import scratch_directory
@@ -82,8 +83,8 @@ class OnnxRuntimeCudaSession(Session):
         device: ``cuda``, or ``cpu`` for the same session on ONNX Runtime's CPU provider, which lacks bf16 and CUDA
             graphs: it is for tests.
         device_id: CUDA's number for the GPU.
-        progress: told of weights that are converted or laid out anew.
-        options: as ``Session`` takes them; ``capacity_step`` as large as the longest context avoids all growth.
+        progress: told of weights that are converted or repacked.
+        options: as ``CachePolicy`` takes them; ``capacity_step`` as large as the longest context avoids all growth.
 
     Raises:
         BackendError: ONNX Runtime or its CUDA provider is missing, there is no GPU, or the model is refused.
@@ -103,10 +104,11 @@ class OnnxRuntimeCudaSession(Session):
         progress: Progress = silent,
         **options: Any,
     ) -> None:
-        super().__init__(bundle.config, **{"chunk_size": _CHUNK_SIZE, "capacity_step": _CAPACITY_STEP} | options)
         self.compute = compute or default_compute(bundle.precision)
         if self.compute not in COMPUTE_TYPES:
             raise BackendError(f"onnxruntime-cuda computes in {', '.join(COMPUTE_TYPES)}, not in {compute}")
+        options = {"chunk_size": _CHUNK_SIZE, "capacity_step": _CAPACITY_STEP} | options
+        super().__init__(bundle.config, CachePolicy(bundle.config, self.compute, **options))
         on_gpu = device == "cuda"
         self._onnxruntime = load_onnxruntime_cuda(device_id) if on_gpu else load_onnxruntime("ort-gpu")
         self._device = device, device_id
@@ -132,21 +134,21 @@ class OnnxRuntimeCudaSession(Session):
     # --- the model -------------------------------------------------------------------------------------------------
 
     def _open(self) -> OpenModel:
-        """Return the model in ONNX Runtime: of the graph that is kept in the bundle, or of one made for now."""
+        """Return the model in ONNX Runtime: of the graph that is cached in the bundle, or of one made for now."""
         bundle, compute = self._bundle, self.compute
-        graph = kept_graph(bundle, _form(compute), progress=self._progress)
+        graph = cached_graph(bundle, _form(compute), progress=self._progress)
         if graph is not None:
             try:
                 return self._created(graph, model_files(bundle, _form(compute).directory))
             except CapacityError:
                 raise
-            except BackendError:  # another process may have replaced what was kept, while ONNX Runtime read it
+            except BackendError:  # another process may have replaced what was cached, while ONNX Runtime read it
                 pass
         from gta_edge.runtime.onnxruntime.cuda_lower import cuda_graph
 
         try:
             with scratch_directory() as temporary:
-                weights = temporary.resolve() / "weights.data"
+                weights = temporary.resolve() / PACKED
                 graph = cuda_graph(bundle, compute, weights, weights.name, self._progress, everything=True)
                 return self._created(graph, {weights.name: weights})
         except (OSError, OutputError) as error:
@@ -208,14 +210,13 @@ class OnnxRuntimeCudaSession(Session):
             ) from error
         if device == "cuda" and CUDA_PROVIDER not in opened.session.get_providers():
             raise BackendError(f"ONNX Runtime {module.__version__} left the GPU unused", "run `gta-edge doctor`")
-        expected = {"input_ids", "past_length", "logit_positions"} | {f"past_{name}" for name in self._cache_names()}
-        if {value.name for value in opened.session.get_inputs()} != expected:
+        if {value.name for value in opened.session.get_inputs()} != set(interface_names(self.config)[0]):
             opened.close()
             raise BackendError(f"{model}: the graph is not that of config.json", "export the bundle again")
         return opened
 
     def _release(self) -> None:
-        self._steps, self._caches = {}, {}
+        self._clear()
         self._close_model()
 
     def _close_model(self) -> None:
@@ -229,38 +230,27 @@ class OnnxRuntimeCudaSession(Session):
 
     # --- the cache -------------------------------------------------------------------------------------------------
 
-    def _cache_names(self) -> dict[str, CacheSpec]:
-        return {
-            f"{cache.name}.{i}": cache for i in range(self.config.num_hidden_layers) for cache in self.config.caches
-        }
+    def _clear(self) -> None:
+        self._steps, self._caches = {}, {}
 
     def _resize(self, batch: int, capacity: int) -> None:
         self._forget_steps()  # they hold addresses of the old buffers
-        keep = batch == len(self._length)
-        filled = int(self._length.max(initial=0))
         # zeroed: rows that are not visible get weight zero, and zero times garbage could be NaN
         dtype = np.float32 if self.compute == "fp32" else np.float16  # 16 bits of bf16 are carried as such
         try:
-            for name, cache in self._cache_names().items():  # one at a time: never twice the whole cache
-                old = self._caches.pop(name, None)
-                content = np.zeros((batch, cache.heads, capacity, cache.width), dtype)
-                if keep and old is not None:
-                    content[:, :, :filled] = old.numpy()[:, :, :filled]
-                del old
-                self._caches[name] = self._buffer(content)
-        except BaseException as error:  # ONNX Runtime's errors have no common base
-            self._caches, self._capacity, self._length = {}, 0, np.zeros_like(self._length)
-            if not isinstance(error, Exception):
-                raise
-            if not is_out_of_memory(error):
-                raise BackendError(
-                    f"ONNX Runtime made no cache ({first_line(error)})", "run `gta-edge doctor`"
-                ) from error
-            size = batch * capacity * self.config.cache_bytes_per_token(np.dtype(dtype).itemsize)
-            raise CapacityError(
-                f"no memory for a cache of {size / 2**20:.0f} MiB ({batch} rows of {capacity} tokens){_free()}",
-                "the cache was emptied: use a shorter context or fewer rows",
-            ) from error
+            with self._cache.replacing(batch, self._clear):
+                filled = self._cache.filled
+                for tensor in self._cache.tensors:  # one at a time: never twice the whole cache
+                    old = self._caches.pop(tensor.name, None)
+                    content = np.zeros(tensor.shape(batch, capacity), dtype)
+                    if old is not None:
+                        content[:, :, :filled] = old.numpy()[:, :, :filled]
+                    del old
+                    self._caches[tensor.name] = self._buffer(content)
+        except Exception as error:  # ONNX Runtime's errors have no common base
+            if is_out_of_memory(error):
+                raise self._cache.no_memory(batch, capacity, _free()) from error
+            raise BackendError(f"ONNX Runtime made no cache ({first_line(error)})", "run `gta-edge doctor`") from error
 
     def _buffer(self, content: Any) -> Any:
         """Return a buffer on the device that holds a copy of an array."""
@@ -343,14 +333,14 @@ class OnnxRuntimeCudaSession(Session):
             logits=self._buffer(np.zeros((batch, positions, self.config.vocab_size), np.float32)),
             graph_id=self._graph_ids if with_graph else _NO_GRAPH,
         )
-        for name in ("input_ids", "past_length", "logit_positions"):
+        for name in TOKEN_INPUTS:
             step.binding.bind_ortvalue_input(name, getattr(step, name))
-        step.binding.bind_ortvalue_output("logits", step.logits)
+        step.binding.bind_ortvalue_output(LOGITS, step.logits)
         kind = COMPUTE_TYPES[self.compute]
         for name, cache in self._caches.items():
             place = *self._device, kind, cache.shape(), cache.data_ptr()
-            step.binding.bind_input(f"past_{name}", *place)
-            step.binding.bind_output(f"present_{name}", *place)
+            step.binding.bind_input(PAST + name, *place)
+            step.binding.bind_output(PRESENT + name, *place)
         return step
 
 

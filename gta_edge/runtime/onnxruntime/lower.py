@@ -1,4 +1,4 @@
-"""Makes the graph that ONNX Runtime runs best on a CPU out of a bundle's own; ``prepared`` keeps it.
+"""Lowers a bundle's graph to what ONNX Runtime runs best on a CPU; ``lowered`` caches it.
 
 It is imported only when there is none yet, since onnx-ir costs time and memory to load.
 """
@@ -6,10 +6,10 @@ It is imported only when there is none yet, since onnx-ir costs time and memory 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from gta_edge.formats.bundle import Bundle
-from gta_edge.graph.io import load_graph, rewriting, run_passes, serialised
+from gta_edge.graph.io import load_graph, run_passes, serialised, store_weights
 from gta_edge.graph.share_dimensions import ShareDimensionsPass
 from gta_edge.libraries.optional import optional
 from gta_edge.numerics.quantization import BITS
@@ -25,9 +25,8 @@ if TYPE_CHECKING:
 else:
     ir, common = optional("onnx_ir", "ort"), optional("onnx_ir.passes.common", "ort")
 
-__all__ = ["graph_without_new_weights", "graphs", "store_weights", "tidied"]
+__all__ = ["graph_without_new_weights", "graphs"]
 
-_INLINE_BYTES = 1024
 _INT8_ACTIVATIONS, _FLOAT32 = 4, 1  # MatMulNBits' accuracy levels
 
 
@@ -36,7 +35,7 @@ def graphs(bundle: Bundle, weights: Path, location: str, progress: Progress = si
 
     Args:
         bundle: the model.
-        weights: file to write for the weights that lie anew.
+        weights: file to write for the weights that are repacked.
         location: what the graphs call that file; all other weights stay in the bundle's own.
         progress: told of each.
 
@@ -45,62 +44,23 @@ def graphs(bundle: Bundle, weights: Path, location: str, progress: Progress = si
         CapacityError: there is not enough memory.
         BackendError: onnx-ir is not installed.
     """
-    model = load_graph(bundle.model_path, bundle.config)
-    tidied(
-        model,
-        bundle,
-        ExpandAttentionPass(),
-        common.InlinePass(),
-        ShareDimensionsPass(),
-        FuseMatMulsPass(_INT8_ACTIVATIONS),
-        FuseNormsPass(),
-    )
-    with rewriting(bundle.model_path):
-        store_weights(model, weights, location, progress)
-    default = serialised(model, bundle.model_path)
+    path = bundle.model_path
+    model = load_graph(path, bundle.config)
+    passes = ExpandAttentionPass(), common.InlinePass(), ShareDimensionsPass()
+    run_passes(model, path, *passes, FuseMatMulsPass(_INT8_ACTIVATIONS), FuseNormsPass())
+    workers = threads_to_use(2, asked=False)
+    store_weights(model, path, weights, location, progress, everything=False, workers=workers)
+    default = serialised(model, path)
     if bundle.precision not in BITS:
         return default, default
     for node in model.graph:
         if node.op_type == "MatMulNBits":
             node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", _FLOAT32)
-    return default, serialised(model, bundle.model_path)
+    return default, serialised(model, path)
 
 
 def graph_without_new_weights(bundle: Bundle) -> bytes:
     """Return a graph that reads the bundle's weights as they are: for where no file can be written."""
     model = load_graph(bundle.model_path, bundle.config)
-    tidied(model, bundle, common.InlinePass(), ShareDimensionsPass(), FuseNormsPass())
+    run_passes(model, bundle.model_path, common.InlinePass(), ShareDimensionsPass(), FuseNormsPass())
     return serialised(model, bundle.model_path)
-
-
-def tidied(model: ir.Model, bundle: Bundle, *passes: ir.passes.PassBase) -> ir.Model:
-    """Run passes, and those that tidy up after any: unused nodes, common subexpressions, names; return the model.
-
-    Raises:
-        BundleError: a pass meets what it does not expect. An error of ours from within one passes as it is.
-    """
-    cleaning = common.RemoveUnusedNodesPass(), common.CommonSubexpressionEliminationPass(), common.NameFixPass()
-    run_passes(model, bundle.model_path, *passes, *cleaning)
-    return model
-
-
-def store_weights(
-    model: ir.Model, weights: Path, location: str, progress: Progress, *, everything: bool = False
-) -> None:
-    """Write the initializers that are new, or every one, and let the model refer to them by ``location``."""
-    given = [v for v in model.graph.initializers.values() if everything or isinstance(v.const_value, ir.LazyTensor)]
-    large = [v for v in given if v.const_value is not None and v.const_value.nbytes >= _INLINE_BYTES]
-    tensors = [v.const_value for v in large if v.const_value is not None]
-
-    def wrote(_: Any, info: Any) -> None:
-        progress("laying out weights", info.index + 1, info.total)
-
-    if not large:
-        return
-    written = ir.external_data.convert_tensors_to_external(
-        tensors, weights.parent, weights.name, callback=wrote, max_workers=threads_to_use(2, asked=False)
-    )
-    for value, tensor in zip(large, written, strict=True):
-        value.const_value = ir.ExternalTensor(
-            location, tensor.offset, tensor.length, tensor.dtype, shape=tensor.shape, name=str(value.name)
-        )

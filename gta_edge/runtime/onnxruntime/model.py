@@ -19,27 +19,26 @@ from typing import Any
 from gta_edge.errors import BundleError
 from gta_edge.formats.bundle import WEIGHTS, Bundle
 from gta_edge.libraries.onnxruntime import WEIGHTS_FOLDER
+from gta_edge.runtime.onnxruntime.lowered import PACKED
 from gta_edge.support.files import bundle_file
 from gta_edge.support.text import printable
 
 __all__ = ["OpenModel", "model_files", "open_model"]
 
-_PACKED = "weights.data"
 
-
-def model_files(bundle: Bundle, kept: str | None) -> dict[str, Path]:
+def model_files(bundle: Bundle, cached: str | None) -> dict[str, Path]:
     """Return the files that a graph for ONNX Runtime has its weights in, links followed, by what it calls them.
 
     Args:
         bundle: the model.
-        kept: the directory, from the bundle's, of a form that is kept; None for a graph that has the bundle's alone.
+        cached: the directory, from the bundle's, of a cached form; None for a graph that has the bundle's alone.
 
     Raises:
         BundleError: the bundle's weights do not lie in it.
     """
     files = {WEIGHTS: bundle_file(bundle.directory, WEIGHTS)} if WEIGHTS in bundle.file_bytes else {}
-    if kept is not None and (packed := bundle.directory / kept / _PACKED).exists():
-        files[f"{kept}/{_PACKED}"] = packed
+    if cached is not None and (packed := bundle.directory / cached / PACKED).exists():
+        files[f"{cached}/{PACKED}"] = packed
     return {name: path.resolve() for name, path in files.items() if path.stat().st_size}
 
 

@@ -19,9 +19,10 @@ import numpy.typing as npt
 from gta_edge.errors import BackendError, CapacityError, GtaEdgeError
 from gta_edge.formats.bundle import Bundle
 from gta_edge.libraries.onnxruntime import EXACT_PRODUCTS, INT8_PRODUCTS, first_line, is_out_of_memory, load_onnxruntime
-from gta_edge.model.config import CacheSpec
+from gta_edge.model.kv_cache import LOGITS, PAST, PRESENT, TOKEN_INPUTS, interface_names
 from gta_edge.plan.host_memory import require_memory_for_onnxruntime
-from gta_edge.runtime.onnxruntime.lowered import LoweredGraph, lower, without_new_weights
+from gta_edge.runtime.cache_policy import CachePolicy
+from gta_edge.runtime.onnxruntime.lowered import CPU, LoweredGraph, lower, without_new_weights
 from gta_edge.runtime.onnxruntime.model import OpenModel, model_files, open_model
 from gta_edge.runtime.session import Ids, Logits, Session
 from gta_edge.support.progress import Progress, silent
@@ -31,7 +32,6 @@ __all__ = ["OnnxRuntimeSession"]
 
 _DEVICE = ("cpu", 0)
 _FATAL = 4
-_KEPT = "engines/onnxruntime"
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ class OnnxRuntimeSession(Session):
         bundle: the model.
         threads: threads for one operator; None for one on each core that this process may use.
         exact: multiply by int8 and int4 weights in float32, instead of rounding activations to int8.
-        progress: told of weights that are laid out anew.
-        options: as ``Session`` takes them.
+        progress: told of weights that are repacked.
+        options: as ``CachePolicy`` takes them.
 
     Raises:
         BackendError: ONNX Runtime is missing, too old, or refuses the model.
@@ -72,7 +72,7 @@ class OnnxRuntimeSession(Session):
         progress: Progress = silent,
         **options: Any,
     ) -> None:
-        super().__init__(bundle.config, **options)
+        super().__init__(bundle.config, CachePolicy(bundle.config, on_host=True, **options))
         require_memory_for_onnxruntime(bundle.config, bundle.precision, bundle.block_size)
         self._onnxruntime = load_onnxruntime()
         lowered = lower(bundle, exact=exact, progress=progress)
@@ -83,12 +83,11 @@ class OnnxRuntimeSession(Session):
         try:
             self._model = self._open(lowered)
         except Exception:  # ONNX Runtime's errors have no common base
-            if not lowered.kept:
+            if not lowered.cached:
                 raise
-            # another process may have replaced what was kept, between our reading and ONNX Runtime's
+            # another process may have replaced what was cached, between our reading and ONNX Runtime's
             self._model = self._open(without_new_weights(bundle, exact=exact))
-        expected = {"input_ids", "past_length", "logit_positions"} | {f"past_{name}" for name in self._cache_names()}
-        if {value.name for value in self._model.session.get_inputs()} != expected:
+        if {value.name for value in self._model.session.get_inputs()} != set(interface_names(bundle.config)[0]):
             self._model.close()
             raise BackendError(f"{bundle.model_path}: the graph is not that of config.json", "export the bundle again")
         self._run_options = self._onnxruntime.RunOptions()
@@ -110,7 +109,7 @@ class OnnxRuntimeSession(Session):
         settings.intra_op_num_threads = self._threads
         settings.add_session_config_entry(*(EXACT_PRODUCTS if self._exact else INT8_PRODUCTS))
         try:
-            files = model_files(bundle, _KEPT if lowered.kept else None)
+            files = model_files(bundle, CPU.directory if lowered.cached else None)
             return open_model(module, lowered.graph, files, settings, ["CPUExecutionProvider"])
         except GtaEdgeError:
             raise
@@ -129,44 +128,28 @@ class OnnxRuntimeSession(Session):
     def cache_bytes(self) -> int:
         return sum(buffer.nbytes for buffer in self._buffers.values())
 
-    def _cache_names(self) -> dict[str, CacheSpec]:
-        return {
-            f"{cache.name}.{i}": cache for i in range(self.config.num_hidden_layers) for cache in self.config.caches
-        }
-
     def _release(self) -> None:
-        self._step, self._buffers, self._caches = None, {}, {}
+        self._clear()
         if self._model is not None:
             self._model.close()
 
-    def _host_cache_bytes(self, batch: int, capacity: int) -> int:
-        return batch * capacity * self.config.cache_bytes_per_token()
+    def _clear(self) -> None:
+        self._step, self._buffers, self._caches = None, {}, {}
 
     def _resize(self, batch: int, capacity: int) -> None:
         self._step = None  # it holds addresses of the old buffers
-        keep = batch == len(self._length)
         try:
-            for name, cache in self._cache_names().items():  # one at a time: never twice the whole cache
-                old = self._caches.pop(name, None)
-                self._buffers.pop(name, None)
-                # zeroed: rows that are not visible get weight zero, and zero times garbage could be NaN
-                new = np.zeros((batch, cache.heads, capacity, cache.width), np.float32)
-                if keep and old is not None:
-                    new[:, :, : old.shape[2]] = old
-                self._buffers[name] = self._caches[name] = new
-        except BaseException as error:
-            self._drop_cache()  # caches of both sizes are of no use
-            if not isinstance(error, MemoryError):
-                raise
-            size = batch * capacity * self.config.cache_bytes_per_token()
-            raise CapacityError(
-                f"no memory for a cache of {size / 2**20:.0f} MiB ({batch} rows of {capacity} tokens)",
-                "the cache was emptied: use a shorter context or fewer rows",
-            ) from error
-
-    def _drop_cache(self) -> None:
-        self._step, self._buffers, self._caches, self._capacity = None, {}, {}, 0
-        self._length = np.zeros_like(self._length)
+            with self._cache.replacing(batch, self._clear):
+                for tensor in self._cache.tensors:  # one at a time: never twice the whole cache
+                    old = self._caches.pop(tensor.name, None)
+                    self._buffers.pop(tensor.name, None)
+                    # zeroed: rows that are not visible get weight zero, and zero times garbage could be NaN
+                    new = np.zeros(tensor.shape(batch, capacity), np.float32)
+                    if old is not None:
+                        new[:, :, : old.shape[2]] = old
+                    self._buffers[tensor.name] = self._caches[tensor.name] = new
+        except MemoryError as error:
+            raise self._cache.no_memory(batch, capacity) from error
 
     def _show(self, capacity: int) -> None:
         """Give steps ``[B, n, capacity, d]`` of every buffer, which holds that much, or more where that would cost.
@@ -176,27 +159,24 @@ class OnnxRuntimeSession(Session):
         emptied then.
         """
         shape = next(iter(self._caches.values())).shape
-        filled = int(self._length.max(initial=0))
+        filled = self._cache.filled
         single = all(cache.shape[0] * cache.shape[1] == 1 for cache in self._caches.values())
         if capacity == shape[2] or (capacity < shape[2] and filled and not single):
             return
         self._step = None
-        try:
+        with self._cache.replacing(shape[0], self._clear):
             for name, old in self._caches.items():
                 batch, heads, before, width = old.shape
                 values = self._buffers[name].reshape(-1)[: batch * heads * capacity * width]
                 if filled and not single:
                     _move_apart(values, batch * heads, before * width, capacity * width, filled * width)
                 self._caches[name] = values.reshape(batch, heads, capacity, width)
-        except BaseException:
-            self._drop_cache()
-            raise
 
     def _run(self, input_ids: Ids, past_length: Ids, logit_positions: Ids) -> Logits:
         assert self._model is not None  # it is open
         self._model.check()
         shapes = input_ids.shape, logit_positions.shape
-        self._show(min(self._capacity_for(int(past_length.max()) + input_ids.shape[1]), self._capacity))
+        self._show(min(self._cache.capacity_for(int(past_length.max()) + input_ids.shape[1]), self._cache.capacity))
         try:
             step = self._step
             if step is None or (step.input_ids.shape, step.logit_positions.shape) != shapes:
@@ -228,15 +208,15 @@ class OnnxRuntimeSession(Session):
             logit_positions=np.zeros((batch, positions), np.int64),
             logits=np.zeros((batch, positions, self.config.vocab_size), np.float32),
         )
-        for name in ("input_ids", "past_length", "logit_positions"):
+        for name in TOKEN_INPUTS:
             _bind(step.binding.bind_input, name, getattr(step, name))
         if positions:
-            _bind(step.binding.bind_output, "logits", step.logits)
+            _bind(step.binding.bind_output, LOGITS, step.logits)
         else:
-            step.binding.bind_output("logits", *_DEVICE)
+            step.binding.bind_output(LOGITS, *_DEVICE)
         for name, cache in self._caches.items():
-            _bind(step.binding.bind_input, f"past_{name}", cache)
-            _bind(step.binding.bind_output, f"present_{name}", cache)
+            _bind(step.binding.bind_input, PAST + name, cache)
+            _bind(step.binding.bind_output, PRESENT + name, cache)
         return step
 
 

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from gta_edge.cuda.session import free_gpu_bytes
 from gta_edge.errors import CapacityError, EngineError, InputError
+from gta_edge.formats.artifacts import artifacts_directory, made_from
 from gta_edge.formats.bundle import Bundle
 from gta_edge.model.config import GTAConfig, ModelConfig
+from gta_edge.model.kv_cache import input_shapes
 from gta_edge.numerics.quantization import BITS
 from gta_edge.runtime.tensorrt.engine import (
     CHOICES,
@@ -26,8 +28,6 @@ from gta_edge.runtime.tensorrt.engine import (
     engine_directory,
     engine_output,
     has_engine,
-    made_from,
-    make_engines_directory,
     write_engine,
 )
 from gta_edge.support.choices import unknown
@@ -157,7 +157,7 @@ def build(
     disk = _WRITTEN_COPIES * bundle.weight_bytes
     with engine_output(bundle, spec.engine, force=force, needed_bytes=disk) as output:
         # On the bundle's disk, which has room for an engine: a system's temporary directory may lie in memory.
-        with scratch_directory(make_engines_directory(bundle)) as scratch:
+        with scratch_directory(artifacts_directory(bundle)) as scratch:
             matmul, timings = _matmul(bundle, spec, target, scratch, progress)
             model = _lowered(bundle, spec, scratch / "model", target.newer_ops, matmul, progress)
             plan = build_plan(model, spec, profile_shapes(bundle, spec), target, progress)
@@ -205,7 +205,7 @@ def lower_only(
     # among the engines is the one place in the bundle that may be written to
     inputs = () if output is None else (bundle.directory,)
     if output is None:
-        output = make_engines_directory(bundle) / f"{spec.engine}-onnx"
+        output = artifacts_directory(bundle) / f"{spec.engine}-onnx"
     with new_directory(
         output, force=force, inputs=inputs, needed_bytes=bundle.weight_bytes, kind="gta-edge-model"
     ) as partial:
@@ -216,25 +216,15 @@ def lower_only(
 
 def profile_shapes(bundle: Bundle, spec: EngineSpec) -> list[dict[str, tuple[tuple[int, ...], ...]]]:
     """Return, for decode and for prefill, the least, usual and largest shape of every input by name."""
-    first, second = bundle.config.caches
-    rows = (1, 1, spec.max_batch)
-    profiles = []
-    for tokens, logits in (
-        ((1, 1, 1), (1, 1, 1)),
-        ((1, spec.chunk_size, spec.chunk_size), (1, 1, min(LOGIT_POSITIONS, spec.chunk_size))),
-    ):
-        shapes: dict[str, tuple[tuple[int, ...], ...]] = {
-            "input_ids": tuple(zip(rows, tokens, strict=True)),
-            "past_length": tuple((n,) for n in rows),
-            "logit_positions": tuple(zip(rows, logits, strict=True)),
-        }
-        for i in range(bundle.config.num_hidden_layers):
-            for cache in (first, second):
-                name = f"past_{cache.name}"
-                shapes[f"{name}.{i}"] = tuple((n, cache.heads, spec.max_length, cache.width) for n in rows)
-                if spec.quantised_cache:
-                    shapes[f"{name}_scale.{i}"] = tuple((n, cache.heads, spec.max_length) for n in rows)
-        profiles.append(shapes)
+    chunk = (1, spec.chunk_size, spec.chunk_size)
+    positions = (1, 1, min(LOGIT_POSITIONS, spec.chunk_size))
+    profiles: list[dict[str, tuple[tuple[int, ...], ...]]] = []
+    for tokens, logits in (((1, 1, 1), (1, 1, 1)), (chunk, positions)):
+        least, usual, largest = (
+            input_shapes(bundle.config, spec.cache_dtype, batch=b, tokens=t, positions=m, capacity=spec.max_length)
+            for b, t, m in zip((1, 1, spec.max_batch), tokens, logits, strict=True)
+        )
+        profiles.append({name: (shape, usual[name], largest[name]) for name, shape in least.items()})
     return profiles
 
 

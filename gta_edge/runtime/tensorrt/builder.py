@@ -1,4 +1,4 @@
-"""TensorRT's builder: a prepared model and its profiles to a serialised engine."""
+"""TensorRT's builder: a lowered model and its profiles to a serialised engine."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from gta_edge.cuda.gpu import OLDEST, current_gpu
-from gta_edge.errors import BackendError, EngineError, OutputError
+from gta_edge.errors import BackendError, EngineError
 from gta_edge.libraries.tensorrt import TensorRT, load
 from gta_edge.plugins import register
 from gta_edge.runtime.tensorrt.engine import EngineSpec, compute_capability
 from gta_edge.runtime.tensorrt.log import first_reason, new_log, started
 from gta_edge.runtime.tensorrt.runtime_cache import read_cached
-from gta_edge.support.files import cache_directory, new_file
+from gta_edge.support.files import cache_directory, write_cached
 from gta_edge.support.progress import Progress, silent
 from gta_edge.support.text import brief
 
@@ -111,7 +111,7 @@ def build_plan(
     """Return the serialised engine.
 
     Args:
-        model: the prepared ONNX file.
+        model: the lowered ONNX file.
         spec: what the engine is for.
         profiles: shapes of the inputs, for each profile.
         target: what builds it, and for which GPU.
@@ -185,8 +185,7 @@ def _plan(
         )
     kept = config.get_timing_cache() if timings else None
     if timings and kept is not None:
-        with suppress(OSError, OutputError), new_file(timings, force=True) as partial:
-            partial.write_bytes(memoryview(kept.serialize()))
+        write_cached(timings, memoryview(kept.serialize()))
     return memoryview(plan)
 
 

@@ -19,21 +19,27 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gta_edge.errors import EngineError, OutputError
-from gta_edge.formats.artifacts import Artifact, RefusedError, open_artifact, require_secret, write_record
-from gta_edge.formats.bundle import MODEL, WEIGHTS, Bundle
+from gta_edge.errors import EngineError
+from gta_edge.formats.artifacts import (
+    Artifact,
+    RefusedError,
+    difference,
+    made_from,
+    new_artifact,
+    open_artifact,
+    write_record,
+)
+from gta_edge.formats.bundle import Bundle
 from gta_edge.model.config import ModelConfig
-from gta_edge.support.files import new_directory
+from gta_edge.model.kv_cache import VALUE_BYTES, cache_bytes
 from gta_edge.support.ownership import ARTIFACTS
-from gta_edge.support.text import brief, one_line
+from gta_edge.support.text import one_line
 from gta_edge.version import __version__
 
 __all__ = [
     "CHOICES",
     "ENGINES",
     "IMPLEMENTATIONS",
-    "SCALE_BYTES",
-    "VALUE_BYTES",
     "EngineManifest",
     "EngineSpec",
     "compute_capability",
@@ -42,8 +48,6 @@ __all__ = [
     "has_engine",
     "keep_engine",
     "load_engine",
-    "made_from",
-    "make_engines_directory",
     "require_engine",
     "write_engine",
 ]
@@ -53,10 +57,6 @@ IMPLEMENTATIONS = ("plugin", "native")
 """Who multiplies by quantised matrices."""
 CHOICES = ("auto", *IMPLEMENTATIONS)
 """What ``gta-edge build --matmul`` takes."""
-VALUE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}
-"""Of a cached value, by the cache's type."""
-SCALE_BYTES = 4
-"""Of the scale that a token has per head in a cache of 8 bits."""
 PLAN, RECORD = "engine.plan", "engine.json"
 
 
@@ -82,17 +82,9 @@ class EngineSpec:
     chunk_size: int
     matmul: str = "auto"
 
-    @property
-    def quantised_cache(self) -> bool:
-        """Whether the cache has scales."""
-        return self.cache_dtype in ("int8", "fp8")
-
     def cache_bytes(self, config: ModelConfig) -> int:
         """Return the bytes of the cache of all layers and rows at full length, scales included."""
-        per_token = config.cache_bytes_per_token(VALUE_BYTES[self.cache_dtype])
-        if self.quantised_cache:
-            per_token += SCALE_BYTES * config.num_hidden_layers * sum(cache.heads for cache in config.caches)
-        return per_token * self.max_length * self.max_batch
+        return cache_bytes(config, self.cache_dtype, self.max_length, self.max_batch)
 
     def command(self, bundle: Path) -> str:
         """Return the command that builds such an engine, replacing the one there is."""
@@ -128,33 +120,9 @@ class EngineManifest:
     gpu: str = ""
 
 
-def made_from(bundle: Bundle) -> dict[str, str]:
-    """Return the hashes of what an engine depends on."""
-    files = bundle.manifest["files"]
-    return {name: files[name]["sha256"] for name in (MODEL, WEIGHTS) if name in files}
-
-
 def engine_directory(bundle: Bundle, engine: str) -> Path:
     """Return where a bundle's engine lies."""
     return bundle.directory / ARTIFACTS / engine
-
-
-def make_engines_directory(bundle: Bundle) -> Path:
-    """Return where a bundle's engines lie, made if it is not there.
-
-    Raises:
-        OutputError: the bundle cannot be written to, or a link leads elsewhere.
-    """
-    directory = bundle.directory / ARTIFACTS
-    try:
-        if directory.is_symlink():
-            raise OutputError(f"{directory}: is a link, and engines are read from the bundle itself", "remove the link")
-        directory.mkdir(exist_ok=True)
-    except OSError as error:
-        raise OutputError(
-            f"{directory}: cannot be made ({error.strerror})", "give a bundle that can be written to"
-        ) from error
-    return directory
 
 
 def has_engine(bundle: Bundle, engine: str) -> bool:
@@ -167,17 +135,15 @@ def has_engine(bundle: Bundle, engine: str) -> bool:
 
 
 def engine_output(bundle: Bundle, engine: str, *, force: bool, needed_bytes: int = 0) -> AbstractContextManager[Path]:
-    """Return a context manager of the directory to write an engine into, as ``new_directory`` does.
+    """Return a context manager of the directory to write an engine into, as ``new_artifact`` does.
 
     An engine that this machine would not load is replaced in any case.
 
     Raises:
         OutputError: there is one already and not ``force``, the bundle cannot be written to, or the disk is too full.
     """
-    require_secret()
-    directory = make_engines_directory(bundle) / engine
     force = force or not has_engine(bundle, engine)
-    return new_directory(directory, force=force, needed_bytes=needed_bytes, artifact=True)
+    return new_artifact(bundle, f"{ARTIFACTS}/{engine}", force=force, needed_bytes=needed_bytes)
 
 
 def write_engine(directory: Path, record: EngineManifest, plan: bytes | memoryview) -> None:
@@ -227,18 +193,14 @@ def load_engine(
     """
     directory = engine_directory(bundle, engine)
     artifact, record = _open_engine(bundle, engine)
-    here = {
-        "the bundle's files": (made_from(bundle), record.made_from),
-        "gta-edge": (__version__, record.gta_edge),
-        "TensorRT": (tensorrt, record.tensorrt),
-        "the GPU's compute capability": (compute_capability, _built_for(record, compute_capability)),
-        "the GPU": (gpu or record.gpu, record.gpu or gpu),
-    }
-    for name, (now, then) in here.items():
-        if now != then:
-            found = f"is {brief(now)} here and was {brief(then)}" if isinstance(now, str) else "are others"
-            remedy = record.spec.command(bundle.directory)
-            raise EngineError(f"{directory}: {name} {found} when the engine was built", f"run: {remedy}")
+    names = "the bundle's files", "gta-edge", "TensorRT", "the GPU's compute capability", "the GPU"
+    now = made_from(bundle), __version__, tensorrt, compute_capability, gpu or record.gpu
+    built_for = _built_for(record, compute_capability)
+    then = record.made_from, record.gta_edge, record.tensorrt, built_for, record.gpu or gpu
+    found = difference(dict(zip(names, now, strict=True)), dict(zip(names, then, strict=True)))
+    if found is not None:
+        remedy = record.spec.command(bundle.directory)
+        raise EngineError(f"{directory}: {found} when the engine was built", f"run: {remedy}")
     return artifact.mapped[PLAN], record
 
 

@@ -1,4 +1,4 @@
-"""Writes a bundle's model as it goes to TensorRT: typed, of one capacity, with the plugin's nodes or without.
+"""Lowers a bundle's graph to what TensorRT parses: typed, of one capacity, with the plugin's nodes or without.
 
 Two forms. ``plugin`` leaves the attention as one node for the plugin to implement. ``function`` has the body of the
 function that gives the node its meaning in its place, standard operators, and needs no plugin; positions and mask are
@@ -13,21 +13,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gta_edge.errors import CapacityError, InputError, OutputError
+from gta_edge.formats.artifacts import origin
 from gta_edge.formats.bundle import MODEL, WEIGHTS, Bundle
-from gta_edge.graph.io import load_graph, rewriting, run_passes
+from gta_edge.graph.io import load_graph, run_passes, serialised, store_weights
 from gta_edge.graph.retype import COMPUTE_TYPES, ConvertPrecisionPass
 from gta_edge.graph.share_dimensions import ShareDimensionsPass
 from gta_edge.libraries.optional import optional
 from gta_edge.model.config import GTAConfig
 from gta_edge.runtime.tensorrt.engine import IMPLEMENTATIONS
 from gta_edge.runtime.tensorrt.passes.fold_constants import FoldConstantsPass
+from gta_edge.runtime.tensorrt.passes.keep_plugin_nodes import KeepPluginNodesPass
 from gta_edge.runtime.tensorrt.passes.lower_opset import LowerOpsetPass
 from gta_edge.runtime.tensorrt.passes.pack_matmuls import PackMatMulsPass
 from gta_edge.runtime.tensorrt.passes.quantize_cache import CACHE_TYPES, QuantizeCachePass
-from gta_edge.runtime.tensorrt.passes.remove_functions import KeepPluginNodesPass
 from gta_edge.runtime.tensorrt.passes.set_capacity import SetCapacityPass
 from gta_edge.support.progress import Progress, silent
-from gta_edge.version import __version__
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -43,8 +43,6 @@ FORMAT = "gta-edge-model"
 RECORD = "lowered.json"
 """Says what a lowered model was made from and for."""
 _WRITTEN = (MODEL, WEIGHTS)
-
-_INLINE_BYTES = 1024
 
 
 def lower(
@@ -107,17 +105,15 @@ def lower(
     passes.append(SetCapacityPass(capacity, batch))
     if not newer_ops:
         passes += [LowerOpsetPass(), FoldConstantsPass()]
-    passes.append(common.CommonSubexpressionEliminationPass())
-    cleaning = common.RemoveUnusedNodesPass(), common.RemoveUnusedOpsetsPass(), common.NameFixPass()
-    run_passes(model, bundle.model_path, *passes, *cleaning)
+    run_passes(model, bundle.model_path, *passes, common.RemoveUnusedOpsetsPass())
     record: dict[str, Any] = {"format": FORMAT, "form": form, "compute": compute, "cache_dtype": quantised or compute}
     record |= {"capacity": capacity, "batch": batch, "newer_ops": newer_ops}
     record |= {"matmul": matmul, "packed": packing.matmuls, "not_packed": packing.left}
-    record |= {"gta_edge": __version__, "made_from": _sums(bundle)}
+    record |= origin(bundle)
     try:
         directory.mkdir(exist_ok=True)
-        with rewriting(bundle.model_path):
-            _write(model, directory, progress)
+        store_weights(model, bundle.model_path, directory / WEIGHTS, WEIGHTS, progress)
+        (directory / MODEL).write_bytes(serialised(model, bundle.model_path))
         record["files"] = {
             name: {"bytes": (directory / name).stat().st_size} for name in _WRITTEN if (directory / name).exists()
         }
@@ -162,24 +158,3 @@ def load_model(bundle: Bundle) -> ir.Model:
         BackendError: onnx-ir is not installed.
     """
     return load_graph(bundle.model_path, bundle.config, "tensorrt")
-
-
-def _write(model: ir.Model, directory: Path, progress: Progress) -> None:
-    """Write graph and weights, one tensor in memory at a time."""
-
-    def writing(tensor: Any, info: Any) -> None:
-        progress("writing weights", info.index + 1, info.total)
-
-    ir.save(
-        model,
-        directory / MODEL,
-        external_data=WEIGHTS,
-        size_threshold_bytes=_INLINE_BYTES,
-        callback=writing,
-        max_workers=1,
-    )
-
-
-def _sums(bundle: Bundle) -> dict[str, str]:
-    files = bundle.manifest["files"]
-    return {name: files[name]["sha256"] for name in (MODEL, WEIGHTS) if name in files}

@@ -12,18 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from gta_edge.errors import EngineError
-from gta_edge.graph.io import run_passes
-from gta_edge.libraries.optional import optional
-from gta_edge.plugins.domain import DOMAIN
-from gta_edge.plugins.matmul import definition as op
+from gta_edge.graph.io import rewriting
 from gta_edge.runtime.tensorrt.engine import IMPLEMENTATIONS
-from gta_edge.runtime.tensorrt.passes.pack_matmuls import PackMatMulsPass
+from gta_edge.runtime.tensorrt.passes.pack_matmuls import plan_calls
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-else:
-    ir = optional("onnx_ir", "tensorrt")
 
 __all__ = ["PHASES", "SLOWER_PREFILL", "Choice", "MatMulCall", "Timing", "calls_of", "choose"]
 
@@ -97,24 +91,23 @@ def calls_of(model: ir.Model) -> Counter[MatMulCall]:
     """Return the matmuls of a bundle's model that the plugin can take, and how often there is each of them.
 
     Args:
-        model: will be changed; its weights are not read.
+        model: its weights are not read.
 
     Raises:
-        EngineError: an input's width is not known.
+        BundleError: the graph is none that export writes.
     """
-    run_passes(model, "the bundle's graph", PackMatMulsPass())
-    bits = {name: width for width, name in op.OPS.items()}
+    with rewriting("the bundle's graph"):
+        calls, _ = plan_calls(model.graph)
     return Counter(
         MatMulCall(
-            bits=bits[node.op_type],
-            block_size=node.attributes.get_int("block_size", 0),
-            in_features=_inputs(node),
-            output_sizes=tuple(node.attributes["output_sizes"].as_ints()),
-            bias=len(node.inputs) == len(op.INPUTS),
-            head=any(value.is_graph_output() for value in node.outputs),
+            bits=call[0].bits,
+            block_size=call[0].block_size,
+            in_features=call[0].in_features,
+            output_sizes=tuple(matmul.out_features for matmul in call),
+            bias=any(matmul.bias is not None for matmul in call),
+            head=any(matmul.last.outputs[0].is_graph_output() for matmul in call),
         )
-        for node in model.graph
-        if node.domain == DOMAIN and node.op_type in bits
+        for call in sorted(calls, key=lambda call: min(matmul.place for matmul in call))
     )
 
 
@@ -139,12 +132,3 @@ def choose(timings: Sequence[Timing]) -> Choice:
     decode, prefill = totals["decode"], totals["prefill"]
     faster, other = ("plugin", "native") if decode["plugin"] < decode["native"] else ("native", "plugin")
     return Choice(other if prefill[faster] > SLOWER_PREFILL * prefill[other] else faster, totals)
-
-
-def _inputs(node: ir.Node) -> int:
-    """Return K, which the attributes do not have."""
-    x = node.inputs[0]
-    size = x.shape[-1] if x is not None and x.shape is not None and len(x.shape) else None
-    if not isinstance(size, int):
-        raise EngineError(f"the width of {x.name if x is not None else 'x'} is not known", "export the bundle again")
-    return size

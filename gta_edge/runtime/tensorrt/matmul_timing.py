@@ -24,6 +24,7 @@ from gta_edge.errors import BackendError, EngineError, GtaEdgeError
 from gta_edge.graph.builder import Nodes, lazy_initializer
 from gta_edge.graph.retype import ConvertPrecisionPass
 from gta_edge.libraries.optional import optional
+from gta_edge.model.kv_cache import PRESENT
 from gta_edge.plugins.domain import OPSET
 from gta_edge.runtime.tensorrt.builder import Target, build_plan
 from gta_edge.runtime.tensorrt.engine import IMPLEMENTATIONS, EngineSpec
@@ -47,7 +48,7 @@ _MIN_BYTES = 2**23  # so that a run takes much longer than the gap before it
 _MAX_COPIES = 64
 _ROUNDS = 7
 _ROUND_SECONDS = 0.02
-_OUTPUT = "present_y"  # what is called so stays in the compute type, as within a model
+_OUTPUT = f"{PRESENT}y"  # what is called so stays in the compute type, as within a model
 
 
 class UnableError(Exception):

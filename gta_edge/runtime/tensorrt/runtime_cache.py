@@ -10,14 +10,12 @@ import hashlib
 import json
 import logging
 import stat
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from gta_edge.errors import OutputError
 from gta_edge.runtime.tensorrt.engine import EngineManifest
-from gta_edge.support.files import cache_directory, new_file
+from gta_edge.support.files import cache_directory, write_cached
 
 __all__ = ["RuntimeCache", "read_cached"]
 
@@ -71,10 +69,7 @@ class RuntimeCache:
             return
         compiled = bytes(self._cache.serialize())
         if compiled != self._read:
-            with suppress(OSError, OutputError):
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                with new_file(self._path, force=True) as partial:
-                    partial.write_bytes(compiled)
+            write_cached(self._path, compiled)
 
 
 def read_cached(path: Path) -> bytes:

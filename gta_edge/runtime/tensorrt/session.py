@@ -21,10 +21,12 @@ from gta_edge.cuda.session import Cuda
 from gta_edge.errors import BackendError, CapacityError, InputError
 from gta_edge.formats.bundle import Bundle
 from gta_edge.libraries.tensorrt import TensorRT, load
+from gta_edge.model.kv_cache import LOGITS, TOKEN_INPUTS, CacheTensor, input_shapes
 from gta_edge.plugins import register
+from gta_edge.runtime.cache_policy import CachePolicy
 from gta_edge.runtime.session import Ids, Logits, Session
 from gta_edge.runtime.tensorrt.build import LOGIT_POSITIONS, buffer_bytes
-from gta_edge.runtime.tensorrt.engine import SCALE_BYTES, VALUE_BYTES, compute_capability, load_engine, require_engine
+from gta_edge.runtime.tensorrt.engine import compute_capability, load_engine, require_engine
 from gta_edge.runtime.tensorrt.log import first_reason, new_log, started
 from gta_edge.runtime.tensorrt.runtime_cache import RuntimeCache
 
@@ -58,7 +60,7 @@ class TensorRTSession(Session):
         bundle: the model; its engine lies in it.
         engine: ``tensorrt`` or ``tensorrt-rtx``.
         device_id: CUDA's number for the GPU.
-        options: as ``Session`` takes them, but for ``chunk_size``, which the engine's is the most of.
+        chunk_size: tokens of a prompt at once, at most the engine's.
 
     Raises:
         BackendError: TensorRT, the driver or the GPU is missing, or the engine cannot be loaded.
@@ -76,11 +78,15 @@ class TensorRTSession(Session):
         here = compute_capability(gpu.architecture)
         plan, record = load_engine(bundle, engine, tensorrt=trt.version_text, compute_capability=here, gpu=gpu.name)
         spec = record.spec
-        super().__init__(
+        cache = CachePolicy(
             bundle.config,
+            spec.cache_dtype,
             chunk_size=spec.chunk_size if chunk_size is None else min(chunk_size, spec.chunk_size),
             capacity_step=spec.max_length,
+            max_length=spec.max_length,
+            limit=f"the engine was built with --max-length {spec.max_length}",
         )
+        super().__init__(bundle.config, cache)
         self.backend = engine
         self.compute = spec.compute
         self._record, self._directory = record, bundle.directory
@@ -111,17 +117,14 @@ class TensorRTSession(Session):
             self._kernels = RuntimeCache(trt.module, gpu.name, self._record)
         spec, vocab = self._record.spec, self.config.vocab_size
         rows, chunk = spec.max_batch, spec.chunk_size
-        self._ids = self._tensor("input_ids", rows * chunk, np.int64)
-        self._past = self._tensor("past_length", rows, np.int64)
-        self._positions = self._tensor("logit_positions", rows * LOGIT_POSITIONS, np.int64)
-        self._logits = self._tensor("logits", rows * LOGIT_POSITIONS * vocab, np.float32)
+        values = (rows * chunk, rows, rows * LOGIT_POSITIONS)
+        self._ids, self._past, self._positions = (
+            self._tensor(name, most, np.int64) for name, most in zip(TOKEN_INPUTS, values, strict=True)
+        )
+        self._logits = self._tensor(LOGITS, rows * LOGIT_POSITIONS * vocab, np.float32)
         self._cache_bytes = 0
-        for layer in range(self.config.num_hidden_layers):
-            for cache in self.config.caches:
-                size = rows * cache.heads * spec.max_length
-                self._add_cache(f"{cache.name}.{layer}", size * cache.width * VALUE_BYTES[spec.cache_dtype])
-                if spec.quantised_cache:
-                    self._add_cache(f"{cache.name}_scale.{layer}", size * SCALE_BYTES)
+        for cache in self._cache.tensors:
+            self._add_cache(cache, cache.nbytes(rows, spec.max_length))
         sizes = [int(self._engine.get_device_memory_size_for_profile_v2(each)) for each in (_DECODE, _PREFILL)]
         self._scratch_bytes = max(*sizes, 1)
         self._scratch = self._cuda.allocate(self._scratch_bytes, "TensorRT's scratch memory")
@@ -163,14 +166,6 @@ class TensorRTSession(Session):
         return context
 
     @property
-    def max_length(self) -> int:
-        return self._record.spec.max_length
-
-    @property
-    def _limit(self) -> str:
-        return f"the engine was built with --max-length {self.max_length}"
-
-    @property
     def max_batch(self) -> int:
         """Rows that the engine was built for."""
         return self._record.spec.max_batch
@@ -188,11 +183,11 @@ class TensorRTSession(Session):
         self._addresses[name] = self._cuda.allocate(host.nbytes, name)
         return _Tensor(self._addresses[name], host)
 
-    def _add_cache(self, name: str, size_bytes: int) -> None:
+    def _add_cache(self, cache: CacheTensor, size_bytes: int) -> None:
         """Give past input and present output one and the same memory."""
         address = self._cuda.allocate(size_bytes, f"the cache of {self.max_length} tokens for {self.max_batch} rows")
         self._cache_bytes += size_bytes
-        self._addresses |= {f"past_{name}": address, f"present_{name}": address}
+        self._addresses |= {cache.past: address, cache.present: address}
 
     def _resize(self, batch: int, capacity: int) -> None:
         if batch > self.max_batch:
@@ -270,18 +265,9 @@ class TensorRTSession(Session):
         return result
 
     def _set_shapes(self, context: Any, rows: int, tokens: int, logits: int) -> None:
-        shapes: dict[str, tuple[int, ...]] = {
-            "input_ids": (rows, tokens),
-            "past_length": (rows,),
-            "logit_positions": (rows, logits),
-        }
-        length = self.max_length
+        sizes = {"batch": rows, "tokens": tokens, "positions": logits, "capacity": self.max_length}
+        shapes = input_shapes(self.config, self._cache.dtype, **sizes)
         self._log.errors.clear()
-        for layer in range(self.config.num_hidden_layers):
-            for cache in self.config.caches:
-                shapes[f"past_{cache.name}.{layer}"] = (rows, cache.heads, length, cache.width)
-                if self._record.spec.quantised_cache:
-                    shapes[f"past_{cache.name}_scale.{layer}"] = (rows, cache.heads, length)
         for name, shape in shapes.items():
             if not context.set_input_shape(name, shape):
                 raise BackendError(

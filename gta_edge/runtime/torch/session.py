@@ -23,6 +23,7 @@ from gta_edge.model.quantized_decoder import build_packed_decoder
 from gta_edge.numerics.quantization import BITS
 from gta_edge.plan.host_memory import require_memory_for_torch
 from gta_edge.plugins.attention import torch as torch_ops
+from gta_edge.runtime.cache_policy import CachePolicy
 from gta_edge.runtime.session import Ids, Logits, Session
 from gta_edge.runtime.torch.cuda_graph import DecodeGraph
 
@@ -120,7 +121,7 @@ class TorchSession(Session):
         compute: ``fp32``, ``fp16`` or ``bf16``.
         threads: threads for one operator, for the whole process; None leaves torch's own choice, as far as this process
             may use so many cores.
-        options: as ``Session`` takes them.
+        options: as ``CachePolicy`` takes them.
 
     Raises:
         BackendError: an unknown type to compute in, or no such device.
@@ -143,11 +144,11 @@ class TorchSession(Session):
         if on_gpu:
             chunk_size = _GPU_CHUNK_SIZE if isinstance(model.config, GTAConfig) else _GPU_CHUNK_SIZE_OF_BASELINES
             options = {"capacity_step": _GPU_CAPACITY_STEP, "chunk_size": chunk_size} | options
-        super().__init__(model.config, **options)
         if compute not in COMPUTE_TYPES:
             raise BackendError(f"torch computes in {', '.join(COMPUTE_TYPES)}, not in {compute}")
         if on_gpu and not torch.cuda.is_available():
             raise BackendError("torch finds no CUDA GPU here", "run `gta-edge doctor`, or take the device cpu")
+        super().__init__(model.config, CachePolicy(model.config, compute, on_host=not on_gpu, **options))
         use_startable_threads(threads)
         in_place = _latent_in_place if isinstance(model.config, GTAConfig) else _query_in_place
         for layer in model.model.layers:
@@ -167,30 +168,21 @@ class TorchSession(Session):
     def cuda_graph(self) -> bool | None:
         return None if self._graph is None else True
 
-    def _host_cache_bytes(self, batch: int, capacity: int) -> int:
-        on_cpu = self._options["device"].type == "cpu"
-        return batch * capacity * self.config.cache_bytes_per_token(4 if self.compute == "fp32" else 2) if on_cpu else 0
-
     def _resize(self, batch: int, capacity: int) -> None:
         self._graph = None  # it holds the old caches' addresses
-        old, keep = self._caches, len(self._length) == batch
         try:
-            if not (old and keep):
-                self._caches = []  # before there are new ones
-                self._caches = empty_cache(self.config, batch, capacity, **self._options)
-                return
-            for i, layer in enumerate(old):  # a layer at a time: never twice the whole cache
-                self._caches[i] = (_grown(layer[0], capacity), _grown(layer[1], capacity))
+            with self._cache.replacing(batch, self._release):
+                if not self._caches:
+                    self._caches = empty_cache(self.config, batch, capacity, **self._options)
+                    return
+                for i, layer in enumerate(self._caches):  # a layer at a time: never twice the whole cache
+                    self._caches[i] = (_grown(layer[0], capacity), _grown(layer[1], capacity))
         except BaseException as error:
-            self._caches = []  # layers of both sizes are of no use
-            self._length[:] = 0
-            self._capacity = 0
             if not _is_out_of_memory(error):
                 raise
-            needed = batch * capacity * self.config.cache_bytes_per_token(2 if self.compute != "fp32" else 4)
             raise CapacityError(
-                f"a cache of {capacity} tokens for {batch} rows takes {needed / 2**30:.2f} GiB, and {self._place} has "
-                "not that much left",
+                f"a cache of {capacity} tokens for {batch} rows takes "
+                f"{self._cache.nbytes(batch, capacity) / 2**30:.2f} GiB, and {self._place} has not that much left",
                 "the session is now empty: give shorter prompts or fewer rows",
             ) from error
 

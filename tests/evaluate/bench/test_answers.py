@@ -11,9 +11,9 @@ from gta_edge.evaluate.bench.run import Settings, bench
 from gta_edge.evaluate.bench.targets import Target
 from gta_edge.export.pipeline import export_model
 from gta_edge.runtime.registry import load
-from tests.conftest import TINY
 from tests.helpers.bench_bundles import damaged
 from tests.helpers.bench_interpreters import wrong
+from tests.helpers.tiny import TINY
 
 HEAD = TINY.key_dim
 

@@ -30,10 +30,11 @@ from gta_edge.export.pipeline import export_model
 from gta_edge.formats import bundle as bundles
 from gta_edge.formats.bundle import Bundle
 from gta_edge.libraries.install import install_command
+from gta_edge.model.kv_cache import bytes_per_token, cache_bytes
 from gta_edge.runtime.session import Session
-from tests.conftest import TINY
 from tests.helpers.bench_bundles import damaged
 from tests.helpers.bench_interpreters import dying, interpreter, wrong
+from tests.helpers.tiny import TINY
 
 POSITIVE = st.floats(1e-3, 1e6)
 QUICK = {"new_tokens": 3, "rounds": 2}
@@ -411,8 +412,8 @@ def test_figures(whole: dict[str, Any], tiny_bundle: Path) -> None:
         assert row["others_busy_cores"] >= 0
         assert row["peak_memory_bytes"] == row["peak_host_bytes"] > 2**24
         capacity = TINY.max_position_embeddings  # less than a step of the cache's growth
-        assert row["cache_bytes"] == 2 * capacity * TINY.cache_bytes_per_token()
-        assert row["cache_bytes_per_step"] == 2 * row["context"] * TINY.cache_bytes_per_token()
+        assert row["cache_bytes"] == cache_bytes(TINY, "fp32", capacity, batch=2)
+        assert row["cache_bytes_per_step"] == cache_bytes(TINY, "fp32", row["context"], batch=2)
         assert row["times_floor"] * row["bandwidth_fraction"] == pytest.approx(1)
         assert row["floor_ms"] == pytest.approx(row["bandwidth_fraction"] * row["tpot_ms"]["p50"])
         assert "each read once" in row["notes"]["bandwidth_fraction"]
@@ -477,7 +478,7 @@ def test_what_was_measured_on(whole: dict[str, Any]) -> None:
     assert {entry["backend"] for entry in whole["backends"]} == {row["backend"] for row in whole["results"]}
     for entry in whole["backends"]:
         assert entry["versions"]["onnxruntime"]
-        assert entry["cache_bytes_per_token"] == TINY.cache_bytes_per_token()
+        assert entry["cache_bytes_per_token"] == bytes_per_token(TINY)
         assert (entry["cuda_graph"], entry["notes"]["cuda_graph"]) == (None, "no CUDA graph on this backend")
 
 
@@ -613,7 +614,7 @@ def test_a_long_prompt_is_warmed_up_in_full_only_if_that_is_asked_for(
     measurer = worker.Measurer()
     options = {"bundle": str(tiny_bundle), "backend": "torch", "threads": None, "exact": False}
     measurer.answer({"do": "open", **options})
-    measurer._session.chunk_size = 4
+    measurer._session._cache.chunk_size = 4
     for _ in range(2):
         measurer.answer({"do": "measure", "prompt": str(tmp_path / "prompt.npy"), "new_tokens": 3, "warm_up": warm_up})
     # each round's own prompt, and what comes before the first one's

@@ -19,8 +19,8 @@ from gta_edge.evaluate.bench import settings as bench_settings
 from gta_edge.evaluate.bench.process import Worker, WorkerError, environment_for, last_words
 from gta_edge.evaluate.bench.run import Settings, bench
 from gta_edge.evaluate.bench.targets import Target
-from tests.cli import COMMAND, ROOT, environment
 from tests.helpers.bench_interpreters import interpreter
+from tests.helpers.commands import COMMAND, ROOT, environment
 
 START = "from gta_edge.evaluate.bench.worker import main; main()"
 REPORT = "print(json.dumps(sys.path)); print(json.dumps(sys.flags.safe_path if hasattr(sys.flags, 'safe_path') else 0))"

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import onnx
@@ -11,13 +12,24 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from onnx import TensorProto, helper
+from onnx import helper
 from onnx.reference import ReferenceEvaluator
 
 from gta_edge.plugins.attention import definition as op
 from gta_edge.plugins.attention import torch as torch_ops
-from gta_edge.plugins.domain import DOMAIN, OPSET, VERSION
 from tests.helpers import reference
+from tests.helpers.attention_models import (
+    TOLERANCE,
+    Sizes,
+    all_sizes,
+    arrays,
+    assert_cache,
+    divisors,
+    expected,
+    model,
+    wrap,
+)
+from tests.helpers.host_memory import STREAM, memory, pretend_gpu
 
 try:
     import onnxruntime
@@ -25,63 +37,8 @@ except ImportError:  # a version that knows opset 24 needs Python 3.11
     onnxruntime = None
 
 SETTINGS = settings(max_examples=60, deadline=None, derandomize=True)
-TOLERANCE = 1e-5  # largest error over the standard deviation of the exact result
 
 BASELINE_INPUTS = ("query", "key", "value", "past_key", "past_value", "past_length", "cos", "sin")
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """One call of the op. `capacity` and `positions` are S and P."""
-
-    n_q: int = 4
-    n_k: int = 2
-    n_c: int = 1
-    d_k: int = 16
-    d_l: int = 24
-    e: int = 2
-    past: tuple[int, ...] = (3, 0)
-    tokens: int = 4
-    capacity: int = 9
-    positions: int = 12
-    garbage: float = 0.0  # magnitude of what stands in the caches beyond each row's past
-    seed: int = 0
-
-    @property
-    def scale(self):
-        return self.d_k**-0.5
-
-    @property
-    def heads(self):
-        return self.n_q, self.n_k, self.n_c
-
-
-def arrays(sizes: Sizes) -> dict[str, np.ndarray]:
-    """The op's inputs by name, float32."""
-    rng = np.random.default_rng(sizes.seed)
-    batch, tokens, hidden = len(sizes.past), sizes.tokens, sizes.e * sizes.n_q * sizes.d_l
-
-    def normal(*shape):
-        return rng.standard_normal(shape).astype(np.float32)
-
-    cos, sin = reference.rope_tables(sizes.d_k, sizes.positions)
-    inputs = {
-        "query": normal(batch, tokens, sizes.n_q * sizes.d_k),
-        "key": normal(batch, tokens, sizes.n_k * sizes.d_k),
-        "latent": normal(batch, tokens, sizes.n_c * sizes.d_l),
-        "gate": normal(batch, tokens, hidden),
-        "past_key": normal(batch, sizes.n_k, sizes.capacity, sizes.d_k),
-        "past_latent": normal(batch, sizes.n_c, sizes.capacity, sizes.d_l),
-        "past_length": np.array(sizes.past, np.int64),
-        "cos": cos.astype(np.float32),
-        "sin": sin.astype(np.float32),
-        "value_decoder": normal(sizes.n_q, sizes.d_l, hidden // sizes.n_q) / np.float32(np.sqrt(sizes.d_l)),
-    }
-    for name in ("past_key", "past_latent"):
-        for row, length in enumerate(sizes.past):
-            beyond = inputs[name][row, :, length:]
-            beyond[...] = np.sign(beyond) * np.float32(sizes.garbage)
-    return inputs
 
 
 # --- the implementations, each as a function of the inputs by name and of the sizes ----------------------------------
@@ -97,51 +54,6 @@ def in_torch_in_place(inputs: dict[str, np.ndarray], sizes: Sizes) -> list[np.nd
     tensors = {name: torch.from_numpy(inputs[name].copy()) for name in op.INPUTS}
     output = torch.ops.gta.grouped_latent_attention_(*tensors.values(), *sizes.heads, sizes.scale)
     return [result.numpy() for result in (output, tensors["past_key"], tensors["past_latent"])]
-
-
-def wrap(
-    function: str, name: str, inputs: dict[str, list], outputs: dict[str, list], attributes: dict
-) -> onnx.ModelProto:
-    """A model of one node that calls the function; the shapes are those of its inputs and outputs."""
-
-    def value(key, shape):
-        return helper.make_tensor_value_info(
-            key, TensorProto.INT64 if key == "past_length" else TensorProto.FLOAT, shape
-        )
-
-    graph = helper.make_graph(
-        [helper.make_node(name, list(inputs), list(outputs), domain=DOMAIN, **attributes)],
-        "one_node",
-        [value(key, shape) for key, shape in inputs.items()],
-        [value(key, shape) for key, shape in outputs.items()],
-    )
-    return helper.make_model(
-        graph,
-        functions=[onnx.parser.parse_function(function)],
-        opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, VERSION)],
-        ir_version=10,
-    )
-
-
-def model(sizes: Sizes, *, static: bool = False) -> onnx.ModelProto:
-    """The op in a model: batch, tokens, capacity and positions by name, or all sizes as numbers."""
-    n_q, n_k, n_c = sizes.heads
-    hidden = sizes.e * n_q * sizes.d_l
-    b, t, s, p = (len(sizes.past), sizes.tokens, sizes.capacity, sizes.positions) if static else "BTSP"
-    shapes = {
-        "query": [b, t, n_q * sizes.d_k],
-        "key": [b, t, n_k * sizes.d_k],
-        "latent": [b, t, n_c * sizes.d_l],
-        "gate": [b, t, hidden],
-        "past_key": [b, n_k, s, sizes.d_k],
-        "past_latent": [b, n_c, s, sizes.d_l],
-        "past_length": [b],
-        "cos": [p, sizes.d_k // 2],
-        "sin": [p, sizes.d_k // 2],
-        "value_decoder": [n_q, sizes.d_l, hidden // n_q],
-    }
-    outputs = {"output": shapes["gate"], "present_key": shapes["past_key"], "present_latent": shapes["past_latent"]}
-    return wrap(op.FUNCTION, op.OP, shapes, outputs, op.attributes(n_q, n_k, n_c, sizes.scale))
 
 
 def quiet_session(proto: onnx.ModelProto) -> "onnxruntime.InferenceSession":
@@ -177,24 +89,6 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
 implementations = pytest.mark.parametrize("run", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
 
 
-def expected(inputs: dict[str, np.ndarray], sizes: Sizes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    return reference.grouped_latent_attention(
-        **inputs, num_query_heads=sizes.n_q, num_key_heads=sizes.n_k, num_latent_heads=sizes.n_c, scale=sizes.scale
-    )
-
-
-def assert_cache(found, past, exact, lengths, tokens):
-    """New rows are what they should be, and no other row has changed by a bit."""
-    assert found.shape == past.shape
-    new_found, new_exact = [], []
-    for row, length in enumerate(lengths):
-        new = slice(length, length + tokens)
-        new_found.append(found[row, :, new])
-        new_exact.append(exact[row, :, new])
-        np.testing.assert_array_equal(np.delete(found[row], new, axis=1), np.delete(past[row], new, axis=1))
-    assert reference.relative_error(np.stack(new_found), np.stack(new_exact)) <= TOLERANCE
-
-
 def assert_right(run: Implementation, sizes: Sizes) -> None:
     inputs = arrays(sizes)
     output, key, latent = run(inputs, sizes)
@@ -203,32 +97,6 @@ def assert_right(run: Implementation, sizes: Sizes) -> None:
     assert reference.relative_error(output, exact_output) <= TOLERANCE
     assert_cache(key, inputs["past_key"], exact_key, sizes.past, sizes.tokens)
     assert_cache(latent, inputs["past_latent"], exact_latent, sizes.past, sizes.tokens)
-
-
-def divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]
-
-
-@st.composite
-def all_sizes(draw) -> Sizes:
-    n_q = draw(st.sampled_from([1, 2, 3, 4, 6]))
-    past = tuple(draw(st.lists(st.integers(0, 9), min_size=1, max_size=3)))
-    tokens = draw(st.integers(1, 9))
-    capacity = max(past) + tokens + draw(st.integers(0, 3))
-    return Sizes(
-        n_q=n_q,
-        n_k=draw(st.sampled_from(divisors(n_q))),
-        n_c=draw(st.sampled_from(divisors(n_q))),
-        d_k=draw(st.sampled_from([16, 24, 32, 48, 64])),
-        d_l=draw(st.sampled_from([8, 16, 20, 40, 64])),
-        e=draw(st.integers(1, 3)),
-        past=past,
-        tokens=tokens,
-        capacity=capacity,
-        positions=capacity + draw(st.integers(0, 3)),
-        garbage=draw(st.sampled_from([0.0, 1e30])),
-        seed=draw(st.integers(0, 2**16)),
-    )
 
 
 @implementations
@@ -393,6 +261,82 @@ def test_torch_accepts_the_schema_of_the_in_place_op():
     tensors = [torch.from_numpy(inputs[name]) for name in op.INPUTS]
     arguments = (*tensors, *sizes.heads, sizes.scale)
     torch.library.opcheck(torch.ops.gta.grouped_latent_attention_.default, arguments, test_utils=("test_schema",))
+
+
+class OnHostMemory:
+    """In the place of the kernels: computes in float64 from addresses in host memory, fp16 alone."""
+
+    def __init__(self, variant: Any, gpu: Any) -> None:
+        assert (variant.compute, variant.cache) == ("fp16", "fp16")
+        self.sizes = variant.sizes
+
+    def workspace_bytes(self, batch: int, tokens: int, capacity: int) -> int:
+        return batch * tokens * capacity
+
+    def launch(self, stream: int, buffers: Any, *, batch: int, tokens: int, capacity: int, **numbers: Any) -> None:
+        assert (stream, buffers.key_scale, buffers.latent_scale, bool(buffers.workspace)) == (STREAM, 0, 0, True)
+        n_q, n_k, n_c = self.sizes.num_query_heads, self.sizes.num_key_heads, self.sizes.num_latent_heads
+        d_k, d_l, hidden = self.sizes.key_dim, self.sizes.latent_dim, self.sizes.hidden_size
+        shapes = {
+            "query": (batch, tokens, n_q * d_k),
+            "key": (batch, tokens, n_k * d_k),
+            "latent": (batch, tokens, n_c * d_l),
+            "gate": (batch, tokens, hidden),
+            "past_key": (batch, n_k, capacity, d_k),
+            "past_latent": (batch, n_c, capacity, d_l),
+            "past_length": (batch,),
+            "cos": (numbers["positions"], d_k // 2),
+            "sin": (numbers["positions"], d_k // 2),
+            "value_decoder": (n_q, d_l, hidden // n_q),
+        }
+        addresses = {"past_key": buffers.key_cache, "past_latent": buffers.latent_cache}
+        given = {
+            name: memory(addresses.get(name, getattr(buffers, name, 0)), shape, self.dtype_of(name))
+            for name, shape in shapes.items()
+        }
+        heads = {"num_query_heads": n_q, "num_key_heads": n_k, "num_latent_heads": n_c}
+        output, *caches = reference.grouped_latent_attention(**given, **heads, scale=numbers["scale"])
+        memory(buffers.output, output.shape, np.float16)[...] = output
+        given["past_key"][...], given["past_latent"][...] = caches
+
+    @staticmethod
+    def dtype_of(name: str) -> Any:
+        return np.int64 if name == "past_length" else np.float16
+
+
+def stored_in(inputs: dict[str, np.ndarray], dtype: Any) -> dict[str, np.ndarray]:
+    return {name: array if name == "past_length" else array.astype(dtype) for name, array in inputs.items()}
+
+
+def test_what_the_kernels_are_given(monkeypatch):
+    """All between torch's tensors and the kernels, on host memory: addresses, sizes, and views."""
+    pretend_gpu(monkeypatch, torch_ops)
+    monkeypatch.setattr(torch_ops, "attention_kernels", OnHostMemory)
+    sizes = Sizes(d_l=32)
+    inputs = stored_in(arrays(sizes), np.float16)
+    tensors = {name: torch.from_numpy(array.copy()) for name, array in inputs.items()}
+    for name in ("query", "gate", "value_decoder"):
+        tensors[name] = tensors[name].transpose(0, 1).contiguous().transpose(0, 1)
+        assert not tensors[name].is_contiguous()
+    output = torch_ops._latent_attention_on_gpu(*(tensors[name] for name in op.INPUTS), *sizes.heads, sizes.scale)
+    assert (output.dtype, output.is_contiguous()) == (torch.float16, True)
+    results = (output, tensors["past_key"], tensors["past_latent"])
+    for found, exact in zip(results, expected(inputs, sizes), strict=True):
+        assert reference.relative_error(found.double().numpy(), exact) <= 2e-3
+
+
+@pytest.mark.parametrize(
+    ("sizes", "dtype"),
+    [(Sizes(d_l=24), np.float16), (Sizes(d_l=32, d_k=8), np.float16), (Sizes(d_l=32), np.float32)],
+    ids=["latent width", "key width", "type"],
+)
+def test_what_no_kernels_are_made_for_is_left_to_torch(sizes, dtype, monkeypatch):
+    pretend_gpu(monkeypatch, torch_ops)
+    monkeypatch.delattr(torch_ops, "attention_kernels")  # whoever asks for some fails
+    inputs = stored_in(arrays(sizes), dtype)
+    tensors, again = ([torch.from_numpy(inputs[name].copy()) for name in op.INPUTS] for _ in range(2))
+    output = torch_ops._latent_attention_on_gpu(*tensors, *sizes.heads, sizes.scale)
+    assert torch.equal(output, torch.ops.gta.grouped_latent_attention_(*again, *sizes.heads, sizes.scale))
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 8e-2), (torch.float16, 2e-2)])

@@ -17,7 +17,7 @@ from gta_edge.plugins.attention.tiling import Program, Variant
 from gta_edge.plugins.domain import KERNELS
 from tests.helpers import attention_cases as cases
 from tests.helpers import reference
-from tests.plugins.simulator import LaunchSpec, SimulationError, Simulator, available
+from tests.helpers.kernel_simulator import LaunchSpec, SimulationError, Simulator, available
 
 pytestmark = pytest.mark.skipif(not available(), reason="no C++ compiler with sanitizers")
 
@@ -49,12 +49,12 @@ VARIANTS = {
 }
 
 
-def programs_of(variant: Variant, least_tokens: int | None = 64) -> plan.Programs:
+def programs_of(variant: Variant, min_tokens: int | None = 64) -> plan.Programs:
     """What is compiled for a variant, its splits shorter than is good for a GPU, so that small caches have several."""
-    programs = plan.programs(variant, ARCHITECTURE)
-    if least_tokens is None:
+    programs = plan.programs_for(variant, ARCHITECTURE)
+    if min_tokens is None:
         return programs
-    tiles = dict(programs.decode.tiles) | {"GTA_DECODE_LEAST_TOKENS": least_tokens}
+    tiles = dict(programs.decode.tiles) | {"GTA_DECODE_MIN_TOKENS": min_tokens}
     return replace(programs, decode=replace(programs.decode, tiles=tuple(tiles.items())))
 
 
@@ -80,10 +80,10 @@ def simulate(
     processors: int = 4,
     sources: Path = KERNELS,
     prefill: int | None = None,
-    least_tokens: int | None = 64,
+    min_tokens: int | None = 64,
 ) -> None:
     """Run the op's launches on the case's arrays; ``prefill`` takes that program whatever the number of tokens."""
-    programs = programs_of(case.variant, least_tokens)
+    programs = programs_of(case.variant, min_tokens)
     sizes = {"batch": case.batch, "tokens": case.tokens}
     if prefill is None:
         plans = plan.plan_attention(programs, processors, capacity=case.capacity, **sizes)
@@ -176,13 +176,13 @@ def test_decode(builds, name, lengths, tokens, capacity, processors):
 
 def test_decode_with_the_splits_that_a_gpu_gets(builds):
     of = cases.variant(*SIZES["gta-1b"], "fp16")
-    check(cases.make(of, (0, 255, 256, 699), 1, 700), builds, processors=8, least_tokens=None)
+    check(cases.make(of, (0, 255, 256, 699), 1, 700), builds, processors=8, min_tokens=None)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize(("lengths", "tokens", "capacity"), [((0, 61), 35, 97), ((70,), 1, 71)])
 def test_prefill(builds, name, lengths, tokens, capacity):
-    for program in range(len(plan.programs(VARIANTS[name], ARCHITECTURE).prefill)):
+    for program in range(len(plan.programs_for(VARIANTS[name], ARCHITECTURE).prefill)):
         check(cases.make(VARIANTS[name], lengths, tokens, capacity), builds, prefill=program)
 
 

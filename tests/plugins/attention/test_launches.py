@@ -1,6 +1,5 @@
 """Plans of launches, their arguments, and the launch itself with a stand-in for CUDA: none of it needs a GPU."""
 
-import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,8 +12,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gta_edge.cuda import gpu
-from gta_edge.cuda.compiler import Compiled
 from gta_edge.cuda.gpu import Gpu, current_gpu
 from gta_edge.errors import BackendError
 from gta_edge.libraries.cuda import driver_cuda_version
@@ -24,14 +21,14 @@ from gta_edge.plugins.attention import launches as plan
 from gta_edge.plugins.attention import tiling
 from gta_edge.plugins.attention.definition import Sizes
 from gta_edge.plugins.attention.kernels import AttentionKernels, Buffers, attention_kernels
-from gta_edge.plugins.attention.launches import SIGNATURES, choose_prefill, plan_attention, programs
+from gta_edge.plugins.attention.launches import SIGNATURES, choose_prefill, plan_attention, programs_for
 from gta_edge.plugins.attention.tiling import DECODE_TOKENS, Variant
-from gta_edge.plugins.domain import KERNELS
+from tests.helpers.fake_cuda import ORIN, STREAM, FakeCuda, Stream, addresses, declared, plain
+from tests.helpers.refusals import message
 
 SETTINGS = settings(max_examples=200, deadline=None, derandomize=True)
 SIZES = Sizes(5, 1, 1, 64, 128, 1280)
 FP16, INT8 = Variant(SIZES, "fp16", "fp16"), Variant(SIZES, "bf16", "int8")
-ORIN = Gpu(0, "Orin", "sm_87", 8)
 
 BUFFERS = Buffers(
     query=0x1000,
@@ -55,19 +52,6 @@ SCALED = replace(BUFFERS, key_scale=0xD004, latent_scale=0xE008)
 # --- the order of the arguments --------------------------------------------------------------------------------------
 
 
-def declared() -> dict[str, list[tuple[str, str]]]:
-    """Type and name of each parameter of each kernel, read off the sources."""
-    found = {}
-    for source in KERNELS.glob("*.cu"):
-        text = re.sub(r"//.*|/\*.*?\*/", "", source.read_text())
-        for name, parameters in re.findall(r"\bGTA_KERNEL\([^()]*\)\s*(\w+)\(([^()]*)\)\s*\{", text):
-            words = [parameter.replace("*", " * ").split() for parameter in parameters.split(",")]
-            found[name] = [
-                ("address" if "*" in parameter else " ".join(parameter[:-1]), parameter[-1]) for parameter in words
-            ]
-    return found
-
-
 def test_the_parameters_stand_in_the_sources_as_they_are_passed() -> None:
     numbers = {"scale": "float"}
     found = {kernel: parameters for kernel, parameters in declared().items() if not kernel.startswith("gta_matmul")}
@@ -80,14 +64,14 @@ def test_the_parameters_stand_in_the_sources_as_they_are_passed() -> None:
 
 @pytest.mark.parametrize("of", [FP16, INT8, Variant(replace(SIZES, latent_dim=256, hidden_size=1280), "fp16", "fp8")])
 def test_every_kernel_of_every_program_has_a_signature_and_nothing_else_does(of: Variant) -> None:
-    assert {kernel for program in programs(of, "sm_87").all for kernel in program.kernels} == set(SIGNATURES)
+    assert {kernel for program in programs_for(of, "sm_87").all for kernel in program.kernels} == set(SIGNATURES)
 
 
 # --- the plan --------------------------------------------------------------------------------------------------------
 
 
 def test_few_tokens_are_split_and_combined() -> None:
-    of = programs(FP16, "sm_87")
+    of = programs_for(FP16, "sm_87")
     made = plan_attention(of, 8, batch=2, tokens=3, capacity=4096)
     splits = tiling.decode_splits(of.decode, 8, 2, 3, 4096)
     assert [each.kernel for each in made.launches] == ["gta_decode_split", "gta_decode_combine"]
@@ -99,7 +83,7 @@ def test_few_tokens_are_split_and_combined() -> None:
 
 
 def test_many_tokens_are_appended_and_attended() -> None:
-    of = programs(FP16, "sm_87")
+    of = programs_for(FP16, "sm_87")
     made = plan_attention(of, 8, batch=2, tokens=300, capacity=4096)
     assert [each.kernel for each in made.launches] == ["gta_append", "gta_prefill"]
     assert made.launches[0].program is made.launches[1].program
@@ -109,7 +93,7 @@ def test_many_tokens_are_appended_and_attended() -> None:
 
 
 def test_the_border_between_the_two() -> None:
-    of = programs(FP16, "sm_87")
+    of = programs_for(FP16, "sm_87")
     for tokens, kernel in ((DECODE_TOKENS, "gta_decode_split"), (DECODE_TOKENS + 1, "gta_append")):
         assert plan_attention(of, 8, batch=1, tokens=tokens, capacity=64).launches[0].kernel == kernel
 
@@ -119,7 +103,7 @@ def test_the_border_between_the_two() -> None:
 )
 @SETTINGS
 def test_every_plan_is_complete(of: Variant, processors: int, batch: int, tokens: int, capacity: int) -> None:
-    made = plan_attention(programs(of, "sm_90"), processors, batch=batch, tokens=tokens, capacity=capacity)
+    made = plan_attention(programs_for(of, "sm_90"), processors, batch=batch, tokens=tokens, capacity=capacity)
     given_elsewhere = {"positions", "scale"}
     for each in made.launches:
         assert set(each.signature.numbers) <= set(made.numbers) | given_elsewhere
@@ -135,7 +119,7 @@ def test_every_plan_is_complete(of: Variant, processors: int, batch: int, tokens
 @given(st.integers(1, 200), st.integers(1, 16), st.integers(17, 3000))
 @SETTINGS
 def test_the_widest_tile_that_gives_every_processor_a_block_is_taken(processors: int, batch: int, tokens: int) -> None:
-    candidates = programs(FP16, "sm_87").prefill
+    candidates = programs_for(FP16, "sm_87").prefill
     blocks = [np.prod(tiling.prefill_grid(each, batch, tokens).grid) for each in candidates]
     expected = next((i for i, number in enumerate(blocks) if number >= processors), -1)
     assert choose_prefill(candidates, processors, batch, tokens) is candidates[expected]
@@ -151,29 +135,22 @@ def test_the_widest_tile_that_gives_every_processor_a_block_is_taken(processors:
         ({"capacity": 2**30 + 1}, "capacity is 1073741825; expected 1 to 1073741824"),
         (
             {"batch": 65535, "tokens": 40000},
-            "65535 rows of 40000 new tokens are more than 2147483647; append smaller chunks",
+            "65535 sequences of 40000 new tokens are more than 2147483647; append smaller chunks",
         ),
         (
             {"tokens": 10_000_000},
-            "10000000 new tokens of 1 rows take a grid of (5, 78125, 1), whose last two numbers go up to 65535; "
+            "10000000 new tokens of 1 sequences take a grid of (5, 78125, 1), whose last two numbers go up to 65535; "
             "append them in smaller chunks",
         ),
     ],
 )
 def test_sizes_that_are_refused(sizes: dict[str, int], text: str) -> None:
     with pytest.raises(BackendError) as error:
-        plan_attention(programs(FP16, "sm_87"), 8, **{"batch": 1, "tokens": 1, "capacity": 64, **sizes})
+        plan_attention(programs_for(FP16, "sm_87"), 8, **{"batch": 1, "tokens": 1, "capacity": 64, **sizes})
     assert str(error.value) == text
 
 
 # --- what there is no GPU for ----------------------------------------------------------------------------------------
-
-
-def message(call: Any, *arguments: Any, **options: Any) -> str:
-    with pytest.raises(BackendError) as error:
-        call(*arguments, **options)
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 def test_importing_loads_nothing_of_cuda() -> None:
@@ -196,88 +173,6 @@ def gpus_are_asked_anew() -> Iterator[None]:
     current_gpu.cache_clear()
     yield
     current_gpu.cache_clear()
-
-
-class Status(int):
-    """A status of the driver, which is a number with a name."""
-
-    name = "CUDA_ERROR_INVALID_IMAGE"
-
-
-class Stream:
-    """cuda.core's own kind of stream."""
-
-    made = 0
-
-    def __init__(self, handle: int = 5) -> None:
-        self.handle = handle
-
-    def __cuda_stream__(self) -> tuple[int, int]:
-        return 0, self.handle
-
-    @staticmethod
-    def from_handle(handle: int) -> "Stream":
-        Stream.made += 1
-        return Stream(handle)
-
-
-class FakeCuda:
-    """What of cuda.core and of the driver is used, writing down what is asked of it."""
-
-    def __init__(self, capability: tuple[int, int] = (8, 7), fails: str = "") -> None:
-        self.capability, self.fails = capability, fails
-        self.attributes: dict[str, int] = {}
-        self.launches: list[tuple[Any, ...]] = []
-        self.loaded: list[str] = []
-        self.contexts: list[int] = [0x77]
-
-    def install(self, monkeypatch: pytest.MonkeyPatch) -> "FakeCuda":
-        core = SimpleNamespace(
-            Device=self.device,
-            ObjectCode=SimpleNamespace(from_cubin=lambda cubin, name: SimpleNamespace(get_kernel=self.kernel)),
-            LaunchConfig=lambda grid, block, shmem_size: (grid, block, shmem_size),
-            Stream=Stream,
-            launch=self.launch,
-        )
-        driver = SimpleNamespace(
-            CUfunction_attribute=SimpleNamespace(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES="shared"),
-            cuCtxGetCurrent=lambda: (0, self.contexts[-1]),
-            cuCtxSetCurrent=lambda context: (self.contexts.append(context), (0,))[1],
-            cuDeviceGet=lambda number: (0, f"device {number}"),
-            cuKernelSetAttribute=self.set_attribute,
-            cuKernelGetFunction=lambda handle: (0, handle),
-            cuFuncLoad=lambda function: (self.loaded.append(function), (0,))[1],
-        )
-        monkeypatch.setitem(sys.modules, "cuda.core", core)
-        monkeypatch.setitem(sys.modules, "cuda.bindings.driver", driver)
-        monkeypatch.setattr(gpu, "driver_cuda_version", lambda: (13, 0))
-        monkeypatch.setattr(gpu, "cuda_extra", lambda: "cuda13")
-        monkeypatch.setattr(gpu, "compile_program", lambda program, architecture, sources: Compiled(b"cubin", {}, ""))
-        return self
-
-    def device(self, number: int) -> SimpleNamespace:
-        if self.fails == "device":
-            raise RuntimeError("CUDA_ERROR_NO_DEVICE:\n  no CUDA-capable device is detected")
-        return SimpleNamespace(
-            compute_capability=self.capability,
-            name="Fake",
-            properties=SimpleNamespace(multiprocessor_count=8),
-            set_current=lambda: self.contexts.append(0x99),
-        )
-
-    def kernel(self, name: str) -> SimpleNamespace:
-        assert self.contexts[-1] == 0x99
-        return SimpleNamespace(handle=name)
-
-    def set_attribute(self, attribute: str, value: int, kernel: str, device: str) -> tuple[int]:
-        assert (attribute, device) == ("shared", "device 0")
-        self.attributes[kernel] = max(value, self.attributes.get(kernel, 0))
-        return (Status(200) if self.fails == "load" else 0,)
-
-    def launch(self, stream: Any, config: Any, kernel: Any, *arguments: Any) -> None:
-        if self.fails == "launch":
-            raise RuntimeError("CUDA_ERROR_INVALID_HANDLE")
-        self.launches.append((stream, config, kernel.handle, arguments))
 
 
 @pytest.fixture
@@ -355,16 +250,7 @@ def test_the_kernels_of_a_variant_are_shared(cuda: FakeCuda) -> None:
 
 # --- launching -------------------------------------------------------------------------------------------------------
 
-STREAM = Stream()
 CALL = {"batch": 2, "tokens": 3, "capacity": 512, "positions": 1024, "scale": 0.125}
-
-
-def plain(arguments: tuple[Any, ...]) -> list[tuple[str, Any]]:
-    return [(type(value).__name__, value) for value in arguments]
-
-
-def addresses(*values: int) -> list[tuple[str, int]]:
-    return [("int", value) for value in values]  # which cuda.core passes as 8 bytes
 
 
 def test_a_decode_call(cuda: FakeCuda) -> None:

@@ -22,25 +22,24 @@ import torch
 
 from gta_edge import plugins
 from gta_edge.cuda.gpu import current_gpu
-from gta_edge.errors import BackendError
 from gta_edge.plugins import plugin_base as tensorrt_base
-from gta_edge.plugins.attention import plugin as plugin_module
 from gta_edge.plugins.attention import tiling
 from gta_edge.plugins.attention.definition import Sizes
 from gta_edge.plugins.attention.kernels import attention_kernels
-from gta_edge.plugins.attention.launches import plan_attention, programs
-from gta_edge.plugins.attention.plugin import plugin_classes
-from gta_edge.plugins.attention.plugin_call import Built, Parameters, describe_call, largest_workspace_bytes
+from gta_edge.plugins.attention.launches import plan_attention, programs_for
+from gta_edge.plugins.attention.plugin import AttentionPlugin
+from gta_edge.plugins.attention.plugin_call import Parameters, describe_call, largest_workspace_bytes
 from gta_edge.plugins.attention.tiling import Variant
 from gta_edge.plugins.plugin_base import take_failures
-from tests.plugins.attention.test_kernels_gpu import GTA_1B, TOLERANCE, VARIANTS, Call, bits, on_gpu
-from tests.plugins.attention.test_launches import FakeCuda
-
-trt = pytest.importorskip("tensorrt_lean_bindings", reason="needs tensorrt-lean-cu13-bindings and -libs")
+from gta_edge.plugins.plugin_call_base import Built
+from gta_edge.plugins.plugin_registry import plugin_class
+from tests.helpers.fake_cuda import FakeCuda
+from tests.helpers.gpu_calls import GTA_1B, TOLERANCE, VARIANTS, Call, bits, on_gpu
+from tests.helpers.plugin_values import KINDS, Fields, bounds, descs, numbers, trt
+from tests.helpers.refusals import message
 
 OP = "GroupedLatentAttention"
 BUILD, RUNTIME = trt.TensorRTPhase.BUILD, trt.TensorRTPhase.RUNTIME
-KINDS = trt.PluginFieldType
 HALF, BF16, FLOAT, INT8, FP8, INT64 = (
     getattr(trt.DataType, name) for name in ("HALF", "BF16", "FLOAT", "INT8", "FP8", "INT64")
 )
@@ -49,24 +48,6 @@ TYPES = {"fp16": HALF, "bf16": BF16, "int8": INT8, "fp8": FP8}
 SIZES = Sizes(5, 1, 1, 64, 128, 1280)
 ATTRIBUTES: dict[str, Any] = {"num_query_heads": 5, "num_key_heads": 1, "num_latent_heads": 1, "scale": 0.125}
 PARAMETERS = Parameters(5, 1, 1, 0.125)
-
-
-class Fields:
-    """A collection of fields and what it points to, as a parser makes it; TensorRT's own holds addresses only."""
-
-    def __init__(self, **values: Any) -> None:
-        self.kept = []
-        for name, value in values.items():
-            if isinstance(value, tuple):
-                data, kind = value
-            elif isinstance(value, str):
-                data, kind = np.frombuffer(value.encode(), np.int8), KINDS.CHAR
-            elif isinstance(value, float):
-                data, kind = np.array([value], np.float32), KINDS.FLOAT32
-            else:
-                data, kind = np.array([value], np.int32), KINDS.INT32
-            self.kept.append((name, data, trt.PluginField(name, data, kind)))
-        self.collection = trt.PluginFieldCollection([field for *_, field in self.kept])
 
 
 @pytest.fixture(scope="module")
@@ -85,13 +66,6 @@ def no_failures() -> Iterator[None]:
 def make(creator: Any, phase: Any = BUILD, **attributes: Any) -> Any:
     fields = Fields(**(ATTRIBUTES | attributes))
     return creator.create_plugin("layer", fields.collection, phase)
-
-
-def message(call: Any, *arguments: Any, **options: Any) -> str:
-    with pytest.raises(BackendError) as error:
-        call(*arguments, **options)
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 # --- the registry ----------------------------------------------------------------------------------------------------
@@ -153,7 +127,7 @@ def test_a_registry_that_refuses() -> None:
 
 
 def test_classes_are_made_once_per_module() -> None:
-    assert plugin_classes(trt) is plugin_classes(trt)
+    assert plugin_class(trt, AttentionPlugin) is plugin_class(trt, AttentionPlugin)
 
 
 # --- attributes ------------------------------------------------------------------------------------------------------
@@ -168,7 +142,6 @@ def test_the_creator_declares_the_attributes_that_the_parser_shall_pass_on(creat
         "num_latent_heads": KINDS.INT32,
         "scale": KINDS.FLOAT32,
         "quantised_cache": KINDS.INT32,
-        "declare_alias": KINDS.INT32,
     }
 
 
@@ -197,9 +170,8 @@ def test_numbers_of_64_bits_are_taken_too(creator: Any) -> None:
 
 
 @pytest.mark.parametrize("quantised", [0, 1])
-@pytest.mark.parametrize("alias", [0, 1])
-def test_what_is_serialised_makes_the_same_plugin(creator: Any, quantised: int, alias: int) -> None:
-    made = make(creator, scale=0.1, quantised_cache=quantised, declare_alias=alias)
+def test_what_is_serialised_makes_the_same_plugin(creator: Any, quantised: int) -> None:
+    made = make(creator, scale=0.1, quantised_cache=quantised)
     again = creator.create_plugin("layer", made.get_fields_to_serialize(), RUNTIME)
     assert again is not made
     assert (again.parameters, again.built, again.num_outputs) == (made.parameters, None, made.num_outputs)
@@ -224,19 +196,15 @@ def test_serialised_fields_outlive_other_work(creator: Any) -> None:
 
 
 def test_a_clone_is_another_plugin_of_the_same_kind(creator: Any) -> None:
-    for made in (make(creator, quantised_cache=1), make(creator, declare_alias=1)):
-        made.built = Built(Variant(SIZES, "fp16", "int8"), "sm_87", 8)
-        cloned = made.clone()
-        assert type(cloned) is type(made)
-        assert (cloned.parameters, cloned.built, cloned.num_outputs) == (made.parameters, made.built, made.num_outputs)
-        cloned.built = None
-        cloned.num_outputs = 7
-        assert made.built is not None
-        assert made.num_outputs != 7
-
-
-def numbers(kind: Any, dtype: Any, *values: float) -> tuple[Any, Any]:
-    return np.array(values, dtype), kind
+    made = make(creator, quantised_cache=1)
+    made.built = Built(Variant(SIZES, "fp16", "int8"), "sm_87", 8)
+    cloned = made.clone()
+    assert type(cloned) is type(made)
+    assert (cloned.parameters, cloned.built, cloned.num_outputs) == (made.parameters, made.built, made.num_outputs)
+    cloned.built = None
+    cloned.num_outputs = 7
+    assert made.built is not None
+    assert made.num_outputs != 7
 
 
 @pytest.mark.parametrize(
@@ -245,7 +213,7 @@ def numbers(kind: Any, dtype: Any, *values: float) -> tuple[Any, Any]:
         (
             {"nonsense": 1},
             "has no attribute nonsense; expected num_query_heads, num_key_heads, num_latent_heads, scale, "
-            "quantised_cache, declare_alias, plugin_namespace, plugin_version",
+            "quantised_cache, plugin_namespace, plugin_version",
         ),
         ({"scale": 1}, "has scale of type INT32; expected FLOAT32 or FLOAT64"),
         ({"num_key_heads": 1.0}, "has num_key_heads of type FLOAT32; expected INT32 or INT64"),
@@ -272,7 +240,6 @@ def numbers(kind: Any, dtype: Any, *values: float) -> tuple[Any, Any]:
         ({"scale": float("nan")}, "has scale = nan; expected more than 0"),
         ({"scale": float("inf")}, "has scale = inf; expected more than 0"),
         ({"quantised_cache": 2}, "has quantised_cache = 2; expected 0 or 1"),
-        ({"declare_alias": -1}, "has declare_alias = -1; expected 0 or 1"),
         (
             {"compute": "fp16"},
             "in this engine lacks key_dim, latent_dim, hidden_size, cache, architecture, processors; "
@@ -320,28 +287,6 @@ def test_from_c_plus_plus_a_refusal_is_no_plugin(creator: Any, capfd: pytest.Cap
     assert failure in capfd.readouterr().err
 
 
-# --- aliases ---------------------------------------------------------------------------------------------------------
-
-
-def test_aliases_are_declared_only_where_the_node_asks_for_it(creator: Any) -> None:
-    assert not isinstance(make(creator), trt.IPluginV3OneBuildV2)
-    assert not isinstance(make(creator, RUNTIME, declare_alias=1), trt.IPluginV3OneBuildV2)
-    declared = make(creator, declare_alias=1)
-    assert isinstance(declared, trt.IPluginV3OneBuildV2)
-    assert [declared.get_aliased_input(place) for place in range(3)] == [-1, 4, 5]
-    declared = make(creator, declare_alias=1, quantised_cache=1)
-    assert [declared.get_aliased_input(place) for place in range(5)] == [-1, 4, 5, 10, 11]
-
-
-def test_aliases_that_tensorrt_cannot_declare(creator: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    classes = plugin_classes(trt)._replace(aliased=None)
-    monkeypatch.setattr(plugin_module, "plugin_classes", lambda module: classes)
-    assert message(make, creator, declare_alias=1) == (
-        f"{OP} has declare_alias = 1, which this TensorRT does not know; leave the attribute out and bind past and "
-        "present to one address"
-    )
-
-
 # --- types, shapes, formats ------------------------------------------------------------------------------------------
 
 
@@ -360,15 +305,15 @@ def test_types_of_the_outputs(creator: Any, compute: str, cache: str) -> None:
 @pytest.mark.parametrize(
     ("quantised", "changes", "text"),
     [
-        (0, {0: FLOAT}, "query of type fp32 with a query of fp32 and quantised_cache = 0; expected fp16 or bf16"),
-        (0, {1: BF16}, "key of type bf16 with a query of fp16 and quantised_cache = 0; expected fp16"),
-        (0, {4: INT8}, "past_key of type int8 with a query of fp16 and quantised_cache = 0; expected fp16"),
-        (1, {4: HALF}, "past_key of type fp16 with a query of fp16 and quantised_cache = 1; expected int8 or fp8"),
-        (1, {5: FP8}, "past_latent of type fp8 with a query of fp16 and quantised_cache = 1; expected int8"),
-        (0, {6: FLOAT}, "past_length of type fp32 with a query of fp16 and quantised_cache = 0; expected int64"),
-        (0, {9: FLOAT}, "value_decoder of type fp32 with a query of fp16 and quantised_cache = 0; expected fp16"),
-        (1, {11: HALF}, "past_latent_scale of type fp16 with a query of fp16 and quantised_cache = 1; expected fp32"),
-        (0, {8: trt.DataType.INT32}, "sin of type int32 with a query of fp16 and quantised_cache = 0; expected fp16"),
+        (0, {0: FLOAT}, "query of type fp32 with query of fp32 and quantised_cache = 0; expected fp16 or bf16"),
+        (0, {1: BF16}, "key of type bf16 with query of fp16 and quantised_cache = 0; expected fp16"),
+        (0, {4: INT8}, "past_key of type int8 with query of fp16 and quantised_cache = 0; expected fp16"),
+        (1, {4: HALF}, "past_key of type fp16 with query of fp16 and quantised_cache = 1; expected int8 or fp8"),
+        (1, {5: FP8}, "past_latent of type fp8 with query of fp16 and quantised_cache = 1; expected int8"),
+        (0, {6: FLOAT}, "past_length of type fp32 with query of fp16 and quantised_cache = 0; expected int64"),
+        (0, {9: FLOAT}, "value_decoder of type fp32 with query of fp16 and quantised_cache = 0; expected fp16"),
+        (1, {11: HALF}, "past_latent_scale of type fp16 with query of fp16 and quantised_cache = 1; expected fp32"),
+        (0, {8: trt.DataType.INT32}, "sin of type int32 with query of fp16 and quantised_cache = 0; expected fp16"),
     ],
 )
 def test_types_that_are_refused(creator: Any, quantised: int, changes: dict[int, Any], text: str) -> None:
@@ -394,7 +339,10 @@ def test_shapes_are_those_of_the_gate_and_the_caches(creator: Any, quantised: in
     made = make(creator, quantised_cache=quantised)
     found = made.get_output_shapes(inputs, [], None)
     assert [id(each) for each in found] == [id(inputs[place]) for place in [3, 4, 5] + [10, 11] * quantised]
-    assert "inputs; expected" in message(made.get_output_shapes, inputs[1:], [], None)
+    text = message(made.get_output_shapes, inputs[1:], [], None)
+    assert text.startswith(
+        f"{OP} has {len(inputs) - 1} inputs; with quantised_cache = {quantised} it has {len(inputs)}: "
+    )
 
 
 class Format(Enum):
@@ -442,26 +390,6 @@ def shapes(b: int, t: int, s: int, p: int, sizes: Sizes = SIZES, quantised: bool
         (n_q, d_l, hidden // n_q),
     ]
     return found + [(b, n_k, s), (b, n_c, s)] * quantised
-
-
-def descs(types: list[Any], of: list[tuple[int, ...]]) -> list[Any]:
-    made = []
-    for each, shape in zip(types, of, strict=True):
-        desc = trt.PluginTensorDesc()
-        desc.type, desc.dims = each, trt.Dims(shape)
-        made.append(desc)
-    return made
-
-
-def bounds(types: list[Any], least: list[tuple[int, ...]], most: list[tuple[int, ...]]) -> list[Any]:
-    """A profile, as the builder describes it: -1 where sizes differ."""
-    dynamic = [tuple(x if x == y else -1 for x, y in zip(a, b, strict=True)) for a, b in zip(least, most, strict=True)]
-    made = []
-    for desc, low, high in zip(descs(types, dynamic), least, most, strict=True):
-        bound = trt.DynamicPluginTensorDesc()
-        bound.desc, bound.min, bound.opt, bound.max = desc, trt.Dims(low), trt.Dims(high), trt.Dims(high)
-        made.append(bound)
-    return made
 
 
 def profile(b: int, t: int, s: int, p: int, compute: str = "fp16", cache: str = "fp16") -> list[Any]:
@@ -515,7 +443,7 @@ def test_sizes_that_there_are_no_kernels_for() -> None:
 def test_the_workspace_suffices_for_all_smaller_calls(batch: int, tokens: int, capacity: int, processors: int) -> None:
     of = Variant(SIZES, "fp16", "int8")
     largest = largest_workspace_bytes(of, "sm_87", processors, batch=batch, tokens=tokens, capacity=capacity)
-    made = programs(of, "sm_87")
+    made = programs_for(of, "sm_87")
     needed = [
         plan_attention(made, fewer, batch=b, tokens=t, capacity=s).workspace_bytes
         for b in range(1, batch + 1)
@@ -633,7 +561,7 @@ def numbers_of(launch: tuple[Any, ...]) -> list[float]:
 def test_few_tokens_are_decoded(creator: Any, cuda: FakeCuda) -> None:
     Engine(make(creator), b=2, t=3, s=512, p=1024).enqueue()
     split, combine = cuda.launches
-    made = plan_attention(programs(Variant(SIZES, "fp16", "fp16"), "sm_87"), 8, batch=2, tokens=3, capacity=512)
+    made = plan_attention(programs_for(Variant(SIZES, "fp16", "fp16"), "sm_87"), 8, batch=2, tokens=3, capacity=512)
     sums = 0xC000 + made.offsets["sums"]
     assert (split[2], combine[2], split[0].handle, combine[0].handle) == (
         "gta_decode_split",
@@ -737,7 +665,7 @@ def test_on_a_larger_gpu_the_workspace_of_the_build_still_suffices(
     made.built = Built(Variant(SIZES, "fp16", "fp16"), "sm_87", built_on)
     Engine(made, b=1, t=1, s=32768, p=32768).enqueue()
     expected = plan_attention(
-        programs(made.built.variant, "sm_87"), planned_for, batch=1, tokens=1, capacity=32768
+        programs_for(made.built.variant, "sm_87"), planned_for, batch=1, tokens=1, capacity=32768
     ).numbers["splits"]
     assert numbers_of(cuda.launches[1])[-1] == expected
 

@@ -10,9 +10,9 @@ from gta_edge.numerics.dtypes import CACHE_TYPES, COMPUTE_TYPES
 from gta_edge.plugins.attention import tiling
 from gta_edge.plugins.attention.definition import Sizes
 from gta_edge.plugins.attention.tiling import DECODE_TOKENS, ROWS, Program, Variant
+from tests.helpers.shared_memory import BLOCK_RESERVE, shared_limits
 
 SETTINGS = settings(max_examples=200, deadline=None, derandomize=True)
-BLOCK_RESERVE = KIB  # bytes of shared memory that the system takes of each block (CUDA C++ Programming Guide)
 
 architectures = st.sampled_from([*ARCHITECTURES, "sm_999"])
 processors = st.integers(1, 200)
@@ -33,12 +33,6 @@ def all_sizes(draw: st.DrawFn) -> Sizes:
 def variants(draw: st.DrawFn) -> Variant:
     compute = draw(st.sampled_from(COMPUTE_TYPES))
     return Variant(draw(all_sizes()), compute, draw(st.sampled_from([compute, "int8", "fp8"])))
-
-
-def shared_limits(architecture: str) -> tuple[int, int]:
-    """Bytes of a multiprocessor and of a block; a GPU that is not known counts as the least of all."""
-    per_processor, per_block = ARCHITECTURES.get(architecture, (100, 99))
-    return per_processor * KIB, per_block * KIB
 
 
 # --- shared memory -------------------------------------------------------------------------------------------------
@@ -109,7 +103,7 @@ def test_decode_covers_every_row_and_no_more_blocks_than_are_of_use(
     resident, longest = processors * min(2, program.resident_blocks), tiling.MAX_SPLIT_TOKENS
     assert splits * y * z <= resident or (splits - 1) * longest < capacity
     assert splits >= 1
-    assert (splits - 1) * program.tile("GTA_DECODE_LEAST_TOKENS") < capacity  # a full cache leaves none without work
+    assert (splits - 1) * program.tile("GTA_DECODE_MIN_TOKENS") < capacity  # a full cache leaves none without work
 
 
 @given(variants(), processors, batches, st.integers(1, DECODE_TOKENS))

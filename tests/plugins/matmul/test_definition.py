@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from types import SimpleNamespace
 from typing import Any
 
 import ml_dtypes
@@ -25,10 +23,10 @@ from gta_edge.errors import BackendError
 from gta_edge.libraries.optional import optional
 from gta_edge.plugins.domain import DOMAIN, OPSET, VERSION
 from gta_edge.plugins.matmul import definition as op
-from gta_edge.plugins.matmul import kernels as matmul_launch
 from gta_edge.plugins.matmul import packing
 from gta_edge.plugins.matmul import torch as matmul_torch
 from tests.helpers import reference
+from tests.helpers.host_memory import STREAM, memory, pretend_gpu
 
 onnxruntime = optional("onnxruntime", "ort")  # a version that knows opset 24 needs Python 3.11
 
@@ -394,7 +392,7 @@ def test_rows_of_a_table_are_the_matrix_transposed(case):
         (2, lambda scale: scale[:, :, :, :2], r"scale is .* expected torch.float16 \[5, 1, 8, 4, 2\]"),
         (3, lambda bias: bias.half(), "bias is torch.float16"),
         (3, lambda bias: bias[:-1], r"bias is torch.float32 \[68\]; expected torch.float32 \[69\]"),
-        (4, lambda bits: 5, "codes of 5 bits"),
+        (4, lambda bits: 5, "weights of 5 bits"),
         (5, lambda block_size: 0, "int4 in blocks of 0"),
         (6, lambda sizes: [], "0 output_sizes; expected 1 to 4"),
         (6, lambda sizes: [16] * 4 + [5], "5 output_sizes; expected 1 to 4"),
@@ -414,21 +412,12 @@ def test_torch_refuses_what_does_not_fit(place, change, message):
 # --- what the kernels are given --------------------------------------------------------------------------------------
 
 
-def memory(address: int, shape: tuple[int, ...], dtype: type) -> np.ndarray:
-    """What lies at an address."""
-    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    return np.frombuffer((ctypes.c_char * size).from_address(address), dtype).reshape(shape)
-
-
 class OnHostMemory:
     """In the place of the kernels: computes in float64 from addresses in host memory, fp16 alone."""
 
     def __init__(self, variant: Any, gpu: Any) -> None:
         assert variant.compute == "fp16"
         self.variant = variant
-
-    def workspace_bytes(self, rows: int, in_features: int, output_sizes: tuple[int, ...]) -> int:
-        return 64 * rows
 
     def launch(
         self,
@@ -439,11 +428,10 @@ class OnHostMemory:
         scale: int,
         bias: int,
         outputs: list[int],
-        workspace: int,
         **numbers: Any,
     ) -> None:
         rows, k, output_sizes = numbers["rows"], numbers["in_features"], numbers["output_sizes"]
-        assert (stream, x % 16, bool(workspace)) == (5, 0, True)
+        assert (stream, x % 16) == (STREAM, 0)
         bits, block_size = self.variant.bits, self.variant.block_size
         sizes = op.Sizes(k, output_sizes, bits, block_size)
         packed = packing.Packed(
@@ -463,12 +451,8 @@ class OnHostMemory:
 @every_kind
 def test_what_the_kernels_are_given(bits, block_size, bias, monkeypatch):
     """All between torch's tensors and the kernels, on host memory: addresses, sizes, views, and what is kept alive."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=5))
-    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr("gta_edge.cuda.gpu.current_gpu", lambda index: None)
-    monkeypatch.setattr(matmul_launch, "matmul_kernels", OnHostMemory)
+    pretend_gpu(monkeypatch, matmul_torch)
+    monkeypatch.setattr(matmul_torch, "matmul_kernels", OnHostMemory)
     case = Case(bits, block_size, 256, bias=bias, rows=(2, 3))
     packed = [tensor for tensor in tensors(case) if tensor is None or tensor.dtype != torch.float32]
     b = torch.randn(69).half() if bias else None

@@ -12,29 +12,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gta_edge.model.config import GTAConfig, ModelConfig
 from gta_edge.model.presets import PRESETS, preset
 from gta_edge.plugins.domain import KERNELS
-from gta_edge.plugins.matmul import tiling as matmul_tiling
+from gta_edge.plugins.matmul.launches import SIGNATURE, KernelLaunch, plan_matmul, programs_for
 from gta_edge.plugins.matmul.packing import pack
-from gta_edge.plugins.matmul.tiling import (
-    MATMUL_SIGNATURE,
-    MatMulLaunch,
-    MatMulProgram,
-    MatMulVariant,
-    matmul_programs,
-    plan_matmul,
-)
+from gta_edge.plugins.matmul.tiling import Program, Variant, many_launch
 from tests.helpers import matmul_cases as cases
-from tests.plugins.simulator import LaunchSpec, SimulationError, Simulator, available
+from tests.helpers.kernel_simulator import LaunchSpec, SimulationError, Simulator, available
+from tests.helpers.matmul_cases import matmuls
 
 pytestmark = pytest.mark.skipif(not available(), reason="no C++ compiler with sanitizers")
 
 ARCHITECTURE = "sm_87"
-INT4, INT8 = MatMulVariant(4, 32, "fp16"), MatMulVariant(8, 0, "bf16")
+INT4, INT8 = Variant(4, 32, "fp16"), Variant(8, 0, "bf16")
 
 
-def simulator(program: MatMulProgram, sources: Path = KERNELS) -> Simulator:
+def simulator(program: Program, sources: Path = KERNELS) -> Simulator:
     return Simulator(sources / program.source, program.kernels, program.defines(), [sources])
 
 
@@ -42,20 +35,20 @@ def simulator(program: MatMulProgram, sources: Path = KERNELS) -> Simulator:
 def builds(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the programs lie: all of them, since two compilers take half the time of one."""
     directory = tmp_path_factory.mktemp("matmul")
-    programs = [program for of in cases.VARIANTS.values() for program in matmul_programs(of, ARCHITECTURE).all]
+    programs = [program for of in cases.VARIANTS.values() for program in programs_for(of, ARCHITECTURE).all]
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda program: simulator(program).compile(directory), programs))
     return directory
 
 
-def planned(case: cases.Case, processors: int, many: int | None, architecture: str = ARCHITECTURE) -> MatMulLaunch:
+def planned(case: cases.Case, processors: int, many: int | None, architecture: str = ARCHITECTURE) -> KernelLaunch:
     """What a call launches; ``many`` takes that program for many rows, however few there are."""
-    programs, inputs = matmul_programs(case.variant, architecture), len(case.codes)
+    programs, inputs = programs_for(case.variant, architecture), len(case.codes)
     if many is None:
         return plan_matmul(programs, processors, case.rows, inputs, case.output_sizes)
     program = programs.many[many]
-    launch = matmul_tiling.many_launch(program, case.rows, sum(case.output_sizes))
-    return MatMulLaunch(program, program.kernels[0], launch)
+    launch = many_launch(program, case.rows, sum(case.output_sizes))
+    return KernelLaunch(program, program.kernels[0], launch)
 
 
 def simulate(
@@ -67,11 +60,11 @@ def simulate(
     sources: Path = KERNELS,
     many: int | None = None,
     architecture: str = ARCHITECTURE,
-) -> MatMulLaunch:
+) -> KernelLaunch:
     """Run a call on the case's arrays."""
     made = planned(case, processors, many, architecture)
     values = case.arrays | case.numbers()
-    arguments = [values.get(name) for name in (*MATMUL_SIGNATURE.addresses, *MATMUL_SIGNATURE.numbers)]
+    arguments = [values.get(name) for name in (*SIGNATURE.addresses, *SIGNATURE.numbers)]
     programme = simulator(made.program, sources)
     programme.compile(builds)
     launch = made.launch
@@ -79,7 +72,7 @@ def simulate(
     return made
 
 
-def check(case: cases.Case, builds: Path, **options: object) -> MatMulLaunch:
+def check(case: cases.Case, builds: Path, **options: object) -> KernelLaunch:
     """Run a case, compare with float64, and see that nothing else was written."""
     inputs = ("x", "weight", "scale", "bias")
     before = {name: case.arrays[name].copy() for name in inputs if name in case.arrays}
@@ -134,24 +127,13 @@ def test_many_rows(builds, name, rows, in_features, output_sizes, program):
     assert check(case, builds, many=program).kernel == "gta_matmul"
 
 
-def matmuls(config: ModelConfig) -> dict[int, list[tuple[int, ...]]]:
-    """By the inputs of a model's matmuls, the outputs of each that is one call."""
-    hidden, inner = config.hidden_size, config.intermediate_size
-    if isinstance(config, GTAConfig):
-        query, key = config.num_query_heads * config.key_dim, config.num_key_heads * config.key_dim
-        attention = (query, key, config.num_latent_heads * config.latent_dim, hidden)
-    else:
-        attention = (hidden, config.cache_values_per_token_per_layer // 2, config.cache_values_per_token_per_layer // 2)
-    return {hidden: [attention, (hidden,), (inner, inner), (config.vocab_size,)], inner: [(hidden,)]}
-
-
 def short(sizes: Sequence[int]) -> tuple[int, ...]:
     """Sizes that simulate quickly, and end as these do."""
     return tuple(min(size, 32 + size % 16) for size in sizes)
 
 
 @pytest.mark.parametrize("rows", [1, 5, 16, 40])
-@pytest.mark.parametrize("of", [INT4, INT8, MatMulVariant(4, 128, "bf16")], ids=str)
+@pytest.mark.parametrize("of", [INT4, INT8, Variant(4, 128, "bf16")], ids=str)
 def test_the_products_of_every_preset(builds, of, rows):
     shapes = {
         (inputs, short(sizes)) for name in PRESETS for inputs, calls in matmuls(preset(name)).items() for sizes in calls
@@ -165,9 +147,9 @@ def test_the_products_of_every_preset(builds, of, rows):
 @pytest.mark.parametrize("rows", [1, 9, 20])
 @pytest.mark.parametrize("in_features", [8, 120, 136, 1288])
 def test_inputs_that_are_no_multiple_of_128(builds, compute, rows, in_features):
-    check(cases.make(MatMulVariant(8, 0, compute), rows, in_features, (16, 21), bias=True), builds)
+    check(cases.make(Variant(8, 0, compute), rows, in_features, (16, 21), bias=True), builds)
     multiple = -(-in_features // 32) * 32
-    check(cases.make(MatMulVariant(4, 32, compute), rows, multiple, (16, 21), bias=True), builds)
+    check(cases.make(Variant(4, 32, compute), rows, multiple, (16, 21), bias=True), builds)
 
 
 @pytest.mark.parametrize("rows", [17, 100, 300, 512])
@@ -211,7 +193,7 @@ EVERYWHERE = [(1, None), (12, None), (20, 0), (20, 1), (20, 2)]
 @pytest.mark.parametrize("bits", [4, 8])
 def test_the_largest_scale_and_code(builds, rows, many, compute, bits):
     """A weight of -8 · 65504 leaves fp16's range, the matmul with a small x does not."""
-    shape, of = (256, 32), MatMulVariant(bits, 32, compute)
+    shape, of = (256, 32), Variant(bits, 32, compute)
     codes = np.full(shape, -(2 ** (bits - 1)), np.int8)
     scales = np.full((8, 32), 65504, np.float16)
     x = np.random.default_rng(0).uniform(0, 2.0**-18, (rows, 256))
@@ -381,7 +363,7 @@ FAULTS = {
 def fault_case(kind: str, seed: int) -> cases.Case:
     few = kind in (FEW, FEW_CHANNEL)
     if kind in (FEW_CHANNEL, MANY_CHANNEL):
-        return cases.make(MatMulVariant(8, 0, "fp16"), 3 if few else 70, 264, (32, 37), seed=seed)
+        return cases.make(Variant(8, 0, "fp16"), 3 if few else 70, 264, (32, 37), seed=seed)
     # many: the widest tile, and inputs that end in the stage whose place results take first
     return cases.make(INT4, 3 if few else 100, 1280 if few else 640, (48, 37), seed=seed)
 

@@ -13,10 +13,10 @@ from gta_edge.cuda.gpu import current_gpu
 from gta_edge.model.presets import PRESETS, preset
 from gta_edge.plugins.matmul.kernels import matmul_kernels
 from gta_edge.plugins.matmul.packing import Packed, unpack
-from gta_edge.plugins.matmul.tiling import MatMulVariant
+from gta_edge.plugins.matmul.tiling import Variant
 from tests.helpers import matmul_cases as cases
-from tests.plugins.attention.test_kernels_gpu import TYPES, Memory, bits, synchronize
-from tests.plugins.matmul.test_kernels import matmuls
+from tests.helpers.gpu_calls import TYPES, Memory, bits, synchronize
+from tests.helpers.matmul_cases import matmuls
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")]
 
@@ -32,9 +32,7 @@ class Call:
     Weights are made in their packed form, of any bits, so that large ones take no time.
     """
 
-    def __init__(
-        self, of: MatMulVariant, rows: int, in_features: int, sizes: tuple[int, ...], *, bias: bool = False
-    ) -> None:
+    def __init__(self, of: Variant, rows: int, in_features: int, sizes: tuple[int, ...], *, bias: bool = False) -> None:
         self.variant, self.sizes, self.in_features = of, sizes, in_features
         out_features, dtype = sum(sizes), TYPES[of.compute]
         rng = np.random.default_rng(rows * in_features + out_features)
@@ -65,8 +63,6 @@ class Call:
             exact += self["bias"].double()
         self.expected = exact.split(list(sizes), dim=1)
         self.kernels = matmul_kernels(of, current_gpu())
-        self.workspace_bytes = self.kernels.workspace_bytes(rows, in_features, sizes)
-        self.memory.add_poisoned("workspace", (self.workspace_bytes,), torch.uint8)
         self.before = {name: self.memory.bytes_of(name) for name in ("x", "weight", "scale")}
         synchronize()
 
@@ -86,7 +82,6 @@ class Call:
             scale=self["scale"].data_ptr(),
             bias=bias.data_ptr() if bias is not None else 0,
             outputs=[output.data_ptr() for output in self.outputs],
-            workspace=self["workspace"].data_ptr() if self.workspace_bytes else 0,
             rows=len(self["x"]),
             in_features=self.in_features,
             output_sizes=self.sizes,
@@ -106,7 +101,7 @@ WIDE = (32768,)
 
 @pytest.mark.parametrize("of", cases.VARIANTS.values(), ids=str)
 @pytest.mark.parametrize("rows", ROWS)
-def test_every_variant(of: MatMulVariant, rows: int) -> None:
+def test_every_variant(of: Variant, rows: int) -> None:
     shapes = (
         (1280, (320, 64, 128, 1280), False),
         (384, (48, 37), True),
@@ -122,9 +117,9 @@ def test_every_variant(of: MatMulVariant, rows: int) -> None:
         call.check()
 
 
-@pytest.mark.parametrize("of", [MatMulVariant(4, 32, "fp16"), MatMulVariant(8, 0, "bf16")], ids=str)
+@pytest.mark.parametrize("of", [Variant(4, 32, "fp16"), Variant(8, 0, "bf16")], ids=str)
 @pytest.mark.parametrize(("in_features", "sizes"), SHAPES)
-def test_every_presets_products(of: MatMulVariant, in_features: int, sizes: tuple[int, ...]) -> None:
+def test_every_presets_products(of: Variant, in_features: int, sizes: tuple[int, ...]) -> None:
     for rows in (1, 5, 16, 64):
         call = Call(of, rows, in_features, sizes)
         call.launch()
@@ -135,7 +130,7 @@ def test_every_presets_products(of: MatMulVariant, in_features: int, sizes: tupl
 @pytest.mark.parametrize("in_features", [8, 136, 1288])
 @pytest.mark.parametrize("rows", [1, 12, 40])
 def test_inputs_that_are_no_multiple_of_128(in_features: int, rows: int) -> None:
-    call = Call(MatMulVariant(8, 0, "fp16"), rows, in_features, (16, 21), bias=True)
+    call = Call(Variant(8, 0, "fp16"), rows, in_features, (16, 21), bias=True)
     call.launch()
     synchronize()
     call.check()
@@ -143,7 +138,7 @@ def test_inputs_that_are_no_multiple_of_128(in_features: int, rows: int) -> None
 
 @pytest.mark.parametrize("rows", [1, 16, 200])
 def test_a_replayed_graph_follows_x_in_memory(rows: int) -> None:
-    call = Call(MatMulVariant(4, 32, "bf16"), rows, 1280, (640, 640))
+    call = Call(Variant(4, 32, "bf16"), rows, 1280, (640, 640))
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
         call.launch(stream.cuda_stream)
@@ -162,7 +157,7 @@ def test_a_replayed_graph_follows_x_in_memory(rows: int) -> None:
 def test_the_same_call_gives_the_same_bits(rows: int) -> None:
     found = []
     for _ in range(3):
-        call = Call(MatMulVariant(4, 128, "fp16"), rows, 3584, (1280,))
+        call = Call(Variant(4, 128, "fp16"), rows, 3584, (1280,))
         call.launch()
         synchronize()
         found.append(bits(call.outputs[0]))

@@ -10,17 +10,18 @@ import pytest
 
 from gta_edge.cuda.gpu import Gpu
 from gta_edge.plugins.matmul.kernels import MatMulKernels, matmul_kernels
-from gta_edge.plugins.matmul.tiling import MATMUL_SIGNATURE, MatMulVariant, plan_matmul
-from tests.plugins.attention.test_launches import ORIN, STREAM, FakeCuda, Stream, addresses, declared, message, plain
+from gta_edge.plugins.matmul.launches import SIGNATURE, plan_matmul
+from gta_edge.plugins.matmul.tiling import Variant
+from tests.helpers.fake_cuda import ORIN, STREAM, FakeCuda, Stream, addresses, declared, plain
+from tests.helpers.refusals import message
 
-INT4, INT8 = MatMulVariant(4, 32, "fp16"), MatMulVariant(8, 0, "bf16")
+INT4, INT8 = Variant(4, 32, "fp16"), Variant(8, 0, "bf16")
 CALL: dict[str, Any] = {
     "x": 0x1000,
     "weight": 0x2000,
     "scale": 0x3000,
     "bias": 0x4002,
     "outputs": (0x5000, 0x6000),
-    "workspace": 0,
     "rows": 3,
     "in_features": 1280,
     "output_sizes": (320, 50),
@@ -39,8 +40,8 @@ def test_importing_loads_nothing_of_cuda() -> None:
 
 
 def test_the_parameters_stand_in_the_sources_as_they_are_passed() -> None:
-    expected = [("address", name) for name in MATMUL_SIGNATURE.addresses]
-    expected += [("int", name) for name in MATMUL_SIGNATURE.numbers]
+    expected = [("address", name) for name in SIGNATURE.addresses]
+    expected += [("int", name) for name in SIGNATURE.numbers]
     found = {name: parameters for name, parameters in declared().items() if name.startswith("gta_matmul")}
     assert found == dict.fromkeys(("gta_matmul", "gta_matmul_8_rows", "gta_matmul_16_rows"), expected)
 
@@ -68,7 +69,7 @@ def test_the_kernels_of_a_variant_are_shared(cuda: FakeCuda) -> None:
     matmul_kernels.cache_clear()
     try:
         first = matmul_kernels(INT4, ORIN)
-        assert matmul_kernels(MatMulVariant(4, 32, "fp16"), Gpu(0, "Orin", "sm_87", 8)) is first
+        assert matmul_kernels(Variant(4, 32, "fp16"), Gpu(0, "Orin", "sm_87", 8)) is first
         assert matmul_kernels(INT8, ORIN) is not first
     finally:
         matmul_kernels.cache_clear()
@@ -92,13 +93,6 @@ def test_sizes_may_be_a_list_and_the_bias_absent(cuda: FakeCuda) -> None:
     call = {name: value for name, value in CALL.items() if name != "bias"}
     MatMulKernels(INT8, ORIN).launch(STREAM, **call | {"output_sizes": [320, 50], "outputs": [0x5000, 0x6000]})
     assert cuda.launches[0][3][3] == 0
-
-
-def test_no_call_needs_a_workspace(cuda: FakeCuda) -> None:
-    kernels = MatMulKernels(INT4, ORIN)
-    for rows in (1, 16, 17, 5000):
-        assert kernels.workspace_bytes(rows, 1280, (1280,)) == 0
-    assert "multiple of 8" in message(kernels.workspace_bytes, 1, 1281, (16,))
 
 
 def test_streams_and_handles_are_taken(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:

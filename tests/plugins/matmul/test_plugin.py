@@ -30,13 +30,16 @@ from gta_edge.plugins import plugin_base as tensorrt_base
 from gta_edge.plugins.matmul.definition import OPS, Sizes, attributes
 from gta_edge.plugins.matmul.kernels import matmul_kernels
 from gta_edge.plugins.matmul.packing import BLOCK_SIZES, pack
-from gta_edge.plugins.matmul.plugin import plugin_classes
-from gta_edge.plugins.matmul.plugin_call import Built, Parameters, describe_call, largest_workspace_bytes
-from gta_edge.plugins.matmul.tiling import FEW_ROWS, MatMulVariant
+from gta_edge.plugins.matmul.plugin import MatMulPlugin
+from gta_edge.plugins.matmul.plugin_call import Parameters, describe_call
+from gta_edge.plugins.matmul.tiling import Variant
 from gta_edge.plugins.plugin_base import take_failures
-from tests.plugins.attention.test_kernels_gpu import Memory, on_gpu
-from tests.plugins.attention.test_launches import FakeCuda
-from tests.plugins.attention.test_plugin import Fields, bounds, descs, message, numbers
+from gta_edge.plugins.plugin_call_base import Built
+from gta_edge.plugins.plugin_registry import plugin_class
+from tests.helpers.fake_cuda import FakeCuda
+from tests.helpers.gpu_calls import Memory, on_gpu
+from tests.helpers.plugin_values import Fields, bounds, descs, numbers
+from tests.helpers.refusals import message
 
 trt = pytest.importorskip("tensorrt_lean_bindings", reason="needs tensorrt-lean-cu13-bindings and -libs")
 
@@ -93,7 +96,7 @@ def test_they_are_registered_once_beside_the_attention(creators: dict[int, Any])
 
 
 def test_classes_are_made_once_per_module() -> None:
-    assert plugin_classes(trt) is plugin_classes(trt)
+    assert plugin_class(trt, MatMulPlugin) is plugin_class(trt, MatMulPlugin)
 
 
 # --- attributes ------------------------------------------------------------------------------------------------------
@@ -137,7 +140,7 @@ def test_what_is_serialised_makes_the_same_plugin(
     creators: dict[int, Any], bits: int, block: int, compute: str
 ) -> None:
     made = make(creators[bits], sizes=(320, 64, 128, 1280), block_size=block)
-    for built in (None, Built(compute, "sm_87", 8)):
+    for built in (None, Built(Variant(bits, block, compute), "sm_87", 8)):
         made.built = built
         again = creators[bits].create_plugin("layer", made.get_fields_to_serialize(), RUNTIME)
         assert again is not made
@@ -212,7 +215,7 @@ PARSER_SCRIPT = """
 import json, sys
 import tensorrt_rtx as trt
 from gta_edge.plugins.matmul.plugin_call import FIELDS, read_parameters
-from gta_edge.plugins.plugin_fields import read_fields
+from gta_edge.plugins.plugin_call_base import read_fields
 
 told = []
 
@@ -302,11 +305,9 @@ def test_types_that_are_refused(creators: dict[int, Any], changes: dict[int, Any
 @pytest.mark.parametrize("number", [2, 5])
 def test_a_wrong_number_of_inputs(creators: dict[int, Any], number: int) -> None:
     made = make(creators[8])
-    assert message(made.get_output_data_types, [HALF] * number) == (
-        f"{OPS[8]} has {number} inputs; expected x, weight, scale, and perhaps bias"
-    )
-    shapes = [trt.DimsExprs(3)] * number
-    assert message(made.get_output_shapes, shapes, [], None) == f"{OPS[8]} has {number} inputs; expected 3 or 4"
+    text = f"{OPS[8]} has {number} inputs; expected x, weight, scale, and perhaps bias"
+    assert message(made.get_output_data_types, [HALF] * number) == text
+    assert message(made.get_output_shapes, [trt.DimsExprs(3)] * number, [], None) == text
 
 
 @pytest.mark.parametrize("rank", [2, 3, 5])
@@ -390,7 +391,7 @@ NAMES = ("fp16", "int32", "fp16", "fp16")
 def test_shapes_that_are_refused(place: int, shape: tuple[int, ...], text: str) -> None:
     parameters, good = Parameters(4, 32, (48, 16, 7)), shapes(2, 3, 256, bias=True)
     call = describe_call(parameters, NAMES, tuple(good))
-    assert (call.compute, call.rows, call.in_features) == ("fp16", 6, 256)
+    assert (call.variant, call.sizes) == (Variant(4, 32, "fp16"), (6, 256, (48, 16, 7)))
     assert describe_call(parameters, NAMES[:3], tuple(good[:3])) == call
     good[place] = shape
     assert message(describe_call, parameters, NAMES, tuple(good)) == f"{OPS[4]} has {text}"
@@ -422,24 +423,11 @@ def test_a_build_settles_the_type_and_the_gpu(
     made = make(creators[bits], block_size=block)
     bound = profile((4, 512, 256), compute, bits=bits, block=block)
     made.configure_plugin(bound, [])
-    assert made.built == Built(compute, "sm_87", 8)
-    kernels = matmul_kernels(MatMulVariant(bits, block, compute), current_gpu())
-    expected = largest_workspace_bytes(kernels, 2048, 256, (48, 16, 7))
-    assert made.get_workspace_size(bound, []) == expected
+    assert made.built == Built(Variant(bits, block, compute), "sm_87", 8)
+    assert made.get_workspace_size(bound, []) == 0
     cloned = made.clone()
     again = creators[bits].create_plugin("layer", cloned.get_fields_to_serialize(), RUNTIME)
     assert again.built == made.built
-
-
-@pytest.mark.parametrize("rows", [1, FEW_ROWS, FEW_ROWS + 1, 300])
-@pytest.mark.parametrize("processors", [1, 8, 132])
-def test_the_workspace_suffices_for_all_smaller_calls(cuda: FakeCuda, rows: int, processors: int) -> None:
-    gpu = replace(current_gpu(), processors=processors)
-    kernels = matmul_kernels(MatMulVariant(4, 32, "fp16"), gpu)
-    fewer = matmul_kernels(MatMulVariant(4, 32, "fp16"), replace(gpu, processors=1))
-    largest = largest_workspace_bytes(kernels, rows, 1280, (320, 64, 128, 1280))
-    for of, each in itertools.product((kernels, fewer), range(1, rows + 1)):
-        assert of.workspace_bytes(each, 1280, (320, 64, 128, 1280)) <= largest
 
 
 def test_inputs_that_are_no_multiple_of_8(creators: dict[int, Any], cuda: FakeCuda) -> None:
@@ -525,7 +513,7 @@ def test_shapes_are_checked_before_anything_is_launched(creators: dict[int, Any]
 def test_kernels_are_loaded_before_the_first_call(creators: dict[int, Any], cuda: FakeCuda) -> None:
     """So that the first call may be in the capture of a graph."""
     built = make(creators[8])
-    built.built = Built("bf16", "sm_87", 8)
+    built.built = Built(Variant(8, 32, "bf16"), "sm_87", 8)
     restored = creators[8].create_plugin("layer", built.get_fields_to_serialize(), RUNTIME)
     assert cuda.loaded == []
     restored.attach_to_context(None)
@@ -537,27 +525,26 @@ def test_kernels_are_loaded_before_the_first_call(creators: dict[int, Any], cuda
 
 def test_an_engine_of_another_architecture(creators: dict[int, Any], cuda: FakeCuda) -> None:
     made = make(creators[4])
-    made.built = Built("fp16", "sm_89", 8)
+    made.built = Built(Variant(4, 32, "fp16"), "sm_89", 8)
     assert message(made.attach_to_context, None) == (
         "this engine was built on a GPU of sm_89, Fake is sm_87; build the engine again on this machine"
     )
 
 
 @pytest.mark.parametrize(("built_on", "planned_for"), [(4, 4), (8, 8), (100, 8)])
-def test_launches_are_planned_for_no_more_processors_than_the_workspace(
+def test_launches_are_planned_for_no_more_processors_than_the_build(
     creators: dict[int, Any], cuda: FakeCuda, built_on: int, planned_for: int
 ) -> None:
     made = make(creators[4], sizes=[32064])
-    made.built = Built("fp16", "sm_87", built_on)
+    made.built = Built(Variant(4, 32, "fp16"), "sm_87", built_on)
     Engine(made, (1, 1, 1280)).enqueue()
-    kernels = matmul_kernels(MatMulVariant(4, 32, "fp16"), replace(current_gpu(), processors=planned_for))
+    kernels = matmul_kernels(Variant(4, 32, "fp16"), replace(current_gpu(), processors=planned_for))
     kernels.launch(
         7,
         x=0x1000,
         weight=0x2000,
         scale=0x3000,
         outputs=[0x10000],
-        workspace=0xC000,
         rows=1,
         in_features=1280,
         output_sizes=(32064,),
@@ -613,7 +600,7 @@ class PluginCall:
         of = shapes(*x, bits=bits, block=block, sizes=sizes, bias=bias)
         bound = bounds(types, of, of)
         made.configure_plugin(bound, [])
-        self.memory.add("workspace", torch.zeros(max(16, made.get_workspace_size(bound, [])), dtype=torch.uint8))
+        assert made.get_workspace_size(bound, []) == 0
         restored = creators[bits].create_plugin("layer", made.get_fields_to_serialize(), RUNTIME)
         self.plugin, self.descs = restored.attach_to_context(None), descs(types, of)
         self.plugin.on_shape_change(self.descs, [])
@@ -621,7 +608,7 @@ class PluginCall:
     def launch(self, stream: int = 0) -> None:
         tensors = self.memory.tensors
         inputs, outputs = ([tensors[name].data_ptr() for name in part] for part in (self.inputs, self.results))
-        self.plugin.enqueue(self.descs, [], inputs, outputs, tensors["workspace"].data_ptr(), stream)
+        self.plugin.enqueue(self.descs, [], inputs, outputs, 0, stream)
 
     def check(self) -> None:
         torch.cuda.synchronize()

@@ -11,21 +11,11 @@ from gta_edge.cuda.compiler import compile_program
 from gta_edge.errors import BackendError
 from gta_edge.plugins.domain import KERNELS
 from gta_edge.plugins.matmul import packing
-from gta_edge.plugins.matmul.tiling import (
-    BLOCK_SIZES,
-    FEW_RESIDENT_WARPS,
-    FEW_ROWS,
-    MAX_INPUTS,
-    MAX_ROWS,
-    MatMulVariant,
-    few_launch,
-    many_launch,
-    matmul_programs,
-    plan_matmul,
-)
-from tests.cuda.test_compiler import ALL_COMPILES, BUILT_FOR, REGISTERS, needs_nvrtc
+from gta_edge.plugins.matmul.launches import MAX_INPUTS, MAX_ROWS, plan_matmul, programs_for
+from gta_edge.plugins.matmul.tiling import FEW_RESIDENT_WARPS, FEW_ROWS, Variant, few_launch, many_launch
 from tests.helpers.matmul_cases import VARIANTS
-from tests.plugins.attention.test_tiling import BLOCK_RESERVE, shared_limits
+from tests.helpers.nvrtc import ALL_COMPILES, BUILT_FOR, REGISTERS, needs_nvrtc
+from tests.helpers.shared_memory import BLOCK_RESERVE, shared_limits
 
 SETTINGS = settings(max_examples=300, deadline=None, derandomize=True)
 
@@ -39,19 +29,15 @@ sizes = st.integers(1, 200_000)
 GTA_1B = [(1280, 1792), (1280, 1280), (1280, 7168), (3584, 1280), (1280, 128256)]
 
 
-def test_the_block_sizes_are_those_of_the_packing() -> None:
-    assert BLOCK_SIZES == packing.BLOCK_SIZES
-
-
 # --- few rows ---------------------------------------------------------------------------------------------------------
 
 
 @given(variants, architectures, processors, st.integers(1, FEW_ROWS), inputs, sizes)
 @SETTINGS
 def test_few_rows_fit_and_leave_no_warp_and_no_block_without_work(
-    of: MatMulVariant, architecture: str, number: int, rows: int, in_features: int, out_features: int
+    of: Variant, architecture: str, number: int, rows: int, in_features: int, out_features: int
 ) -> None:
-    program = matmul_programs(of, architecture).few
+    program = programs_for(of, architecture).few
     per_processor, per_block = shared_limits(architecture)
     launch = few_launch(program, number, rows, in_features, out_features)
     units, tiles = -(-in_features // 128), -(-out_features // 16)
@@ -75,7 +61,7 @@ def test_few_rows_fit_and_leave_no_warp_and_no_block_without_work(
 
 
 @pytest.mark.parametrize("of", VARIANTS.values(), ids=str)
-def test_a_units_bytes_are_those_of_the_packed_arrays(of: MatMulVariant) -> None:
+def test_a_units_bytes_are_those_of_the_packed_arrays(of: Variant) -> None:
     weight, scale = packing.packed_shapes(256, 16, of.bits, of.block_size)
     scales = scale[1] * scale[2] * scale[3] * scale[4] if of.block_size else 0
     assert 2 * of.unit_bytes == 4 * weight[1] * 128 + 2 * scales
@@ -92,13 +78,13 @@ def test_a_units_bytes_are_those_of_the_packed_arrays(of: MatMulVariant) -> None
         ("sm_90", 132, 40),
     ],
 )
-@pytest.mark.parametrize("of", [MatMulVariant(4, 32, "bf16"), MatMulVariant(8, 0, "fp16")], ids=str)
+@pytest.mark.parametrize("of", [Variant(4, 32, "bf16"), Variant(8, 0, "fp16")], ids=str)
 @pytest.mark.parametrize("shape", GTA_1B)
 def test_one_row_keeps_enough_bytes_in_flight(
-    architecture: str, number: int, needed_kib: int, of: MatMulVariant, shape: tuple[int, int]
+    architecture: str, number: int, needed_kib: int, of: Variant, shape: tuple[int, int]
 ) -> None:
     """Bandwidth times latency of each multiprocessor, or else all that its one block has to read."""
-    program = matmul_programs(of, architecture).few
+    program = programs_for(of, architecture).few
     launch = few_launch(program, number, 1, *shape)
     assert launch is not None
     warps, units = launch.threads // 32, shape[0] // 128
@@ -122,9 +108,9 @@ def test_one_row_keeps_enough_bytes_in_flight(
 @given(variants, architectures, processors, st.integers(1, 5000), inputs, sizes)
 @SETTINGS
 def test_every_row_and_output_has_a_block(
-    of: MatMulVariant, architecture: str, number: int, rows: int, in_features: int, out_features: int
+    of: Variant, architecture: str, number: int, rows: int, in_features: int, out_features: int
 ) -> None:
-    programs = matmul_programs(of, architecture)
+    programs = programs_for(of, architecture)
     made = plan_matmul(programs, number, rows, in_features, (out_features,))
     assert made.program in programs.all
     assert made.kernel in made.program.kernels
@@ -141,8 +127,8 @@ def test_every_row_and_output_has_a_block(
 
 
 @pytest.mark.parametrize("of", VARIANTS.values(), ids=str)
-def test_the_tiles_are_sorted_and_their_shared_memory_is_counted(of: MatMulVariant) -> None:
-    programs = matmul_programs(of, "sm_86").many
+def test_the_tiles_are_sorted_and_their_shared_memory_is_counted(of: Variant) -> None:
+    programs = programs_for(of, "sm_86").many
     areas = [program.block_rows * program.block_outputs for program in programs]
     assert areas == sorted(areas, reverse=True)
     for program in programs:
@@ -151,7 +137,7 @@ def test_the_tiles_are_sorted_and_their_shared_memory_is_counted(of: MatMulVaria
 
 
 def test_a_tile_is_chosen_by_what_it_leaves_idle() -> None:
-    programs = matmul_programs(MatMulVariant(4, 128, "fp16"), "sm_90")
+    programs = programs_for(Variant(4, 128, "fp16"), "sm_90")
 
     def rows_of(number: int, rows: int, out_features: int) -> int:
         return plan_matmul(programs, number, rows, 1280, (out_features,)).program.block_rows
@@ -164,7 +150,7 @@ def test_a_tile_is_chosen_by_what_it_leaves_idle() -> None:
 
 
 def test_the_border_between_few_and_many() -> None:
-    programs = matmul_programs(MatMulVariant(8, 0, "fp16"), "sm_87")
+    programs = programs_for(Variant(8, 0, "fp16"), "sm_87")
     kernels = [plan_matmul(programs, 8, rows, 1280, (64,)).kernel for rows in (1, 8, 9, 16, 17)]
     assert kernels == ["gta_matmul_8_rows"] * 2 + ["gta_matmul_16_rows"] * 2 + ["gta_matmul"]
 
@@ -183,7 +169,7 @@ def test_the_border_between_few_and_many() -> None:
 )
 def test_variants_that_are_refused(arguments: tuple[int, int, str], text: str) -> None:
     with pytest.raises(BackendError) as error:
-        MatMulVariant(*arguments)
+        Variant(*arguments)
     assert str(error.value) == text
 
 
@@ -207,7 +193,7 @@ def test_variants_that_are_refused(arguments: tuple[int, int, str], text: str) -
     ],
 )
 def test_sizes_that_are_refused(call: dict[str, object], text: str) -> None:
-    programs = matmul_programs(MatMulVariant(4, 32, "fp16"), "sm_87")
+    programs = programs_for(Variant(4, 32, "fp16"), "sm_87")
     arguments = {"rows": 1, "in_features": 128, "output_sizes": (16,)} | call
     with pytest.raises(BackendError) as error:
         plan_matmul(programs, 8, **arguments)  # type: ignore[arg-type]
@@ -218,7 +204,7 @@ def test_sizes_that_are_refused(call: dict[str, object], text: str) -> None:
 @pytest.mark.parametrize(("rows", "outputs"), [(MAX_ROWS, 1), (17, 4194240), (1, 4194240)])
 def test_the_largest_sizes_have_a_grid(rows: int, outputs: int) -> None:
     for of in VARIANTS.values():
-        programs = matmul_programs(of, "sm_90")
+        programs = programs_for(of, "sm_90")
         for program in programs.many:
             x, y, _ = many_launch(program, rows, outputs).grid
             assert x * program.block_rows < 2**31
@@ -242,7 +228,7 @@ def compiles() -> list[object]:
     for name, of in VARIANTS.items():
         for architecture in BUILT_FOR:
             usual = of.block_size in (0, 32) and architecture == "sm_87"
-            is_default = usual or of == MatMulVariant(4, 32, "bf16")
+            is_default = usual or of == Variant(4, 32, "bf16")
             marks = [pytest.mark.skipif(not (ALL_COMPILES or is_default), reason="GTA_EDGE_ALL_COMPILES=1 compiles it")]
             found.append(pytest.param(of, architecture, marks=marks, id=f"{name}, {architecture}"))
     return found
@@ -250,8 +236,8 @@ def compiles() -> list[object]:
 
 @needs_nvrtc
 @pytest.mark.parametrize(("of", "architecture"), compiles())
-def test_every_variant_compiles_without_spilling(of: MatMulVariant, architecture: str) -> None:
-    programs = matmul_programs(of, architecture)
+def test_every_variant_compiles_without_spilling(of: Variant, architecture: str) -> None:
+    programs = programs_for(of, architecture)
     for program in programs.all:
         compiled = compile_program(program, architecture, KERNELS)
         assert set(compiled.resources) == set(program.kernels)
@@ -268,5 +254,5 @@ def test_every_variant_compiles_without_spilling(of: MatMulVariant, architecture
 
 
 def test_the_sources_are_part_of_the_package() -> None:
-    programs = matmul_programs(MatMulVariant(4, 32, "fp16"), "sm_87").all
+    programs = programs_for(Variant(4, 32, "fp16"), "sm_87").all
     assert {program.source for program in programs} <= {path.name for path in KERNELS.iterdir()}

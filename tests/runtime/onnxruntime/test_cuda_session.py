@@ -29,14 +29,14 @@ from gta_edge.graph.types import types_of_outputs
 from gta_edge.libraries import onnxruntime as ort
 from gta_edge.libraries.install import install_command
 from gta_edge.model.config import ModelConfig
+from gta_edge.model.kv_cache import cache_bytes
 from gta_edge.runtime.onnxruntime import cuda_session as backend
 from gta_edge.runtime.onnxruntime.cuda_lower import cuda_graph, cuda_model
 from gta_edge.runtime.onnxruntime.cuda_session import OnnxRuntimeCudaSession
 from gta_edge.runtime.registry import load
 from tests.helpers import reference
-from tests.runtime.onnxruntime.test_lowered import formula_logits, write_bundle, write_bundle_of
-from tests.runtime.onnxruntime.test_passes import MODELS, PRECISIONS, VOCAB, P
-from tests.runtime.tensorrt.test_lower import RMSNormalization
+from tests.helpers.small_models import MODELS, PRECISIONS, VOCAB, P, formula_logits, write_bundle, write_bundle_of
+from tests.helpers.tensorrt_graphs import RMSNormalization
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "onnxruntime-cuda.md"
 KEPT = "engines/onnxruntime-cuda"
@@ -228,7 +228,7 @@ def contents(directory: Path) -> dict[str, tuple[int, bytes]]:
 
 def test_each_type_is_made_once_and_kept(bundle: Bundle) -> None:
     first = [logits(on_cpu(bundle, compute=compute)) for compute in ("fp16", "fp32")]
-    names = ["model.onnx", "prepared.json", "weights.data"]
+    names = ["graph.json", "model.onnx", "weights.data"]
     before = contents(bundle.directory / KEPT)
     assert list(before) == [f"{compute}/{name}" for compute in ("fp16", "fp32") for name in names]
     told: list[Any] = []
@@ -243,7 +243,7 @@ def test_each_type_is_made_once_and_kept(bundle: Bundle) -> None:
     Bundle.open(bundle.directory, verify_hashes=True)  # the bundle itself is as it was
 
 
-@pytest.mark.parametrize("name", ["model.onnx", "weights.data", "prepared.json"])
+@pytest.mark.parametrize("name", ["model.onnx", "weights.data", "graph.json"])
 def test_what_is_damaged_is_made_anew(bundle: Bundle, name: str) -> None:
     wanted = logits(on_cpu(bundle, compute="fp16"))
     path = bundle.directory / KEPT / "fp16" / name
@@ -290,7 +290,7 @@ def test_the_cache_stays_where_it_is(bundle: Bundle, capfd: pytest.CaptureFixtur
             assert (content[:, :, 5:9] != 0).any(axis=-1).all()
             np.testing.assert_array_equal(content[:, :, :5], before[name][:, :, :5])
             np.testing.assert_array_equal(content[:, :, 9:], 0)
-        assert session.cache_bytes == 2 * 16 * session.config.cache_bytes_per_token(2)
+        assert session.cache_bytes == cache_bytes(session.config, "fp16", 16, batch=2)
     assert "in-place" not in capfd.readouterr().err
     assert session.cache_bytes == 0
 
@@ -526,7 +526,7 @@ def test_the_cache_is_updated_in_place(start, name: str, precision: str) -> None
         assert (content[:, :, 5:9] != 0).any(axis=-1).all()
         np.testing.assert_array_equal(content[:, :, :5], before[key][:, :, :5])
         np.testing.assert_array_equal(content[:, :, 9:], 0)
-    assert session.cache_bytes == 2 * 16 * session.config.cache_bytes_per_token(2)
+    assert session.cache_bytes == cache_bytes(session.config, "fp16", 16, batch=2)
 
 
 @on_gpu

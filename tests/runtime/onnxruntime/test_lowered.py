@@ -3,10 +3,8 @@
 Whatever is kept there, damaged, outdated or not to be had: a session gives the right logits.
 """
 
-import functools
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -27,50 +25,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gta_edge.errors import BackendError, BundleError
-from gta_edge.export.pipeline import export_model
 from gta_edge.formats import integrity
 from gta_edge.formats.bundle import MANIFEST, MODEL, WEIGHTS, Bundle
-from gta_edge.graph.weights import read_weights
 from gta_edge.libraries.install import install_command
-from gta_edge.model.config import ModelConfig
 from gta_edge.runtime.onnxruntime.lowered import lower
 from gta_edge.runtime.registry import load
-from tests.cli import environment, listing
 from tests.helpers import reference
-from tests.helpers.checkpoints import write_checkpoint
+from tests.helpers.commands import environment, listing
+from tests.helpers.limits import largest_file
 from tests.helpers.records import edit
-from tests.runtime.onnxruntime.test_passes import MODELS, PRECISIONS, VOCAB, traced_once
-from tests.runtime.onnxruntime.test_passes import WEIGHTS as TENSORS
+from tests.helpers.small_models import IDS, MODELS, formula_logits, write_bundle, write_bundle_of
 
 EXACT, ROUNDED = 1e-4, 0.5  # bounds for the largest error over the standard deviation of the exact logits
 KEPT = "engines/onnxruntime"
-RECORD, GRAPH, EXACT_GRAPH, PACKED = "prepared.json", "model.onnx", "exact.onnx", "weights.data"
-KEPT_FILES = [EXACT_GRAPH, GRAPH, RECORD, PACKED]  # in order
-
-IDS = np.random.default_rng(5).integers(0, VOCAB, (2, 10))
+RECORD, GRAPH, EXACT_GRAPH, PACKED = "graph.json", "model.onnx", "exact.onnx", "weights.data"
+KEPT_FILES = [EXACT_GRAPH, RECORD, GRAPH, PACKED]  # in order
 
 
 # --- bundles ---------------------------------------------------------------------------------------------------------
-
-
-def write_bundle(directory: Path, name: str, precision: str, *, seed: int | None = None, force: bool = False) -> Path:
-    """Export one of the models; with a seed, with other weights."""
-    weights = TENSORS[name]
-    if seed is not None:
-        weights = {key: value for key, value in reference.random_weights(MODELS[name], seed).items() if key in weights}
-    return write_bundle_of(directory, MODELS[name], weights, precision, force=force)
-
-
-def write_bundle_of(
-    directory: Path, entries: dict[str, Any], weights: dict[str, np.ndarray], precision: str, *, force: bool = False
-) -> Path:
-    kind, block = PRECISIONS[precision]
-    with tempfile.TemporaryDirectory() as temporary, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("gta_edge.export.graph.trace", traced_once)
-        checkpoint = Path(temporary, "checkpoint")
-        write_checkpoint(checkpoint, entries, weights)
-        export_model(checkpoint, directory, precision=kind, block_size=block, verify=False, force=force)
-    return directory
 
 
 @pytest.fixture(scope="module")
@@ -114,20 +86,6 @@ def logits(directory: Path, **options: Any) -> np.ndarray:
         parts = [session.forward(IDS[:, :7], all_logits=True)]
         parts += [session.forward(IDS[:, i : i + 1], all_logits=True) for i in range(7, 10)]
     return np.concatenate(parts, axis=1)
-
-
-@functools.cache
-def _formula(weights: str, model: str, directory: Path) -> np.ndarray:
-    config = json.loads((directory / "config.json").read_text())
-    tensors = dict(read_weights(directory / MODEL, ModelConfig.from_dict(config)))
-    formula = reference.gta_logits if "num_query_heads" in config else reference.llama_logits
-    return np.stack([formula(config, tensors, row) for row in IDS])
-
-
-def formula_logits(directory: Path) -> np.ndarray:
-    """The same logits from the formula in float64, for the weights that lie in the bundle."""
-    sums = [sha256((directory / name).read_bytes()).hexdigest() for name in (WEIGHTS, MODEL)]
-    return _formula(*sums, directory)
 
 
 def assert_right(directory: Path) -> None:
@@ -235,7 +193,7 @@ def test_weights_that_stay_as_they_are_are_not_written_again(kept: Path) -> None
 
 
 def test_the_same_bundle_gives_the_same_graph(kept: Path, bundle: Path) -> None:
-    """To the byte, so two processes that prepare at once can use each other's files."""
+    """To the byte, so two processes that lower at once can use each other's files."""
     load(bundle, "onnxruntime").close()
     for name in (GRAPH, EXACT_GRAPH, PACKED):
         assert (bundle / KEPT / name).read_bytes() == (kept / KEPT / name).read_bytes()
@@ -272,7 +230,7 @@ def test_weights_are_laid_out_once(bundle: Path) -> None:
     logits(bundle, exact=True, progress=lambda *step: told.append(step))
     assert told == first
     what, done, total = zip(*sorted(first, key=lambda step: step[1]), strict=True)
-    assert set(what) == {"laying out weights"}
+    assert set(what) == {"writing weights"}
     assert list(done) == list(range(1, total[0] + 1))
 
 
@@ -413,7 +371,7 @@ def test_without_a_place_for_the_secret_nothing_is_kept_or_believed(
     (tmp_path / "file").touch()
     monkeypatch.setenv("GTA_EDGE_CACHE", str(tmp_path / "file"))
     before = listing(kept)
-    assert not lower(Bundle.open(kept)).kept
+    assert not lower(Bundle.open(kept)).cached
     assert listing(kept) == before
 
 
@@ -590,7 +548,9 @@ def public() -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("precision", ["int4", "fp32"])
-def test_a_bundle_that_cannot_be_written_to(pristine: Path, public: Path, precision: str) -> None:
+def test_a_bundle_that_cannot_be_written_to(
+    pristine: Path, public: Path, precision: str, caplog: pytest.LogCaptureFixture
+) -> None:
     directory = public / "bundle"
     if precision == "int4":
         shutil.copytree(pristine, directory)
@@ -601,6 +561,7 @@ def test_a_bundle_that_cannot_be_written_to(pristine: Path, public: Path, precis
         before = listing(directory)
         exact, default = logits(directory, exact=True), logits(directory)
         assert listing(directory) == before
+    assert caplog.records == []
     assert reference.relative_error(exact, wanted) <= EXACT
     assert reference.relative_error(default, wanted) <= ROUNDED
     assert np.array_equal(default, exact) == (precision == "fp32")
@@ -622,16 +583,6 @@ def test_what_somebody_else_kept_and_may_not_be_read(lowered_once: Path, public:
     directory = shutil.copytree(lowered_once, public / "bundle")
     with read_only(directory, closed=directory / closed):
         assert_right(directory)
-
-
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("size", [0, 1000, 40_000])
@@ -687,6 +638,40 @@ def test_what_is_not_ours_is_not_replaced(bundle: Path) -> None:
     before = listing(bundle)
     assert_right(bundle)
     assert listing(bundle) == before
+
+
+@pytest.mark.parametrize("what", ["a file of somebody's", "a file in the place", "a link", "a file above"])
+def test_what_is_in_the_way_is_said_once(
+    bundle: Path, tmp_path: Path, what: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    place = bundle / KEPT
+    if what == "a file above":
+        place.parent.write_text("mine")
+    else:
+        place.parent.mkdir()
+    if what == "a file of somebody's":
+        place.mkdir()
+        (place / "mine").write_text("mine")
+    elif what == "a file in the place":
+        place.write_text("mine")
+    elif what == "a link":
+        (tmp_path / "elsewhere").mkdir()
+        place.symlink_to(tmp_path / "elsewhere")
+    for exact in (False, True):
+        load(bundle, "onnxruntime", exact=exact).close()
+    (record,) = caplog.records
+    assert (record.name.split(".")[0], record.levelname) == ("gta_edge", "WARNING")
+    text = record.getMessage()
+    assert text.startswith(f"{place}: is made anew at every load (") and text.isprintable()
+    assert ("mine" in text) is (what == "a file of somebody's")
+
+
+def test_what_an_earlier_version_cached_is_replaced(kept: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Its record had another name."""
+    (kept / KEPT / RECORD).rename(kept / KEPT / "prepared.json")
+    assert_right(kept)
+    assert_kept(kept)
+    assert caplog.records == []
 
 
 def test_what_is_kept_for_other_engines_stays(bundle: Path) -> None:

@@ -4,7 +4,6 @@ The meaning is what plain ONNX Runtime computes with none of its own rewriting, 
 """
 
 import functools
-import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -23,7 +22,7 @@ from onnx_ir.passes import common
 from gta_edge.errors import BackendError
 from gta_edge.export.graph import prepare, traced
 from gta_edge.export.quantizer import Quantizer
-from gta_edge.export.trace import trace
+from gta_edge.graph.io import run_passes
 from gta_edge.graph.share_dimensions import ShareDimensionsPass
 from gta_edge.model.config import ModelConfig
 from gta_edge.model.rope import rope_tables
@@ -33,7 +32,16 @@ from gta_edge.runtime.onnxruntime.passes.expand_attention import ExpandAttention
 from gta_edge.runtime.onnxruntime.passes.fuse_matmuls import FuseMatMulsPass
 from gta_edge.runtime.onnxruntime.passes.fuse_norms import FuseNormsPass
 from tests.helpers import reference
-from tests.plugins.attention.test_definition import Sizes, all_sizes, arrays, assert_cache, expected, model
+from tests.helpers.attention_models import Sizes, all_sizes, arrays, assert_cache, expected, model
+from tests.helpers.small_models import (
+    LAYERS,
+    MODELS,
+    PRECISIONS,
+    VOCAB,
+    WEIGHTS,
+    P,
+    traced_once,
+)
 
 TOLERANCE = 1e-4  # largest error over the standard deviation of the exact result
 SETTINGS = settings(max_examples=40, deadline=None, derandomize=True)
@@ -41,59 +49,7 @@ EXACT, ROUNDED = 1, 4  # levels of accuracy of ONNX Runtime's matmuls with integ
 
 # --- models ----------------------------------------------------------------------------------------------------------
 
-P, VOCAB, LAYERS = 24, 61, 2
-SMALL = {"vocab_size": VOCAB, "max_position_embeddings": P, "num_hidden_layers": LAYERS}
-MODELS = {
-    "more keys": reference.gta_entries(heads=4, n_q=4, n_k=2, n_c=1, d_k=16, d_l=8, e=2, **SMALL),
-    "more latents": reference.gta_entries(heads=4, n_q=4, n_k=1, n_c=2, d_k=8, d_l=16, **SMALL),
-    "as many": reference.gta_entries(heads=4, n_q=4, n_k=2, n_c=2, d_k=8, d_l=16, tie_word_embeddings=False, **SMALL),
-    "one of each": reference.gta_entries(heads=4, n_q=2, n_k=1, n_c=1, d_k=16, d_l=32, **SMALL),
-    "baseline": reference.llama_entries(**SMALL),
-}
-BIASES = {
-    "more keys": "qkvg",
-    "more latents": "vg",
-    "as many": {0: "qg", 1: "k"},  # by layer
-    "one of each": "",
-    "baseline": "",
-}
-PRECISIONS: dict[str, tuple[str, int | None]] = {
-    "fp32": ("fp32", None),
-    "fp16": ("fp16", None),
-    "bf16": ("bf16", None),
-    "int8": ("int8", None),
-    "int8 in blocks": ("int8", 16),
-    "int4": ("int4", 32),
-}
 INTEGERS = ["int8", "int8 in blocks", "int4"]
-
-
-def has_bias(name: str, parameter: str) -> bool:
-    if not parameter.endswith(".bias"):
-        return True
-    kinds = BIASES[name]
-    if isinstance(kinds, dict):
-        kinds = kinds[int(parameter.split(".")[2])]
-    return parameter.split(".")[-2][0] in kinds
-
-
-WEIGHTS = {
-    name: {key: value for key, value in reference.random_weights(entries).items() if has_bias(name, key)}
-    for name, entries in MODELS.items()
-}
-
-
-@functools.cache
-def _traced(config: str, biases: frozenset[str]) -> ir.Model:
-    return trace(ModelConfig.from_dict(json.loads(config)), sorted(biases))
-
-
-def traced_once(config: ModelConfig, biases: Iterable[str]) -> ir.Model:
-    """The same as ``trace``, which takes a second: so each model is traced once, and copied."""
-    copied = _traced(json.dumps(config.to_dict()), frozenset(biases)).clone()
-    for value in copied.graph.initializers.values():
-        value.type = ir.TensorType(value.dtype)  # copies share theirs with the original, and passes change it
-    return copied
 
 
 @functools.cache
@@ -354,7 +310,7 @@ def test_a_decoder_in_another_type() -> None:
 
 def test_a_decoder_that_is_no_stored_tensor() -> None:
     with pytest.raises(BackendError, match="value decoder value_decoder is no stored tensor; export the bundle again"):
-        ExpandAttentionPass()(ir.from_proto(model(Sizes())))
+        run_passes(ir.from_proto(model(Sizes())), "model.onnx", ExpandAttentionPass())
 
 
 def test_a_decoder_that_is_computed() -> None:
@@ -364,7 +320,7 @@ def test_a_decoder_that_is_computed() -> None:
     graph = one_attention(inputs, sizes, ["Neg"])
     inputs["value_decoder"] = -inputs["value_decoder"]
     try:
-        ExpandAttentionPass()(graph)
+        run_passes(graph, "model.onnx", ExpandAttentionPass())
     except BackendError:
         return
     assert_attends(graph, inputs, sizes)
@@ -571,7 +527,7 @@ class Matrix:
         scales = np.repeat(self.scales, self.block, axis=0) if self.block else self.scales
         return self.codes.astype(np.float64) * scales.astype(np.float64)
 
-    def product(self, x: np.ndarray) -> np.ndarray:
+    def matmul(self, x: np.ndarray) -> np.ndarray:
         return reference.double(x) @ self.values + (0 if self.bias is None else self.bias)
 
     @property
@@ -687,6 +643,33 @@ def test_products_of_different_inputs_or_kinds_stay_apart() -> None:
     x, z = normal(3, 32), normal(3, 32, seed=1)
     for (name, value), matrix in zip(run(graph, {"x": x, "z": z}).items(), (*matrices, other), strict=True):
         assert reference.relative_error(value, matrix.matmul(z if matrix is other else x)) <= 1e-5, name
+
+
+@pytest.mark.parametrize("output", [True, False])
+def test_a_matmul_that_is_used_without_its_bias_too(output: bool) -> None:
+    matrix = Matrix(0, 32, 5, 8, None, bias=True)
+    nodes, outputs = matrix.nodes("x"), {"y0": ["batch", 5], "m0.matmul": ["batch", 5]}
+    if not output:
+        nodes.append(helper.make_node("Neg", ["m0.matmul"], ["negative"]))
+        outputs = {"y0": ["batch", 5], "negative": ["batch", 5]}
+    graph = small(nodes, {"x": ["batch", 32]}, outputs, matrix.tensors)
+    assert FuseMatMulsPass(EXACT)(graph).modified
+    x = normal(3, 32)
+    found = list(run(graph, {"x": x}).values())
+    assert reference.relative_error(found[0], matrix.matmul(x)) <= 1e-5
+    plain = matrix.matmul(x) - np.asarray(matrix.bias, np.float64)
+    assert reference.relative_error(found[1] if output else -found[1], plain) <= 1e-5
+
+
+def test_weights_with_zero_points_are_left_alone() -> None:
+    matrix = Matrix(0, 32, 5, 8, None)
+    nodes = matrix.nodes("x")
+    nodes[1].input.append("zero")
+    tensors = matrix.tensors | {"zero": np.arange(5, dtype=np.int8)}
+    graph = small(nodes, {"x": ["batch", 32]}, {"y0": ["batch", 5]}, tensors)
+    before = serialise(graph)
+    assert not FuseMatMulsPass(EXACT)(graph).modified
+    assert serialise(graph) == before
 
 
 @pytest.mark.parametrize("shape", [(1,), (5, 1), (3, 5)], ids=str)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from gta_edge.errors import BackendError, CapacityError
 from gta_edge.export.pipeline import export_model
 from gta_edge.formats.bundle import Bundle
+from gta_edge.model.kv_cache import cache_bytes, cache_tensors
 from gta_edge.runtime.onnxruntime.session import OnnxRuntimeSession, _move_apart
 from gta_edge.runtime.registry import load
 from tests.helpers import reference
@@ -210,8 +211,10 @@ def test_truncated_to_few_tokens_attention_is_cheap_again_where_nothing_has_to_m
 def test_cache_bytes_are_what_is_held(session: OnnxRuntimeSession) -> None:
     assert session.cache_bytes == 0
     session.forward(ids(3, 17))
-    per_token = session.config.cache_bytes_per_token()
-    assert session.cache_bytes == 3 * 32 * per_token == sum(cache.nbytes for cache in session._caches.values())
+    held = {name: (buffer.shape, buffer.nbytes) for name, buffer in session._buffers.items()}
+    tensors = cache_tensors(session.config)
+    assert held == {tensor.name: (tensor.shape(3, 32), tensor.nbytes(3, 32)) for tensor in tensors}
+    assert session.cache_bytes == cache_bytes(session.config, "fp32", 32, batch=3) == sum(n for _, n in held.values())
 
 
 def test_no_memory_for_the_cache(session: OnnxRuntimeSession, monkeypatch: pytest.MonkeyPatch) -> None:

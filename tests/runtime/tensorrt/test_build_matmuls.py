@@ -21,7 +21,7 @@ from gta_edge.runtime.tensorrt.build import build, lower_only
 from gta_edge.runtime.tensorrt.engine import EngineSpec, load_engine
 from gta_edge.runtime.tensorrt.lower import lower
 from gta_edge.runtime.tensorrt.matmul_choice import PHASES, MatMulCall, Timing
-from tests.cli import Result
+from tests.helpers.commands import Result
 from tests.helpers.records import edit
 
 SPEC = EngineSpec("tensorrt", "bf16", "bf16", max_length=64, max_batch=2, chunk_size=32)
@@ -104,9 +104,9 @@ def test_where_nothing_is_quantised_nothing_is_said(
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"int4": "both"}, "--matmul is 'both'; expected auto, plugin, native"),
+        ({"matmul": "both"}, "--matmul is 'both'; expected auto, plugin, native"),
         (
-            {"engine": "tensorrt-rtx", "int4": "plugin"},
+            {"engine": "tensorrt-rtx", "matmul": "plugin"},
             "tensorrt-rtx takes no plugins; leave out --matmul plugin, or build with --engine tensorrt",
         ),
     ],
@@ -126,7 +126,7 @@ def test_a_plugin_for_matrices_that_are_not_quantised(copied_bundle: Path) -> No
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"matmul": "auto"}, "matmuls are 'auto'; expected plugin or native"),
+        ({"matmul": "auto"}, "matmul is 'auto'; expected plugin or native"),
         (
             {"matmul": "plugin", "compute": "fp32", "form": "function"},
             "the plugin multiplies in fp16 or bf16",
@@ -231,7 +231,7 @@ def test_what_was_asked_for_is_not_timed(bundle: Bundle, monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     "damage",
     [
-        lambda record: record.update(matmuls=1),
+        lambda record: record.update(matmul=1),
         lambda record: record.update(matmul_timings="none"),
         lambda record: record["spec"].update(matmul=4),
     ],

@@ -4,9 +4,8 @@ The meaning is checked by running what is written: float16 on ONNX Runtime's CPU
 Whether TensorRT takes it is asked of the parser and the builder of TensorRT-RTX, which need no GPU.
 """
 
-import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,134 +17,45 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
-from onnx.reference import ReferenceEvaluator
-from onnx.reference.op_run import OpRun
 from onnx_ir.passes import common
 
 from gta_edge.errors import BundleError, CapacityError, EngineError, GtaEdgeError, InputError, OutputError
 from gta_edge.export.pipeline import export_model
 from gta_edge.formats.bundle import Bundle
+from gta_edge.graph.io import run_passes
 from gta_edge.graph.retype import ConvertPrecisionPass
 from gta_edge.model.config import ModelConfig
+from gta_edge.model.kv_cache import input_shapes, interface_names
 from gta_edge.plugins.attention import definition as op
 from gta_edge.plugins.attention.plugin_call import QUANTISED_CACHE
 from gta_edge.runtime.tensorrt.lower import lower
 from gta_edge.runtime.tensorrt.passes.fold_constants import FoldConstantsPass
+from gta_edge.runtime.tensorrt.passes.keep_plugin_nodes import KeepPluginNodesPass
 from gta_edge.runtime.tensorrt.passes.lower_opset import OPSET, LowerOpsetPass
 from gta_edge.runtime.tensorrt.passes.quantize_cache import QuantizeCachePass
-from gta_edge.runtime.tensorrt.passes.remove_functions import KeepPluginNodesPass
 from gta_edge.runtime.tensorrt.passes.set_capacity import SetCapacityPass
 from tests.helpers import reference
 from tests.helpers.checkpoints import write_checkpoint
-from tests.runtime.onnxruntime.test_passes import traced_once
+from tests.helpers.tensorrt_graphs import (
+    BATCH,
+    CAPACITY,
+    LAYERS,
+    TABLE,
+    Bundles,
+    Exact,
+    in_reference,
+    logits,
+    on_onnxruntime,
+)
 
-CAPACITY, BATCH, LAYERS, VOCAB = 16, 2, 2, 61
-SMALL = {"vocab_size": VOCAB, "max_position_embeddings": 24, "num_hidden_layers": LAYERS}
-TABLE = {
-    "gta, tied": reference.gta_entries(heads=4, n_q=4, n_k=2, n_c=1, d_k=16, d_l=8, e=2, **SMALL),
-    "gta, untied": reference.gta_entries(
-        heads=4, n_q=4, n_k=1, n_c=2, d_k=8, d_l=16, tie_word_embeddings=False, **SMALL
-    ),
-    "gqa, tied": reference.llama_entries(**SMALL),
-    "gqa, untied": reference.llama_entries(tie_word_embeddings=False, **SMALL),
-}
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
 NUMPY = {"fp32": np.float32, "fp16": np.float16, "bf16": ml_dtypes.bfloat16}
 ONNX = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16, "int8": TensorProto.INT8}
 ONNX |= {"fp8": TensorProto.FLOAT8E4M3FN, "fp32": TensorProto.FLOAT}
 FLOATS = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE}
 
-Bundles = Callable[[str, str], Bundle]
-Exact = Callable[[str, str], np.ndarray]
-
-
-@pytest.fixture(scope="module")
-def bundles(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bundles]:
-    """``bundles("gta, tied", "int4")``; made once, and not to be changed."""
-    directory = tmp_path_factory.mktemp("bundles")
-    for name, entries in TABLE.items():
-        write_checkpoint(directory / name, entries, reference.random_weights(entries))
-
-    @functools.cache
-    def bundle(name: str, precision: str) -> Bundle:
-        return export_model(
-            directory / name, directory / f"{name}, {precision}", precision=precision, verify=False
-        ).bundle
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("gta_edge.export.graph.trace", traced_once)
-        yield bundle
-
 
 # --- running what is written -----------------------------------------------------------------------------------------
-
-Run = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
-
-
-def on_onnxruntime(path: Path) -> Run:
-    """ONNX Runtime leaves the graph as it is, so every node runs in the type that it has."""
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # a warning for every cache that is copied
-    options.intra_op_num_threads = 1
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    names = [value.name for value in session.get_outputs()]
-    return lambda feeds: dict(zip(names, session.run(names, feeds), strict=True))
-
-
-class RMSNormalization(OpRun):
-    """As the standard has it: ONNX's own reference sums in the input's type, whatever ``stash_type`` says."""
-
-    op_domain = ""
-
-    def _run(
-        self, x: np.ndarray, weight: np.ndarray, axis: int = -1, epsilon: float = 1e-5, stash_type: int = 1
-    ) -> tuple[np.ndarray]:
-        assert (axis, stash_type) == (-1, 1)
-        wide = x.astype(np.float32)
-        normed = wide / np.sqrt(np.mean(wide * wide, axis=-1, keepdims=True) + np.float32(epsilon))
-        return (normed.astype(x.dtype) * weight,)
-
-
-def in_reference(path: Path) -> Run:
-    evaluator = ReferenceEvaluator(str(path), new_ops=[RMSNormalization])
-    return lambda feeds: dict(zip(evaluator.output_names, evaluator.run(None, feeds), strict=True))
-
-
-def logits(run: Run, name: str, dtype: type) -> np.ndarray:
-    """All logits of a ragged prefill, 5 and 3 tokens, and of three tokens more, one at a time."""
-    rng = np.random.default_rng(0)
-    caches = ModelConfig.from_dict(TABLE[name]).caches
-    state = {
-        f"past_{cache.name}.{i}": np.zeros((BATCH, cache.heads, CAPACITY, cache.width), dtype)
-        for i in range(LAYERS)
-        for cache in caches
-    }
-    length, found = np.array([0, 0]), []
-    for tokens, real in ((5, [5, 3]), (1, [1, 1]), (1, [1, 1]), (1, [1, 1])):
-        feeds = {
-            "input_ids": rng.integers(0, VOCAB, (BATCH, tokens)),
-            "past_length": length,
-            "logit_positions": np.tile(np.arange(tokens), (BATCH, 1)),
-        }
-        outputs = run(feeds | state)
-        assert outputs["logits"].dtype == np.float32
-        assert all(outputs[key.replace("past", "present")].dtype == dtype for key in state)
-        found.append(outputs["logits"])
-        state = {key: outputs[key.replace("past", "present")] for key in state}
-        length = length + real
-    return np.concatenate(found, axis=1)
-
-
-@pytest.fixture(scope="module")
-def exact(bundles: Bundles) -> Exact:
-    """``exact("gta, tied", "int4")`` returns the logits of the bundle's own graph, in float32."""
-
-    @functools.cache
-    def compute(name: str, precision: str) -> np.ndarray:
-        return logits(on_onnxruntime(bundles(name, precision).model_path), name, np.float32)
-
-    return compute
 
 
 every_model = pytest.mark.parametrize("name", TABLE)
@@ -283,9 +193,14 @@ def test_the_plugins_nodes(bundles: Bundles, tmp_path: Path, name: str, cache: s
         assert len(node.input) == 10 + len(scales)
         assert list(node.input[4:6]) == past and list(node.input[10:]) == scales
         assert list(node.output[1:]) == [name.replace("past", "present") for name in (*past, *scales)]
+    config = ModelConfig.from_dict(TABLE[name])
+    sizes = {"batch": "batch", "tokens": "tokens", "positions": "positions", "capacity": CAPACITY}
+    found = {value.name: tuple(shape_and_type(value)[0]) for value in model.graph.input}
+    assert list(found.items()) == list(input_shapes(config, cache or "bf16", **sizes).items())
+    assert [value.name for value in model.graph.output] == interface_names(config, cache or "bf16")[1]
     values = {value.name: value for value in (*model.graph.input, *model.graph.output)}
     for i in range(LAYERS):
-        for kind, spec in zip(kinds, ModelConfig.from_dict(TABLE[name]).caches, strict=True):
+        for kind, spec in zip(kinds, config.caches, strict=True):
             for side in ("past", "present"):
                 label = kind.replace("past", side)
                 assert shape_and_type(values[f"{label}.{i}"]) == (
@@ -426,9 +341,9 @@ def test_an_append(tokens: int) -> None:
 def test_what_is_not_written_out(node: onnx.NodeProto, message: str) -> None:
     info = (TensorProto.FLOAT, ["b", "t", 6])
     model = graph_of([node], {"x": info}, {"y": info}, {"w": np.ones((6, 3), np.float32)})
-    with pytest.raises(ir.passes.PassError) as caught:
-        ir.passes.Sequential(LowerOpsetPass())(model)
-    assert_one_line(caught.value.__cause__, EngineError, message)
+    with pytest.raises(EngineError) as caught:
+        run_passes(model, "model.onnx", LowerOpsetPass())
+    assert_one_line(caught.value, EngineError, message)
 
 
 def assert_one_line(error: BaseException | None, kind: type[GtaEdgeError], message: str) -> None:
@@ -511,9 +426,9 @@ RELU = helper.make_node("Relu", ["x"], ["y"])
     ],
 )
 def test_graphs_that_are_not_ours(change: Callable[[], Any], model: ir.Model, message: str) -> None:
-    with pytest.raises(ir.passes.PassError) as caught:
-        ir.passes.Sequential(change())(model)
-    assert_one_line(caught.value.__cause__, EngineError, message)
+    with pytest.raises(EngineError) as caught:
+        run_passes(model, "model.onnx", change())
+    assert_one_line(caught.value, EngineError, message)
 
 
 def test_passes_in_the_wrong_order(bundles: Bundles) -> None:
@@ -522,13 +437,13 @@ def test_passes_in_the_wrong_order(bundles: Bundles) -> None:
         (QuantizeCachePass("fp8"), "the model keeps its functions"),
         (LowerOpsetPass(), "the model has functions"),
     ):
-        with pytest.raises(ir.passes.PassError) as caught:
-            ir.passes.Sequential(change)(model)
-        assert_one_line(caught.value.__cause__, EngineError, message)
+        with pytest.raises(EngineError) as caught:
+            run_passes(model, "model.onnx", change)
+        assert_one_line(caught.value, EngineError, message)
     ConvertPrecisionPass("fp16")(model)
-    with pytest.raises(ir.passes.PassError) as caught:
-        ir.passes.Sequential(ConvertPrecisionPass("bf16"))(model)
-    assert_one_line(caught.value.__cause__, EngineError, "the graph's inputs are float16, expected float32")
+    with pytest.raises(EngineError) as caught:
+        run_passes(model, "model.onnx", ConvertPrecisionPass("bf16"))
+    assert_one_line(caught.value, EngineError, "the graph's inputs are float16, expected float32")
 
 
 def test_constants_take_the_type_of_what_they_meet() -> None:

@@ -29,9 +29,9 @@ from gta_edge.runtime.tensorrt.matmul_choice import (
     choose,
 )
 from gta_edge.runtime.tensorrt.matmul_timing import copies_of, matmul_model, time_matmuls
+from tests.helpers.packed_matmuls import attach_functions, run
 from tests.helpers.tensorrt_simulator import Driver
 from tests.helpers.tensorrt_simulator import _module as simulated_module
-from tests.runtime.tensorrt.test_pack_matmuls import attach_functions, run
 
 SETTINGS = settings(max_examples=200, deadline=None, derandomize=True)
 CALL, HEAD = MatMulCall(4, 32, 128, (128, 64), False), MatMulCall(4, 32, 128, (61,), False, head=True)
@@ -67,9 +67,9 @@ def test_products_weigh_as_often_as_a_step_has_them() -> None:
     often = timings({"plugin": 2, "native": 1}, {"plugin": 1, "native": 1}, count=10)
     once = timings({"plugin": 1, "native": 9}, {"plugin": 1, "native": 1})
     made = choose(often + once)
-    assert made.matmuls == "native"
+    assert made.matmul == "native"
     assert made.microseconds == {"decode": {"plugin": 21, "native": 19}, "prefill": {"plugin": 11, "native": 11}}
-    assert choose(often[:2] + [Timing(HEAD, 2, t.phase, t.microseconds) for t in once]).matmuls == "plugin"
+    assert choose(often[:2] + [Timing(HEAD, 2, t.phase, t.microseconds) for t in once]).matmul == "plugin"
 
 
 def test_where_nothing_is_quantised_there_is_nothing_to_choose() -> None:
@@ -86,10 +86,10 @@ def test_the_chosen_one_is_never_slower_at_both(measured: list[tuple[int, float,
     for count, *times in measured:
         made += timings(*({"plugin": a, "native": b} for a, b in (times[:2], times[2:])), count=count)
     choice = choose(made)
-    (other,) = set(IMPLEMENTATIONS) - {choice.matmuls}
+    (other,) = set(IMPLEMENTATIONS) - {choice.matmul}
     decode, prefill = (choice.microseconds[phase] for phase in PHASES)
-    assert decode[choice.matmuls] <= decode[other] or prefill[choice.matmuls] * SLOWER_PREFILL < prefill[other]
-    assert prefill[choice.matmuls] <= SLOWER_PREFILL * prefill[other]
+    assert decode[choice.matmul] <= decode[other] or prefill[choice.matmul] * SLOWER_PREFILL < prefill[other]
+    assert prefill[choice.matmul] <= SLOWER_PREFILL * prefill[other]
 
 
 # --- what is timed ---------------------------------------------------------------------------------------------------

@@ -12,19 +12,16 @@ import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from onnx_ir.passes import common
 
-from gta_edge.errors import EngineError
 from gta_edge.export.pipeline import export_model
 from gta_edge.formats.bundle import Bundle
 from gta_edge.graph.retype import ConvertPrecisionPass
 from gta_edge.numerics.quantization import pack_nibbles
-from gta_edge.plugins.domain import DOMAIN
 from gta_edge.plugins.matmul import definition as op
 from gta_edge.plugins.matmul.packing import packed_shapes
 from gta_edge.runtime.tensorrt.matmul_choice import MatMulCall, calls_of
@@ -32,20 +29,8 @@ from gta_edge.runtime.tensorrt.passes.pack_matmuls import PackMatMulsPass
 from gta_edge.runtime.tensorrt.passes.set_capacity import SetCapacityPass
 from tests.helpers import reference
 from tests.helpers.checkpoints import write_checkpoint
-from tests.runtime.tensorrt.test_lower import (
-    CAPACITY,
-    LAYERS,
-    TABLE,
-    Bundles,
-    Exact,
-    bundles,
-    exact,
-    in_reference,
-    logits,
-    on_onnxruntime,
-)
-
-__all__ = ["bundles", "exact"]  # fixtures
+from tests.helpers.packed_matmuls import attach_functions, run
+from tests.helpers.tensorrt_graphs import CAPACITY, LAYERS, TABLE, Bundles, Exact, in_reference, logits, on_onnxruntime
 
 FLOAT32_NOISE = 1e-5
 SETTINGS = settings(max_examples=30, deadline=None, derandomize=True)
@@ -63,7 +48,7 @@ class Maker:
         self.stored: list[Any] = []
         self.outputs: list[Any] = []
 
-    def product(
+    def matmul(
         self,
         x: str,
         name: str,
@@ -122,30 +107,6 @@ class Maker:
         made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)], ir_version=11)
         onnx.checker.check_model(made, full_check=True)
         return ir.from_proto(made)
-
-
-def attach_functions(model: ir.Model) -> None:
-    """Add the functions of our matmuls, which a graph that goes to TensorRT does not have."""
-    for node in model.graph:
-        for bits, name in op.OPS.items():
-            if (node.domain, node.op_type) == (DOMAIN, name):
-                outputs, bias = len(node.outputs), len(node.inputs) == len(op.INPUTS)
-                node.overload = op.overload(outputs, bias)
-                function = ir.serde.deserialize_function(onnx.parser.parse_function(op.function(bits, outputs, bias)))
-                model.functions[function.identifier()] = function
-
-
-def run(model: ir.Model, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Every output by name. ONNX Runtime leaves the graph as it is, so nothing is fused there."""
-    attach_functions(model)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = 1
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    content = ir.to_proto(model).SerializeToString()
-    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    names = [value.name for value in session.get_outputs()]
-    return dict(zip(names, session.run(names, feeds), strict=True))
 
 
 def copy(model: ir.Model) -> ir.Model:
@@ -473,10 +434,32 @@ def test_the_products_of_a_model(bundles: Bundles) -> None:
     assert {each.bits for each in baseline} == {8} and {each.block_size for each in baseline} == {0}
 
 
-def test_an_input_of_unknown_width(bundles: Bundles) -> None:
-    model = ir.load(bundles("gqa, tied", "int4").model_path)
+def test_the_matmuls_of_a_model_whose_values_have_no_shapes(bundles: Bundles) -> None:
+    """The stored weights tell every size."""
+    path = bundles("gqa, tied", "int4").model_path
+    model, plain = ir.load(path), ir.load(path)
     for node in model.graph:
         for value in node.outputs:
             value.shape = None
-    with pytest.raises(EngineError, match=r"^the width of .* is not known; export the bundle again$"):
-        calls_of(model)
+    assert calls_of(model) == calls_of(plain)
+    assert len(calls_of(plain)) == 5
+
+
+def test_a_matrix_that_is_used_twice_and_packed_once() -> None:
+    """With an input of one axis it is left, with another it is packed."""
+    made = Maker()
+    made.matmul("x", "a", (128, 16))
+    made.nodes.append(helper.make_node("MatMul", ["v", "a.matrix"], ["b"]))
+    made.outputs.append(helper.make_tensor_value_info("b", TensorProto.FLOAT, [16]))
+    model = made.model(X, ("v", [128]))
+    done = packed(model)
+    assert (done.calls, done.matmuls) == (1, 1)
+    assert done.left == {"a.transposed": "it is multiplied by a tensor of 1 axes, expected at least two"}
+    assert counts(model)["DequantizeLinear"] == 1
+
+
+def test_nothing_is_changed_where_matmuls_are_counted(bundles: Bundles) -> None:
+    model = ir.load(bundles("gta, tied", "int4").model_path)
+    before = ir.to_proto(model).SerializeToString()
+    calls_of(model)
+    assert ir.to_proto(model).SerializeToString() == before

@@ -21,7 +21,7 @@ SCRIPT = """
 import json, sys
 import tensorrt_rtx as trt
 from gta_edge.plugins.attention import plugin_call as plugin
-from gta_edge.plugins.plugin_fields import IGNORED_ATTRIBUTES, read_fields
+from gta_edge.plugins.plugin_call_base import IGNORED_ATTRIBUTES, read_fields
 
 class Creator(trt.IPluginCreatorV3One):
     def __init__(self):
@@ -83,7 +83,6 @@ def test_the_parser_gives_the_creator_what_the_plugin_reads(
             "num_latent_heads": config.num_latent_heads,
             "scale": pytest.approx(config.scale),
             "quantised_cache": cache is not None,
-            "declare_alias": False,
             "phase": "BUILD",
         }
     ]

@@ -11,6 +11,7 @@ import pytest
 
 from gta_edge.errors import BackendError, CapacityError, InputError
 from gta_edge.formats.bundle import Bundle
+from gta_edge.model.kv_cache import cache_tensors
 from gta_edge.runtime.tensorrt.build import LOGIT_POSITIONS, buffer_bytes
 from gta_edge.runtime.tensorrt.engine import EngineSpec
 from gta_edge.runtime.tensorrt.session import TensorRTSession
@@ -97,7 +98,7 @@ def test_past_and_present_are_one_memory_that_no_step_copies(session: TensorRTSe
         "copy pinned to device",
         "copy device to pinned",
     }
-    size = session.config.cache_bytes_per_token(2) * LENGTH * ROWS
+    size = sum(tensor.nbytes(ROWS, LENGTH) for tensor in cache_tensors(session.config, "fp16"))
     assert session.cache_bytes == SPEC.cache_bytes(session.config) == size
     assert driver.used_bytes() >= size
 

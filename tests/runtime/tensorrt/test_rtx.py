@@ -23,7 +23,7 @@ from gta_edge.runtime.tensorrt.build import profile_shapes
 from gta_edge.runtime.tensorrt.builder import Target, build_plan
 from gta_edge.runtime.tensorrt.engine import EngineSpec
 from gta_edge.runtime.tensorrt.lower import lower
-from tests.runtime.onnxruntime.test_passes import traced_once
+from tests.helpers.small_models import traced_once
 
 pytest.importorskip("tensorrt_rtx", reason="the parser and the builder of the package tensorrt-rtx are needed")
 

@@ -18,10 +18,11 @@ from gta_edge.accuracy.tolerance import COMPUTE_BOUNDS, difference
 from gta_edge.errors import BackendError
 from gta_edge.model.config import ModelConfig
 from gta_edge.model.decoder import Decoder
-from gta_edge.plugins.attention import torch_kernels
+from gta_edge.plugins.attention import torch as torch_ops
 from gta_edge.runtime.torch import session as backend
 from gta_edge.runtime.torch.session import COMPUTE_TYPES, TorchSession
 from tests.helpers import reference
+from tests.helpers.torch_graphs import WithoutGraph
 
 P = 400
 VOCAB = 89
@@ -161,13 +162,13 @@ def test_a_prompt_at_once_and_token_by_token(start, model, compute):
 @pytest.mark.parametrize("tokens", [1, 5, 40])
 def test_the_kernels_run_what_they_are_made_for(start, model, compute, tokens, monkeypatch):
     variants = []
-    real = torch_kernels.attention_kernels
+    real = torch_ops.attention_kernels
 
     def noted(variant, gpu):
         variants.append(variant)
         return real(variant, gpu)
 
-    monkeypatch.setattr(torch_kernels, "attention_kernels", noted)
+    monkeypatch.setattr(torch_ops, "attention_kernels", noted)
     start().forward(prompt(2, tokens))
     assert bool(variants) == (model in ON_KERNELS)
     assert {variant.compute for variant in variants} <= {compute}
@@ -265,17 +266,6 @@ def test_the_first_token_of_a_graph_leaves_the_cache_as_it_was(start, model, com
     found = session.forward(ids[:, 33:])
     for row in range(2):
         assert_near(found[row], expected(model, compute, ids[row])[-1], compute)
-
-
-class WithoutGraph:
-    """In the place of ``DecodeGraph``: the same step, launched operator by operator."""
-
-    def __init__(self, model: Decoder, caches: Any, batch: int) -> None:
-        self._model, self._caches = model, caches
-
-    def replay(self, ids: np.ndarray, past_length: np.ndarray) -> torch.Tensor:
-        inputs = [torch.tensor(x, device="cuda") for x in (ids, past_length, np.zeros_like(ids))]
-        return self._model(*inputs, self._caches)[0].cpu()
 
 
 @on_gpu

@@ -39,7 +39,7 @@ from gta_edge.runtime.torch import session as backend
 from gta_edge.runtime.torch.session import TorchSession, load_decoder, multiplies_codes
 from tests.helpers import reference
 from tests.helpers.checkpoints import write_checkpoint
-from tests.runtime.torch.test_gpu import WithoutGraph
+from tests.helpers.torch_graphs import WithoutGraph
 
 P = 400
 VOCAB = 89
@@ -417,16 +417,16 @@ def test_a_session_on_the_gpu(start, bundle, compute):
 @in_halves
 @pytest.mark.parametrize("tokens", [1, 40])
 def test_the_kernels_do_the_products(start, bundle, case, compute, tokens, monkeypatch):
-    from gta_edge.plugins.matmul import kernels as matmul_launch
+    from gta_edge.plugins.matmul import torch as matmul_torch
 
     variants = []
-    real = matmul_launch.matmul_kernels
+    real = matmul_torch.matmul_kernels
 
     def noted(variant: Any, gpu: Any) -> Any:
         variants.append(variant)
         return real(variant, gpu)
 
-    monkeypatch.setattr(matmul_launch, "matmul_kernels", noted)
+    monkeypatch.setattr(matmul_torch, "matmul_kernels", noted)
     start().forward(prompt(2, tokens))
     assert {variant.compute for variant in variants} == {compute, "fp16"}  # the head's
     assert {f"int{variant.bits}" for variant in variants} == {CASES[case].precision}

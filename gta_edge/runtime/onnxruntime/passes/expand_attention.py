@@ -32,14 +32,29 @@ class ExpandAttentionPass(ir.passes.InPlacePass):
     is laid out for those rows, once for all layers; and the tile of the mix is folded into the value decoder, which
     costs nothing in float32.
 
-    Precondition: the graph computes in float32, and the value decoder is an initializer, maybe behind a Cast.
-    Postcondition: no node of domain ``gta`` is left, and no function of it.
+    The graph computes in float32. A value decoder may be stored in another type, behind a Cast.
+
+    Raises:
+        BackendError: a value decoder is not stored.
     """
+
+    def requires(self, model: ir.Model) -> None:
+        """Every value decoder is an initializer, maybe behind a Cast."""
+        for node in _attention(model.graph):
+            given = node.inputs[op.INPUTS.index("value_decoder")]
+            if _stored(given) is None:
+                name = None if given is None else given.name
+                raise BackendError(f"the value decoder {name} is no stored tensor", "export the bundle again")
+
+    def ensures(self, model: ir.Model) -> None:
+        """No such node is left, and no function of it."""
+        if _attention(model.graph) or any(key[:2] == (DOMAIN, op.OP) for key in model.functions):
+            raise ir.passes.PostconditionError(f"{op.OP} is still there")
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Expand every such node of ``model``."""
         graph = model.graph
-        found = [node for node in graph if node.domain == DOMAIN and node.op_type == op.OP]
+        found = _attention(graph)
         for node in found:
             outputs, made = _expanded(graph, node)
             graph.insert_before(node, made)
@@ -51,6 +66,18 @@ class ExpandAttentionPass(ir.passes.InPlacePass):
         if found:
             model.opset_imports[_CONTRIB] = 1
         return ir.passes.PassResult(model, modified=bool(found))
+
+
+def _attention(graph: ir.Graph) -> list[ir.Node]:
+    return [node for node in graph if (node.domain, node.op_type) == (DOMAIN, op.OP)]
+
+
+def _stored(decoder: ir.Value | None) -> ir.Value | None:
+    """Return the initializer that a value decoder is stored in, None where it is computed."""
+    cast = None if decoder is None else decoder.producer()
+    stored = cast.inputs[0] if cast is not None and cast.op_type == "Cast" else decoder
+    known = stored is not None and stored.is_initializer() and stored.shape is not None and len(stored.shape) == 3
+    return stored if known else None
 
 
 def _expanded(graph: ir.Graph, node: ir.Node) -> tuple[list[ir.Value], list[ir.Node]]:
@@ -134,11 +161,8 @@ def _softmax(
 
 def _decoder(graph: ir.Graph, given: ir.Value | None) -> ir.Value:
     """Return the value decoder with the tile of the mix folded in: W_P + [I I …], float32 [n_q, d_l, e·d_l]."""
-    assert given is not None
-    cast = given.producer()
-    stored = cast.inputs[0] if cast is not None and cast.op_type == "Cast" else given
-    if stored is None or not stored.is_initializer() or stored.shape is None or len(stored.shape) != 3:
-        raise BackendError(f"the value decoder {given.name} is no stored tensor", "export the bundle again")
+    stored = _stored(given)
+    assert stored is not None and stored.shape is not None  # it is required
     shape = stored.shape.numpy()
     name = f"{stored.name}.with_tile"
 

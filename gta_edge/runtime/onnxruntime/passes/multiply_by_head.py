@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from gta_edge.graph.builder import Nodes, take_place
 from gta_edge.libraries.optional import optional
+from gta_edge.model.kv_cache import INPUT_IDS
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -29,7 +30,7 @@ class MultiplyByHeadPass(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrite such matmuls of ``model``."""
         graph = model.graph
-        ids = next((value for value in graph.inputs if value.name == "input_ids"), None)
+        ids = next((value for value in graph.inputs if value.name == INPUT_IDS), None)
         modified = False
         for node in [node for node in graph if node.op_type == "MatMul"] if ids is not None else []:
             x, w = node.inputs

@@ -36,20 +36,22 @@ class LowerOpsetPass(ir.passes.InPlacePass):
     TensorScatter is no update in place: a baseline's cache is copied at every step, with indices as large as the
     cache. In the plugin form of a GTA model there is none, and no RotaryEmbedding.
 
-    Precondition: no functions (``KeepPluginNodesPass``, or inlined). Norms are over the last axis; rotation is of whole
-    heads, in halves, of [B, T, heads · width]; scattering is linear along axis -2 of [B, heads, S, width].
-    Postcondition: every standard operator has its form in the opset that the model imports, 20, or 21 where weights
-    are int4 or have a scale per block. The IR version is at most 10.
+    Norms are over the last axis; rotation is of whole heads, in halves, of [B, T, heads · width]; scattering is linear
+    along axis -2 of [B, heads, S, width]. Afterwards every standard operator has its form in the opset that the model
+    imports, 20, or 21 where weights are int4 or have a scale per block, and the IR version is at most 10.
 
     Raises:
-        EngineError: an operator has no form in those opsets, or is not as in the precondition.
+        EngineError: the model has functions, or an operator has no form in those opsets or another one than these.
     """
+
+    def requires(self, model: ir.Model) -> None:
+        """There are no functions (``KeepPluginNodesPass``, or inlined)."""
+        if model.functions:
+            raise EngineError("the model has functions, which older parsers do not read", "remove or inline them first")
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Write out the newer operators of ``model``."""
         graph = model.graph
-        if model.functions:
-            raise EngineError("the model has functions, which older parsers do not read", "remove or inline them first")
         types = value_types(graph)
         for node in list(graph):
             write = _WRITERS.get(node.op_type) if node.domain == "" else None

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from gta_edge.errors import EngineError
 from gta_edge.graph.types import title
 from gta_edge.libraries.optional import optional
+from gta_edge.model.kv_cache import scale_name
 from gta_edge.plugins.attention import definition as op
 from gta_edge.plugins.attention.plugin_call import QUANTISED_CACHE
 from gta_edge.plugins.domain import DOMAIN
@@ -21,8 +22,6 @@ __all__ = ["CACHE_TYPES", "QuantizeCachePass"]
 CACHE_TYPES = {"int8": "INT8", "fp8": "FLOAT8E4M3FN"}
 """ONNX's name of the type, by the name that ``--cache-dtype`` takes."""
 
-_PAST, _PRESENT = ("past_key", "past_latent"), ("present_key", "present_latent")
-
 
 class QuantizeCachePass(ir.passes.InPlacePass):
     """Give the caches of ``GroupedLatentAttention`` a type of 8 bits, and a scale per head and row beside them.
@@ -35,11 +34,10 @@ class QuantizeCachePass(ir.passes.InPlacePass):
     Args:
         cache: ``int8`` or ``fp8`` (e4m3).
 
-    Precondition: the functions are removed (``KeepPluginNodesPass``), and past caches are graph inputs.
-    Postcondition: every node has scales and all its caches have the type. Where they have already, nothing changes.
+    Where the caches have the type already, nothing changes.
 
     Raises:
-        EngineError: there is no such node, or one whose caches are not the graph's own.
+        EngineError: the model has functions, or no such node, or one whose caches are not the graph's own.
     """
 
     def __init__(self, cache: str) -> None:
@@ -48,18 +46,26 @@ class QuantizeCachePass(ir.passes.InPlacePass):
             raise EngineError(f"the cache type is {cache!r}", f"expected one of {', '.join(CACHE_TYPES)}")
         self.dtype = ir.DataType[CACHE_TYPES[cache]]
 
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Change the caches of ``model``."""
-        nodes = [node for node in model.graph if node.domain == DOMAIN and node.op_type == op.OP]
+    def requires(self, model: ir.Model) -> None:
+        """There are such nodes, and no functions (``KeepPluginNodesPass``)."""
+        nodes = _attention(model.graph)
         if not nodes or model.functions:
             found = "the model keeps its functions" if nodes else f"the graph has no {op.OP}"
-            raise EngineError(f"{found}", "caches of 8 bits need the plugin: choose the plugin form of a GTA model")
-        modified = [self._quantize(model.graph, node) for node in nodes]
+            raise EngineError(found, "caches of 8 bits need the plugin: choose the plugin form of a GTA model")
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Change the caches of ``model``."""
+        modified = [self._quantize(model.graph, node) for node in _attention(model.graph)]
         return ir.passes.PassResult(model, modified=any(modified))
 
+    def ensures(self, model: ir.Model) -> None:
+        """Every cache has the type."""
+        caches = [value for node in _attention(model.graph) for value in (*_past(node), *_present(node))]
+        if any(value is None or value.dtype != self.dtype for value in caches):
+            raise ir.passes.PostconditionError("a cache has another type")
+
     def _quantize(self, graph: ir.Graph, node: ir.Node) -> bool:
-        past = [node.inputs[op.INPUTS.index(name)] for name in _PAST]
-        present = [node.outputs[op.OUTPUTS.index(name)] for name in _PRESENT]
+        past, present = _past(node), _present(node)
         if {value.dtype for value in past if value is not None} == {self.dtype}:
             return False
         own = all(v is not None and v.is_graph_input() for v in past) and all(v.is_graph_output() for v in present)
@@ -84,7 +90,17 @@ class QuantizeCachePass(ir.passes.InPlacePass):
         """Give a cache [B, heads, S, width] the type, and return a value for its scales [B, heads, S]."""
         assert cache is not None and cache.shape is not None  # the graph's own input or output
         cache.type = ir.TensorType(self.dtype)
-        kind, _, layer = str(cache.name).partition(".")
-        return ir.Value(
-            name=f"{kind}_scale.{layer}", shape=ir.Shape(list(cache.shape)[:3]), type=ir.TensorType(ir.DataType.FLOAT)
-        )
+        shape, name = ir.Shape(list(cache.shape)[:3]), scale_name(str(cache.name))
+        return ir.Value(name=name, shape=shape, type=ir.TensorType(ir.DataType.FLOAT))
+
+
+def _attention(graph: ir.Graph) -> list[ir.Node]:
+    return [node for node in graph if (node.domain, node.op_type) == (DOMAIN, op.OP)]
+
+
+def _past(node: ir.Node) -> list[ir.Value | None]:
+    return [node.inputs[op.INPUTS.index(name)] for name in ("past_key", "past_latent")]
+
+
+def _present(node: ir.Node) -> list[ir.Value]:
+    return [node.outputs[op.OUTPUTS.index(name)] for name in ("present_key", "present_latent")]

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from gta_edge.errors import EngineError
 from gta_edge.libraries.optional import optional
+from gta_edge.model.kv_cache import BATCH_AXIS, CAPACITY_AXIS, PAST
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -13,8 +14,6 @@ else:
     ir = optional("onnx_ir", "tensorrt")
 
 __all__ = ["SetCapacityPass"]
-
-_BATCH_AXIS, _CAPACITY_AXIS = 0, 2  # of a cache [B, heads, S, width]
 
 
 class SetCapacityPass(ir.passes.InPlacePass):
@@ -26,9 +25,8 @@ class SetCapacityPass(ir.passes.InPlacePass):
         capacity: rows of each cache.
         batch: rows of a step; symbolic if None.
 
-    Precondition: inputs called ``past_*`` are caches [B, heads, S, width], and equal names of symbolic dimensions mean
-    equal sizes.
-    Postcondition: no shape of a value of the graph names the symbols that were replaced.
+    Inputs called ``past_*`` are caches [B, heads, S, width], or their scales [B, heads, S]. Equal names of symbolic
+    dimensions mean equal sizes, so no shape of a value of the graph names them afterwards.
 
     Raises:
         EngineError: there are no caches, or they are of another size already.
@@ -38,20 +36,27 @@ class SetCapacityPass(ir.passes.InPlacePass):
         super().__init__()
         self.capacity, self.batch = capacity, batch
 
+    def requires(self, model: ir.Model) -> None:
+        """There are caches."""
+        if not any(str(value.name).startswith(PAST) for value in model.graph.inputs):
+            raise EngineError("the graph has no inputs past_*, so no caches", "export the bundle again")
+
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Set the sizes in ``model``."""
         graph = model.graph
         sizes: dict[str, int] = {}
-        for value in graph.inputs:
-            if str(value.name).startswith("past_") and value.shape is not None and len(value.shape) == 4:
-                self._name(value, _CAPACITY_AXIS, self.capacity, sizes)
-                if self.batch is not None:
-                    self._name(value, _BATCH_AXIS, self.batch, sizes)
-        if not any(str(value.name).startswith("past_") for value in graph.inputs):
-            raise EngineError("the graph has no inputs past_*, so no caches", "export the bundle again")
+        for value in _caches(graph):
+            self._name(value, CAPACITY_AXIS, self.capacity, sizes)
+            if self.batch is not None:
+                self._name(value, BATCH_AXIS, self.batch, sizes)
         values = [*graph.inputs, *(value for node in graph for value in node.outputs), *graph.outputs]
         modified = [_replace(value, sizes) for value in values]
         return ir.passes.PassResult(model, modified=any(modified))
+
+    def ensures(self, model: ir.Model) -> None:
+        """Every cache has the capacity."""
+        if any(value.shape is None or value.shape[CAPACITY_AXIS] != self.capacity for value in _caches(model.graph)):
+            raise ir.passes.PostconditionError("a cache has another capacity")
 
     @staticmethod
     def _name(value: ir.Value, axis: int, size: int, sizes: dict[str, int]) -> None:
@@ -65,6 +70,10 @@ class SetCapacityPass(ir.passes.InPlacePass):
             raise EngineError(f"axis {axis} of {value.name} has no name", "export the bundle again")
         else:
             sizes[found.value] = size
+
+
+def _caches(graph: ir.Graph) -> list[ir.Value]:
+    return [v for v in graph.inputs if str(v.name).startswith(PAST) and v.shape is not None and len(v.shape) == 4]
 
 
 def _replace(value: ir.Value, sizes: dict[str, int]) -> bool:

@@ -1,0 +1,1 @@
+"""Scripts that measure; what several of them need stands in modules beside them."""

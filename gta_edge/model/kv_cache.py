@@ -1,0 +1,170 @@
+"""The KV cache as a graph has it: names, shapes and bytes of its tensors, and the graph's inputs and outputs around it.
+
+A layer caches a key and what takes the place of the value, GTA's latent or a baseline's value. A cache of 8 bits has a
+float32 scale per head and token beside each. Every tensor is an input of the graph, ``past_…``, and an output of the
+same shape, ``present_…``; a session gives both the same memory.
+
+    past_key.{i}           [B, n_k, S, d_k]    the key after RoPE
+    past_latent.{i}        [B, n_c, S, d_l]    GTA's; a baseline's is past_value.{i} [B, n_kv, S, d_h]
+    past_key_scale.{i}     [B, n_k, S]         float32, of a cache in int8 or fp8
+    past_latent_scale.{i}  [B, n_c, S]         likewise
+
+i is the layer, B the rows of a batch, S the capacity in tokens. Sizes are the config's (``ModelConfig.caches``).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TypeVar
+
+from gta_edge.model.config import ModelConfig
+
+__all__ = [
+    "BATCH_AXIS",
+    "CAPACITY_AXIS",
+    "INPUT_IDS",
+    "LOGITS",
+    "LOGIT_POSITIONS",
+    "PAST",
+    "PAST_LENGTH",
+    "PRESENT",
+    "TOKEN_INPUTS",
+    "VALUE_BYTES",
+    "CacheTensor",
+    "bytes_per_token",
+    "cache_bytes",
+    "cache_tensors",
+    "has_scales",
+    "input_shapes",
+    "interface_names",
+    "is_scale",
+    "scale_name",
+]
+
+PAST, PRESENT = "past_", "present_"
+"""What names of a graph's inputs and outputs begin with where they are caches."""
+
+INPUT_IDS, PAST_LENGTH, LOGIT_POSITIONS = TOKEN_INPUTS = ("input_ids", "past_length", "logit_positions")
+"""The graph's other inputs: int64 [B, T], [B] and [B, M]."""
+
+LOGITS = "logits"
+"""The graph's first output, float32 [B, M, V]."""
+
+BATCH_AXIS, CAPACITY_AXIS = 0, 2
+"""Of a cache [B, heads, S, width], and of its scales [B, heads, S]."""
+
+VALUE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}
+"""Bytes of a cached value, by the cache's type."""
+
+_WITH_SCALES = ("int8", "fp8")
+_SCALE_DTYPE = "fp32"
+_SCALE = "_scale"
+
+Size = TypeVar("Size", int, str)
+"""A number, or the name of a symbolic dimension."""
+
+
+@dataclass(frozen=True)
+class CacheTensor:
+    """One tensor of the cache of one layer.
+
+    Attributes:
+        name: without ``past_`` or ``present_``: ``key.0``, ``latent_scale.53``.
+        heads: that are cached.
+        width: values per head and token; None for scales, of which each has one and no axis for it.
+        dtype: a key of ``VALUE_BYTES``.
+    """
+
+    name: str
+    heads: int
+    width: int | None
+    dtype: str
+
+    @property
+    def past(self) -> str:
+        """Name of the graph's input."""
+        return PAST + self.name
+
+    @property
+    def present(self) -> str:
+        """Name of the graph's output."""
+        return PRESENT + self.name
+
+    def shape(self, batch: Size, capacity: Size) -> tuple[Size | int, ...]:
+        """Return ``(batch, heads, capacity, width)``, or without the width for scales."""
+        if self.width is None:
+            return batch, self.heads, capacity
+        return batch, self.heads, capacity, self.width
+
+    def nbytes(self, batch: int, capacity: int) -> int:
+        """Return the bytes of this tensor."""
+        return math.prod(self.shape(batch, capacity)) * VALUE_BYTES[self.dtype]
+
+
+def has_scales(dtype: str) -> bool:
+    """Tell whether a cache of this type has a scale per head and token."""
+    return dtype in _WITH_SCALES
+
+
+def scale_name(name: str) -> str:
+    """Return what the scales of a cache are called: ``past_key_scale.0`` for ``past_key.0``."""
+    kind, _, layer = name.partition(".")
+    return f"{kind}{_SCALE}.{layer}"
+
+
+def is_scale(name: str) -> bool:
+    """Tell whether an input or output of a graph is a cache's scales."""
+    return name.partition(".")[0].endswith(_SCALE)
+
+
+def cache_tensors(config: ModelConfig, dtype: str = "fp32") -> list[CacheTensor]:
+    """Return the tensors of the whole cache in the graph's order: layer by layer, scales behind all caches.
+
+    Args:
+        config: the model's sizes.
+        dtype: of cached values, a key of ``VALUE_BYTES``; float32 is what a bundle's own graph has.
+    """
+    tensors = [tensor for i in range(config.num_hidden_layers) for tensor in _layer_tensors(config, dtype, i)]
+    return sorted(tensors, key=lambda tensor: tensor.width is None)  # which keeps the order otherwise
+
+
+def _layer_tensors(config: ModelConfig, dtype: str, layer: int) -> list[CacheTensor]:
+    values = [CacheTensor(f"{cache.name}.{layer}", cache.heads, cache.width, dtype) for cache in config.caches]
+    if not has_scales(dtype):
+        return values
+    return values + [CacheTensor(scale_name(value.name), value.heads, None, _SCALE_DTYPE) for value in values]
+
+
+def bytes_per_token(config: ModelConfig, dtype: str = "fp32") -> int:
+    """Return the bytes that one token adds to the cache of all layers, scales included."""
+    return config.num_hidden_layers * sum(tensor.nbytes(1, 1) for tensor in _layer_tensors(config, dtype, 0))
+
+
+def cache_bytes(config: ModelConfig, dtype: str, tokens: int, batch: int = 1) -> int:
+    """Return the bytes of the cache of all layers for ``tokens`` in each of ``batch`` rows, scales included."""
+    return batch * tokens * bytes_per_token(config, dtype)
+
+
+def input_shapes(
+    config: ModelConfig, dtype: str = "fp32", *, batch: Size, tokens: Size, positions: Size, capacity: Size
+) -> dict[str, tuple[Size | int, ...]]:
+    """Return the shape of every input of the graph by name, in its order.
+
+    Args:
+        config: the model's sizes.
+        dtype: of cached values, a key of ``VALUE_BYTES``.
+        batch: B, a number or a symbol's name; so are the others.
+        tokens: T, new ones per row.
+        positions: M, of each row, that logits are given for.
+        capacity: S, tokens per row that the cache has room for.
+    """
+    of_tokens: tuple[tuple[Size | int, ...], ...] = ((batch, tokens), (batch,), (batch, positions))
+    caches = {tensor.past: tensor.shape(batch, capacity) for tensor in cache_tensors(config, dtype)}
+    return dict(zip(TOKEN_INPUTS, of_tokens, strict=True)) | caches
+
+
+def interface_names(config: ModelConfig, dtype: str = "fp32") -> tuple[list[str], list[str]]:
+    """Return the names of the graph's inputs and outputs, in order."""
+    tensors = cache_tensors(config, dtype)
+    return [*TOKEN_INPUTS, *(each.past for each in tensors)], [LOGITS, *(each.present for each in tensors)]

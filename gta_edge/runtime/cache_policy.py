@@ -1,0 +1,253 @@
+"""What a session's cache holds and how much room it has: the bookkeeping that is the same for every backend.
+
+Every token stays, in the order in which it came: row t of a cache is position t. So the cache is ``length`` tokens per
+row in memory for ``capacity``, and ``past_length + T <= S <= P``, which every kernel relies on, is kept here. Capacity
+follows length in steps, since attention costs as it; nothing is allocated for a token in between. ``truncate`` and
+``reset`` change lengths alone, and the memory stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gta_edge.errors import CapacityError, InputError
+from gta_edge.model.config import ModelConfig
+from gta_edge.model.kv_cache import CacheTensor, bytes_per_token, cache_tensors
+from gta_edge.plan.cost import Execution
+from gta_edge.plan.roofline import activation_bytes
+from gta_edge.support.memory import available_bytes
+
+__all__ = ["CAPACITY_STEP", "CHUNK_SIZE", "CachePolicy", "Lengths"]
+
+Lengths = npt.NDArray[np.int64]
+
+CHUNK_SIZE = 256
+"""Tokens of a prompt that are run at once: bounds the memory of activations and scores. 128 to 512 are equally fast."""
+
+CAPACITY_STEP = 256
+"""The cache grows in multiples of this many tokens, since attention costs as its capacity."""
+
+_FEW_BYTES = 2**24
+"""Logits that nobody need ask the system for."""
+
+
+class CachePolicy:
+    """The cache of one session, without its memory: how long each row is, and when there has to be more room.
+
+    Args:
+        config: the model's sizes.
+        dtype: of cached values, a key of ``kv_cache.VALUE_BYTES``.
+        on_host: whether its memory is the host's, of which the system is asked before it is taken.
+        chunk_size: largest number of tokens per row that is run at once.
+        capacity_step: granularity in tokens of the cache's growth.
+        max_length: tokens per row at most; the model's positions (P) by default.
+        limit: what ``max_length`` comes from, for messages.
+
+    Attributes:
+        length: tokens in the cache, int64 [B], per row. It is replaced and never written to.
+        capacity: tokens per row that there is memory for now (S).
+
+    Raises:
+        InputError: a chunk or a step below 1.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: str = "fp32",
+        *,
+        on_host: bool = False,
+        chunk_size: int = CHUNK_SIZE,
+        capacity_step: int = CAPACITY_STEP,
+        max_length: int | None = None,
+        limit: str = "",
+    ) -> None:
+        if chunk_size < 1 or capacity_step < 1:
+            raise InputError(f"chunk_size {chunk_size} and capacity_step {capacity_step} must be at least 1")
+        self.config, self.dtype = config, dtype
+        self.chunk_size, self.capacity_step = chunk_size, capacity_step
+        self.max_length = config.max_position_embeddings if max_length is None else max_length
+        self.length: Lengths = np.zeros(1, np.int64)
+        self.capacity = 0
+        self._on_host = on_host
+        self._limit = limit or f"the model has {self.max_length} positions"
+        self._step_size = 0  # rows times tokens of the largest chunk that there was room for
+
+    @property
+    def batch(self) -> int:
+        """Rows that the cache holds."""
+        return len(self.length)
+
+    @property
+    def filled(self) -> int:
+        """Tokens of the longest row."""
+        return int(self.length.max(initial=0))
+
+    @property
+    def tensors(self) -> list[CacheTensor]:
+        """What there has to be memory for."""
+        return cache_tensors(self.config, self.dtype)
+
+    def nbytes(self, batch: int, capacity: int) -> int:
+        """Return the bytes of a cache of this size, over all layers."""
+        return batch * capacity * bytes_per_token(self.config, self.dtype)
+
+    # --- what it holds ---------------------------------------------------------------------------------------------
+
+    def past_for(self, batch: int) -> Lengths:
+        """Return the tokens that are there, int64 [B], for a step of so many rows; do not write to it.
+
+        Raises:
+            InputError: the cache holds another number of rows.
+        """
+        if batch == self.batch:
+            return self.length
+        if self.length.any():
+            raise InputError(
+                f"ids have {batch} rows and the cache holds {self.batch}", "call reset() to start another batch"
+            )
+        return np.zeros(batch, np.int64)
+
+    def truncate(self, length: npt.NDArray[Any], given: Any) -> None:
+        """Forget all but the first ``length`` tokens: one number, or one per row.
+
+        Args:
+            length: as an array.
+            given: what it was made of, for the message.
+
+        Raises:
+            InputError: a length below 0 or above what the row holds.
+        """
+        if length.dtype.kind not in "iu" or length.shape not in ((), self.length.shape):
+            raise InputError(
+                f"truncate got {given!r}", f"expected one whole number, or one for each of {self.batch} rows"
+            )
+        if (length < 0).any() or (length > self.length).any():
+            raise InputError(
+                f"cannot truncate to {length.tolist()}: the rows hold {self.length.tolist()} tokens",
+                "expected numbers from 0 to those",
+            )
+        self.length = np.broadcast_to(length, self.length.shape).astype(np.int64)
+
+    def reset(self) -> None:
+        """Forget all tokens; the memory stays."""
+        self.length = np.zeros_like(self.length)
+
+    # --- room for more ---------------------------------------------------------------------------------------------
+
+    def plan(self, past: Lengths, counts: Lengths, tokens: int, logits_bytes: int) -> list[tuple[int, int]]:
+        """Cut T tokens per row into chunks, for all of which there is room, padding included; none has run yet.
+
+        Args:
+            past: tokens that are there, int64 [B].
+            counts: how many of the new ones are real, int64 [B].
+            tokens: new ones per row (T).
+            logits_bytes: that are returned.
+
+        Raises:
+            CapacityError: one of them would pass the last position, or it takes more memory than is available.
+        """
+        longest = 0
+        chunks = [(start, min(start + self.chunk_size, tokens)) for start in range(0, tokens, self.chunk_size)]
+        for start, stop in chunks:
+            ends = past + np.minimum(counts, start) + (stop - start)
+            row = int(ends.argmax())
+            if ends[row] > self.max_length:
+                raise CapacityError(
+                    f"row {row} holds {int(past[row])} tokens and would reach {int(ends[row])} with the given ones, "
+                    f"padding included",
+                    f"{self._limit}: truncate, reset, or give fewer",
+                )
+            longest = max(longest, int(ends[row]))
+        self.check_memory(len(past), longest, min(tokens, self.chunk_size), logits_bytes)
+        return chunks
+
+    def check_memory(self, batch: int, tokens: int, width: int, logits_bytes: int) -> None:
+        """Refuse what the system would end halfway, without a word, for want of memory.
+
+        Args:
+            batch: rows.
+            tokens: that each row's cache has to hold.
+            width: tokens of a row that are run at once, at most.
+            logits_bytes: that are returned.
+
+        Raises:
+            CapacityError: it takes more than is available.
+        """
+        grows = self._grows(batch, tokens)
+        if not grows and batch * width <= self._step_size and logits_bytes < _FEW_BYTES:
+            return
+        needed = logits_bytes
+        if self._on_host:
+            capacity = self.capacity_for(tokens) if grows else self.capacity
+            needed += max(0, self.nbytes(batch, capacity) - self.nbytes(self.batch, self.capacity))
+            if batch * width > self._step_size:
+                execution = Execution("onnxruntime", self.dtype, self.dtype, width, writes_scores=True)
+                needed += activation_bytes(self.config, execution, batch, width, capacity)
+        available = available_bytes()
+        if available is not None and needed > available:
+            raise CapacityError(
+                f"{batch} rows of {tokens} tokens take {needed / 1e9:.2f} GB more of memory than the session has, and "
+                f"{available / 1e9:.2f} GB are available",
+                "give fewer rows or shorter prompts, or close other programs",
+            )
+        self._step_size = max(self._step_size, batch * width)
+
+    def _grows(self, batch: int, tokens: int) -> bool:
+        return batch != self.batch or tokens > self.capacity
+
+    def capacity_for(self, tokens: int) -> int:
+        """Return the capacity for ``tokens`` per row: in steps, larger ones for more tokens, never past P."""
+        step = self.capacity_step * max(1, tokens // (16 * self.capacity_step))
+        return min(-(-tokens // step) * step, self.max_length)
+
+    def reserve(self, batch: int, tokens: int, resize: Callable[[int, int], None]) -> None:
+        """Make room for ``tokens`` per row where there is none.
+
+        Args:
+            batch: rows.
+            tokens: per row, that the cache has to hold.
+            resize: makes memory for a batch and a capacity, and keeps what is there while the batch is the same.
+        """
+        if self._grows(batch, tokens):
+            capacity = self.capacity_for(tokens)
+            resize(batch, capacity)
+            self.length = self.past_for(batch)
+            self.capacity = capacity
+
+    @contextmanager
+    def replacing(self, batch: int, clear: Callable[[], None]) -> Iterator[None]:
+        """Replace buffers within this, for a batch: what is left of an attempt that failed is let go, and forgotten.
+
+        Args:
+            batch: rows; where it is another number than before, nothing is kept.
+            clear: lets go of all buffers.
+        """
+        if batch != self.batch:
+            self._drop()
+            clear()  # before there are new ones
+            self.length = np.zeros(batch, np.int64)
+        try:
+            yield
+        except BaseException:  # buffers of both sizes are of no use
+            self._drop()
+            clear()
+            raise
+
+    def _drop(self) -> None:
+        """Note that there is no memory, and so nothing in it."""
+        self.capacity = 0
+        self.reset()
+
+    def no_memory(self, batch: int, capacity: int, detail: str = "") -> CapacityError:
+        """Return the error for a cache that there is no memory for, after which it is empty."""
+        size = self.nbytes(batch, capacity)
+        return CapacityError(
+            f"no memory for a cache of {size / 2**20:.0f} MiB ({batch} rows of {capacity} tokens){detail}",
+            "the cache was emptied: use a shorter context or fewer rows",
+        )

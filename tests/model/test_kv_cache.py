@@ -1,0 +1,102 @@
+"""The cache's names, shapes and bytes, spelled out; graphs and sessions are compared with them in their own tests."""
+
+import math
+
+import pytest
+
+from gta_edge.model.config import ModelConfig
+from gta_edge.model.kv_cache import (
+    VALUE_BYTES,
+    bytes_per_token,
+    cache_bytes,
+    cache_tensors,
+    input_shapes,
+    interface_names,
+    is_scale,
+    scale_name,
+)
+from gta_edge.model.presets import preset
+from tests.helpers import reference
+
+LAYERS = {"num_hidden_layers": 2}
+GTA = ModelConfig.from_dict(reference.gta_entries(heads=4, n_q=4, n_k=2, n_c=1, d_k=16, d_l=8, e=2, **LAYERS))
+GQA = ModelConfig.from_dict(reference.llama_entries(heads=4, n_kv=2, d_h=16, **LAYERS))
+
+
+def shapes(config: ModelConfig, dtype: str) -> dict[str, tuple[int, ...]]:
+    return {tensor.name: tensor.shape(3, 40) for tensor in cache_tensors(config, dtype)}
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+def test_a_layer_caches_a_key_and_a_latent_or_a_value(dtype: str) -> None:
+    gta, gqa = shapes(GTA, dtype), shapes(GQA, dtype)
+    assert list(gta.items()) == [
+        ("key.0", (3, 2, 40, 16)),
+        ("latent.0", (3, 1, 40, 8)),
+        ("key.1", (3, 2, 40, 16)),
+        ("latent.1", (3, 1, 40, 8)),
+    ]
+    assert gqa == dict.fromkeys(("key.0", "value.0", "key.1", "value.1"), (3, 2, 40, 16))
+
+
+@pytest.mark.parametrize("dtype", ["int8", "fp8"])
+def test_scales_are_float32_and_behind_all_caches(dtype: str) -> None:
+    tensors = cache_tensors(GTA, dtype)
+    assert [tensor.dtype for tensor in tensors] == [dtype] * 4 + ["fp32"] * 4
+    assert list(shapes(GTA, dtype).items())[4:] == [
+        ("key_scale.0", (3, 2, 40)),
+        ("latent_scale.0", (3, 1, 40)),
+        ("key_scale.1", (3, 2, 40)),
+        ("latent_scale.1", (3, 1, 40)),
+    ]
+    inputs, outputs = interface_names(GTA, dtype)
+    assert inputs[3:] == [f"past_{tensor.name}" for tensor in tensors]
+    assert outputs == ["logits", *(f"present_{tensor.name}" for tensor in tensors)]
+
+
+def test_shapes_of_inputs_are_numbers_or_symbols() -> None:
+    sizes = input_shapes(GQA, batch=2, tokens=5, positions=1, capacity=9)
+    assert list(sizes) == interface_names(GQA)[0]
+    assert [sizes[name] for name in ("input_ids", "past_length", "logit_positions")] == [(2, 5), (2,), (2, 1)]
+    assert sizes["past_value.1"] == (2, 2, 9, 16)
+    symbols = input_shapes(GTA, "int8", batch="b", tokens="t", positions="m", capacity="s")
+    assert [symbols[name] for name in ("input_ids", "past_length", "logit_positions")] == [
+        ("b", "t"),
+        ("b",),
+        ("b", "m"),
+    ]
+    assert symbols["past_latent.0"] == ("b", 1, "s", 8)
+    assert symbols["past_latent_scale.1"] == ("b", 1, "s")
+
+
+def test_which_names_are_scales() -> None:
+    assert scale_name("past_key.12") == "past_key_scale.12"
+    inputs, outputs = interface_names(GTA, "int8")
+    names = [*inputs, *outputs]
+    assert [name for name in names if is_scale(name)] == [name for name in names if "_scale." in name]
+    assert not any(is_scale(name) for side in interface_names(GTA) for name in side)
+
+
+# --- bytes -----------------------------------------------------------------------------------------------------------
+
+
+def test_bytes_of_the_paper() -> None:
+    gta, gqa = preset("gta-1b"), preset("gqa-1b")
+    assert bytes_per_token(gta, "bf16") == cache_bytes(gta, "bf16", 1) == 54 * (64 + 128) * 2 == 20_736
+    assert bytes_per_token(gqa, "fp16") == cache_bytes(gqa, "fp16", 1) == 54 * 2 * 5 * 64 * 2 == 69_120
+    assert bytes_per_token(gta) == 2 * 20_736  # float32 unless said otherwise
+    assert cache_bytes(gta, "fp32", 1000, batch=3) == 3000 * 41472
+
+
+def test_a_cache_of_8_bits_has_scales() -> None:
+    # 192 values, and a float32 for the key head and one for the latent head
+    assert cache_bytes(preset("gta-1b"), "int8", 1) == cache_bytes(preset("gta-1b"), "fp8", 1) == 54 * (192 + 8)
+
+
+@pytest.mark.parametrize("config", [GTA, GQA], ids=["gta", "gqa"])
+@pytest.mark.parametrize("dtype", VALUE_BYTES)
+def test_bytes_are_those_of_all_tensors(config: ModelConfig, dtype: str) -> None:
+    tensors = cache_tensors(config, dtype)
+    width = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}
+    expected = sum(math.prod(tensor.shape(3, 40)) * width[tensor.dtype] for tensor in tensors)
+    assert sum(tensor.nbytes(3, 40) for tensor in tensors) == cache_bytes(config, dtype, 40, batch=3) == expected
