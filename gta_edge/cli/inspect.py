@@ -19,7 +19,6 @@ from gta_edge.plan.cost import stored_parts
 
 __all__ = ["describe", "inspect"]
 
-_MIB = 2**20
 _BAR = 30
 
 
@@ -88,22 +87,50 @@ def _open(path: Path, verify_hashes: bool, progress: Any) -> tuple[ModelConfig, 
     return checkpoint.config, precision, checkpoint.weight_bytes, {"kind": "checkpoint"}
 
 
+def _for_people(found: dict[str, Any]) -> dict[str, str]:
+    """Return labels and texts, with units."""
+    rows = {
+        found["kind"]: f"{found['architecture']} in {found['precision']}",
+        "parameters": _count(found["parameters"]),
+        "layers": f"{found['layers']}",
+        "hidden size": f"{found['hidden_size']:,}",
+        **_heads(found),
+        "vocabulary": f"{found['vocab_size']:,} tokens",
+        "max context": f"{found['max_length']:,} tokens",
+        "KV cache": f"{found['cache_bytes_per_token']:,} bytes per token in {found['cache_dtype']}",
+        "": f"{found['cache_values_per_token_per_layer']} values in each layer",
+        "weights": _size(found["weight_bytes"]),
+    }
+    parts = {part: size for part, size in found.get("weight_bytes_by_part", {}).items() if size}
+    rows |= {f"  {part}": _share(size, sum(parts.values())) for part, size in parts.items()}
+    if "files" in found:
+        rows["files"] = _size(sum(found["files"].values()))
+        rows |= {f"  {name}": _size(size) for name, size in found["files"].items()}
+    return rows
+
+
+def _heads(found: dict[str, Any]) -> dict[str, str]:
+    rows = {"attention heads": f"{found['attention_heads']}"}
+    if found["latent_heads"] is None:
+        return rows | {"key, value heads": f"{found['key_heads']}, {found['key_dim']} wide"}
+    return rows | {
+        "query heads": f"{found['query_heads']}",
+        "key heads": f"{found['key_heads']}, {found['key_dim']} wide",
+        "latent heads": f"{found['latent_heads']}, {found['latent_dim']} wide",
+    }
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e9:,.2f} billion" if number >= 1e9 else f"{number / 1e6:,.1f} million"
+
+
 def _share(size: int, whole: int) -> str:
     """Return a part's size, its share, and a bar of that length."""
-    return f"{size / _MIB:>9,.2f} MiB {size / whole:>4.0%} {'█' * round(_BAR * size / whole)}"
+    return f"{_size(size):>9} {size / whole:>4.0%} {'█' * round(_BAR * size / whole)}"
 
 
-def _for_people(description: dict[str, Any]) -> dict[str, str]:
-    rows: dict[str, str] = {}
-    for key, value in description.items():
-        if value is None or key == "made_with":
-            continue
-        if key == "weight_bytes_by_part":
-            rows |= {f"  {part}": _share(size, sum(value.values())) for part, size in value.items() if size}
-        elif key == "files":
-            rows |= {f"  {name}": f"{size / _MIB:,.2f} MiB" for name, size in value.items()}
-        elif key == "weight_bytes":
-            rows[key] = f"{value:,} ({value / _MIB:,.1f} MiB)"
-        else:
-            rows[key] = f"{value:,}" if isinstance(value, int) else str(value)
-    return rows
+def _size(size: int) -> str:
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= scale:
+            return f"{size / scale:,.2f} {unit}"
+    return f"{size} B"

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from gta_edge.cli.choices import CacheDtype, Precision, checked, completed, value_of
 from gta_edge.cli.output import current
 from gta_edge.errors import InputError
 from gta_edge.formats.bundle import MANIFEST, WEIGHTS, Bundle
@@ -23,22 +24,38 @@ __all__ = ["plan"]
 
 def plan(
     targets: Annotated[
-        list[str], typer.Argument(metavar="PRESET_OR_PATH…", help="Presets, checkpoints or bundles; several: a table.")
-    ],
-    device: Annotated[str, typer.Option(help="A device's name; 'this' measures the machine.")] = "this",
-    context: Annotated[int | None, typer.Option(help="Tokens in the cache; 4096 or the model's positions.")] = None,
-    batch: Annotated[int, typer.Option(help="Rows at once.")] = 1,
-    prompt: Annotated[int | None, typer.Option(help="Tokens of the prompt; the context by default.")] = None,
-    precision: Annotated[
-        str | None, typer.Option(help="fp32, fp16, bf16, int8 or int4; by default as the weights are.")
+        list[str] | None,
+        typer.Argument(
+            metavar="PRESET_OR_PATH",
+            help="Presets, checkpoints or bundles; several: a table.",
+            autocompletion=completed(lambda: PRESETS),
+            show_default=False,
+        ),
     ] = None,
+    device: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="One of those that --devices lists; 'this' measures the machine.",
+            parser=checked("no device is called {}; there are {}", device_names),
+            autocompletion=completed(device_names),
+        ),
+    ] = "this",
+    context: Annotated[
+        int | None, typer.Option(help="Tokens in the cache; by default 4096, or the model's max context.")
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
+    prompt: Annotated[int | None, typer.Option(help="Tokens of the prompt; the context by default.")] = None,
+    precision: Annotated[Precision | None, typer.Option(help="How weights are stored; by default as they are.")] = None,
     block_size: Annotated[int | None, typer.Option(help="Weights that share a scale, for int8 and int4.")] = None,
     cache_dtype: Annotated[
-        str | None, typer.Option(help="fp32 on a CPU; on a GPU the type to compute in, or int8 or fp8.")
+        CacheDtype | None, typer.Option(help="fp32 on a CPU; on a GPU the type to compute in, or int8 or fp8.")
     ] = None,
     efficiency: Annotated[
         float | None, typer.Option(help="Share of bandwidth and FLOPs that kernels get; see docs/plan.md.")
     ] = None,
+    devices: Annotated[bool, typer.Option("--devices", help="List the devices, and plan nothing.")] = False,
+    sources: Annotated[bool, typer.Option("--sources", help="Say where the device's figures are from.")] = False,
     operators: Annotated[bool, typer.Option("--operators", help="Show what every operator costs.")] = False,
     plot: Annotated[
         Path | None, typer.Option(help="Draw memory and time against context, baselines beside it: a .png or .svg.")
@@ -47,13 +64,19 @@ def plan(
 ) -> None:
     """Say what a model takes on a device before anything is built: memory, longest context, and a bound on speed."""
     output = current()
+    if devices:
+        _list_devices()
+        return
+    if not targets:
+        raise typer.BadParameter("give a PRESET_OR_PATH to plan for, or --devices")
     if plot is not None:
-        from gta_edge.cli.plan_plot import check
+        from gta_edge.cli.plot import check
 
         check(plot, force=force, inputs=[Path(target) for target in targets])
-    models = [_model(target, precision, block_size) for target in targets]
+    models = [_model(target, value_of(precision), block_size) for target in targets]
     machine = _device(device, efficiency)
-    plans = [_plan(model, machine, cache_dtype, context=context, batch=batch, prompt=prompt) for model in models]
+    kind = value_of(cache_dtype)
+    plans = [_plan(model, machine, kind, context=context, batch=batch, prompt=prompt) for model in models]
     if plot is not None:
         from gta_edge.cli.plan_plot import draw
 
@@ -69,18 +92,41 @@ def plan(
     from gta_edge.cli.plan_text import comparison, operator_table, single
 
     if len(plans) == 1:
-        single(output.console, plans[0], documents[0])
+        single(output.console, plans[0], documents[0], sources=sources)
     else:
-        comparison(output.console, plans)
+        comparison(output.console, plans, sources=sources)
     for entry in plans if operators else ():
         operator_table(output.console, entry)
     if plot is not None:
         output.note(f"drawn: {plot}")
 
 
+def _list_devices() -> None:
+    """Show every device of the table; the machine's own names are no part of it."""
+    output = current()
+    known = [device(name) for name in device_names() if name not in MEASURED]
+    if output.json:
+        output.document({"devices": [_device_document(entry) for entry in known]})
+        return
+    from gta_edge.cli.plan_text import device_table
+
+    device_table(output.console, known)
+
+
+def _device_document(entry: Device) -> dict[str, Any]:
+    return {
+        "name": entry.name,
+        "title": entry.title,
+        "memory_bytes": entry.memory_bytes,
+        "available_bytes": entry.available_bytes,
+        "bandwidth_bytes_per_s": entry.bandwidth,
+        "rates_per_s": dict(entry.rates),
+        "source": entry.source,
+        "verified": entry.verified,
+    }
+
+
 def _device(name: str, efficiency: float | None) -> Device:
-    if name not in device_names():
-        device(name)  # says which there are
     if efficiency is not None and not 0 < efficiency <= 1:
         raise InputError(f"--efficiency is {efficiency}", "expected a number above 0, up to 1")
     if name in MEASURED:

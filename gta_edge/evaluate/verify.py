@@ -53,6 +53,7 @@ def verify(
         )
 
     require_memory_for_torch(opened.config, opened.precision, "comparing with PyTorch")
+    progress("computing the reference in PyTorch", 0, 0)
     from gta_edge.accuracy.reference import compare_weights  # and with it torch
 
     names = list(backends or BACKENDS)

@@ -142,7 +142,7 @@ def _write_model(
     config = source.config
     cos, sin = rope_tables(config.key_width, config.rope_theta, config.rope_scaling, config.max_position_embeddings)
 
-    progress("tracing the model", 0, 1)
+    progress("tracing the model", 0, 0)
     model = traced(config, source.biases)
     model = prepare(model, _EMBEDDING, source.read, {"cos": cos, "sin": sin}, precision, quantizer)
     progress("tracing the model", 1, 1)

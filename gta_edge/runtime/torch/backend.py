@@ -39,6 +39,7 @@ class _Torch(Backend):
         from gta_edge.plan.host_memory import require_memory_for_torch
 
         require_memory_for_torch(bundle.config, "fp32", "PyTorch")  # the model's, ``load_decoder`` asks for
+        asked.progress("loading PyTorch", 0, 0)
         from gta_edge.runtime.torch.session import TorchSession, default_device, load_decoder, multiplies_codes
 
         device = default_device()
