@@ -54,6 +54,7 @@ def build(
 ) -> None:
     """Build a TensorRT engine of a bundle, or write the model for other tools."""
     from gta_edge.formats.bundle import Bundle
+    from gta_edge.runtime.registry import BACKENDS
     from gta_edge.runtime.tensorrt import build as builder
     from gta_edge.runtime.tensorrt.engine import EngineSpec
 
@@ -65,7 +66,7 @@ def build(
     with out.progress() as progress:
         opened = Bundle.open(bundle, verify_hashes=verify_hashes, progress=progress)
         length = max_length or min(4096, opened.config.max_position_embeddings)
-        computes = value_of(compute) or (opened.precision if opened.precision in ("fp16", "bf16") else "fp16")
+        computes = value_of(compute) or BACKENDS[engine.value].default_compute(opened.precision)
         spec = EngineSpec(
             engine=engine.value,
             compute=computes,

@@ -10,6 +10,7 @@ import rich.text
 
 from gta_edge.cli.output import fill
 from gta_edge.machine import info as machine
+from gta_edge.runtime.registry import BACKENDS
 from gta_edge.support.text import printable
 
 __all__ = ["show"]
@@ -126,12 +127,11 @@ def _gpu(lines: _Lines, report: Document, driver: Document) -> None:
 
 
 def _version(report: Document, backend: str) -> str:
-    name = "onnxruntime-gpu" if backend == "onnxruntime-cuda" else backend
-    return report["tensorrt"].get(backend) or report["packages"].get(name) or ""
+    return report["tensorrt"].get(backend) or report["packages"].get(BACKENDS[backend].distribution) or ""
 
 
 def _next(report: Document, best: str) -> str:
-    if best.startswith("tensorrt"):
+    if BACKENDS[best].builds_engine:
         return f"gta-edge build BUNDLE --engine {best}"
     if report["features"]["export"]["works"]:
         return "gta-edge export CHECKPOINT BUNDLE"

@@ -67,7 +67,7 @@ def export(
     size = sum(written.file_bytes.values()) / 2**20
     print(f"{bundle}: {written.config.architecture} in {written.precision}, {size:.1f} MiB")
     if result.report:
-        worst = result.report.backends["onnxruntime"].max_rel_error
+        worst = max(found.max_rel_error for found in result.report.backends.values())
         print(f"agrees with PyTorch: largest error {worst:.1e} of the logits' standard deviation")
         print(changes(written.precision, result.report.quantisation))
 
