@@ -50,9 +50,9 @@ class Dtype(str, Enum):
 class Compute(str, Enum):
     """What an engine computes in."""
 
+    FP32 = "fp32"
     FP16 = "fp16"
     BF16 = "bf16"
-    FP32 = "fp32"
 
 
 class CacheDtype(str, Enum):

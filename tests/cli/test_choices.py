@@ -9,14 +9,12 @@ import typer.main
 
 from gta_edge.cli import choices
 from gta_edge.cli.app import app
-from gta_edge.formats.weights import PRECISIONS
-from gta_edge.graph.retype import COMPUTE_TYPES
 from gta_edge.machine.devices import device_names
-from gta_edge.model.config import DTYPES
 from gta_edge.model.presets import PRESETS
-from gta_edge.numerics.dtypes import CACHE_TYPES
+from gta_edge.numerics.dtypes import CACHE_TYPES, CHECKPOINT_DTYPES, FLOAT_TYPES, PRECISIONS
 from gta_edge.runtime.registry import BACKENDS
-from gta_edge.runtime.tensorrt.engine import ENGINES, IMPLEMENTATIONS
+from gta_edge.runtime.tensorrt.engine import IMPLEMENTATIONS
+from gta_edge.runtime.tensorrt.engine_kind import ENGINES
 from tests.helpers.commands import Result, run
 
 Command = Callable[..., Result]
@@ -26,8 +24,8 @@ Command = Callable[..., Result]
     ("choice", "names"),
     [
         (choices.Precision, PRECISIONS),
-        (choices.Dtype, DTYPES),
-        (choices.Compute, COMPUTE_TYPES),
+        (choices.Dtype, CHECKPOINT_DTYPES),
+        (choices.Compute, FLOAT_TYPES),
         (choices.CacheDtype, ("fp32", *CACHE_TYPES)),
         (choices.Backend, ("auto", *BACKENDS)),
         (choices.Engine, ENGINES),
