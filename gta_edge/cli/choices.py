@@ -1,6 +1,6 @@
 """Closed sets of the command line: enums, so that help, usage errors and shell completion know them.
 
-They repeat names that libraries own, which take longer to load than help may; a test holds them together.
+They repeat names of the package, since an enum's members are written out; a test holds both together.
 """
 
 from __future__ import annotations

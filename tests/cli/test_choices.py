@@ -13,7 +13,7 @@ from gta_edge.machine.devices import device_names
 from gta_edge.model.presets import PRESETS
 from gta_edge.numerics.dtypes import CACHE_TYPES, CHECKPOINT_DTYPES, FLOAT_TYPES, PRECISIONS
 from gta_edge.runtime.registry import BACKENDS
-from gta_edge.runtime.tensorrt.engine import IMPLEMENTATIONS
+from gta_edge.runtime.tensorrt.engine import CHOICES
 from gta_edge.runtime.tensorrt.engine_kind import ENGINES
 from tests.helpers.commands import Result, run
 
@@ -29,12 +29,12 @@ Command = Callable[..., Result]
         (choices.CacheDtype, ("fp32", *CACHE_TYPES)),
         (choices.Backend, ("auto", *BACKENDS)),
         (choices.Engine, ENGINES),
-        (choices.Matmul, (*IMPLEMENTATIONS, "auto")),
+        (choices.Matmul, CHOICES),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_enums_are_the_packages_names(choice: type[Enum], names: Any) -> None:
-    assert [each.value for each in choice] == list(names)
+    assert sorted(each.value for each in choice) == sorted(names)
 
 
 def completions(words: str) -> list[str]:
