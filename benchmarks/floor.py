@@ -12,6 +12,7 @@ import numpy as np
 
 from gta_edge.formats.bundle import Bundle
 from gta_edge.model.config import ModelConfig
+from gta_edge.runtime.registry import BACKENDS
 from gta_edge.support.cores import usable_cores
 
 __all__ = ["bandwidth", "floor_ms", "table_bytes", "token_bytes"]
@@ -42,7 +43,7 @@ def token_bytes(bundle: Bundle, *, backend: str = "onnxruntime") -> int:
     """Return the bytes of weights that one token reads, in the form in which the backend multiplies by them."""
     config = bundle.config
     # all others are float32 by then: ONNX Runtime casts floats at loading, PyTorch's weights are dequantised there
-    if bundle.precision not in _QUANTISED or backend == "torch":
+    if bundle.precision not in _QUANTISED or not BACKENDS[backend].cpu_kernels:
         unread = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
         return 4 * (config.parameters - unread)
     return bundle.weight_bytes - table_bytes(config) - _embedding_bytes(bundle)

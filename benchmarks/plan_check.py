@@ -31,8 +31,8 @@ from gta_edge.errors import GtaEdgeError
 from gta_edge.formats.bundle import Bundle
 from gta_edge.machine.devices import Device
 from gta_edge.machine.probe import measure_cpu
-from gta_edge.plan.roofline import Model, Plan, execution_for, make_plan
-from gta_edge.runtime.cache_policy import CHUNK_SIZE
+from gta_edge.plan.roofline import Model, Plan, make_plan
+from gta_edge.runtime.onnxruntime.backend import ONNXRUNTIME
 from gta_edge.support.cores import usable_cores
 
 MEMORY_BOUND, TIME_BOUND = 0.10, 0.25
@@ -59,7 +59,7 @@ def run_once(bundle: Bundle, context: int, new_tokens: int) -> dict[str, Any]:
 def predict(bundle: Bundle, device: Device, context: int, new_tokens: int) -> Plan:
     """Return the plan for the middle of the new tokens, its prompt the context."""
     model = Model(bundle.directory.name, bundle.config, bundle.precision, bundle.block_size, bundle.weight_bytes)
-    execution = execution_for(bundle.config, "onnxruntime", bundle.precision, None, chunk_size=CHUNK_SIZE)
+    execution = ONNXRUNTIME.execution(bundle.config, bundle.precision)
     return make_plan(model, device, execution, context=context + new_tokens // 2, prompt=context)
 
 

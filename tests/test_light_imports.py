@@ -44,12 +44,25 @@ def run_python(script: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "module", ["gta_edge", "gta_edge.plugins", "gta_edge.runtime", "gta_edge.export", "gta_edge.cli"]
+    "module",
+    [
+        "gta_edge",
+        "gta_edge.plugins",
+        "gta_edge.runtime",
+        "gta_edge.runtime.registry",
+        "gta_edge.export",
+        "gta_edge.cli",
+    ],
 )
 def test_a_package_loads_nothing_heavy(module: str) -> None:
     loaded = json.loads(run_python(f"import json, sys, {module}; print(json.dumps(list(sys.modules)))"))
     assert module in loaded
     assert sorted(set(HEAVY) & set(loaded)) == []
+
+
+def test_commands_learn_names_without_loading_numpy() -> None:
+    script = "import sys, gta_edge.runtime.registry, gta_edge.numerics.dtypes; print('numpy' in sys.modules)"
+    assert run_python(script).split() == ["False"]
 
 
 def test_what_would_be_seen() -> None:

@@ -41,8 +41,8 @@ from gta_edge.cli.output import Output
 from gta_edge.errors import BackendError, GtaEdgeError, InputError
 from gta_edge.evaluate.bench.run import Settings, bench
 from gta_edge.evaluate.bench.targets import parse_targets
-from gta_edge.formats.weights import PRECISIONS
 from gta_edge.model.config import ModelConfig
+from gta_edge.numerics.dtypes import PRECISIONS
 from gta_edge.runtime.registry import BACKENDS
 
 COMMAND = "python -m benchmarks.paper.run"

@@ -24,7 +24,8 @@ from gta_edge.errors import BundleError
 from gta_edge.machine.devices import Device
 from gta_edge.model.config import GTAConfig, ModelConfig
 from gta_edge.model.presets import preset
-from gta_edge.plan.cost import COMPUTE_BYTES, Execution, Step, operators, query_heads
+from gta_edge.numerics.dtypes import DTYPES
+from gta_edge.plan.cost import Execution, Step, operators, query_heads
 from gta_edge.plan.roofline import Model, Phase, Plan, make_plan
 
 if sys.version_info >= (3, 11):
@@ -73,7 +74,7 @@ def reduction(config: ModelConfig, models: Mapping[str, ModelConfig], figure: st
 
 def prompt_flops(config: ModelConfig, tokens: int) -> int:
     """Return the FLOPs of reading a prompt: all matmuls, the pairs that causal attention sees, one position's head."""
-    execution = Execution("tensorrt", PRECISION, PRECISION, tokens)
+    execution = Execution(PRECISION, PRECISION, tokens)
     found = operators(config, PRECISION, None, execution, Step(1, tokens, 0, 1))
     return sum(operator.flops for operator in found)
 
@@ -120,7 +121,7 @@ def roofline(config: ModelConfig, tokens: int, score_passes: int, batch: int = 1
         batch: sequences at once.
     """
     plan = _plan(config, tokens, batch)
-    scores = batch * config.num_hidden_layers * query_heads(config) * COMPUTE_BYTES[PRECISION] * score_passes
+    scores = batch * config.num_hidden_layers * query_heads(config) * DTYPES[PRECISION].bytes * score_passes
     prefill, decode = scores * tokens * tokens, scores * tokens
     return Roofline(
         1e3 * _seconds(plan.prefill, prefill, plan.device.bandwidth),
@@ -134,7 +135,7 @@ def _plan(config: ModelConfig, tokens: int, batch: int) -> Plan:
     device = Device(
         name="simulated",
         title=simulation["gpu"],
-        backend="tensorrt",
+        kind="gpu",
         memory_bytes=0,
         system_bytes=0,
         runtime_bytes=0,
@@ -143,7 +144,7 @@ def _plan(config: ModelConfig, tokens: int, batch: int) -> Plan:
         efficiency=1.0,
         shared_memory=False,
     )
-    execution = Execution("tensorrt", PRECISION, PRECISION, tokens)
+    execution = Execution(PRECISION, PRECISION, tokens)
     return make_plan(Model.of("", config, PRECISION), device, execution, context=tokens, batch=batch, prompt=tokens)
 
 

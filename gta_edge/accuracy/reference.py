@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from gta_edge.accuracy.tolerance import Difference, difference
+from gta_edge.accuracy.tolerance import Quantisation, quantisation
 from gta_edge.errors import BundleError
 from gta_edge.formats.bundle import Bundle
 from gta_edge.formats.checkpoint import Checkpoint
@@ -76,7 +76,7 @@ def reference_logits(model: Decoder, ids: npt.NDArray[np.int64]) -> npt.NDArray[
 
 def compare_weights(
     bundle: Bundle, checkpoint: Checkpoint, ids: npt.NDArray[np.int64]
-) -> tuple[npt.NDArray[np.float32], Difference]:
+) -> tuple[npt.NDArray[np.float32], Quantisation]:
     """Return PyTorch's logits [1, N, V] with the bundle's weights, and how far they are from the checkpoint's."""
     changed = False
 
@@ -88,6 +88,6 @@ def compare_weights(
 
     reference = reference_logits(build_decoder(bundle.config, stored()), ids)
     if not changed:
-        return reference, Difference(0.0, 0.0, 1.0)
+        return reference, Quantisation(0.0, 0.0, 1.0, 0.0)
     own = build_decoder(bundle.config, ((name, checkpoint.read(name)) for name in checkpoint.names))
-    return reference, difference(reference, reference_logits(own, ids))
+    return reference, quantisation(reference, reference_logits(own, ids))

@@ -5,11 +5,10 @@ from __future__ import annotations
 import io
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
+from gta_edge.cli.loading import loading
 from gta_edge.cli.signals import exit_status, handled
-from gta_edge.support.text import one_line
 
 __all__ = ["main"]
 
@@ -25,7 +24,9 @@ def main() -> None:
 
             spare_threads()  # before numpy is loaded
             report_truncated_files()
-            _load()()
+            with loading():
+                from gta_edge.cli.app import run
+            run()
     except KeyboardInterrupt as interrupt:  # before or after the command proper; importing takes a second on a board
         sys.exit(exit_status(interrupt))
     except SystemExit:
@@ -35,24 +36,6 @@ def main() -> None:
     except OSError as error:  # what is printed cannot be written
         print(f"error: output: {error.strerror}; check where it goes", file=sys.stderr)
         sys.exit(1)
-
-
-def _load() -> Callable[[], None]:
-    """Return what runs the command; a library that is always needed may be there and broken."""
-    try:
-        from gta_edge.cli.app import run
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # whatever its import raises
-        if "--debug" in sys.argv:
-            raise
-        said = f"{type(error).__name__}: {one_line(error)}"
-        from gta_edge.libraries.install import reinstall_command
-
-        remedy = f"run: {reinstall_command()}"
-        print(f"error: a library that gta-edge needs cannot be loaded ({said}); {remedy}", file=sys.stderr)
-        sys.exit(1)
-    return run
 
 
 def _prepare_streams() -> None:

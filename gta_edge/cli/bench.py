@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from gta_edge.cli.choices import BACKEND_NAMES, backend_list, completed_list
 from gta_edge.cli.output import FAILED, current
 from gta_edge.errors import InputError
 from gta_edge.support.text import brief, one_line, printable
@@ -19,23 +20,31 @@ _MAX_MESSAGE = 500
 
 
 def bench(
-    bundles: Annotated[list[Path], typer.Argument(metavar="BUNDLE…", help="The bundles.")],
+    bundles: Annotated[list[Path], typer.Argument(metavar="BUNDLE", help="The bundles.")],
     backend: Annotated[
         str | None,
-        typer.Option(help="Backends with commas between; NAME@PYTHON under another interpreter. All by default."),
+        typer.Option(
+            metavar="A,B@PYTHON",
+            help=f"Of {', '.join(BACKEND_NAMES)}; NAME@PYTHON runs one under another interpreter. All by default.",
+            parser=backend_list,
+            autocompletion=completed_list(BACKEND_NAMES),
+        ),
     ] = None,
     contexts: Annotated[
         str | None, typer.Option(help="Tokens of the prompt: 128,2048, the default, or what fits the model.")
     ] = None,
     new_tokens: Annotated[int | None, typer.Option(help="Steps timed after it; 32, or what fits the model.")] = None,
-    batch: Annotated[int, typer.Option(help="Rows at once.")] = 1,
+    batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
     rounds: Annotated[
         int | None, typer.Option(help="Repeats; by default at least 3, and up to 15 until medians settle.")
     ] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="A text to begin with; random tokens by default.")] = None,
     ids: Annotated[str | None, typer.Option(help="Token ids to begin with: 1,2,3.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads on a CPU; one per core by default.")] = None,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables in Markdown.")] = False,
+    wide: Annotated[
+        bool, typer.Option("--wide", help="Print all tables: floors, percentiles, ranks; wider than 80 columns.")
+    ] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print all tables, in Markdown.")] = False,
     plot: Annotated[
         Path | None, typer.Option(help="Draw latency against context, a line per backend: a .png, .svg or .pdf.")
     ] = None,
@@ -52,10 +61,10 @@ def bench(
     if prompt_file is not None and ids is not None:
         raise typer.BadParameter("give one of --prompt-file and --ids")
     if plot is not None:
-        from gta_edge.cli.plan_plot import check
+        from gta_edge.cli.plot import check
 
         check(plot, force=force, inputs=[*bundles, *([prompt_file] if prompt_file else [])])
-    targets = parse_targets(backend)
+    targets = parse_targets(backend or None)
     settings = Settings(
         contexts=None if contexts is None else _numbers("--contexts", contexts),
         new_tokens=DEFAULT_NEW_TOKENS if new_tokens is None else new_tokens,
@@ -66,7 +75,7 @@ def bench(
     )
     with output.progress() as progress:
         report = run(bundles, targets, settings, progress=progress)
-    _show(report, markdown=markdown)
+    _show(report, wide=wide, markdown=markdown)
     if plot is not None:
         from gta_edge.cli.bench_plot import draw
 
@@ -89,17 +98,17 @@ def _fail(message: str) -> None:
     sys.exit(FAILED)
 
 
-def _show(report: dict[str, Any], *, markdown: bool) -> None:
+def _show(report: dict[str, Any], *, wide: bool, markdown: bool) -> None:
     output = current()
     if output.json:
         output.document(report)
         return
-    from gta_edge.cli.bench_text import as_markdown, show
+    from gta_edge.cli.bench_text import as_markdown, show, show_all
 
     if markdown:
         print(as_markdown(report))
     else:
-        show(output.console, report)
+        (show_all if wide else show)(output.console, report)
 
 
 def _numbers(option: str, text: str) -> tuple[int, ...]:

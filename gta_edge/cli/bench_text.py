@@ -1,4 +1,8 @@
-"""How ``bench`` prints a report: the floor first, then what was measured, then the distance, then who is not there."""
+"""How ``bench`` prints a report.
+
+By default a table that fits 80 columns: what a user compares backends by. ``--wide`` has every figure: the floor first,
+then what was measured, then the distance from the floor, then which backends are not there.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +13,12 @@ import rich.console
 import rich.markup
 import rich.table
 
+from gta_edge.cli.output import fill
 from gta_edge.evaluate.bench.report import UNSTEADY
 from gta_edge.machine import info as machine
+from gta_edge.runtime.registry import BACKENDS
 
-__all__ = ["as_markdown", "how_wrong", "show"]
+__all__ = ["as_markdown", "how_wrong", "show", "show_all"]
 
 Document = dict[str, Any]
 Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
@@ -23,6 +29,62 @@ _BUSY_CORES = 0.2
 
 
 def show(console: rich.console.Console, report: Document) -> None:
+    """Print the short table of every bundle, and what there is to say of it."""
+    for line in _machine(report):
+        console.print(fill(line, console.width), markup=False, highlight=False, soft_wrap=True)
+    marks = _marks(report)
+    for bundle in dict.fromkeys(row["bundle"] for row in report["results"]):
+        rows = [row for row in report["results"] if row["bundle"] == bundle]
+        console.print(
+            f"\n{bundle}, {rows[0]['precision']}", style="bold", markup=False, highlight=False, soft_wrap=True
+        )
+        wrong = [row["agrees"] is False for row in rows]
+        console.print(_rich(_SHORT_HEADS, [_short(row, marks) for row in rows], wrong, numbers=(0, 2, 3, 4, 5)))
+    notes = [f"{mark} {backend}" for backend, mark in marks.items() if mark]
+    for line in (*notes, *_closing(report, "~")):
+        shown = line if line in notes else fill(line, console.width, "  ", "- ")
+        console.print(shown, markup=False, highlight=False, soft_wrap=True)
+
+
+_SHORT_HEADS = ("context", "backend", "first token", "ms/token", "tokens/s", "memory", "answers")
+_MAX_NAME = 16  # characters of the longest name of a backend
+
+
+def _marks(report: Document) -> dict[str, str]:
+    """Return the mark that stands for what would make a backend's name too long, an empty one where nothing does."""
+    names = dict.fromkeys(row["backend"] for row in report["results"])
+    long = [name for name in names if len(name) > _MAX_NAME]
+    return {name: f"[{long.index(name) + 1}]" if name in long else "" for name in names}
+
+
+def _short(row: Document, marks: dict[str, str]) -> tuple[str, ...]:
+    mark = marks[row["backend"]]
+    name = f"{row['backend'].partition('@')[0][: _MAX_NAME - len(mark)]}{mark}"
+    key = (f"{row['context']:,}", name)
+    if not row["tpot_ms"]:
+        return (*key, "failed", *[""] * 4)
+    peak = row["peak_memory_bytes"] if row["peak_gpu_bytes"] is None else row["peak_gpu_bytes"]
+    answers = {None: "-", True: "same", False: "WRONG"}[row["agrees"]]
+    unsteady = "~" if _unsettled(row) else ""
+    return (
+        *key,
+        _ms(row["ttft_ms"]),
+        f"{unsteady}{row['tpot_ms']['p50']:.2f}",
+        f"{row['decode_tokens_per_s']:.1f}",
+        _size(peak),
+        "reference" if _is_reference(row) else answers,
+    )
+
+
+def _unsettled(row: Document) -> bool:
+    return bool(row["spread"] and row["spread"]["tpot"] and "spread.tpot" in row["notes"])
+
+
+def _is_reference(row: Document) -> bool:
+    return bool(row["max_rel_error"] == 0 and row["reference"] == row["backend"])
+
+
+def show_all(console: rich.console.Console, report: Document) -> None:
     """Print a report as tables, as wide as they are: files keep lines whole, terminals break them. Wrong is red."""
     console = rich.console.Console(file=console.file, width=max(console.width, _WIDEST), soft_wrap=True)
     _lines(console, _machine(report))
@@ -39,7 +101,7 @@ def show(console: rich.console.Console, report: Document) -> None:
 
 
 def as_markdown(report: Document) -> str:
-    """Return the same for a page of a documentation."""
+    """Return every table for a page of a documentation."""
     several = _several_bundles(report)
     parts = ["  \n".join(_machine(report))]
     if report["backends"]:
@@ -108,7 +170,7 @@ def _computes(entry: Document) -> str:
 
 def _software(entry: Document) -> str:
     backend = entry["backend"].partition("@")[0]
-    name = "onnxruntime-gpu" if backend == "onnxruntime-cuda" else backend  # others have their distribution's name
+    name = BACKENDS[backend].distribution
     version = entry["versions"].get(name)
     return f"{f'{name} {version}, ' if version else ''}Python {entry['python']}"
 
@@ -156,7 +218,7 @@ def _distance(report: Document, several: bool) -> Table:
 def _answers(row: Document) -> str:
     if row["agrees"] is None:
         return "not compared"
-    if row["max_rel_error"] == 0 and row["reference"] == row["backend"]:
+    if _is_reference(row):
         return "reference"
     error = row["max_rel_error"]
     shown = "not finite" if error == float("inf") else f"error {error:.1e}"
@@ -184,8 +246,13 @@ def _bundle_head(several: bool) -> tuple[str, ...]:
     return ("bundle",) if several else ()
 
 
-def _closing(report: Document) -> Iterator[str]:
-    """Yield what failed, what is wrong, and which backends are not there, each with its reason."""
+def _closing(report: Document, mark: str = "spread") -> Iterator[str]:
+    """Yield what failed, what is wrong, and which backends are not there, each with its reason.
+
+    Args:
+        report: as ``--json`` prints it.
+        mark: what shows a row whose rounds have not settled.
+    """
     said = set()
     for row in report["results"]:
         reason = row["notes"].get("ttft_ms") or row["notes"].get("rounds")
@@ -193,10 +260,10 @@ def _closing(report: Document) -> Iterator[str]:
             yield f"{row['backend']} at {row['context']}: {reason}"
         if row["agrees"] is False:
             yield how_wrong(row)
-    unsteady = [r for r in report["results"] if r["spread"] and r["spread"]["tpot"] and "spread.tpot" in r["notes"]]
+    unsteady = [row for row in report["results"] if _unsettled(row)]
     if unsteady:
         yield (
-            f"the rounds lie more than {UNSTEADY:.0%} apart (spread) and have not settled in {len(unsteady)} of "
+            f"the rounds lie more than {UNSTEADY:.0%} apart ({mark}) and have not settled in {len(unsteady)} of "
             f"{len(report['results'])} rows; run again before ranking by these"
         )
     busy = max((row["others_busy_cores"] or 0 for row in report["results"]), default=0)
@@ -237,10 +304,16 @@ def _lines(console: rich.console.Console, lines: list[str]) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def _rich(heads: tuple[str, ...], rows: list[tuple[str, ...]], wrong: list[bool] | None = None) -> rich.table.Table:
+def _rich(
+    heads: tuple[str, ...],
+    rows: list[tuple[str, ...]],
+    wrong: list[bool] | None = None,
+    numbers: tuple[int, ...] = (),
+) -> rich.table.Table:
+    """Return a plain table; the columns of these ``numbers`` are aligned on the right."""
     table = rich.table.Table(box=None, pad_edge=False)
-    for head in heads:
-        table.add_column(head, no_wrap=True)
+    for i, head in enumerate(heads):
+        table.add_column(head, no_wrap=True, justify="right" if i in numbers else "left")
     for i, row in enumerate(rows):
         table.add_row(*map(rich.markup.escape, row), style="red" if wrong and wrong[i] else "")
     return table

@@ -7,31 +7,35 @@ from typing import Annotated
 
 import typer
 
+from gta_edge.cli.choices import CacheDtype, Compute, Engine, Matmul, value_of
 from gta_edge.cli.output import current
 
 __all__ = ["build"]
 
 
 def build(
-    bundle: Annotated[Path, typer.Argument(help="The bundle.")],
-    engine: Annotated[str, typer.Option(help="tensorrt (with the plugin) or tensorrt-rtx (pip only).")] = "tensorrt",
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The bundle.")],
+    engine: Annotated[
+        Engine, typer.Option(help="TensorRT with the plugin, or TensorRT-RTX, which pip alone installs.")
+    ] = Engine.TENSORRT,
     compute: Annotated[
-        str | None, typer.Option(help="fp16, bf16, or with tensorrt-rtx fp32; by default as stored, else fp16.")
+        Compute | None, typer.Option(help="fp32 is tensorrt-rtx's alone; by default as stored, else fp16.")
     ] = None,
     cache_dtype: Annotated[
-        str | None, typer.Option(help="The type to compute in (default), or with tensorrt int8 or fp8.")
+        CacheDtype | None, typer.Option(help="--compute's type (default), or with tensorrt int8 or fp8.")
     ] = None,
     matmul: Annotated[
-        str,
+        Matmul,
         typer.Option(
-            help="Products with int4 and int8 matrices: plugin, native (TensorRT itself), or auto: with tensorrt "
-            "the faster of the two, timed here (with --onnx-only plugin), with tensorrt-rtx native."
+            help="What multiplies by int4 and int8 matrices: our plugin, or TensorRT's native kernels. auto: with "
+            "tensorrt the faster of the two, timed here (with --onnx-only plugin), with tensorrt-rtx native."
         ),
-    ] = "auto",
+    ] = Matmul.AUTO,
     max_length: Annotated[
-        int | None, typer.Option(min=1, help="Tokens that the cache holds; 4096 or the model's positions by default.")
+        int | None,
+        typer.Option(min=1, help="Tokens that the cache holds; by default 4096, or the model's max context."),
     ] = None,
-    max_batch: Annotated[int, typer.Option(min=1, help="Rows at once.")] = 1,
+    max_batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 1,
     compute_capability: Annotated[
         str | None,
         typer.Option(help="GPUs to build for, 8.6,8.9; by default the one here, else all. tensorrt-rtx only."),
@@ -61,15 +65,15 @@ def build(
     with out.progress() as progress:
         opened = Bundle.open(bundle, verify_hashes=verify_hashes, progress=progress)
         length = max_length or min(4096, opened.config.max_position_embeddings)
-        compute = compute or (opened.precision if opened.precision in ("fp16", "bf16") else "fp16")
+        computes = value_of(compute) or (opened.precision if opened.precision in ("fp16", "bf16") else "fp16")
         spec = EngineSpec(
-            engine=engine,
-            compute=compute,
-            cache_dtype=cache_dtype or compute,
+            engine=engine.value,
+            compute=computes,
+            cache_dtype=value_of(cache_dtype) or computes,
             max_length=length,
             max_batch=max_batch,
             chunk_size=min(builder.CHUNK_SIZE, length),
-            matmul=matmul,
+            matmul=matmul.value,
         )
         builder.check_spec(opened, spec)
         needed = builder.requirement(opened, spec)
@@ -80,11 +84,13 @@ def build(
         else:
             capabilities = compute_capability.replace(" ", "").split(",") if compute_capability else []
             written = builder.build(opened, spec, compute_capabilities=capabilities, force=force, progress=progress)
+    multiplied_by = builder.matmul_of(written) if opened.precision in ("int4", "int8") else None
     document = {"written": str(written), **vars(spec), "estimated_peak_bytes": None if onnx_only else needed.peak}
-    document["matmul"] = builder.matmul_of(written) if opened.precision in ("int4", "int8") else None
+    # two keys that the first documents had stay
+    document |= {"int4": spec.matmul, "matmul": multiplied_by, "products": multiplied_by}
     if out.json:
         out.document(document)
     else:
         cache = f"a cache of {spec.max_length} tokens in {spec.cache_dtype}"
-        matmuls = f", {document['matmul']} matmuls" if document["matmul"] else ""
+        matmuls = f", {multiplied_by} matmuls" if multiplied_by else ""
         print(f"{written}: {spec.engine}, {spec.compute}, {cache}{matmuls}")

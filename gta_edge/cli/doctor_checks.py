@@ -13,11 +13,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import IO, Any
 
 from gta_edge.errors import GtaEdgeError
-from gta_edge.libraries.install import install_command
-from gta_edge.libraries.optional import UnusableError, find_module
+from gta_edge.runtime.backend import Backend
+from gta_edge.runtime.registry import BACKENDS
 from gta_edge.support.text import one_line
 
 __all__ = ["CHECKS", "answer", "run"]
@@ -125,22 +126,23 @@ def _refused(error: GtaEdgeError) -> Answer:
 # --- the checks ------------------------------------------------------------------------------------------------------
 
 
+def _importing(module: str | None) -> None:
+    """Say what is being imported, which may end this process."""
+    _say({"module": module})
+
+
 def _modules(*names: str, extra: str) -> Answer:
     """Whether these modules can be imported."""
-    missing = []
-    for name in names:
-        _say({"module": name})
-        try:
-            if find_module(name) is None:
-                missing.append(name)
-        except UnusableError as error:
-            return _state(str(error), error.remedy.removeprefix("run: ") or _reinstall(name))
-    _say({"module": None})
-    if not missing:
-        return _state()
-    if "onnxruntime" in missing and sys.version_info < (3, 11):
-        return _state("onnxruntime not installed", "use Python 3.11 or later, which onnxruntime 1.25 needs")
-    return _state(f"{', '.join(missing)} not installed", install_command(extra))
+    from gta_edge.libraries.optional import require_modules
+
+    require_modules(names, extra, _importing)
+    return _state()
+
+
+def _backend(backend: Backend) -> Answer:
+    """Whether a backend works here, and what it has found."""
+    availability = backend.availability(_importing)
+    return (_refused(availability.error) if availability.error else _state()) | dict(availability.found)
 
 
 def _driver() -> Answer:
@@ -156,99 +158,18 @@ def _kernels() -> Answer:
     """Whether the CUDA kernels can be compiled and run here, and on what."""
     from gta_edge.cuda.compiler import check_compiler
     from gta_edge.cuda.gpu import current_gpu
+    from gta_edge.cuda.session import check_usable
 
     gpu = current_gpu()
     check_compiler(gpu.architecture)
-    _use_gpu()
+    check_usable()
     return _state(gpu=f"{gpu.name}, {gpu.architecture}, {gpu.processors} multiprocessors")
-
-
-def _use_gpu() -> None:
-    """Take the GPU as a session does, which fails where its memory is full or it is another program's alone."""
-    from gta_edge.cuda.session import Cuda
-
-    Cuda().close()
-
-
-def _tensorrt(engine: str) -> Answer:
-    """Whether engines of this kind can be built and run here: TensorRT, CUDA's bindings, a GPU that it knows."""
-    from gta_edge.cuda.compiler import check_compiler
-    from gta_edge.cuda.gpu import current_gpu
-    from gta_edge.libraries.cuda import cuda_extra
-    from gta_edge.libraries.tensorrt import load
-    from gta_edge.runtime.tensorrt.builder import Target
-    from gta_edge.runtime.tensorrt.log import new_log, started
-
-    trt = load(engine)
-    bindings = _modules("cuda.bindings", extra=f"tensorrt,{cuda_extra()}")
-    if not bindings["works"]:
-        return bindings | {"version": trt.version_text}
-    try:
-        gpu = current_gpu()
-        if trt.plugins:
-            check_compiler(gpu.architecture)
-        _use_gpu()
-        Target.choose(engine)
-        started(trt.module.Runtime, new_log(trt.module), "runtime")
-    except GtaEdgeError as error:
-        return _refused(error) | {"version": trt.version_text}
-    return _state(version=trt.version_text)
-
-
-def _onnxruntime() -> Answer:
-    """Whether ONNX Runtime is there, with what it needs to be given a graph, and what it can run on."""
-    from gta_edge.libraries.onnxruntime import load_onnxruntime
-
-    missing = _modules("onnxruntime", "onnx_ir", "tokenizers", extra="ort")
-    providers = _providers()
-    if missing["works"]:
-        try:
-            load_onnxruntime()
-        except GtaEdgeError as error:
-            missing = _refused(error)
-    return missing | {"providers": providers}
-
-
-def _providers() -> list[str]:
-    """Return what ONNX Runtime can run on, nothing where it is none that can be asked."""
-    try:
-        module: Any = find_module("onnxruntime")
-        return [str(name) for name in module.get_available_providers()] if module else []
-    except Exception:  # what is wrong with it is said elsewhere
-        return []
-
-
-def _onnxruntime_cuda() -> Answer:
-    """Whether ONNX Runtime can use the GPU."""
-    from gta_edge.libraries.onnxruntime import load_onnxruntime_cuda
-
-    found = _modules("onnxruntime", "onnx", "onnx_ir", "tokenizers", extra="ort-gpu")
-    if found["works"]:
-        load_onnxruntime_cuda()  # runs a kernel
-    return found
-
-
-def _torch() -> Answer:
-    """Whether PyTorch is there, and made for the GPU where it would take that."""
-    found = _modules("torch", "onnx_ir", "tokenizers", extra="export")
-    if found["works"]:
-        from gta_edge.runtime.torch.session import default_device
-
-        if default_device() == "cuda":
-            import torch
-
-            torch.ones(1, device="cuda").add_(1).cpu()  # fails where it has no code for this GPU, or no memory
-    return found
 
 
 CHECKS: dict[str, Callable[[], Answer]] = {
     "driver": _driver,
     "kernels": _kernels,
-    "tensorrt": lambda: _tensorrt("tensorrt"),
-    "tensorrt-rtx": lambda: _tensorrt("tensorrt-rtx"),
-    "onnxruntime-cuda": _onnxruntime_cuda,
-    "onnxruntime": _onnxruntime,
-    "torch": _torch,
+    **{name: partial(_backend, backend) for name, backend in BACKENDS.items()},
     "export": lambda: _modules("torch", "onnx", "onnx_ir", "onnxscript", extra="export"),
     "plot": lambda: _modules("matplotlib", extra="plot"),
 }

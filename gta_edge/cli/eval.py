@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import typer
 
+from gta_edge.cli.choices import Backend
 from gta_edge.cli.output import current, key_value_table
 from gta_edge.errors import InputError
-from gta_edge.formats.tokenizer import NO_TOKENIZER
 from gta_edge.support.text import printable
 from gta_edge.support.text_files import read_text_or_stdin
 
@@ -18,17 +17,22 @@ __all__ = ["evaluate"]
 
 
 def evaluate(
-    bundle: Annotated[Path, typer.Argument(help="The bundle.")],
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The bundle.")],
     text: Annotated[Path | None, typer.Option(help="A text file, UTF-8; - is standard input.")] = None,
     ids: Annotated[Path | None, typer.Option(help="Token ids: a .npy file of integers.")] = None,
-    window: Annotated[int | None, typer.Option(help="Tokens attended at most; all positions by default.")] = None,
-    backend: Annotated[str, typer.Option(help="A backend, or auto.")] = "auto",
+    window: Annotated[
+        int | None, typer.Option(help="Tokens attended at most; the model's max context by default.")
+    ] = None,
+    backend: Annotated[Backend, typer.Option(help="auto: the fastest that works.")] = Backend.AUTO,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads; one per core by default.")] = None,
     verify_hashes: Annotated[bool, typer.Option("--verify-hashes", help="Hash the weights first.")] = False,
 ) -> None:
     """Print the mean loss per token and the perplexity of a text."""
+    import numpy as np
+
     from gta_edge.evaluate.perplexity import evaluate as run
     from gta_edge.evaluate.perplexity import read_ids
+    from gta_edge.formats.tokenizer import NO_TOKENIZER
     from gta_edge.runtime.registry import load
 
     if (text is None) == (ids is None):
@@ -38,7 +42,7 @@ def evaluate(
     tokens = None if ids is None else read_ids(ids)
     with (
         output.progress() as progress,
-        load(bundle, backend, threads=threads, verify_hashes=verify_hashes, progress=progress) as session,
+        load(bundle, backend.value, threads=threads, verify_hashes=verify_hashes, progress=progress) as session,
     ):
         if content is not None:
             if session.tokenizer is None:

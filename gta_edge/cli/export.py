@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from gta_edge.cli.choices import Precision, value_of
 from gta_edge.cli.output import current
-from gta_edge.formats.weights import PRECISIONS
 from gta_edge.support.text import printable
 
-__all__ = ["export"]
+if TYPE_CHECKING:
+    from gta_edge.accuracy.tolerance import Quantisation
+
+__all__ = ["changes", "export"]
 
 
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="Directory with config.json and safetensors.")],
-    bundle: Annotated[Path, typer.Argument(help="Directory to write.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="CHECKPOINT", help="Directory with config.json and safetensors.")
+    ],
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="Directory to write.")],
     precision: Annotated[
-        str | None,
-        typer.Option(help=f"How weights are stored: {', '.join(PRECISIONS)}; the checkpoint's own by default."),
+        Precision | None, typer.Option(help="How weights are stored; the checkpoint's own by default.")
     ] = None,
     block_size: Annotated[
         int | None,
@@ -39,7 +43,7 @@ def export(
         result = pipeline.export_model(
             checkpoint,
             bundle,
-            precision=precision,
+            precision=value_of(precision),
             block_size=block_size,
             calibrate=calibrate,
             verify=verify,
@@ -64,7 +68,15 @@ def export(
     print(f"{bundle}: {written.config.architecture} in {written.precision}, {size:.1f} MiB")
     if result.report:
         worst = result.report.backends["onnxruntime"].max_rel_error
-        print(
-            f"agrees with PyTorch: largest error {worst:.1e} of the logits' spread; storing weights in "
-            f"{written.precision} changed them by {result.report.quantisation.max_rel_error:.1e}"
-        )
+        print(f"agrees with PyTorch: largest error {worst:.1e} of the logits' standard deviation")
+        print(changes(written.precision, result.report.quantisation))
+
+
+def changes(precision: str, found: Quantisation) -> str:
+    """Say what storing the weights in a precision changed, on the tokens of the check."""
+    if found.max_abs_error == 0:
+        return f"weights in {precision}: the checkpoint's own values"
+    return (
+        f"weights in {precision} against the checkpoint's, on random tokens:\n"
+        f"  {found.top1_agreement:.1%} equal top-1 tokens, mean KL divergence {found.mean_kl_divergence:.2g} nats"
+    )

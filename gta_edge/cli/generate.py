@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from gta_edge.cli.choices import Backend
 from gta_edge.cli.output import Output, current
 from gta_edge.cli.signals import exit_status
 from gta_edge.errors import InputError
@@ -18,33 +19,34 @@ __all__ = ["generate"]
 
 
 def generate(
-    bundle: Annotated[Path, typer.Argument(help="The bundle.")],
-    prompt: Annotated[str | None, typer.Option(help="Text to continue.")] = None,
-    prompt_file: Annotated[
-        Path | None, typer.Option(help="A file with the text to continue; - is standard input.")
-    ] = None,
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The bundle.")],
+    prompt: Annotated[str | None, typer.Option(help="Text to continue; without one, standard input is read.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="A file with it; - is standard input.")] = None,
     ids: Annotated[str | None, typer.Option(help="Token ids to continue: 1,2,3.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 256,
     temperature: Annotated[float | None, typer.Option(help="0 is greedy, the default outside chats.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Draw from the k likeliest tokens; 0 is all.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Draw from the k likeliest tokens; 0 is off.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest tokens of this total.")] = None,
     min_p: Annotated[float | None, typer.Option(help="Drop tokens below this fraction of the likeliest.")] = None,
     repetition_penalty: Annotated[float | None, typer.Option(help="Above 1 discourages tokens seen before.")] = None,
     stop: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End before this text; repeatable.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the draws.")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after an end token.")] = False,
-    backend: Annotated[str, typer.Option(help="A backend, or auto.")] = "auto",
+    backend: Annotated[Backend, typer.Option(help="auto: the fastest that works.")] = Backend.AUTO,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads; one per core by default.")] = None,
     verify_hashes: Annotated[bool, typer.Option("--verify-hashes", help="Hash the weights first.")] = False,
 ) -> None:
-    """Continue a prompt. Text goes to stdout as it is made; timings to stderr at the end."""
+    """Continue a prompt.
+
+    Text goes to stdout as it is made, timings to stderr at the end. The prompt may be piped in.
+    """
     import gta_edge
 
     output = current()
     given = _prompt(prompt, prompt_file, ids)
     with output.progress() as progress:
-        session = gta_edge.load(bundle, backend, threads=threads, verify_hashes=verify_hashes, progress=progress)
+        session = gta_edge.load(bundle, backend.value, threads=threads, verify_hashes=verify_hashes, progress=progress)
     with session:
         generation = gta_edge.generate(
             session,
@@ -74,8 +76,11 @@ def generate(
 
 
 def _prompt(text: str | None, file: Path | None, ids: str | None) -> Any:
-    if sum(entry is not None for entry in (text, file, ids)) != 1:
-        raise typer.BadParameter("give exactly one of --prompt, --prompt-file and --ids")
+    given = sum(entry is not None for entry in (text, file, ids))
+    if not given and (piped := _piped()):
+        return piped
+    if given != 1:
+        raise typer.BadParameter("give exactly one of --prompt, --prompt-file and --ids, or pipe a text in")
     if text is not None:
         return text
     if file is not None:
@@ -88,6 +93,13 @@ def _prompt(text: str | None, file: Path | None, ids: str | None) -> Any:
         raise InputError(
             f"--ids is {brief(ids)}", "expected whole numbers with commas between, such as 1,2,3"
         ) from error
+
+
+def _piped() -> str:
+    """Return what another program writes into standard input, nothing where that is a terminal or closed."""
+    if sys.stdin is None or sys.stdin.isatty():
+        return ""
+    return read_text_or_stdin(Path(STANDARD_INPUT))
 
 
 def _show(output: Output, piece: str, generation: Any) -> None:

@@ -14,12 +14,11 @@ from gta_edge.formats.checkpoint import Checkpoint
 from gta_edge.model.config import GTAConfig, ModelConfig
 from gta_edge.model.kv_cache import bytes_per_token
 from gta_edge.model.presets import PRESETS, preset
+from gta_edge.numerics.dtypes import CHECKPOINT_DTYPES
 from gta_edge.plan.cost import stored_parts
 
 __all__ = ["describe", "inspect"]
 
-_PRECISION_OF_DTYPE = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
-_MIB = 2**20
 _BAR = 30
 
 
@@ -36,7 +35,8 @@ def inspect(
             config, precision, weight_bytes, extra = _open(Path(target), verify_hashes, progress)
         else:
             config = preset(target)
-            precision, weight_bytes, extra = _PRECISION_OF_DTYPE[config.dtype], config.weight_bytes, {"kind": "preset"}
+            precision = CHECKPOINT_DTYPES[config.dtype].name
+            weight_bytes, extra = config.weight_bytes, {"kind": "preset"}
     # a bundle computes in float32 and so does its cache; a checkpoint's cache would be in its own type
     cache_dtype = "float32" if extra["kind"] == "bundle" else config.dtype
     description = describe(config, precision, weight_bytes, cache_dtype) | extra
@@ -47,7 +47,7 @@ def inspect(
 
 
 def describe(config: ModelConfig, precision: str, weight_bytes: int, cache_dtype: str) -> dict[str, Any]:
-    """Return the figures of a model, as ``--json`` prints them; ``cache_dtype`` is a key of ``DTYPES``."""
+    """Return the figures of a model, as ``--json`` prints them; ``cache_dtype`` is a key of ``CHECKPOINT_DTYPES``."""
     gta = config if isinstance(config, GTAConfig) else None
     key, mixed = config.caches
     return {
@@ -65,7 +65,7 @@ def describe(config: ModelConfig, precision: str, weight_bytes: int, cache_dtype
         "max_length": config.max_position_embeddings,
         "cache_values_per_token_per_layer": config.cache_values_per_token_per_layer,
         "cache_dtype": cache_dtype,
-        "cache_bytes_per_token": bytes_per_token(config, _PRECISION_OF_DTYPE[cache_dtype]),
+        "cache_bytes_per_token": bytes_per_token(config, CHECKPOINT_DTYPES[cache_dtype].name),
         "attention_flops_per_pair": config.attention_flops_per_pair,
         "weight_bytes": weight_bytes,
         "precision": precision,
@@ -83,26 +83,54 @@ def _open(path: Path, verify_hashes: bool, progress: Any) -> tuple[ModelConfig, 
         return bundle.config, bundle.precision, bundle.weight_bytes, extra
     checkpoint = Checkpoint.open(path)
     dtypes = sorted({checkpoint.dtype_of(name) for name in checkpoint.names})
-    precision = "+".join(_PRECISION_OF_DTYPE[dtype] for dtype in dtypes)
+    precision = "+".join(CHECKPOINT_DTYPES[dtype].name for dtype in dtypes)
     return checkpoint.config, precision, checkpoint.weight_bytes, {"kind": "checkpoint"}
+
+
+def _for_people(found: dict[str, Any]) -> dict[str, str]:
+    """Return labels and texts, with units."""
+    rows = {
+        found["kind"]: f"{found['architecture']} in {found['precision']}",
+        "parameters": _count(found["parameters"]),
+        "layers": f"{found['layers']}",
+        "hidden size": f"{found['hidden_size']:,}",
+        **_heads(found),
+        "vocabulary": f"{found['vocab_size']:,} tokens",
+        "max context": f"{found['max_length']:,} tokens",
+        "KV cache": f"{found['cache_bytes_per_token']:,} bytes per token in {found['cache_dtype']}",
+        "": f"{found['cache_values_per_token_per_layer']} values in each layer",
+        "weights": _size(found["weight_bytes"]),
+    }
+    parts = {part: size for part, size in found.get("weight_bytes_by_part", {}).items() if size}
+    rows |= {f"  {part}": _share(size, sum(parts.values())) for part, size in parts.items()}
+    if "files" in found:
+        rows["files"] = _size(sum(found["files"].values()))
+        rows |= {f"  {name}": _size(size) for name, size in found["files"].items()}
+    return rows
+
+
+def _heads(found: dict[str, Any]) -> dict[str, str]:
+    rows = {"attention heads": f"{found['attention_heads']}"}
+    if found["latent_heads"] is None:
+        return rows | {"key, value heads": f"{found['key_heads']}, {found['key_dim']} wide"}
+    return rows | {
+        "query heads": f"{found['query_heads']}",
+        "key heads": f"{found['key_heads']}, {found['key_dim']} wide",
+        "latent heads": f"{found['latent_heads']}, {found['latent_dim']} wide",
+    }
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e9:,.2f} billion" if number >= 1e9 else f"{number / 1e6:,.1f} million"
 
 
 def _share(size: int, whole: int) -> str:
     """Return a part's size, its share, and a bar of that length."""
-    return f"{size / _MIB:>9,.2f} MiB {size / whole:>4.0%} {'█' * round(_BAR * size / whole)}"
+    return f"{_size(size):>9} {size / whole:>4.0%} {'█' * round(_BAR * size / whole)}"
 
 
-def _for_people(description: dict[str, Any]) -> dict[str, str]:
-    rows: dict[str, str] = {}
-    for key, value in description.items():
-        if value is None or key == "made_with":
-            continue
-        if key == "weight_bytes_by_part":
-            rows |= {f"  {part}": _share(size, sum(value.values())) for part, size in value.items() if size}
-        elif key == "files":
-            rows |= {f"  {name}": f"{size / _MIB:,.2f} MiB" for name, size in value.items()}
-        elif key == "weight_bytes":
-            rows[key] = f"{value:,} ({value / _MIB:,.1f} MiB)"
-        else:
-            rows[key] = f"{value:,}" if isinstance(value, int) else str(value)
-    return rows
+def _size(size: int) -> str:
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= scale:
+            return f"{size / scale:,.2f} {unit}"
+    return f"{size} B"

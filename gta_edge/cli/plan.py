@@ -8,37 +8,54 @@ from typing import Annotated, Any
 
 import typer
 
+from gta_edge.cli.choices import CacheDtype, Precision, checked, completed, value_of
 from gta_edge.cli.output import current
 from gta_edge.errors import InputError
 from gta_edge.formats.bundle import MANIFEST, WEIGHTS, Bundle
 from gta_edge.formats.checkpoint import Checkpoint
 from gta_edge.machine.devices import MEASURED, Device, device, device_names
 from gta_edge.model.presets import PRESETS, preset
-from gta_edge.plan.roofline import Model, Plan, execution_for, largest, make_plan
+from gta_edge.numerics.dtypes import CHECKPOINT_DTYPES, DTYPES
+from gta_edge.plan.roofline import Model, Plan, largest, make_plan
+from gta_edge.runtime.registry import fastest_on
 
 __all__ = ["plan"]
-
-_PRECISION_OF_DTYPE = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
 def plan(
     targets: Annotated[
-        list[str], typer.Argument(metavar="PRESET_OR_PATH…", help="Presets, checkpoints or bundles; several: a table.")
-    ],
-    device: Annotated[str, typer.Option(help="A device's name; 'this' measures the machine.")] = "this",
-    context: Annotated[int | None, typer.Option(help="Tokens in the cache; 4096 or the model's positions.")] = None,
-    batch: Annotated[int, typer.Option(help="Rows at once.")] = 1,
-    prompt: Annotated[int | None, typer.Option(help="Tokens of the prompt; the context by default.")] = None,
-    precision: Annotated[
-        str | None, typer.Option(help="fp32, fp16, bf16, int8 or int4; by default as the weights are.")
+        list[str] | None,
+        typer.Argument(
+            metavar="PRESET_OR_PATH",
+            help="Presets, checkpoints or bundles; several: a table.",
+            autocompletion=completed(lambda: PRESETS),
+            show_default=False,
+        ),
     ] = None,
+    device: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="One of those that --devices lists; 'this' measures the machine.",
+            parser=checked("no device is called {}; there are {}", device_names),
+            autocompletion=completed(device_names),
+        ),
+    ] = "this",
+    context: Annotated[
+        int | None, typer.Option(help="Tokens in the cache; by default 4096, or the model's max context.")
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
+    prompt: Annotated[int | None, typer.Option(help="Tokens of the prompt; the context by default.")] = None,
+    precision: Annotated[Precision | None, typer.Option(help="How weights are stored; by default as they are.")] = None,
     block_size: Annotated[int | None, typer.Option(help="Weights that share a scale, for int8 and int4.")] = None,
     cache_dtype: Annotated[
-        str | None, typer.Option(help="fp32 on a CPU; on a GPU the type to compute in, or int8 or fp8.")
+        CacheDtype | None, typer.Option(help="fp32 on a CPU; on a GPU the type to compute in, or int8 or fp8.")
     ] = None,
     efficiency: Annotated[
         float | None, typer.Option(help="Share of bandwidth and FLOPs that kernels get; see docs/plan.md.")
     ] = None,
+    devices: Annotated[bool, typer.Option("--devices", help="List the devices, and plan nothing.")] = False,
+    sources: Annotated[bool, typer.Option("--sources", help="Say where the device's figures are from.")] = False,
     operators: Annotated[bool, typer.Option("--operators", help="Show what every operator costs.")] = False,
     plot: Annotated[
         Path | None, typer.Option(help="Draw memory and time against context, baselines beside it: a .png or .svg.")
@@ -47,13 +64,19 @@ def plan(
 ) -> None:
     """Say what a model takes on a device before anything is built: memory, longest context, and a bound on speed."""
     output = current()
+    if devices:
+        _list_devices()
+        return
+    if not targets:
+        raise typer.BadParameter("give a PRESET_OR_PATH to plan for, or --devices")
     if plot is not None:
-        from gta_edge.cli.plan_plot import check
+        from gta_edge.cli.plot import check
 
         check(plot, force=force, inputs=[Path(target) for target in targets])
-    models = [_model(target, precision, block_size) for target in targets]
+    models = [_model(target, value_of(precision), block_size) for target in targets]
     machine = _device(device, efficiency)
-    plans = [_plan(model, machine, cache_dtype, context=context, batch=batch, prompt=prompt) for model in models]
+    kind = value_of(cache_dtype)
+    plans = [_plan(model, machine, kind, context=context, batch=batch, prompt=prompt) for model in models]
     if plot is not None:
         from gta_edge.cli.plan_plot import draw
 
@@ -69,18 +92,41 @@ def plan(
     from gta_edge.cli.plan_text import comparison, operator_table, single
 
     if len(plans) == 1:
-        single(output.console, plans[0], documents[0])
+        single(output.console, plans[0], documents[0], sources=sources)
     else:
-        comparison(output.console, plans)
+        comparison(output.console, plans, sources=sources)
     for entry in plans if operators else ():
         operator_table(output.console, entry)
     if plot is not None:
         output.note(f"drawn: {plot}")
 
 
+def _list_devices() -> None:
+    """Show every device of the table; the machine's own names are no part of it."""
+    output = current()
+    known = [device(name) for name in device_names() if name not in MEASURED]
+    if output.json:
+        output.document({"devices": [_device_document(entry) for entry in known]})
+        return
+    from gta_edge.cli.plan_text import device_table
+
+    device_table(output.console, known)
+
+
+def _device_document(entry: Device) -> dict[str, Any]:
+    return {
+        "name": entry.name,
+        "title": entry.title,
+        "memory_bytes": entry.memory_bytes,
+        "available_bytes": entry.available_bytes,
+        "bandwidth_bytes_per_s": entry.bandwidth,
+        "rates_per_s": dict(entry.rates),
+        "source": entry.source,
+        "verified": entry.verified,
+    }
+
+
 def _device(name: str, efficiency: float | None) -> Device:
-    if name not in device_names():
-        device(name)  # says which there are
     if efficiency is not None and not 0 < efficiency <= 1:
         raise InputError(f"--efficiency is {efficiency}", "expected a number above 0, up to 1")
     if name in MEASURED:
@@ -98,32 +144,20 @@ def _model(target: str, precision: str | None, block_size: int | None) -> Model:
         if target not in PRESETS:
             raise InputError(f"{target} is neither a directory nor a preset", f"presets are {', '.join(PRESETS)}")
         config = preset(target)
-        return Model.of(target, config, precision or _PRECISION_OF_DTYPE[config.dtype], block_size)
+        return Model.of(target, config, precision or CHECKPOINT_DTYPES[config.dtype].name, block_size)
     if (path / MANIFEST).exists():
         bundle = Bundle.open(path)
         if precision in (None, bundle.precision) and block_size in (None, bundle.block_size):
             return Model(target, bundle.config, bundle.precision, bundle.block_size, bundle.weight_bytes)
         return Model.of(target, bundle.config, precision or bundle.precision, block_size)
     checkpoint = Checkpoint.open(path)
-    found = {_PRECISION_OF_DTYPE[checkpoint.dtype_of(name)] for name in checkpoint.names}
+    found = {CHECKPOINT_DTYPES[checkpoint.dtype_of(name)].name for name in checkpoint.names}
     own = found.pop() if len(found) == 1 else "fp32"
     return Model.of(target, checkpoint.config, precision or own, block_size, checkpoint.names)
 
 
 def _plan(model: Model, machine: Device, cache_dtype: str | None, **options: int | None) -> Plan:
-    from gta_edge.runtime.cache_policy import CHUNK_SIZE
-    from gta_edge.runtime.tensorrt.build import CHUNK_SIZE as ENGINE_CHUNK_SIZE
-    from gta_edge.runtime.tensorrt.build import LOGIT_POSITIONS
-
-    gpu = machine.backend == "tensorrt"
-    execution = execution_for(
-        model.config,
-        machine.backend,
-        model.precision,
-        cache_dtype,
-        chunk_size=ENGINE_CHUNK_SIZE if gpu else CHUNK_SIZE,
-        logit_positions=LOGIT_POSITIONS if gpu else 1,
-    )
+    execution = fastest_on(machine.kind).execution(model.config, model.precision, cache_dtype)
     given = {name: value for name, value in options.items() if value is not None}
     return make_plan(model, machine, execution, **given)
 
@@ -143,8 +177,8 @@ def _baselines(first: Plan, targets: list[str]) -> list[str]:
 
 def _advice(plan: Plan, target: str, block_size: int | None) -> list[str]:
     """Return changes of the options that make a model fit which does not, the smallest first."""
-    gta = plan.model.config.architecture == "GTAForCausalLM" and plan.device.backend == "tensorrt"
-    caches = [None, *(["int8"] if gta else [])]
+    possible = fastest_on(plan.device.kind).cache_types(plan.model.config, plan.execution.compute)
+    caches = [None, *[name for name in possible if DTYPES[name].needs_scale][:1]]
     precisions = [None, *(["int4"] if plan.model.precision != "int4" else [])]
     ways, last = [], plan
     for cache_dtype in caches:
@@ -165,7 +199,8 @@ def _advice(plan: Plan, target: str, block_size: int | None) -> list[str]:
 
 def _build_peak(plan: Plan, max_length: int) -> int | None:
     """Return what building an engine for so many tokens takes in memory; None where nothing is built."""
-    if plan.device.backend != "tensorrt":
+    backend = fastest_on(plan.device.kind)
+    if not backend.builds_engine:
         return None
     from gta_edge.runtime.tensorrt.build import requirement
     from gta_edge.runtime.tensorrt.engine import EngineSpec
@@ -174,7 +209,7 @@ def _build_peak(plan: Plan, max_length: int) -> int | None:
     manifest = {"files": {WEIGHTS: {"bytes": model.weight_bytes}}, "block_size": model.block_size}
     bundle = Bundle(Path(model.name), model.config, model.precision, manifest)  # only sizes are asked for
     spec = EngineSpec(
-        engine="tensorrt",
+        engine=backend.name,
         compute=execution.compute,
         cache_dtype=execution.cache_dtype,
         max_length=max_length,
@@ -194,7 +229,7 @@ def _document(plan: Plan) -> dict[str, Any]:
         "model": model.name,
         "architecture": model.config.architecture,
         "device": machine.name,
-        "backend": machine.backend,
+        "backend": fastest_on(machine.kind).name,
         "precision": model.precision,
         "block_size": model.block_size,
         "compute": plan.execution.compute,

@@ -6,27 +6,36 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-import rich.table
 import typer
 
+from gta_edge.cli.choices import BACKEND_NAMES, backend_list, completed_list
+from gta_edge.cli.export import changes
 from gta_edge.cli.output import FAILED, current
 
 __all__ = ["verify"]
 
 
 def verify(
-    bundle: Annotated[Path, typer.Argument(help="The bundle.")],
-    checkpoint: Annotated[Path, typer.Option(help="What it was exported from.")],
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The bundle.")],
+    checkpoint: Annotated[Path, typer.Option(metavar="DIR", help="What it was exported from.")],
     backend: Annotated[
-        str | None, typer.Option(help="Backends, comma-separated; all that work here by default.")
+        str | None,
+        typer.Option(
+            metavar="A,B",
+            help=f"Of {', '.join(BACKEND_NAMES)}; all that work here by default.",
+            parser=backend_list,
+            autocompletion=completed_list(BACKEND_NAMES),
+        ),
     ] = None,
     verify_hashes: Annotated[bool, typer.Option("--verify-hashes", help="Hash the weights first.")] = False,
 ) -> None:
     """Compare logits with the PyTorch model's; the exit status is 1 when a bound does not hold."""
+    import rich.table
+
     from gta_edge.evaluate import verify as verification
 
     output = current()
-    names = None if backend in (None, "auto") else [name.strip() for name in str(backend).split(",")]
+    names = [name.strip() for name in backend.split(",")] if backend else None
     with output.progress() as progress:
         report = verification.verify(bundle, checkpoint, names, verify_hashes=verify_hashes, progress=progress)
     if output.json:
@@ -34,9 +43,10 @@ def verify(
     else:
         table = rich.table.Table("", "max abs error", "max rel error", "top-1 agreement", box=None)
         rounded = {f"{name}, int8 activations": d for name, d in report.int8_activations.items()}
-        for name, d in {**report.backends, **rounded, f"{report.precision} weights": report.quantisation}.items():
+        for name, d in {**report.backends, **rounded}.items():
             table.add_row(name, f"{d.max_abs_error:.2e}", f"{d.max_rel_error:.2e}", f"{d.top1_agreement:.4f}")
         output.console.print(table)
+        print(changes(report.precision, report.quantisation))
         for name, reason in report.unavailable.items():
             print(f"not verified: {name}: {reason}")
         print("passed" if report.passed else "failed")

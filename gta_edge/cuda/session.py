@@ -15,7 +15,7 @@ from gta_edge.libraries.cuda import cuda_extra
 from gta_edge.libraries.optional import optional
 from gta_edge.support.memory import available_bytes
 
-__all__ = ["Cuda", "free_gpu_bytes"]
+__all__ = ["Cuda", "check_usable", "free_gpu_bytes"]
 
 _BLOCK_TRIES = 8
 """Halvings of the interval in which the largest block is looked for: to half a percent of what was asked for."""
@@ -206,6 +206,15 @@ class Cuda:
         if int(status):
             raise BackendError(f"CUDA's {function} failed ({_name(status)})", "run `gta-edge doctor`")
         return values[0] if len(values) == 1 else tuple(values)
+
+
+def check_usable() -> None:
+    """Take the GPU as a session does, which fails where its memory is full or it is another program's alone.
+
+    Raises:
+        BackendError: the driver refuses; what it said.
+    """
+    Cuda().close()
 
 
 def free_gpu_bytes() -> int | None:

@@ -14,7 +14,7 @@ from gta_edge.errors import BackendError, CheckpointError
 from gta_edge.formats.bundle import Bundle
 from gta_edge.formats.checkpoint import Checkpoint
 from gta_edge.plan.host_memory import require_memory_for_torch
-from gta_edge.runtime.registry import BACKENDS, OF_THE_MODEL, check_backend, is_here, open_session, reason_of
+from gta_edge.runtime.registry import BACKENDS, OF_THE_MODEL, check_backend, open_session, reason_of
 from gta_edge.runtime.session import Session
 from gta_edge.support.progress import Progress, silent
 
@@ -53,6 +53,7 @@ def verify(
         )
 
     require_memory_for_torch(opened.config, opened.precision, "comparing with PyTorch")
+    progress("computing the reference in PyTorch", 0, 0)
     from gta_edge.accuracy.reference import compare_weights  # and with it torch
 
     names = list(backends or BACKENDS)
@@ -64,7 +65,7 @@ def verify(
         reason = _verified(report, opened, name, (ids, prefill, reference), asked=bool(backends))
         if reason:
             gc.collect()  # what was loaded so far goes before the next one comes
-            (report.unavailable if is_here(opened, name) else report.absent)[name] = reason
+            (report.unavailable if BACKENDS[name].is_here(opened) else report.absent)[name] = reason
     progress("verifying backends", len(names), len(names))
     if not report.backends:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in (report.unavailable or report.absent).items())

@@ -21,7 +21,7 @@ from gta_edge.libraries.optional import optional
 from gta_edge.model.config import ModelConfig
 from gta_edge.model.decoder import Layer
 from gta_edge.model.rope import rope_tables
-from gta_edge.numerics.quantization import BITS, Quantized, quantize
+from gta_edge.numerics.quantization import BITS, QuantizedMatrix, quantize
 from gta_edge.support.progress import Progress, silent
 from gta_edge.support.text_files import read_text
 
@@ -42,7 +42,7 @@ _VALUE_DECODER = "self_attn.v_b_proj.weight"  # not quantised
 
 def calibrated(
     source: Checkpoint, text: Path, precision: str, block_size: int | None, progress: Progress = silent
-) -> dict[str, Quantized]:
+) -> dict[str, QuantizedMatrix]:
     """Return every matrix but an untied embedding in codes, corrected for what the model computes on a text.
 
     A table that is looked up has no inputs to be calibrated for. A tied one is calibrated as the head that it also is.
@@ -59,7 +59,7 @@ def calibrated(
     rope = config.key_width, config.rope_theta, config.rope_scaling, config.max_position_embeddings
     cos, sin = rope_tables(*rope, positions=ids.shape[1])
     tables = torch.from_numpy(cos), torch.from_numpy(sin)
-    result: dict[str, Quantized] = {}
+    result: dict[str, QuantizedMatrix] = {}
     with torch.inference_mode(), _not_finite():
         for i in range(config.num_hidden_layers):
             progress("calibrating", i, config.num_hidden_layers)
@@ -139,7 +139,7 @@ def _quantized(
     tables: tuple[Tensor, Tensor],
     bits: int,
     block_size: int | None,
-) -> Iterator[tuple[str, Quantized]]:
+) -> Iterator[tuple[str, QuantizedMatrix]]:
     """Yield the layer's matrices in codes, and put their values into the layer."""
     linears = {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
     linears.pop(_VALUE_DECODER.removesuffix(".weight"), None)

@@ -9,9 +9,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
 from gta_edge.libraries.optional import optional
-from gta_edge.numerics.quantization import Quantized, best_scales, code_range
+from gta_edge.numerics.quantization import QuantizedMatrix, best_scales, code_range
 
 if TYPE_CHECKING:
     import torch
@@ -40,7 +41,7 @@ def inverse_factor(moments: Tensor) -> Tensor:
     return factor
 
 
-def corrected(weight: Tensor, factor: Tensor, bits: int, block_size: int | None) -> Quantized:
+def corrected(weight: Tensor, factor: Tensor, bits: int, block_size: int | None) -> QuantizedMatrix:
     """Return a matrix in codes whose products with the calibration inputs are close to those of ``weight``.
 
     Args:
@@ -54,14 +55,16 @@ def corrected(weight: Tensor, factor: Tensor, bits: int, block_size: int | None)
     """
     outputs = range(0, len(weight), _ROWS)  # rows do not depend on one another
     parts = [_rows(weight[start : start + _ROWS].clone(), factor, bits, block_size) for start in outputs]
-    result = Quantized(np.concatenate([p.codes for p in parts]), np.concatenate([p.scales for p in parts]))
-    if not (np.isfinite(result.scales).all() and torch.isfinite(weight).all()):
+    codes, scales = (np.concatenate(each) for each in zip(*parts, strict=True))
+    if not (np.isfinite(scales).all() and torch.isfinite(weight).all()):
         raise OverflowError("it holds values that are not finite, or too large for a float16 scale")
-    return result
+    return QuantizedMatrix(codes, scales, bits, block_size or 0)
 
 
-def _rows(weight: Tensor, factor: Tensor, bits: int, block_size: int | None) -> Quantized:
-    """Round ``weight``, which is overwritten."""
+def _rows(
+    weight: Tensor, factor: Tensor, bits: int, block_size: int | None
+) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float16]]:
+    """Round ``weight`` [out, in], which is overwritten, and return codes and scales."""
     outputs, inputs = weight.shape
     size = block_size or inputs
     codes, scales = torch.empty(outputs, inputs, dtype=torch.int8), torch.empty(outputs, inputs // size)
@@ -80,4 +83,4 @@ def _rows(weight: Tensor, factor: Tensor, bits: int, block_size: int | None) -> 
             weight[:, j + 1 : stop] -= error[:, None] * factor[j, j + 1 : stop]
             errors[:, j - start] = error
         weight[:, stop:] -= errors @ factor[start:stop, stop:]
-    return Quantized(codes.numpy(), scales.numpy().astype(np.float16))
+    return codes.numpy(), scales.numpy().astype(np.float16)

@@ -19,6 +19,7 @@ from gta_edge.formats.text_files import TextFiles, check_text_files
 from gta_edge.formats.weights import block_size_for
 from gta_edge.libraries.optional import optional
 from gta_edge.model.rope import check_table_size, rope_tables
+from gta_edge.numerics.dtypes import CHECKPOINT_DTYPES
 from gta_edge.numerics.quantization import BITS
 from gta_edge.plan.cost import stored_bytes
 from gta_edge.plan.host_memory import require_memory_for_export
@@ -39,7 +40,6 @@ _EMBEDDING = "model.embed_tokens.weight"
 _INLINE_BYTES = 1024  # smaller tensors stay in the graph's own file
 _MADE_WITH = ("torch", "onnx", "onnx-ir", "onnxscript")
 _OTHER_TOKENIZERS = ("tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "vocab.txt", "tekken.json")
-_OWN_PRECISION = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def export_model(
 def _own_precision(source: Checkpoint) -> str:
     """Return the narrowest precision that holds every tensor of the checkpoint without loss."""
     found = {source.dtype_of(name) for name in source.names}
-    return _OWN_PRECISION[found.pop()] if len(found) == 1 else "fp32"
+    return CHECKPOINT_DTYPES[found.pop()].name if len(found) == 1 else "fp32"
 
 
 def _write_model(
@@ -142,7 +142,7 @@ def _write_model(
     config = source.config
     cos, sin = rope_tables(config.key_width, config.rope_theta, config.rope_scaling, config.max_position_embeddings)
 
-    progress("tracing the model", 0, 1)
+    progress("tracing the model", 0, 0)
     model = traced(config, source.biases)
     model = prepare(model, _EMBEDDING, source.read, {"cos": cos, "sin": sin}, precision, quantizer)
     progress("tracing the model", 1, 1)

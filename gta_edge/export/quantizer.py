@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy.typing as npt
 
-from gta_edge.numerics.quantization import BITS, Quantized, quantize
+from gta_edge.numerics.quantization import BITS, QuantizedMatrix, quantize
 
 __all__ = ["Quantizer"]
 
@@ -27,15 +27,15 @@ class Quantizer:
         read: Callable[[str], npt.NDArray[Any]],
         precision: str,
         block_size: int | None,
-        calibrated: Mapping[str, Quantized] | None = None,
+        calibrated: Mapping[str, QuantizedMatrix] | None = None,
     ) -> None:
         self.bits = BITS[precision]
         self.block_size = block_size
         self._read = read
         self._calibrated = calibrated or {}
-        self._last: tuple[str, Quantized] | None = None
+        self._last: tuple[str, QuantizedMatrix] | None = None
 
-    def __call__(self, name: str) -> Quantized:
+    def __call__(self, name: str) -> QuantizedMatrix:
         """Return a matrix [out, in] in codes.
 
         Raises:

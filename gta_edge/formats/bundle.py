@@ -218,11 +218,11 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
 
 def _check_fields(path: Path, manifest: dict[str, Any]) -> None:
     """A checksum can be forged: what is used later must have the right type."""
-    from gta_edge.formats.weights import PRECISIONS
+    from gta_edge.numerics.dtypes import PRECISIONS
 
     files = manifest.get("files")
     precision = manifest.get("precision")
-    if precision not in list(PRECISIONS):  # a list, since what is looked up may not be hashable
+    if precision not in PRECISIONS:
         known = ", ".join(PRECISIONS)
         raise BundleError(f"{path}: precision is {brief(precision)}; expected one of {known}", _REMEDY)
     block_size = manifest.get("block_size")  # none in bundles of earlier versions

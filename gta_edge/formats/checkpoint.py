@@ -23,7 +23,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
@@ -41,6 +40,7 @@ from gta_edge.formats.safetensors_files import (
     same_bytes,
 )
 from gta_edge.model.config import ModelConfig, read_config
+from gta_edge.numerics.dtypes import DTYPES
 from gta_edge.support.floats import all_finite, first_not_finite
 from gta_edge.support.text import brief
 
@@ -64,11 +64,7 @@ _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _TIED = (_HEAD, _EMBEDDING, _EMBEDDING.removeprefix(_PREFIX))  # names of one matrix, where it is tied
 
 # Types that a parameter may be stored in, by the name that safetensors gives them.
-_DTYPES: dict[str, np.dtype[Any]] = {
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-}
+_DTYPES = {dtype.safetensors: dtype.numpy for dtype in DTYPES.values() if dtype.safetensors}
 
 # Tables that follow from the config, which earlier releases of transformers saved: wherever its own code ignores them.
 _TABLES = re.compile(r"rotary_emb\.((original_)?inv_freq|(cos|sin)_cached)$|rotary_emb\.inv_freq|decoder\.version$")

@@ -14,7 +14,6 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError
@@ -22,7 +21,8 @@ from safetensors.numpy import save_file
 
 from gta_edge.errors import InputError, OutputError
 from gta_edge.formats.integrity import describe_file
-from gta_edge.model.config import DTYPES, ModelConfig
+from gta_edge.model.config import ModelConfig
+from gta_edge.numerics.dtypes import CHECKPOINT_DTYPES
 from gta_edge.support.files import new_directory
 from gta_edge.support.memory import require_bytes
 from gta_edge.support.progress import Progress, silent
@@ -34,11 +34,6 @@ __all__ = ["STANDARD_DEVIATION", "initialise"]
 STANDARD_DEVIATION = 0.02
 """Of every weight and bias but the norms', which are 1."""
 
-_NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
-    "float32": np.dtype(np.float32),
-    "float16": np.dtype(np.float16),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-}
 _BLOCK = 2**20  # values drawn at a time
 _END = "<|endoftext|>"
 _END_ID = 256  # after the 256 bytes
@@ -79,7 +74,7 @@ def initialise(
         config = config.replace(bos_token_id=None, eos_token_ids=(_END_ID,))
     with new_directory(directory, force=force, needed_bytes=config.weight_bytes, kind=_FORMAT) as partial:
         # now: the names of layers that no disk has room for would not fit into memory
-        shards = list(_split(config.parameter_shapes(), DTYPES[config.dtype], shard_bytes))
+        shards = list(_split(config.parameter_shapes(), CHECKPOINT_DTYPES[config.dtype].bytes, shard_bytes))
         _require_memory(config, shards)
         _write_json(partial / "config.json", config.to_dict())
         if with_tokenizer:
@@ -104,7 +99,9 @@ def _write_json(path: Path, entries: dict[str, Any]) -> None:
 def _require_memory(config: ModelConfig, shards: list[list[str]]) -> None:
     """Refuse weights of which one file's, which are in memory together, have no room."""
     shapes = config.parameter_shapes()
-    largest = max(sum(math.prod(shapes[name]) for name in names) for names in shards) * DTYPES[config.dtype]
+    largest = (
+        max(sum(math.prod(shapes[name]) for name in names) for names in shards) * CHECKPOINT_DTYPES[config.dtype].bytes
+    )
     require_bytes(largest, "writing the weights", "close other programs, or use a machine with more memory")
 
 
@@ -113,7 +110,7 @@ def _write_weights(
 ) -> None:
     shapes = config.parameter_shapes()
     streams = {name: i for i, name in enumerate(shapes)}
-    values = _normal_values(_NUMPY_DTYPES[config.dtype])
+    values = _normal_values(CHECKPOINT_DTYPES[config.dtype].numpy)
     total, done = config.weight_bytes, 0
     placed: dict[str, str] = {}
     for i, names in enumerate(shards, start=1):

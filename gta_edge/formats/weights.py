@@ -15,12 +15,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
 from gta_edge.errors import InputError
 from gta_edge.model.config import ModelConfig
+from gta_edge.numerics.dtypes import DTYPES, PRECISIONS
 from gta_edge.numerics.quantization import BITS, BLOCK_SIZES, DEFAULT_BLOCK_SIZE
 from gta_edge.support.choices import unknown
 from gta_edge.support.floats import all_finite
@@ -28,7 +28,6 @@ from gta_edge.support.text import brief
 
 __all__ = [
     "PACKED",
-    "PRECISIONS",
     "SCALE",
     "TRANSPOSED",
     "block_size_for",
@@ -50,15 +49,6 @@ SCALE = ".scale"
 PACKED = ".packed"
 """Suffix of the stored name of an embedding table whose codes lie in words of 32 bits."""
 
-PRECISIONS: dict[str, npt.DTypeLike] = {
-    "fp32": np.float32,
-    "fp16": np.float16,
-    "bf16": ml_dtypes.bfloat16,
-    "int8": np.float16,
-    "int4": np.float16,
-}
-"""By the name that ``--precision`` takes, the storage type of the matrices that are not quantised."""
-
 
 def parameter_name(stored_name: str) -> str:
     """Return the checkpoint's name of what is stored under this one."""
@@ -75,7 +65,7 @@ def block_size_for(config: ModelConfig, precision: str, block_size: int | None =
 
     Args:
         config: the model's sizes.
-        precision: a key of ``PRECISIONS``.
+        precision: one of ``PRECISIONS``.
         block_size: what is asked for; the precision's own by default.
 
     Raises:
@@ -104,8 +94,12 @@ def block_size_for(config: ModelConfig, precision: str, block_size: int | None =
 
 
 def stored_dtype(rank: int, precision: str) -> np.dtype[Any]:
-    """Return the type that a parameter of this rank is stored in, if it is not quantised."""
-    return np.dtype(PRECISIONS[precision] if rank > 1 else np.float32)
+    """Return the type that a parameter of this rank is stored in, if it is not quantised.
+
+    In int8 and int4 such a matrix is stored in float16.
+    """
+    matrix = "fp16" if precision in BITS else precision
+    return DTYPES[matrix if rank > 1 else "fp32"].numpy
 
 
 def to_stored(array: Array, stored_name: str, shape: Sequence[int], dtype: npt.DTypeLike) -> Array:

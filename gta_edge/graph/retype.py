@@ -11,6 +11,7 @@ from gta_edge.errors import EngineError
 from gta_edge.graph.types import Types, input_kinds, title, types_of_outputs, value_types
 from gta_edge.libraries.optional import optional
 from gta_edge.model.kv_cache import PRESENT, is_scale
+from gta_edge.numerics.dtypes import DTYPES, FLOAT_TYPES
 from gta_edge.plugins.domain import DOMAIN
 from gta_edge.plugins.matmul import definition as blockwise_matmul
 
@@ -19,10 +20,7 @@ if TYPE_CHECKING:
 else:
     ir = optional("onnx_ir", "tensorrt")
 
-__all__ = ["COMPUTE_TYPES", "ConvertPrecisionPass"]
-
-COMPUTE_TYPES = {"fp16": "FLOAT16", "bf16": "BFLOAT16", "fp32": "FLOAT"}
-"""ONNX's name of the type, by the name that ``--compute`` takes."""
+__all__ = ["ConvertPrecisionPass"]
 
 
 class ConvertPrecisionPass(ir.passes.InPlacePass):
@@ -55,9 +53,9 @@ class ConvertPrecisionPass(ir.passes.InPlacePass):
 
     def __init__(self, compute: str) -> None:
         super().__init__()
-        if compute not in COMPUTE_TYPES:
-            raise EngineError(f"compute is {compute!r}", f"expected one of {', '.join(COMPUTE_TYPES)}")
-        self.dtype = ir.DataType[COMPUTE_TYPES[compute]]
+        if compute not in FLOAT_TYPES:
+            raise EngineError(f"compute is {compute!r}", f"expected one of {', '.join(FLOAT_TYPES)}")
+        self.dtype = ir.DataType[DTYPES[compute].onnx]
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Retype ``model``."""
@@ -79,7 +77,7 @@ class ConvertPrecisionPass(ir.passes.InPlacePass):
 
 
 def _floats() -> set[ir.DataType | None]:
-    return {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
+    return {ir.DataType[DTYPES[name].onnx] for name in FLOAT_TYPES}
 
 
 class _Retyping:

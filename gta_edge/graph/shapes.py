@@ -15,11 +15,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from gta_edge.numerics.dtypes import DTYPES, PRECISIONS
 from gta_edge.plugins.attention import definition as op
 
 __all__ = ["ATTRIBUTES", "INPUTS", "Known", "outputs_of"]
 
-FLOAT, INT8, INT32, INT64, BOOL, FLOAT16, BFLOAT16, INT4 = 1, 3, 6, 7, 9, 10, 16, 22
+FLOAT, FLOAT16, BFLOAT16, INT8, INT4 = (DTYPES[name].onnx_number for name in PRECISIONS)
+INT32, INT64, BOOL = 6, 7, 9
 """ONNX's numbers of element types (``onnx.TensorProto``); those that a bundle's graph has."""
 
 _MAX_VALUES = 4096

@@ -24,8 +24,6 @@ from gta_edge.graph.shapes import (
     FLOAT,
     FLOAT16,
     INPUTS,
-    INT4,
-    INT8,
     INT32,
     INT64,
     Known,
@@ -33,6 +31,7 @@ from gta_edge.graph.shapes import (
 )
 from gta_edge.model.config import ModelConfig
 from gta_edge.model.kv_cache import LOGITS, TOKEN_INPUTS, cache_tensors, input_shapes
+from gta_edge.numerics.dtypes import DTYPES, PRECISIONS
 from gta_edge.plugins.attention import definition as op
 from gta_edge.plugins.domain import DOMAIN, OPSET, VERSION
 from gta_edge.support.text import brief
@@ -43,7 +42,7 @@ if TYPE_CHECKING:
 __all__ = ["check_model"]
 
 _IR_VERSIONS = range(8, 16)
-_BITS = {FLOAT: 32, FLOAT16: 16, BFLOAT16: 16, INT32: 32, INT64: 64, INT8: 8, INT4: 4}
+_BITS = {DTYPES[name].onnx_number: DTYPES[name].bits for name in PRECISIONS} | {INT32: 32, INT64: 64}
 _STORED = _BITS.keys() - {INT64}
 _NUMPY = {FLOAT: "<f4", FLOAT16: "<f2", INT32: "<i4", INT64: "<i8"}
 _MAX_INLINE_BYTES = 2**16

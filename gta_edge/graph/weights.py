@@ -87,7 +87,8 @@ def _coded(
     blocks = len(scales) if scales.ndim == 2 else 1
     if scales.ndim not in (1, 2) or blocks < 1 or codes.shape[0] % blocks or codes.shape[1] != scales.shape[-1]:
         raise BundleError(f"{model_path}: the scales of {stored_name} are {scales.shape}", "export the bundle again")
-    return QuantizedMatrix(codes, scales, bits)
+    block_size = codes.shape[0] // blocks if scales.ndim == 2 else 0
+    return QuantizedMatrix(codes.T, scales.reshape(blocks, -1).T, bits, block_size)
 
 
 def _table_codes(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from functools import cache
 from importlib import import_module
@@ -21,7 +22,7 @@ from gta_edge.libraries.install import DISTRIBUTION, install_command, reinstall_
 from gta_edge.support.files import cache_directory
 from gta_edge.support.text import one_line, printable
 
-__all__ = ["UnusableError", "find_module", "installed", "keep_silent", "optional", "too_old"]
+__all__ = ["UnusableError", "find_module", "installed", "keep_silent", "optional", "require_modules", "too_old"]
 
 
 class UnusableError(ImportError):
@@ -49,12 +50,41 @@ def optional(name: str, extra: str) -> Any:
     try:
         module = find_module(name)
     except UnusableError as error:
-        found = _distribution_of(name)
-        again = f"pip install --upgrade --force-reinstall {found}" if found else reinstall_command(extra)
-        return _Absent(str(error), error.remedy or f"run: {again}")
+        return _Absent(str(error), _remedy(error, name, extra))
     if module is None:
         return _Absent(f"the Python module {name} is needed and not installed", f"run: {install_command(extra)}")
     return module
+
+
+def require_modules(names: Sequence[str], extra: str, importing: Callable[[str | None], None]) -> None:
+    """Import modules, and refuse what is missing of them.
+
+    Args:
+        names: of the modules.
+        extra: the extra in ``pyproject.toml`` that brings them; several with commas.
+        importing: told of each before it is imported, and of None when all are.
+
+    Raises:
+        BackendError: some are not installed, or the first of them cannot be used.
+    """
+    missing = []
+    for name in names:
+        importing(name)
+        try:
+            if find_module(name) is None:
+                missing.append(name)
+        except UnusableError as error:
+            raise BackendError(str(error), _remedy(error, name, extra)) from error
+    importing(None)
+    if missing:
+        raise BackendError(f"{', '.join(missing)} not installed", f"run: {install_command(extra)}")
+
+
+def _remedy(error: UnusableError, name: str, extra: str) -> str:
+    """Return what to do about a module that is there and cannot be used."""
+    found = _distribution_of(name)
+    again = f"pip install --upgrade --force-reinstall {found}" if found else reinstall_command(extra)
+    return error.remedy or f"run: {again}"
 
 
 def installed(module: Any) -> bool:

@@ -30,7 +30,7 @@ class Device:
     Attributes:
         name: as ``--device`` takes it.
         title: for people.
-        backend: ``onnxruntime`` for a CPU, ``tensorrt`` for a GPU.
+        kind: ``cpu`` or ``gpu``.
         memory_bytes: what programs and the system share, of the GPU where that has memory of its own.
         system_bytes: what the system takes of it.
         runtime_bytes: what the process takes before it holds a model: libraries, a CUDA context.
@@ -47,7 +47,7 @@ class Device:
 
     name: str
     title: str
-    backend: str
+    kind: str
     memory_bytes: int
     system_bytes: int
     runtime_bytes: int
@@ -86,7 +86,7 @@ def device(name: str) -> Device:
     return Device(
         name=name,
         title=entry["title"],
-        backend="tensorrt",
+        kind="gpu",
         memory_bytes=entry["memory_bytes"],
         system_bytes=kind["system_bytes"],
         runtime_bytes=kind["runtime_bytes"],

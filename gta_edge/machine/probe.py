@@ -79,7 +79,7 @@ def measure_cpu(name: str = "this-cpu") -> Device:
     return Device(
         name=name,
         title=f"{_processor()}, {cores} cores",
-        backend="onnxruntime",
+        kind="cpu",
         memory_bytes=total,
         system_bytes=total - free,
         runtime_bytes=_CPU_RUNTIME_BYTES,
@@ -190,7 +190,7 @@ def measure_gpu(name: str = "this") -> Device:
     return Device(
         name=name,
         title=f"{gpu.name}, {gpu.architecture}",
-        backend="tensorrt",
+        kind="gpu",
         memory_bytes=total,
         system_bytes=total - free,
         runtime_bytes=_GPU_RUNTIME_BYTES,

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from gta_edge.errors import ConfigError
 from gta_edge.model.config_entries import (
-    DTYPES,
     check_size,
     check_supported,
     common_entries,
@@ -26,13 +25,14 @@ from gta_edge.model.config_entries import (
     require,
 )
 from gta_edge.model.rope import RopeScaling, inverse_frequencies
+from gta_edge.numerics.dtypes import CHECKPOINT_DTYPES
 from gta_edge.support.json_files import read_json
 from gta_edge.support.text import brief, printable
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["DTYPES", "CacheSpec", "GQAConfig", "GTAConfig", "ModelConfig", "read_config"]
+__all__ = ["CacheSpec", "GQAConfig", "GTAConfig", "ModelConfig", "read_config"]
 
 _MAX_NUMBER = sys.float_info.max
 _MAX_KEY_WIDTH = 2**16
@@ -90,8 +90,8 @@ class ModelConfig(ABC):
             raise ConfigError(f"rms_norm_eps is {brief(self.rms_norm_eps)}", "expected a number between 0 and 1")
         if not (is_number(self.rope_theta) and 1 < self.rope_theta <= _MAX_NUMBER):
             raise ConfigError(f"rope_theta is {brief(self.rope_theta)}", "expected a finite number above 1")
-        if not isinstance(self.dtype, str) or self.dtype not in DTYPES:
-            raise ConfigError(f"dtype is {brief(self.dtype)}", f"expected one of {', '.join(DTYPES)}")
+        if not isinstance(self.dtype, str) or self.dtype not in CHECKPOINT_DTYPES:
+            raise ConfigError(f"dtype is {brief(self.dtype)}", f"expected one of {', '.join(CHECKPOINT_DTYPES)}")
         if not isinstance(self.tie_word_embeddings, bool):
             raise ConfigError(f"tie_word_embeddings is {brief(self.tie_word_embeddings)}", "expected true or false")
         self._check_tokens()
@@ -194,7 +194,7 @@ class ModelConfig(ABC):
     @property
     def weight_bytes(self) -> int:
         """Bytes of the checkpoint's tensors in its own dtype."""
-        return self.parameters * DTYPES[self.dtype]
+        return self.parameters * CHECKPOINT_DTYPES[self.dtype].bytes
 
     @property
     def cache_values_per_token_per_layer(self) -> int:

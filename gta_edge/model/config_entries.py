@@ -15,7 +15,6 @@ from gta_edge.model.rope import ROPE_TYPES, RopeScaling, rope_type_of
 from gta_edge.support.text import brief
 
 __all__ = [
-    "DTYPES",
     "check_size",
     "check_supported",
     "common_entries",
@@ -24,9 +23,6 @@ __all__ = [
     "names_no_token",
     "require",
 ]
-
-# Types a checkpoint may be stored in, by the name that config.json uses, with their bytes per value.
-DTYPES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 _DTYPE_NAMES = {"half": "float16", "float": "float32", "auto": "float32"}  # what is stored, the tensors say themselves
 # Other floating types, which config.json may name whatever the tensors are stored in.

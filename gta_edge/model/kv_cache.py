@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from gta_edge.model.config import ModelConfig
+from gta_edge.numerics.dtypes import DTYPES
 
 __all__ = [
     "BATCH_AXIS",
@@ -30,12 +31,10 @@ __all__ = [
     "PAST_LENGTH",
     "PRESENT",
     "TOKEN_INPUTS",
-    "VALUE_BYTES",
     "CacheTensor",
     "bytes_per_token",
     "cache_bytes",
     "cache_tensors",
-    "has_scales",
     "input_shapes",
     "interface_names",
     "is_scale",
@@ -54,10 +53,6 @@ LOGITS = "logits"
 BATCH_AXIS, CAPACITY_AXIS = 0, 2
 """Of a cache [B, heads, S, width], and of its scales [B, heads, S]."""
 
-VALUE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}
-"""Bytes of a cached value, by the cache's type."""
-
-_WITH_SCALES = ("int8", "fp8")
 _SCALE_DTYPE = "fp32"
 _SCALE = "_scale"
 
@@ -73,7 +68,7 @@ class CacheTensor:
         name: without ``past_`` or ``present_``: ``key.0``, ``latent_scale.53``.
         heads: that are cached.
         width: values per head and token; None for scales, of which each has one and no axis for it.
-        dtype: a key of ``VALUE_BYTES``.
+        dtype: ``fp32`` or one of ``CACHE_TYPES``.
     """
 
     name: str
@@ -99,12 +94,7 @@ class CacheTensor:
 
     def nbytes(self, batch: int, capacity: int) -> int:
         """Return the bytes of this tensor."""
-        return math.prod(self.shape(batch, capacity)) * VALUE_BYTES[self.dtype]
-
-
-def has_scales(dtype: str) -> bool:
-    """Tell whether a cache of this type has a scale per head and token."""
-    return dtype in _WITH_SCALES
+        return math.prod(self.shape(batch, capacity)) * DTYPES[self.dtype].bytes
 
 
 def scale_name(name: str) -> str:
@@ -123,7 +113,7 @@ def cache_tensors(config: ModelConfig, dtype: str = "fp32") -> list[CacheTensor]
 
     Args:
         config: the model's sizes.
-        dtype: of cached values, a key of ``VALUE_BYTES``; float32 is what a bundle's own graph has.
+        dtype: of cached values, ``fp32`` or one of ``CACHE_TYPES``; float32 is what a bundle's own graph has.
     """
     tensors = [tensor for i in range(config.num_hidden_layers) for tensor in _layer_tensors(config, dtype, i)]
     return sorted(tensors, key=lambda tensor: tensor.width is None)  # which keeps the order otherwise
@@ -131,7 +121,7 @@ def cache_tensors(config: ModelConfig, dtype: str = "fp32") -> list[CacheTensor]
 
 def _layer_tensors(config: ModelConfig, dtype: str, layer: int) -> list[CacheTensor]:
     values = [CacheTensor(f"{cache.name}.{layer}", cache.heads, cache.width, dtype) for cache in config.caches]
-    if not has_scales(dtype):
+    if not DTYPES[dtype].needs_scale:
         return values
     return values + [CacheTensor(scale_name(value.name), value.heads, None, _SCALE_DTYPE) for value in values]
 
@@ -153,7 +143,7 @@ def input_shapes(
 
     Args:
         config: the model's sizes.
-        dtype: of cached values, a key of ``VALUE_BYTES``.
+        dtype: of cached values, ``fp32`` or one of ``CACHE_TYPES``.
         batch: B, a number or a symbol's name; so are the others.
         tokens: T, new ones per row.
         positions: M, of each row, that logits are given for.

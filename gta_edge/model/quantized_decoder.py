@@ -164,7 +164,7 @@ class PackedEmbedding(nn.Module):
 
 def is_packable(matrix: QuantizedMatrix) -> bool:
     """Tell whether kernels multiply by this matrix as it is."""
-    return matrix.block_size in BLOCK_SIZES.get(matrix.bits, ()) and matrix.codes.shape[0] % ALIGNED_INPUTS == 0
+    return matrix.block_size in BLOCK_SIZES.get(matrix.bits, ()) and matrix.codes.shape[1] % ALIGNED_INPUTS == 0
 
 
 def build_packed_decoder(
@@ -187,8 +187,8 @@ def build_packed_decoder(
     matrices: dict[str, _Matrix] = {}
     for name, stored in weights:
         if isinstance(stored, QuantizedMatrix) and is_packable(stored):
-            packed = pack(stored.codes, stored.scales, stored.bits, stored.block_size)
-            inputs, outputs = stored.codes.shape
+            packed = pack(stored.stored_codes, stored.stored_scales, stored.bits, stored.block_size)
+            outputs, inputs = stored.codes.shape
             matrices[name] = _Matrix(packed, inputs, outputs, stored.bits, stored.block_size)
         else:
             values = stored.values if isinstance(stored, QuantizedMatrix) else stored.astype(np.float32, copy=False)

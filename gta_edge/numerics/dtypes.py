@@ -1,8 +1,117 @@
-"""Types that GPUs compute in and that caches hold."""
+"""The one table of number formats: widths, and what each library calls them.
+
+Weights are stored, activations computed and caches held in these types. Other modules look names and sizes up here
+instead of spelling them. Which of these a backend computes in and caches, its descriptor says
+(``gta_edge.runtime.backend``).
+"""
 
 from __future__ import annotations
 
-__all__ = ["CACHE_TYPES", "COMPUTE_TYPES"]
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-COMPUTE_TYPES = ("fp16", "bf16")
-CACHE_TYPES = ("fp16", "bf16", "int8", "fp8")
+if TYPE_CHECKING:
+    import numpy as np
+
+__all__ = [
+    "CACHE_TYPES",
+    "CHECKPOINT_DTYPES",
+    "COMPUTE_TYPES",
+    "DTYPES",
+    "FLOAT_TYPES",
+    "PRECISIONS",
+    "QUANTIZED_CACHE_TYPES",
+    "DType",
+    "cache_types",
+    "integer_of",
+]
+
+
+@dataclass(frozen=True)
+class DType:
+    """A number format.
+
+    Attributes:
+        name: as the options of the command line take it, ``bf16``.
+        bits: width of a value.
+        array: its name in numpy or ml_dtypes, in torch, and in a model's config.json.
+        onnx: its name in ONNX (``onnx.TensorProto``, ``onnx_ir.DataType``).
+        onnx_number: ONNX's number for it.
+        tensorrt: its name in TensorRT (``tensorrt.DataType``).
+        safetensors: its name in a safetensors file; None where weights in it are not read.
+        needs_scale: whether a value means something only with a scale, which is stored beside it.
+    """
+
+    name: str
+    bits: int
+    array: str
+    onnx: str
+    onnx_number: int
+    tensorrt: str
+    safetensors: str | None = None
+    needs_scale: bool = False
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of a value.
+
+        Raises:
+            ValueError: it takes less than one, and only ``bits`` says how much.
+        """
+        if self.bits % 8:
+            raise ValueError(f"a value of {self.name} has {self.bits} bits, which are no whole bytes")
+        return self.bits // 8
+
+    @property
+    def numpy(self) -> np.dtype[Any]:
+        """The dtype of arrays of it; numpy and ml_dtypes are loaded when it is asked for."""
+        import ml_dtypes
+        import numpy as np
+
+        return np.dtype(getattr(ml_dtypes, self.array, self.array))
+
+
+_TABLE = (
+    DType("fp32", 32, "float32", "FLOAT", 1, "FLOAT", "F32"),
+    DType("fp16", 16, "float16", "FLOAT16", 10, "HALF", "F16"),
+    DType("bf16", 16, "bfloat16", "BFLOAT16", 16, "BF16", "BF16"),
+    DType("int8", 8, "int8", "INT8", 3, "INT8", needs_scale=True),
+    DType("fp8", 8, "float8_e4m3fn", "FLOAT8E4M3FN", 17, "FP8", needs_scale=True),
+    DType("int4", 4, "int4", "INT4", 22, "INT4", needs_scale=True),
+)
+
+DTYPES = {dtype.name: dtype for dtype in _TABLE}
+"""By name."""
+
+FLOAT_TYPES = tuple(dtype.name for dtype in _TABLE if not dtype.needs_scale)
+"""Types that backends may compute in."""
+
+COMPUTE_TYPES = tuple(name for name in FLOAT_TYPES if DTYPES[name].bits == 16)
+"""Types that the CUDA kernels of this package compute in."""
+
+PRECISIONS = tuple(name for name in DTYPES if name != "fp8")
+"""Types that a bundle's weights may be stored in; what ``--precision`` takes."""
+
+QUANTIZED_CACHE_TYPES = tuple(dtype.name for dtype in _TABLE if dtype.needs_scale and dtype.bits == 8)
+"""Types of a cache that has a float32 scale per head and token beside it."""
+
+CACHE_TYPES = (*COMPUTE_TYPES, *QUANTIZED_CACHE_TYPES)
+"""Types of the caches that the attention kernels of this package read and write."""
+
+CHECKPOINT_DTYPES = {DTYPES[name].array: DTYPES[name] for name in FLOAT_TYPES}
+"""Types that a checkpoint may be stored in, by the name in config.json."""
+
+
+def cache_types(compute: str, *, kernels: bool) -> tuple[str, ...]:
+    """Return the types that a cache may have beside activations in ``compute``, the default first.
+
+    Args:
+        compute: type of activations.
+        kernels: whether the attention kernels of this package keep the cache: they alone quantise it.
+    """
+    return (compute, *QUANTIZED_CACHE_TYPES) if kernels else (compute,)
+
+
+def integer_of(bits: int) -> DType:
+    """Return the type of weights that are quantised to so many bits, 4 or 8."""
+    return DTYPES[f"int{bits}"]

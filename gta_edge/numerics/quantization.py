@@ -16,20 +16,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from gta_edge.numerics.dtypes import DTYPES, PRECISIONS
 from gta_edge.support.cores import usable_cores
 
 __all__ = [
     "BITS",
     "BLOCK_SIZES",
     "DEFAULT_BLOCK_SIZE",
-    "Quantized",
     "QuantizedMatrix",
     "pack_nibbles",
     "quantize",
     "unpack_nibbles",
 ]
 
-BITS = {"int8": 8, "int4": 4}
+BITS = {name: DTYPES[name].bits for name in PRECISIONS if DTYPES[name].needs_scale}
 """Width in bits of a code, by the name of the precision."""
 
 BLOCK_SIZES = (16, 32, 64, 128)
@@ -45,55 +45,44 @@ _CHUNK_VALUES = 2**16  # the working set of a chunk stays in a core's own cache
 
 
 @dataclass(frozen=True)
-class Quantized:
-    """A matrix in codes.
+class QuantizedMatrix:
+    """A matrix in codes: what quantising one makes, and what an int8 or int4 bundle holds of it.
+
+    A bundle stores it transposed, so its arrays may be views. Kernels take it in a layout of their own
+    (``plugins.matmul.packing``).
 
     Attributes:
         codes: int8 [out, in], from -8 to 7 or from -127 to 127.
-        scales: float16 [out, in / block_size], positive.
-    """
-
-    codes: npt.NDArray[np.int8]
-    scales: npt.NDArray[np.float16]
-
-    @property
-    def values(self) -> npt.NDArray[np.float32]:
-        """What is meant, float32 [out, in]."""
-        rows, blocks = self.scales.shape
-        split = self.codes.reshape(rows, blocks, -1) * self.scales.astype(np.float32)[:, :, None]
-        return split.reshape(self.codes.shape)
-
-
-@dataclass(frozen=True)
-class QuantizedMatrix:
-    """A matrix as an int8 or int4 bundle holds it.
-
-    Attributes:
-        codes: int8 [in, out].
-        scales: float16 [in / block, out], or [out] where there is one per output channel.
+        scales: float16 [out, in / block_size], positive; [out, 1] where there is one per output channel.
         bits: width of a code, 4 or 8.
+        block_size: inputs that share a scale; 0 where there is one per output channel.
     """
 
     codes: npt.NDArray[np.int8]
     scales: npt.NDArray[np.float16]
     bits: int
-
-    @property
-    def block_size(self) -> int:
-        """Inputs that share a scale; 0 where there is one per output channel."""
-        return self.codes.shape[0] // len(self.scales) if self.scales.ndim == 2 else 0
+    block_size: int = 0
 
     @property
     def values(self) -> npt.NDArray[np.float32]:
         """What is meant, float32 [out, in], as in a checkpoint."""
-        inputs, outputs = self.codes.shape
+        rows, blocks = self.scales.shape
         with np.errstate(all="ignore"):  # of damaged scales, which are as they are
-            factors = self.scales.astype(np.float32).reshape(-1, 1, outputs)
-            split = self.codes.reshape(len(factors), -1, outputs) * factors
-        return np.ascontiguousarray(split.reshape(inputs, outputs).T)
+            split = self.codes.reshape(rows, blocks, -1) * self.scales.astype(np.float32)[:, :, None]
+        return np.ascontiguousarray(split.reshape(self.codes.shape))
+
+    @property
+    def stored_codes(self) -> npt.NDArray[np.int8]:
+        """The codes as a bundle stores them, int8 [in, out]; a view."""
+        return self.codes.T
+
+    @property
+    def stored_scales(self) -> npt.NDArray[np.float16]:
+        """The scales as a bundle stores them: float16 [in / block_size, out], or [out] per output channel; a view."""
+        return self.scales.T if self.block_size else self.scales[:, 0]
 
 
-def quantize(weight: npt.NDArray[Any], bits: int, block_size: int | None = None) -> Quantized:
+def quantize(weight: npt.NDArray[Any], bits: int, block_size: int | None = None) -> QuantizedMatrix:
     """Return the codes and scales that come nearest to ``weight``, on all cores.
 
     Args:
@@ -120,7 +109,7 @@ def quantize(weight: npt.NDArray[Any], bits: int, block_size: int | None = None)
         list(pool.map(work, range(0, rows, step)))
     if not np.isfinite(scales).all():
         raise OverflowError("it holds values that are not finite, or too large for a float16 scale")
-    return Quantized(codes, scales)
+    return QuantizedMatrix(codes, scales, bits, block_size or 0)
 
 
 def best_scales(blocks: npt.NDArray[np.float32], bits: int) -> npt.NDArray[np.float16]:

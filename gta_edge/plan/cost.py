@@ -11,15 +11,13 @@ import math
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 
-import numpy as np
-
-from gta_edge.formats.weights import PRECISIONS, is_kept, stored_dtype
+from gta_edge.formats.weights import is_kept, stored_dtype
 from gta_edge.model.config import GTAConfig, ModelConfig
 from gta_edge.model.kv_cache import cache_bytes
+from gta_edge.numerics.dtypes import DTYPES
 from gta_edge.numerics.quantization import BITS
 
 __all__ = [
-    "COMPUTE_BYTES",
     "EMBEDDING",
     "HEAD",
     "PARTS",
@@ -39,9 +37,6 @@ __all__ = [
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
-
-COMPUTE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
-"""Bytes of an activation, by what is computed in."""
 
 PARTS = ("embedding", "attention", "mlp", "norms", "head", "tables")
 """Of a model's weights; tables are those of cos and sin."""
@@ -63,21 +58,20 @@ class Execution:
     """How weights lie in memory and what is computed in.
 
     Attributes:
-        backend: ``onnxruntime`` (a CPU: float32 activations and cache, float weights as float32) or ``tensorrt`` (a
-            GPU: ``compute`` for activations and float weights, codes as stored).
         compute: ``fp32``, ``fp16`` or ``bf16``.
-        cache_dtype: a key of ``kv_cache.VALUE_BYTES``.
+        cache_dtype: ``fp32`` or one of ``CACHE_TYPES``.
         chunk_size: most tokens of a prompt in one step.
         logit_positions: for how many positions of a step there is room for logits.
         writes_scores: whether attention scores go through memory; a fused kernel keeps them on the chip.
+        cpu_kernels: whether ONNX Runtime's CPU kernels run it, which hold quantised weights in a form of their own.
     """
 
-    backend: str
     compute: str
     cache_dtype: str
     chunk_size: int
     logit_positions: int = 1
     writes_scores: bool = False
+    cpu_kernels: bool = False
 
 
 @dataclass(frozen=True)
@@ -148,7 +142,7 @@ def stored_parts(
 
     Args:
         config: the model's sizes.
-        precision: a key of ``PRECISIONS``.
+        precision: one of ``PRECISIONS``.
         block_size: as ``weights.block_size_for`` returns it.
         names: parameters that there are; all by default. A checkpoint may lack biases.
     """
@@ -194,9 +188,9 @@ def read_bytes(name: str, shape: tuple[int, ...], precision: str, block_size: in
     """
     values = math.prod(shape)
     if precision not in BITS or is_kept(name):
-        return values * COMPUTE_BYTES[execution.compute]
+        return values * DTYPES[execution.compute].bytes
     codes = values * BITS[precision] // 8
-    if execution.backend == "onnxruntime":
+    if execution.cpu_kernels:
         return codes + cpu_blocks(shape, block_size) * _CPU_BLOCK_BYTES
     return codes + scale_bytes(shape, block_size)
 
@@ -216,7 +210,7 @@ def operators(
     tokens are written. A weight is read once per step. ONNX Runtime's CPU kernels cost more: they read the cache
     twice, write scores, and unpack codes.
     """
-    rows, layers, width = step.batch * step.tokens, config.num_hidden_layers, COMPUTE_BYTES[execution.compute]
+    rows, layers, width = step.batch * step.tokens, config.num_hidden_layers, DTYPES[execution.compute].bytes
     found = [Operator("embedding", weight_bytes=_row_bytes(config, precision, block_size, execution, rows))]
     shapes = {name: shape for name, shape in config.attention_shapes().items() if len(shape) == 2}
     mlp = {name: shape for name, shape in _layer_shapes(config).items() if name.startswith("mlp.")}
@@ -225,7 +219,7 @@ def operators(
 
     def matmul(name: str, shape: tuple[int, ...], tokens: int, times: int) -> Operator:
         values = times * math.prod(shape)
-        unpack = execution.backend == "onnxruntime" and precision in BITS and not is_kept(name)
+        unpack = execution.cpu_kernels and precision in BITS and not is_kept(name)
         return Operator(
             name,
             flops=2 * tokens * values + (_CPU_UNPACK_FLOPS * values if unpack else 0),
@@ -253,9 +247,9 @@ def _row_bytes(config: ModelConfig, precision: str, block_size: int | None, exec
     values = rows * config.hidden_size
     if precision in BITS:
         return values * BITS[precision] // 8 + rows * scale_bytes((1, config.hidden_size), block_size)
-    if execution.backend == "onnxruntime":
-        return values * np.dtype(PRECISIONS[precision]).itemsize
-    return values * COMPUTE_BYTES[execution.compute]
+    if execution.cpu_kernels:
+        return values * DTYPES[precision].bytes
+    return values * DTYPES[execution.compute].bytes
 
 
 def _attention(config: ModelConfig, execution: Execution, step: Step) -> Operator:
@@ -263,11 +257,11 @@ def _attention(config: ModelConfig, execution: Execution, step: Step) -> Operato
     pairs = step.batch * (step.tokens * step.past + step.tokens * (step.tokens + 1) // 2)
     heads = query_heads(config)
     mixed = config.caches[1].width
-    activations = COMPUTE_BYTES[execution.compute] * queries * heads * (config.key_width + mixed)
+    activations = DTYPES[execution.compute].bytes * queries * heads * (config.key_width + mixed)
     if execution.writes_scores:  # written and read by the matmul, the mask, the softmax, and read by the mix
         scores = step.batch * heads * step.tokens * (step.past + step.tokens)
-        activations += _SCORE_PASSES * COMPUTE_BYTES[execution.compute] * scores
-    reads = _CPU_CACHE_READS if execution.backend == "onnxruntime" else 1
+        activations += _SCORE_PASSES * DTYPES[execution.compute].bytes * scores
+    reads = _CPU_CACHE_READS if execution.cpu_kernels else 1
     tokens = reads * (step.past + step.tokens) + step.tokens
     cache = cache_bytes(config, execution.cache_dtype, tokens, step.batch)
     return Operator(

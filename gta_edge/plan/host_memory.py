@@ -13,7 +13,8 @@ from collections.abc import Collection
 
 from gta_edge.formats.checkpoint import Checkpoint
 from gta_edge.formats.weights import is_kept
-from gta_edge.model.config import DTYPES, ModelConfig
+from gta_edge.model.config import ModelConfig
+from gta_edge.numerics.dtypes import CHECKPOINT_DTYPES
 from gta_edge.numerics.quantization import BITS
 from gta_edge.plan import cost
 from gta_edge.support.memory import require_bytes
@@ -75,7 +76,7 @@ def require_memory_for_onnxruntime(config: ModelConfig, precision: str, block_si
     Raises:
         CapacityError: there is none.
     """
-    execution = cost.Execution("onnxruntime", "fp32", "fp32", 1)
+    execution = cost.Execution("fp32", "fp32", 1, cpu_kernels=True)
     needed = _unless_loaded("onnxruntime", _ONNXRUNTIME)
     for name, shape in cost.matrices(config).items():
         if name != cost.EMBEDDING and not is_kept(name):  # those are read from the file
@@ -100,8 +101,9 @@ def _unless_loaded(library: str, size: int) -> int:
 def _tensor(source: Checkpoint, precision: str) -> int:
     """Return the least bytes of converting the largest tensor: it is read as a whole, and quantised beside that."""
     shapes = source.config.parameter_shapes()
-    values = [math.prod(shapes[name]) * (DTYPES[source.dtype_of(name)] + (precision in BITS)) for name in source.names]
-    return max(values)
+    extra = precision in BITS
+    sizes = {name: CHECKPOINT_DTYPES[source.dtype_of(name)].bytes + extra for name in source.names}
+    return max(math.prod(shapes[name]) * size for name, size in sizes.items())
 
 
 def _decoder(config: ModelConfig, names: Collection[str], precision: str) -> int:

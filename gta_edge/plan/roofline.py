@@ -17,6 +17,7 @@ from gta_edge.formats.weights import block_size_for, is_kept
 from gta_edge.machine.devices import Device
 from gta_edge.model.config import GTAConfig, ModelConfig
 from gta_edge.model.kv_cache import cache_bytes
+from gta_edge.numerics.dtypes import COMPUTE_TYPES, DTYPES
 from gta_edge.numerics.quantization import BITS
 from gta_edge.plan import cost
 from gta_edge.plan.cost import Execution, Operator, Step
@@ -30,7 +31,6 @@ __all__ = [
     "Plan",
     "Timed",
     "activation_bytes",
-    "execution_for",
     "make_plan",
 ]
 
@@ -239,34 +239,6 @@ class Plan:
         return Phase(tuple(totals.values()), overhead)
 
 
-def execution_for(
-    config: ModelConfig,
-    backend: str,
-    precision: str,
-    cache_dtype: str | None,
-    *,
-    chunk_size: int,
-    logit_positions: int = 1,
-) -> Execution:
-    """Return how a backend runs a model: on a CPU in float32, on a GPU in the stored 16-bit type or else in fp16.
-
-    Raises:
-        InputError: the cache cannot have this type there.
-    """
-    if backend == "onnxruntime":
-        compute, allowed = "fp32", ["fp32"]
-    else:
-        compute = precision if precision in ("fp16", "bf16") else "fp16"
-        allowed = [compute, "int8", "fp8"] if isinstance(config, GTAConfig) else [compute]
-    if cache_dtype is not None and cache_dtype not in allowed:
-        raise InputError(
-            f"a cache of {cache_dtype} is not possible for {config.architecture} with weights in {precision} on "
-            f"{backend}",
-            f"expected {' or '.join(allowed)}",
-        )
-    return Execution(backend, compute, cache_dtype or compute, chunk_size, logit_positions, backend == "onnxruntime")
-
-
 def make_plan(
     model: Model,
     device: Device,
@@ -322,10 +294,10 @@ def _weights(model: Model, execution: Execution, tokens: int) -> tuple[int, int]
     """Return what the weights take in memory, and what they take beside that while they are loaded."""
     config = model.config
     vectors = sum(math.prod(shape) for shape in config.parameter_shapes().values() if len(shape) == 1)
-    if execution.backend == "onnxruntime":
+    if execution.cpu_kernels:
         held, loading = _on_cpu(model, execution, tokens)
         return held + _FLOAT_BYTES * vectors + cost.table_bytes(config), loading
-    value_bytes = cost.COMPUTE_BYTES[execution.compute]
+    value_bytes = DTYPES[execution.compute].bytes
     held = value_bytes * vectors + cost.table_bytes(config, value_bytes)
     for name, shape in cost.matrices(config).items():
         held += cost.read_bytes(name, shape, model.precision, model.block_size, execution)
@@ -354,16 +326,16 @@ def _on_cpu(model: Model, execution: Execution, tokens: int) -> tuple[int, int]:
         stored = table * BITS[model.precision] // 8
         held += cost.scale_bytes(shapes[cost.EMBEDDING], model.block_size)
     else:
-        stored = table * (_FLOAT_BYTES if model.precision == "fp32" else 2)
+        stored = table * DTYPES[model.precision].bytes
     packed_from_table = model.precision == "fp32" and config.tie_word_embeddings  # read as a whole, and kept
     held += stored if packed_from_table else min(stored, tokens * _FAULT_BYTES)
     widest = max(math.prod(shape) for shape in matmuls.values())
-    return held, _FLOAT_BYTES * widest if model.precision in ("fp16", "bf16") else 0
+    return held, _FLOAT_BYTES * widest if model.precision in COMPUTE_TYPES else 0
 
 
 def activation_bytes(config: ModelConfig, execution: Execution, batch: int, tokens: int, context: int) -> int:
     """Return what one step of ``tokens`` takes beside weights and cache, its last token at the end of the context."""
-    value_bytes = cost.COMPUTE_BYTES[execution.compute]
+    value_bytes = DTYPES[execution.compute].bytes
     attention = sum(shape[0] for name, shape in config.attention_shapes().items() if len(shape) == 2)
     per_token = 4 * config.hidden_size + 2 * attention + 3 * config.intermediate_size
     logits = _FLOAT_BYTES * batch * config.vocab_size * min(tokens, execution.logit_positions)

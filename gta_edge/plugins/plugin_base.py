@@ -20,21 +20,14 @@ from gta_edge.cuda.gpu import Gpu, current_gpu
 from gta_edge.errors import BackendError
 from gta_edge.libraries.cuda import cuda_extra
 from gta_edge.libraries.optional import optional
+from gta_edge.numerics.dtypes import DTYPES
 from gta_edge.plugins.domain import DOMAIN, VERSION
 from gta_edge.plugins.plugin_call_base import Built, Call, Fields, ParametersBase
 
 __all__ = ["Plugin", "Run", "cuda_driver", "reported", "take_failures"]
 
 _MAX_FAILURES = 16
-_DATA_TYPES = {
-    "HALF": "fp16",
-    "BF16": "bf16",
-    "FLOAT": "fp32",
-    "INT8": "int8",
-    "FP8": "fp8",
-    "INT32": "int32",
-    "INT64": "int64",
-}
+_DATA_TYPES = {dtype.tensorrt: dtype.name for dtype in DTYPES.values()} | {"INT32": "int32", "INT64": "int64"}
 
 
 # --- what went wrong -------------------------------------------------------------------------------------------------

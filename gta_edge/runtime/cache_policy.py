@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from gta_edge.errors import CapacityError, InputError
 from gta_edge.model.config import ModelConfig
-from gta_edge.model.kv_cache import CacheTensor, bytes_per_token, cache_tensors
+from gta_edge.model.kv_cache import CacheTensor, cache_bytes, cache_tensors
 from gta_edge.plan.cost import Execution
 from gta_edge.plan.roofline import activation_bytes
 from gta_edge.support.memory import available_bytes
@@ -41,7 +41,7 @@ class CachePolicy:
 
     Args:
         config: the model's sizes.
-        dtype: of cached values, a key of ``kv_cache.VALUE_BYTES``.
+        dtype: of cached values, ``fp32`` or one of ``CACHE_TYPES``.
         on_host: whether its memory is the host's, of which the system is asked before it is taken.
         chunk_size: largest number of tokens per row that is run at once.
         capacity_step: granularity in tokens of the cache's growth.
@@ -95,7 +95,7 @@ class CachePolicy:
 
     def nbytes(self, batch: int, capacity: int) -> int:
         """Return the bytes of a cache of this size, over all layers."""
-        return batch * capacity * bytes_per_token(self.config, self.dtype)
+        return cache_bytes(self.config, self.dtype, capacity, batch)
 
     # --- what it holds ---------------------------------------------------------------------------------------------
 
@@ -187,7 +187,7 @@ class CachePolicy:
             capacity = self.capacity_for(tokens) if grows else self.capacity
             needed += max(0, self.nbytes(batch, capacity) - self.nbytes(self.batch, self.capacity))
             if batch * width > self._step_size:
-                execution = Execution("onnxruntime", self.dtype, self.dtype, width, writes_scores=True)
+                execution = Execution(self.dtype, self.dtype, width, writes_scores=True)
                 needed += activation_bytes(self.config, execution, batch, width, capacity)
         available = available_bytes()
         if available is not None and needed > available:

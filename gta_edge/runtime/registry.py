@@ -1,37 +1,54 @@
-"""Which backends there are, and how one is made from a bundle."""
+"""The backends that there are, and how one is made from a bundle.
+
+To add one, write a folder beside ``onnxruntime``, ``tensorrt`` and ``torch``: a ``Session``, and in ``backend.py`` the
+descriptor that says what the backend is called, needs and can do. Then enter the descriptor in ``BACKENDS``. Commands,
+plans, benchmarks and checks iterate over that table and compare no names, so nothing else is touched.
+
+Importing this module loads no library, and neither numpy nor the sessions.
+"""
 
 from __future__ import annotations
 
 import gc
 import logging
-import sys
-from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gta_edge.errors import (
     BackendError,
     BundleError,
     CheckpointError,
     ConfigError,
-    EngineError,
     GtaEdgeError,
     InputError,
 )
-from gta_edge.formats.bundle import Bundle
-from gta_edge.formats.text_files import TextFiles
-from gta_edge.plan.host_memory import require_memory_for_torch
-from gta_edge.runtime.session import Session
-from gta_edge.runtime.tensorrt.engine import ENGINES, require_engine
+from gta_edge.runtime.backend import Backend
+from gta_edge.runtime.onnxruntime.backend import ONNXRUNTIME, ONNXRUNTIME_CUDA
+from gta_edge.runtime.tensorrt.backend import TENSORRT, TENSORRT_RTX
+from gta_edge.runtime.torch.backend import TORCH
 from gta_edge.support.choices import unknown
-from gta_edge.support.cores import check_threads
 from gta_edge.support.progress import Progress, silent
 from gta_edge.support.text import one_line
 
-__all__ = ["BACKENDS", "OF_THE_MODEL", "check_backend", "is_here", "load", "open_session", "reason_of"]
+if TYPE_CHECKING:
+    from gta_edge.formats.bundle import Bundle
+    from gta_edge.runtime.session import Session
+
+__all__ = ["BACKENDS", "OF_THE_MODEL", "check_backend", "fastest_on", "load", "open_session", "reason_of"]
 
 _log = logging.getLogger(__name__)
+
+BACKENDS: dict[str, Backend] = {
+    backend.name: backend
+    for backend in (
+        TENSORRT,
+        TENSORRT_RTX,
+        ONNXRUNTIME_CUDA,
+        ONNXRUNTIME,
+        TORCH,
+    )
+}
+"""By name, the fastest first: the order in which ``auto`` tries them."""
 
 OF_THE_MODEL = (BundleError, CheckpointError, ConfigError, InputError)
 """Errors that no other backend helps against: of the files, or of what was asked for."""
@@ -40,73 +57,9 @@ _MAX_REASON = 200
 _MAX_REMEDY = 300  # a longer one is left out: a command that is cut does something else
 
 
-def _onnxruntime(bundle: Bundle, *, compute: str | None = None, **options: Any) -> Session:
-    from gta_edge.runtime.onnxruntime.session import OnnxRuntimeSession
-
-    if compute not in (None, "fp32"):
-        raise BackendError(
-            f"onnxruntime computes in fp32 on a CPU, not in {compute}", "leave the type to compute in out"
-        )
-    return OnnxRuntimeSession(bundle, **options)
-
-
-def _onnxruntime_cuda(
-    bundle: Bundle, *, threads: int | None = None, exact: bool = True, compute: str | None = None, **options: Any
-) -> Session:
-    from gta_edge.runtime.onnxruntime.cuda_session import OnnxRuntimeCudaSession
-
-    return OnnxRuntimeCudaSession(bundle, compute=compute, **options)
-
-
-def _torch(
-    bundle: Bundle,
-    *,
-    threads: int | None = None,
-    exact: bool = True,
-    compute: str | None = None,
-    progress: Progress = silent,
-    **options: Any,
-) -> Session:
-    require_memory_for_torch(bundle.config, "fp32", "PyTorch")  # the model's, ``load_decoder`` asks for
-    from gta_edge.runtime.torch.session import TorchSession, default_compute, default_device, load_decoder
-
-    device = default_device()
-    compute = compute or default_compute(bundle.precision, device)
-    model = load_decoder(bundle, device, compute)
-    return TorchSession(model, device=device, compute=compute, threads=threads, **options)
-
-
-def _engine(name: str) -> Callable[..., Session]:
-    def open_engine(
-        bundle: Bundle,
-        *,
-        threads: int | None = None,
-        exact: bool = True,
-        compute: str | None = None,
-        progress: Progress = silent,
-        **options: Any,
-    ) -> Session:
-        from gta_edge.runtime.tensorrt.session import TensorRTSession
-
-        session = TensorRTSession(bundle, engine=name, **options)
-        if compute not in (None, session.compute):
-            session.close()
-            raise BackendError(
-                f"the engine computes in {session.compute}, not in {compute}", f"build another with --compute {compute}"
-            )
-        return session
-
-    return open_engine
-
-
-BACKENDS: dict[str, Callable[..., Session]] = {
-    "tensorrt": _engine("tensorrt"),
-    "tensorrt-rtx": _engine("tensorrt-rtx"),
-    "onnxruntime-cuda": _onnxruntime_cuda,
-    "onnxruntime": _onnxruntime,
-    "torch": _torch,
-}
-"""By name, the fastest first: the order in which ``auto`` tries them."""
+def fastest_on(device: str) -> Backend:
+    """Return the fastest backend that is made for a device, ``cpu`` or ``gpu``: the one that plans are for."""
+    return next(backend for backend in BACKENDS.values() if backend.device == device)
 
 
 def load(
@@ -140,6 +93,8 @@ def load(
         BackendError: the backend is unknown, not installed, or refuses the model.
         EngineError: there is no engine of the bundle, or it does not fit what is here.
     """
+    from gta_edge.formats.bundle import Bundle
+
     options: dict[str, Any] = {"threads": threads, "exact": exact, "compute": compute, "progress": progress}
     if chunk_size is not None:
         options["chunk_size"] = chunk_size
@@ -153,13 +108,16 @@ def load(
 
 def open_session(bundle: Bundle, backend: str = "auto", **options: Any) -> Session:
     """Return a session for a bundle that is already open; otherwise as ``load``."""
+    from gta_edge.formats.text_files import TextFiles
+    from gta_edge.support.cores import check_threads
+
     check_threads(options.get("threads"))  # also where a backend has no use for them
     text = TextFiles.load(bundle.directory, bundle.config)  # small files first: a model may take a minute
     if backend == "auto":
         session = _first_that_works(bundle, options)
     else:
         check_backend(backend, ("auto",))
-        session = BACKENDS[backend](bundle, **options)
+        session = BACKENDS[backend].open(bundle, **options)
     session.tokenizer = text.tokenizer
     session.end_token_ids = text.generation.end_token_ids
     session.chat_end_token_ids = text.generation.chat_end_token_ids
@@ -185,10 +143,10 @@ def _first_that_works(bundle: Bundle, options: dict[str, Any]) -> Session:
     """Try backends in order; whatever one of them dies of is no reason not to try the next."""
     skipped: dict[str, str] = {}
     absent: dict[str, str] = {}
-    for name, make in BACKENDS.items():
-        session, reason = _tried(make, bundle, options)
+    for name, backend in BACKENDS.items():
+        session, reason = _tried(backend, bundle, options)
         if session is None:
-            if is_here(bundle, name):
+            if backend.is_here(bundle):
                 gc.collect()  # what was loaded so far goes before the next one comes
                 skipped[name] = reason
             else:
@@ -203,33 +161,14 @@ def _first_that_works(bundle: Bundle, options: dict[str, Any]) -> Session:
     raise BackendError(f"no backend works here ({reasons}{others})", "run `gta-edge doctor`")
 
 
-def _tried(make: Callable[..., Session], bundle: Bundle, options: dict[str, Any]) -> tuple[Session | None, str]:
+def _tried(backend: Backend, bundle: Bundle, options: dict[str, Any]) -> tuple[Session | None, str]:
     """Return a session, or why there is none; in a function of its own, which an error's traceback does not outlive."""
     try:
-        return make(bundle, **options), ""
+        return backend.open(bundle, **options), ""
     except OF_THE_MODEL:
         raise
     except Exception as error:  # a library's own errors have no common base, and a full GPU is some of them
         return None, reason_of(error)
-
-
-def is_here(bundle: Bundle, name: str) -> bool:
-    """Tell whether a backend is meant to be used here: installed, and for an engine, built.
-
-    What is and does not work is worth a word; what was never installed is not.
-    """
-    if name in ENGINES:
-        try:
-            require_engine(bundle, name)
-        except EngineError:
-            return False
-        except OSError:  # it cannot be told, which is the trouble
-            return True
-        return True
-    if name == "onnxruntime-cuda":  # the same module as the CPU's, imported when it was tried
-        providers = getattr(sys.modules.get("onnxruntime"), "get_available_providers", list)
-        return "CUDAExecutionProvider" in providers()
-    return find_spec(name) is not None
 
 
 def reason_of(error: Exception) -> str:

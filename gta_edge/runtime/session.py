@@ -55,6 +55,12 @@ class Session(ABC):
     compute: str = "fp32"
     """Type of activations and cache: ``fp32``, ``fp16`` or ``bf16``."""
 
+    device: str = "cpu"
+    """What the model runs on: ``cpu`` or ``gpu``."""
+
+    weights_as_stored: bool = True
+    """Whether quantised weights stay so in memory; otherwise they were dequantised when they were loaded."""
+
     def __init__(self, config: ModelConfig, cache: CachePolicy | None = None) -> None:
         self.config = config
         # for text in and out; who loads a bundle sets them from its files

@@ -7,7 +7,10 @@ from collections.abc import Callable
 __all__ = ["Progress", "silent"]
 
 Progress = Callable[[str, int, int], None]
-"""Called as ``progress(what, done, total)``; a new ``what`` starts a new bar."""
+"""Called as ``progress(what, done, total)``; a new ``what`` starts a new bar.
+
+A ``total`` of 0 says that the work cannot be counted: it lasts until the next call.
+"""
 
 
 def silent(what: str, done: int, total: int) -> None:

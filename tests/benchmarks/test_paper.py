@@ -326,7 +326,7 @@ def test_the_roofline_with_scores_is_that_of_a_plan(name):
     """A plan counts another number of passes over the scores; with that number both are the same."""
     config = preset(name)
     plan = theory._plan(config, 1024, 1)
-    execution = cost.Execution("tensorrt", "bf16", "bf16", 1024, writes_scores=True)
+    execution = cost.Execution("bf16", "bf16", 1024, writes_scores=True)
     written = make_plan(plan.model, plan.device, execution, context=1024, prompt=1024)
     found = theory.roofline(config, 1024, cost._SCORE_PASSES)
     assert found.prefill_ms == pytest.approx(1e3 * written.prefill.seconds)

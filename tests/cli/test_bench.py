@@ -81,9 +81,41 @@ def test_json(report: dict[str, Any], tiny_bundle: Path, absent: str) -> None:
 
 def shown(report: dict[str, Any]) -> str:
     console = rich.console.Console(file=io.StringIO(), width=40)  # narrower than the tables, which nothing may cut
-    bench_text.show(console, report)
+    bench_text.show_all(console, report)
     text: str = console.file.getvalue()
     return text
+
+
+def test_the_short_table_fits_80_columns(report: dict[str, Any], absent: str) -> None:
+    console = rich.console.Console(file=io.StringIO(), width=80)
+    bench_text.show(console, report)
+    lines = console.file.getvalue().splitlines()
+    (head,) = (number for number, line in enumerate(lines) if line.startswith("context "))
+    rows = lines[head + 1 : head + 1 + len(report["results"])]
+    assert lines[head].split()[0] == "context"
+    assert max(len(line.rstrip()) for line in lines[head - 1 : head + 1 + len(rows)]) <= 80
+    for row, line in zip(report["results"], rows, strict=True):
+        cells = line.split()
+        assert cells[0] == f"{row['context']}"
+        assert cells[1] == ("onnxruntime[1]" if "@" in row["backend"] else "onnxruntime")
+        assert cells[4].lstrip("~") == f"{row['tpot_ms']['p50']:.2f}"
+        assert cells[5] == f"{row['decode_tokens_per_s']:.1f}"
+        assert cells[-1] in ("same", "reference")
+    assert f"[1] onnxruntime@{sys.executable}" in lines
+    assert f"not there: {absent}" in " ".join(" ".join(lines).split())
+
+
+def test_the_short_table_says_what_is_wrong(report: dict[str, Any]) -> None:
+    changed = copy.deepcopy(report)
+    changed["results"][0] |= {"agrees": False, "max_rel_error": 3.5}
+    changed["results"][1] |= {"tpot_ms": None, "agrees": None}
+    changed["results"][1]["notes"] = {"ttft_ms": "it was ended by SIGKILL"}
+    console = rich.console.Console(file=io.StringIO(), width=80)
+    bench_text.show(console, changed)
+    text = console.file.getvalue()
+    assert text.count("WRONG") == 1
+    assert text.count("failed") == 1
+    assert "it was ended by SIGKILL" in " ".join(text.split())
 
 
 def test_tables(report: dict[str, Any], absent: str) -> None:
@@ -238,7 +270,6 @@ def test_a_plot_of_wrong_answers_says_so(report: dict[str, Any], tmp_path: Path)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--backend", "nonsense"), "no backend is called 'nonsense'; there are"),
         (("--contexts", "16,nine"), "--contexts is '16,nine'; expected whole numbers"),
         (("--contexts", TINY.max_position_embeddings), "leaves no room for a new token"),
         (("--contexts", "0"), "--contexts has 0"),

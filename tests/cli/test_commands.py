@@ -8,6 +8,7 @@ import re
 import select
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,12 @@ from safetensors.numpy import load_file, save_file
 
 import gta_edge
 from gta_edge.cli import doctor_checks
-from gta_edge.cli.app import app
+from gta_edge.cli.app import VERBS as COMMANDS
 from gta_edge.machine import info as machine
-from tests.helpers.commands import COMMAND, Result, environment, listing, run
+from tests.helpers.commands import COMMAND, ROOT, Result, environment, listing, run
 from tests.helpers.tiny import TINY
 
-VERBS = sorted(str(entry.name) for entry in app.registered_commands)
+VERBS = sorted(COMMANDS)
 OPTIONS = {
     "init": ["PRESET", "DIR", "--layers", "--seed", "--dtype", "--max-length"],
     "export": ["--precision", "--no-verify", "--force"],
@@ -53,8 +54,18 @@ OPTIONS = {
         "--onnx-only",
         "--matmul",
     ],
-    "plan": ["--device", "--context", "--batch", "--precision", "--cache-dtype", "--plot"],
-    "bench": ["BUNDLE", "--backend", "--contexts", "--new-tokens", "--batch", "--prompt-file", "--plot", "--markdown"],
+    "plan": ["--device", "--devices", "--sources", "--context", "--batch", "--precision", "--cache-dtype", "--plot"],
+    "bench": [
+        "BUNDLE",
+        "--backend",
+        "--contexts",
+        "--new-tokens",
+        "--batch",
+        "--prompt-file",
+        "--plot",
+        "--markdown",
+        "--wide",
+    ],
     "doctor": [],
 }
 
@@ -99,7 +110,7 @@ def test_help_of_a_verb(command: Command, verb: str) -> None:
     result = command(verb, "--help")
     assert (result.status, result.err) == (0, "")
     assert f"gta-edge {verb}" in result.out
-    for option in [*OPTIONS.get(verb, []), "--json", "--quiet", "--debug", "--help"]:
+    for option in [*OPTIONS.get(verb, []), "--json", "--quiet", "--debug", "-h, --help"]:
         assert option in result.out
 
 
@@ -109,6 +120,39 @@ def test_help_and_version(command: Command) -> None:
     assert all(re.search(rf"^\W*{verb}\b", result.out, re.MULTILINE) for verb in VERBS)
     result = command("--version")
     assert (result.status, result.out, result.err) == (0, f"gta-edge {gta_edge.__version__}\n", "")
+
+
+def test_help_is_as_the_page_has_it() -> None:
+    page = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    (shown,) = re.findall(r"^\$ gta-edge --help\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    for option in ("--help", "-h"):
+        result = run(option, extra={"COLUMNS": "80"})
+        assert (result.status, result.out, result.err) == (0, shown, "")
+    assert max(map(len, shown.splitlines())) <= 80
+
+
+def test_summaries_are_short_and_whole(command: Command) -> None:
+    lines = command("--help").out.splitlines()
+    for name, verb in COMMANDS.items():
+        assert len(verb.summary) <= 45
+        assert f"  {name:<9}  {verb.summary}" in lines
+        assert command(name, "-h").out == command(name, "--help").out
+
+
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_help_and_version_load_little(option: str) -> None:
+    script = (
+        "import atexit, sys\n"
+        "atexit.register(lambda: print(*sys.modules, file=sys.stderr))\n"
+        f"sys.argv = ['gta-edge', {option!r}]\n"
+        "from gta_edge.cli import main; main()"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", script], env=environment(), capture_output=True, text=True, check=True
+    )
+    loaded = {name.partition(".")[0] for name in process.stderr.split()}
+    assert loaded & {"numpy", "rich", "tomllib", "tomli", "safetensors", "jinja2", "torch", "onnx"} == set()
+    assert not any(f"gta_edge.cli.{verb}" in process.stderr.split() for verb in VERBS)
 
 
 # --- inspect -------------------------------------------------------------------------------------------------------
@@ -157,6 +201,16 @@ def test_inspect_a_bundle(tiny_bundle: Path) -> None:
     assert document["cache_bytes_per_token"] == 2 * (8 + 16) * 4  # a bundle computes in float32
 
 
+def test_inspect_shows_labels_and_units(command: Command, tiny_bundle: Path) -> None:
+    found = command("inspect", tiny_bundle).out
+    assert re.search(r"^bundle +GTAForCausalLM in bf16 *$", found, re.MULTILINE)
+    assert re.search(r"^KV cache +192 bytes per token in float32 *$", found, re.MULTILINE)
+    assert re.search(rf"^vocabulary +{TINY.vocab_size} tokens *$", found, re.MULTILINE)
+    shares = re.findall(r"^  \w+ +[\d.]+ [kM]?B +(\d+)%", found, re.MULTILINE)
+    assert sum(map(int, shares)) == pytest.approx(100, abs=len(shares))
+    assert "_" not in found.partition("files")[0]
+
+
 def test_inspect_for_people(command: Command, tiny_bundle: Path) -> None:
     for target in ("gta-1b", tiny_bundle):
         result = command("inspect", target)
@@ -195,6 +249,24 @@ def test_export_in_a_process_of_its_own(tiny_checkpoint: Path, tmp_path: Path) -
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 
 
+@pytest.mark.parametrize(("precision", "changed"), [("bf16", False), ("int4", True)])
+def test_export_says_what_it_changed(
+    command: Command, tiny_checkpoint: Path, tmp_path: Path, precision: str, changed: bool
+) -> None:
+    out = command("export", tiny_checkpoint, tmp_path / "bundle", "--precision", precision).out
+    assert re.search(r"^agrees with PyTorch: largest error \S+ of the logits' standard deviation$", out, re.MULTILINE)
+    verified = command(
+        "verify", tmp_path / "bundle", "--checkpoint", tiny_checkpoint, "--backend", "onnxruntime", "--json"
+    ).content["quantisation"]
+    if changed:
+        share, divergence = f"{verified['top1_agreement']:.1%}", f"{verified['mean_kl_divergence']:.2g}"
+        assert f"\n  {share} equal top-1 tokens, mean KL divergence {divergence} nats\n" in out
+        assert 0 < verified["mean_kl_divergence"] < 1
+    else:
+        assert out.endswith("weights in bf16: the checkpoint's own values\n")
+        assert verified["mean_kl_divergence"] == 0
+
+
 def test_export_replaces_with_force(command: Command, tiny_checkpoint: Path, copied_bundle: Path) -> None:
     (copied_bundle / "model.onnx").write_text("broken")
     result = command("export", tiny_checkpoint, copied_bundle, "--force", "--no-verify")
@@ -221,8 +293,8 @@ def test_verify(tiny_bundle: Path, tiny_checkpoint: Path) -> None:
     }
     assert document["passed"] is True
     assert document["backends"].keys() >= {"onnxruntime", "torch"}
-    for difference in (*document["backends"].values(), document["quantisation"]):
-        assert difference.keys() == DIFFERENCE
+    assert all(difference.keys() == DIFFERENCE for difference in document["backends"].values())
+    assert document["quantisation"].keys() == DIFFERENCE | {"mean_kl_divergence"}
     assert document["quantisation"]["max_abs_error"] == 0  # bf16 as in the checkpoint
 
 
@@ -309,6 +381,20 @@ def test_prompts_of_every_kind(command: Command, tiny_bundle: Path, tmp_path: Pa
     ]
     assert [document["ids"] for document in documents[1:]] == [documents[0]["ids"]] * 5  # all of them are greedy
     assert [document["backend"] for document in documents] == ["onnxruntime"] * 3 + ["torch"] + ["onnxruntime"] * 2
+
+
+def test_a_prompt_may_be_piped(command: Command, tiny_bundle: Path) -> None:
+    expected = generate(command, tiny_bundle, "--prompt", "Hello")["ids"]
+    options = ("generate", tiny_bundle, "--max-new-tokens", 20, "--ignore-eos", "--json")
+    for more in ((), ("--prompt-file", "-")):
+        assert run(*options, *more, input="Hello").content["ids"] == expected
+    assert "or pipe a text in" in run(*options, input="").usage
+    assert "or pipe a text in" in run(*options, "--prompt", "a", "--ids", "1", input="Hello").usage
+
+
+def test_top_k_of_0_is_off(command: Command, tiny_bundle: Path) -> None:
+    hot = ("--prompt", "Hello", "--temperature", 2, "--seed", 1)
+    assert generate(command, tiny_bundle, *hot, "--top-k", 0)["ids"] == generate(command, tiny_bundle, *hot)["ids"]
 
 
 def test_a_seed_gives_the_same_text_again(command: Command, tiny_bundle: Path) -> None:
@@ -408,8 +494,10 @@ def test_doctor() -> None:
 def test_doctor_for_people(command: Command) -> None:
     result = command("doctor")
     assert (result.status, result.err) == (0, "")
-    assert re.search(r"^backend onnxruntime +works *$", result.out, re.MULTILINE)
-    assert re.search(r"^feature export +works *$", result.out, re.MULTILINE)
+    for name in ("onnxruntime", "torch", "export"):
+        assert re.search(rf"^✓ {name}\b", result.out, re.MULTILINE), name
+    lines = result.out.splitlines()
+    assert re.fullmatch(r"Best backend here: \S+\. Next: gta-edge (build|export) .*", lines[-1])
 
 
 def test_doctor_shows_a_jetsons_clocks(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -425,7 +513,7 @@ def test_doctor_shows_a_jetsons_clocks(command: Command, monkeypatch: pytest.Mon
         text = command("doctor").out
         assert command("doctor", "--json").content["machine"]["clocks_hz"] == found["clocks_hz"]
         assert ("sudo jetson_clocks" in text) is ("memory not known" in text) is ("Jetson" in (board or ""))
-    assert re.search(r"^clocks +GPU 306 to 918 MHz, now 306; CPU 306 to 918", text, re.MULTILINE)
+    assert re.search(r"^· clocks +GPU 306 to 918 MHz, now 306; CPU 306 to 918", text, re.MULTILINE)
 
 
 # --- terminals and pipes -------------------------------------------------------------------------------------------
@@ -464,6 +552,14 @@ def test_a_bar_on_a_terminal(tiny_bundle: Path, tmp_path: Path) -> None:
         result, sent = on_a_terminal([*arguments, option], tmp_path)
         assert (result.status, sent) == (0, "")
         assert "perplexity" in result.out
+
+
+def test_a_spinner_for_what_cannot_count(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    result, sent = on_a_terminal(["export", tiny_checkpoint, tmp_path / "bundle", "--no-verify"], tmp_path)
+    assert result.status == 0
+    shown = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", sent)
+    assert re.search(r"[⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏] +tracing the model", shown)
+    assert "writing weights" in shown
 
 
 def test_no_progress_where_there_is_no_terminal(

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import typer.main
 
-from gta_edge.cli.app import _VERBS, app
+from gta_edge.cli.app import app, function_of
 from tests.helpers.commands import Result, listing
 
 Command = Callable[..., Result]
@@ -89,7 +89,7 @@ def options() -> Iterator[tuple[str, Parameter]]:
 
 def values_for(verb: str, parameter: Parameter) -> list[str]:
     """Names of the values that a parameter of this type is tried with."""
-    hint = str(get_type_hints(_VERBS[verb])[parameter.name])
+    hint = str(get_type_hints(function_of(verb))[parameter.name])
     names = PATHS if "Path" in hint else NUMBERS if re.search(r"\b(int|float)\b", hint) else TEXTS
     return [name for name in names if name not in FINE.get((verb, str(parameter.name)), ())]
 

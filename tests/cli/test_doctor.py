@@ -14,6 +14,7 @@ import pytest
 
 from gta_edge.cli import doctor_checks
 from gta_edge.cuda import gpu as cuda_gpu
+from gta_edge.cuda import session as cuda_session
 from gta_edge.cuda.gpu import Gpu
 from gta_edge.errors import BackendError, GtaEdgeError
 from gta_edge.libraries.install import install_command
@@ -186,7 +187,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
         found = Gpu(0, "a GPU", architecture, 8)
         for module in (cuda_gpu, tensorrt_builder):
             monkeypatch.setattr(module, "current_gpu", lambda device_id=0: found)
-        monkeypatch.setattr(doctor_checks, "_use_gpu", lambda: None)
+        monkeypatch.setattr(cuda_session, "check_usable", lambda: None)
 
     return give
 
@@ -240,5 +241,5 @@ def test_a_gpu_that_is_anothers(gpu: Callable[[str], None], monkeypatch: pytest.
     def taken() -> None:
         raise BackendError("the GPU cannot be used (CUDA_ERROR_DEVICE_UNAVAILABLE)", "end the program that has it")
 
-    monkeypatch.setattr(doctor_checks, "_use_gpu", taken)
+    monkeypatch.setattr(cuda_session, "check_usable", taken)
     assert asked("kernels")["reason"] == "the GPU cannot be used (CUDA_ERROR_DEVICE_UNAVAILABLE)"

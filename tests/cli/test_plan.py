@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from gta_edge.libraries.install import install_command
+from gta_edge.machine.devices import MEASURED, device_names
 from gta_edge.model.presets import PRESETS
-from tests.helpers.commands import Result, environment
+from tests.helpers.commands import Result, environment, run
 
 KEYS = {
     "device",
@@ -47,9 +48,47 @@ def test_a_plan_for_a_person(command: Command) -> None:
     assert (found.status, found.err) == (0, "")
     for line in ("weights", "cache", "activations", "peak", "engine build", "longest context", "largest batch"):
         assert re.search(rf"^{line} +\d", found.out, re.MULTILINE), line
-    assert re.search(r"^fits +yes, [\d.]+ GB left$", found.out, re.MULTILINE)
-    assert re.search(r"^decode .*tokens/s; bound by bandwidth \(weights \d+%, cache \d+%", found.out, re.MULTILINE)
-    assert "assumed" in found.out
+    assert re.search(r"^result +fits, [\d.]+ GB left$", found.out, re.MULTILINE)
+    assert re.search(r"^decode .*tokens/s\n +bound by bandwidth \(weights \d+%, cache \d+%", found.out, re.MULTILINE)
+    assert "assumed" not in found.out
+    assert "assumed" in command("plan", "gta-1b", *BOARD, "--sources").out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["gta-1b", *BOARD, "--context", 32768, "--precision", "int4"],
+        ["gta-1b", "--device", "orin-nano-4gb", "--context", 32768, "--operators"],
+        ["gta-1b", "gqa-1b", *BOARD, "--context", 32768],
+        ["gta-1b", "gqa-1b", "gta1-160m", "gqa-160m", *BOARD],
+        ["--devices"],
+    ],
+)
+def test_lines_fit_80_columns(arguments: list[object], command: Command) -> None:
+    result = command("plan", *arguments)
+    assert result.status == 0
+    assert max(map(len, result.out.splitlines())) <= 80
+
+
+def test_the_devices_are_listed(command: Command) -> None:
+    found = command("plan", "--devices")
+    assert [line.split()[0] for line in found.out.split("\n\n")[0].splitlines()[1:]] == [
+        name for name in device_names() if name not in MEASURED
+    ]
+    devices = command("plan", "--devices", "--json").document["devices"]
+    (board,) = (entry for entry in devices if entry["name"] == BOARD[1])
+    plan = command("plan", "gta-1b", *BOARD, "--json").document
+    for key in ("memory_bytes", "available_bytes", "bandwidth_bytes_per_s", "rates_per_s", "source", "verified"):
+        assert board[key] == plan[key], key
+
+
+def test_words_have_colours_on_a_terminal() -> None:
+    for context, word, style in ((4096, "fits", "32"), (32768, "does not fit", "31")):
+        result = run(
+            "plan", "gta-1b", "--device", "orin-nano-4gb", "--precision", "int4", "--batch", 1 if context < 9999 else 9,
+            "--context", context, extra={"FORCE_COLOR": "1", "TERM": "xterm"},
+        )  # fmt: skip
+        assert f"\x1b[{style}m{word}\x1b[0m" in result.out
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -85,7 +124,7 @@ def test_several_models_in_a_table(command: Command) -> None:
     found = command("plan", "gta-1b", "gqa-1b", *BOARD, "--context", 32768, "--precision", "int4")
     assert found.status == 0
     lines = found.out.splitlines()
-    assert re.fullmatch(r" +gta-1b +gqa-1b", lines[2])
+    assert re.fullmatch(r" +gta-1b +gqa-1b", lines[3])
     assert re.search(r"^  bytes a token +20,736 +69,120$", found.out, re.MULTILINE)
     (last,) = (line for line in lines if line.startswith("32,768 "))
     gta, gqa = (float(value) for value in last.split()[3:])
@@ -109,9 +148,9 @@ def test_what_does_not_fit_says_what_would(command: Command) -> None:
     options = ("gta-1b", "--device", "orin-nano-4gb", "--context", 32768)
     found = command("plan", *options)
     assert found.status == 0
-    assert re.search(r"^fits +NO, [\d.]+ GB are missing$", found.out, re.MULTILINE)
-    (ways,) = re.findall(r"^To make it fit: (.*)\.$", found.out, re.MULTILINE)
-    for way in ways.split("; or "):
+    assert re.search(r"^result +does not fit, [\d.]+ GB missing$", found.out, re.MULTILINE)
+    (ways,) = re.findall(r"^To make it fit:\n((?:  --.*\n)+)", found.out, re.MULTILINE)
+    for way in ways.splitlines():
         assert command("plan", *options, *way.split(), "--json").document["fits"] is True, way
 
 
@@ -168,13 +207,11 @@ def test_a_drawing_without_matplotlib(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["gta-1b", "--device", "jetson"], "no device is called 'jetson'; there are orin-nano-4gb,"),
         (["gta-1b", *BOARD, "--context", "32769"], "--context is 32769; gta-1b has positions for 1 to 32768"),
         (["gta-1b", *BOARD, "--context", "0"], "--context is 0"),
         (["gta-1b", *BOARD, "--batch", "0"], "--batch is 0; expected 1 to 256"),
         (["no/such/path", *BOARD], "no/such/path is neither a directory nor a preset; presets are gta1-160m,"),
         (["gta-1b", "gta-2b", *BOARD], "gta-2b is neither"),
-        (["gta-1b", *BOARD, "--precision", "int3"], "precision is 'int3'; expected one of fp32,"),
         (["gta-1b", *BOARD, "--block-size", "32"], "precision is bf16, which has no blocks"),
         (["gqa-1b", *BOARD, "--cache-dtype", "int8"], "a cache of int8 is not possible for LlamaForCausalLM"),
         (["gta-1b", *BOARD, "--efficiency", "0"], "--efficiency is 0.0; expected a number above 0"),
@@ -199,6 +236,14 @@ def test_a_damaged_bundle(command: Command, copied_bundle: Path) -> None:
 
 def test_no_model_is_wrong_usage(command: Command) -> None:
     assert "PRESET_OR_PATH" in command("plan").usage
+
+
+def test_names_of_what_there_is_not_are_wrong_usage(command: Command) -> None:
+    assert (
+        "no device is called 'jetson'; there are orin-nano-4gb,"
+        in command("plan", "gta-1b", "--device", "jetson").usage
+    )
+    assert "'fp32'" in command("plan", "gta-1b", *BOARD, "--precision", "int3").usage
 
 
 def test_nothing_heavy_is_loaded() -> None:

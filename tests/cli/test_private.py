@@ -131,10 +131,10 @@ def test_a_command_keeps_to_itself(alone: Run, places: dict[str, Path], argument
 
 
 def test_every_command_is_tried() -> None:
-    from gta_edge.cli.app import _VERBS
+    from gta_edge.cli.app import VERBS
 
     tried = {mark.args[1][i].split()[0] for mark in test_a_command_keeps_to_itself.pytestmark for i in range(10)}
-    assert tried == set(_VERBS)
+    assert tried == set(VERBS)
 
 
 def test_what_would_be_seen(alone: Run, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from gta_edge.export.calibration import calibrated, calibration_ids
 from gta_edge.export.gptq import corrected, inverse_factor
 from gta_edge.export.pipeline import export_model
 from gta_edge.formats.checkpoint import Checkpoint
-from gta_edge.numerics.quantization import BLOCK_SIZES, Quantized, quantize
+from gta_edge.numerics.quantization import BLOCK_SIZES, QuantizedMatrix, quantize
 from tests.helpers import reference
 from tests.helpers.checkpoints import write_checkpoint
 from tests.helpers.exports import export_refused
@@ -35,7 +35,7 @@ def factor_of(inputs: np.ndarray) -> torch.Tensor:
     return inverse_factor(x.T @ x)
 
 
-def rounded(weight: np.ndarray, inputs: np.ndarray, bits: int, block_size: int | None) -> Quantized:
+def rounded(weight: np.ndarray, inputs: np.ndarray, bits: int, block_size: int | None) -> QuantizedMatrix:
     """What the code under test makes of ``weight`` for ``inputs``, given as numpy arrays."""
     return corrected(torch.from_numpy(np.asarray(weight, np.float32)), factor_of(inputs), bits, block_size)
 
@@ -66,7 +66,7 @@ def correlated(rng: np.random.Generator, rows: int, inputs: int) -> np.ndarray:
     return rng.standard_normal((rows, len(directions))) @ directions + 0.3 * rng.standard_normal((rows, inputs))
 
 
-def output_error(weight: np.ndarray, quantized: Quantized, inputs: np.ndarray) -> float:
+def output_error(weight: np.ndarray, quantized: QuantizedMatrix, inputs: np.ndarray) -> float:
     return float(((inputs @ (weight.astype(np.float64) - quantized.values).T) ** 2).sum())
 
 
@@ -141,7 +141,7 @@ def test_a_matrix_that_codes_can_say_is_returned(bits: int, size: int, seed: int
     lowest, highest = RANGES[bits]
     codes = rng.integers(lowest, highest + 1, (12, 2 * size)).astype(np.int8)
     codes[:, ::size] = highest
-    exact = Quantized(codes, rng.uniform(0.01, 0.2, (12, 2)).astype(np.float16))
+    exact = QuantizedMatrix(codes, rng.uniform(0.01, 0.2, (12, 2)).astype(np.float16), bits, size)
     found = rounded(exact.values, correlated(rng, 50, 2 * size), bits, size)
     np.testing.assert_array_equal(found.codes, codes)
     np.testing.assert_array_equal(found.scales, exact.scales)

@@ -89,7 +89,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_cpu_says_why_it_is_not_the_gpu(gpu: Callable[..., None]) -> None:
     gpu(free=0)
     found = measure("this")
-    assert (found.backend, found.name) == ("onnxruntime", "this")
+    assert (found.kind, found.name) == ("cpu", "this")
     assert found.fallback_reason
     assert found.fallback_reason.startswith("the memory of a GPU is full (0 MB free)")
     assert measure("this-cpu").fallback_reason is None

@@ -6,7 +6,6 @@ import pytest
 
 from gta_edge.model.config import ModelConfig
 from gta_edge.model.kv_cache import (
-    VALUE_BYTES,
     bytes_per_token,
     cache_bytes,
     cache_tensors,
@@ -16,6 +15,7 @@ from gta_edge.model.kv_cache import (
     scale_name,
 )
 from gta_edge.model.presets import preset
+from gta_edge.numerics.dtypes import CACHE_TYPES
 from tests.helpers import reference
 
 LAYERS = {"num_hidden_layers": 2}
@@ -94,7 +94,7 @@ def test_a_cache_of_8_bits_has_scales() -> None:
 
 
 @pytest.mark.parametrize("config", [GTA, GQA], ids=["gta", "gqa"])
-@pytest.mark.parametrize("dtype", VALUE_BYTES)
+@pytest.mark.parametrize("dtype", ["fp32", *CACHE_TYPES])
 def test_bytes_are_those_of_all_tensors(config: ModelConfig, dtype: str) -> None:
     tensors = cache_tensors(config, dtype)
     width = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from gta_edge.numerics.quantization import BITS, BLOCK_SIZES, Quantized, pack_nibbles, quantize, unpack_nibbles
+from gta_edge.numerics.quantization import BITS, BLOCK_SIZES, QuantizedMatrix, pack_nibbles, quantize, unpack_nibbles
 
 RANGES = {8: (-127, 127), 4: (-8, 7)}
 SMALLEST_NORMAL = 2.0**-14  # of float16; scales below it have fewer digits
@@ -24,12 +24,12 @@ def blocks_of(weight: np.ndarray, size: int) -> np.ndarray:
     return weight.astype(np.float64).reshape(-1, size)
 
 
-def meant(quantized: Quantized, size: int) -> np.ndarray:
+def meant(quantized: QuantizedMatrix, size: int) -> np.ndarray:
     """What codes and scales stand for, [blocks, size] in float64."""
     return quantized.codes.astype(np.float64).reshape(-1, size) * quantized.scales.astype(np.float64).reshape(-1, 1)
 
 
-def error(weight: np.ndarray, quantized: Quantized, size: int) -> np.ndarray:
+def error(weight: np.ndarray, quantized: QuantizedMatrix, size: int) -> np.ndarray:
     """The squared error of each block."""
     return ((blocks_of(weight, size) - meant(quantized, size)) ** 2).sum(1)
 
@@ -141,10 +141,22 @@ def test_what_is_in_codes_already_stays(bits: int, size: int, seed: int) -> None
     codes[:, ::size] = highest  # a block that uses its range, as quantised ones do
     scales = (10.0 ** rng.uniform(-4, 4, (6, 2))).astype(np.float16)
     scales[scales < SMALLEST_NORMAL] = SMALLEST_NORMAL
-    exact = Quantized(codes, scales)
+    exact = QuantizedMatrix(codes, scales, bits, size)
     again = quantize(exact.values, bits, size)
     np.testing.assert_array_equal(again.codes, codes)
     np.testing.assert_array_equal(again.scales, scales)
+
+
+@pytest.mark.parametrize("bits", RANGES)
+@pytest.mark.parametrize("block_size", [None, 16, 48])
+def test_the_form_that_a_bundle_stores(bits: int, block_size: int | None) -> None:
+    """It is what ONNX's DequantizeLinear takes along axis 0, or per channel along axis 1."""
+    weight = np.random.default_rng(0).standard_normal((5, 48)).astype(np.float32)
+    matrix = quantize(weight, bits, block_size)
+    repeated = np.repeat(np.atleast_2d(matrix.stored_scales.astype(np.float32)), block_size or 48, axis=0)
+    assert matrix.stored_scales.shape == ((48 // block_size, 5) if block_size else (5,))
+    np.testing.assert_array_equal((matrix.stored_codes * repeated).T, matrix.values)
+    assert matrix.block_size == (block_size or 0)
 
 
 # --- blocks at the edges ---------------------------------------------------------------------------------------------

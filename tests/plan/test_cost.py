@@ -18,8 +18,8 @@ from gta_edge.plan.cost import Execution, Step, operators, read_bytes, stored_by
 from tests.helpers.commands import ROOT
 
 EXAMPLE = ROOT / "examples" / "tiny-gta"
-GPU = Execution("tensorrt", "fp16", "fp16", chunk_size=512)
-CPU = Execution("onnxruntime", "fp32", "fp32", chunk_size=256, writes_scores=True)
+GPU = Execution("fp16", "fp16", chunk_size=512)
+CPU = Execution("fp32", "fp32", chunk_size=256, writes_scores=True, cpu_kernels=True)
 
 # H 1280, n_q 5 of d_k 64 and d_l 128, one key and one latent head, FFN 3584, 54 layers, 128256 words
 GTA_1B_LAYER = {

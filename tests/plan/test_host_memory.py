@@ -23,7 +23,7 @@ SCRIPT = """
 import resource, sys
 from pathlib import Path
 import gta_edge
-from gta_edge.cli import app
+import gta_edge.formats.checkpoint, gta_edge.runtime.registry
 {before}
 pages = int(Path("/proc/self/statm").read_text().split()[0])
 resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + {room} * 2**20,) * 2)

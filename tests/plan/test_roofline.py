@@ -13,12 +13,13 @@ from gta_edge.errors import BackendError, InputError
 from gta_edge.machine.devices import MEASURED, Device, device, device_names
 from gta_edge.machine.probe import measure_cpu, measure_gpu
 from gta_edge.model.presets import PRESETS, preset
-from gta_edge.plan.roofline import LARGEST_BATCH, Model, Plan, execution_for, largest, make_plan
+from gta_edge.plan.roofline import LARGEST_BATCH, Model, Plan, largest, make_plan
+from gta_edge.runtime.registry import fastest_on
 
 BOARD = Device(
     name="board",
     title="a board",
-    backend="tensorrt",
+    kind="gpu",
     memory_bytes=4_000_000_000,
     system_bytes=1_000_000_000,
     runtime_bytes=100_000_000,
@@ -26,7 +27,7 @@ BOARD = Device(
     rates={"fp32": 1e12, "fp16": 8e12, "int8": 16e12},
     efficiency=0.5,
 )
-CPU = replace(BOARD, name="cpu", backend="onnxruntime", rates=dict.fromkeys(("fp32", "fp16", "int8"), 3e11))
+CPU = replace(BOARD, name="cpu", kind="cpu", rates=dict.fromkeys(("fp32", "fp16", "int8"), 3e11))
 NAMES = (
     "orin-nano-4gb, orin-nano-8gb, orin-nano-8gb-super, orin-nx-8gb, orin-nx-8gb-super, orin-nx-16gb, "
     "orin-nx-16gb-super, agx-orin-32gb, agx-orin-64gb, thor-t4000, agx-thor, gb10, rtx-3060-12gb, h100"
@@ -41,7 +42,8 @@ def planned(
     **options: int,
 ) -> Plan:
     config = preset(name)
-    execution = execution_for(config, on.backend, precision, cache_dtype, chunk_size=512)
+    execution = fastest_on(on.kind).execution(config, precision, cache_dtype)
+    execution = replace(execution, chunk_size=512, logit_positions=1)
     return make_plan(Model.of(name, config, precision), on, execution, **options)
 
 
@@ -88,7 +90,7 @@ def test_an_unknown_device() -> None:
 
 def test_the_machine_measures_itself() -> None:
     found = measure_cpu()
-    assert found.backend == "onnxruntime"
+    assert found.kind == "cpu"
     assert 1e8 < found.bandwidth < 1e13
     assert 1e8 < found.rates["fp32"] < 1e15
     assert 0 < found.available_bytes <= found.memory_bytes
@@ -101,7 +103,7 @@ def test_the_gpu_measures_itself() -> None:
     except BackendError as error:
         pytest.skip(str(error))
     found = measure_gpu()
-    assert found.backend == "tensorrt"
+    assert found.kind == "gpu"
     assert 1e10 < found.bandwidth < 1e13
     assert 1e11 < found.rates["fp32"] < found.rates["fp16"]
     assert 0 < found.available_bytes <= found.memory_bytes
@@ -293,5 +295,5 @@ def test_a_cache_that_is_not_possible(name: str, on: Device, precision: str, cac
 def test_defaults() -> None:
     assert (planned().context, planned().prompt, planned().batch) == (4096, 4096, 1)
     short = preset("gta-1b").replace(max_position_embeddings=2048)
-    execution = execution_for(short, "tensorrt", "bf16", None, chunk_size=512)
+    execution = fastest_on("gpu").execution(short, "bf16")
     assert make_plan(Model.of("short", short, "bf16"), BOARD, execution).context == 2048

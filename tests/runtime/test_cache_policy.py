@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from gta_edge.errors import CapacityError, InputError
 from gta_edge.model.config import ModelConfig
-from gta_edge.model.kv_cache import VALUE_BYTES
+from gta_edge.numerics.dtypes import CACHE_TYPES
 from gta_edge.runtime.cache_policy import CachePolicy
 from tests.helpers import reference
 
@@ -131,7 +131,7 @@ def test_the_bound_is_the_models_or_an_engines() -> None:
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", VALUE_BYTES)
+@pytest.mark.parametrize("dtype", ["fp32", *CACHE_TYPES])
 def test_bytes_are_those_of_its_tensors(dtype: str) -> None:
     cache = CachePolicy(CONFIG, dtype)
     assert cache.nbytes(3, 17) == sum(tensor.nbytes(3, 17) for tensor in cache.tensors)

@@ -14,8 +14,9 @@ import pytest
 from gta_edge.errors import BackendError, BundleError, CapacityError, EngineError, InputError
 from gta_edge.evaluate.verify import verify
 from gta_edge.formats.bundle import Bundle
+from gta_edge.model.presets import preset
 from gta_edge.runtime import registry as backends
-from gta_edge.runtime.registry import BACKENDS, is_here, open_session
+from gta_edge.runtime.registry import BACKENDS, open_session
 from gta_edge.support.choices import unknown
 from tests.helpers.commands import Result
 
@@ -47,9 +48,8 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Failing:
             raise error[0](*error[1:])
             return held
 
-        monkeypatch.setitem(BACKENDS, name, die)
-        before = is_here
-        monkeypatch.setattr(backends, "is_here", lambda bundle, other: other == name or before(bundle, other))
+        monkeypatch.setattr(BACKENDS[name], "open", die)
+        monkeypatch.setattr(BACKENDS[name], "is_here", lambda bundle: True)
 
     return make
 
@@ -138,7 +138,7 @@ def test_a_bundle_whose_tokenizer_is_damaged_is_refused_before_anything_is_loade
 
     (copied_bundle / "tokenizer.json").write_text("{}")
     relist(copied_bundle)
-    monkeypatch.setattr(backends, "BACKENDS", {"onnxruntime": None})  # opening would be a TypeError
+    monkeypatch.setattr(backends, "BACKENDS", {"onnxruntime": None})  # opening would be an AttributeError
     with pytest.raises(BundleError, match=r"tokenizer\.json"):
         open_session(Bundle.open(copied_bundle), "onnxruntime")
 
@@ -189,7 +189,6 @@ def test_verify_goes_on_where_a_backend_dies(
     tiny_bundle: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, failing: Failing, error: Error
 ) -> None:
     failing("tensorrt", error)
-    monkeypatch.setattr("gta_edge.evaluate.verify.is_here", backends.is_here)
     monkeypatch.delitem(BACKENDS, "torch")  # which takes its time
     report = verify(tiny_bundle, tiny_checkpoint)
     assert report.passed
@@ -224,9 +223,9 @@ def test_verify_fails_where_answers_are_wrong_though_another_died(
             logits[..., 0] += 1
             return logits
 
-    right = BACKENDS["onnxruntime"]
+    right = BACKENDS["onnxruntime"].open
     failing("tensorrt", (CapacityError, FULL))
-    monkeypatch.setitem(BACKENDS, "onnxruntime", lambda *a, **o: Wrong(right(*a, **o)))
+    monkeypatch.setattr(BACKENDS["onnxruntime"], "open", lambda *a, **o: Wrong(right(*a, **o)))
     monkeypatch.delitem(BACKENDS, "torch")
     report = verify(tiny_bundle, tiny_checkpoint)
     assert not report.passed
@@ -240,6 +239,67 @@ def test_verify_with_nothing_that_works(
     monkeypatch.delitem(BACKENDS, "torch")
     with pytest.raises(BackendError, match=r"none of the backends works here .*takes 0\.5 GB"):
         verify(tiny_bundle, tiny_checkpoint)
+
+
+# --- descriptors ------------------------------------------------------------------------------------------------------
+
+
+def test_sessions_have_the_names_of_their_descriptors() -> None:
+    from gta_edge.runtime.onnxruntime.cuda_session import OnnxRuntimeCudaSession
+    from gta_edge.runtime.onnxruntime.session import OnnxRuntimeSession
+    from gta_edge.runtime.torch.session import TorchSession
+
+    own = {"onnxruntime": OnnxRuntimeSession, "onnxruntime-cuda": OnnxRuntimeCudaSession, "torch": TorchSession}
+    assert {name: session.backend for name, session in own.items()} == {name: BACKENDS[name].name for name in own}
+    assert {name: backend.name for name, backend in BACKENDS.items()} == {name: name for name in BACKENDS}
+
+
+def test_every_backend_has_an_extra_that_the_package_declares() -> None:
+    from importlib.metadata import metadata
+
+    declared = set(metadata("gta-edge").get_all("Provides-Extra", []))
+    assert {backend.extra for backend in BACKENDS.values()} <= declared
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "device", "compute"),
+    [
+        ("onnxruntime", "bf16", None, "fp32"),
+        ("onnxruntime-cuda", "bf16", None, "bf16"),
+        ("onnxruntime-cuda", "int4", None, "fp16"),
+        ("tensorrt", "int8", None, "fp16"),
+        ("torch", "fp16", "cpu", "fp32"),
+        ("torch", "fp16", "cuda", "fp16"),
+        ("torch", "int4", "cuda", "bf16"),
+    ],
+)
+def test_what_is_computed_in_by_default(name: str, precision: str, device: str | None, compute: str) -> None:
+    assert BACKENDS[name].compute_for(None, precision, device) == compute
+    assert compute in BACKENDS[name].compute_types
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "caches"),
+    [
+        ("tensorrt", "gta-1b", ("fp16", "int8", "fp8")),
+        ("tensorrt", "gqa-1b", ("fp16",)),
+        ("tensorrt-rtx", "gta-1b", ("fp16",)),
+        ("onnxruntime-cuda", "gta-1b", ("fp16",)),
+        ("torch", "gta-1b", ("fp16",)),
+    ],
+)
+def test_what_a_cache_may_hold(name: str, model: str, caches: tuple[str, ...]) -> None:
+    assert BACKENDS[name].cache_types(preset(model), "fp16") == caches
+
+
+def test_a_plan_is_for_the_fastest_of_a_device() -> None:
+    assert (backends.fastest_on("cpu").name, backends.fastest_on("gpu").name) == ("onnxruntime", "tensorrt")
+
+
+@pytest.mark.parametrize("compute", ["fp16", "int8", "", "FP32"])
+def test_a_type_that_a_backend_does_not_compute_in(tiny_bundle: Path, compute: str) -> None:
+    with pytest.raises(BackendError, match=f"^onnxruntime computes in fp32, not in {compute}; "):
+        open_session(Bundle.open(tiny_bundle), "onnxruntime", compute=compute)
 
 
 # --- names --------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gta_edge.accuracy.tolerance import COMPUTE_BOUNDS, ROUNDED_BOUND, difference
+from gta_edge.runtime.registry import BACKENDS
 
 __all__ = ["Answers", "agreement", "bound", "choose_reference", "is_exact", "mean_bound"]
 
@@ -80,7 +81,7 @@ def choose_reference(given: Mapping[Any, Answers]) -> Any:
 
     def rank(key: Any) -> tuple[bool, float, bool]:
         answers = given[key]
-        return not np.isfinite(answers.logits).all(), bound(answers), answers.backend != "torch"
+        return not np.isfinite(answers.logits).all(), bound(answers), not BACKENDS[answers.backend].reference
 
     return min(given, key=rank)
 

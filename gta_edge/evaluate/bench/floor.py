@@ -6,6 +6,7 @@ from typing import Any
 
 from gta_edge.formats.bundle import Bundle
 from gta_edge.plan.cost import Execution, Step, operators
+from gta_edge.runtime.registry import BACKENDS
 
 __all__ = ["floor_ms", "step_weight_bytes"]
 
@@ -19,10 +20,10 @@ def step_weight_bytes(bundle: Bundle, opened: dict[str, Any], batch: int) -> int
         batch: rows of the step.
     """
     compute, precision = opened["compute"], bundle.precision
-    on_cpu_kernel = opened["backend"] == "onnxruntime"
-    if not on_cpu_kernel and not opened["holds_codes"]:  # dequantised when they were loaded
+    if not opened["holds_codes"]:  # dequantised when they were loaded
         precision = compute
-    execution = Execution("onnxruntime" if on_cpu_kernel else "tensorrt", compute, compute, opened["chunk_size"])
+    cpu_kernels = BACKENDS[opened["backend"]].cpu_kernels
+    execution = Execution(compute, compute, opened["chunk_size"], cpu_kernels=cpu_kernels)
     block = bundle.block_size if precision == bundle.precision else None
     return sum(op.weight_bytes for op in operators(bundle.config, precision, block, execution, Step(batch, 1, 1)))
 

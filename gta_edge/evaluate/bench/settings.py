@@ -11,6 +11,7 @@ from gta_edge.evaluate.bench.targets import Target
 from gta_edge.formats.bundle import Bundle
 from gta_edge.model.kv_cache import cache_bytes
 from gta_edge.runtime.cache_policy import CHUNK_SIZE
+from gta_edge.runtime.registry import BACKENDS
 from gta_edge.support.cores import check_threads
 from gta_edge.support.memory import available_bytes
 from gta_edge.support.text import brief, printable
@@ -168,7 +169,7 @@ def check_room(
     Raises:
         CapacityError: the memory that is free here is less than a context takes; how much.
     """
-    on_cpu = any(target.backend == "onnxruntime" or (target.backend == "torch" and not gpu) for target in targets)
+    on_cpu = any(BACKENDS[target.backend].runs_on(gpu=gpu) == "cpu" for target in targets)
     free, files = available_bytes(), 0
     for name, bundle in bundles.items():
         context = max(contexts[name])

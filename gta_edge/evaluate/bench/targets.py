@@ -17,10 +17,7 @@ from gta_edge.runtime.registry import BACKENDS, check_backend
 from gta_edge.support.files import cache_directory
 from gta_edge.support.text import brief
 
-__all__ = ["EXTRAS", "Target", "parse_targets"]
-
-EXTRAS = {"onnxruntime": "ort", "onnxruntime-cuda": "ort-gpu", "torch": "export"}
-"""What installs a backend; the others' extras have their names."""
+__all__ = ["Target", "parse_targets"]
 
 _ROOT = Path(gta_edge.version.__file__).parents[1]
 _OWN_CACHE = "GTA_EDGE_CACHE"
@@ -112,7 +109,7 @@ class Target:
     def remedy(self) -> str:
         """The line that installs this package and what the backend needs for the interpreter."""
         pip = "pip" if self.interpreter is None else f"{shlex.quote(self.interpreter)} -m pip"
-        return install_command(EXTRAS.get(self.backend, self.backend), pip=pip)
+        return install_command(BACKENDS[self.backend].extra, pip=pip)
 
 
 def is_source_tree() -> bool:

@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from gta_edge.errors import BackendError, GtaEdgeError, OutputError
 from gta_edge.formats.bundle import Bundle
-from gta_edge.runtime.registry import open_session
+from gta_edge.runtime.registry import BACKENDS, open_session
 from gta_edge.runtime.session import Session
 from gta_edge.support.memory import available_bytes
 
@@ -80,23 +80,23 @@ class Measurer:
             nonlocal laid_out
             laid_out = laid_out or what.startswith("laying out")
 
-        self._gpu = request["backend"] != "onnxruntime"
+        self._gpu = BACKENDS[request["backend"]].device != "cpu"
         held = _status_bytes("VmRSS") or 0
         before = self._ask_gpu()
         options = {"threads": request["threads"], "exact": request["exact"], "progress": note}
         start = time.perf_counter()
         session = self._session = open_session(bundle, request["backend"], **options)
         seconds = time.perf_counter() - start
-        on_gpu = _is_on_gpu(session)
+        on_gpu = session.device == "gpu"
         self._gpu, self._shares_memory = on_gpu, on_gpu and self._shares_memory
         self._gpu_taken = held if self._shares_memory else 0
         self._count_gpu(before)
         return {
             "backend": session.backend,
             "compute": session.compute,
-            "device": "gpu" if on_gpu else "cpu",
+            "device": session.device,
             "rounds_activations": session.rounds_activations,
-            "holds_codes": _holds_codes(bundle, session, on_gpu),
+            "holds_codes": session.weights_as_stored,
             "chunk_size": session.chunk_size,
             "max_length": session.max_length,
             "max_batch": getattr(session, "max_batch", None),
@@ -232,23 +232,6 @@ class _Others:
         except (OSError, ValueError, IndexError):
             busy = None
         return time.perf_counter(), busy, time.process_time()
-
-
-def _is_on_gpu(session: Session) -> bool:
-    if session.backend == "torch":
-        from gta_edge.runtime.torch.session import default_device
-
-        return default_device() != "cpu"
-    return session.backend != "onnxruntime"
-
-
-def _holds_codes(bundle: Bundle, session: Session, on_gpu: bool) -> bool:
-    """Tell whether int8 and int4 matrices stay codes, instead of being dequantised when they are loaded."""
-    if session.backend == "torch":
-        from gta_edge.runtime.torch.session import default_device, multiplies_codes
-
-        return multiplies_codes(bundle.precision, default_device(), session.compute)
-    return True
 
 
 def _gpu_free_bytes() -> tuple[int | None, bool]:

@@ -116,6 +116,6 @@ class QuantizeEmbeddingPass(ir.passes.InPlacePass):
         shape = [width // block, vocabulary] if block else [vocabulary]
 
         def data() -> ir.TensorProtocol:
-            return ir.tensor(np.ascontiguousarray(self.quantizer(self.table).scales.T.reshape(shape)))
+            return ir.tensor(np.ascontiguousarray(self.quantizer(self.table).stored_scales))
 
         return lazy_initializer(graph, name, ir.DataType.FLOAT16, shape, data)

@@ -11,6 +11,7 @@ from gta_edge.export.quantizer import Quantizer
 from gta_edge.formats.weights import SCALE, TRANSPOSED, parameter_name
 from gta_edge.graph.builder import lazy_initializer
 from gta_edge.libraries.optional import optional
+from gta_edge.numerics.dtypes import integer_of
 from gta_edge.numerics.quantization import pack_nibbles
 
 if TYPE_CHECKING:
@@ -60,15 +61,15 @@ class QuantizeWeightsPass(ir.passes.InPlacePass):
         block = self.quantizer.block_size
         name, stored = parameter_name(str(weight.name)), str(weight.name)
         four = self.quantizer.bits == 4
-        dtype = ir.DataType.INT4 if four else ir.DataType.INT8
+        dtype = ir.DataType[integer_of(self.quantizer.bits).onnx]
         transposed = (inputs // block, outputs) if block else (outputs,)
 
         def codes() -> ir.TensorProtocol:
-            lying: npt.NDArray[np.int8] = np.ascontiguousarray(self.quantizer(name).codes.T)
+            lying: npt.NDArray[np.int8] = np.ascontiguousarray(self.quantizer(name).stored_codes)
             return ir.PackedTensor(pack_nibbles(lying), dtype, shape=shape) if four else ir.tensor(lying)
 
         def scales() -> ir.TensorProtocol:
-            return ir.tensor(np.ascontiguousarray(self.quantizer(name).scales.T.reshape(transposed)))
+            return ir.tensor(np.ascontiguousarray(self.quantizer(name).stored_scales))
 
         graph = weight.graph
         assert graph is not None  # it is an initializer

@@ -28,7 +28,7 @@ class StoreWeightsPass(ir.passes.InPlacePass):
     Args:
         read: returns a parameter by its checkpoint name; called when the model is written, once per tensor.
         tables: arrays that are no parameters (cos and sin), stored as they are.
-        precision: a key of ``gta_edge.formats.weights.PRECISIONS``.
+        precision: a key of ``gta_edge.numerics.dtypes.PRECISIONS``.
 
     Precondition: initializers carry stored names and shapes (``FoldWeightViewsPass``); what is quantised has its data.
     Postcondition: every initializer has data; every use of one is float32 (of a quantised one, after its arithmetic).

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from gta_edge.errors import BackendError
-from gta_edge.numerics.dtypes import COMPUTE_TYPES
+from gta_edge.numerics.dtypes import COMPUTE_TYPES, QUANTIZED_CACHE_TYPES
 from gta_edge.plugins.attention.definition import INPUTS, OP, OUTPUTS, Sizes
 from gta_edge.plugins.attention.launches import plan_attention, programs_for
 from gta_edge.plugins.attention.tiling import DECODE_TOKENS, Variant
@@ -37,7 +37,6 @@ PRESENT_SCALES = ("present_key_scale", "present_latent_scale")
 QUANTISED_CACHE = "quantised_cache"
 """Attribute, 0 or 1: the node has scales. A plugin says how many outputs it has before it sees its inputs."""
 
-_CACHED = ("int8", "fp8")
 
 FIELDS = FieldTypes(
     op=OP,
@@ -136,7 +135,7 @@ class Parameters(ParametersBase[Variant]):
         if name.endswith("_scale"):
             return ("fp32",)
         if name == "past_key" and self.quantised_cache:
-            return _CACHED
+            return QUANTIZED_CACHE_TYPES
         if name in ("past_latent", "present_key", "present_latent"):
             return (types[self.inputs.index("past_key")],)
         return (types[0],)

@@ -20,7 +20,7 @@ from math import gcd
 
 from gta_edge.cuda.architecture import BLOCK_RESERVE, WARP, Launch, pitch, resident_blocks, shared_limits
 from gta_edge.errors import BackendError
-from gta_edge.numerics.dtypes import COMPUTE_TYPES
+from gta_edge.numerics.dtypes import COMPUTE_TYPES, DTYPES, cache_types
 from gta_edge.plugins.attention.definition import Sizes
 
 __all__ = [
@@ -72,7 +72,7 @@ class Variant:
     def __post_init__(self) -> None:
         if self.compute not in COMPUTE_TYPES:
             raise BackendError(f"the kernels compute in {' or '.join(COMPUTE_TYPES)}, not in {self.compute}")
-        allowed = (self.compute, "int8", "fp8")
+        allowed = cache_types(self.compute, kernels=True)
         if self.cache not in allowed:
             raise BackendError(
                 f"a cache of type {self.cache} does not go with {self.compute}", f"expected one of {', '.join(allowed)}"
@@ -91,7 +91,7 @@ class Variant:
     @property
     def cache_itemsize(self) -> int:
         """Bytes of one cached value."""
-        return 1 if self.quantised else 2
+        return DTYPES[self.cache].bytes
 
     @property
     def expansion(self) -> int:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from gta_edge.cuda.gpu import OLDEST, current_gpu
 from gta_edge.errors import BackendError
 from gta_edge.libraries.optional import installed, optional
+from gta_edge.numerics.dtypes import COMPUTE_TYPES, DTYPES
 from gta_edge.plugins.attention.definition import Sizes
 from gta_edge.plugins.attention.kernels import Buffers, attention_kernels
 from gta_edge.plugins.attention.tiling import Variant
@@ -171,7 +172,7 @@ def _variant(inputs: tuple[Tensor, ...], heads: tuple[int, int, int]) -> Variant
     """Return what the kernels would be compiled for, or None if they are not made for these tensors."""
     *values, past_length, cos, sin, value_decoder = inputs
     gate, past_key, past_latent = values[3:]
-    types = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+    types = {getattr(torch, DTYPES[name].array): name for name in COMPUTE_TYPES}
     if gate.dtype not in types or any(x.dtype != gate.dtype for x in (*values, cos, sin, value_decoder)):
         return None
     if past_length.dtype != torch.int64 or not (past_key.is_contiguous() and past_latent.is_contiguous()):

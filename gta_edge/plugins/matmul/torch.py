@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from gta_edge.cuda.gpu import OLDEST, current_gpu
 from gta_edge.errors import BackendError
 from gta_edge.libraries.optional import installed, optional
+from gta_edge.numerics.dtypes import COMPUTE_TYPES, DTYPES
 from gta_edge.plugins.matmul.definition import Sizes
 from gta_edge.plugins.matmul.kernels import matmul_kernels
 from gta_edge.plugins.matmul.packing import OUTPUTS_MULTIPLE
@@ -169,7 +170,7 @@ def _described(tensor: Tensor) -> str:
 def _on_gpu(*arguments: Any) -> list[Tensor]:
     """The same on CUDA tensors: the kernels, where they are made for the call."""
     x, *parts, bits, block_size, output_sizes = arguments
-    compute, device = {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(x.dtype), x.device
+    compute, device = {getattr(torch, DTYPES[name].array): name for name in COMPUTE_TYPES}.get(x.dtype), x.device
     if compute is None or x.shape[-1] % ALIGNED_INPUTS or torch.cuda.get_device_capability(device) < OLDEST:
         return blockwise_matmul(*arguments)
     sizes = _checked_sizes(x, tuple(parts), bits, block_size, output_sizes)

@@ -17,9 +17,10 @@ from gta_edge.errors import BundleError
 from gta_edge.formats.bundle import Bundle
 from gta_edge.graph.builder import Nodes, take_place
 from gta_edge.graph.io import load_graph, rewriting, run_passes, serialised, store_weights
-from gta_edge.graph.retype import COMPUTE_TYPES, ConvertPrecisionPass
+from gta_edge.graph.retype import ConvertPrecisionPass
 from gta_edge.graph.share_dimensions import ShareDimensionsPass
 from gta_edge.libraries.optional import optional
+from gta_edge.numerics.dtypes import DTYPES
 from gta_edge.runtime.onnxruntime.passes.fuse_matmuls import FuseMatMulsPass
 from gta_edge.runtime.onnxruntime.passes.fuse_norms import FuseNormsPass
 from gta_edge.runtime.onnxruntime.passes.multiply_by_head import MultiplyByHeadPass
@@ -84,7 +85,7 @@ def cuda_model(bundle: Bundle, compute: str) -> ir.Model:
         MultiplyByHeadPass(),
     )
     with rewriting(bundle.model_path):
-        _convert_matmuls(model, ir.DataType[COMPUTE_TYPES[compute]])
+        _convert_matmuls(model, ir.DataType[DTYPES[compute].onnx])
         _slice_splits(model)
     left = next((node for node in model.graph if node.op_type == "DequantizeLinear"), None)
     if left is not None:

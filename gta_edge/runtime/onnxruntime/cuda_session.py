@@ -27,6 +27,7 @@ from gta_edge.libraries.onnxruntime import (
     why_no_gpu,
 )
 from gta_edge.model.kv_cache import LOGITS, PAST, PRESENT, TOKEN_INPUTS, interface_names
+from gta_edge.numerics.dtypes import DTYPES
 from gta_edge.runtime.cache_policy import CachePolicy
 from gta_edge.runtime.onnxruntime.lowered import GRAPH, PACKED, Form, cached_graph
 from gta_edge.runtime.onnxruntime.model import OpenModel, model_files, open_model
@@ -36,12 +37,9 @@ from gta_edge.support.progress import Progress, silent
 from gta_edge.support.text import one_line
 from gta_edge.support.threads import compute_threads
 
-__all__ = ["COMPUTE_TYPES", "OnnxRuntimeCudaSession", "default_compute"]
+__all__ = ["CHUNK_SIZE", "OnnxRuntimeCudaSession"]
 
-COMPUTE_TYPES = {"fp16": 10, "bf16": 16, "fp32": 1}
-"""ONNX's number of the type, by the name that ``compute`` takes."""
-
-_CHUNK_SIZE = 512
+CHUNK_SIZE = 512
 """Tokens of a prompt at once: the scores of all heads lie in memory, in float32, and more keep a GPU busy no better."""
 
 _CAPACITY_STEP = 2048
@@ -69,17 +67,12 @@ class _Step:
     graph_id: int
 
 
-def default_compute(precision: str) -> str:
-    """Return the type to compute in for weights stored in ``precision``: bf16 where they are, else fp16."""
-    return "bf16" if precision == "bf16" else "fp16"
-
-
 class OnnxRuntimeCudaSession(Session):
     """A bundle on ONNX Runtime's CUDA provider.
 
     Args:
         bundle: the model.
-        compute: ``fp16``, ``bf16`` or ``fp32``; by default bf16 where the weights are stored so, else fp16.
+        compute: ``fp16``, ``bf16`` or ``fp32``.
         device: ``cuda``, or ``cpu`` for the same session on ONNX Runtime's CPU provider, which lacks bf16 and CUDA
             graphs: it is for tests.
         device_id: CUDA's number for the GPU.
@@ -93,23 +86,23 @@ class OnnxRuntimeCudaSession(Session):
     """
 
     backend = "onnxruntime-cuda"
+    device = "gpu"
 
     def __init__(
         self,
         bundle: Bundle,
         *,
-        compute: str | None = None,
+        compute: str,
         device: str = "cuda",
         device_id: int = 0,
         progress: Progress = silent,
         **options: Any,
     ) -> None:
-        self.compute = compute or default_compute(bundle.precision)
-        if self.compute not in COMPUTE_TYPES:
-            raise BackendError(f"onnxruntime-cuda computes in {', '.join(COMPUTE_TYPES)}, not in {compute}")
-        options = {"chunk_size": _CHUNK_SIZE, "capacity_step": _CAPACITY_STEP} | options
-        super().__init__(bundle.config, CachePolicy(bundle.config, self.compute, **options))
+        self.compute = compute
+        options = {"chunk_size": CHUNK_SIZE, "capacity_step": _CAPACITY_STEP} | options
+        super().__init__(bundle.config, CachePolicy(bundle.config, compute, **options))
         on_gpu = device == "cuda"
+        self.device = "gpu" if on_gpu else "cpu"
         self._onnxruntime = load_onnxruntime_cuda(device_id) if on_gpu else load_onnxruntime("ort-gpu")
         self._device = device, device_id
         self._bundle, self._progress = bundle, progress
@@ -336,7 +329,7 @@ class OnnxRuntimeCudaSession(Session):
         for name in TOKEN_INPUTS:
             step.binding.bind_ortvalue_input(name, getattr(step, name))
         step.binding.bind_ortvalue_output(LOGITS, step.logits)
-        kind = COMPUTE_TYPES[self.compute]
+        kind = DTYPES[self.compute].onnx_number
         for name, cache in self._caches.items():
             place = *self._device, kind, cache.shape(), cache.data_ptr()
             step.binding.bind_input(PAST + name, *place)

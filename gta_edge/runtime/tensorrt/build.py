@@ -16,12 +16,11 @@ from gta_edge.cuda.session import free_gpu_bytes
 from gta_edge.errors import CapacityError, EngineError, InputError
 from gta_edge.formats.artifacts import artifacts_directory, made_from
 from gta_edge.formats.bundle import Bundle
-from gta_edge.model.config import GTAConfig, ModelConfig
+from gta_edge.model.config import ModelConfig
 from gta_edge.model.kv_cache import input_shapes
 from gta_edge.numerics.quantization import BITS
 from gta_edge.runtime.tensorrt.engine import (
     CHOICES,
-    ENGINES,
     IMPLEMENTATIONS,
     EngineManifest,
     EngineSpec,
@@ -30,6 +29,7 @@ from gta_edge.runtime.tensorrt.engine import (
     has_engine,
     write_engine,
 )
+from gta_edge.runtime.tensorrt.engine_kind import ENGINES
 from gta_edge.support.choices import unknown
 from gta_edge.support.files import new_directory, scratch_directory
 from gta_edge.support.memory import available_bytes
@@ -209,7 +209,7 @@ def lower_only(
     with new_directory(
         output, force=force, inputs=inputs, needed_bytes=bundle.weight_bytes, kind="gta-edge-model"
     ) as partial:
-        matmul = "plugin" if spec.engine == "tensorrt" and spec.matmul != "native" else "native"
+        matmul = "plugin" if ENGINES[spec.engine].takes_plugins and spec.matmul != "native" else "native"
         name = _lowered(bundle, spec, partial, newer_ops, matmul, progress).name
     return Path(output) / name
 
@@ -237,11 +237,11 @@ def check_spec(bundle: Bundle, spec: EngineSpec) -> None:
     config = bundle.config
     if spec.engine not in ENGINES:
         raise InputError(*unknown("no engine is called {}; there are {}", spec.engine, ENGINES))
-    allowed: Sequence[str] = ("fp16", "bf16", "fp32") if spec.engine == "tensorrt-rtx" else ("fp16", "bf16")
-    if spec.compute not in allowed:
-        raise InputError(*unknown(f"{spec.engine} does not compute in {{}}; expected {{}}", spec.compute, allowed))
-    plugin = spec.engine == "tensorrt" and isinstance(config, GTAConfig)
-    caches = (spec.compute, "int8", "fp8") if plugin else (spec.compute,)
+    kind = ENGINES[spec.engine]
+    if spec.compute not in kind.compute_types:
+        message = f"{spec.engine} does not compute in {{}}; expected {{}}"
+        raise InputError(*unknown(message, spec.compute, kind.compute_types))
+    caches = kind.cache_types(config, spec.compute)
     if spec.cache_dtype not in caches:
         raise InputError(
             *unknown(
@@ -283,7 +283,7 @@ def _check_memory(
 def _check_matmul_choice(bundle: Bundle, spec: EngineSpec) -> None:
     if spec.matmul not in CHOICES:
         raise InputError(*unknown("--matmul is {}; expected {}", spec.matmul, CHOICES))
-    if spec.matmul == "plugin" and spec.engine != "tensorrt":
+    if spec.matmul == "plugin" and not ENGINES[spec.engine].takes_plugins:
         raise InputError(
             f"{spec.engine} takes no plugins", "leave out --matmul plugin, or build with --engine tensorrt"
         )
@@ -298,7 +298,7 @@ def _matmul(
     bundle: Bundle, spec: EngineSpec, target: Target, scratch: Path, progress: Progress
 ) -> tuple[str, list[dict[str, Any]]]:
     """Return who multiplies by quantised matrices, and the timings that this was decided by."""
-    if spec.engine != "tensorrt":
+    if not ENGINES[spec.engine].takes_plugins:
         return "native", []
     if spec.matmul != "auto":
         return spec.matmul, []
@@ -332,7 +332,7 @@ def _lowered(
 
     options: dict[str, Any] = {"compute": spec.compute, "capacity": spec.max_length, "newer_ops": newer_ops}
     options["matmul"] = matmul
-    plugin = spec.engine == "tensorrt" and isinstance(bundle.config, GTAConfig)
+    plugin = ENGINES[spec.engine].attends_by_plugin(bundle.config)
     if plugin and spec.cache_dtype != spec.compute:
         options["cache_dtype"] = spec.cache_dtype
     return lower(bundle, directory, form="plugin" if plugin else "function", progress=progress, **options)

@@ -16,6 +16,7 @@ from gta_edge.errors import BackendError, EngineError
 from gta_edge.libraries.tensorrt import TensorRT, load
 from gta_edge.plugins import register
 from gta_edge.runtime.tensorrt.engine import EngineSpec, compute_capability
+from gta_edge.runtime.tensorrt.engine_kind import ENGINES
 from gta_edge.runtime.tensorrt.log import first_reason, new_log, started
 from gta_edge.runtime.tensorrt.runtime_cache import read_cached
 from gta_edge.support.files import cache_directory, write_cached
@@ -63,23 +64,23 @@ class Target:
         Raises:
             BackendError: TensorRT or the GPU is missing, or it cannot build for what was asked.
         """
-        trt = load(engine)
+        trt, anywhere = load(engine), ENGINES[engine].builds_for_others
         try:
             gpu = current_gpu()
             here = compute_capability(gpu.architecture)
         except BackendError as error:
-            if engine != "tensorrt-rtx":
+            if not anywhere:
                 raise BackendError(
                     f"{engine} builds on the GPU that will run the engine: {error.problem}", error.remedy
                 ) from error
             gpu, here = None, None
-        if engine == "tensorrt-rtx":
+        if anywhere:
             known = _known_capabilities(trt)
             chosen = tuple(asked) or ((here,) if here else known)
             unknown = next((each for each in chosen if each not in known), None)
             if unknown is not None:
                 raise BackendError(
-                    f"tensorrt-rtx {trt.version_text} does not build for compute capability {brief(unknown)}",
+                    f"{engine} {trt.version_text} does not build for compute capability {brief(unknown)}",
                     f"expected {', '.join(known)}",
                 )
         else:
@@ -88,7 +89,7 @@ class Target:
             if other is not None:
                 raise BackendError(
                     f"--compute-capability is {brief(other)} and the GPU here has {here}",
-                    "tensorrt builds on the GPU that will run the engine",
+                    f"{engine} builds on the GPU that will run the engine",
                 )
         if gpu is None or chosen != (here,):
             return cls(trt, chosen, None)
@@ -142,7 +143,7 @@ def _plan(
     interrupt: _Interrupt,
 ) -> memoryview:
     trt = target.trt.module
-    if spec.engine == "tensorrt":
+    if ENGINES[spec.engine].takes_plugins:
         register(trt)
     log = new_log(trt)
     builder = started(trt.Builder, log, "builder")
@@ -158,7 +159,7 @@ def _plan(
     config.progress_monitor = monitor
     if target.trt.compiles_at_run_time:
         config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # otherwise a run may allocate: no CUDA graphs
-    if spec.engine == "tensorrt-rtx":
+    if ENGINES[spec.engine].builds_for_others:
         config.num_compute_capabilities = len(target.compute_capabilities)
         for i, each in enumerate(target.compute_capabilities):
             config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{each.replace('.', '')}"), i)

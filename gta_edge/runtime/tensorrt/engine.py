@@ -31,14 +31,14 @@ from gta_edge.formats.artifacts import (
 )
 from gta_edge.formats.bundle import Bundle
 from gta_edge.model.config import ModelConfig
-from gta_edge.model.kv_cache import VALUE_BYTES, cache_bytes
+from gta_edge.model.kv_cache import cache_bytes
+from gta_edge.numerics.dtypes import FLOAT_TYPES, cache_types
 from gta_edge.support.ownership import ARTIFACTS
 from gta_edge.support.text import one_line
 from gta_edge.version import __version__
 
 __all__ = [
     "CHOICES",
-    "ENGINES",
     "IMPLEMENTATIONS",
     "EngineManifest",
     "EngineSpec",
@@ -52,7 +52,6 @@ __all__ = [
     "write_engine",
 ]
 
-ENGINES = ("tensorrt", "tensorrt-rtx")
 IMPLEMENTATIONS = ("plugin", "native")
 """Who multiplies by quantised matrices."""
 CHOICES = ("auto", *IMPLEMENTATIONS)
@@ -270,7 +269,8 @@ def _check_types(record: EngineManifest) -> None:
         raise ValueError("a list is expected and something else found")
     if not all(isinstance(text, str) for text in texts):
         raise ValueError("a text is expected and something else found")
-    if not {spec.compute, spec.cache_dtype} <= VALUE_BYTES.keys() or record.matmul not in IMPLEMENTATIONS:
+    known = spec.compute in FLOAT_TYPES and spec.cache_dtype in cache_types(spec.compute, kernels=True)
+    if not known or record.matmul not in IMPLEMENTATIONS:
         raise ValueError("a type, or a word, that there is not")
     if not all(type(number) is int and number > 0 for number in numbers):
         raise ValueError("a positive whole number is expected and something else found")

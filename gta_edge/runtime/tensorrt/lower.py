@@ -16,16 +16,17 @@ from gta_edge.errors import CapacityError, InputError, OutputError
 from gta_edge.formats.artifacts import origin
 from gta_edge.formats.bundle import MODEL, WEIGHTS, Bundle
 from gta_edge.graph.io import load_graph, run_passes, serialised, store_weights
-from gta_edge.graph.retype import COMPUTE_TYPES, ConvertPrecisionPass
+from gta_edge.graph.retype import ConvertPrecisionPass
 from gta_edge.graph.share_dimensions import ShareDimensionsPass
 from gta_edge.libraries.optional import optional
 from gta_edge.model.config import GTAConfig
+from gta_edge.numerics.dtypes import COMPUTE_TYPES, FLOAT_TYPES, QUANTIZED_CACHE_TYPES, cache_types
 from gta_edge.runtime.tensorrt.engine import IMPLEMENTATIONS
 from gta_edge.runtime.tensorrt.passes.fold_constants import FoldConstantsPass
 from gta_edge.runtime.tensorrt.passes.keep_plugin_nodes import KeepPluginNodesPass
 from gta_edge.runtime.tensorrt.passes.lower_opset import LowerOpsetPass
 from gta_edge.runtime.tensorrt.passes.pack_matmuls import PackMatMulsPass
-from gta_edge.runtime.tensorrt.passes.quantize_cache import CACHE_TYPES, QuantizeCachePass
+from gta_edge.runtime.tensorrt.passes.quantize_cache import QuantizeCachePass
 from gta_edge.runtime.tensorrt.passes.set_capacity import SetCapacityPass
 from gta_edge.support.progress import Progress, silent
 
@@ -90,7 +91,7 @@ def lower(
     directory = Path(directory)
     if any((directory / name).exists() for name in (MODEL, WEIGHTS, RECORD)):
         raise OutputError(f"{directory}: holds a model already", "choose another directory, or an empty one")
-    quantised = cache_dtype if cache_dtype in CACHE_TYPES else None
+    quantised = cache_dtype if cache_dtype in QUANTIZED_CACHE_TYPES else None
     model, packing = load_model(bundle), PackMatMulsPass()
     passes: list[ir.passes.PassBase] = []
     if form == "plugin":
@@ -126,11 +127,11 @@ def lower(
 def _check(bundle: Bundle, form: str, compute: str, cache_dtype: str | None, capacity: int, batch: int | None) -> None:
     if form not in FORMS:
         raise InputError(f"the form is {form!r}", f"expected {' or '.join(FORMS)}")
-    computes = [name for name in COMPUTE_TYPES if form == "function" or name != "fp32"]
+    computes = FLOAT_TYPES if form == "function" else COMPUTE_TYPES
     if compute not in computes:
         raise InputError(f"the {form} form computes in {', '.join(computes)}, not in {compute!r}", "choose one of them")
     plugin = form == "plugin" and isinstance(bundle.config, GTAConfig)
-    caches = [compute, *CACHE_TYPES] if plugin else [compute]
+    caches = cache_types(compute, kernels=plugin)
     if cache_dtype is not None and cache_dtype not in caches:
         whose = f"the {form} form of {bundle.config.architecture} in {compute}"
         raise InputError(f"{whose} has no cache of {cache_dtype!r}", f"expected {' or '.join(caches)}")
@@ -144,7 +145,7 @@ def _check(bundle: Bundle, form: str, compute: str, cache_dtype: str | None, cap
 def _check_matmul(matmul: str, compute: str) -> None:
     if matmul not in IMPLEMENTATIONS:
         raise InputError(f"matmul is {matmul!r}", f"expected {' or '.join(IMPLEMENTATIONS)}")
-    if matmul == "plugin" and compute == "fp32":
+    if matmul == "plugin" and compute not in COMPUTE_TYPES:
         raise InputError(
             "the plugin multiplies in fp16 or bf16, not in 'fp32'", "choose one of them, or native matmuls"
         )

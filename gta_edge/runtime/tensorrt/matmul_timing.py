@@ -25,6 +25,7 @@ from gta_edge.graph.builder import Nodes, lazy_initializer
 from gta_edge.graph.retype import ConvertPrecisionPass
 from gta_edge.libraries.optional import optional
 from gta_edge.model.kv_cache import PRESENT
+from gta_edge.numerics.dtypes import integer_of
 from gta_edge.plugins.domain import OPSET
 from gta_edge.runtime.tensorrt.builder import Target, build_plan
 from gta_edge.runtime.tensorrt.engine import IMPLEMENTATIONS, EngineSpec
@@ -157,7 +158,7 @@ def _stored(graph: ir.Graph, name: str, array: npt.NDArray[Any]) -> ir.Value:
 
 def _codes(graph: ir.Graph, name: str, shape: tuple[int, int], bits: int) -> ir.Value:
     """Return random codes, which are made when they are written."""
-    dtype = ir.DataType.INT4 if bits == 4 else ir.DataType.INT8
+    dtype = ir.DataType[integer_of(bits).onnx]
 
     def data() -> ir.TensorProtocol:
         seed = zlib.crc32(name.encode())

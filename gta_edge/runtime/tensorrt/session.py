@@ -27,6 +27,7 @@ from gta_edge.runtime.cache_policy import CachePolicy
 from gta_edge.runtime.session import Ids, Logits, Session
 from gta_edge.runtime.tensorrt.build import LOGIT_POSITIONS, buffer_bytes
 from gta_edge.runtime.tensorrt.engine import compute_capability, load_engine, require_engine
+from gta_edge.runtime.tensorrt.engine_kind import TENSORRT
 from gta_edge.runtime.tensorrt.log import first_reason, new_log, started
 from gta_edge.runtime.tensorrt.runtime_cache import RuntimeCache
 
@@ -68,8 +69,10 @@ class TensorRTSession(Session):
         CapacityError: the GPU has no room for the engine and its cache.
     """
 
+    device = "gpu"
+
     def __init__(
-        self, bundle: Bundle, *, engine: str = "tensorrt", device_id: int = 0, chunk_size: int | None = None
+        self, bundle: Bundle, *, engine: str = TENSORRT.name, device_id: int = 0, chunk_size: int | None = None
     ) -> None:
         # First what costs nothing: TensorRT's libraries take seconds to load.
         require_engine(bundle, engine)

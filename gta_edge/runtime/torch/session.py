@@ -20,6 +20,7 @@ from gta_edge.libraries.optional import optional
 from gta_edge.model.config import GTAConfig
 from gta_edge.model.decoder import Cache, Decoder, empty_cache
 from gta_edge.model.quantized_decoder import build_packed_decoder
+from gta_edge.numerics.dtypes import COMPUTE_TYPES, DTYPES
 from gta_edge.numerics.quantization import BITS
 from gta_edge.plan.host_memory import require_memory_for_torch
 from gta_edge.plugins.attention import torch as torch_ops
@@ -33,10 +34,7 @@ if TYPE_CHECKING:
 else:
     torch = optional("torch", "export")
 
-__all__ = ["COMPUTE_TYPES", "TorchSession", "default_compute", "default_device", "load_decoder", "multiplies_codes"]
-
-COMPUTE_TYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-"""torch's names of the types to compute in."""
+__all__ = ["TorchSession", "default_device", "load_decoder", "multiplies_codes"]
 
 _GPU_CHUNK_SIZE = 2048
 """Tokens of a prompt at once on a GPU: fewer leave most of a large one idle, and read the weights more often."""
@@ -48,13 +46,6 @@ _GPU_CAPACITY_STEP = 2048
 """Cost on a GPU goes by the cache's length and not by its capacity; growing it means capturing the graph again."""
 
 
-def default_compute(precision: str, device: str) -> str:
-    """Return the type to compute in for weights stored in ``precision``: a GPU takes their own 16-bit type, or bf16."""
-    if device == "cpu":
-        return "fp32"
-    return precision if precision in ("fp16", "bf16") else "bf16"
-
-
 def default_device() -> str:
     """Return ``cuda`` where torch finds a GPU, else ``cpu``."""
     return "cuda" if torch.cuda.is_available() else "cpu"
@@ -62,7 +53,7 @@ def default_device() -> str:
 
 def multiplies_codes(precision: str, device: str, compute: str) -> bool:
     """Tell whether there are kernels for the matmuls with matrices stored in ``precision``."""
-    on_gpu = device.startswith("cuda") and precision in BITS and compute in ("fp16", "bf16")
+    on_gpu = device.startswith("cuda") and precision in BITS and compute in COMPUTE_TYPES
     return on_gpu and torch.cuda.is_available() and torch.cuda.get_device_capability(device) >= OLDEST
 
 
@@ -124,7 +115,7 @@ class TorchSession(Session):
         options: as ``CachePolicy`` takes them.
 
     Raises:
-        BackendError: an unknown type to compute in, or no such device.
+        BackendError: there is no such device.
         InputError: more threads than could be of use.
         CapacityError: there is no memory for the model in that type, or the system lets fewer threads start.
     """
@@ -144,8 +135,6 @@ class TorchSession(Session):
         if on_gpu:
             chunk_size = _GPU_CHUNK_SIZE if isinstance(model.config, GTAConfig) else _GPU_CHUNK_SIZE_OF_BASELINES
             options = {"capacity_step": _GPU_CAPACITY_STEP, "chunk_size": chunk_size} | options
-        if compute not in COMPUTE_TYPES:
-            raise BackendError(f"torch computes in {', '.join(COMPUTE_TYPES)}, not in {compute}")
         if on_gpu and not torch.cuda.is_available():
             raise BackendError("torch finds no CUDA GPU here", "run `gta-edge doctor`, or take the device cpu")
         super().__init__(model.config, CachePolicy(model.config, compute, on_host=not on_gpu, **options))
@@ -153,8 +142,8 @@ class TorchSession(Session):
         in_place = _latent_in_place if isinstance(model.config, GTAConfig) else _query_in_place
         for layer in model.model.layers:
             layer.self_attn.attention = in_place  # type: ignore[union-attr]  # torch types every module's child so
-        self.compute = compute
-        self._options = {"device": torch.device(device), "dtype": getattr(torch, COMPUTE_TYPES[compute])}
+        self.compute, self.device = compute, "gpu" if on_gpu else "cpu"
+        self._options = {"device": torch.device(device), "dtype": getattr(torch, DTYPES[compute].array)}
         with _within_memory(f"there is no memory for the model in {compute}"):
             self._model = model.eval().requires_grad_(False).to(**self._options)
         self._caches: list[Cache] = []

@@ -384,7 +384,7 @@ FAULTS = {
     "no barrier of the warp": ("decode.cu", "warp_barrier();", "", 1),
     "one stage too few is waited for": ("decode.cu", "wait_for_copies<stages - 2>", "wait_for_copies<stages - 1>", 1),
     "no barrier before the mix is read": ("decode.cu", "block_barrier();\n\n        float product", "float product", 1),
-    "a row too many is copied": ("tiles.cuh", "least(end - first, count)", "least(end - first + 1, count)", 1),
+    "a row too many is copied": ("tiles.cuh", "min_of(end - first, count)", "min_of(end - first + 1, count)", 1),
     "a token past the capacity is seen": (
         "decode.cu",
         "end - 1);\n    }\n    Attention",

@@ -318,8 +318,8 @@ FAULTS = {
     ),
     "the warps share out a unit too few": (
         "matmul_few.cu",
-        "least(share, units - first)",
-        "least(share, units - 1 - first)",
+        "min_of(share, units - first)",
+        "min_of(share, units - 1 - first)",
         FEW,
     ),
     "a block's scale is the next one's": (
@@ -347,7 +347,7 @@ FAULTS = {
         MANY_CHANNEL,
     ),
     "a tile past the last is read": ("matmul_many.cu", "+ i, last_tile)", "+ i, last_tile + 1)", MANY),
-    "outputs past the last of many are written": ("matmul_many.cu", "least(8, out_features - output)", "8", MANY),
+    "outputs past the last of many are written": ("matmul_many.cu", "min_of(8, out_features - output)", "8", MANY),
     "the halves of a unit are confused": (
         "matmul_many.cu",
         "stretches[1 - half], 1 - half)",

@@ -149,8 +149,8 @@ def test_a_generation_of_a_session_that_was_closed(session, begun):
 class SlowSession(ScriptedSession):
     """Waits in the middle of a run until it is told to go on."""
 
-    def __init__(self, script):
-        super().__init__(script)
+    def __init__(self, script, config=CONFIG):
+        super().__init__(script, config=config)
         self.running, self.go_on, self.released = threading.Event(), threading.Event(), False
 
     def _run(self, *arguments):
@@ -209,7 +209,8 @@ def test_a_call_while_another_thread_is_in_one_is_refused(call):
 
 
 def test_closing_waits_for_the_step_of_another_thread():
-    session = SlowSession([7] * 100_000)  # whichever thread is faster, the generation does not end by itself
+    # whichever thread is faster, the generation does not end by itself
+    session = SlowSession([7] * 100_000, CONFIG.replace(max_position_embeddings=100_000))
     generation = generate(session, ONE, max_new_tokens=90_000)
     ended = in_thread(lambda: list(generation))
     assert session.running.wait(30)

@@ -30,7 +30,9 @@ from gta_edge.libraries import onnxruntime as ort
 from gta_edge.libraries.install import install_command
 from gta_edge.model.config import ModelConfig
 from gta_edge.model.kv_cache import cache_bytes
+from gta_edge.numerics.dtypes import FLOAT_TYPES
 from gta_edge.runtime.onnxruntime import cuda_session as backend
+from gta_edge.runtime.onnxruntime.backend import ONNXRUNTIME_CUDA
 from gta_edge.runtime.onnxruntime.cuda_lower import cuda_graph, cuda_model
 from gta_edge.runtime.onnxruntime.cuda_session import OnnxRuntimeCudaSession
 from gta_edge.runtime.registry import load
@@ -63,6 +65,7 @@ def bundle_of(name: str, precision: str) -> Bundle:
 
 
 def on_cpu(bundle: Bundle, **options: Any) -> OnnxRuntimeCudaSession:
+    options = {"compute": ONNXRUNTIME_CUDA.default_compute(bundle.precision)} | options
     return OnnxRuntimeCudaSession(bundle, device="cpu", **options)
 
 
@@ -165,7 +168,7 @@ def used(model: ir.Model) -> set[tuple[str, str]]:
 
 @every_model
 @every_precision
-@pytest.mark.parametrize("compute", backend.COMPUTE_TYPES)
+@pytest.mark.parametrize("compute", FLOAT_TYPES)
 def test_every_operator_has_a_kernel_on_the_gpu(name: str, precision: str, compute: str) -> None:
     table = documented()
     found = used(cuda_model(bundle_of(name, precision), compute))
@@ -177,7 +180,7 @@ def test_the_table_has_nothing_that_is_not_used() -> None:
     found: set[tuple[str, str]] = set()
     for name in MODELS:
         for precision in PRECISIONS:
-            for compute in backend.COMPUTE_TYPES:
+            for compute in FLOAT_TYPES:
                 found |= used(cuda_model(bundle_of(name, precision), compute))
     assert documented().keys() == {operator for operator, _ in found}
 
@@ -270,7 +273,7 @@ def test_a_bundle_that_cannot_be_written_to_goes_without(bundle: Bundle, tmp_pat
 
 @pytest.mark.parametrize(("precision", "compute"), [("bf16", "bf16"), ("fp16", "fp16"), ("int4", "fp16")])
 def test_the_type_to_compute_in_by_default(precision: str, compute: str) -> None:
-    assert backend.default_compute(precision) == compute
+    assert ONNXRUNTIME_CUDA.default_compute(precision) == compute
     if compute == "fp16":
         with on_cpu(bundle_of("baseline", precision)) as session:
             assert session.compute == compute
@@ -315,8 +318,8 @@ def test_no_memory_for_the_cache(bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("compute", ["float16", "int8", "FP16"])
 def test_an_unknown_type_is_refused(bundle: Bundle, compute: str) -> None:
-    with pytest.raises(BackendError, match=f"computes in fp16, bf16, fp32, not in {compute}"):
-        on_cpu(bundle, compute=compute)
+    with pytest.raises(BackendError, match=f"computes in fp32, fp16, bf16, not in {compute}"):
+        load(bundle.directory, "onnxruntime-cuda", compute=compute)
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------
@@ -439,6 +442,7 @@ def start() -> Iterator[Callable[..., OnnxRuntimeCudaSession]]:
     started: list[OnnxRuntimeCudaSession] = []
 
     def begin(name: str, precision: str, **options: Any) -> OnnxRuntimeCudaSession:
+        options = {"compute": ONNXRUNTIME_CUDA.default_compute(precision)} | options
         session = OnnxRuntimeCudaSession(bundle_of(name, precision), **options)
         started.append(session)
         return session

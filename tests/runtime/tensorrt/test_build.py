@@ -249,7 +249,7 @@ def test_another_engine_is_replaced_only_on_demand(bundle: Bundle) -> None:
     ("changes", "told"),
     [
         ({"engine": "tensorflow"}, "no engine is called 'tensorflow'"),
-        ({"compute": "int8"}, "tensorrt-rtx does not compute in 'int8'; expected fp16, bf16, fp32"),
+        ({"compute": "int8"}, "tensorrt-rtx does not compute in 'int8'; expected fp32, fp16, bf16"),
         ({"engine": "tensorrt", "compute": "fp32"}, "tensorrt does not compute in 'fp32'; expected fp16, bf16"),
         ({"cache_dtype": "int8"}, "a cache of 'int8' is not possible with --engine tensorrt-rtx"),
         ({"engine": "tensorrt", "cache_dtype": "bf16"}, "expected fp16, int8, fp8"),

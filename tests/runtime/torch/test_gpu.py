@@ -18,9 +18,11 @@ from gta_edge.accuracy.tolerance import COMPUTE_BOUNDS, difference
 from gta_edge.errors import BackendError
 from gta_edge.model.config import ModelConfig
 from gta_edge.model.decoder import Decoder
+from gta_edge.numerics.dtypes import DTYPES
 from gta_edge.plugins.attention import torch as torch_ops
 from gta_edge.runtime.torch import session as backend
-from gta_edge.runtime.torch.session import COMPUTE_TYPES, TorchSession
+from gta_edge.runtime.torch.backend import TORCH
+from gta_edge.runtime.torch.session import TorchSession
 from tests.helpers import reference
 from tests.helpers.torch_graphs import WithoutGraph
 
@@ -55,7 +57,7 @@ def decoder(model: str, compute: str) -> Decoder:
     entries = MODELS[model]
     weights = {name: torch.from_numpy(weight) for name, weight in reference.random_weights(entries).items()}
     found = Decoder(ModelConfig.from_dict(entries), biases={name for name in weights if name.endswith(".bias")})
-    rounded = {name: weight.to(getattr(torch, COMPUTE_TYPES[compute])).float() for name, weight in weights.items()}
+    rounded = {name: weight.to(getattr(torch, DTYPES[compute].array)).float() for name, weight in weights.items()}
     found.load_state_dict(rounded, strict=True)
     return found
 
@@ -128,7 +130,7 @@ def test_a_cache_in_16_bits_is_half_as_large(model, compute):
 @pytest.mark.parametrize("compute", ["float16", "int8", "", "FP16"])
 def test_an_unknown_type_to_compute_in_is_refused(compute):
     with pytest.raises(BackendError, match=r"fp32, fp16, bf16") as caught:
-        TorchSession(decoder("gqa", "fp16"), compute=compute)
+        TORCH.compute_for(compute, "fp16")
     assert len(str(caught.value).splitlines()) == 1
 
 

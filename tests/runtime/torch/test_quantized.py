@@ -256,8 +256,8 @@ def test_loading_holds_one_dequantised_matrix_at_most(tmp_path):
 
 
 def coded(inputs: int, outputs: int, bits: int, block_size: int) -> QuantizedMatrix:
-    scales = np.ones((inputs // block_size, outputs) if block_size else (outputs,), np.float16)
-    return QuantizedMatrix(np.ones((inputs, outputs), np.int8), scales, bits)
+    scales = np.ones((outputs, inputs // block_size if block_size else 1), np.float16)
+    return QuantizedMatrix(np.ones((outputs, inputs), np.int8), scales, bits, block_size)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from gta_edge.errors import EngineError
 from gta_edge.graph.types import title
 from gta_edge.libraries.optional import optional
 from gta_edge.model.kv_cache import scale_name
+from gta_edge.numerics.dtypes import DTYPES, QUANTIZED_CACHE_TYPES
 from gta_edge.plugins.attention import definition as op
 from gta_edge.plugins.attention.plugin_call import QUANTISED_CACHE
 from gta_edge.plugins.domain import DOMAIN
@@ -17,10 +18,7 @@ if TYPE_CHECKING:
 else:
     ir = optional("onnx_ir", "tensorrt")
 
-__all__ = ["CACHE_TYPES", "QuantizeCachePass"]
-
-CACHE_TYPES = {"int8": "INT8", "fp8": "FLOAT8E4M3FN"}
-"""ONNX's name of the type, by the name that ``--cache-dtype`` takes."""
+__all__ = ["QuantizeCachePass"]
 
 
 class QuantizeCachePass(ir.passes.InPlacePass):
@@ -42,9 +40,9 @@ class QuantizeCachePass(ir.passes.InPlacePass):
 
     def __init__(self, cache: str) -> None:
         super().__init__()
-        if cache not in CACHE_TYPES:
-            raise EngineError(f"the cache type is {cache!r}", f"expected one of {', '.join(CACHE_TYPES)}")
-        self.dtype = ir.DataType[CACHE_TYPES[cache]]
+        if cache not in QUANTIZED_CACHE_TYPES:
+            raise EngineError(f"the cache type is {cache!r}", f"expected one of {', '.join(QUANTIZED_CACHE_TYPES)}")
+        self.dtype = ir.DataType[DTYPES[cache].onnx]
 
     def requires(self, model: ir.Model) -> None:
         """There are such nodes, and no functions (``KeepPluginNodesPass``)."""

@@ -1,0 +1,47 @@
+"""The kinds of engines: which of two libraries builds and runs them, and what they can hold."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from gta_edge.numerics.dtypes import COMPUTE_TYPES, FLOAT_TYPES, cache_types
+
+if TYPE_CHECKING:
+    from gta_edge.model.config import ModelConfig
+
+__all__ = ["ENGINES", "TENSORRT", "TENSORRT_RTX", "EngineKind"]
+
+
+@dataclass(frozen=True)
+class EngineKind:
+    """A kind of engine.
+
+    Attributes:
+        name: as ``--engine`` and ``--backend`` take it; its library is the flavour of this name.
+        compute_types: types that engines can compute in.
+        takes_plugins: whether engines hold this package's plugins; otherwise attention is standard operators.
+        builds_for_others: whether engines can be built for GPUs other than the one here, and without any.
+    """
+
+    name: str
+    compute_types: tuple[str, ...]
+    takes_plugins: bool
+    builds_for_others: bool
+
+    def attends_by_plugin(self, config: ModelConfig) -> bool:
+        """Tell whether this package's kernels are a model's attention, and keep its cache."""
+        from gta_edge.model.config import GTAConfig
+
+        return self.takes_plugins and isinstance(config, GTAConfig)
+
+    def cache_types(self, config: ModelConfig, compute: str) -> tuple[str, ...]:
+        """Return the types that the cache of a model may have beside activations in ``compute``, the default first."""
+        return cache_types(compute, kernels=self.attends_by_plugin(config))
+
+
+TENSORRT = EngineKind("tensorrt", COMPUTE_TYPES, takes_plugins=True, builds_for_others=False)
+TENSORRT_RTX = EngineKind("tensorrt-rtx", FLOAT_TYPES, takes_plugins=False, builds_for_others=True)
+
+ENGINES = {kind.name: kind for kind in (TENSORRT, TENSORRT_RTX)}
+"""By name."""

@@ -1,0 +1,1 @@
+"""Tests of how near logits must be to the reference."""
