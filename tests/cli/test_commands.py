@@ -420,7 +420,7 @@ def test_a_repetition_penalty_forbids_repetition(command: Command, tiny_bundle: 
     assert len({*ids, 1, 2, 3}) == 23
 
 
-def test_stop_texts(command: Command, tiny_bundle: Path) -> None:
+def test_stop_strings(command: Command, tiny_bundle: Path) -> None:
     options = ("--prompt", "Hello", "--temperature", 2, "--seed", 4)
     whole = generate(command, tiny_bundle, *options)["text"]
     stop = next(part for i in range(5, len(whole)) if (part := whole[i : i + 2]).isprintable() and "\ufffd" not in part)

@@ -172,7 +172,7 @@ def test_names_of_what_there_is_not(
         (["--prompt", "a", "--repetition-penalty", "0"], "repetition_penalty is 0"),
         (["--prompt", "a", "--seed=-1"], "seed is -1"),
         (["--prompt", "a", "--seed", str(2**63)], "seed is"),
-        (["--prompt", "a", "--stop", ""], "stop text"),
+        (["--prompt", "a", "--stop", ""], "stop string"),
         (["--prompt", "a", "--chat"], "no chat template"),
         (["--ids", "1", "--chat"], "chat"),
         (["--prompt-file", "{tmp}/missing"], "/missing"),

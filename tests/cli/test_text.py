@@ -110,8 +110,8 @@ def test_a_chat_says_what_it_takes_from_the_model(command, chatty):
         (("--seed", "9" * 1000), "seed is a whole number of more than 20 digits"),
         (("--max-new-tokens", "0"), "max_new_tokens is 0"),
         (("--max-new-tokens", "-5"), "max_new_tokens is -5"),
-        (("--stop", ""), "a stop text is ''"),
-        (("--stop", "\udcff"), "a stop text is"),
+        (("--stop", ""), "a stop string is ''"),
+        (("--stop", "\udcff"), "a stop string is"),
     ],
 )
 def test_options_of_wrong_values(command, tiny_bundle, options, message):

@@ -13,7 +13,7 @@ from gta_edge.errors import CapacityError, InputError
 from gta_edge.formats.tokenizer import NO_TOKENIZER, Tokenizer
 from gta_edge.runtime.generation.incremental_decoder import IncrementalDecoder
 from gta_edge.runtime.generation.sampling import Sampler, Sampling
-from gta_edge.runtime.generation.stopping import StopTexts
+from gta_edge.runtime.generation.stopping import StopStrings
 from gta_edge.runtime.session import Claim, Ids, Session
 from gta_edge.support.exclusive import Exclusive
 from gta_edge.support.text import brief, one_line
@@ -79,9 +79,9 @@ def generate(
     if not isinstance(stop, Iterable):
         raise InputError(f"stop is {brief(stop)}", "expected a list of texts")
     stop = stop if isinstance(stop, str) else tuple(stop)
-    stops = StopTexts(stop, session.tokenizer.whole_tokens if session.tokenizer else None)
+    stops = StopStrings(stop, session.tokenizer.whole_tokens if session.tokenizer else None)
     if stop and session.tokenizer is None:
-        raise InputError("stop texts need a tokenizer, and this model has none", "leave them out")
+        raise InputError("stop strings need a tokenizer, and this model has none", "leave them out")
     ends: frozenset[int] = frozenset()
     if not ignore_eos:
         ends = session.end_token_ids | session.chat_end_token_ids if is_chat else session.end_token_ids
@@ -113,8 +113,8 @@ class Generation(Iterator[str]):
     use meanwhile. Everything here can be read at any time.
 
     Attributes:
-        ids: the new tokens, those of a stop text included, an end token not.
-        finish_reason: None while running; ``stop`` after an end token or a stop text, ``length`` after
+        ids: the new tokens, those of a stop string included, an end token not.
+        finish_reason: None while running; ``stop`` after an end token or a stop string, ``length`` after
             max_new_tokens, ``context`` when the model has no position left, ``interrupted`` after KeyboardInterrupt
             or ``close``, ``error`` after any other exception.
         prompt_tokens: tokens of the prompt.
@@ -127,7 +127,7 @@ class Generation(Iterator[str]):
         session: Session,
         prompt: Ids,  # [N]
         sampler: Sampler,
-        stops: StopTexts,
+        stops: StopStrings,
         *,
         max_new_tokens: int,
         end_token_ids: frozenset[int],
@@ -154,7 +154,7 @@ class Generation(Iterator[str]):
 
     @property
     def text(self) -> str | None:
-        """Everything returned so far, None without a tokenizer; at the end also what was held back for a stop text."""
+        """All text returned so far, None without a tokenizer; at the end with what was held back for a stop string."""
         return None if self._decoder is None else "".join(self._pieces)
 
     @property

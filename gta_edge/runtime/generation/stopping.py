@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 from gta_edge.errors import InputError
 from gta_edge.support.text import brief
 
-__all__ = ["StopTexts"]
+__all__ = ["StopStrings"]
 
 _FIRST_MARK, _OTHER_MARK = 0xD800, 0xDFFF
 """Surrogates, which no decoded text contains: each stands for one special token in a stop string, the last for any
 that is in none."""
 
 
-class StopTexts:
+class StopStrings:
     """Passes text on up to the first stop string, which is not passed on.
 
     The first is the one that is complete first, and of those that end together the longest: so the result does not
@@ -40,10 +40,10 @@ class StopTexts:
         given = (texts,) if isinstance(texts, str) else tuple(texts)
         for text in given:
             if not isinstance(text, str) or not text or any("\ud800" <= character <= "\udfff" for character in text):
-                raise InputError(f"a stop text is {brief(text)}", "expected Unicode text of at least one character")
+                raise InputError(f"a stop string is {brief(text)}", "expected Unicode text of at least one character")
         named = {id_: name for id_, name in (special_tokens or {}).items() if name and any(name in t for t in given)}
         if len(named) > _OTHER_MARK - _FIRST_MARK:
-            raise InputError(f"the stop texts name {len(named)} special tokens", "give fewer")
+            raise InputError(f"the stop strings name {len(named)} special tokens", "give fewer")
         self.token_ids = frozenset(id_ for id_, name in named.items() if name in given)
         marks = {id_: chr(_FIRST_MARK + i) for i, id_ in enumerate(named)}
         others = dict.fromkeys(special_tokens or (), chr(_OTHER_MARK)) if named else {}

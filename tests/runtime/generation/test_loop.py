@@ -369,9 +369,9 @@ def test_a_chat_takes_the_models_sampling_where_it_is_left_open(options, taken):
         ([1], {"max_new_tokens": True}, "max_new_tokens is True"),
         ([1], {"max_new_tokens": 2.5}, "max_new_tokens is 2.5"),
         ([1], {"temperature": -1}, "temperature is -1"),
-        ([1], {"stop": ["a", ""]}, "a stop text is ''"),
+        ([1], {"stop": ["a", ""]}, "a stop string is ''"),
         ([1], {"stop": 3}, "stop is 3; expected a list of texts"),
-        ([1], {"stop": [b"a"]}, "a stop text is b'a'"),
+        ([1], {"stop": [b"a"]}, "a stop string is b'a'"),
     ],
 )  # fmt: skip
 def test_input_that_makes_no_sense_is_refused_before_anything_runs(prompt, options, message):
@@ -386,7 +386,7 @@ def test_input_that_makes_no_sense_is_refused_before_anything_runs(prompt, optio
     [
         ("Hi", {}, "no tokenizer; give token ids"),
         ([{"role": "user", "content": "Hi"}], {}, "no tokenizer; give token ids"),
-        ([1], {"stop": ["a"]}, "stop texts need a tokenizer"),
+        ([1], {"stop": ["a"]}, "stop strings need a tokenizer"),
     ],
 )
 def test_text_needs_a_tokenizer(prompt, options, message):

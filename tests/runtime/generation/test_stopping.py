@@ -1,11 +1,11 @@
-"""Stop texts in text that arrives in pieces."""
+"""Stop strings in text that arrives in pieces."""
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gta_edge.errors import InputError
-from gta_edge.runtime.generation.stopping import StopTexts
+from gta_edge.runtime.generation.stopping import StopStrings
 
 words = st.text("abc", max_size=30)
 
@@ -22,14 +22,14 @@ def cut(text, borders):
     stops=st.lists(st.text("abc", min_size=1, max_size=5), max_size=4),
 )
 def test_output_is_the_text_before_the_first_stop_text_however_it_is_cut(text, borders, stops):
-    # by brute force: the shortest beginning that ends with a stop text, less the longest such one
+    # by brute force: the shortest beginning that ends with a stop string, less the longest such one
     ends = [end for end in range(len(text) + 1) if any(text[:end].endswith(stop) for stop in stops)]
     expected, found = text, None
     if ends:
         found = max((stop for stop in stops if text[: ends[0]].endswith(stop)), key=len)
         expected = text[: ends[0]].removesuffix(found)
 
-    stopping, output = StopTexts(stops), ""
+    stopping, output = StopStrings(stops), ""
     for piece in cut(text, borders):
         output += stopping.feed(piece)
         assert expected.startswith(output)
@@ -40,7 +40,7 @@ def test_output_is_the_text_before_the_first_stop_text_however_it_is_cut(text, b
 @settings(deadline=None, max_examples=200)
 @given(pieces=st.lists(words, max_size=6), stops=st.lists(st.text("abc", min_size=1, max_size=5), max_size=3))
 def test_only_what_could_still_become_a_stop_text_is_held(pieces, stops):
-    stopping, given_, output = StopTexts(stops), "", ""
+    stopping, given_, output = StopStrings(stops), "", ""
     for piece in pieces:
         given_ += piece
         output += stopping.feed(piece)
@@ -49,12 +49,12 @@ def test_only_what_could_still_become_a_stop_text_is_held(pieces, stops):
 
 
 def test_a_disproved_beginning_is_released_at_once():
-    stopping = StopTexts(["\n\nUser:"])
+    stopping = StopStrings(["\n\nUser:"])
     assert [stopping.feed(piece) for piece in ("Hi\n", "\n", "U", "h")] == ["Hi", "", "", "\n\nUh"]
 
 
-def test_nothing_follows_a_stop_text():
-    stopping = StopTexts("END")
+def test_nothing_follows_a_stop_string():
+    stopping = StopStrings("END")
     assert stopping.feed("a EN") == "a "
     assert stopping.feed("D of it") == ""
     assert stopping.feed("more") == ""
@@ -63,11 +63,11 @@ def test_nothing_follows_a_stop_text():
 
 
 @pytest.mark.parametrize("texts", [[""], "", ["a", ""], [3], [None]])
-def test_stop_texts_that_are_none_are_refused(texts):
+def test_stop_strings_that_are_none_are_refused(texts):
     if texts == "":
         texts = ("",)
-    with pytest.raises(InputError, match="a stop text is"):
-        StopTexts(texts)
+    with pytest.raises(InputError, match="a stop string is"):
+        StopStrings(texts)
 
 
 # --- special tokens, which have no part in the text ------------------------------------------------------------------
@@ -103,7 +103,7 @@ def test_special_tokens_by_brute_force(items, stops):
         spelled = "".join(unit if isinstance(unit, str) else chr(0xE000 + unit) for unit in units[:end])
         return form != stop and spelled.endswith(form)
 
-    stopping = StopTexts(stops, NAMES)
+    stopping = StopStrings(stops, NAMES)
     output = feed_all(stopping, items)
     ends = [end for end in range(len(units) + 1) if any(ends_with(end, stop) for stop in stops)]
     shown = "".join(unit for unit in (units[: ends[0]] if ends else units) if isinstance(unit, str))
@@ -130,19 +130,19 @@ def test_special_tokens_by_brute_force(items, stops):
     ],
 )
 def test_special_tokens_in_stop_strings(stop, items, expected):
-    stopping = StopTexts([stop], NAMES)
+    stopping = StopStrings([stop], NAMES)
     output = feed_all(stopping, items)
     shown = "".join(item for item in items if isinstance(item, str))
     assert (output, stopping.found) == ((shown, None) if expected is None else (expected, stop))
 
 
 def test_tokens_that_are_stop_strings_by_themselves():
-    assert StopTexts(["<a>", "x<ab>"], NAMES).token_ids == {0}
-    assert StopTexts([], NAMES).token_ids == frozenset()
-    assert StopTexts("<ab>", NAMES).token_ids == {1}
+    assert StopStrings(["<a>", "x<ab>"], NAMES).token_ids == {0}
+    assert StopStrings([], NAMES).token_ids == frozenset()
+    assert StopStrings("<ab>", NAMES).token_ids == {1}
 
 
 @pytest.mark.parametrize("text", ["\ud800", "a\udcff"])
 def test_what_is_no_unicode_is_refused(text):
     with pytest.raises(InputError, match="expected Unicode text"):
-        StopTexts([text])
+        StopStrings([text])
