@@ -32,6 +32,7 @@ import rich.table
 from floor import bandwidth, floor_ms, table_bytes, token_bytes
 
 import gta_edge
+from gta_edge.cli.plot import colors, context_axis, new_figure, save
 from gta_edge.errors import BackendError, GtaEdgeError, InputError, OutputError
 from gta_edge.formats.bundle import MANIFEST, Bundle
 from gta_edge.formats.random_checkpoint import initialise
@@ -481,28 +482,19 @@ def _conditions(document: Document) -> str:
 
 def plot(document: Document, path: Path) -> None:
     """Draw time per token and peak memory against context, a line for each system."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure, axes = new_figure(2)
+    lines = colors(LABELS.values())
     panels = (("ms per token", "decode_ms", 1.0), ("peak memory, GB", "peak_bytes", 1e-9))
     for axis, (title, metric, unit) in zip(axes, panels, strict=True):
         for key, label in LABELS.items():
             rows = [(row["context"], row["systems"][key][metric]) for row in document["summary"] if row["systems"][key]]
             middle = [unit * values["median"] for _, values in rows]
             errors = [[unit * abs(values[end] - values["median"]) for _, values in rows] for end in ("min", "max")]
-            axis.errorbar([context for context, _ in rows], middle, errors, label=label, marker="o", capsize=3)
-        axis.set_xscale("log", base=2)
-        contexts = [row["context"] for row in document["summary"]]
-        axis.set_xticks(contexts, [f"{context}" for context in contexts])
-        axis.set_ylim(0, 1.1 * axis.get_ylim()[1])
-        axis.set_xlabel("context, tokens")
-        axis.set_ylabel(title)
+            contexts = [context for context, _ in rows]
+            axis.errorbar(contexts, middle, errors, color=lines[label], label=label, marker="o", capsize=3)
+        context_axis(axis, [row["context"] for row in document["summary"]], title)
     axes[0].legend()
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    save(figure, path, force=True)
 
 
 # --- the command -----------------------------------------------------------------------------------------------------

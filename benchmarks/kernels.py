@@ -35,6 +35,7 @@ import rich.table
 from floor import floor_ms
 from kernels_peers import CONTENDERS, Contender, Layers, WrongResultError, candidates, check, layers_of, shortest
 
+from gta_edge.cli.plot import colors, context_axis, new_figure, save
 from gta_edge.cuda.gpu import current_gpu
 from gta_edge.errors import BackendError, GtaEdgeError, InputError, OutputError
 from gta_edge.libraries.optional import optional
@@ -531,31 +532,25 @@ def markdown(document: Document) -> str:
 
 def plot(document: Document, path: Path) -> None:
     """Draw the time of a layer against context: decode at each batch, and prefill."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot
-
     rows = document.get("decode", []) + document.get("prefill", [])
     titles = {(row["batch"], row["tokens"] == 1): None for row in rows}
     if not titles:
         return
-    figure, axes = pyplot.subplots(1, len(titles), figsize=(5 * len(titles), 4), layout="constrained", squeeze=False)
-    for axis, (batch, decode) in zip(axes[0], titles, strict=True):
+    figure, axes = new_figure(len(titles))
+    lines = colors(contender.label for contender in CONTENDERS.values())
+    for axis, (batch, decode) in zip(axes, titles, strict=True):
         chosen = [row for row in rows if (row["batch"], row["tokens"] == 1) == (batch, decode)]
         for key, contender in CONTENDERS.items():
             found = [(row["context"], row["contenders"].get(key, {})) for row in chosen]
             points = [(context, 1e6 * figures["time_s"]["median"]) for context, figures in found if "time_s" in figures]
             if points:
-                axis.plot(*zip(*points, strict=True), label=contender.label, marker="o")
-        axis.set_xscale("log", base=2)
+                label = contender.label
+                axis.plot(*zip(*points, strict=True), color=lines[label], label=label, marker="o")
         axis.set_yscale("log")
+        context_axis(axis, [row["context"] for row in chosen], "microseconds per layer", from_zero=False)
         axis.set_title(f"{'one new token' if decode else 'prompt'}, batch {batch}")
-        axis.set_xlabel("context, tokens")
-    axes[0][0].set_ylabel("microseconds per layer")
-    axes[0][0].legend(fontsize="small")
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    axes[0].legend(fontsize="small")
+    save(figure, path, force=True)
 
 
 # --- the command -----------------------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jinja2
 
@@ -42,8 +41,8 @@ from benchmarks.paper.theory import (
     simulated,
     step_bytes,
 )
+from gta_edge.cli import plot
 from gta_edge.errors import GtaEdgeError, InputError
-from gta_edge.libraries.optional import optional
 from gta_edge.model.config import ModelConfig
 from gta_edge.model.kv_cache import bytes_per_token
 from gta_edge.support.files import new_file
@@ -436,91 +435,72 @@ TABLES = (
 """What the template calls."""
 
 
-# --- plots, as SVG that is the same from run to run ------------------------------------------------------------------
+# --- plots -----------------------------------------------------------------------------------------------------------
 
 PHASE_TITLES = ("prefill", "decode")
-MARKERS = "os^Dv"
 
 
 def draw_ratios(path: Path, run: Run, models: Mapping[str, ModelConfig]) -> None:
     """Draw how many times as fast each GTA model is as its baselines, against the context."""
-    figure, axes = _figure(2)
+    figure, axes = plot.new_figure(2)
+    colors = plot.colors(gta for gta, _ in pairs(models))
     for axis, phase in zip(axes, PHASE_TITLES, strict=True):
         for number, (gta, baseline) in enumerate(pairs(models)):
             found = {context: getattr(each, phase) for context, each in run.pair(gta, baseline).items()}
             if not found:
                 continue
             style = "-" if kind(models[baseline]) == "GQA" else "--"
-            (line,) = axis.plot(
+            axis.plot(
                 [*found],
                 [each.median for each in found.values()],
                 style,
-                marker=MARKERS[number % len(MARKERS)],
+                color=colors[gta],
+                marker=plot.MARKERS[number % len(plot.MARKERS)],
                 label=f"{baseline} / {gta}",
             )
             lows, highs = zip(*((each.low, each.high) for each in found.values()), strict=True)
-            axis.fill_between([*found], lows, highs, color=line.get_color(), alpha=0.15, linewidth=0)
+            axis.fill_between([*found], lows, highs, color=colors[gta], alpha=0.15, linewidth=0)
         axis.axhline(1, color="grey", linewidth=1)
-        _label(axis, run.contexts, f"{phase}: time of the baseline / time of GTA")
+        plot.context_axis(axis, run.contexts, f"{phase}: time of the baseline / time of GTA")
     axes[0].legend(fontsize=8)
     figure.suptitle(f"{run.label}: above 1 GTA is faster")
-    _save(figure, path)
+    plot.save(figure, path, force=True)
 
 
 def draw_decode(path: Path, run: Run, models: Mapping[str, ModelConfig]) -> None:
     """Draw milliseconds per token against the context for every model of a size."""
-    figure, (axis,) = _figure(1)
-    times = run.times
+    figure, (axis,) = plot.new_figure(1)
+    times, colors = run.times, plot.colors(models)
     for number, name in enumerate(models):
         rows = [(context, times.get((name, context))) for context in run.contexts]
         points = [(context, row.tpot_ms) for context, row in rows if row is not None and row.tpot_ms is not None]
         if points:
-            axis.plot(*zip(*points, strict=True), marker=MARKERS[number % len(MARKERS)], label=name)
-    _label(axis, run.contexts, "time per token, ms")
-    axis.set_ylim(bottom=0)
+            marker = plot.MARKERS[number % len(plot.MARKERS)]
+            axis.plot(*zip(*points, strict=True), color=colors[name], marker=marker, label=name)
+    plot.context_axis(axis, run.contexts, "time per token, ms")
     axis.legend()
     figure.suptitle(run.label)
-    _save(figure, path)
+    plot.save(figure, path, force=True)
 
 
 def draw_simulated(path: Path, rows: Sequence[Document], gpu: str) -> None:
     """Draw the ratios of the authors' simulation beside those of our roofline, as ``simulated`` returns them."""
-    figure, axes = _figure(2)
+    figure, axes = plot.new_figure(2)
     contexts = [row["tokens"] for row in rows]
     series = (
         ("simulated", "the authors' simulation", "o-"),
         ("written", "our roofline, scores in memory", "x--"),
         ("fused", "our roofline, fused attention", "s-"),
     )
+    colors = plot.colors(label for _, label, _ in series)
     for axis, phase in zip(axes, PHASE_TITLES, strict=True):
         for key, label, style in series:
-            axis.plot(contexts, [row[key][phase] for row in rows], style, label=label)
+            axis.plot(contexts, [row[key][phase] for row in rows], style, color=colors[label], label=label)
         axis.axhline(1, color="grey", linewidth=1)
-        _label(axis, contexts, f"{phase}: time of GQA-1B / time of GTA-1B")
+        plot.context_axis(axis, contexts, f"{phase}: time of GQA-1B / time of GTA-1B")
     axes[0].legend(fontsize=8)
     figure.suptitle(f"{gpu}, 16 bits, batch 1: above 1 GTA is faster")
-    _save(figure, path)
-
-
-def _figure(panels: int) -> tuple[Any, Any]:
-    figure = optional("matplotlib.figure", "plot").Figure(figsize=(5 * panels, 4), layout="constrained")
-    return figure, figure.subplots(1, panels, squeeze=False)[0]
-
-
-def _label(axis: Any, contexts: Sequence[int], what: str) -> None:
-    axis.set_xscale("log", base=2)
-    axis.set_xticks(list(contexts), [f"{context:,}" for context in contexts], fontsize=8, rotation=30)
-    axis.minorticks_off()
-    axis.set_xlabel("context, tokens")
-    axis.set_ylabel(what)
-    axis.grid(visible=True, alpha=0.3)
-
-
-def _save(figure: Any, path: Path) -> None:
-    """Write it small, and without what differs from run to run: dates, versions, random names."""
-    settings = {"svg.hashsalt": "gta-edge", "svg.fonttype": "none"}
-    with optional("matplotlib", "plot").rc_context(settings), new_file(path, force=True) as partial:
-        figure.savefig(partial, format="svg", metadata={"Date": None, "Creator": None})
+    plot.save(figure, path, force=True)
 
 
 # --- the command -----------------------------------------------------------------------------------------------------

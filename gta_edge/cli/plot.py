@@ -83,13 +83,14 @@ def colors(names: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def context_axis(axis: Any, contexts: Iterable[int], what: str) -> None:
+def context_axis(axis: Any, contexts: Iterable[int], what: str, *, from_zero: bool = True) -> None:
     """Label an axis of times or sizes against contexts: 128, 1,024, … as they were asked for."""
     ticks = sorted(set(contexts))
     axis.set_xscale("log", base=2)
     axis.set_xticks(ticks, [f"{context:,}" for context in ticks], fontsize=8, rotation=30)
     axis.minorticks_off()
-    axis.set_ylim(bottom=0)
+    if from_zero:
+        axis.set_ylim(bottom=0)
     axis.set_xlabel("context, tokens")
     axis.set_ylabel(what)
     axis.grid(visible=True, alpha=0.3)
@@ -101,10 +102,13 @@ def footnote(figure: Any, text: str) -> None:
 
 
 def save(figure: Any, path: Path, *, force: bool) -> None:
-    """Write a figure in the format that its name says.
+    """Write a figure in the format that its name says; an SVG is the same from run to run.
 
     Raises:
         OutputError: the file cannot be written.
     """
-    with new_file(path, force=force) as partial:
-        figure.savefig(partial, format=path.suffix[1:].lower(), dpi=150)
+    kind = path.suffix[1:].lower()
+    settings = {"svg.hashsalt": "gta-edge", "svg.fonttype": "none"}
+    changing = {"Date": None, "Creator": None} if kind == "svg" else None
+    with optional("matplotlib", "plot").rc_context(settings), new_file(path, force=force) as partial:
+        figure.savefig(partial, format=kind, dpi=150, metadata=changing)
