@@ -54,13 +54,13 @@ class Case:
     def open(self) -> None:
         """Start the process and load the bundle.
 
-        The first load of a bundle may lay its weights out anew, which takes memory that no later load takes: then it is
-        loaded a second time, in a new process.
+        The first load of a bundle may lower its graph, which takes memory that no later load takes: then it is loaded a
+        second time, in a new process.
 
         Raises:
             GtaEdgeError: it cannot be measured; why.
         """
-        if self._start()["laid_out"]:
+        if self._start()["lowered"]:
             self.release()
             self._start()
 

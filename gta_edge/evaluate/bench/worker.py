@@ -27,6 +27,7 @@ from gta_edge.formats.bundle import Bundle
 from gta_edge.runtime.registry import BACKENDS, open_session
 from gta_edge.runtime.session import Session
 from gta_edge.support.memory import available_bytes
+from gta_edge.support.ownership import ARTIFACTS
 
 __all__ = ["Measurer", "serve"]
 
@@ -74,16 +75,11 @@ class Measurer:
     def _open(self, request: Document) -> Document:
         """Load a bundle and say what of it matters to the figures."""
         bundle = Bundle.open(request["bundle"])
-        laid_out = False
-
-        def note(what: str, done: int, total: int) -> None:
-            nonlocal laid_out
-            laid_out = laid_out or what.startswith("laying out")
-
         self._gpu = BACKENDS[request["backend"]].device != "cpu"
         held = _status_bytes("VmRSS") or 0
         before = self._ask_gpu()
-        options = {"threads": request["threads"], "exact": request["exact"], "progress": note}
+        options = {"threads": request["threads"], "exact": request["exact"]}
+        cached = _records(bundle)
         start = time.perf_counter()
         session = self._session = open_session(bundle, request["backend"], **options)
         seconds = time.perf_counter() - start
@@ -101,7 +97,7 @@ class Measurer:
             "max_length": session.max_length,
             "max_batch": getattr(session, "max_batch", None),
             "load_s": seconds,
-            "laid_out": laid_out,
+            "lowered": _records(bundle) != cached,
             **_versions(),
         }
 
@@ -254,6 +250,11 @@ def _bandwidth(request: Document) -> Document:
     from gta_edge.machine.probe import cpu_bandwidth, measure_gpu
 
     return {"bytes_per_s": measure_gpu().bandwidth if request["device"] == "gpu" else cpu_bandwidth()}
+
+
+def _records(bundle: Bundle) -> set[tuple[str, int]]:
+    """Return the records of a bundle's artifacts, with the times at which they were written."""
+    return {(str(path), path.stat().st_mtime_ns) for path in (bundle.directory / ARTIFACTS).rglob("*.json")}
 
 
 def _versions() -> Document:

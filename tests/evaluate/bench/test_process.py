@@ -16,9 +16,11 @@ import pytest
 
 from gta_edge.errors import BackendError, CapacityError, OutputError
 from gta_edge.evaluate.bench import settings as bench_settings
+from gta_edge.evaluate.bench.case import Case
 from gta_edge.evaluate.bench.process import Worker, WorkerError, environment_for, last_words
 from gta_edge.evaluate.bench.run import Settings, bench
 from gta_edge.evaluate.bench.targets import Target
+from gta_edge.formats.bundle import Bundle
 from tests.helpers.bench_interpreters import interpreter
 from tests.helpers.commands import COMMAND, ROOT, environment
 
@@ -163,6 +165,27 @@ def test_the_reason_is_the_error_and_not_what_comes_after(output: bytes, words: 
     assert words in found
     assert found.isprintable()
     assert len(found) < 400
+
+
+# --- the first load -------------------------------------------------------------------------------------------------
+
+
+def test_the_first_load_of_a_bundle_is_in_no_figure(tiny_bundle: Path, tmp_path: Path) -> None:
+    """It lowers the graph, which takes memory that no later load takes: what is measured is a process without that."""
+    bundle = shutil.copytree(tiny_bundle, tmp_path / "bundle", ignore=shutil.ignore_patterns("engines"))
+    target = Target("onnxruntime")
+    variables = environment_for(target, tmp_path)
+    request = {"do": "open", "bundle": str(bundle), "backend": "onnxruntime", "threads": 1, "exact": False}
+    with Worker(target.python, variables, tmp_path, target.arguments) as worker:
+        assert worker.ask(**request)["lowered"]
+    shutil.rmtree(bundle / "engines")
+    case = Case("it", Bundle.open(bundle), target, variables, tmp_path, threads=1)
+    try:
+        case.open()
+        assert case.opened is not None
+        assert not case.opened["lowered"]
+    finally:
+        case.release()
 
 
 # --- the end ----------------------------------------------------------------------------------------------------------
