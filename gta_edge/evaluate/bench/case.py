@@ -60,7 +60,7 @@ class Case:
         Raises:
             GtaEdgeError: it cannot be measured; why.
         """
-        if self._start()["lowered"]:
+        if self._start().get("lowered"):  # another release may not say
             self.release()
             self._start()
 
