@@ -40,17 +40,18 @@ class DecodeGraph:
         self._past_length = torch.zeros(batch, dtype=torch.int64, device=device)
         self._inputs = torch.zeros(2, batch, dtype=torch.int64, pin_memory=True)
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        positions = torch.zeros(batch, 1, dtype=torch.int64, device=device)
+        # held, as the graph holds its address alone: freed, the memory would be the next small tensor's
+        self._positions = torch.zeros(batch, 1, dtype=torch.int64, device=device)
 
         first = [(key[:, :, :1].clone(), value[:, :, :1].clone()) for key, value in caches]
         self._stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(self._stream):
-            model(self._ids, self._past_length, positions, caches)  # what is compiled or loaded lazily, is so now
+            model(self._ids, self._past_length, self._positions, caches)  # what is compiled or loaded lazily, is so now
         self._stream.synchronize()
         self._graph = torch.cuda.CUDAGraph()
         # other threads may go on using CUDA meanwhile
         with torch.cuda.graph(self._graph, stream=self._stream, capture_error_mode="thread_local"):
-            self._device_logits, _ = model(self._ids, self._past_length, positions, caches)
+            self._device_logits, _ = model(self._ids, self._past_length, self._positions, caches)
         for (key, value), (first_key, first_value) in zip(caches, first, strict=True):
             key[:, :, :1].copy_(first_key)
             value[:, :, :1].copy_(first_value)
