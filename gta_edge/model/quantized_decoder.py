@@ -133,8 +133,8 @@ class QuantizedLinears(nn.Module):
 class QuantizedLinear(QuantizedLinears):
     """One Linear layer."""
 
-    def __init__(self, matrix: _Matrix) -> None:
-        super().__init__([matrix])
+    def __init__(self, layer: _Matrix | nn.Linear) -> None:
+        super().__init__([layer])
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # one where the base has several
         """Return the layer's output for x [..., K]."""
@@ -217,8 +217,7 @@ def _replace(model: Decoder, matrices: dict[str, _Matrix], device: str) -> None:
                 )
             single = _SINGLE[block]
             if f"{prefix}{single}.weight" in matrices:
-                matrix = _taken(module, prefix, single, matrices)
-                setattr(module, single, QuantizedLinear(matrix).to(device))  # type: ignore[arg-type]  # a matrix, or a Linear
+                setattr(module, single, QuantizedLinear(_taken(module, prefix, single, matrices)).to(device))
     head = matrices.pop("lm_head.weight", None)
     table = matrices.pop("model.embed_tokens.weight", None)
     if head is not None:

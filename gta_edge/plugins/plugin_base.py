@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import cache, wraps
-from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, ParamSpec, Protocol, TypeVar
 
 from gta_edge.cuda.gpu import Gpu, current_gpu
 from gta_edge.errors import BackendError
@@ -33,7 +33,8 @@ _DATA_TYPES = {dtype.tensorrt: dtype.name for dtype in DTYPES.values()} | {"INT3
 # --- what went wrong -------------------------------------------------------------------------------------------------
 
 _failures: deque[str] = deque(maxlen=_MAX_FAILURES)
-_Method = TypeVar("_Method", bound=Callable[..., Any])
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 def take_failures() -> tuple[str, ...]:
@@ -47,18 +48,18 @@ def take_failures() -> tuple[str, ...]:
     return tuple(dict.fromkeys(taken))
 
 
-def reported(method: _Method) -> _Method:
+def reported(method: Callable[_P, _R]) -> Callable[_P, _R]:
     """Keep the message of what a method raises, for ``take_failures``."""
 
     @wraps(method)
-    def call(*arguments: Any, **options: Any) -> Any:
+    def call(*arguments: _P.args, **options: _P.kwargs) -> _R:
         try:
             return method(*arguments, **options)
         except Exception as error:  # whatever it is, TensorRT would hide it; it goes on as it was
             _failures.append(" ".join(str(error).split()) or type(error).__name__)
             raise
 
-    return call  # type: ignore[return-value]  # the same signature, which ParamSpec cannot say of methods
+    return call
 
 
 # --- TensorRT's types and the GPU ------------------------------------------------------------------------------------
@@ -142,7 +143,8 @@ class Plugin(Generic[_ParametersT, _CallT, _KernelsT]):
         self._serialised: Fields | None = None
 
     # -- what an op says of itself
-    # Not abstract methods: ABC's metaclass does not go with that of the bindings' classes, which are mixed in.
+    # They raise where an op lacks one, and are no abstract methods: ABC's metaclass does not go with that of the
+    # bindings' classes, which are mixed in.
 
     def _describe(self, types: tuple[str, ...], shapes: tuple[tuple[int, ...], ...], exact: bool) -> _CallT:
         """Return the call that inputs of these types and shapes are; ``exact`` unless shapes are a profile's bounds."""

@@ -16,7 +16,8 @@ from gta_edge.errors import BundleError, EngineError
 from gta_edge.formats.artifacts import RefusedError, made_from, open_artifact
 from gta_edge.formats.bundle import MANIFEST, MODEL, WEIGHTS, Bundle
 from gta_edge.runtime.onnxruntime.lowered import CPU, GRAPH, PACKED, cached_graph
-from gta_edge.runtime.tensorrt.engine import EngineManifest, EngineSpec, keep_engine, load_engine
+from gta_edge.runtime.tensorrt.engine import EngineManifest, EngineSpec, load_engine
+from tests.helpers.engines import keep_engine
 from tests.helpers.fuzz import CASES, ends_well, rng
 
 HERE = {"tensorrt": "10.3.0", "compute_capability": "8.7"}

@@ -32,9 +32,10 @@ from gta_edge.formats.bundle import Bundle
 from gta_edge.libraries.tensorrt import TensorRT
 from gta_edge.runtime.tensorrt import session as runtime_tensorrt
 from gta_edge.runtime.tensorrt.build import profile_shapes
-from gta_edge.runtime.tensorrt.engine import EngineManifest, EngineSpec, keep_engine
+from gta_edge.runtime.tensorrt.engine import EngineManifest, EngineSpec
 from gta_edge.runtime.tensorrt.lower import lower
 from gta_edge.runtime.tensorrt.session import TensorRTSession
+from tests.helpers.engines import keep_engine
 
 driver_enums = pytest.importorskip("cuda.bindings.driver", reason="the package cuda-bindings is needed")
 

@@ -10,7 +10,7 @@ import pytest
 
 from gta_edge.cuda.gpu import Gpu
 from gta_edge.errors import BackendError
-from gta_edge.machine import probe as measuring
+from gta_edge.machine import probe
 from gta_edge.machine.devices import Device
 from gta_edge.machine.probe import measure, measure_cpu, measure_gpu
 from tests.helpers.commands import Result
@@ -49,7 +49,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         driver.cuMemGetInfo = lambda: answer  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, "cuda.core", core)
         monkeypatch.setitem(sys.modules, "cuda.bindings.driver", driver)
-        monkeypatch.setattr(measuring, "current_gpu", lambda: Gpu(0, "a GPU", architecture, 8))
+        monkeypatch.setattr(probe, "current_gpu", lambda: Gpu(0, "a GPU", architecture, 8))
 
     return give
 
@@ -81,8 +81,8 @@ def test_a_gpu_that_cannot_be_measured(gpu: Callable[..., None], found: dict[str
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measuring, "_READ_SECONDS", 0.0)
-    monkeypatch.setattr(measuring, "_READ_BYTES", 2**23)
+    monkeypatch.setattr(probe, "_READ_SECONDS", 0.0)
+    monkeypatch.setattr(probe, "_READ_BYTES", 2**23)
 
 
 @pytest.mark.usefixtures("quick")
@@ -108,25 +108,25 @@ def test_a_plan_says_why_it_is_not_for_the_gpu(command: Callable[..., Result], g
 
 @pytest.mark.usefixtures("quick")
 def test_memory_is_what_a_container_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measuring, "total_bytes", lambda: 300_000_000)
-    monkeypatch.setattr(measuring, "available_bytes", lambda: 200_000_000)
+    monkeypatch.setattr(probe, "total_bytes", lambda: 300_000_000)
+    monkeypatch.setattr(probe, "available_bytes", lambda: 200_000_000)
     found = measure_cpu()
     assert (found.memory_bytes, found.system_bytes, found.available_bytes) == (300_000_000, 100_000_000, 200_000_000)
 
 
 def test_reading_takes_at_most_half_of_what_is_available(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measuring, "available_bytes", lambda: 2**26)
+    monkeypatch.setattr(probe, "available_bytes", lambda: 2**26)
     sizes = []
-    monkeypatch.setattr(measuring, "_best", lambda work, amount: sizes.append(amount) or 1.0)
-    measuring._read_bandwidth(2)
+    monkeypatch.setattr(probe, "_best", lambda work, amount: sizes.append(amount) or 1.0)
+    probe._read_bandwidth(2)
     assert sizes == [2**25]
-    monkeypatch.setattr(measuring, "available_bytes", lambda: 2**24)
+    monkeypatch.setattr(probe, "available_bytes", lambda: 2**24)
     with pytest.raises(BackendError, match="17 MB of memory are available, too little to measure with; close other"):
-        measuring._read_bandwidth(2)
+        probe._read_bandwidth(2)
 
 
 def test_a_system_that_does_not_say_what_memory_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measuring, "total_bytes", lambda: None)
+    monkeypatch.setattr(probe, "total_bytes", lambda: None)
     with pytest.raises(BackendError, match="does not say how much memory there is"):
         measure_cpu()
 

@@ -12,7 +12,7 @@ from gta_edge.formats.bundle import Bundle
 from gta_edge.formats.checkpoint import Checkpoint
 from gta_edge.formats.random_checkpoint import initialise
 from gta_edge.model.presets import preset
-from gta_edge.plan import host_memory as needed_memory
+from gta_edge.plan import host_memory
 from gta_edge.support import memory
 from tests.helpers.commands import environment
 
@@ -83,40 +83,40 @@ def test_what_fits_without_the_check_is_said(tiny_checkpoint: Path, leaves: Call
     model = 4 * source.config.parameters
     leaves(model - 1)
     with pytest.raises(CapacityError, match=r"^checking the export against PyTorch .*; give --no-verify, or close"):
-        needed_memory.require_memory_for_export(source, "bf16", **sizes)
-    needed_memory.require_memory_for_export(source, "bf16", calibrated=False, verify=False)
-    needed_memory.require_memory_for_export(source, "fp32", **sizes)  # which lies in its file
+        host_memory.require_memory_for_export(source, "bf16", **sizes)
+    host_memory.require_memory_for_export(source, "bf16", calibrated=False, verify=False)
+    host_memory.require_memory_for_export(source, "fp32", **sizes)  # which lies in its file
     leaves(model)
-    needed_memory.require_memory_for_export(source, "bf16", **sizes)
+    host_memory.require_memory_for_export(source, "bf16", **sizes)
     leaves(2 * 300 * 96 - 1)  # its table
     with pytest.raises(CapacityError, match=r"^the export takes at least 0 MB"):
-        needed_memory.require_memory_for_export(source, "bf16", calibrated=False, verify=False)
+        host_memory.require_memory_for_export(source, "bf16", calibrated=False, verify=False)
     leaves(100_000)
     with pytest.raises(CapacityError, match=r"^calibrating .*; leave out --calibrate, or"):
-        needed_memory.require_memory_for_export(source, "int4", calibrated=True, verify=False)
+        host_memory.require_memory_for_export(source, "int4", calibrated=True, verify=False)
     leaves(None)  # a system that does not say
-    needed_memory.require_memory_for_export(source, "int4", calibrated=True, verify=True)
+    host_memory.require_memory_for_export(source, "int4", calibrated=True, verify=True)
 
 
 def test_the_model_counts_as_it_is_run(leaves: Callable[[int | None], None]) -> None:
     pytest.importorskip("torch")
     leaves(3_000_000_000)
-    needed_memory.require_memory_for_torch(LARGE, "fp32", "it")
+    host_memory.require_memory_for_torch(LARGE, "fp32", "it")
     with pytest.raises(CapacityError, match=r"^it takes at least 4,\d\d\d MB of memory, and 3,000 MB are available; "):
-        needed_memory.require_memory_for_torch(LARGE, "int4", "it")
+        host_memory.require_memory_for_torch(LARGE, "int4", "it")
     with pytest.raises(CapacityError, match="or export with --precision int4"):
-        needed_memory.require_memory_for_onnxruntime(LARGE, "bf16", None)
-    needed_memory.require_memory_for_onnxruntime(LARGE, "int4", 32)
+        host_memory.require_memory_for_onnxruntime(LARGE, "bf16", None)
+    host_memory.require_memory_for_onnxruntime(LARGE, "int4", 32)
     leaves(300_000_000)
     with pytest.raises(CapacityError, match="use a machine with more memory"):
-        needed_memory.require_memory_for_onnxruntime(LARGE, "int4", 32)
+        host_memory.require_memory_for_onnxruntime(LARGE, "int4", 32)
 
 
 def test_what_is_loaded_already_takes_nothing(tiny_bundle: Path, leaves: Callable[[int | None], None]) -> None:
     pytest.importorskip("torch")
     config = Bundle.open(tiny_bundle).config
     leaves(0)
-    needed_memory.require_memory_for_torch(config, "fp32", "it")
+    host_memory.require_memory_for_torch(config, "fp32", "it")
 
 
 def test_random_weights_that_do_not_fit(tmp_path: Path, leaves: Callable[[int | None], None]) -> None:

@@ -15,7 +15,7 @@ from gta_edge.errors import BackendError, BundleError, CapacityError, EngineErro
 from gta_edge.evaluate.verify import verify
 from gta_edge.formats.bundle import Bundle
 from gta_edge.model.presets import preset
-from gta_edge.runtime import registry as backends
+from gta_edge.runtime import registry
 from gta_edge.runtime.registry import BACKENDS, open_session
 from gta_edge.support.choices import unknown
 from tests.helpers.commands import Result
@@ -108,7 +108,7 @@ def test_what_no_other_backend_helps_against_is_raised(tiny_bundle: Path, failin
 @pytest.mark.parametrize("length", [10, 250, 5000])
 def test_a_reason_has_its_remedy_whole_or_not_at_all(length: int) -> None:
     remedy = f"run: pip install '{'x' * length}'"
-    said = backends.reason_of(BackendError("a problem " * 1000, remedy))
+    said = registry.reason_of(BackendError("a problem " * 1000, remedy))
     assert len(said) < 600
     assert said.startswith("a problem a problem")
     assert said.endswith(f"; {remedy}") == (length < 300)
@@ -138,7 +138,7 @@ def test_a_bundle_whose_tokenizer_is_damaged_is_refused_before_anything_is_loade
 
     (copied_bundle / "tokenizer.json").write_text("{}")
     relist(copied_bundle)
-    monkeypatch.setattr(backends, "BACKENDS", {"onnxruntime": None})  # opening would be an AttributeError
+    monkeypatch.setattr(registry, "BACKENDS", {"onnxruntime": None})  # opening would be an AttributeError
     with pytest.raises(BundleError, match=r"tokenizer\.json"):
         open_session(Bundle.open(copied_bundle), "onnxruntime")
 
@@ -293,7 +293,7 @@ def test_what_a_cache_may_hold(name: str, model: str, caches: tuple[str, ...]) -
 
 
 def test_a_plan_is_for_the_fastest_of_a_device() -> None:
-    assert (backends.fastest_on("cpu").name, backends.fastest_on("gpu").name) == ("onnxruntime", "tensorrt")
+    assert (registry.fastest_on("cpu").name, registry.fastest_on("gpu").name) == ("onnxruntime", "tensorrt")
 
 
 @pytest.mark.parametrize("compute", ["fp16", "int8", "", "FP32"])

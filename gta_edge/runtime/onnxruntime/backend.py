@@ -90,7 +90,7 @@ def _providers() -> list[str]:
     try:
         module: Any = find_module("onnxruntime")
         return [str(name) for name in module.get_available_providers()] if module else []
-    except Exception:  # what is wrong with it is said elsewhere
+    except Exception:  # a broken library raises anything; ``check`` says what is wrong with it
         return []
 
 

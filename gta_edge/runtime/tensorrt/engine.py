@@ -46,7 +46,6 @@ __all__ = [
     "engine_directory",
     "engine_output",
     "has_engine",
-    "keep_engine",
     "load_engine",
     "require_engine",
     "write_engine",
@@ -153,17 +152,6 @@ def write_engine(directory: Path, record: EngineManifest, plan: bytes | memoryvi
     """
     (directory / PLAN).write_bytes(plan)
     write_record(directory, RECORD, asdict(record))
-
-
-def keep_engine(bundle: Bundle, record: EngineManifest, plan: bytes | memoryview, *, force: bool = False) -> Path:
-    """Write an engine and its record into the bundle; both appear at once, complete.
-
-    Raises:
-        OutputError: there is one already and not ``force``, or the bundle cannot be written to.
-    """
-    with engine_output(bundle, record.spec.engine, force=force, needed_bytes=len(plan)) as partial:
-        write_engine(partial, record, plan)
-    return engine_directory(bundle, record.spec.engine)
 
 
 def compute_capability(architecture: str) -> str:

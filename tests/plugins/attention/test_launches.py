@@ -17,8 +17,7 @@ from gta_edge.errors import BackendError
 from gta_edge.libraries.cuda import driver_cuda_version
 from gta_edge.libraries.install import install_command
 from gta_edge.plugins.attention import kernels as launch
-from gta_edge.plugins.attention import launches as plan
-from gta_edge.plugins.attention import tiling
+from gta_edge.plugins.attention import launches, tiling
 from gta_edge.plugins.attention.definition import Sizes
 from gta_edge.plugins.attention.kernels import AttentionKernels, Buffers, attention_kernels
 from gta_edge.plugins.attention.launches import SIGNATURES, choose_prefill, plan_attention, programs_for
@@ -305,7 +304,7 @@ def test_other_streams_and_handles_are_taken(stream: Any, cuda: FakeCuda, monkey
 def test_calls_of_the_same_sizes_are_prepared_once(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
     kernels = AttentionKernels(FP16, ORIN)
     planned = []
-    monkeypatch.setattr(launch, "plan_attention", lambda *a, **o: planned.append(o) or plan.plan_attention(*a, **o))
+    monkeypatch.setattr(launch, "plan_attention", lambda *a, **o: planned.append(o) or launches.plan_attention(*a, **o))
     for _ in range(5):
         kernels.launch(STREAM, BUFFERS, **CALL)
         kernels.workspace_bytes(2, 3, 512)

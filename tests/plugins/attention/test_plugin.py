@@ -22,7 +22,7 @@ import torch
 
 from gta_edge import plugins
 from gta_edge.cuda.gpu import current_gpu
-from gta_edge.plugins import plugin_base as tensorrt_base
+from gta_edge.plugins import plugin_base
 from gta_edge.plugins.attention import tiling
 from gta_edge.plugins.attention.definition import Sizes
 from gta_edge.plugins.attention.kernels import attention_kernels
@@ -512,7 +512,7 @@ def test_the_workspace_is_that_of_the_plan(creator: Any, cuda: FakeCuda) -> None
 def test_a_build_without_a_gpu_says_so(creator: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     if current_gpu.cache_info().currsize or torch.cuda.is_available():
         pytest.skip("needs a machine without a GPU")
-    monkeypatch.setattr(tensorrt_base, "_current_device", lambda: 0)
+    monkeypatch.setattr(plugin_base, "_current_device", lambda: 0)
     assert "there is no NVIDIA driver" in message(make(creator).configure_plugin, profile(1, 1, 64, 64), [])
 
 

@@ -26,7 +26,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from gta_edge import plugins
 from gta_edge.cuda.gpu import current_gpu
-from gta_edge.plugins import plugin_base as tensorrt_base
+from gta_edge.plugins import plugin_base
 from gta_edge.plugins.matmul.definition import OPS, Sizes, attributes
 from gta_edge.plugins.matmul.kernels import matmul_kernels
 from gta_edge.plugins.matmul.packing import BLOCK_SIZES, pack
@@ -439,7 +439,7 @@ def test_inputs_that_are_no_multiple_of_8(creators: dict[int, Any], cuda: FakeCu
 def test_a_build_without_a_gpu_says_so(creators: dict[int, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     if current_gpu.cache_info().currsize or torch.cuda.is_available():
         pytest.skip("needs a machine without a GPU")
-    monkeypatch.setattr(tensorrt_base, "_current_device", lambda: 0)
+    monkeypatch.setattr(plugin_base, "_current_device", lambda: 0)
     assert "there is no NVIDIA driver" in message(make(creators[4]).configure_plugin, profile((1, 1, 256)), [])
 
 

@@ -25,16 +25,11 @@ from gta_edge.libraries.cuda import driver_cuda_version
 from gta_edge.model.kv_cache import cache_bytes
 from gta_edge.runtime.tensorrt import build as building
 from gta_edge.runtime.tensorrt.build import LOGIT_POSITIONS, build, lower_only, profile_shapes, requirement
-from gta_edge.runtime.tensorrt.engine import (
-    EngineManifest,
-    EngineSpec,
-    engine_directory,
-    keep_engine,
-    load_engine,
-)
+from gta_edge.runtime.tensorrt.engine import EngineManifest, EngineSpec, engine_directory, load_engine
 from gta_edge.runtime.tensorrt.log import new_log, started
 from gta_edge.support.memory import available_bytes
 from tests.helpers.commands import COMMAND, Result, environment
+from tests.helpers.engines import keep_engine
 from tests.helpers.records import edit
 
 RTX = EngineSpec("tensorrt-rtx", "fp16", "fp16", max_length=64, max_batch=2, chunk_size=32)
@@ -204,7 +199,8 @@ def test_an_engine_that_is_replaced_while_it_is_read_is_one_or_the_other(bundle:
     script = """
 import sys
 from gta_edge.formats.bundle import Bundle
-from gta_edge.runtime.tensorrt.engine import keep_engine, load_engine
+from gta_edge.runtime.tensorrt.engine import load_engine
+from tests.helpers.engines import keep_engine
 bundle = Bundle.open(sys.argv[1])
 record = load_engine(bundle, "tensorrt", tensorrt="10.3.0", compute_capability="8.7")[1]
 for i in range(10**6):

@@ -16,7 +16,7 @@ from gta_edge.errors import EngineError, InputError
 from gta_edge.formats.bundle import Bundle
 from gta_edge.runtime.tensorrt import build as building
 from gta_edge.runtime.tensorrt import builder as tensorrt_builder
-from gta_edge.runtime.tensorrt import matmul_timing as matmul_timing
+from gta_edge.runtime.tensorrt import matmul_timing
 from gta_edge.runtime.tensorrt.build import build, lower_only
 from gta_edge.runtime.tensorrt.engine import EngineSpec, load_engine
 from gta_edge.runtime.tensorrt.lower import lower

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from gta_edge.cuda import session as runtime_cuda
 from gta_edge.plugins.matmul.definition import OPS
 from gta_edge.plugins.matmul.packing import BLOCK_SIZES
-from gta_edge.runtime.tensorrt import matmul_timing as matmul_timing
+from gta_edge.runtime.tensorrt import matmul_timing
 from gta_edge.runtime.tensorrt.builder import Target, build_plan
 from gta_edge.runtime.tensorrt.engine import IMPLEMENTATIONS, EngineSpec
 from gta_edge.runtime.tensorrt.matmul_choice import (
