@@ -58,7 +58,7 @@ class ConvertPrecisionPass(ir.passes.InPlacePass):
         self.dtype = ir.DataType[DTYPES[compute].onnx]
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Retype ``model``."""
+        """Convert ``model``."""
         graph = model.graph
         found = {value.dtype for value in (*graph.inputs, *graph.initializers.values())} & _floats()
         if self.dtype == ir.DataType.FLOAT or found <= {self.dtype} or self._is_done(graph):

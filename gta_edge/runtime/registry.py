@@ -1,8 +1,9 @@
 """The backends that there are, and how one is made from a bundle.
 
 To add one, write a folder beside ``onnxruntime``, ``tensorrt`` and ``torch``: a ``Session``, and in ``backend.py`` the
-descriptor that says what the backend is called, needs and can do. Then enter the descriptor in ``BACKENDS``. Commands,
-plans, benchmarks and checks iterate over that table and compare no names, so nothing else is touched.
+descriptor that says what the backend is called, needs and can do. Then enter the descriptor in ``BACKENDS``, and its
+name in ``cli/choices.py``, which a test holds to this table. Commands, plans, benchmarks and checks iterate over it and
+compare no names.
 
 Importing this module loads no library, and neither numpy nor the sessions.
 """

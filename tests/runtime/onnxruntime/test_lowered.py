@@ -223,7 +223,7 @@ def test_what_the_record_says(kept: Path) -> None:
         assert record["files"][name]["bytes"] == len(content)
 
 
-def test_weights_are_laid_out_once(bundle: Path) -> None:
+def test_weights_are_repacked_once(bundle: Path) -> None:
     told: list[tuple[str, int, int]] = []
     logits(bundle, progress=lambda *step: told.append(step))
     first = told.copy()
