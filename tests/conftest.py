@@ -1,12 +1,13 @@
 """What tests of several modules share: one tiny model, exported once per run, and the command run in this process."""
 
 import atexit
+import logging
 import os
 import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Many tests import ONNX Runtime themselves, which must not write into a home directory nor ask a name server.
@@ -59,6 +60,15 @@ def copied_checkpoint(tiny_checkpoint: Path, tmp_path: Path) -> Path:
 def copied_bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
     """A copy of ``tiny_bundle``, times of files included, to do anything to; without what sessions kept in it."""
     return shutil.copytree(tiny_bundle, tmp_path / "bundle", ignore=shutil.ignore_patterns("engines"))
+
+
+@pytest.fixture
+def caplog(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """pytest's, of our own loggers only: torch traces its first export in a process, whichever test that is in."""
+    ours = logging.Filter("gta_edge")
+    caplog.handler.addFilter(ours)
+    yield caplog
+    caplog.handler.removeFilter(ours)
 
 
 @pytest.fixture
