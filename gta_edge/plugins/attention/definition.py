@@ -63,7 +63,22 @@ BASELINE_ATTRIBUTES = ("num_query_heads", "num_key_heads", "scale")
 
 @dataclass(frozen=True)
 class Sizes:
-    """A model's head counts and widths, read off the attributes and the inputs' static dimensions."""
+    """A model's head counts and widths, read off the attributes and the inputs' static dimensions.
+
+    Args:
+        num_query_heads: n_q.
+        num_key_heads: n_k.
+        num_latent_heads: n_c.
+        key_dim: d_k.
+        latent_dim: d_l.
+        hidden_size: H, width of the output; it need not be the model's hidden size.
+        has_gate: whether the output is multiplied by sigmoid(gate).
+        has_value_decoder: whether mixes are decoded. Without, the op is grouped-query attention (arXiv 2305.13245):
+            the latents are the values, and a query head's output is its mix of them.
+
+    Raises:
+        ValueError: the sizes do not go together.
+    """
 
     num_query_heads: int
     num_key_heads: int
@@ -71,10 +86,12 @@ class Sizes:
     key_dim: int
     latent_dim: int
     hidden_size: int
+    has_gate: bool = True
+    has_value_decoder: bool = True
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if value < 1:
+            if not isinstance(value, bool) and value < 1:
                 raise ValueError(f"{name} is {value}; expected at least 1")
         for name in ("num_key_heads", "num_latent_heads"):
             if self.num_query_heads % getattr(self, name):
@@ -85,6 +102,18 @@ class Sizes:
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_query_heads {self.num_query_heads} "
                 f"times latent_dim {self.latent_dim}"
+            )
+        if self.has_value_decoder:
+            return
+        if self.num_key_heads != self.num_latent_heads:
+            raise ValueError(
+                f"num_latent_heads {self.num_latent_heads} is not num_key_heads {self.num_key_heads}, "
+                "and there is no value_decoder"
+            )
+        if self.hidden_size != self.num_query_heads * self.latent_dim:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not num_query_heads {self.num_query_heads} "
+                f"times latent_dim {self.latent_dim}, and there is no value_decoder"
             )
 
 

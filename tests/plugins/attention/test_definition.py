@@ -502,6 +502,26 @@ def test_sizes_that_do_not_fit_are_refused_by_name(name, value):
         op.Sizes(**GOOD | {name: value})
 
 
+PLAIN = GOOD | {"num_latent_heads": 2, "hidden_size": 144, "has_gate": False, "has_value_decoder": False}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"has_gate": True}, {"num_key_heads": 6, "num_latent_heads": 6}, {"latent_dim": 16, "hidden_size": 96}],
+)
+def test_sizes_without_a_value_decoder_are_those_of_grouped_query_attention(changes):
+    sizes = op.Sizes(**PLAIN | changes)
+    assert sizes.hidden_size == sizes.num_query_heads * sizes.latent_dim
+    assert sizes != replace(sizes, has_gate=not sizes.has_gate)
+
+
+@pytest.mark.parametrize(("name", "value"), [("num_latent_heads", 3), ("num_latent_heads", 1), ("hidden_size", 288)])
+def test_only_a_value_decoder_widens_heads_and_groups_latents_in_another_way(name, value):
+    assert op.Sizes(**PLAIN | {name: value, "has_value_decoder": True})
+    with pytest.raises(ValueError, match=f"{name} .*there is no value_decoder"):
+        op.Sizes(**PLAIN | {name: value})
+
+
 # --- the baselines' attention ----------------------------------------------------------------------------------------
 
 
