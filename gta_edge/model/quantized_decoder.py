@@ -85,7 +85,7 @@ class _Call(nn.Module):
         return self._scale.view(torch.float16)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        results: list[Tensor] = torch.ops.gta.blockwise_matmul(
+        results: list[Tensor] = torch.ops.gta.blockwise_matmul.default(
             x, self.weight, self.scale, self.bias, self.bits, self.block_size, self.output_sizes
         )
         return results

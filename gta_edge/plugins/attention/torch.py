@@ -20,6 +20,7 @@ from gta_edge.numerics.dtypes import COMPUTE_TYPES, DTYPES
 from gta_edge.plugins.attention.definition import Sizes
 from gta_edge.plugins.attention.kernels import Buffers, attention_kernels
 from gta_edge.plugins.attention.tiling import Variant
+from gta_edge.plugins.torch_registry import aligned, register_op, require_aligned
 
 if TYPE_CHECKING:
     import torch
@@ -134,13 +135,15 @@ def _latent_attention_on_gpu(*arguments: Any) -> Tensor:
     variant, device = _variant(inputs, heads), gate.device
     if variant is None or torch.cuda.get_device_capability(device) < OLDEST or not scale > 0:
         return _latent_attention(*arguments)
+    require_aligned("past_key", past_key)
+    require_aligned("past_latent", past_latent)
     index = torch.cuda.current_device() if device.index is None else device.index
     kernels = attention_kernels(variant, current_gpu(index))
     sizes = {"batch": gate.shape[0], "tokens": gate.shape[1], "capacity": past_key.shape[2]}
     output = torch.empty_like(gate, memory_format=torch.contiguous_format)
     workspace = torch.empty(kernels.workspace_bytes(**sizes), dtype=torch.uint8, device=device)
     # held until the launches are queued: then the allocator may give their memory only to what follows them
-    whole = [tensor.contiguous() for tensor in (query, key, latent, gate, past_length, cos, sin, value_decoder)]
+    whole = [aligned(tensor) for tensor in (query, key, latent, gate, past_length, cos, sin, value_decoder)]
     addresses = [tensor.data_ptr() for tensor in whole]
     with torch.cuda.device(device):  # whose default stream has the handle of every other GPU's
         kernels.launch(
@@ -201,11 +204,14 @@ def _register(
     """
     if not installed(torch):
         return in_place, in_place  # using either says what to install
-    places = [list(signature(in_place).parameters).index(cache) for cache in caches]
-    like = list(signature(in_place).parameters).index(output_like)
-    mutating = torch.library.custom_op(f"gta::{name}_", in_place, mutates_args=caches)
-    if on_gpu is not None:
-        mutating.register_kernel("cuda")(on_gpu)
+    names = list(signature(in_place).parameters)
+    places, like = [names.index(cache) for cache in caches], names.index(output_like)
+
+    def fake(*arguments: Any) -> Any:
+        return arguments[like].new_empty(arguments[like].shape)
+
+    mutating_schema = torch.library.infer_schema(in_place, mutates_args=caches)
+    mutating = register_op(f"{name}_", mutating_schema, in_place, fake, mutates=places, on_gpu=on_gpu)
 
     def functional(*arguments: Any) -> tuple[Tensor, ...]:
         presents = {place: arguments[place].clone() for place in places}
@@ -213,12 +219,11 @@ def _register(
         return (output, *presents.values())
 
     schema = torch.library.infer_schema(in_place, mutates_args=()).replace("-> Tensor", "-> (Tensor, Tensor, Tensor)")
-    plain = torch.library.custom_op(f"gta::{name}", functional, mutates_args=(), schema=schema)
 
-    @plain.register_fake
-    def _(*arguments: Any) -> tuple[Tensor, ...]:  # shapes only, for export
-        return tuple(torch.empty_like(arguments[place]) for place in (like, *places))
+    def fakes(*arguments: Any) -> Any:
+        return fake(*arguments), *(arguments[place].new_empty(arguments[place].shape) for place in places)
 
+    plain = register_op(name, schema, functional, fakes)
     return plain, mutating
 
 

@@ -19,6 +19,7 @@ from gta_edge.plugins.matmul.definition import Sizes
 from gta_edge.plugins.matmul.kernels import matmul_kernels
 from gta_edge.plugins.matmul.packing import OUTPUTS_MULTIPLE
 from gta_edge.plugins.matmul.tiling import Variant
+from gta_edge.plugins.torch_registry import aligned, register_op
 
 if TYPE_CHECKING:
     import torch
@@ -183,7 +184,7 @@ def _on_gpu(*arguments: Any) -> list[Tensor]:
     index = torch.cuda.current_device() if device.index is None else device.index
     kernels = matmul_kernels(Variant(bits, block_size, compute), current_gpu(index))
     # held until the launch is queued: then the allocator may give their memory only to what follows it
-    whole = [None if tensor is None else _aligned(tensor) for tensor in (x, *parts)]
+    whole = [None if tensor is None else aligned(tensor) for tensor in (x, *parts)]
     addresses = [0 if tensor is None else tensor.data_ptr() for tensor in whole]
     with torch.cuda.device(device):  # whose default stream has the handle of every other GPU's
         kernels.launch(
@@ -200,32 +201,19 @@ def _on_gpu(*arguments: Any) -> list[Tensor]:
     return outputs
 
 
-def _aligned(tensor: Tensor) -> Tensor:
-    """Return the tensor, contiguous and at an address that is a multiple of 16."""
-    whole = tensor.contiguous()
-    return whole.clone() if whole.data_ptr() % 16 else whole
-
-
 # --- torch's registry ------------------------------------------------------------------------------------------------
 
 
-def _register() -> None:
-    """Register the op."""
-    op = torch.library.custom_op(
-        "gta::blockwise_matmul",
-        blockwise_matmul,
-        mutates_args=(),
-        schema=(
-            "(Tensor x, Tensor weight, Tensor scale, Tensor? bias, int bits, int block_size, int[] output_sizes)"
-            " -> Tensor[]"
-        ),
-    )
-    op.register_kernel("cuda")(_on_gpu)
-
-    @op.register_fake
-    def _(x: Tensor, weight: Tensor, scale: Tensor, bias: Any, bits: int, block_size: int, sizes: Any) -> list[Tensor]:
-        return [x.new_empty(*x.shape[:-1], size) for size in sizes]  # shapes only, for export
+def _fake(x: Tensor, weight: Tensor, scale: Tensor, bias: Any, bits: int, block_size: int, sizes: Any) -> list[Tensor]:
+    return [x.new_empty(*x.shape[:-1], size) for size in sizes]  # shapes only, for export
 
 
 if installed(torch):
-    _register()
+    register_op(
+        "blockwise_matmul",
+        "(Tensor x, Tensor weight, Tensor scale, Tensor? bias, int bits, int block_size, int[] output_sizes)"
+        " -> Tensor[]",
+        blockwise_matmul,
+        _fake,
+        on_gpu=_on_gpu,
+    )

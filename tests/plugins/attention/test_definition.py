@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from onnx import helper
 from onnx.reference import ReferenceEvaluator
 
+from gta_edge.errors import BackendError
 from gta_edge.plugins.attention import definition as op
 from gta_edge.plugins.attention import torch as torch_ops
 from tests.helpers import reference
@@ -255,12 +256,31 @@ def test_torch_accepts_the_functional_op(past):
     torch.library.opcheck(torch.ops.gta.grouped_latent_attention.default, (*tensors, *sizes.heads, sizes.scale))
 
 
-def test_torch_accepts_the_schema_of_the_in_place_op():
+def test_torch_accepts_the_in_place_op():
     sizes = Sizes()
     inputs = arrays(sizes)
     tensors = [torch.from_numpy(inputs[name]) for name in op.INPUTS]
-    arguments = (*tensors, *sizes.heads, sizes.scale)
-    torch.library.opcheck(torch.ops.gta.grouped_latent_attention_.default, arguments, test_utils=("test_schema",))
+    torch.library.opcheck(torch.ops.gta.grouped_latent_attention_.default, (*tensors, *sizes.heads, sizes.scale))
+
+
+def test_autograd_learns_that_the_caches_changed():
+    sizes = Sizes()
+    tensors = {name: torch.from_numpy(arrays(sizes)[name]) for name in op.INPUTS}
+    before = {name: tensor._version for name, tensor in tensors.items()}
+    torch.ops.gta.grouped_latent_attention_(*tensors.values(), *sizes.heads, sizes.scale)
+    assert {name for name, tensor in tensors.items() if tensor._version > before[name]} == {"past_key", "past_latent"}
+
+
+@pytest.mark.parametrize("name", ["grouped_latent_attention", "grouped_latent_attention_"])
+def test_a_derivative_is_refused(name):
+    sizes = Sizes()
+    tensors = {each: torch.from_numpy(arrays(sizes)[each]) for each in op.INPUTS}
+    tensors["query"].requires_grad_()
+    attention = getattr(torch.ops.gta, name)
+    with pytest.raises(BackendError, match=rf"gta::{name} has no derivative; .*no_grad"):
+        torch.utils._pytree.tree_leaves(attention(*tensors.values(), *sizes.heads, sizes.scale))[0].sum().backward()
+    with torch.no_grad():
+        attention(*tensors.values(), *sizes.heads, sizes.scale)
 
 
 class OnHostMemory:
@@ -323,6 +343,42 @@ def test_what_the_kernels_are_given(monkeypatch):
     results = (output, tensors["past_key"], tensors["past_latent"])
     for found, exact in zip(results, expected(inputs, sizes), strict=True):
         assert reference.relative_error(found.double().numpy(), exact) <= 2e-3
+
+
+def unaligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values, contiguous, two bytes beyond where kernels read."""
+    memory = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)[1:].view(tensor.shape)
+    memory.copy_(tensor)
+    assert memory.is_contiguous() and memory.data_ptr() % 16
+    return memory
+
+
+def half_tensors(sizes: Sizes) -> dict[str, torch.Tensor]:
+    return {name: torch.from_numpy(array) for name, array in stored_in(arrays(sizes), np.float16).items()}
+
+
+def test_what_does_not_begin_where_kernels_read_is_copied(monkeypatch):
+    pretend_gpu(monkeypatch, torch_ops)
+    monkeypatch.setattr(torch_ops, "attention_kernels", OnHostMemory)
+    sizes = Sizes(d_l=32)
+    results = []
+    for moved in (lambda tensor: tensor, unaligned):
+        tensors = {n: t if n.startswith("past_") else moved(t) for n, t in half_tensors(sizes).items()}
+        output = torch_ops._latent_attention_on_gpu(*tensors.values(), *sizes.heads, sizes.scale)
+        results.append((output, tensors["past_key"], tensors["past_latent"]))
+    assert all(torch.equal(found, wanted) for found, wanted in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("cache", ["past_key", "past_latent"])
+def test_a_cache_that_kernels_cannot_write_is_refused(cache, monkeypatch):
+    """A copy of it would take what the call appends."""
+    pretend_gpu(monkeypatch, torch_ops)
+    monkeypatch.delattr(torch_ops, "attention_kernels")  # nothing is launched
+    sizes = Sizes(d_l=32)
+    tensors = half_tensors(sizes)
+    tensors[cache] = unaligned(tensors[cache])
+    with pytest.raises(BackendError, match=f"{cache} is written in place and begins at address 0x.*; expected a multi"):
+        torch_ops._latent_attention_on_gpu(*tensors.values(), *sizes.heads, sizes.scale)
 
 
 @pytest.mark.parametrize(
@@ -603,6 +659,16 @@ def test_torch_accepts_the_functional_baseline_op():
     assert all(torch.equal(tensor, copy) for tensor, copy in zip(tensors, kept, strict=True))
 
 
-def test_the_ops_are_importable_by_name():
-    assert torch_ops.grouped_latent_attention._opoverload is torch.ops.gta.grouped_latent_attention.default
-    assert torch_ops.grouped_query_attention._opoverload is torch.ops.gta.grouped_query_attention.default
+def test_torch_accepts_the_in_place_baseline_op():
+    sizes = BaselineSizes()
+    inputs = baseline_arrays(sizes)
+    tensors = [torch.from_numpy(inputs[name]) for name in BASELINE_INPUTS]
+    torch.library.opcheck(
+        torch.ops.gta.grouped_query_attention_.default, (*tensors, sizes.n_h, sizes.n_kv, sizes.d**-0.5)
+    )
+
+
+@pytest.mark.parametrize("name", ["grouped_latent_attention", "grouped_query_attention"])
+def test_the_ops_are_importable_by_name(name):
+    for each in (name, f"{name}_"):
+        assert getattr(torch_ops, each) is getattr(torch.ops.gta, each).default

@@ -1,0 +1,97 @@
+"""What the ops share in torch: how they are registered, and memory as kernels take it.
+
+An op that is called for every layer of every token is registered with ``torch.library.Library`` itself:
+``torch.library.custom_op`` wraps each call in Python of its own, which costs more than the launch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from gta_edge.errors import BackendError
+from gta_edge.libraries.optional import installed, optional
+from gta_edge.plugins.domain import DOMAIN
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = optional("torch", "export")
+    Tensor = torch.Tensor
+
+__all__ = ["ALIGNMENT_BYTES", "aligned", "register_op", "require_aligned"]
+
+ALIGNMENT_BYTES = 16
+"""What the kernels read and write at once begins at a multiple of this."""
+
+_library: Any = None
+if installed(torch):
+    _library = torch.library.Library(DOMAIN, "FRAGMENT")  # type: ignore[no-untyped-call]  # and is as long as it is held
+
+
+def register_op(
+    name: str,
+    schema: str,
+    function: Callable[..., Any],
+    fake: Callable[..., Any],
+    *,
+    mutates: Sequence[int] = (),
+    on_gpu: Callable[..., Any] | None = None,
+) -> Any:
+    """Register ``torch.ops.gta.NAME`` and return it, as what is called fastest (an ``OpOverload``).
+
+    It has no derivative, and says so in the backward pass; one that writes in place says so where it is called.
+
+    Args:
+        name: of the op.
+        schema: arguments and results, as torch writes them.
+        function: what it does, on any device.
+        fake: results with shapes and types alone, for ``torch.compile`` and export.
+        mutates: places of the arguments that it writes into.
+        on_gpu: what it does on CUDA tensors, if that is something else.
+    """
+    _library.define(name + schema)
+    op = getattr(getattr(torch.ops, DOMAIN), name).default
+    no_derivative = BackendError(f"{DOMAIN}::{name} has no derivative", "call it under torch.no_grad()")
+
+    def backward(context: Any, *gradients: Any) -> Any:
+        raise no_derivative
+
+    def in_place(*arguments: Any) -> Any:
+        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments):
+            raise no_derivative
+        with torch._C._AutoDispatchBelowAutograd():
+            results = op(*arguments)
+        # what autograd may have kept of them is no longer theirs
+        torch.autograd.graph.increment_version([arguments[place] for place in mutates])
+        return results
+
+    _library.impl(name, function, "CompositeExplicitAutograd")
+    if on_gpu is not None:
+        _library.impl(name, on_gpu, "CUDA")
+    if mutates:  # for which torch has no ready form; inference mode passes either by
+        _library.impl(name, in_place, "Autograd")
+    else:
+        torch.library.register_autograd(f"{DOMAIN}::{name}", backward, lib=_library)
+    torch.library.register_fake(f"{DOMAIN}::{name}", fake, lib=_library)
+    return op
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """Return the tensor, or a copy that is contiguous and begins where kernels can read it."""
+    whole = tensor.contiguous()
+    return whole.clone() if whole.data_ptr() % ALIGNMENT_BYTES else whole
+
+
+def require_aligned(name: str, tensor: Tensor) -> None:
+    """Refuse memory that is written in place, of which a copy would be of no use, where kernels cannot write.
+
+    Raises:
+        BackendError: it does not begin where kernels can write.
+    """
+    if tensor.data_ptr() % ALIGNMENT_BYTES:
+        raise BackendError(
+            f"{name} is written in place and begins at address {tensor.data_ptr():#x}",
+            f"expected a multiple of {ALIGNMENT_BYTES}: give it memory of its own",
+        )
