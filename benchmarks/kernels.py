@@ -48,6 +48,7 @@ from kernels_report import markdown, plot, show, static_table
 
 from gta_edge.errors import BackendError, GtaEdgeError
 from gta_edge.libraries.optional import optional
+from gta_edge.libraries.torch import is_out_of_memory
 from gta_edge.model.presets import PRESETS, preset
 
 if TYPE_CHECKING:
@@ -304,7 +305,9 @@ def run(options: argparse.Namespace) -> Document:
                 for row in measure_model(name, options.contexts["model"], 16 if options.quick else NEW_TOKENS, place):
                     document["model"].append(row)
                     save(document, options.json)
-            except (torch.OutOfMemoryError, GtaEdgeError) as error:
+            except (RuntimeError, GtaEdgeError) as error:
+                if not (isinstance(error, GtaEdgeError) or is_out_of_memory(error)):
+                    raise
                 notes.append(f"{name} does not run here: {brief(error)}")
             free_memory()
     return document

@@ -193,15 +193,15 @@ struct alignas(16) Floats {
 }  // namespace gta
 
 GTA_KERNEL(gta::decode_threads)
-gta_decode_split(const gta::Element* __restrict__ query,   // [B, T, n_q d_k]
-                 const gta::Element* __restrict__ key,     // [B, T, n_k d_k]
-                 const gta::Element* __restrict__ latent,  // [B, T, n_c d_l]
-                 gta::CacheElement* key_cache,             // [B, n_k, S, d_k]
-                 gta::CacheElement* latent_cache,          // [B, n_c, S, d_l]
-                 float* key_scale,                         // [B, n_k, S]
-                 float* latent_scale,                      // [B, n_c, S]
-                 const gta::i64* __restrict__ past_length,  // [B]
-                 const gta::Element* __restrict__ cos,      // [P, d_k/2]
+gta_decode_split(const gta::Element* query,             // [B, T, n_q d_k]
+                 const gta::Element* key,               // [B, T, n_k d_k]
+                 const gta::Element* latent,            // [B, T, n_c d_l]
+                 gta::CacheElement* key_cache,          // [B, n_k, S, d_k]
+                 gta::CacheElement* latent_cache,       // [B, n_c, S, d_l]
+                 float* key_scale,                      // [B, n_k, S]
+                 float* latent_scale,                   // [B, n_c, S]
+                 const gta::i64* past_length,           // [B]
+                 const gta::Element* __restrict__ cos,  // [P, d_k/2]
                  const gta::Element* __restrict__ sin,
                  float* __restrict__ mixes,  // [B T n_q, splits, d_l]
                  float* __restrict__ sums,   // [B T n_q, splits, 2]: largest score (log 2), sum of weights
@@ -386,10 +386,10 @@ static_assert((parts_floats + latent_dim + products_floats) * 4 == GTA_COMBINE_S
 }  // namespace gta
 
 GTA_KERNEL(gta::combine_threads)
-gta_decode_combine(const float* __restrict__ mixes, const float* __restrict__ sums,
-                   const gta::Element* __restrict__ gate,           // [B, T, H]
+gta_decode_combine(const float* mixes, const float* sums,
+                   const gta::Element* gate,                        // [B, T, H]
                    const gta::Element* __restrict__ value_decoder,  // [n_q, d_l, e d_l]
-                   const gta::i64* __restrict__ past_length,
+                   const gta::i64* past_length,
                    gta::Element* __restrict__ output,  // [B, T, H]
                    int rows, int tokens, int capacity, int splits) {
     using namespace gta;

@@ -193,7 +193,7 @@ GTA_DEVICE void matmul_few(const Element* x, const Vector* weight, const u16* sc
 }  // namespace gta
 
 GTA_KERNEL(gta::max_threads)
-gta_matmul_8_rows(const gta::Element* __restrict__ x,      // [rows, K]
+gta_matmul_8_rows(const gta::Element* x,                   // [rows, K]
                   const gta::Vector* __restrict__ weight,  // packed, as is the scale
                   const gta::u16* __restrict__ scale,
                   const gta::Element* __restrict__ bias,  // [N], or null
@@ -207,7 +207,7 @@ gta_matmul_8_rows(const gta::Element* __restrict__ x,      // [rows, K]
 }
 
 GTA_KERNEL(gta::max_threads)
-gta_matmul_16_rows(const gta::Element* __restrict__ x,      // [rows, K]
+gta_matmul_16_rows(const gta::Element* x,                   // [rows, K]
                    const gta::Vector* __restrict__ weight,  // packed, as is the scale
                    const gta::u16* __restrict__ scale,
                    const gta::Element* __restrict__ bias,  // [N], or null

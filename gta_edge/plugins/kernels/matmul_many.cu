@@ -186,7 +186,7 @@ GTA_DEVICE void write_results(const Outputs& outputs, const u8* results, int fir
 }  // namespace gta
 
 GTA_KERNEL(gta::threads)
-gta_matmul(const gta::Element* __restrict__ x,      // [rows, K]
+gta_matmul(const gta::Element* x,                   // [rows, K]
            const gta::Vector* __restrict__ weight,  // packed, as is the scale
            const gta::u16* __restrict__ scale,
            const gta::Element* __restrict__ bias,  // [N], or null

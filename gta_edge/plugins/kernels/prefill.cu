@@ -184,14 +184,14 @@ struct Rows {  // what one warp works on: row_tiles tiles of 16 query rows, of o
 }  // namespace gta
 
 GTA_KERNEL(gta::warp_size* gta::append_warps)
-gta_append(const gta::Element* __restrict__ key,     // [B, T, n_k d_k]
-           const gta::Element* __restrict__ latent,  // [B, T, n_c d_l]
-           gta::CacheElement* __restrict__ key_cache,     // [B, n_k, S, d_k]
-           gta::CacheElement* __restrict__ latent_cache,  // [B, n_c, S, d_l]
-           float* __restrict__ key_scale,                 // [B, n_k, S]
-           float* __restrict__ latent_scale,              // [B, n_c, S]
-           const gta::i64* __restrict__ past_length,  // [B]
-           const gta::Element* __restrict__ cos,      // [P, d_k/2]
+gta_append(const gta::Element* key,               // [B, T, n_k d_k]
+           const gta::Element* latent,            // [B, T, n_c d_l]
+           gta::CacheElement* key_cache,          // [B, n_k, S, d_k]
+           gta::CacheElement* latent_cache,       // [B, n_c, S, d_l]
+           float* key_scale,                      // [B, n_k, S]
+           float* latent_scale,                   // [B, n_c, S]
+           const gta::i64* past_length,           // [B]
+           const gta::Element* __restrict__ cos,  // [P, d_k/2]
            const gta::Element* __restrict__ sin, int tokens, int capacity, int positions) {
     using namespace gta;
     const int token = blockIdx.x * append_warps + threadIdx.x / warp_size, head = blockIdx.y, row = blockIdx.z;
@@ -209,15 +209,15 @@ gta_append(const gta::Element* __restrict__ key,     // [B, T, n_k d_k]
 }
 
 GTA_KERNEL(gta::prefill_threads)
-gta_prefill(const gta::Element* __restrict__ query,               // [B, T, n_q d_k]
-            const gta::Element* __restrict__ gate,                // [B, T, H]
-            const gta::Element* __restrict__ value_decoder,       // [n_q, d_l, e d_l]
-            const gta::CacheElement* __restrict__ key_cache,      // [B, n_k, S, d_k]
-            const gta::CacheElement* __restrict__ latent_cache,   // [B, n_c, S, d_l]
-            const float* __restrict__ key_scale,                  // [B, n_k, S]
-            const float* __restrict__ latent_scale,               // [B, n_c, S]
-            const gta::i64* __restrict__ past_length,             // [B]
-            const gta::Element* __restrict__ cos,                 // [P, d_k/2]
+gta_prefill(const gta::Element* query,                       // [B, T, n_q d_k]
+            const gta::Element* gate,                        // [B, T, H]
+            const gta::Element* __restrict__ value_decoder,  // [n_q, d_l, e d_l]
+            const gta::CacheElement* key_cache,              // [B, n_k, S, d_k]
+            const gta::CacheElement* latent_cache,           // [B, n_c, S, d_l]
+            const float* key_scale,                          // [B, n_k, S]
+            const float* latent_scale,                       // [B, n_c, S]
+            const gta::i64* past_length,                     // [B]
+            const gta::Element* __restrict__ cos,            // [P, d_k/2]
             const gta::Element* __restrict__ sin,
             gta::Element* __restrict__ output,  // [B, T, H]
             int tokens, int capacity, int positions, float scale) {

@@ -24,9 +24,10 @@ constexpr int unit_scales = tile_outputs * unit_blocks;
 
 // Makes left operands.
 struct Widening {
-    // Which bits of a word are weights. A logical instruction takes one constant beside registers, and there are two.
-    u32 low = kept_in_register(0x000f000fu);
-    u32 high = kept_in_register(0x00f000f0u);
+    // Which bits of a word are weights: the lower and the upper nibbles of its bytes, or, of the lower bytes, all but
+    // the highest bit, and that bit. A logical instruction takes one constant beside registers, and there are two.
+    u32 low = kept_in_register(code_bits == 4 ? 0x000f000fu : 0x007f007fu);
+    u32 high = kept_in_register(code_bits == 4 ? 0x00f000f0u : 0x00800080u);
 
     // Left operand of step `step`, as integers, from this lane's vectors of the steps from 0 on. They are exact in both
     // formats: a weight's bits are set in a number whose last bit is worth 1, and what is too much is taken off.
@@ -55,8 +56,7 @@ struct Widening {
                 const u32 selector = i % 2 ? 0x4342u : 0x4140u;
                 if constexpr (bf16) {  // 128 + the lower 7 bits; less 128, or 256 where the highest is not set
                     const u32 pair = pick_bytes(bytes, 0, selector);
-                    const u32 offset = (pair & 0x00800080u) ^ 0x43804380u;
-                    a[i] = fma_bf16x2(offset, 0xbf80bf80u, (pair & 0x007f007fu) | 0x43004300u);
+                    a[i] = fma_bf16x2((pair & high) ^ 0x43804380u, 0xbf80bf80u, (pair & low) | 0x43004300u);
                 } else {  // less 1024 + 128
                     a[i] = fma_f16x2(pick_bytes(bytes, 0x64646464u, selector), 0x3c003c00u, 0xe480e480u);
                 }

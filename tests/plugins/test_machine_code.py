@@ -1,0 +1,103 @@
+"""What the compiler makes of the kernels, where the source does not tell: kinds of loads, numbers of instructions."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from gta_edge.cuda.compiler import compile_program
+from gta_edge.plugins.attention import launches as attention
+from gta_edge.plugins.attention.definition import Sizes
+from gta_edge.plugins.attention.tiling import Variant
+from gta_edge.plugins.domain import KERNELS
+from gta_edge.plugins.matmul import launches as matmul
+from gta_edge.plugins.matmul import tiling as matmul_tiling
+from tests.helpers.nvrtc import instructions, needs_nvrtc, ptx_of, reads
+
+pytestmark = needs_nvrtc
+
+ARCHITECTURE = "sm_87"
+GTA_1B = Sizes(5, 1, 1, 64, 128, 1280)
+
+# What a step only reads. All else may be what a kernel before has written, or is about to.
+CONSTANT = {"cos", "sin", "value_decoder", "weight", "scale", "bias"}
+PARAMETERS = {name: signature.addresses for name, signature in attention.SIGNATURES.items()}
+PARAMETERS |= dict.fromkeys(("gta_matmul", "gta_matmul_8_rows", "gta_matmul_16_rows"), matmul.SIGNATURE.addresses)
+
+
+def attention_programs(cache: str) -> list[attention.Program]:
+    programs = attention.programs_for(Variant(GTA_1B, "bf16", cache), ARCHITECTURE)
+    return [programs.decode, programs.prefill[-1]]
+
+
+def matmul_programs(bits: int) -> list[matmul.Program]:
+    programs = matmul.programs_for(matmul_tiling.Variant(bits, 32, "bf16"), ARCHITECTURE)
+    return [programs.few, programs.many[-1]]
+
+
+PROGRAMS = {
+    "attention": attention_programs("bf16"),
+    "attention, int8 cache": attention_programs("int8"),
+    "matmul, int4": matmul_programs(4),
+    "matmul, int8": matmul_programs(8),
+}
+PRODUCED = {
+    "gta_decode_split": {"query", "key", "latent", "key_cache", "latent_cache", "past_length"},
+    "gta_decode_combine": {"mixes", "sums", "gate", "past_length"},
+    "gta_append": {"key", "latent", "past_length"},
+    "gta_prefill": {"query", "gate", "key_cache", "latent_cache", "past_length"},
+    "gta_matmul": {"x"},
+    "gta_matmul_8_rows": {"x"},
+    "gta_matmul_16_rows": {"x"},
+}
+
+
+def reads_of(program: attention.Program | matmul.Program, sources: Path) -> dict[tuple[str, str], set[bool]]:
+    """By kernel and parameter, whether reads of it may be early, late, or either."""
+    found: dict[tuple[str, str], set[bool]] = {}
+    for kernel, place, early in reads(ptx_of(program, ARCHITECTURE, sources)):
+        found.setdefault((kernel, PARAMETERS[kernel][place]), set()).add(early)
+    return found
+
+
+@pytest.mark.parametrize("programs", PROGRAMS.values(), ids=PROGRAMS)
+def test_what_a_kernel_before_may_write_is_not_read_early(programs: list[attention.Program | matmul.Program]) -> None:
+    for program in programs:
+        found = reads_of(program, KERNELS)
+        early = {name for name, kinds in found.items() if True in kinds}
+        assert {name for _, name in early} <= CONSTANT, early
+        for kernel in program.kernels:
+            late = {name for of, name in found if of == kernel} - CONSTANT
+            assert late >= PRODUCED[kernel], kernel
+
+
+@pytest.mark.parametrize(
+    ("source", "parameter", "kernel"),
+    [
+        ("decode.cu", "const float* mixes", "gta_decode_combine"),
+        ("decode.cu", "const gta::Element* gate", "gta_decode_combine"),
+        ("prefill.cu", "const gta::Element* query", "gta_prefill"),
+    ],
+)
+def test_a_promise_that_nobody_writes_is_seen(source: str, parameter: str, kernel: str, tmp_path: Path) -> None:
+    shutil.copytree(KERNELS, tmp_path, dirs_exist_ok=True)
+    text, replaced = re.subn(
+        re.escape(parameter), parameter.replace("* ", "* __restrict__ "), (KERNELS / source).read_text()
+    )
+    assert replaced == 1
+    (tmp_path / source).write_text(text)
+    program = next(each for each in PROGRAMS["attention"] if each.source == source)
+    assert True in reads_of(program, tmp_path)[kernel, parameter.split()[-1]]
+
+
+@pytest.mark.parametrize("rows", [8, 16])
+def test_int8_weights_take_two_instructions_more_a_pair_in_bf16_than_in_fp16(rows: int) -> None:
+    """One for each of two masks, which stay in registers; a lane makes 32 pairs of a unit."""
+    counts = []
+    for compute in ("fp16", "bf16"):
+        program = matmul_tiling.few_program(matmul_tiling.Variant(8, 0, compute), ARCHITECTURE)
+        code = compile_program(program, ARCHITECTURE, KERNELS).cubin
+        counts.append(instructions(code)[f"gta_matmul_{rows}_rows"])
+    fp16, bf16 = counts
+    assert 0 < fp16 < bf16 <= fp16 + 2 * 32 + 16
