@@ -177,9 +177,11 @@ class Campaign:
             self.record.add(stage=stage.name, outcome="left out", last=str(reason))
             print(f"{stage.name}: left out, {reason}", flush=True)
             return
-        print(f"{stage.name} …", flush=True)
         running = Running(stage, command, self._environment(stage), ROOT, self.record)
         self._running.append(running)
+        if self._ended:  # before it could be told
+            return
+        print(f"{stage.name} …", flush=True)
         row = running.run(min(stage.limit_s, left))
         self._running.remove(running)
         self.record.add(**row)
