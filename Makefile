@@ -1,5 +1,6 @@
 # make demo   export the example model, generate text with it, print a latency table
 # make test   run the tests
+# make real-model   fetch SmolLM2, which some tests use, into build/; the tests do so too
 # make fuzz   run the fuzzers with CASES cases each, 5000 by default
 # make lint   run the linters and the type checker
 # make wheel  make the wheel in dist/, which is all that a board needs
@@ -22,7 +23,7 @@ BUNDLES    ?= build/test-bundles
 
 CASES      ?= 5000
 
-.PHONY: demo test fuzz test-jetson wheel lint format clean
+.PHONY: demo test real-model fuzz test-jetson wheel lint format clean
 
 demo: $(VENV)/.demo
 	rm -rf $(DEMO) && mkdir $(DEMO)
@@ -33,6 +34,9 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n auto --dist loadfile
+
+real-model: $(VENV)/.dev
+	@test -e build/smollm2/config.json || $(BIN)/python scripts/fetch_smollm2.py
 
 fuzz: $(VENV)/.dev
 	GTA_EDGE_FUZZ_CASES=$(CASES) $(BIN)/python -m pytest -n auto --dist worksteal tests/fuzz

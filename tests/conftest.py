@@ -16,6 +16,7 @@ os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 import pytest
 
 from gta_edge.cli import main
+from tests.helpers import real_model
 from tests.helpers.commands import Result
 from tests.helpers.tiny import TINY
 
@@ -48,6 +49,12 @@ def tiny_bundle(tiny_checkpoint: Path) -> Path:
     directory = tiny_checkpoint.with_name("bundle")
     export_model(tiny_checkpoint, directory)
     return directory
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct in bf16, for tests marked ``real_model``; not to be changed."""
+    return real_model.checkpoint()
 
 
 @pytest.fixture

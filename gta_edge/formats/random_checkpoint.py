@@ -6,7 +6,6 @@ on seed and config alone, not on the shards or on the version of a library.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterator
@@ -16,18 +15,14 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
-from gta_edge.errors import InputError, OutputError
-from gta_edge.formats.integrity import describe_file
+from gta_edge.errors import InputError
+from gta_edge.formats.checkpoint_writer import CHECKPOINT_FORMAT, save_tensors, write_json, write_record
 from gta_edge.model.config import ModelConfig
 from gta_edge.numerics.dtypes import CHECKPOINT_DTYPES
 from gta_edge.support.files import new_directory
 from gta_edge.support.memory import require_bytes
 from gta_edge.support.progress import Progress, silent
-from gta_edge.support.text import one_line
-from gta_edge.version import __version__
 
 __all__ = ["STANDARD_DEVIATION", "initialise"]
 
@@ -37,7 +32,6 @@ STANDARD_DEVIATION = 0.02
 _BLOCK = 2**20  # values drawn at a time
 _END = "<|endoftext|>"
 _END_ID = 256  # after the 256 bytes
-_RECORD, _FORMAT = "gta_edge_checkpoint.json", "gta-edge-checkpoint"
 
 
 def initialise(
@@ -72,25 +66,15 @@ def initialise(
     with_tokenizer = config.vocab_size > _END_ID
     if with_tokenizer:
         config = config.replace(bos_token_id=None, eos_token_ids=(_END_ID,))
-    with new_directory(directory, force=force, needed_bytes=config.weight_bytes, kind=_FORMAT) as partial:
+    with new_directory(directory, force=force, needed_bytes=config.weight_bytes, kind=CHECKPOINT_FORMAT) as partial:
         # now: the names of layers that no disk has room for would not fit into memory
         shards = list(_split(config.parameter_shapes(), CHECKPOINT_DTYPES[config.dtype].bytes, shard_bytes))
         _require_memory(config, shards)
-        _write_json(partial / "config.json", config.to_dict())
+        write_json(partial / "config.json", config.to_dict())
         if with_tokenizer:
             _write_tokenizer(config, partial)
         _write_weights(config, partial, seed, shards, progress)
-        _write_record(partial)
-
-
-def _write_record(directory: Path) -> None:
-    """List what was written: --force replaces a checkpoint that this made, and no other."""
-    files = {path.name: describe_file(path) for path in sorted(directory.iterdir())}
-    _write_json(directory / _RECORD, {"format": _FORMAT, "gta_edge": __version__, "files": files})
-
-
-def _write_json(path: Path, entries: dict[str, Any]) -> None:
-    path.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
+        write_record(partial)
 
 
 # --- weights -------------------------------------------------------------------------------------------------------
@@ -123,11 +107,11 @@ def _write_weights(
             placed[name] = file
             done += tensors[name].nbytes
             progress("writing random weights", done, total)
-        _save(tensors, directory / file)
+        save_tensors(tensors, directory / file)
         del tensors  # before the next shard is made
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": placed}
-        _write_json(directory / "model.safetensors.index.json", index)
+        write_json(directory / "model.safetensors.index.json", index)
 
 
 def _split(shapes: dict[str, tuple[int, ...]], value_bytes: int, shard_bytes: int) -> Iterator[list[str]]:
@@ -168,17 +152,6 @@ def _tensor(
     return flat.reshape(shape)
 
 
-def _save(tensors: dict[str, npt.NDArray[Any]], path: Path) -> None:
-    try:
-        save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:  # it wraps what the system says, such as a full disk
-        raise OutputError(
-            f"{path.name} cannot be written ({one_line(error)})", "check the disk's free space"
-        ) from error
-    # the library may write through a temporary file that only its owner can read; the directory has the usual mode
-    path.chmod(path.parent.stat().st_mode & 0o666)
-
-
 # --- tokenizer -----------------------------------------------------------------------------------------------------
 
 
@@ -202,4 +175,4 @@ def _write_tokenizer(config: ModelConfig, directory: Path) -> None:
         "model_max_length": config.max_position_embeddings,
         "clean_up_tokenization_spaces": False,
     }
-    _write_json(directory / "tokenizer_config.json", entries)
+    write_json(directory / "tokenizer_config.json", entries)
