@@ -39,6 +39,7 @@ from gta_edge.cli.plot import colors, context_axis, new_figure, save
 from gta_edge.cuda.gpu import current_gpu
 from gta_edge.errors import BackendError, GtaEdgeError, InputError, OutputError
 from gta_edge.libraries.optional import optional
+from gta_edge.libraries.torch import is_out_of_memory
 from gta_edge.model.decoder import Decoder
 from gta_edge.model.kv_cache import bytes_per_token
 from gta_edge.model.presets import preset
@@ -378,7 +379,9 @@ def measure_models(quick: bool, place: Document) -> tuple[list[Document], list[s
     for name in MODELS:
         try:
             rows += measure_model(name, contexts, 16 if quick else NEW_TOKENS, place)
-        except (torch.OutOfMemoryError, GtaEdgeError) as error:
+        except (RuntimeError, GtaEdgeError) as error:
+            if not (isinstance(error, GtaEdgeError) or is_out_of_memory(error)):
+                raise
             notes.append(f"{name} does not run here: {brief(error)}")
         free_memory()
     return rows, notes

@@ -69,7 +69,7 @@ def reference_logits(model: Decoder, ids: npt.NDArray[np.int64]) -> npt.NDArray[
     positions = torch.arange(tokens).expand(batch, -1)
     caches = empty_cache(model.config, batch, tokens)
     with torch.inference_mode():
-        logits, _ = model(torch.from_numpy(ids), torch.zeros(batch, dtype=torch.int64), positions, caches)
+        logits, _ = model(torch.tensor(ids), torch.zeros(batch, dtype=torch.int64), positions, caches)
     result: npt.NDArray[np.float32] = logits.numpy()
     return result
 

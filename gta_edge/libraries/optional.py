@@ -13,12 +13,13 @@ from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from functools import cache
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 from typing import Any
 
 from gta_edge.errors import BackendError
-from gta_edge.libraries.install import DISTRIBUTION, install_command, reinstall_command
+from gta_edge.libraries.install import install_command, reinstall_command
+from gta_edge.libraries.requirements import ALWAYS, floors
 from gta_edge.support.files import cache_directory
 from gta_edge.support.text import one_line, printable
 
@@ -65,8 +66,10 @@ def require_modules(names: Sequence[str], extra: str, importing: Callable[[str |
         importing: told of each before it is imported, and of None when all are.
 
     Raises:
-        BackendError: some are not installed, or the first of them cannot be used.
+        BackendError: some are not installed, the first of them cannot be used, or what is always needed is too old.
     """
+    if old := _too_old(ALWAYS):  # which nothing else asks: they are imported plainly
+        raise BackendError(*old)
     missing = []
     for name in names:
         importing(name)
@@ -124,17 +127,28 @@ def too_old() -> str | None:
     For errors that nobody expected; pip sees to it at installation, and whoever installs something else later may undo
     it.
     """
-    for distribution, floor in _floors().items():
+    old = _too_old()
+    return None if old is None else ": ".join(old)
+
+
+def _too_old(*extras: str) -> tuple[str, str] | None:
+    """Return problem and remedy of a library that is older than required, by these extras or any."""
+    for distribution, floor in floors(*extras).items():
         try:
-            found = version(distribution)
+            found = _release(distribution)
         except PackageNotFoundError:
             continue
         if floor and _numbers(found) < _numbers(floor):
             return (
-                f"{distribution} {printable(found)} is too old; expected {floor} or later: "
-                f"run: pip install '{distribution}>={floor}'"
+                f"{distribution} {printable(found)} is too old; expected {floor} or later",
+                f"run: pip install '{distribution}>={floor}'",
             )
     return None
+
+
+@cache  # a millisecond each, and nothing is installed meanwhile
+def _release(distribution: str) -> str:
+    return version(distribution)
 
 
 def keep_silent() -> None:
@@ -214,7 +228,7 @@ def _check_version(name: str) -> None:
         UnusableError: it is too old.
     """
     distribution = _distribution_of(name)
-    floor = _floors().get(distribution or "")
+    floor = floors().get(distribution or "")
     if not distribution or not floor:
         return
     found = _version(sys.modules.get(_top(name)))
@@ -249,29 +263,10 @@ def _left_over(name: str, module: ModuleType) -> UnusableError:
 # --- what this package requires --------------------------------------------------------------------------------------
 
 
-@cache
-def _floors() -> dict[str, str]:
-    """Return the oldest release of each distribution that this package requires; empty where it says so, or nowhere."""
-    try:
-        found = requires(DISTRIBUTION) or []
-    except PackageNotFoundError:  # run from its source
-        return {}
-    floors = {}
-    for requirement in found:
-        if re.search(r"extra == ['\"](dev|test)['\"]", requirement):  # what nobody runs models with
-            continue
-        wanted, _, marker = requirement.partition(";")
-        name, floor = re.match(r"[A-Za-z0-9._-]+", wanted), re.search(r">=\s*(\d+(?:\.\d+)*)", wanted)
-        if name:  # ONNX Runtime, which not every Python has a release for, says itself which is too old
-            everywhere = floor and "python_version" not in marker
-            floors[re.sub(r"[._-]+", "-", name[0]).lower()] = floor[1] if floor and everywhere else ""
-    return floors
-
-
 def _distribution_of(name: str) -> str | None:
     """Return the distribution that a module is of, of those that this package requires."""
     parts = name.replace("_", "-").split(".")
-    return next((d for d in ("-".join(parts[:n]) for n in (2, 1)) if d in _floors()), None)
+    return next((d for d in ("-".join(parts[:n]) for n in (2, 1)) if d in floors()), None)
 
 
 def _top(name: str) -> str:

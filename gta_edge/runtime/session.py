@@ -86,7 +86,10 @@ class Session(ABC):
 
     @abstractmethod
     def _run(self, input_ids: Ids, past_length: Ids, logit_positions: Ids) -> Logits:
-        """Append ``input_ids`` [B, T] and return logits [B, M, V]; there is room for them."""
+        """Append ``input_ids`` [B, T] and return logits [B, M, V]; there is room for them.
+
+        The array is the caller's, who writes into it: no view of what a later step overwrites.
+        """
 
     @property
     @abstractmethod
@@ -212,19 +215,26 @@ class Session(ABC):
         shape = (batch, tokens, self.config.vocab_size) if all_logits else (batch, self.config.vocab_size)
         chunks = cache.plan(past, counts, tokens, 4 * math.prod(shape))
 
-        logits: Logits = np.zeros(shape, np.float32)
+        # where one step gives all logits, as for every token of a generation, they are handed on and not copied
+        at_once = len(chunks) == 1 or (not all_logits and bool((counts == counts[0]).all()))
+        logits: Logits = np.empty(0 if at_once else shape, np.float32)
         self._changed(None, "a forward() that failed")  # what it leaves is nobody's
         for start, stop in chunks:
             real = np.clip(counts - start, 0, stop - start)  # tokens of this chunk that count, per row
+            ends_here = (counts > start) & (counts <= stop)
             if all_logits:
                 positions = np.broadcast_to(np.arange(stop - start), (batch, stop - start))
             else:
-                ends_here = (counts > start) & (counts <= stop)
                 positions = np.maximum(real - 1, 0)[:, None] if ends_here.any() else np.zeros((batch, 0), np.int64)
             cache.reserve(batch, int(past.max()) + stop - start, self._resize)
             part = self._run(ids[:, start:stop], past, np.ascontiguousarray(positions, np.int64))
             if all_logits:
-                logits[:, start:stop] = np.where((positions < real[:, None])[:, :, None], part, np.float32(0))
+                part[positions >= real[:, None]] = 0
+            if at_once:
+                if all_logits or part.shape[1]:
+                    logits = part if all_logits else part[:, 0]
+            elif all_logits:
+                logits[:, start:stop] = part
             elif part.shape[1]:
                 logits[ends_here] = part[ends_here, 0]
             past = cache.length = past + real

@@ -25,7 +25,7 @@ def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A directory whose modules can be imported, of a distribution that is required from 1.2 on."""
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(module, "_failures", {})
-    monkeypatch.setattr(module, "_floors", lambda: {DISTRIBUTION: "1.2"})
+    monkeypatch.setattr(module, "floors", lambda *extras: {DISTRIBUTION: "1.2"})
     for name in [name for name in sys.modules if name.startswith(NAME)]:
         monkeypatch.delitem(sys.modules, name)
     return tmp_path
@@ -146,7 +146,9 @@ def test_one_that_is_too_old_for_another_one(library: Path, monkeypatch: pytest.
 
 def test_what_is_too_old_of_all_that_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert module.too_old() is None
-    monkeypatch.setattr(module, "_floors", lambda: {DISTRIBUTION: "1", "numpy": "0.1", "pytest": "999.5", "rich": ""})
+    monkeypatch.setattr(
+        module, "floors", lambda *extras: {DISTRIBUTION: "1", "numpy": "0.1", "pytest": "999.5", "rich": ""}
+    )
     said = module.too_old()
     assert said
     assert re.fullmatch(r"pytest [\d.]+ is too old; expected 999\.5 or later: run: pip install 'pytest>=999\.5'", said)
@@ -160,17 +162,24 @@ def test_an_unexpected_error_with_something_that_is_too_old(
 
     monkeypatch.setattr("gta_edge.cli.inspect.Path.exists", fails)
     assert command("inspect", "gta-1b").err.startswith("error: unexpected AttributeError")
-    monkeypatch.setattr(module, "_floors", lambda: {"pytest": "999.5"})
+    monkeypatch.setattr(module, "floors", lambda *extras: {"pytest": "999.5"})
     assert re.match(r"pytest [\d.]+ is too old; .*\(AttributeError: ", command("inspect", "gta-1b").error)
 
 
-def test_what_is_required_is_what_the_package_says() -> None:
-    floors = module._floors()
-    assert set(floors) >= {"numpy", "onnx", "onnx-ir", "onnxruntime", "cuda-bindings", "cuda-core", "torch"}
-    assert all(module._numbers(floors[name]) for name in ("numpy", "onnx", "onnx-ir", "cuda-bindings", "torch"))
+def test_what_a_module_is_of() -> None:
+    assert set(module.floors()) >= {"numpy", "onnx", "onnx-ir", "onnxruntime", "cuda-bindings", "cuda-core", "torch"}
     assert module._distribution_of("cuda.bindings.driver") == "cuda-bindings"
     assert module._distribution_of("onnx_ir.passes.common") == "onnx-ir"
     assert module._distribution_of("cuda") is None
+
+
+def test_what_is_always_needed_is_looked_at_before_what_an_extra_brings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NumPy and the like are imported plainly, so nothing else asks for their release."""
+    monkeypatch.setattr(module, "floors", lambda *extras: {"numpy": "999.5"} if extras in ((), ("",)) else {})
+    with pytest.raises(BackendError) as caught:
+        module.require_modules(["json"], "ort", lambda name: None)
+    assert re.fullmatch(r"numpy [\d.]+ is too old; expected 999\.5 or later", caught.value.problem)
+    assert caught.value.remedy == "run: pip install 'numpy>=999.5'"
 
 
 def test_a_stand_in_can_be_named_and_subclassed(library: Path) -> None:

@@ -292,7 +292,7 @@ class OnnxRuntimeCudaSession(Session):
             step.logit_positions.update_inplace(np.ascontiguousarray(logit_positions))
         self._launch(step)
         logits: Logits = step.logits.numpy()
-        return logits
+        return logits.copy() if self._device[0] == "cpu" else logits  # a GPU's are copied as they are brought here
 
     def _launch(self, step: _Step) -> None:
         options = self._onnxruntime.RunOptions()

@@ -17,6 +17,7 @@ from gta_edge.errors import BackendError, CapacityError
 from gta_edge.formats.bundle import Bundle
 from gta_edge.graph.weights import read_stored, read_weights
 from gta_edge.libraries.optional import optional
+from gta_edge.libraries.torch import is_out_of_memory
 from gta_edge.model.config import GTAConfig
 from gta_edge.model.decoder import Cache, Decoder, empty_cache
 from gta_edge.model.quantized_decoder import build_packed_decoder
@@ -26,7 +27,7 @@ from gta_edge.plan.host_memory import require_memory_for_torch
 from gta_edge.plugins.attention import torch as torch_ops
 from gta_edge.runtime.cache_policy import CachePolicy
 from gta_edge.runtime.session import Ids, Logits, Session
-from gta_edge.runtime.torch.cuda_graph import DecodeGraph
+from gta_edge.runtime.torch.cuda_graph import CaptureError, DecodeGraph
 
 if TYPE_CHECKING:
     import torch
@@ -71,16 +72,6 @@ def load_decoder(bundle: Bundle, device: str, compute: str) -> Decoder:
         return build_decoder(bundle.config, read_weights(bundle.model_path, bundle.config))
 
 
-_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc", "bad allocation")
-"""What torch says on a CPU, in a RuntimeError."""
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY)
-
-
 @contextmanager
 def _within_memory(
     problem: str, remedy: str = "close other programs, or export with --precision int4"
@@ -89,7 +80,7 @@ def _within_memory(
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         raise CapacityError(f"{problem}", remedy) from error
 
@@ -148,6 +139,7 @@ class TorchSession(Session):
             self._model = model.eval().requires_grad_(False).to(**self._options)
         self._caches: list[Cache] = []
         self._graph: DecodeGraph | None = None
+        self.graph_refused: str | None = None if on_gpu else "there is no GPU"  # why no step is a CUDA graph
 
     @property
     def cache_bytes(self) -> int:
@@ -155,6 +147,11 @@ class TorchSession(Session):
 
     @property
     def cuda_graph(self) -> bool | None:
+        """Whether single tokens are replays of a CUDA graph; if False, ``graph_refused`` says why. None on the CPU, and
+        before the first token after the cache was made or grew.
+        """
+        if self.device != "cpu" and self.graph_refused is not None:
+            return False
         return None if self._graph is None else True
 
     def _resize(self, batch: int, capacity: int) -> None:
@@ -167,7 +164,7 @@ class TorchSession(Session):
                 for i, layer in enumerate(self._caches):  # a layer at a time: never twice the whole cache
                     self._caches[i] = (_grown(layer[0], capacity), _grown(layer[1], capacity))
         except BaseException as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             raise CapacityError(
                 f"a cache of {capacity} tokens for {batch} rows takes "
@@ -186,19 +183,25 @@ class TorchSession(Session):
 
     def _appended(self, input_ids: Ids, past_length: Ids, logit_positions: Ids) -> Logits:
         with torch.inference_mode():
-            if self._options["device"].type == "cpu":
-                inputs = (torch.tensor(x) for x in (input_ids, past_length, logit_positions))
-                logits, _ = self._model(*inputs, self._caches)
-            elif input_ids.shape[1] == 1 and logit_positions.shape[1] == 1:
-                if self._graph is None:
-                    self._graph = DecodeGraph(self._model, self._caches, len(input_ids))
-                logits = self._graph.replay(input_ids, past_length)
+            single = input_ids.shape[1] == 1 and logit_positions.shape[1] == 1
+            graph = self._step(len(input_ids)) if single and self.graph_refused is None else None
+            if graph is not None:
+                logits = graph.replay(input_ids, past_length)
             else:
                 device = self._options["device"]
                 inputs = (torch.tensor(x, device=device) for x in (input_ids, past_length, logit_positions))
                 logits = self._model(*inputs, self._caches)[0].cpu()
         result: Logits = logits.numpy()
         return result
+
+    def _step(self, batch: int) -> DecodeGraph | None:
+        """Return the step of one token as a CUDA graph; None where it cannot be captured, and runs as it is."""
+        if self._graph is None:
+            try:
+                self._graph = DecodeGraph(self._model, self._caches, batch)
+            except CaptureError as error:
+                self.graph_refused = error.problem
+        return self._graph
 
     def _release(self) -> None:
         self._graph = None

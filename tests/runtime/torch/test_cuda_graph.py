@@ -6,10 +6,24 @@ import weakref
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from gta_edge.runtime.torch.cuda_graph import DecodeGraph
+from gta_edge.errors import CapacityError
+from gta_edge.model.config import ModelConfig
+from gta_edge.model.decoder import Decoder
+from gta_edge.runtime.torch import session as backend
+from gta_edge.runtime.torch.cuda_graph import CHECKED, CaptureError, DecodeGraph
+from gta_edge.runtime.torch.session import TorchSession
+from tests.helpers import reference
+
+# As torch's allocator says it on Tegra, where there is no NVML to tell how much memory is free.
+TEGRA = (
+    'NVML_SUCCESS == r INTERNAL ASSERT FAILED at "/opt/pytorch/c10/cuda/CUDACachingAllocator.cpp":995, please report '
+    "a bug to PyTorch. "
+)
+SMALL = reference.gta_entries(vocab_size=31, max_position_embeddings=64)
 
 
 @pytest.fixture
@@ -44,3 +58,161 @@ def test_what_a_graph_reads_lives_as_long_as_the_graph() -> None:
     del graph
     gc.collect()
     assert {name: tensor() is None for name, tensor in read.items()} == dict.fromkeys(read, True)  # it would be seen
+
+
+# --- a check of that at every replay ---------------------------------------------------------------------------------
+
+
+def cache() -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.full((1, 1, 4, 4), 3.0), torch.full((1, 1, 4, 4), 5.0)
+
+
+def step(*inputs: Any) -> tuple[torch.Tensor, Any]:
+    """What a model does: it writes to its caches, at position 0 here."""
+    for key, latent in inputs[3]:
+        key[:, :, :1] = 7.0
+        latent[:, :, :1] = 7.0
+    return torch.ones(1, 1, 8), inputs[3]
+
+
+@pytest.mark.usefixtures("no_gpu")
+@pytest.mark.parametrize("asked", ["1", "0", None])
+@pytest.mark.parametrize("known", [True, False], ids=["torch 2.13", "torch 2.12"])
+def test_torch_checks_what_a_graph_reads_where_it_is_asked_to(
+    asked: str | None, known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At each token it walks over all parameters, so not by itself; and before 2.13 it cannot."""
+    given: dict[str, Any] = {}
+
+    class Newer:
+        def __init__(
+            self, graph: Any, stream: Any, capture_error_mode: str, check_input_liveness: bool = False
+        ) -> None:
+            given.update(check_input_liveness=check_input_liveness)
+
+        def __enter__(self) -> None: ...
+
+        def __exit__(self, *error: Any) -> None: ...
+
+    if known:
+        monkeypatch.setattr(torch.cuda, "graph", Newer)
+    monkeypatch.delenv(CHECKED, raising=False)
+    if asked is not None:
+        monkeypatch.setenv(CHECKED, asked)
+    DecodeGraph(step, [cache()], 1)
+    assert given == ({"check_input_liveness": asked == "1"} if known else {})
+
+
+# --- steps that cannot be captured -----------------------------------------------------------------------------------
+
+
+def fails_in_the_capture(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextlib.contextmanager
+    def graph(*arguments: Any, **options: Any) -> Any:
+        yield
+        raise error
+
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_a_step_that_cannot_be_captured_leaves_the_caches_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    fails_in_the_capture(RuntimeError("CUDA error: operation not permitted\n when stream is capturing"), monkeypatch)
+    caches = [cache(), cache()]
+    with pytest.raises(
+        CaptureError, match=r"cannot be captured as a CUDA graph .CUDA error: operation not permitted w"
+    ):
+        DecodeGraph(step, caches, 1)
+    for key, latent in caches:
+        assert (key == 3.0).all()
+        assert (latent == 5.0).all()
+
+
+@pytest.mark.usefixtures("no_gpu")
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError(TEGRA)])
+def test_want_of_memory_is_not_taken_for_a_refusal(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    fails_in_the_capture(error, monkeypatch)
+    with pytest.raises(RuntimeError) as caught:
+        DecodeGraph(step, [cache()], 1)
+    assert caught.value is error
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_a_step_that_does_not_run_is_no_refusal_either() -> None:
+    def broken(*inputs: Any) -> Any:
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    with pytest.raises(RuntimeError, match="device-side assert"):
+        DecodeGraph(broken, [cache()], 1)
+
+
+@pytest.fixture
+def session(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """On the CPU, taken for a GPU: every single token asks for a graph."""
+    torch.manual_seed(0)
+    with TorchSession(Decoder(ModelConfig.from_dict(SMALL))) as made:
+        made.device, made.graph_refused = "gpu", None
+        yield made
+
+
+def test_such_a_step_runs_uncaptured(session: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    tries = []
+
+    def refuses(*arguments: Any) -> None:
+        tries.append(arguments)
+        raise CaptureError("the step cannot be captured as a CUDA graph (as a test)", "run it as it is")
+
+    monkeypatch.setattr(backend, "DecodeGraph", refuses)
+    assert session.cuda_graph is None
+    whole = session.forward([[3, 5, 7, 9]], all_logits=True)[0]
+    session.truncate(1)
+    for t, token in enumerate([5, 7, 9], start=1):
+        torch.testing.assert_close(session.forward([[token]])[0], whole[t], rtol=1e-4, atol=1e-5)
+        assert session.cuda_graph is False
+    assert session.graph_refused == "the step cannot be captured as a CUDA graph (as a test)"
+    assert len(tries) == 1  # not at every token again
+
+
+# --- no memory left --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried…"), RuntimeError(TEGRA)])
+@pytest.mark.parametrize("where", ["DecodeGraph", "empty_cache"])
+def test_want_of_memory_is_a_capacity_error(
+    error: Exception, where: str, session: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*arguments: Any, **options: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(backend, where, fails)
+    with pytest.raises(CapacityError, match=r"too little memory left|has not that much left"):
+        session.forward([[3]])
+
+
+def test_another_failure_of_the_allocator_stays_what_it_is(session: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*arguments: Any) -> None:
+        raise RuntimeError('false INTERNAL ASSERT FAILED at "CUDACachingAllocator.cpp":1')
+
+    monkeypatch.setattr(backend, "DecodeGraph", fails)
+    with pytest.raises(RuntimeError, match="INTERNAL ASSERT"):
+        session.forward([[3]])
+
+
+# --- what is given to it ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_ids_that_may_only_be_read_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch warns of an array that it could write to and must not."""
+    seen: dict[str, Any] = {}
+
+    def model(*inputs: Any) -> tuple[torch.Tensor, Any]:
+        seen.update(ids=inputs[0], past=inputs[1])
+        return torch.ones(2, 1, 8), inputs[3]
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
+    graph = DecodeGraph(model, [(torch.ones(2, 1, 4, 4), torch.ones(2, 1, 4, 4))], 2)
+    ids, past = np.frombuffer(np.array([4, 9]).tobytes(), np.int64).reshape(2, 1), np.array([1, 2])
+    past.flags.writeable = False
+    assert graph.replay(ids, past).shape == (2, 1, 8)
+    assert (seen["ids"].tolist(), seen["past"].tolist()) == ([[4], [9]], [1, 2])

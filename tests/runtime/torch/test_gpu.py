@@ -22,6 +22,7 @@ from gta_edge.numerics.dtypes import DTYPES
 from gta_edge.plugins.attention import torch as torch_ops
 from gta_edge.runtime.torch import session as backend
 from gta_edge.runtime.torch.backend import TORCH
+from gta_edge.runtime.torch.cuda_graph import CHECKED
 from gta_edge.runtime.torch.session import TorchSession
 from tests.helpers import reference
 from tests.helpers.torch_graphs import WithoutGraph
@@ -83,6 +84,12 @@ def assert_near(found: np.ndarray, wanted: np.ndarray, compute: str) -> None:
     assert found.dtype == np.float32
     assert found.shape == wanted.shape
     assert difference(found, wanted).max_rel_error <= COMPUTE_BOUNDS[compute]
+
+
+@pytest.fixture(autouse=True)
+def _checked_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every replay first checks that what its graph reads is still there."""
+    monkeypatch.setenv(CHECKED, "1")
 
 
 @pytest.fixture
