@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from enum import Enum
 from types import SimpleNamespace
 from typing import Any
@@ -48,6 +49,13 @@ TYPES = {"fp16": HALF, "bf16": BF16, "int8": INT8, "fp8": FP8}
 SIZES = Sizes(5, 1, 1, 64, 128, 1280)
 ATTRIBUTES: dict[str, Any] = {"num_query_heads": 5, "num_key_heads": 1, "num_latent_heads": 1, "scale": 0.125}
 PARAMETERS = Parameters(5, 1, 1, 0.125)
+
+# Grouped-query attention: neither gate nor value decoder; and each of them alone.
+GQA = Sizes(8, 2, 2, 64, 64, 512, False, False)
+GQA_ATTRIBUTES = ATTRIBUTES | {"num_query_heads": 8, "num_key_heads": 2, "num_latent_heads": 2}
+GQA_ATTRIBUTES |= {"has_gate": 0, "has_value_decoder": 0}
+GQA_PARAMETERS = Parameters(8, 2, 2, 0.125, False, False, False)
+FORMS = [(0, 0), (0, 1), (1, 0), (1, 1)]
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +150,8 @@ def test_the_creator_declares_the_attributes_that_the_parser_shall_pass_on(creat
         "num_latent_heads": KINDS.INT32,
         "scale": KINDS.FLOAT32,
         "quantised_cache": KINDS.INT32,
+        "has_gate": KINDS.INT32,
+        "has_value_decoder": KINDS.INT32,
     }
 
 
@@ -152,6 +162,7 @@ def test_a_plugin_is_made_from_attributes(creator: Any) -> None:
     assert (made.plugin_name, made.plugin_version, made.plugin_namespace) == (OP, "1", "gta")
     assert made.num_outputs == 3
     assert make(creator, quantised_cache=1).num_outputs == 5
+    assert make(creator, **GQA_ATTRIBUTES).parameters == GQA_PARAMETERS
     for kind in trt.PluginCapabilityType.__members__.values():
         assert made.get_capability_interface(kind) is made
 
@@ -170,8 +181,9 @@ def test_numbers_of_64_bits_are_taken_too(creator: Any) -> None:
 
 
 @pytest.mark.parametrize("quantised", [0, 1])
-def test_what_is_serialised_makes_the_same_plugin(creator: Any, quantised: int) -> None:
-    made = make(creator, scale=0.1, quantised_cache=quantised)
+@pytest.mark.parametrize(("gate", "decoder"), FORMS)
+def test_what_is_serialised_makes_the_same_plugin(creator: Any, quantised: int, gate: int, decoder: int) -> None:
+    made = make(creator, scale=0.1, quantised_cache=quantised, has_gate=gate, has_value_decoder=decoder)
     again = creator.create_plugin("layer", made.get_fields_to_serialize(), RUNTIME)
     assert again is not made
     assert (again.parameters, again.built, again.num_outputs) == (made.parameters, None, made.num_outputs)
@@ -184,6 +196,10 @@ def test_what_a_build_settled_is_serialised_too(creator: Any, compute: str, cach
     made.built = Built(Variant(SIZES, compute, cache), "sm_87", 8)
     again = creator.create_plugin("layer", made.get_fields_to_serialize(), RUNTIME)
     assert (again.parameters, again.built) == (made.parameters, made.built)
+    plain = make(creator, **GQA_ATTRIBUTES, quantised_cache=int(cache != compute))
+    plain.built = Built(Variant(GQA, compute, cache), "sm_87", 8)
+    again = creator.create_plugin("layer", plain.get_fields_to_serialize(), RUNTIME)
+    assert (again.parameters, again.built) == (plain.parameters, plain.built)
 
 
 def test_serialised_fields_outlive_other_work(creator: Any) -> None:
@@ -213,7 +229,7 @@ def test_a_clone_is_another_plugin_of_the_same_kind(creator: Any) -> None:
         (
             {"nonsense": 1},
             "has no attribute nonsense; expected num_query_heads, num_key_heads, num_latent_heads, scale, "
-            "quantised_cache, plugin_namespace, plugin_version",
+            "quantised_cache, has_gate, has_value_decoder, plugin_namespace, plugin_version",
         ),
         ({"scale": 1}, "has scale of type INT32; expected FLOAT32 or FLOAT64"),
         ({"num_key_heads": 1.0}, "has num_key_heads of type FLOAT32; expected INT32 or INT64"),
@@ -240,6 +256,8 @@ def test_a_clone_is_another_plugin_of_the_same_kind(creator: Any) -> None:
         ({"scale": float("nan")}, "has scale = nan; expected more than 0"),
         ({"scale": float("inf")}, "has scale = inf; expected more than 0"),
         ({"quantised_cache": 2}, "has quantised_cache = 2; expected 0 or 1"),
+        ({"has_gate": -1}, "has has_gate = -1; expected 0 or 1"),
+        ({"has_value_decoder": 3}, "has has_value_decoder = 3; expected 0 or 1"),
         (
             {"compute": "fp16"},
             "in this engine lacks key_dim, latent_dim, hidden_size, cache, architecture, processors; "
@@ -262,6 +280,11 @@ def test_attributes_that_are_refused(creator: Any, attributes: dict[str, Any], t
             {"hidden_size": 7},
             f"{OP} in this engine is damaged (hidden_size 7 is not a multiple of num_query_heads 5 times latent_dim "
             "128); build the engine again",
+        ),
+        (
+            {"has_value_decoder": 0},
+            f"{OP} in this engine is damaged (hidden_size 1280 is not num_query_heads 5 times latent_dim 128, and "
+            "there is no value_decoder); build the engine again",
         ),
     ],
 )
@@ -290,8 +313,9 @@ def test_from_c_plus_plus_a_refusal_is_no_plugin(creator: Any, capfd: pytest.Cap
 # --- types, shapes, formats ------------------------------------------------------------------------------------------
 
 
-def input_types(compute: Any, cache: Any, quantised: bool) -> list[Any]:
-    return [compute] * 4 + [cache, cache, INT64] + [compute] * 3 + [FLOAT, FLOAT] * quantised
+def input_types(compute: Any, cache: Any, quantised: bool, gate: int = 1, decoder: int = 1) -> list[Any]:
+    given = [compute] * (3 + gate) + [cache, cache, INT64] + [compute] * (2 + decoder)
+    return given + [FLOAT, FLOAT] * quantised
 
 
 @pytest.mark.parametrize(("compute", "cache"), VARIANTS)
@@ -331,6 +355,18 @@ def test_a_node_with_scales_that_does_not_say_so(creator: Any) -> None:
     assert text.startswith(f"{OP} has 12 inputs; with quantised_cache = 0 it has 10: query, key, latent, gate, ")
 
 
+def test_a_node_without_a_gate_that_does_not_say_so(creator: Any) -> None:
+    types = input_types(HALF, HALF, False, 0, 0)
+    text = message(make(creator).get_output_data_types, types)
+    assert text.startswith(f"{OP} has 8 inputs; with quantised_cache = 0 it has 10: query, key, latent, gate, ")
+    assert make(creator, **GQA_ATTRIBUTES).get_output_data_types(types) == [HALF] * 3
+    text = message(make(creator, **GQA_ATTRIBUTES).get_output_data_types, [*types, HALF])
+    assert text == (
+        f"{OP} has 9 inputs; with quantised_cache = 0, has_gate = 0, has_value_decoder = 0 it has 8: query, key, "
+        "latent, past_key, past_latent, past_length, cos, sin"
+    )
+
+
 @pytest.mark.parametrize("quantised", [0, 1])
 def test_shapes_are_those_of_the_gate_and_the_caches(creator: Any, quantised: int) -> None:
     """The very expressions: nothing is computed, so nothing is lost of what TensorRT knows of them."""
@@ -345,21 +381,49 @@ def test_shapes_are_those_of_the_gate_and_the_caches(creator: Any, quantised: in
     )
 
 
+class Builder(SimpleNamespace):
+    """Of expressions, which are tuples."""
+
+    def constant(self, value: int) -> Any:
+        return value
+
+    def operation(self, operation: Any, *operands: Any) -> Any:
+        return (operation, *operands)
+
+
+@pytest.mark.parametrize("quantised", [0, 1])
+@pytest.mark.parametrize("decoder", [0, 1])
+def test_without_a_gate_the_width_is_that_of_all_heads(
+    creator: Any, monkeypatch: pytest.MonkeyPatch, quantised: int, decoder: int
+) -> None:
+    """The values are as wide as the latents, or as what the value decoder makes of them."""
+    made = make(creator, quantised_cache=quantised, has_gate=0, has_value_decoder=decoder)
+    monkeypatch.setattr(trt, "DimsExprs", list)  # the binding's own holds only what a builder in C++ has made
+    shapes = {name: [f"{name}.{axis}" for axis in range(4)] for name in made.parameters.inputs}
+    output, *presents = made.get_output_shapes(list(shapes.values()), [], Builder())
+    last = shapes["value_decoder" if decoder else "past_latent"][-1]
+    assert output == ["query.0", "query.1", (trt.DimensionOperation.PROD, 5, last)]
+    pasts = ["past_key", "past_latent", *["past_key_scale", "past_latent_scale"] * quantised]
+    assert [id(each) for each in presents] == [id(shapes[name]) for name in pasts]
+
+
 class Format(Enum):
     LINEAR = 0
     CHW32 = 5
 
 
-@pytest.mark.parametrize("quantised", [False, True])
-def test_every_combination_of_types_and_formats(creator: Any, monkeypatch: pytest.MonkeyPatch, quantised: bool) -> None:
+@pytest.mark.parametrize(("quantised", "given"), [(False, 1), (True, 1), (True, 0)])
+def test_every_combination_of_types_and_formats(
+    creator: Any, monkeypatch: pytest.MonkeyPatch, quantised: bool, given: int
+) -> None:
     """Each tensor of each good combination, with every other type and format in its place."""
     monkeypatch.setattr(trt, "TensorFormat", Format, raising=False)
-    made = make(creator, quantised_cache=int(quantised))
+    made = make(creator, quantised_cache=int(quantised), has_gate=given, has_value_decoder=given)
     inputs = len(made.parameters.inputs)
     caches = [INT8, FP8] if quantised else [None]
     good = []
     for compute, cache in itertools.product((HALF, BF16), caches):
-        types = input_types(compute, cache or compute, quantised)
+        types = input_types(compute, cache or compute, quantised, given, given)
         good.append(types + made.get_output_data_types(types))
     accepted = {tuple(types[: place + 1]) for types in good for place in range(len(types))}
     for types in good:
@@ -368,7 +432,7 @@ def test_every_combination_of_types_and_formats(creator: Any, monkeypatch: pytes
             in_out[place] = SimpleNamespace(desc=SimpleNamespace(type=other, format=format_))
             expected = (*types[:place], other) in accepted and format_ is Format.LINEAR
             assert made.supports_format_combination(place, in_out, inputs) is expected, (place, other, format_)
-            assert made.supports_format_combination(place, in_out, 22 - inputs) is False
+            assert made.supports_format_combination(place, in_out, inputs + 2) is False
 
 
 # --- sizes -----------------------------------------------------------------------------------------------------------
@@ -389,6 +453,10 @@ def shapes(b: int, t: int, s: int, p: int, sizes: Sizes = SIZES, quantised: bool
         (p, d_k // 2),
         (n_q, d_l, hidden // n_q),
     ]
+    if not getattr(sizes, "has_value_decoder", True):
+        del found[9]
+    if not getattr(sizes, "has_gate", True):
+        del found[3]
     return found + [(b, n_k, s), (b, n_c, s)] * quantised
 
 
@@ -420,6 +488,34 @@ def test_shapes_that_are_refused(place: int, shape: tuple[int, ...], text: str) 
     assert describe_call(PARAMETERS, NAMES, tuple(good)).capacity == 99
     good[place] = shape
     assert message(describe_call, PARAMETERS, NAMES, tuple(good)) == f"{OP} has {text}"
+
+
+@pytest.mark.parametrize(("gate", "decoder"), FORMS[:3])
+def test_calls_without_a_gate_or_a_value_decoder(gate: int, decoder: int) -> None:
+    heads, width = (8, 2, 2), 512 * (1 + decoder)
+    parameters = Parameters(*heads, 0.125, False, bool(gate), bool(decoder))
+    sizes = Sizes(*heads, 64, 64, width, bool(gate), bool(decoder))
+    types, good = ("fp16",) * (5 + gate) + ("int64",) + ("fp16",) * (2 + decoder), shapes(2, 3, 99, 99, sizes)
+    call = describe_call(parameters, types, tuple(good))
+    assert (call.variant, call.sizes) == (Variant(sizes, "fp16", "fp16"), (2, 3, 99))
+    good[1] = (2, 4, 128)
+    assert message(describe_call, parameters, types, tuple(good)) == (
+        f"{OP} has key of shape [2, 4, 128]; expected [2, 3, 128]"
+    )
+    if gate:
+        good[3] = (2, 3, 1024)
+        assert (
+            "hidden_size 1024 is not num_query_heads 8 times latent_dim 64, and there is no value_decoder"
+            in message(describe_call, parameters, types, tuple(good))
+        )
+
+
+def test_heads_of_keys_and_of_values_are_as_many_without_a_value_decoder() -> None:
+    parameters = replace(GQA_PARAMETERS, num_latent_heads=1)
+    sizes = SimpleNamespace(**vars(GQA) | {"num_latent_heads": 1})
+    types = ("fp16",) * 5 + ("int64",) + ("fp16",) * 2
+    text = message(describe_call, parameters, types, tuple(shapes(1, 1, 64, 64, sizes)))  # type: ignore[arg-type]  # no Sizes can say this
+    assert "num_latent_heads 1 is not num_key_heads 2, and there is no value_decoder" in text
 
 
 def test_sizes_that_there_are_no_kernels_for() -> None:
@@ -539,8 +635,10 @@ class Engine:
 
     def __init__(self, plugin: Any, compute: str = "fp16", cache: str = "fp16", **sizes: int) -> None:
         self.plugin = plugin.attach_to_context(None)
-        quantised = self.plugin.parameters.quantised_cache
-        self.descs = descs(input_types(TYPES[compute], TYPES[cache], quantised), shapes(**sizes, quantised=quantised))
+        parameters = self.plugin.parameters
+        quantised, has = parameters.quantised_cache, (int(parameters.has_gate), int(parameters.has_value_decoder))
+        types = input_types(TYPES[compute], TYPES[cache], quantised, *has)
+        self.descs = descs(types, shapes(**sizes, sizes=SIZES if any(has) else GQA, quantised=quantised))
         self.plugin.on_shape_change(self.descs, [])
 
     def enqueue(self, stream: int = 7, **moved: int) -> None:
@@ -583,6 +681,25 @@ def test_many_tokens_are_appended_and_attended(creator: Any, cuda: FakeCuda) -> 
     assert (append[2], prefill[2]) == ("gta_append", "gta_prefill")
     assert addresses_of(append) == [0x2000, 0x3000, *caches]
     assert addresses_of(prefill) == [0x1000, 0x4000, 0xA000, *caches, 0xB000]
+
+
+@pytest.mark.parametrize("quantised", [0, 1])
+def test_grouped_query_attention_has_neither_gate_nor_value_decoder(
+    creator: Any, cuda: FakeCuda, quantised: int
+) -> None:
+    made = make(creator, **GQA_ATTRIBUTES, quantised_cache=quantised)
+    for tokens in (3, 300):
+        engine = Engine(made, "bf16", "int8" if quantised else "bf16", b=2, t=tokens, s=512, p=1024)
+        engine.enqueue()
+        engine.enqueue(present_key=0x50000)  # elsewhere: then the past is copied first
+    launches = [each for each in cuda.launches if each[0] != "copy"]
+    assert [each[2] for each in launches[:2] + launches[-2:]] == [
+        *("gta_decode_split", "gta_decode_combine", "gta_append", "gta_prefill")
+    ]
+    assert addresses_of(launches[1])[2:4] == [0, 0]
+    assert addresses_of(launches[-1])[:3] == [0x1000, 0, 0]
+    size = 2 * 2 * 512 * 64 * (1 if quantised else 2)
+    assert [each for each in cuda.launches if each[0] == "copy"] == [("copy", 0x50000, 0x5000, size, 7)] * 2
 
 
 @pytest.mark.parametrize("tokens", [tiling.DECODE_TOKENS, tiling.DECODE_TOKENS + 1])
@@ -742,13 +859,13 @@ class PluginCall(Call):
         self.plugin.enqueue(self.descs, [], inputs, outputs, workspace, stream)
 
 
-FORMS = pytest.mark.parametrize(("past", "tokens", "capacity"), [((0, 330, 17), 1, 333), ((0, 300, 129), 100, 400)])
+LENGTHS = pytest.mark.parametrize(("past", "tokens", "capacity"), [((0, 330, 17), 1, 333), ((0, 300, 129), 100, 400)])
 EVERY_VARIANT = pytest.mark.parametrize(("compute", "cache"), VARIANTS)
 
 
 @on_gpu
 @EVERY_VARIANT
-@FORMS
+@LENGTHS
 def test_on_a_gpu_it_is_exact(
     creator: Any, compute: str, cache: str, past: tuple[int, ...], tokens: int, capacity: int
 ) -> None:
@@ -757,7 +874,7 @@ def test_on_a_gpu_it_is_exact(
 
 @on_gpu
 @EVERY_VARIANT
-@FORMS
+@LENGTHS
 def test_on_a_gpu_separate_caches_give_the_same(
     creator: Any, compute: str, cache: str, past: tuple[int, ...], tokens: int, capacity: int
 ) -> None:
