@@ -35,6 +35,7 @@ from gta_edge.plugins.plugin_base import take_failures
 from gta_edge.plugins.plugin_call_base import Built
 from gta_edge.plugins.plugin_registry import plugin_class
 from tests.helpers.fake_cuda import FakeCuda
+from tests.helpers.gpu_calls import GQA as GQA_9_3
 from tests.helpers.gpu_calls import GTA_1B, TOLERANCE, VARIANTS, Call, bits, on_gpu
 from tests.helpers.plugin_values import KINDS, Fields, bounds, descs, numbers, trt
 from tests.helpers.refusals import message
@@ -838,6 +839,8 @@ class PluginCall(Call):
             num_latent_heads=sizes.num_latent_heads,
             scale=self.scale,
             quantised_cache=int(variant.quantised),
+            has_gate=int(sizes.has_gate),
+            has_value_decoder=int(sizes.has_value_decoder),
         )
         self.plugin = made.attach_to_context(None)
         self.scale = made.parameters.scale
@@ -870,6 +873,15 @@ def test_on_a_gpu_it_is_exact(
     creator: Any, compute: str, cache: str, past: tuple[int, ...], tokens: int, capacity: int
 ) -> None:
     PluginCall(creator, Variant(GTA_1B, compute, cache), past, tokens, capacity).run().check()
+
+
+@on_gpu
+@pytest.mark.parametrize("cache", ["bf16", "int8"])
+@LENGTHS
+def test_on_a_gpu_grouped_query_attention_is_exact(
+    creator: Any, cache: str, past: tuple[int, ...], tokens: int, capacity: int
+) -> None:
+    PluginCall(creator, Variant(GQA_9_3, "bf16", cache), past, tokens, capacity).run().check()
 
 
 @on_gpu
