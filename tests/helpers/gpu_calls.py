@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from itertools import product
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -21,6 +21,8 @@ DEVICE = "cuda"
 
 def on_gpu(test: Callable[..., None]) -> Callable[..., None]:
     """Mark a test that runs kernels. Not the whole module: the formula is checked everywhere."""
+    import pytest  # which those who only make calls do without
+
     skip = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
     return pytest.mark.gpu(skip(test))
 
@@ -49,11 +51,15 @@ GQA = Sizes(9, 3, 3, 64, 64, 576, has_gate=False, has_value_decoder=False)
 GUARD_BYTES = 512
 GUARD = 0xA5
 
+LIVE: weakref.WeakSet[Memory] = weakref.WeakSet()
+"""All memory that there is."""
+
 
 class Memory:
     """Named tensors, each between two guards in an allocation of its own."""
 
     def __init__(self) -> None:
+        LIVE.add(self)
         self._whole: dict[str, Tensor] = {}
         self.tensors: dict[str, Tensor] = {}
 
