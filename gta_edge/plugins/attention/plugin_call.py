@@ -21,7 +21,7 @@ from gta_edge.plugins.plugin_call_base import CALLS_CACHED, FieldTypes, Paramete
 
 __all__ = [
     "FIELDS",
-    "OPTIONAL_INPUTS",
+    "INPUT_FLAGS",
     "PAST_SCALES",
     "PRESENT_SCALES",
     "QUANTISED_CACHE",
@@ -38,7 +38,7 @@ PRESENT_SCALES = ("present_key_scale", "present_latent_scale")
 QUANTISED_CACHE = "quantised_cache"
 """Attribute, 0 or 1: the node has scales. A plugin says how many outputs it has before it sees its inputs."""
 
-OPTIONAL_INPUTS = {"gate": "has_gate", "value_decoder": "has_value_decoder"}
+INPUT_FLAGS = {"gate": "has_gate", "value_decoder": "has_value_decoder"}
 """Inputs that a node need not have, and the attribute, 0 or 1, that says so: a plugin's inputs have no gaps."""
 
 FIELDS = FieldTypes(
@@ -49,11 +49,11 @@ FIELDS = FieldTypes(
         "num_latent_heads": int,
         "scale": float,
         QUANTISED_CACHE: int,
-        **dict.fromkeys(OPTIONAL_INPUTS.values(), int),
+        **dict.fromkeys(INPUT_FLAGS.values(), int),
     },
     variant={"key_dim": int, "latent_dim": int, "hidden_size": int, "compute": str, "cache": str},
     made_by="export",
-    optional=(QUANTISED_CACHE, *OPTIONAL_INPUTS.values()),
+    optional=(QUANTISED_CACHE, *INPUT_FLAGS.values()),
 )
 """The plugin as its fields."""
 
@@ -94,7 +94,7 @@ class Parameters(ParametersBase[Variant]):
     @cached_property
     def inputs(self) -> tuple[str, ...]:
         """Names of the inputs, in order."""
-        given = tuple(name for name in INPUTS if getattr(self, OPTIONAL_INPUTS.get(name, ""), True))
+        given = tuple(name for name in INPUTS if getattr(self, INPUT_FLAGS.get(name, ""), True))
         return given + PAST_SCALES * self.quantised_cache
 
     @cached_property
@@ -124,7 +124,7 @@ class Parameters(ParametersBase[Variant]):
     @property
     def _flags(self) -> str:
         """The attributes that say which inputs there are, as errors have them; those of optional ones where 0."""
-        absent = [f"{name} = 0" for name in OPTIONAL_INPUTS.values() if not getattr(self, name)]
+        absent = [f"{name} = 0" for name in INPUT_FLAGS.values() if not getattr(self, name)]
         return ", ".join((f"{QUANTISED_CACHE} = {int(self.quantised_cache)}", *absent))
 
     def check_number(self, inputs: int) -> None:
