@@ -16,32 +16,17 @@ from gta_edge.model.config import GQAConfig
 
 __all__ = ["write_gguf"]
 
-_NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-
 
 def write_gguf(checkpoint: Checkpoint, path: Path) -> None:
     """Write a checkpoint; without a tokenizer, since everything here is given as ids.
 
     Raises:
-        CheckpointError: it is no plain Llama model in bf16.
+        CheckpointError: it is no plain Llama model.
     """
     config = checkpoint.config
-    if not isinstance(config, GQAConfig) or config.rope_scaling.rope_type != "default":
+    if not isinstance(config, GQAConfig) or checkpoint.biases or config.rope_scaling.rope_type != "default":
         raise CheckpointError(
-            f"{checkpoint.directory} is {config.architecture}", "expected a Llama model without RoPE scaling"
+            f"{checkpoint.directory} is {config.architecture}", "expected a Llama model without biases and RoPE scaling"
         )
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(config.max_position_embeddings)
@@ -56,34 +41,29 @@ def write_gguf(checkpoint: Checkpoint, path: Path) -> None:
     writer.add_vocab_size(config.vocab_size)
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
     writer.add_tokenizer_model("none")
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for name in checkpoint.names:
-        _add(writer, name, checkpoint.read(name), config)
+        _add(writer, names.get_name(name, try_suffixes=(".weight",)), _ordered(name, checkpoint.read(name), config))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
 
 
-def _add(writer: gguf.GGUFWriter, name: str, values: npt.NDArray[Any], config: GQAConfig) -> None:
-    target = _gguf_name(name)
-    if values.ndim == 1:
-        writer.add_tensor(target, values.astype(np.float32))
-        return
-    if values.dtype != ml_dtypes.bfloat16:
-        raise CheckpointError(f"{name} is {values.dtype}", "expected a checkpoint in bfloat16")
+def _ordered(name: str, values: npt.NDArray[Any], config: GQAConfig) -> npt.NDArray[Any]:
+    """Return a parameter as llama.cpp wants its rows."""
     for projection, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
         if f".{projection}." in name:
-            values = _interleaved(values, heads)
-    raw = np.ascontiguousarray(values).view(np.uint8)
-    writer.add_tensor(target, raw, raw_shape=raw.shape, raw_dtype=gguf.GGMLQuantizationType.BF16)
+            return _interleaved(values, heads)
+    return values
 
 
-def _gguf_name(name: str) -> str:
-    base, _, kind = name.rpartition(".")
-    if base.startswith("model.layers."):
-        _, _, layer, part = base.split(".", 3)
-        return f"blk.{layer}.{_NAMES[part]}.{kind}"
-    return f"{_NAMES[base]}.{kind}"
+def _add(writer: gguf.GGUFWriter, name: str, values: npt.NDArray[Any]) -> None:
+    if values.ndim == 1:
+        writer.add_tensor(name, values.astype(np.float32))
+        return
+    raw = np.ascontiguousarray(values.astype(ml_dtypes.bfloat16)).view(np.uint8)
+    writer.add_tensor(name, raw, raw_shape=raw.shape, raw_dtype=gguf.GGMLQuantizationType.BF16)
 
 
 def _interleaved(weight: npt.NDArray[Any], heads: int) -> npt.NDArray[Any]:

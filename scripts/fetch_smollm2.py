@@ -26,6 +26,7 @@ from gta_edge.errors import CheckpointError, GtaEdgeError, InputError
 from gta_edge.formats.checkpoint import Checkpoint
 from gta_edge.formats.checkpoint_writer import CHECKPOINT_FORMAT, save_tensors, write_json, write_record
 from gta_edge.formats.integrity import describe_file
+from gta_edge.model.config import ModelConfig, read_config
 from gta_edge.support.files import new_directory, scratch_directory
 from gta_edge.support.text import one_line
 
@@ -39,22 +40,6 @@ _SECONDS = 15  # without an answer from the package index
 
 Metadata = dict[str, Any]
 Values = npt.NDArray[Any]
-
-_NAMES = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-"""Hugging Face's names by those of GGUF, without the layer."""
 
 
 # --- the wheel -------------------------------------------------------------------------------------------------------
@@ -114,16 +99,24 @@ def convert(source: Path, directory: Path) -> None:
             f"{source} is of architecture {architecture!r} with tokenizer {kind!r}; expected 'llama' with 'smollm'",
             "give SmolLM2 as llama.cpp converts it",
         )
-    config = model_config(metadata, tied=all(tensor.name != "output.weight" for tensor in reader.tensors))
+    stored = {tensor.name: tensor for tensor in reader.tensors}
+    entries = model_config(metadata, tied="output.weight" not in stored)
+    write_json(directory / "config.json", entries)
+    wanted = gguf_names(read_config(directory / "config.json"))
+    if unlike := sorted(wanted.keys() ^ stored.keys()):
+        missing = unlike[0] in wanted
+        raise CheckpointError(
+            f"{source}: tensor {unlike[0]} is {'missing' if missing else 'not known'}", "give SmolLM2 as it comes"
+        )
     tensors = {}
-    for tensor in reader.tensors:
-        name, values = checkpoint_name(tensor.name), gguf.dequantize(tensor.data, tensor.tensor_type)
-        if name.endswith((".q_proj.weight", ".k_proj.weight")):
-            heads = config["num_attention_heads" if ".q_proj." in name else "num_key_value_heads"]
-            values = rotate_half_order(values, heads)
-        tensors[name] = values.astype(ml_dtypes.bfloat16)
+    for name, target in wanted.items():
+        values = gguf.dequantize(stored[name].data, stored[name].tensor_type)
+        if ".q_proj." in target:
+            values = rotate_half_order(values, entries["num_attention_heads"])
+        elif ".k_proj." in target:
+            values = rotate_half_order(values, entries["num_key_value_heads"])
+        tensors[target] = values.astype(ml_dtypes.bfloat16)
     save_tensors(tensors, directory / "model.safetensors")
-    write_json(directory / "config.json", config)
     write_json(directory / "generation_config.json", special_ids(metadata))
     (directory / "tokenizer.json").write_text(tokenizer(metadata).to_str(pretty=True), encoding="utf-8")
     write_json(directory / "tokenizer_config.json", tokenizer_config(metadata))
@@ -136,18 +129,10 @@ def _opened(source: Path) -> gguf.GGUFReader:
         raise CheckpointError(f"{source} is no GGUF file ({one_line(error)})", "give one that is whole") from error
 
 
-def checkpoint_name(name: str) -> str:
-    """Translate a GGUF tensor's name, such as ``blk.3.attn_q.weight``.
-
-    Raises:
-        CheckpointError: a Llama model has no such tensor.
-    """
-    parts = name.split(".")
-    layer = f"model.layers.{parts[1]}." if parts[0] == "blk" and len(parts) > 2 else ""
-    base, *rest = parts[2:] if layer else parts
-    if base not in _NAMES or rest != ["weight"]:
-        raise CheckpointError(f"tensor {name} is not known", "give a Llama model")
-    return f"{layer}{_NAMES[base]}.weight"
+def gguf_names(config: ModelConfig) -> dict[str, str]:
+    """Return the checkpoint's names of all parameters by those of GGUF, such as ``blk.3.attn_q.weight``."""
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    return {names.get_name(name, try_suffixes=(".weight",)): name for name in config.parameter_shapes()}
 
 
 def rotate_half_order(weight: Values, heads: int) -> Values:
