@@ -250,6 +250,33 @@ def test_a_damaged_matrix_is_refused_by_name(damage: str, tmp_path: Path) -> Non
     assert caught.value.remedy
 
 
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(kind=st.sampled_from(WIDTHS), data=st.data())
+def test_any_damage_is_an_error_of_ours(
+    tmp_path_factory: pytest.TempPathFactory, kind: tuple[str, int], data: st.DataObject
+) -> None:
+    """Or none at all: then there are values of the shape that the codes have."""
+    layout, bits = kind
+    parts = made.PACKERS[layout](made.random_codes(16, 64, bits, 2))
+    for _ in range(data.draw(st.integers(1, 2))):
+        part = data.draw(st.sampled_from(sorted(parts)))
+        dtype = data.draw(st.sampled_from([np.int8, np.int32, np.int64, np.float16, np.float32, np.uint8]))
+        shape = data.draw(st.lists(st.sampled_from([0, 1, 2, 8, 16, 64]), max_size=3))
+        values = data.draw(st.sampled_from([0, 1, -1, 127]))
+        parts[part] = np.full(shape, values).astype(dtype)
+    directory = tmp_path_factory.mktemp("checkpoint")
+    save_file({f"a.{part}": array for part, array in parts.items()}, directory / "model.safetensors")
+    scheme = weight_scheme({"quantization_config": made.config_of(layout, bits)})
+    try:
+        tensor = gather_quantized(read_headers(directory, lambda name: False), scheme)["a.weight"]
+        if isinstance(tensor, QuantizedTensor):  # an int8 matrix of another type is a tensor like any other
+            assert tensor.values().shape == tensor.shape
+            assert tensor.matrix().values.shape == tensor.shape
+    except CheckpointError as error:
+        assert "\n" not in str(error)  # noqa: PT017  most damage is one, and some is none
+        assert error.remedy  # noqa: PT017
+
+
 def test_an_order_beyond_the_groups(tmp_path: Path) -> None:
     codes = made.random_codes(8, 64, 4, 2)
     parts = made.gptq(codes)
