@@ -26,7 +26,7 @@ from scripts.gpu_stages.report import table
 __all__ = ["main"]
 
 ROOT = Path(__file__).parents[2]
-BUDGET_S = 840
+BUDGET_S, MOST_S = 840, 10**6
 LEAST_S = 10
 """A stage is not begun with less time left."""
 _TOOLKITS = ("/usr/local/cuda/bin", "/opt/nvidia/nsight-compute", "/usr/local/cuda/nsight-compute")
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str]) -> int:
         rehearsal=options.rehearse,
         budget_s=options.budget,
     )
-    campaign = Campaign(record, options.rehearse, time.monotonic() + options.budget)
+    campaign = Campaign(record, options.rehearse, time.monotonic() + options.budget, options.limits)
     try:
         with _signals():
             campaign.run(chosen)
@@ -85,7 +85,10 @@ def main(arguments: Sequence[str]) -> int:
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="gpu_campaign.py", description="Prove and measure gta-edge on a GPU.")
-    parser.add_argument("--budget", type=float, default=BUDGET_S, metavar="SECONDS", help="of all stages together")
+    parser.add_argument("--budget", type=_positive, default=BUDGET_S, metavar="SECONDS", help="of all stages together")
+    parser.add_argument(
+        "--limits", type=_positive, default=1, metavar="N", help="times the stages' limits; 6 on a board"
+    )
     parser.add_argument("--only", type=_names, default=(), metavar="STAGE,...", help="these stages, see --list")
     parser.add_argument("--resume", action="store_true", help="leave out what DIR says has passed")
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "gpu", metavar="DIR", help="for the results")
@@ -94,6 +97,13 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     options.output = options.output.absolute()
     return options
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= MOST_S:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and up to {MOST_S}")
+    return value
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -145,10 +155,11 @@ class Campaign:
         record: where all of it goes.
         rehearse: whether there is no GPU.
         deadline: on the monotonic clock.
+        limits: factor of the stages' time limits.
     """
 
-    def __init__(self, record: Record, rehearse: bool, deadline: float) -> None:
-        self.record, self.rehearse, self.deadline = record, rehearse, deadline
+    def __init__(self, record: Record, rehearse: bool, deadline: float, limits: float = 1) -> None:
+        self.record, self.rehearse, self.deadline, self.limits = record, rehearse, deadline, limits
         self.ran = self.failed = 0
         self._running: list[Running] = []
         self._ended = False
@@ -182,7 +193,7 @@ class Campaign:
         if self._ended:  # before it could be told
             return
         print(f"{stage.name} …", flush=True)
-        row = running.run(min(stage.limit_s, left))
+        row = running.run(min(self.limits * stage.limit_s, left))
         self._running.remove(running)
         self.record.add(**row)
         self.ran += 1

@@ -125,7 +125,7 @@ def _sanitizer(tool: str, limit_s: int) -> Stage:
         _TORCH,
         # allocations of their own, and not parts of torch's: then what is beyond one is beyond memory
         {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-        _module("launches", "small") if tool == "memcheck" else None,
+        _module("launches", "small", "large") if tool == "memcheck" else None,
     )
 
 
@@ -174,7 +174,7 @@ STAGES: tuple[Stage, ...] = (
         "matmuls",
         "matmuls beside cuBLAS and torch's int4",
         90,
-        _benchmark("int4.py", "matmuls", "--rounds", "3", "--rows", "1,8,512"),
+        _benchmark("int4.py", "matmuls", "--quick", "--rows", "1,8,512"),
     ),
     _sanitizer("memcheck", 60),
     _sanitizer("racecheck", 60),
@@ -183,7 +183,6 @@ STAGES: tuple[Stage, ...] = (
         "the main kernels under Nsight Compute",
         60,
         _module("profile", "{program:ncu}", "{output}/ncu.csv"),
-        rehearsal=_module("launches", "large"),
     ),
     _tests("tests-attention-plugin", 60, "tests/plugins/attention/test_plugin.py", needs=(*_EXPORT, _LEAN)),
     _tests("tests-matmul-plugin", 60, "tests/plugins/matmul/test_plugin.py", needs=(*_EXPORT, _LEAN)),
@@ -191,7 +190,7 @@ STAGES: tuple[Stage, ...] = (
         "attention",
         "attention beside scaled_dot_product_attention and FlashInfer",
         120,
-        _benchmark("kernels.py", "attention", "--rounds", "3", "--only", "decode,prefill", "--contexts", "512,4096"),
+        _benchmark("kernels.py", "attention", "--quick", "--only", "decode,prefill", "--contexts", "512,4096"),
     ),
     _sanitizer("synccheck", 60),
     _sanitizer("initcheck", 60),

@@ -70,8 +70,8 @@ def main(*groups: str) -> int:
             call: Any = gpu_calls.Call(case.variant, case.past, case.tokens, case.capacity)
             bound = gpu_calls.TOLERANCE[case.variant.compute]
         else:
-            sizes = (case.rows, case.in_features, case.output_sizes)
-            call = gpu_matmul_calls.Call(case.variant, *sizes, bias=case.bias)
+            shape = (case.rows, case.in_features, case.output_sizes)
+            call = gpu_matmul_calls.Call(case.variant, *shape, bias=case.bias)
             bound = matmul_cases.TOLERANCE[case.variant.compute]
         call.run()
         why = ""

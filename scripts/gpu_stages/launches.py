@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 from scripts.gpu_stages import cases
@@ -37,7 +38,7 @@ def _large() -> Iterator[Any]:
     yield from cases.MATMULS
 
 
-def main(size: str) -> None:
+def main(*sizes: str) -> None:
     """Run the calls; whether they are right is for other stages to say."""
     if REHEARSAL:
         from tests.helpers.simulated_gpu import install
@@ -46,16 +47,16 @@ def main(size: str) -> None:
     from tests.helpers import gpu_calls, gpu_matmul_calls
 
     count = 0
-    for case in _small() if size == "small" else _large():
+    for case in chain.from_iterable({"small": _small, "large": _large}[size]() for size in sizes):
         if isinstance(case, cases.AttentionCase):
             gpu_calls.Call(case.variant, case.past, case.tokens, case.capacity).run()
         else:
-            sizes = (case.rows, case.in_features, case.output_sizes)
-            gpu_matmul_calls.Call(case.variant, *sizes, bias=case.bias).run()
+            shape = (case.rows, case.in_features, case.output_sizes)
+            gpu_matmul_calls.Call(case.variant, *shape, bias=case.bias).run()
         count += 1
         print(f"ran {case.group} {case.name}", flush=True)
     tell("ran", calls=count)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

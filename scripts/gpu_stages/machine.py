@@ -33,21 +33,30 @@ def environment() -> None:
         _show([power, "-q"])
     _show([sys.executable, "-m", "gta_edge", "doctor"])
     if not REHEARSAL:
-        import torch
+        from gta_edge.libraries.cuda import driver_cuda_version
 
-        print(torch.__config__.show())
-        found = torch.cuda.get_device_properties(0)
-        tell(
-            "gpu",
-            name=found.name,
-            capability=list(torch.cuda.get_device_capability(0)),
-            processors=found.multi_processor_count,
-            l2_MiB=found.L2_cache_size / 2**20,
-            memory_GiB=found.total_memory / 2**30,
-            driver=_driver(smi),
-            torch_cuda=torch.version.cuda,
-            cpus=os.cpu_count(),
-        )
+        tell("gpu", driver=_driver(smi), driver_cuda=driver_cuda_version(), cpus=os.cpu_count(), **_gpu())
+
+
+def _gpu() -> dict[str, Any]:
+    """Return what is known of the GPU: as much as torch says, and without it what the kernels go by."""
+    try:
+        import torch
+    except ImportError:
+        from gta_edge.cuda.gpu import current_gpu
+
+        found = current_gpu()
+        return {"name": found.name, "architecture": found.architecture, "processors": found.processors}
+    print(torch.__config__.show())
+    properties, (major, minor) = torch.cuda.get_device_properties(0), torch.cuda.get_device_capability(0)
+    return {
+        "name": properties.name,
+        "architecture": f"sm_{major}{minor}",
+        "processors": properties.multi_processor_count,
+        "l2_MiB": properties.L2_cache_size / 2**20,
+        "memory_GiB": properties.total_memory / 2**30,
+        "torch_cuda": torch.version.cuda,
+    }
 
 
 def _version(distribution: str) -> str | None:
@@ -135,7 +144,10 @@ def programs() -> None:
         (kernel,) = (
             Launcher(gpu, "campaign's", KERNELS).load({each.program: {each.kernel: launch.shared_bytes}}).values()
         )
-        fitting = kernel.occupancy.max_active_blocks_per_multiprocessor(launch.threads, launch.shared_bytes)
+        try:
+            fitting = kernel.occupancy.max_active_blocks_per_multiprocessor(launch.threads, launch.shared_bytes)
+        except Exception as error:  # of a kind that differs from release to release; the rest is worth having
+            fitting = str(error)[:80]
         found = resources[each.program].get(each.kernel)
         tell(
             "launch",

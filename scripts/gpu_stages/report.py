@@ -66,9 +66,9 @@ def _head(rows: Sequence[Row]) -> list[str]:
         for row in _of(rows, "campaign")[-1:]
     ]
     found += [
-        f"{row.get('name')} (sm_{''.join(map(str, row.get('capability', [])))}, {row.get('processors')} "
-        f"multiprocessors, {_cell(row.get('l2_MiB'))} MiB L2, {_cell(row.get('memory_GiB'))} GiB), driver "
-        f"{row.get('driver')}."
+        f"{row.get('name')} ({row.get('architecture')}, {row.get('processors')} multiprocessors, "
+        f"{_cell(row.get('l2_MiB'))} MiB L2, {_cell(row.get('memory_GiB'))} GiB), driver {row.get('driver')}, "
+        f"CUDA {'.'.join(map(str, row.get('driver_cuda') or []))}."
         for row in _of(rows, "gpu")[-1:]
     ]
     versions = _of(rows, "versions")[-1:]
@@ -77,9 +77,14 @@ def _head(rows: Sequence[Row]) -> list[str]:
     return [*found, ", ".join(f"{key} {_cell(value)}" for key, value in constants.items())]
 
 
+def _last(rows: Sequence[Row]) -> list[Row]:
+    """Return how each stage ended, the last time that it ran."""
+    return list({row["stage"]: row for row in rows if "outcome" in row and "stage" in row}.values())
+
+
 def _stages(rows: Sequence[Row]) -> str:
     lines = []
-    for row in {row["stage"]: row for row in rows if "outcome" in row and "stage" in row}.values():
+    for row in _last(rows):
         counts = ", ".join(f"{n} {kind}" for kind, n in row.get("tests", {}).items() if isinstance(n, int))
         last = "" if row["outcome"] == "passed" else str(row.get("last", ""))[:100]
         lines.append((row["stage"], row["outcome"], row.get("seconds"), counts or last))
@@ -109,7 +114,9 @@ def _wrong(rows: Sequence[Row]) -> list[str]:
     found = [f"wrong: {row.get('case')}: {row.get('why') or row.get('error')}" for row in wrong[:_WRONG_SHOWN]]
     turns = [row for row in _of(rows, "liveness", "turn") if not row.get("ok")]
     found += [f"wrong: turn {row.get('turn')} of liveness differs by {row.get('difference')}" for row in turns]
-    return found + [f"{row.get('stage')}: {row.get('why')}" for row in _of(rows, "problem")]
+    found += [f"{row.get('stage')}: {row.get('why')}" for row in _of(rows, "problem")]
+    failures = [name for row in _last(rows) for name in row.get("tests", {}).get("failures", ())]
+    return found + [f"failed: {name}" for name in failures[:_WRONG_SHOWN]]
 
 
 def _models(rows: Sequence[Row]) -> str:

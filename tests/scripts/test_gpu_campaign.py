@@ -121,7 +121,13 @@ def test_the_orchestrator_needs_nothing_but_python() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "expected"), [(["--only", "all"], "no stage is called 'all'"), (["--budget", "long"], "--budget")]
+    ("arguments", "expected"),
+    [
+        (["--only", "all"], "no stage is called 'all'"),
+        (["--budget", "long"], "--budget"),
+        (["--budget", "nan"], "nan is not above 0"),
+        (["--limits", "0"], "0 is not above 0"),
+    ],
 )
 def test_wrong_usage(arguments: list[str], expected: str, tmp_path: Path) -> None:
     done = call(*arguments, "--output", str(tmp_path / "results"))
