@@ -12,7 +12,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from gta_edge.formats.weights import is_kept, stored_dtype
-from gta_edge.model.config import GTAConfig, ModelConfig
+from gta_edge.model.config import ModelConfig
 from gta_edge.model.kv_cache import cache_bytes
 from gta_edge.numerics.dtypes import DTYPES
 from gta_edge.numerics.quantization import BITS
@@ -27,7 +27,6 @@ __all__ = [
     "cpu_blocks",
     "matrices",
     "operators",
-    "query_heads",
     "read_bytes",
     "scale_bytes",
     "stored_bytes",
@@ -255,8 +254,7 @@ def _row_bytes(config: ModelConfig, precision: str, block_size: int | None, exec
 def _attention(config: ModelConfig, execution: Execution, step: Step) -> Operator:
     queries, layers = step.batch * step.tokens, config.num_hidden_layers
     pairs = step.batch * (step.tokens * step.past + step.tokens * (step.tokens + 1) // 2)
-    heads = query_heads(config)
-    mixed = config.caches[1].width
+    heads, mixed = config.attention.num_query_heads, config.attention.latent_dim
     activations = DTYPES[execution.compute].bytes * queries * heads * (config.key_width + mixed)
     if execution.writes_scores:  # written and read by the matmul, the mask, the softmax, and read by the mix
         scores = step.batch * heads * step.tokens * (step.past + step.tokens)
@@ -275,14 +273,9 @@ def _attention(config: ModelConfig, execution: Execution, step: Step) -> Operato
 _SCORE_PASSES = 6
 
 
-def query_heads(config: ModelConfig) -> int:
-    """Return the number of attention maps: n_q, or n_h of a baseline."""
-    return config.num_query_heads if isinstance(config, GTAConfig) else config.num_attention_heads
-
-
 def _elementwise(config: ModelConfig, rows: int, width: int) -> Operator:
     """Norms, residual sums, the activation of the MLP and the gate: what they read and write."""
     hidden, inner = config.hidden_size, config.intermediate_size
-    gate = 3 * hidden if isinstance(config, GTAConfig) else 0  # gate and values in, matmul out
+    gate = 3 * config.attention.hidden_size if config.attention.has_gate else 0  # gate and values in, matmul out
     per_row = config.num_hidden_layers * (2 * 5 * hidden + 3 * inner + gate) + 2 * hidden
     return Operator("elementwise", activation_bytes=rows * per_row * width)

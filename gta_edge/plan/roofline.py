@@ -15,7 +15,7 @@ from functools import cached_property
 from gta_edge.errors import InputError
 from gta_edge.formats.weights import block_size_for, is_kept
 from gta_edge.machine.devices import Device
-from gta_edge.model.config import GTAConfig, ModelConfig
+from gta_edge.model.config import ModelConfig
 from gta_edge.model.kv_cache import cache_bytes
 from gta_edge.numerics.dtypes import COMPUTE_TYPES, DTYPES
 from gta_edge.numerics.quantization import BITS
@@ -341,7 +341,7 @@ def activation_bytes(config: ModelConfig, execution: Execution, batch: int, toke
     logits = _FLOAT_BYTES * batch * config.vocab_size * min(tokens, execution.logit_positions)
     size = value_bytes * batch * tokens * per_token + 2 * logits
     if execution.writes_scores:
-        # scores, masked, weights, and for GTA the mask laid out for every query head
-        maps = (4 if isinstance(config, GTAConfig) else 3) * cost.query_heads(config) + 1
+        # scores, masked, weights, and the mask laid out for every query head
+        maps = 4 * config.attention.num_query_heads + 1
         size += int(_ARENA_FACTOR * value_bytes * maps * batch * tokens * context)
     return size
