@@ -176,7 +176,7 @@ class Checkpoint:
         """The narrowest precision of a bundle that holds all tensors without loss; of quantised matrices, their own."""
         integers = [name for name in self.precisions if name in BITS]
         if integers:
-            return integers[0] if len(integers) == 1 else "int8"
+            return min(integers, key=lambda name: BITS[name])  # an int4 bundle may have matrices in int8
         return self.precisions[0] if len(self.precisions) == 1 else "fp32"
 
     def _tensor(self, name: str) -> Tensor:

@@ -1,6 +1,6 @@
 """Stages that compare single calls of the kernels with float64, memory around them included.
 
-python -m scripts.gpu_stages.exactness decode|prefill|few|many
+    python -m scripts.gpu_stages.exactness decode|prefill|few|many
 
 A wrong result does not keep the next case from running; an error of CUDA ends the process.
 """
@@ -24,14 +24,14 @@ def cases_of(group: str) -> Iterator[Any]:
     if REHEARSAL:
         yield from _small(group)
         return
-    odd = "6-2-3 heads"
+    others = tuple(name for name in cases.ATTENTION_SIZES if name != "gta-1b")
     if group == "decode":
         short = {1: ((0, 4999, 2500, 17), 5000), 3: ((0, 330, 17, 100), 333), 16: ((0, 1984, 15, 16), 2000)}
         yield from cases.attention(short, ("gta-1b",))
         yield from cases.attention({1: ((32767,), 32768)}, ("gta-1b",))
-        yield from cases.attention({tokens: short[tokens] for tokens in (3, 16)}, (odd,))
+        yield from cases.attention({tokens: short[tokens] for tokens in (3, 16)}, others)
     elif group == "prefill":
-        yield from cases.attention({17: ((0, 23, 5), 40), 300: ((700, 1), 1000)}, ("gta-1b", odd))
+        yield from cases.attention({17: ((0, 23, 5), 40), 300: ((700, 1), 1000)}, ("gta-1b", *others))
         yield from cases.attention({2048: ((0,), 2048)}, ("gta-1b",))
     elif group == "few":
         yield from cases.matmuls((1, 16), _KINDS, _SHAPES)
@@ -45,6 +45,7 @@ def _small(group: str) -> Iterator[Any]:
     """One call each, for the simulation."""
     if group == "decode":
         yield next(cases.attention({1: ((17, 0), 40)}, ("gta-1b",)))
+        yield next(cases.attention({2: ((17, 0), 40)}, ("gqa-1b",)))
     elif group == "prefill":
         yield next(cases.attention({20: ((3,), 40)}, ("gta-1b",)))
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 
 import gta_edge
 from gta_edge.errors import CheckpointError, InputError
-from gta_edge.export.own_codes import OwnCodes, block_size_of_own
+from gta_edge.export.own_codes import OwnCodes, storage_of_own
 from gta_edge.export.pipeline import export_model
 from gta_edge.formats.bundle import Bundle
 from gta_edge.formats.checkpoint import Checkpoint
@@ -134,9 +135,31 @@ def test_block_sizes(
     bits: int, group: int, precision: str, asked: int | None, expected: int | None, tmp_path: Path
 ) -> None:
     source = Checkpoint.open(written(tmp_path, "llama", "compressed-tensors", matrices("llama", bits, group)))
-    assert block_size_of_own(source, precision, asked) == expected
-    codes = OwnCodes(source, precision, expected)
+    storage = storage_of_own(source, precision, asked)
+    assert storage.block_size == expected
+    codes = OwnCodes(source, storage)
     assert len(codes) == len(list(codes)) == (len(source.quantized) if precision == f"int{bits}" else 0)
+
+
+def test_both_widths_in_one_bundle(tmp_path: Path) -> None:
+    """Layers in 4 bits but for one kind of matrix in 8, and a head in 4, which would be int8 otherwise."""
+    own = matrices("llama", 4, 64)
+    own["lm_head.weight"] = made.random_codes(*reference.shapes(MODELS["llama"])["lm_head.weight"], 4, 1)
+    wide = {name: codes for name, codes in matrices("llama", 8, 0).items() if "down_proj" in name}
+    source = written(tmp_path / "a", "llama", "compressed-tensors", own | wide)
+    config = json.loads((source / "config.json").read_text())
+    groups = config["quantization_config"]["config_groups"]
+    groups["group_1"] = {"weights": {"num_bits": 8, "type": "int", "strategy": "channel"}}
+    (source / "config.json").write_text(json.dumps(config))
+    bundle = export_model(source, tmp_path / "b").bundle
+    assert (bundle.precision, bundle.block_size) == ("int4", 64)
+    assert bundle.storage.int8 == {"model.embed_tokens.weight", *wide}
+    stored = dict(read_stored(bundle.model_path, bundle.config))
+    for name, codes in (own | wide).items():
+        matrix = stored[name]
+        assert isinstance(matrix, QuantizedMatrix)
+        assert matrix.bits == codes.bits
+        np.testing.assert_array_equal(matrix.values, codes.values, err_msg=name)
 
 
 def test_a_block_size_that_would_change_them_is_refused(tmp_path: Path) -> None:

@@ -387,7 +387,7 @@ def test_widths_may_differ_between_groups(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     source = Checkpoint.open(tmp_path)
     assert {name: each.bits for name, each in source.quantized.items()} == {name: own[name].bits for name in own}
-    assert source.own_precision == "int8"
+    assert source.own_precision == "int4"
 
 
 @pytest.mark.parametrize("layout", ["gptq", "awq", "compressed-tensors"])
