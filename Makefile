@@ -3,10 +3,12 @@
 # make real-model   fetch SmolLM2, which some tests use, into build/; the tests do so too
 # make fuzz   run the fuzzers with CASES cases each, 5000 by default
 # make lint   run the linters and the type checker
+# make gpu    prove and measure on this machine's GPU, see docs/gpu.md; GPU_FLAGS="--budget 540 --only model-int4", ...
 # make wheel  make the wheel in dist/, which is all that a board needs
 # make test-jetson   run the tests that need a GPU and TensorRT, with JetPack's own Python packages visible
 # All set-up happens here, in .venv; PYTHON chooses the interpreter (3.11 or later: ONNX Runtime needs it; on a board,
-# for test-jetson, JetPack's own).
+# for test-jetson, JetPack's own). make gpu takes the machine as it is and sets nothing up: it runs under PYTHON where
+# that is given, else under .venv's Python where there is one, else under python3.
 
 PYTHON ?= python3
 VENV   := .venv
@@ -23,7 +25,9 @@ BUNDLES    ?= build/test-bundles
 
 CASES      ?= 5000
 
-.PHONY: demo test real-model fuzz test-jetson wheel lint format clean
+GPU_PYTHON := $(if $(filter file default undefined,$(origin PYTHON)),$(or $(wildcard $(BIN)/python),$(PYTHON)),$(PYTHON))
+
+.PHONY: demo test real-model fuzz gpu test-jetson wheel lint format clean
 
 demo: $(VENV)/.demo
 	rm -rf $(DEMO) && mkdir $(DEMO)
@@ -40,6 +44,9 @@ real-model: $(VENV)/.dev
 
 fuzz: $(VENV)/.dev
 	GTA_EDGE_FUZZ_CASES=$(CASES) $(BIN)/python -m pytest -n auto --dist worksteal tests/fuzz
+
+gpu:
+	@$(GPU_PYTHON) scripts/gpu_campaign.py $(GPU_FLAGS)
 
 # Left out are modules that import what a board need not have, such as torch; other plugins of pytest (ROS has some) too.
 test-jetson: $(VENV)/.jetson

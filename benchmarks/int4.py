@@ -1,6 +1,7 @@
 """Matmuls with int4 and int8 weights on a GPU beside fp16 ones: each of a model's, and all of a step's together.
 
-    python benchmarks/int4.py [--json FILE] [--markdown FILE] [--model NAME] [--rows 1,8,512] [--quick]
+    python benchmarks/int4.py [--json FILE] [--markdown FILE] [--models NAME,...] [--products NAME,...] [--rows N,...]
+        [--rounds N] [--quick]
 
 Unmeasured so far: no figure of it is published yet. First the floor: what each matmul reads, and how fast the GPU
 copies. Then the times. Each contender multiplies by so many matrices in turn that together they are at least four times
@@ -13,223 +14,60 @@ matmul runs where it supports the GPU.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from kernels import (
+from gpu_timing import (
     MISSING,
     ROUND_SECONDS,
     Document,
     Table,
     brief,
     captured,
+    check_outputs,
+    chosen,
+    count,
+    counts,
     free_memory,
     gpu,
     layer_count,
+    markdown_table,
     quiet,
     ranged,
     rates,
+    save,
     say,
     seconds,
     show_table,
     spread,
     versions,
 )
+from int4_contenders import CONTENDERS, OWN, MatMul, matmuls
 
-from gta_edge.cuda.gpu import current_gpu
-from gta_edge.errors import BackendError, GtaEdgeError, InputError, OutputError
-from gta_edge.libraries.optional import optional
-from gta_edge.model.config import GTAConfig, ModelConfig
+from gta_edge.errors import BackendError, GtaEdgeError
 from gta_edge.model.presets import PRESETS, preset
-from gta_edge.plugins.matmul.kernels import matmul_kernels
-from gta_edge.plugins.matmul.packing import Packed, packed_shapes, unpack
-from gta_edge.plugins.matmul.tiling import Variant
 
-if TYPE_CHECKING:
-    import torch
-else:
-    torch = optional("torch", "export")
-
+MODELS = ("gta-1b",)
 ROWS = (1, 8, 512)
-BLOCK = 32
-TOLERANCE = 2e-3
+ROUNDS, QUICK_ROUNDS = 7, 3
+PRODUCTS = {
+    "attention-in": "attention, in",
+    "attention-out": "attention, out",
+    "gate-up": "gate and up",
+    "down": "down",
+    "head": "head",
+    "step": "all of a step",
+}
+"""Names on the command line, and those in the results."""
 _UNMEASURABLE = (RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError, BackendError)
 """What peers raise for what they cannot do: AttributeError where a release of torch lacks an operator."""
 
-Run = Callable[[int], object]
-"""Multiplies by the matrix of that number."""
 Work = Callable[[], None]
 """All that is captured in one graph."""
-
-
-@dataclass(frozen=True)
-class MatMul:
-    """One call of a step: matrices that share their input, side by side."""
-
-    name: str
-    in_features: int
-    output_sizes: tuple[int, ...]
-    count: int
-    """Of one step."""
-
-    @property
-    def out_features(self) -> int:
-        """All outputs together."""
-        return sum(self.output_sizes)
-
-    def flops(self, rows: int) -> int:
-        """Return the operations of a call."""
-        return 2 * rows * self.in_features * self.out_features
-
-    def io_bytes(self, rows: int) -> int:
-        """Return the bytes of a call without those of its weights, in 16-bit types."""
-        return 2 * rows * (self.in_features + self.out_features)
-
-
-def matmuls(config: ModelConfig) -> list[MatMul]:
-    """Return the matmuls of a model's step, those that share their input together."""
-    hidden, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
-    if isinstance(config, GTAConfig):
-        query, key = config.num_query_heads * config.key_dim, config.num_key_heads * config.key_dim
-        attention = (query, key, config.num_latent_heads * config.latent_dim, hidden)
-    else:
-        width = config.cache_values_per_token_per_layer // 2
-        attention = (hidden, width, width)
-    return [
-        MatMul("attention, in", hidden, attention, layers),
-        MatMul("attention, out", hidden, (hidden,), layers),
-        MatMul("gate and up", hidden, (inner, inner), layers),
-        MatMul("down", inner, (hidden,), layers),
-        MatMul("head", hidden, (config.vocab_size,), 1),
-    ]
-
-
-# --- who multiplies ---------------------------------------------------------------------------------------------------
-
-
-class Ours:
-    """This package's kernels, in fp16.
-
-    Args:
-        bits: of a weight.
-        block_size: inputs that share a scale; 0 is one for each output.
-    """
-
-    def __init__(self, bits: int, block_size: int) -> None:
-        self.variant = Variant(bits, block_size, "fp16")
-        self.label = f"gta-edge int{bits}, {f'blocks of {block_size}' if block_size else 'per channel'}"
-
-    def weight_bytes(self, matmul: MatMul) -> int:
-        """Return the bytes of a packed matrix and its scales."""
-        weight, scale = self._shapes(matmul)
-        return 4 * _size(weight) + 2 * _size(scale)
-
-    def prepare(self, matmul: MatMul, rows: int, copies: int) -> Run:
-        """Return what multiplies by each of so many random matrices."""
-        weight_shape, scale_shape = self._shapes(matmul)
-        weights = torch.randint(-(2**31), 2**31, (copies, *weight_shape), dtype=torch.int32, device="cuda")
-        scales = torch.rand((copies, *scale_shape), dtype=torch.float16, device="cuda") * 0.01
-        x = torch.randn(rows, matmul.in_features, dtype=torch.float16, device="cuda")
-        outputs = [torch.empty(rows, size, dtype=torch.float16, device="cuda") for size in matmul.output_sizes]
-        kernels = matmul_kernels(self.variant, current_gpu(torch.cuda.current_device()))
-        sizes = {"rows": rows, "in_features": matmul.in_features, "output_sizes": matmul.output_sizes}
-
-        def run(i: int) -> tuple[Any, ...]:
-            kernels.launch(
-                torch.cuda.current_stream().cuda_stream,
-                x=x.data_ptr(),
-                weight=weights[i].data_ptr(),
-                scale=scales[i].data_ptr(),
-                outputs=[output.data_ptr() for output in outputs],
-                **sizes,
-            )
-            return x, weights[i], scales[i], outputs
-
-        return run
-
-    def check(self, matmul: MatMul, rows: int) -> None:
-        """Compare with float32.
-
-        Raises:
-            BackendError: the result is wrong.
-        """
-        x, weight, scale, outputs = self.prepare(matmul, rows, 1)(0)
-        packed = Packed(weight.cpu().numpy(), scale.cpu().numpy())
-        bits, block = self.variant.bits, self.variant.block_size
-        codes, scales = unpack(packed, matmul.in_features, matmul.out_features, bits, block)
-        spread_scales = torch.from_numpy(scales).float().reshape(-1, matmul.out_features)
-        repeats = block or matmul.in_features
-        matrix = torch.from_numpy(codes).float() * spread_scales.repeat_interleave(repeats, 0)
-        wanted = x.double().cpu() @ matrix.double()
-        error = (torch.cat(outputs, dim=1).double().cpu() - wanted).abs().max() / wanted.abs().max()
-        if not error <= TOLERANCE:
-            raise BackendError(f"{self.label} is wrong: {matmul.name}, {rows} rows, is off by {error:.1e}")
-
-    def _shapes(self, matmul: MatMul) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        return packed_shapes(matmul.in_features, matmul.out_features, self.variant.bits, self.variant.block_size)
-
-
-class Fp16:
-    """The matmul of torch in fp16, which is cuBLAS's."""
-
-    label = "cuBLAS fp16"
-
-    def weight_bytes(self, matmul: MatMul) -> int:
-        """Return the bytes of a matrix."""
-        return 2 * matmul.in_features * matmul.out_features
-
-    def prepare(self, matmul: MatMul, rows: int, copies: int) -> Run:
-        """Return what multiplies by each of so many random matrices."""
-        shape = (copies, matmul.out_features, matmul.in_features)
-        weights = torch.empty(shape, dtype=torch.float16, device="cuda").normal_()
-        x = torch.randn(rows, matmul.in_features, dtype=torch.float16, device="cuda")
-        y = torch.empty(rows, matmul.out_features, dtype=torch.float16, device="cuda")
-        return lambda i: torch.mm(x, weights[i].t(), out=y)
-
-
-class TorchInt4:
-    """``torch._weight_int4pack_mm``, in bf16, with a zero point beside each scale."""
-
-    label = f"torch int4, blocks of {BLOCK}"
-
-    def weight_bytes(self, matmul: MatMul) -> int:
-        """Return the bytes of a packed matrix, its scales and zero points."""
-        values = matmul.in_features * matmul.out_features
-        return values // 2 + 4 * values // BLOCK
-
-    def prepare(self, matmul: MatMul, rows: int, copies: int) -> Run:
-        """Return what multiplies by each of so many random matrices."""
-        k, n = matmul.in_features, matmul.out_features
-        weights = [
-            torch._convert_weight_to_int4pack(torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device="cuda"), 8)
-            for _ in range(copies)
-        ]
-        scales = torch.rand(copies, k // BLOCK, n, 2, dtype=torch.bfloat16, device="cuda")
-        x = torch.randn(rows, k, dtype=torch.bfloat16, device="cuda")
-        return lambda i: torch._weight_int4pack_mm(x, weights[i], BLOCK, scales[i])
-
-
-CONTENDERS: dict[str, Ours | Fp16 | TorchInt4] = {
-    "int4": Ours(4, BLOCK),
-    "int8": Ours(8, 0),
-    "fp16": Fp16(),
-    "torch-int4": TorchInt4(),
-}
-OWN = ("int4", "int8")
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    size = 1
-    for extent in shape:
-        size *= extent
-    return size
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
@@ -254,15 +92,15 @@ def one_matmul(contender: Any, matmul: MatMul, rows: int, copies: int) -> Work:
 def one_step(contender: Any, all_matmuls: list[MatMul], rows: int) -> Work:
     """Return what does all matmuls of a step, layer by layer and then the head's."""
     runs = [(contender.prepare(matmul, rows, matmul.count), matmul.count) for matmul in all_matmuls]
-    layers = max(count for _, count in runs)
+    layers = max(times for _, times in runs)
 
     def work() -> None:
         for layer in range(layers):
-            for run, count in runs:
-                if count == layers:
+            for run, times in runs:
+                if times == layers:
                     run(layer)
-        for run, count in runs:
-            if count != layers:
+        for run, times in runs:
+            if times != layers:
                 run(0)
 
     return work
@@ -359,7 +197,8 @@ def times_table(rows: list[Document]) -> Table:
     table = []
     for row in rows:
         for key, figures in row["contenders"].items():
-            cells = {"matmul": row["matmul"], "rows": f"{row['rows']}", "by": CONTENDERS[key].label}
+            cells = {"model": row["model"], "matmul": row["matmul"], "rows": f"{row['rows']}"}
+            cells["by"] = CONTENDERS[key].label
             if "failed" in figures:
                 cells |= dict.fromkeys(("us", "MB moved", "of copy rate", "TFLOP/s"), MISSING)
             else:
@@ -375,7 +214,8 @@ def ratios_table(rows: list[Document]) -> Table:
     """Return how many times the peers' time is ours."""
     peers = [key for key in CONTENDERS if key not in OWN]
     return [
-        {"matmul": row["matmul"], "rows": f"{row['rows']}", "time over that of": CONTENDERS[own].label}
+        {"model": row["model"], "matmul": row["matmul"], "rows": f"{row['rows']}"}
+        | {"time over that of": CONTENDERS[own].label}
         | {CONTENDERS[peer].label: ranged(found[peer], 2) if peer in found else MISSING for peer in peers}
         for row in rows
         for own, found in row["ratios"].items()
@@ -386,10 +226,10 @@ def conditions(document: Document) -> str:
     """Say what was measured, with which command, where and when."""
     place, used = document["gpu"], ", ".join(f"{name} {number}" for name, number in document["versions"].items())
     return (
-        f"Matmuls of {document['model']}, random weights, medians of {document['rounds']} rounds (smallest..largest). "
-        f"`{document['command']}` on {place['name']} ({place['architecture']}, {place['processors']} multiprocessors, "
-        f"{place['l2_bytes'] / 2**20:.0f} MiB L2), {document['date'][:10]}; {used}. It copies "
-        f"{place['copy_bytes_per_s'] / 1e9:.0f} GB/s (read and written) and reads "
+        f"Matmuls of {', '.join(document['models'])}, random weights, medians of {document['rounds']} rounds "
+        f"(smallest..largest). `{document['command']}` on {place['name']} ({place['architecture']}, "
+        f"{place['processors']} multiprocessors, {place['l2_bytes'] / 2**20:.0f} MiB L2), {document['date'][:10]}; "
+        f"{used}. It copies {place['copy_bytes_per_s'] / 1e9:.0f} GB/s (read and written) and reads "
         f"{place['read_bytes_per_s'] / 1e9:.0f} GB/s, as measured."
     )
 
@@ -397,7 +237,7 @@ def conditions(document: Document) -> str:
 def failures(document: Document) -> list[str]:
     """Return one sentence for each thing that was not measured."""
     return [
-        f"{CONTENDERS[key].label}, {row['matmul']}, {row['rows']} rows: {figures['failed']}"
+        f"{CONTENDERS[key].label}, {row['model']}, {row['matmul']}, {row['rows']} rows: {figures['failed']}"
         for row in document["matmuls"]
         for key, figures in row["contenders"].items()
         if "failed" in figures
@@ -408,80 +248,105 @@ def show(document: Document) -> None:
     """Print what was measured."""
     print(conditions(document))
     for table in (times_table(document["matmuls"]), ratios_table(document["matmuls"])):
-        show_table(table)
+        if table:
+            show_table(table)
     for sentence in failures(document):
         print(sentence)
 
 
 def markdown(document: Document) -> str:
     """Return the tables for a page of the documentation, with what they were measured on."""
-    parts = [conditions(document)]
     rows = document["matmuls"]
-    for table in (static_table(document["model"]), times_table(rows), ratios_table(rows)):
-        lines = [list(table[0]), ["---"] * len(table[0]), *(list(cells.values()) for cells in table)]
-        parts.append("\n".join(f"| {' | '.join(cells)} |" for cells in lines))
+    tables = [*map(static_table, document["models"]), times_table(rows), ratios_table(rows)]
+    parts = [conditions(document), *(markdown_table(table) for table in tables if table)]
     return "\n\n".join([*parts, *failures(document)]) + "\n"
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-def run(model: str, rows: tuple[int, ...], quick: bool) -> Document:
-    """Print the static costs, measure, and return everything that was found."""
+def run(options: argparse.Namespace) -> Document:
+    """Print the static costs, measure, and return everything that was found; each row is written when it is there.
+
+    Args:
+        options: of the command line.
+
+    Raises:
+        BackendError: there is no GPU, or a result is wrong.
+    """
     place = gpu()
-    show_table(static_table(model))
-    place |= rates(quick)
-    rounds = 3 if quick else 7
-    all_matmuls = matmuls(preset(model))
-    for key in OWN:
-        for matmul in all_matmuls[:-1]:  # the head's matrix in float64 would take gigabytes of the host's memory
-            for number in sorted({1, 16, *rows}):
-                CONTENDERS[key].check(matmul, number)
-    found = [measure_matmul(matmul, number, place, rounds) for number in rows for matmul in all_matmuls]
-    found += [measure_step(all_matmuls, number, place, rounds) for number in rows]
-    return {
+    for model in options.models:
+        show_table(static_table(model))
+    place |= rates(options.quick)
+    rows: list[Document] = []
+    document = {
         "command": " ".join(["python", *sys.argv]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "model": model,
+        "models": list(options.models),
         "gpu": place,
         "versions": versions(),
-        "rounds": rounds,
-        "matmuls": found,
+        "rounds": options.rounds,
+        "matmuls": rows,
     }
 
+    def add(model: str, row: Document) -> None:
+        rows.append({"model": model, **row})
+        save(document, options.json)
 
-def _rows(text: str) -> tuple[int, ...]:
-    try:
-        rows = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        rows = ()
-    if not rows or min(rows) < 1:
-        raise InputError(f"--rows got {text!r}; expected numbers from 1 on, separated by commas")
-    return rows
+    names = [PRODUCTS[key] for key in options.products]
+    for model in options.models:
+        every = matmuls(preset(model))
+        wanted = [each for each in every if each.name in names]
+        for key in OWN:
+            for matmul in every if PRODUCTS["step"] in names else wanted:
+                if matmul.name != PRODUCTS["head"]:  # its matrix in float64 takes gigabytes of the host's memory
+                    for number in sorted({1, 16, *options.rows}):
+                        CONTENDERS[key].check(matmul, number)
+        for number in options.rows:
+            for matmul in wanted:
+                add(model, measure_matmul(matmul, number, place, options.rounds))
+        if PRODUCTS["step"] in names:
+            for number in options.rows:
+                add(model, measure_step(every, number, place, options.rounds))
+    return document
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Return the options.
+
+    Raises:
+        InputError: a value that none can be.
+        OutputError: a result could not be written.
+    """
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--json", type=Path, metavar="FILE", help="written anew with every row")
+    parser.add_argument("--markdown", type=Path, metavar="FILE")
+    parser.add_argument("--models", default=",".join(MODELS), help="presets, separated by commas")
+    parser.add_argument("--products", default=",".join(PRODUCTS), help=f"matmuls: some of {', '.join(PRODUCTS)}")
+    parser.add_argument("--rows", default=",".join(map(str, ROWS)), help="rows of x, separated by commas")
+    parser.add_argument("--rounds", help="how often each is timed")
+    parser.add_argument("--quick", action="store_true", help="few rounds, where these are not given")
+    options = parser.parse_args(arguments)
+    check_outputs(options.json, options.markdown)
+    options.models = chosen(options.models, "--models", PRESETS)
+    options.products = chosen(options.products, "--products", PRODUCTS)
+    options.rows = counts(options.rows, "--rows")
+    options.rounds = count(options.rounds, "--rounds", QUICK_ROUNDS if options.quick else ROUNDS)
+    return options
 
 
 def main() -> None:
     """Parse the arguments, measure, print."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--markdown", type=Path, metavar="FILE")
-    parser.add_argument("--model", default="gta-1b", choices=PRESETS)
-    parser.add_argument("--rows", default=",".join(map(str, ROWS)), help="rows of x, separated by commas")
-    parser.add_argument("--quick", action="store_true", help="few rounds")
-    arguments = parser.parse_args()
     try:
-        for path in (arguments.json, arguments.markdown):
-            if path and not os.access(path.parent, os.W_OK):  # now, not after minutes of measuring
-                raise OutputError(f"{path} cannot be written; expected a directory that exists and may be written to")
+        options = parse()
         with quiet():
-            document = run(arguments.model, _rows(arguments.rows), arguments.quick)
+            document = run(options)
     except GtaEdgeError as error:
         raise SystemExit(f"error: {error}") from error
     show(document)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    if arguments.markdown:
-        arguments.markdown.write_text(markdown(document), encoding="utf-8")
+    save(document, options.json)
+    if options.markdown:
+        options.markdown.write_text(markdown(document), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 # Many tests import ONNX Runtime themselves, which must not write into a home directory nor ask a name server.
@@ -29,6 +29,18 @@ if "GTA_EDGE_CACHE" not in os.environ:
     os.environ["GTA_EDGE_CACHE"] = tempfile.mkdtemp(prefix="gta-edge-tests-")
     Path(os.environ["GTA_EDGE_CACHE"]).chmod(0o1777)
     atexit.register(shutil.rmtree, os.environ["GTA_EDGE_CACHE"], ignore_errors=True)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """With ``GTA_EDGE_REQUIRE_GPU=1`` a test that is marked ``gpu`` and skipped has failed: skips prove nothing."""
+    report = yield
+    required = os.environ.get("GTA_EDGE_REQUIRE_GPU") == "1" and item.get_closest_marker("gpu")
+    if required and report.skipped and not hasattr(report, "wasxfail"):
+        why = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        report.outcome = "failed"
+        report.longrepr = f"{item.nodeid}: GTA_EDGE_REQUIRE_GPU=1 and this test was not run ({why})"
+    return report
 
 
 @pytest.fixture(scope="session")

@@ -9,11 +9,12 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from functools import cache
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from threading import RLock
 from types import ModuleType
 from typing import Any
 
@@ -105,7 +106,7 @@ def find_module(name: str) -> ModuleType | None:
         raise UnusableError(name, _failures[name])
     keep_silent()
     try:
-        with redirect_stdout(sys.stderr):  # what a library prints is no result of ours
+        with _silent_import():
             module = import_module(name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
@@ -119,6 +120,16 @@ def find_module(name: str) -> ModuleType | None:
     _check_whole(name, module)
     _check_version(name)
     return module
+
+
+@contextmanager
+def _silent_import() -> Iterator[None]:
+    """Let what a library prints while it is imported, which is no result of ours, go to stderr.
+
+    In one thread at a time: of two that overlap, the one that ends last would leave stdout as it found it, redirected.
+    """
+    with _importing, redirect_stdout(sys.stderr):
+        yield
 
 
 def too_old() -> str | None:
@@ -167,6 +178,7 @@ def keep_silent() -> None:
 # --- what is there and cannot be used --------------------------------------------------------------------------------
 
 _failures: dict[str, str] = {}
+_importing = RLock()
 
 
 def _failed(name: str, error: BaseException) -> UnusableError:

@@ -1,5 +1,7 @@
 """The benchmark of the quantised matmuls, as far as it goes without a GPU: what it counts, its tables, its errors."""
 
+import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from gta_edge.errors import InputError
 from gta_edge.model.config import GTAConfig
 from gta_edge.model.presets import PRESETS, preset
 from tests.helpers.benchmarks import BENCHMARKS, GPU
@@ -36,9 +39,9 @@ def test_the_products_are_the_models_matrices(int4, name):
     config = preset(name)
     counted = sum(each.count * each.in_features * each.out_features for each in int4.matmuls(config))
     shapes = config.parameter_shapes()
-    others = sum(int4._size(shape) for shape in shapes.values() if len(shape) == 1)
+    others = sum(math.prod(shape) for shape in shapes.values() if len(shape) == 1)
     if isinstance(config, GTAConfig):
-        others += config.num_hidden_layers * int4._size(config.value_decoder_shape)
+        others += config.num_hidden_layers * math.prod(config.value_decoder_shape)
     untied = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
     assert counted == config.parameters - others - untied
 
@@ -70,11 +73,18 @@ def document(int4: ModuleType) -> dict[str, Any]:
         key: {"bytes": 1_000_000, "time_s": int4.spread(values), "copy_fraction": 0.5} for key, values in times.items()
     }
     contenders["torch-int4"] = {"bytes": 1, "failed": "no such thing"}
-    row = {"matmul": "down", "rows": 1, "flops": 2e7, "contenders": contenders, "ratios": int4.ratios(times)}
+    row = {
+        "model": "gta-1b",
+        "matmul": "down",
+        "rows": 1,
+        "flops": 2e7,
+        "contenders": contenders,
+        "ratios": int4.ratios(times),
+    }
     return {
         "command": "python benchmarks/int4.py",
         "date": "2026-01-02T03:04:05+00:00",
-        "model": "gta-1b",
+        "models": ["gta-1b"],
         "gpu": GPU,
         "versions": {"torch": "1.2"},
         "rounds": 3,
@@ -85,10 +95,10 @@ def document(int4: ModuleType) -> dict[str, Any]:
 def test_the_page_has_every_figure(int4, document, capsys):
     page = int4.markdown(document)
     assert "| down | 54 | 3584 | 1280 | 9.2 | 2.58 | 4.59 | 9.18 |" in page
-    assert "| down | 1 | gta-edge int4, blocks of 32 | 20.0 (10.0..30.0) | 1.00 | 0.50 | 1.00 |" in page
-    assert "| down | 1 | torch int4, blocks of 32 | n/a | n/a | n/a | n/a |" in page
-    assert "| down | 1 | gta-edge int4, blocks of 32 | 4.00 (4.00..4.00) | n/a |" in page
-    assert "torch int4, blocks of 32, down, 1 rows: no such thing" in page
+    assert "| gta-1b | down | 1 | gta-edge int4, blocks of 32 | 20.0 (10.0..30.0) | 1.00 | 0.50 | 1.00 |" in page
+    assert "| gta-1b | down | 1 | torch int4, blocks of 32 | n/a | n/a | n/a | n/a |" in page
+    assert "| gta-1b | down | 1 | gta-edge int4, blocks of 32 | 4.00 (4.00..4.00) | n/a |" in page
+    assert "torch int4, blocks of 32, gta-1b, down, 1 rows: no such thing" in page
     for block in page.split("\n\n"):
         lines = block.splitlines()
         if lines[0].startswith("|"):
@@ -120,7 +130,57 @@ def test_a_directory_that_is_not_there_is_refused_in_one_line() -> None:
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_rows_that_are_none_are_refused(int4):
-    with pytest.raises(int4.InputError, match="--rows got '1,x'"):
-        int4._rows("1,x")
-    assert int4._rows("1,512") == (1, 512)
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--rows", "1,x"], "--rows got '1,x'; expected numbers from 1 on"),
+        (["--rows", "0"], "--rows got '0'"),
+        (["--rounds", "3,4"], "--rounds got '3,4'; expected one number"),
+        (["--models", "gta-1b,gta-9b"], "--models got 'gta-9b'; expected some of gta1-160m"),
+        (["--products", "up"], "--products got 'up'; expected some of attention-in"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(int4, arguments, expected):
+    with pytest.raises(InputError) as caught:
+        int4.parse(arguments)
+    assert str(caught.value).startswith(expected)
+
+
+def test_what_is_measured_can_be_chosen(int4):
+    options = int4.parse(
+        ["--models", "gta1-160m,gqa-1b", "--products", "down,step", "--rows", "1,512", "--rounds", "2"]
+    )
+    assert (options.models, options.products) == (("gta1-160m", "gqa-1b"), ("down", "step"))
+    assert (options.rows, options.rounds) == ((1, 512), 2)
+    assert int4.parse([]).rounds == int4.ROUNDS
+    assert int4.parse(["--quick"]).rounds == int4.QUICK_ROUNDS
+
+
+def test_every_matmul_has_a_name_on_the_command_line(int4):
+    for name in PRESETS:
+        assert {each.name for each in int4.matmuls(preset(name))} < set(int4.PRODUCTS.values())
+
+
+def test_each_row_is_written_when_it_is_there(int4, tmp_path, monkeypatch):
+    """Times are made up; the third row ends the run, as a hang or a kill would."""
+    written = []
+
+    def row(matmul, number, place, rounds):
+        written.append(json.loads(path.read_text()) if path.exists() else {"matmuls": []})
+        if len(written) == 3:
+            raise KeyboardInterrupt
+        return {"matmul": matmul.name, "rows": number, "contenders": {}}
+
+    path = tmp_path / "rows.json"
+    for name, stand_in in {"gpu": lambda: dict(GPU), "rates": lambda quick: {}, "measure_matmul": row}.items():
+        monkeypatch.setattr(int4, name, stand_in)
+    for contender in int4.CONTENDERS.values():
+        monkeypatch.setattr(contender, "check", lambda *arguments: None, raising=False)
+    with pytest.raises(KeyboardInterrupt):
+        int4.run(int4.parse(["--json", str(path), "--products", "down,head", "--rows", "1,8"]))
+    assert [[(row["model"], row["matmul"], row["rows"]) for row in each["matmuls"]] for each in written] == [
+        [],
+        [("gta-1b", "down", 1)],
+        [("gta-1b", "down", 1), ("gta-1b", "head", 1)],
+    ]
+    assert [each.name for each in tmp_path.iterdir()] == [path.name]

@@ -8,9 +8,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 
+from gta_edge.accuracy.reference import reference_logits
 from tests.helpers.benchmarks import BENCHMARKS, GPU
+from tests.helpers.tiny import TINY
 
 
 @pytest.fixture
@@ -83,7 +86,8 @@ def test_the_counts_are_those_of_the_models(script):
         assert config.attention_flops_per_pair == 2 * peers.CONTENDERS[key].multiply_adds_per_pair
 
 
-def test_caches_are_together_four_times_the_l2(kernels):
+def test_caches_are_together_four_times_the_l2(script):
+    kernels = script("gpu_timing")
     assert kernels.layer_count(layer_bytes=1000, l2_bytes=10_000) == 40
     assert kernels.layer_count(layer_bytes=999, l2_bytes=10_000) == 41
     assert kernels.layer_count(layer_bytes=10**9, l2_bytes=10_000) == 1
@@ -227,7 +231,11 @@ def test_without_a_gpu_it_says_so_in_one_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
-    [(["--only", "decode,all"], "'all'"), (["--markdown", "nowhere/page.md"], "nowhere/page.md")],
+    [
+        (["--only", "decode,all"], "'all'"),
+        (["--markdown", "nowhere/page.md"], "nowhere/page.md"),
+        (["--contexts", "12,-3"], "--contexts got '12,-3'"),
+    ],
 )
 def test_what_cannot_be_is_refused_in_one_line(arguments, expected):
     done = call(*arguments)
@@ -235,3 +243,61 @@ def test_what_cannot_be_is_refused_in_one_line(arguments, expected):
     assert done.stderr.startswith("error: ")
     assert expected in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_what_is_measured_can_be_chosen(kernels):
+    options = kernels.parse(["--models", "gqa-1b", "--contexts", "256,512", "--rounds", "2", "--only", "decode,model"])
+    assert (options.models, options.rounds, options.only) == (("gqa-1b",), 2, ("decode", "model"))
+    assert options.contexts == dict.fromkeys(kernels.PARTS, (256, 512))
+    assert kernels.parse([]).contexts["decode"] == kernels.DECODE_CONTEXTS
+    assert kernels.parse(["--quick"]).contexts == kernels.QUICK_CONTEXTS
+
+
+def test_each_row_is_written_when_it_is_there(kernels, tmp_path, monkeypatch):
+    """Times are made up; the model ends the run, as a hang or a kill would."""
+    path = tmp_path / "rows.json"
+
+    def model(name, contexts, new_tokens, place):
+        yield {"model": name, "context": contexts[0]}
+        raise KeyboardInterrupt
+
+    stand_ins = {
+        "gpu": lambda: dict(GPU),
+        "rates": lambda quick: {},
+        "check_all": lambda keys, tokens, context: ({}, []),
+        "measure_row": lambda ways, sizes, place, rounds: {"sizes": sizes, "contenders": {}, "ratios": {}},
+        "measure_model": model,
+    }
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(kernels, name, stand_in)
+    with pytest.raises(KeyboardInterrupt):
+        kernels.run(kernels.parse(["--json", str(path), "--contexts", "512", "--quick"]))
+    found = json.loads(path.read_text())
+    assert [row["sizes"] for row in found["decode"]] == [[1, 1, 512], [8, 1, 512]]
+    assert [row["sizes"] for row in found["prefill"]] == [[1, 512, 512]]
+    assert found["model"] == [{"model": "gta-1b", "context": 512}]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int8", "int4"])
+def test_a_model_of_random_weights_is_timed(script, precision):
+    """On the CPU, where it takes the same way."""
+    models = script("gpu_models")
+    config = TINY.replace(max_position_embeddings=40)
+    with models.random_session(config, precision, "cpu") as (session, weight_bytes):
+        rows = list(models.measure(session, (3, 20), 4, weight_bytes=weight_bytes, read_bytes_per_s=1e9, name="tiny"))
+    assert [(row["model"], row["context"]) for row in rows] == [("tiny", 3), ("tiny", 20)]
+    for row in rows:
+        cache_bytes = row["context"] * 2 * config.num_hidden_layers * config.cache_values_per_token_per_layer
+        assert row["floor_s"] == pytest.approx((weight_bytes + cache_bytes) / 1e9)
+        assert row["floor_fraction"] == pytest.approx(row["floor_s"] / row["token_s"]["median"])
+    bits = {"bf16": 16, "int8": 8, "int4": 4}[precision]
+    assert 1 <= weight_bytes / (config.parameters * bits / 8) < 1.6  # scales, and what stays in 16 bits
+
+
+def test_random_codes_mean_the_same_in_both_forms(script):
+    models = script("gpu_models")
+    for bits in (4, 8):
+        packed, plain = models.packed_decoder(TINY, bits, "cpu"), models.float_decoder(TINY, bits)
+        ids = np.arange(12)[None]
+        found, wanted = (reference_logits(model, ids) for model in (packed, plain))
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4 * wanted.std())

@@ -472,6 +472,30 @@ def test_the_presets_compile_without_spilling(variant: Variant, architecture: st
     check_kernels(programs_for(variant, architecture), architecture)
 
 
+WITHOUT = {
+    "9 heads of 64, 3 of keys": Sizes(9, 3, 3, 64, 64, 576, False, False),
+    "8 heads of 96 and of keys": Sizes(8, 8, 8, 96, 96, 768, False, False),
+    "32 heads of 128, 4 of keys": Sizes(32, 4, 4, 128, 128, 4096, False, False),
+    "16 gated heads of 128, 1 of keys": Sizes(16, 1, 1, 128, 128, 2048, True, False),
+    "gta-1b without a gate": Sizes(5, 1, 1, 64, 128, 1280, False, True),
+}
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("architecture", BUILT_FOR)
+@pytest.mark.parametrize("compute", ["fp16", "bf16"])
+@pytest.mark.parametrize("cache", ["as computed", "int8", "fp8"])
+@pytest.mark.parametrize("name", WITHOUT)
+def test_without_a_gate_or_a_value_decoder_nothing_spills(
+    name: str, cache: str, compute: str, architecture: str
+) -> None:
+    is_default = cache != "fp8" and compute == "bf16" and architecture == "sm_87" and "of keys" in name
+    if not (is_default or ALL_COMPILES):
+        pytest.skip("GTA_EDGE_ALL_COMPILES=1 compiles it")
+    variant = Variant(WITHOUT[name], compute, compute if cache == "as computed" else cache)
+    check_kernels(programs_for(variant, architecture), architecture)
+
+
 EXTREMES = {
     "smallest": Sizes(1, 1, 1, 16, 16, 16),
     "widest": Sizes(8, 4, 2, 128, 256, 8 * 256),

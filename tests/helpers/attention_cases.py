@@ -5,7 +5,7 @@ Written from the op's definition for whole arrays at once; ``reference.py`` besi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import ml_dtypes
 import numpy as np
@@ -26,9 +26,21 @@ def variant(heads: tuple[int, int, int], d_k: int, d_l: int, e: int, compute: st
     return Variant(Sizes(*heads, d_k, d_l, heads[0] * d_l * e), compute, cache or compute)
 
 
+def grouped_query(
+    n_q: int, n_kv: int, width: int, compute: str, cache: str | None = None, gate: bool = False
+) -> Variant:
+    """Without a value decoder; heads of keys and of values are as wide."""
+    return Variant(Sizes(n_q, n_kv, n_kv, width, width, n_q * width, gate, False), compute, cache or compute)
+
+
+def ungated(of: Variant) -> Variant:
+    """The same without a gate."""
+    return replace(of, sizes=replace(of.sizes, has_gate=False))
+
+
 @dataclass
 class Case:
-    """Arrays by the names that the kernels' parameters have."""
+    """Arrays by the names that the kernels' parameters have; none where the variant has no such input."""
 
     variant: Variant
     lengths: tuple[int, ...]
@@ -67,6 +79,9 @@ def make(
         "value_decoder": normal(n_q, d_l, of.expansion * d_l, spread=d_l**-0.5),
         "output": np.full((batch, tokens, sizes.hidden_size), np.nan, dtype),
     }
+    for name, given in (("gate", sizes.has_gate), ("value_decoder", sizes.has_value_decoder)):
+        if not given:
+            del arrays[name]
     for name, heads, width in (("key", n_k, d_k), ("latent", n_c, d_l)):
         values = rng.standard_normal((batch, heads, capacity, width)) * rng.choice(
             [0.03, 1.0, 4.0], (batch, heads, 1, 1)
@@ -141,10 +156,11 @@ def attended(case: Case, present: dict[str, Array]) -> Array:
         scores = np.where(visible, scores, -np.inf)
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         mix = weights / weights.sum(-1, keepdims=True) @ latent[row, :, :end]  # [n_q, T, d_l]
-        decoder = case.arrays["value_decoder"].astype(np.float64)
-        decoded = np.tile(mix, case.variant.expansion) + mix @ decoder
-        gate = case.arrays["gate"][row].astype(np.float64)
-        output[row] = decoded.transpose(1, 0, 2).reshape(case.tokens, -1) / (1 + np.exp(-gate))
+        if sizes.has_value_decoder:
+            mix = np.tile(mix, case.variant.expansion) + mix @ case.arrays["value_decoder"].astype(np.float64)
+        output[row] = mix.transpose(1, 0, 2).reshape(case.tokens, -1)
+        if sizes.has_gate:
+            output[row] /= 1 + np.exp(-case.arrays["gate"][row].astype(np.float64))
     return output
 
 

@@ -2,13 +2,14 @@
 
 import re
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from gta_edge.cuda import gpu
-from gta_edge.cuda.compiler import Compiled
+from gta_edge.cuda.compiler import Compilable, Compiled
 from gta_edge.cuda.gpu import Gpu
 from gta_edge.plugins.domain import KERNELS
 
@@ -64,7 +65,7 @@ class FakeCuda:
     def install(self, monkeypatch: pytest.MonkeyPatch) -> "FakeCuda":
         core = SimpleNamespace(
             Device=self.device,
-            ObjectCode=SimpleNamespace(from_cubin=lambda cubin, name: SimpleNamespace(get_kernel=self.kernel)),
+            ObjectCode=SimpleNamespace(from_cubin=self.code),
             LaunchConfig=lambda grid, block, shmem_size: (grid, block, shmem_size),
             Stream=Stream,
             launch=self.launch,
@@ -82,8 +83,14 @@ class FakeCuda:
         monkeypatch.setitem(sys.modules, "cuda.bindings.driver", driver)
         monkeypatch.setattr(gpu, "driver_cuda_version", lambda: (13, 0))
         monkeypatch.setattr(gpu, "cuda_extra", lambda: "cuda13")
-        monkeypatch.setattr(gpu, "compile_program", lambda program, architecture, sources: Compiled(b"cubin", {}, ""))
+        monkeypatch.setattr(gpu, "compile_program", self.compile)
         return self
+
+    def compile(self, program: Compilable, architecture: str, sources: Path) -> Compiled:
+        return Compiled(b"cubin", {}, "")
+
+    def code(self, cubin: bytes, name: str) -> SimpleNamespace:
+        return SimpleNamespace(get_kernel=self.kernel)
 
     def device(self, number: int) -> SimpleNamespace:
         if self.fails == "device":

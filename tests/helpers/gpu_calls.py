@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from itertools import product
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -21,6 +21,8 @@ DEVICE = "cuda"
 
 def on_gpu(test: Callable[..., None]) -> Callable[..., None]:
     """Mark a test that runs kernels. Not the whole module: the formula is checked everywhere."""
+    import pytest  # which those who only make calls do without
+
     skip = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
     return pytest.mark.gpu(skip(test))
 
@@ -44,15 +46,20 @@ VARIANTS = [
     (compute, cache) for compute, cache in product(COMPUTE_TYPES, CACHE_TYPES) if cache in (compute, "int8", "fp8")
 ]
 GTA_1B = sizes_of(5, 1, 1, 64, 128, 2)
+GQA = Sizes(9, 3, 3, 64, 64, 576, has_gate=False, has_value_decoder=False)
 
 GUARD_BYTES = 512
 GUARD = 0xA5
+
+LIVE: weakref.WeakSet[Memory] = weakref.WeakSet()
+"""All memory that there is."""
 
 
 class Memory:
     """Named tensors, each between two guards in an allocation of its own."""
 
     def __init__(self) -> None:
+        LIVE.add(self)
         self._whole: dict[str, Tensor] = {}
         self.tensors: dict[str, Tensor] = {}
 
@@ -110,7 +117,13 @@ def with_new_rows(cache: Tensor, new: Tensor, past: list[int]) -> Tensor:
 
 
 def exact_output(
-    query: Tensor, gate: Tensor, key: Tensor, latent: Tensor, past: Tensor, decoder: Tensor, scale: float
+    query: Tensor,
+    gate: Tensor | None,
+    key: Tensor,
+    latent: Tensor,
+    past: Tensor,
+    decoder: Tensor | None,
+    scale: float,
 ) -> Tensor:
     """The output [B, T, H] for a rotated query [B, n_q, T, d_k] and caches that hold the new rows; all float64."""
     n_q, tokens = query.shape[1:3]
@@ -121,11 +134,14 @@ def exact_output(
         keys, latents = key[:, q * key.shape[1] // n_q], latent[:, q * latent.shape[1] // n_q]
         scores = scale * query[:, q] @ keys.mT  # [B, T, S]
         mix = scores.masked_fill(hidden, -torch.inf).softmax(2) @ latents  # [B, T, d_l]
-        heads.append(mix.repeat(1, 1, decoder.shape[2] // mix.shape[2]) + mix @ decoder[q])
-    return torch.cat(heads, dim=2) * torch.sigmoid(gate.double())
+        if decoder is not None:
+            mix = mix.repeat(1, 1, decoder.shape[2] // mix.shape[2]) + mix @ decoder[q]
+        heads.append(mix)
+    output = torch.cat(heads, dim=2)
+    return output if gate is None else output * torch.sigmoid(gate.double())
 
 
-INPUTS = ("query", "key", "latent", "gate", "past_length", "cos", "sin", "value_decoder")
+INPUTS = {"query", "key", "latent", "gate", "past_length", "cos", "sin", "value_decoder"}
 
 
 class Call:
@@ -151,15 +167,17 @@ class Call:
         add("query", self._normal(batch, tokens, n_q * sizes.key_dim).to(dtype))
         add("key", self._normal(batch, tokens, n_k * sizes.key_dim).to(dtype))
         add("latent", self._normal(batch, tokens, n_c * sizes.latent_dim).to(dtype))
-        add("gate", (2 * self._normal(batch, tokens, sizes.hidden_size)).to(dtype))
+        if sizes.has_gate:
+            add("gate", (2 * self._normal(batch, tokens, sizes.hidden_size)).to(dtype))
         add("past_length", torch.tensor(past, dtype=torch.int64))
         angles = torch.arange(capacity, dtype=torch.float64, device=DEVICE)[:, None] / 1e4 ** (
             torch.arange(0, sizes.key_dim, 2, dtype=torch.float64, device=DEVICE) / sizes.key_dim
         )
         add("cos", angles.cos().to(dtype))
         add("sin", angles.sin().to(dtype))
-        decoder = self._normal(n_q, sizes.latent_dim, sizes.hidden_size // n_q) / sizes.latent_dim**0.5
-        add("value_decoder", decoder.to(dtype))
+        if sizes.has_value_decoder:
+            decoder = self._normal(n_q, sizes.latent_dim, sizes.hidden_size // n_q) / sizes.latent_dim**0.5
+            add("value_decoder", decoder.to(dtype))
         self._add_cache("key", n_k, sizes.key_dim)
         self._add_cache("latent", n_c, sizes.latent_dim)
         self.memory.add_poisoned("output", (batch, tokens, sizes.hidden_size), dtype)
@@ -201,7 +219,7 @@ class Call:
         tensors = self.memory.tensors
         addresses = {name: tensor.data_ptr() for name, tensor in tensors.items()}
         addresses["workspace"] = addresses["workspace"] if self.workspace_bytes else 0
-        return Buffers(**{"key_scale": 0, "latent_scale": 0} | addresses)
+        return Buffers(**dict.fromkeys(("key_scale", "latent_scale", "gate", "value_decoder"), 0) | addresses)
 
     def launch(self, stream: Any = 0) -> None:
         sizes = {"batch": self.batch, "tokens": self.tokens, "capacity": self.capacity, "positions": self.capacity}
@@ -236,7 +254,7 @@ class Call:
     def check(self) -> None:
         """Compare all memory with what it was and what it should be."""
         self.memory.check_guards()
-        for name in INPUTS:
+        for name in INPUTS & self.before.keys():
             assert torch.equal(self.memory.bytes_of(name), self.before[name]), f"{name} was written to"
         for name, new in self.new_rows().items():
             self.check_old_rows(name)
@@ -289,8 +307,9 @@ class Call:
                     new[row, :, : part.shape[1]] = part
             present[name] = with_new_rows(stored, new, self.past)
         query = rotated(split_heads(self["query"], self.variant.sizes.num_query_heads), past, self["cos"], self["sin"])
-        decoder = self["value_decoder"].double()
-        expected = exact_output(query, self["gate"], present["key"], present["latent"], past, decoder, self.scale)
+        gate, decoder = (self.memory.tensors.get(name) for name in ("gate", "value_decoder"))
+        decoder = None if decoder is None else decoder.double()
+        expected = exact_output(query, gate, present["key"], present["latent"], past, decoder, self.scale)
         errors = []
         for row, length in enumerate(self.past):
             count = min(self.tokens, self.capacity - length)

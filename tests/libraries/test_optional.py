@@ -1,9 +1,11 @@
 """A library that is there and cannot be used is told from one that is not installed, with its own reason."""
 
+import contextlib
 import os
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -223,3 +225,28 @@ for name in ("cuda.bindings", "cuda.bindings.driver", "cuda.core"):
     lines = result.stdout.splitlines()
     assert len(lines) == 3
     assert all(f"is hidden by {tmp_path / 'cuda.py'}, which is something else" in line for line in lines), lines
+
+
+def test_two_threads_that_import_leave_stdout_as_it_is(library: Path) -> None:
+    """Each import is silenced; of two that overlap, neither may restore what it found redirected."""
+    meeting = "import tests.libraries.test_optional as t; t.meet()"
+    for name in ("first", "second"):
+        write(library, meeting, f"{name}_of_two")
+    write(library, "__version__ = '1.2'")
+    find_module(NAME)
+    before = sys.stdout
+    threads = [threading.Thread(target=find_module, args=(f"{NAME}.{name}_of_two",)) for name in ("first", "second")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sys.stdout is before
+
+
+_both = threading.Barrier(2)
+
+
+def meet() -> None:
+    """Wait for the other thread, which does not come where imports are silenced one at a time."""
+    with contextlib.suppress(threading.BrokenBarrierError):
+        _both.wait(0.5)

@@ -24,7 +24,7 @@ __all__ = ["AttentionKernels", "Buffers", "attention_kernels"]
 _ALIGNMENTS = {"past_length": 8, "key_scale": 4, "latent_scale": 4}
 _SCALES = ("key_scale", "latent_scale")
 _MAX_FLOAT32 = float(np.finfo(np.float32).max)
-_OPTIONAL = (*_SCALES, "workspace")
+_OPTIONAL = (*_SCALES, "gate", "value_decoder", "workspace")
 _LAUNCHES_CACHED = 256
 
 
@@ -45,7 +45,7 @@ class Buffers:
     latent: int
     """[B, T, n_c·d_l]"""
     gate: int
-    """[B, T, H], before the sigmoid."""
+    """[B, T, H], before the sigmoid; 0 if there is none."""
     key_cache: int
     """[B, n_k, S, d_k] of the variant's cache type, updated in place."""
     latent_cache: int
@@ -61,7 +61,7 @@ class Buffers:
     sin: int
     """[P, d_k/2]"""
     value_decoder: int
-    """[n_q, d_l, e·d_l]"""
+    """[n_q, d_l, e·d_l]; 0 if there is none."""
     output: int
     """[B, T, H]"""
     workspace: int
@@ -95,6 +95,7 @@ class AttentionKernels:
     def __init__(self, variant: Variant, gpu: Gpu) -> None:
         self.variant, self.gpu = variant, gpu
         self.programs = programs_for(variant, gpu.architecture)
+        self._presence = _presence(variant)
         self._launcher = Launcher(gpu, "attention", KERNELS)
         # Neither the kernels nor their shared memory depend on a call's sizes.
         samples = [decode_launches(self.programs.decode, gpu.processors, 1, 1, 1)]
@@ -153,12 +154,9 @@ class AttentionKernels:
             BackendError: a size or an address that the kernels cannot take, or a launch failed.
         """
         plan, launches = self._prepared(batch, tokens, capacity, positions, scale)
-        for name in _SCALES:
-            if bool(getattr(buffers, name)) != self.variant.quantised:
-                raise BackendError(
-                    f"{name} is {'given' if getattr(buffers, name) else 'missing'}",
-                    f"a cache of type {self.variant.cache} has {'scales' if self.variant.quantised else 'none'}",
-                )
+        for name, expected, reason in self._presence:
+            if bool(getattr(buffers, name)) != expected:
+                raise BackendError(f"{name} is {'missing' if expected else 'given'}", reason)
         if plan.workspace_bytes and not buffers.workspace:
             raise BackendError("there is no workspace", f"expected {plan.workspace_bytes} bytes of the GPU's memory")
         addresses = dict(vars(buffers))
@@ -199,3 +197,16 @@ class AttentionKernels:
             )
             for each in plan.launches
         )
+
+
+def _presence(variant: Variant) -> tuple[tuple[str, bool, str], ...]:
+    """Return of each address that some variants lack its name, whether this one has it, and why."""
+    scales = f"a cache of type {variant.cache} has {'scales' if variant.quantised else 'none'}"
+    has = {"gate": variant.sizes.has_gate, "value_decoder": variant.sizes.has_value_decoder}
+    return (
+        *((name, variant.quantised, scales) for name in _SCALES),
+        *(
+            (name, given, f"the kernels are compiled {'with' if given else 'without'} one")
+            for name, given in has.items()
+        ),
+    )

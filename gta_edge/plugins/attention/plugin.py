@@ -13,7 +13,6 @@ import numpy as np
 
 from gta_edge.cuda.gpu import Gpu
 from gta_edge.errors import BackendError
-from gta_edge.plugins.attention.definition import INPUTS
 from gta_edge.plugins.attention.kernels import AttentionKernels, Buffers, attention_kernels
 from gta_edge.plugins.attention.launches import programs_for
 from gta_edge.plugins.attention.plugin_call import (
@@ -30,8 +29,6 @@ from gta_edge.plugins.plugin_registry import OpPlugin
 
 __all__ = ["ATTENTION_PLUGINS", "AttentionPlugin"]
 
-_GATE, _PAST_KEY = INPUTS.index("gate"), INPUTS.index("past_key")
-
 
 class AttentionPlugin(Plugin[Parameters, Call, AttentionKernels]):
     """The attention."""
@@ -40,7 +37,14 @@ class AttentionPlugin(Plugin[Parameters, Call, AttentionKernels]):
         return describe_call(self.parameters, types, shapes, exact)
 
     def _output_shapes(self, inputs: Sequence[Any], expr_builder: Any) -> list[Any]:
-        return [inputs[_GATE], *(inputs[past] for past, _ in self.parameters.caches)]
+        presents = [inputs[past] for past, _ in self.parameters.caches]
+        given = dict(zip(self.parameters.inputs, inputs, strict=True))
+        if self.parameters.has_gate:
+            return [given["gate"], *presents]
+        queries = expr_builder.constant(self.parameters.num_query_heads)
+        decoded, query = given.get("value_decoder", given["past_latent"]), given["query"]
+        width = expr_builder.operation(self.trt.DimensionOperation.PROD, queries, decoded[len(decoded) - 1])
+        return [self.trt.DimsExprs([query[0], query[1], width]), *presents]
 
     def _check_largest(self, call: Call, gpu: Gpu) -> None:
         programs_for(call.variant, gpu.architecture)
@@ -53,7 +57,7 @@ class AttentionPlugin(Plugin[Parameters, Call, AttentionKernels]):
         return attention_kernels(variant, gpu)
 
     def _fits(self, call: Call, descs: Sequence[Any]) -> bool:
-        query, past_key = descs[0].dims, descs[_PAST_KEY].dims
+        query, past_key = descs[0].dims, descs[self.parameters.caches[0][0]].dims
         return (query[0], query[1], past_key[2]) == (call.batch, call.tokens, call.capacity)
 
     def _launch(self, call: Call, kernels: AttentionKernels, run: Run) -> None:
@@ -68,7 +72,7 @@ class AttentionPlugin(Plugin[Parameters, Call, AttentionKernels]):
                 query=given["query"],
                 key=given["key"],
                 latent=given["latent"],
-                gate=given["gate"],
+                gate=given.get("gate", 0),
                 key_cache=made["present_key"],
                 latent_cache=made["present_latent"],
                 key_scale=made.get("present_key_scale", 0),
@@ -76,7 +80,7 @@ class AttentionPlugin(Plugin[Parameters, Call, AttentionKernels]):
                 past_length=given["past_length"],
                 cos=given["cos"],
                 sin=given["sin"],
-                value_decoder=given["value_decoder"],
+                value_decoder=given.get("value_decoder", 0),
                 output=made["output"],
                 workspace=run.workspace,
             ),

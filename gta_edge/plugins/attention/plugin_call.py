@@ -21,6 +21,7 @@ from gta_edge.plugins.plugin_call_base import CALLS_CACHED, FieldTypes, Paramete
 
 __all__ = [
     "FIELDS",
+    "INPUT_FLAGS",
     "PAST_SCALES",
     "PRESENT_SCALES",
     "QUANTISED_CACHE",
@@ -37,6 +38,8 @@ PRESENT_SCALES = ("present_key_scale", "present_latent_scale")
 QUANTISED_CACHE = "quantised_cache"
 """Attribute, 0 or 1: the node has scales. A plugin says how many outputs it has before it sees its inputs."""
 
+INPUT_FLAGS = {"gate": "has_gate", "value_decoder": "has_value_decoder"}
+"""Inputs that a node need not have, and the attribute, 0 or 1, that says so: a plugin's inputs have no gaps."""
 
 FIELDS = FieldTypes(
     op=OP,
@@ -46,10 +49,11 @@ FIELDS = FieldTypes(
         "num_latent_heads": int,
         "scale": float,
         QUANTISED_CACHE: int,
+        **dict.fromkeys(INPUT_FLAGS.values(), int),
     },
     variant={"key_dim": int, "latent_dim": int, "hidden_size": int, "compute": str, "cache": str},
     made_by="export",
-    optional=(QUANTISED_CACHE,),
+    optional=(QUANTISED_CACHE, *INPUT_FLAGS.values()),
 )
 """The plugin as its fields."""
 
@@ -67,6 +71,8 @@ class Parameters(ParametersBase[Variant]):
     num_latent_heads: int
     scale: float
     quantised_cache: bool = False
+    has_gate: bool = True
+    has_value_decoder: bool = True
 
     def __post_init__(self) -> None:
         for name in ("num_query_heads", "num_key_heads", "num_latent_heads"):
@@ -88,7 +94,8 @@ class Parameters(ParametersBase[Variant]):
     @cached_property
     def inputs(self) -> tuple[str, ...]:
         """Names of the inputs, in order."""
-        return INPUTS + PAST_SCALES * self.quantised_cache
+        given = tuple(name for name in INPUTS if getattr(self, INPUT_FLAGS.get(name, ""), True))
+        return given + PAST_SCALES * self.quantised_cache
 
     @cached_property
     def outputs(self) -> tuple[str, ...]:
@@ -112,15 +119,20 @@ class Parameters(ParametersBase[Variant]):
     @property
     def circumstances(self) -> str:
         """What else the allowed types depend on."""
-        return f" and {QUANTISED_CACHE} = {int(self.quantised_cache)}"
+        return f" and {self._flags}"
+
+    @property
+    def _flags(self) -> str:
+        """The attributes that say which inputs there are, as errors have them; those of optional ones where 0."""
+        absent = [f"{name} = 0" for name in INPUT_FLAGS.values() if not getattr(self, name)]
+        return ", ".join((f"{QUANTISED_CACHE} = {int(self.quantised_cache)}", *absent))
 
     def check_number(self, inputs: int) -> None:
         """Raise BackendError where the op has no such number of inputs."""
         if inputs != len(self.inputs):
             raise BackendError(
                 f"{OP} has {inputs} inputs",
-                f"with {QUANTISED_CACHE} = {int(self.quantised_cache)} it has {len(self.inputs)}: "
-                f"{', '.join(self.inputs)}",
+                f"with {self._flags} it has {len(self.inputs)}: {', '.join(self.inputs)}",
             )
 
     def allowed_types(self, place: int, types: Sequence[str], num_inputs: int) -> tuple[str, ...]:
@@ -140,6 +152,15 @@ class Parameters(ParametersBase[Variant]):
             return (types[self.inputs.index("past_key")],)
         return (types[0],)
 
+    def sizes(self, key_dim: int, latent_dim: int, hidden_size: int) -> Sizes:
+        """Return a model's sizes, of the attributes and these widths.
+
+        Raises:
+            ValueError: they do not go together.
+        """
+        heads = (self.num_query_heads, self.num_key_heads, self.num_latent_heads)
+        return Sizes(*heads, key_dim, latent_dim, hidden_size, self.has_gate, self.has_value_decoder)
+
     def variant_values(self, variant: Variant) -> dict[str, Value]:
         """Return the values of the fields that say what kernels are compiled for."""
         sizes = variant.sizes
@@ -152,9 +173,8 @@ class Parameters(ParametersBase[Variant]):
         Raises:
             BackendError: there are no such kernels.
         """
-        heads = (self.num_query_heads, self.num_key_heads, self.num_latent_heads)
         try:
-            sizes = Sizes(*heads, values["key_dim"], values["latent_dim"], values["hidden_size"])
+            sizes = self.sizes(values["key_dim"], values["latent_dim"], values["hidden_size"])
         except ValueError as error:
             raise BackendError(f"{OP} in this engine is damaged ({error})", "build the engine again") from error
         return Variant(sizes, values["compute"], values["cache"])
@@ -167,10 +187,11 @@ def read_parameters(values: Mapping[str, Any]) -> Parameters:
         BackendError: one is missing or makes no sense.
     """
     given = FIELDS.attributes_among(values)
-    quantised = given.pop(QUANTISED_CACHE, 0)
-    if quantised not in (0, 1):
-        raise BackendError(f"{OP} has {QUANTISED_CACHE} = {quantised}", "expected 0 or 1")
-    return Parameters(**given, quantised_cache=bool(quantised))
+    for name in set(FIELDS.optional) & set(given):
+        if given[name] not in (0, 1):
+            raise BackendError(f"{OP} has {name} = {given[name]}", "expected 0 or 1")
+        given[name] = bool(given[name])
+    return Parameters(**given)
 
 
 @dataclass(frozen=True)
@@ -206,13 +227,15 @@ def describe_call(
     """
     parameters.check_types(types)
     given = dict(zip(parameters.inputs, shapes, strict=True))
-    for name, rank in (("gate", 3), ("past_key", 4), ("past_latent", 4), ("cos", 2)):
-        if len(given[name]) != rank:
-            raise BackendError(f"{OP} has {name} of shape {list(given[name])}", f"expected {rank} axes")
-    (b, t, hidden), (_, _, s, d_k), d_l = given["gate"], given["past_key"], given["past_latent"][3]
+    ranks = {"query": 3, "gate": 3, "past_key": 4, "past_latent": 4, "cos": 2, "value_decoder": 3}
+    for name, shape in given.items():
+        if len(shape) != ranks.get(name, len(shape)):
+            raise BackendError(f"{OP} has {name} of shape {list(shape)}", f"expected {ranks[name]} axes")
     n_q, n_k, n_c = parameters.num_query_heads, parameters.num_key_heads, parameters.num_latent_heads
+    (_, _, s, d_k), d_l = given["past_key"], given["past_latent"][3]
+    b, t, hidden = given.get("gate", (*given["query"][:2], n_q * given.get("value_decoder", (d_l,))[-1]))
     try:
-        sizes = Sizes(n_q, n_k, n_c, d_k, d_l, hidden)
+        sizes = parameters.sizes(d_k, d_l, hidden)
     except ValueError as error:
         raise BackendError(f"{OP} has inputs that do not fit its attributes: {error}") from error
     expected: dict[str, tuple[int | str, ...]] = {

@@ -107,6 +107,8 @@ class Variant:
             "GTA_KEY_DIM": self.sizes.key_dim,
             "GTA_LATENT_DIM": self.sizes.latent_dim,
             "GTA_EXPANSION": self.expansion,
+            "GTA_HAS_GATE": int(self.sizes.has_gate),
+            "GTA_HAS_VALUE_DECODER": int(self.sizes.has_value_decoder),
             "GTA_COMPUTE_BF16": int(self.compute == "bf16"),
             "GTA_CACHE_INT8": int(self.cache == "int8"),
             "GTA_CACHE_FP8": int(self.cache == "fp8"),
@@ -176,7 +178,7 @@ def decode_program(variant: Variant, architecture: str) -> Program:
         )
     stages = fitting[0][1]
     shared_bytes = max(stages * stage + query, merge)
-    columns = next(c for c in (64, 32, 16) if sizes.latent_dim % c == 0)
+    columns = next((c for c in (64, 32, 16) if sizes.latent_dim % c == 0 and sizes.has_value_decoder), sizes.latent_dim)
     tiles = {
         "GTA_DECODE_GROUPS": groups,
         "GTA_DECODE_WARPS_M": warps_m,
@@ -186,7 +188,7 @@ def decode_program(variant: Variant, architecture: str) -> Program:
         "GTA_DECODE_SHARED_BYTES": shared_bytes,
         "GTA_COMBINE_COLUMNS": columns,
         "GTA_COMBINE_THREADS": COMBINE_THREADS,
-        "GTA_COMBINE_SHARED_BYTES": _combine_shared_bytes(sizes.latent_dim, columns),
+        "GTA_COMBINE_SHARED_BYTES": _combine_shared_bytes(sizes, columns),
     }
     return Program(
         source="decode.cu",
@@ -199,10 +201,11 @@ def decode_program(variant: Variant, architecture: str) -> Program:
     )
 
 
-def _combine_shared_bytes(latent_dim: int, columns: int) -> int:
-    """Return the combining kernel's shared memory: parts of a mix, the mix, and parts of its matmul; float32."""
-    splits, decoder_rows = COMBINE_THREADS // (latent_dim // 4), COMBINE_THREADS // (columns // 8)
-    return 4 * (splits * latent_dim + latent_dim + decoder_rows * columns)
+def _combine_shared_bytes(sizes: Sizes, columns: int) -> int:
+    """Return the combining kernel's shared memory: parts of a mix; the mix, and parts of its matmul; float32."""
+    splits, decoder_rows = COMBINE_THREADS // (sizes.latent_dim // 4), COMBINE_THREADS // (columns // 8)
+    decoded = sizes.latent_dim + decoder_rows * columns if sizes.has_value_decoder else 0
+    return 4 * (splits * sizes.latent_dim + decoded)
 
 
 def _row_blocks(program: Program, tokens: int) -> int:
@@ -263,9 +266,10 @@ def prefill_program(variant: Variant, architecture: str, row_tiles: int) -> Prog
     # more keys, or columns with wide latents, would not fit the registers
     max_keys = 64 if row_tiles == 1 and sizes.latent_dim <= 128 else 32
     max_columns = 64 if sizes.latent_dim <= 128 else 32
+    all_columns = (64, 32, 16) if sizes.has_value_decoder else (16,)
     candidates = [
-        (keys, columns, query + 2 * max(keys * token, sizes.latent_dim * pitch(2 * columns)))
-        for keys, columns in product((64, 32), (64, 32, 16))
+        (keys, columns, query + 2 * max(keys * token, sizes.latent_dim * pitch(2 * columns) * sizes.has_value_decoder))
+        for keys, columns in product((64, 32), all_columns)
         if keys <= max_keys and columns <= max_columns and sizes.latent_dim % columns == 0
     ]
     fitting = [entry for entry in candidates if entry[2] <= per_block]

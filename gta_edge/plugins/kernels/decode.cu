@@ -1,8 +1,9 @@
 // The op for few new tokens: the cache's length is split among blocks, which read every cached row once for all query
-// heads of its group; a second kernel combines their mixes and applies the value decoder and the gate.
+// heads of its group; a second kernel combines their mixes and applies the value decoder and the gate, where there are.
 //
 // Which tokens a block takes follows from the lengths in device memory, so the same launches serve every step.
 
+#include "output.cuh"
 #include "tiles.cuh"
 
 namespace gta {
@@ -380,95 +381,83 @@ constexpr int mix_units = latent_dim / 4;                         // vectors of 
 constexpr int mix_splits = combine_threads / mix_units;           // splits that are read at once
 static_assert(latent_dim <= combine_threads && columns <= combine_threads);
 constexpr int parts_floats = mix_splits * latent_dim;
-constexpr int products_floats = decoder_rows * columns;
-static_assert((parts_floats + latent_dim + products_floats) * 4 == GTA_COMBINE_SHARED_BYTES);
+constexpr int decoded_floats = has_decoder ? latent_dim + decoder_rows * columns : 0;
+static_assert((parts_floats + decoded_floats) * 4 == GTA_COMBINE_SHARED_BYTES);
 
-}  // namespace gta
-
-GTA_KERNEL(gta::combine_threads)
-gta_decode_combine(const float* mixes, const float* sums,
-                   const gta::Element* gate,                        // [B, T, H]
-                   const gta::Element* __restrict__ value_decoder,  // [n_q, d_l, e d_l]
-                   const gta::i64* past_length,
-                   gta::Element* __restrict__ output,  // [B, T, H]
-                   int rows, int tokens, int capacity, int splits) {
-    using namespace gta;
-    const int thread = threadIdx.x, lane = lane_of_warp(), head = blockIdx.y, first_column = blockIdx.z * columns;
-    float* const parts = reinterpret_cast<float*>(shared_memory());  // [mix_splits, d_l]
-    float* const mix = parts + parts_floats;                         // [d_l]
-    float* const products = mix + latent_dim;                        // [decoder_rows, columns]
-
-    // This block's part of the value decoder stays in registers for all its rows.
-    const int unit = thread % column_units, decoder_row = thread / column_units;
-    Vector decoder[decoder_rounds];
+// The mix of one row and query head, of the `active` splits' results from `from` on: element threadIdx.x of it, 0 for
+// further threads. `parts` is shared memory, [mix_splits, d_l].
+GTA_DEVICE float combined_mix(float* parts, const float* mixes, const float* sums, i64 from, int active) {
+    const int thread = threadIdx.x, lane = lane_of_warp();
+    float maximum = -infinity, sum = 0.0f;  // every warp works them out for itself
+    for (int first = 0; first < active; first += warp_size) {
+        maximum = max_of(maximum, sums[2 * (from + min_of(first + lane, active - 1))]);
+    }
 #pragma unroll
-    for (int round = 0; round < decoder_rounds; ++round) {
-        const int i = round * decoder_rows + decoder_row;
-        decoder[round] = Vector{};
-        if (latent_dim % decoder_rows == 0 || i < latent_dim) {
-            decoder[round] =
-                load_vector(value_decoder + (i64{head} * latent_dim + i) * head_dim + first_column + 8 * unit);
+    for (int mask = 16; mask > 0; mask /= 2) {
+        maximum = max_of(maximum, shuffle_xor(maximum, mask));
+    }
+    const float base = maximum == -infinity ? 0.0f : maximum;
+    for (int first = 0; first < active; first += warp_size) {
+        const i64 split = from + min_of(first + lane, active - 1);
+        const float part = power_of_2(sums[2 * split] - base) * sums[2 * split + 1];
+        sum += first + lane < active ? part : 0.0f;
+    }
+#pragma unroll
+    for (int mask = 16; mask > 0; mask /= 2) {
+        sum += shuffle_xor(sum, mask);
+    }
+
+    const int mix_unit = thread % mix_units, first_split = thread / mix_units;
+    if (mix_splits * mix_units == combine_threads || first_split < mix_splits) {
+        Floats part{};
+#pragma unroll 4
+        for (int first = 0; first < active; first += mix_splits) {
+            const i64 split = from + min_of(first + first_split, active - 1);
+            const float power = power_of_2(sums[2 * split] - base);
+            const float weight = first + first_split < active ? power : 0.0f;
+            const Floats values = *reinterpret_cast<const Floats*>(mixes + split * latent_dim + 4 * mix_unit);
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                part.x[j] += weight * values.x[j];
+            }
+        }
+        *reinterpret_cast<Floats*>(parts + first_split * latent_dim + 4 * mix_unit) = part;
+    }
+    block_barrier();
+    float total = 0.0f;
+    if (thread < latent_dim) {
+#pragma unroll
+        for (int split = 0; split < mix_splits; ++split) {
+            total += parts[split * latent_dim + thread];
+        }
+    }
+    return total * reciprocal(sum);
+}
+
+// A block's part of the value decoder, in registers for all its rows: of its columns, every decoder_rows-th row.
+struct DecoderPart {
+    Vector rows[decoder_rounds];
+    int unit = threadIdx.x % column_units, first_row = threadIdx.x / column_units;
+
+    GTA_DEVICE explicit DecoderPart(const Element* decoder) {  // [d_l, e d_l], from the block's first column on
+#pragma unroll
+        for (int round = 0; round < decoder_rounds; ++round) {
+            const int i = round * decoder_rows + first_row;
+            rows[round] = Vector{};
+            if (latent_dim % decoder_rows == 0 || i < latent_dim) {
+                rows[round] = load_vector(decoder + i64{i} * head_dim + 8 * unit);
+            }
         }
     }
 
-    for (int row = blockIdx.x; row < rows; row += gridDim.x) {
-        const int past = past_tokens(past_length, row / tokens, capacity);
-        const int present = present_tokens(past, tokens, capacity);
-        const int active = ceil_div(present, split_tokens(present, splits));
-        const i64 from = (i64{row} * query_heads + head) * splits;
-
-        float maximum = -infinity, sum = 0.0f;  // every warp works them out for itself
-        for (int first = 0; first < active; first += warp_size) {
-            maximum = max_of(maximum, sums[2 * (from + min_of(first + lane, active - 1))]);
-        }
-#pragma unroll
-        for (int mask = 16; mask > 0; mask /= 2) {
-            maximum = max_of(maximum, shuffle_xor(maximum, mask));
-        }
-        const float base = maximum == -infinity ? 0.0f : maximum;
-        for (int first = 0; first < active; first += warp_size) {
-            const i64 split = from + min_of(first + lane, active - 1);
-            const float part = power_of_2(sums[2 * split] - base) * sums[2 * split + 1];
-            sum += first + lane < active ? part : 0.0f;
-        }
-#pragma unroll
-        for (int mask = 16; mask > 0; mask /= 2) {
-            sum += shuffle_xor(sum, mask);
-        }
-
-        const int mix_unit = thread % mix_units, first_split = thread / mix_units;
-        if (mix_splits * mix_units == combine_threads || first_split < mix_splits) {
-            Floats part{};
-#pragma unroll 4
-            for (int first = 0; first < active; first += mix_splits) {
-                const i64 split = from + min_of(first + first_split, active - 1);
-                const float power = power_of_2(sums[2 * split] - base);
-                const float weight = first + first_split < active ? power : 0.0f;
-                const Floats values = *reinterpret_cast<const Floats*>(mixes + split * latent_dim + 4 * mix_unit);
-#pragma unroll
-                for (int j = 0; j < 4; ++j) {
-                    part.x[j] += weight * values.x[j];
-                }
-            }
-            *reinterpret_cast<Floats*>(parts + first_split * latent_dim + 4 * mix_unit) = part;
-        }
-        block_barrier();
-        if (thread < latent_dim) {
-            float total = 0.0f;
-#pragma unroll
-            for (int split = 0; split < mix_splits; ++split) {
-                total += parts[split * latent_dim + thread];
-            }
-            mix[thread] = total * reciprocal(sum);
-        }
-        block_barrier();
-
+    // Column threadIdx.x of what it makes of a mix; `products` is shared memory, [decoder_rows, columns].
+    GTA_DEVICE float of(float* products, const float* mix) const {
         float product[8] = {};
 #pragma unroll
         for (int round = 0; round < decoder_rounds; ++round) {
-            const int i = round * decoder_rows + decoder_row;
+            const int i = round * decoder_rows + first_row;
             float weights[8];
-            unpack(weights, decoder[round]);
+            unpack(weights, rows[round]);
             const float value = latent_dim % decoder_rows == 0 || i < latent_dim ? mix[i] : 0.0f;
 #pragma unroll
             for (int j = 0; j < 8; ++j) {
@@ -477,19 +466,64 @@ gta_decode_combine(const float* mixes, const float* sums,
         }
 #pragma unroll
         for (int j = 0; j < 8; j += 4) {
-            *reinterpret_cast<Floats*>(products + decoder_row * columns + 8 * unit + j) =
+            *reinterpret_cast<Floats*>(products + first_row * columns + 8 * unit + j) =
                 Floats{{product[j], product[j + 1], product[j + 2], product[j + 3]}};
         }
         block_barrier();
-        if (thread < columns) {
-            float total = mix[(first_column + thread) % latent_dim];  // the tiled mix that the decoder adds to
+        float total = 0.0f;
+        if (static_cast<int>(threadIdx.x) < columns) {
 #pragma unroll 8
             for (int i = 0; i < decoder_rows; ++i) {
-                total += products[i * columns + thread];
+                total += products[i * columns + threadIdx.x];
             }
-            const i64 to = i64{row} * hidden_size + head * head_dim + first_column + thread;
-            const float opening = reciprocal(1.0f + power_of_2(-log2_e * unpack(gate[to])));
-            output[to] = static_cast<Element>(pack(total * opening, 0.0f));
+        }
+        return total;
+    }
+};
+
+}  // namespace gta
+
+GTA_KERNEL(gta::combine_threads)
+gta_decode_combine(const float* mixes, const float* sums,
+                   const gta::Element* gate,                        // [B, T, H], or null
+                   const gta::Element* __restrict__ value_decoder,  // [n_q, d_l, e d_l], or null
+                   const gta::i64* past_length,
+                   gta::Element* __restrict__ output,  // [B, T, H]
+                   int rows, int tokens, int capacity, int splits) {
+    using namespace gta;
+    const int thread = threadIdx.x, head = blockIdx.y, first_column = blockIdx.z * columns;
+    float* const parts = reinterpret_cast<float*>(shared_memory());
+    const auto mix_of = [&](int row) {
+        const int past = past_tokens(past_length, row / tokens, capacity);
+        const int present = present_tokens(past, tokens, capacity);
+        const int active = ceil_div(present, split_tokens(present, splits));
+        return combined_mix(parts, mixes, sums, (i64{row} * query_heads + head) * splits, active);
+    };
+    const i64 first_place = head * head_dim + first_column;  // of the output, in its row
+
+    if constexpr (has_decoder) {
+        float* const mix = parts + parts_floats;    // [d_l]
+        float* const products = mix + latent_dim;
+        const DecoderPart decoder(value_decoder + i64{head} * latent_dim * head_dim + first_column);
+        for (int row = blockIdx.x; row < rows; row += gridDim.x) {
+            const float own = mix_of(row);
+            if (thread < latent_dim) {
+                mix[thread] = own;
+            }
+            block_barrier();
+            const float decoded = decoder.of(products, mix);
+            if (thread < columns) {  // added to the tiled mix
+                write_output(output, gate, row * hidden_size + first_place + thread,
+                             mix[(first_column + thread) % latent_dim] + decoded);
+            }
+        }
+    } else {
+        for (int row = blockIdx.x; row < rows; row += gridDim.x) {
+            const float own = mix_of(row);
+            if (thread < latent_dim) {
+                write_output(output, gate, row * hidden_size + first_place + thread, own);
+            }
+            block_barrier();  // the next row takes the place of this one's parts
         }
     }
 }

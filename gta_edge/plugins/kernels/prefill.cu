@@ -1,6 +1,7 @@
 // The op for many new tokens: one kernel appends them to the cache, another walks over it, a block for each query head
-// and tile of tokens, and applies the value decoder and the gate to what it has mixed.
+// and tile of tokens, and applies the value decoder and the gate, where there are, to what it has mixed.
 
+#include "output.cuh"
 #include "tiles.cuh"
 
 namespace gta {
@@ -22,7 +23,7 @@ constexpr int scales_offset = latents_offset + keys * latent_pitch;
 constexpr int cache_bytes = scales_offset + (quantised ? 2 * keys * 4 : 0);
 constexpr int decoder_pitch = pitch_of(2 * columns);
 constexpr int decoder_bytes = latent_dim * decoder_pitch;
-constexpr int later_bytes = 2 * (cache_bytes > decoder_bytes ? cache_bytes : decoder_bytes);
+constexpr int later_bytes = 2 * (has_decoder && decoder_bytes > cache_bytes ? decoder_bytes : cache_bytes);
 static_assert(cache_offset + later_bytes == GTA_PREFILL_SHARED_BYTES);
 static_assert(latent_dim % columns == 0 && columns % 16 == 0 && keys % 16 == 0);
 
@@ -179,6 +180,125 @@ struct Rows {  // what one warp works on: row_tiles tiles of 16 query rows, of o
             }
         }
     }
+
+    // One over the sums of weights of each of the thread's rows, when all of the cache is taken in.
+    GTA_DEVICE void finish(float (&inverse)[row_tiles][2]) {
+#pragma unroll
+        for (int m = 0; m < row_tiles; ++m) {
+            softmax[m].finish();
+            inverse[m][0] = reciprocal(softmax[m].sum[0]);
+            inverse[m][1] = reciprocal(softmax[m].sum[1]);
+        }
+    }
+
+    // Calls `write` for each of the thread's rows with the place of its first column in the output, where token 0 has
+    // its own at `first_place`.
+    template <class Write>
+    GTA_DEVICE static void for_rows(i64 first_place, int first_row, int tokens, Write write) {
+#pragma unroll
+        for (int m = 0; m < row_tiles; ++m) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const int token = first_row + 16 * m + lane_of_warp() / 4 + 8 * half;
+                if (token < tokens) {
+                    write(first_place + token * hidden_size, m, half);
+                }
+            }
+        }
+    }
+
+    // Writes the mixes, as they are.
+    GTA_DEVICE void write(Element* output, const Element* gate, i64 first_place, int first_row, int tokens) {
+        const int pair = lane_of_warp() % 4;
+        float inverse[row_tiles][2];
+        finish(inverse);
+        for_rows(first_place, first_row, tokens, [&](i64 place, int m, int half) {
+#pragma unroll
+            for (int n = 0; n < latent_dim / 8; n += 2) {  // of 16 columns a thread has four: two pairs side by side
+                const float factor = inverse[m][half];
+                const float a[2] = {mix[m][n][2 * half] * factor, mix[m][n][2 * half + 1] * factor};
+                const float b[2] = {mix[m][n + 1][2 * half] * factor, mix[m][n + 1][2 * half + 1] * factor};
+                const i64 block = place + 8 * n;
+                if constexpr (quantised) {
+                    write_outputs(output, gate, block + 4 * pair, a[0], b[0]);
+                    write_outputs(output, gate, block + 4 * pair + 2, a[1], b[1]);
+                } else {
+                    write_outputs(output, gate, block + 2 * pair, a[0], a[1]);
+                    write_outputs(output, gate, block + 2 * pair + 8, b[0], b[1]);
+                }
+            }
+        });
+    }
+
+    // Writes what the head's value decoder, [d_l, e d_l], makes of the mixes. Its tiles come to where the cache's are.
+    GTA_DEVICE void write_decoded(Element* output, const Element* gate, i64 first_place, int first_row, int tokens,
+                                  const Element* decoder, u8* tiles) {
+        const int lane = lane_of_warp();
+        wait_for_copies<0>();
+        block_barrier();  // the cache's tiles make room for the value decoder's
+        copy_decoder(tiles, decoder, 0);
+        commit_copies();
+
+        // The mixes as left operands; like a model that computes in this type, they are rounded to it.
+        float inverse[row_tiles][2];
+        u32 mixed[row_tiles][latent_dim / 16][4];
+        finish(inverse);
+#pragma unroll
+        for (int m = 0; m < row_tiles; ++m) {
+#pragma unroll
+            for (int n = 0; n < latent_dim / 8; ++n) {
+                const float* x = mix[m][n];
+                mixed[m][n / 2][n % 2 * 2] = pack(x[0] * inverse[m][0], x[1] * inverse[m][0]);
+                mixed[m][n / 2][n % 2 * 2 + 1] = pack(x[2] * inverse[m][1], x[3] * inverse[m][1]);
+            }
+        }
+
+        for (int repeat = 0; repeat < expansion; ++repeat) {
+#pragma unroll
+            for (int part = 0; part < latent_dim / columns; ++part) {
+                const int chunk = repeat * (latent_dim / columns) + part, first_column = chunk * columns;
+                wait_for_copies<0>();
+                block_barrier();
+                if (first_column + columns < head_dim) {
+                    copy_decoder(tiles + (chunk + 1) % 2 * decoder_bytes, decoder, first_column + columns);
+                }
+                commit_copies();
+
+                const u8* const tile = tiles + chunk % 2 * decoder_bytes;
+                float sums[row_tiles][columns / 8][4] = {};
+#pragma unroll
+                for (int step = 0; step < latent_dim / 16; ++step) {
+#pragma unroll
+                    for (int block = 0; block < columns / 16; ++block) {
+                        u32 pairs[4];
+                        load_matrices_transposed(
+                            pairs, tile + (16 * step + lane % 16) * decoder_pitch + 32 * block + 16 * (lane / 16));
+#pragma unroll
+                        for (int m = 0; m < row_tiles; ++m) {
+                            mma(sums[m][2 * block], mixed[m][step], {pairs[0], pairs[1]});
+                            mma(sums[m][2 * block + 1], mixed[m][step], {pairs[2], pairs[3]});
+                        }
+                    }
+                }
+#pragma unroll
+                for (int n = 0; n < columns / 8; ++n) {  // the tiled mix that the decoder adds to
+                    u32 picking[2];
+                    picking_operand(picking, n % 2);
+#pragma unroll
+                    for (int m = 0; m < row_tiles; ++m) {
+                        mma(sums[m][n], mixed[m][part * (columns / 16) + n / 2], picking);
+                    }
+                }
+                for_rows(first_place + first_column, first_row, tokens, [&](i64 place, int m, int half) {
+#pragma unroll
+                    for (int n = 0; n < columns / 8; ++n) {
+                        write_outputs(output, gate, place + lane % 4 * 2 + 8 * n, sums[m][n][2 * half],
+                                      sums[m][n][2 * half + 1]);
+                    }
+                });
+            }
+        }
+    }
 };
 
 }  // namespace gta
@@ -210,8 +330,8 @@ gta_append(const gta::Element* key,               // [B, T, n_k d_k]
 
 GTA_KERNEL(gta::prefill_threads)
 gta_prefill(const gta::Element* query,                       // [B, T, n_q d_k]
-            const gta::Element* gate,                        // [B, T, H]
-            const gta::Element* __restrict__ value_decoder,  // [n_q, d_l, e d_l]
+            const gta::Element* gate,                        // [B, T, H], or null
+            const gta::Element* __restrict__ value_decoder,  // [n_q, d_l, e d_l], or null
             const gta::CacheElement* key_cache,              // [B, n_k, S, d_k]
             const gta::CacheElement* latent_cache,           // [B, n_c, S, d_l]
             const float* key_scale,                          // [B, n_k, S]
@@ -287,82 +407,11 @@ gta_prefill(const gta::Element* query,                       // [B, T, n_q d_k]
                      copy_latents(tile + 1);
                  });
     }
-    wait_for_copies<0>();
-    block_barrier();  // the cache's tiles make room for the value decoder's
-
-    const Element* const decoder = value_decoder + i64{head} * latent_dim * head_dim;
-    copy_decoder(cache_tiles, decoder, 0);
-    commit_copies();
-
-    // The mixes as left operands; like a model that computes in this type, they are rounded to it.
-    u32 mixed[row_tiles][latent_dim / 16][4];
-#pragma unroll
-    for (int m = 0; m < row_tiles; ++m) {
-        rows.softmax[m].finish();
-        const float inverse[2] = {reciprocal(rows.softmax[m].sum[0]), reciprocal(rows.softmax[m].sum[1])};
-#pragma unroll
-        for (int n = 0; n < latent_dim / 8; ++n) {
-            const float* x = rows.mix[m][n];
-            mixed[m][n / 2][n % 2 * 2] = pack(x[0] * inverse[0], x[1] * inverse[0]);
-            mixed[m][n / 2][n % 2 * 2 + 1] = pack(x[2] * inverse[1], x[3] * inverse[1]);
-        }
-    }
-
-    for (int repeat = 0; repeat < expansion; ++repeat) {
-#pragma unroll
-        for (int part = 0; part < latent_dim / columns; ++part) {
-            const int chunk = repeat * (latent_dim / columns) + part, first_column = chunk * columns;
-            wait_for_copies<0>();
-            block_barrier();
-            if (first_column + columns < head_dim) {
-                copy_decoder(cache_tiles + (chunk + 1) % 2 * decoder_bytes, decoder, first_column + columns);
-            }
-            commit_copies();
-
-            const u8* const tile = cache_tiles + chunk % 2 * decoder_bytes;
-            float sums[row_tiles][columns / 8][4] = {};
-#pragma unroll
-            for (int step = 0; step < latent_dim / 16; ++step) {
-#pragma unroll
-                for (int block = 0; block < columns / 16; ++block) {
-                    u32 pairs[4];
-                    load_matrices_transposed(
-                        pairs, tile + (16 * step + lane % 16) * decoder_pitch + 32 * block + 16 * (lane / 16));
-#pragma unroll
-                    for (int m = 0; m < row_tiles; ++m) {
-                        mma(sums[m][2 * block], mixed[m][step], {pairs[0], pairs[1]});
-                        mma(sums[m][2 * block + 1], mixed[m][step], {pairs[2], pairs[3]});
-                    }
-                }
-            }
-#pragma unroll
-            for (int n = 0; n < columns / 8; ++n) {  // the tiled mix that the decoder adds to
-                u32 picking[2];
-                picking_operand(picking, n % 2);
-#pragma unroll
-                for (int m = 0; m < row_tiles; ++m) {
-                    mma(sums[m][n], mixed[m][part * (columns / 16) + n / 2], picking);
-                }
-            }
-#pragma unroll
-            for (int m = 0; m < row_tiles; ++m) {
-#pragma unroll
-                for (int half = 0; half < 2; ++half) {
-                    const int token = first_row + 16 * m + lane / 4 + 8 * half;
-                    if (token < tokens) {
-                        const i64 to = (i64{batch_row} * tokens + token) * hidden_size + head * head_dim +
-                                       first_column + lane % 4 * 2;
-#pragma unroll
-                        for (int n = 0; n < columns / 8; ++n) {
-                            const u32 open = *reinterpret_cast<const u32*>(gate + to + 8 * n);
-                            const float low = 1.0f + power_of_2(-log2_e * unpack_low(open));
-                            const float high = 1.0f + power_of_2(-log2_e * unpack_high(open));
-                            *reinterpret_cast<u32*>(output + to + 8 * n) =
-                                pack(sums[m][n][2 * half] * reciprocal(low), sums[m][n][2 * half + 1] * reciprocal(high));
-                        }
-                    }
-                }
-            }
-        }
+    const i64 first_place = i64{batch_row} * tokens * hidden_size + head * head_dim;  // of the output: token 0
+    if constexpr (has_decoder) {
+        rows.write_decoded(output, gate, first_place, first_row, tokens,
+                           value_decoder + i64{head} * latent_dim * head_dim, cache_tiles);
+    } else {
+        rows.write(output, gate, first_place, first_row, tokens);
     }
 }

@@ -14,9 +14,13 @@ constexpr int expansion = GTA_EXPANSION;        // e: a query head's output is e
 constexpr int head_dim = expansion * latent_dim;
 constexpr i64 hidden_size = i64{query_heads} * head_dim;  // H
 
+constexpr bool has_gate = GTA_HAS_GATE != 0;
+constexpr bool has_decoder = GTA_HAS_VALUE_DECODER != 0;  // without, a query head's output is its mix
+
 static_assert(key_dim % 16 == 0 && key_dim >= 16 && key_dim <= 128);
 static_assert(latent_dim % 16 == 0 && latent_dim >= 16 && latent_dim <= 256);
 static_assert(query_heads % key_heads == 0 && query_heads % latent_heads == 0);
+static_assert(has_decoder || expansion == 1);
 
 constexpr bool int8_cache = GTA_CACHE_INT8 != 0;
 constexpr bool fp8_cache = GTA_CACHE_FP8 != 0;

@@ -25,6 +25,7 @@ from gta_edge.runtime.tensorrt.engine import IMPLEMENTATIONS
 from gta_edge.runtime.tensorrt.passes.fold_constants import FoldConstantsPass
 from gta_edge.runtime.tensorrt.passes.keep_plugin_nodes import KeepPluginNodesPass
 from gta_edge.runtime.tensorrt.passes.lower_opset import LowerOpsetPass
+from gta_edge.runtime.tensorrt.passes.omit_absent_inputs import OmitAbsentInputsPass
 from gta_edge.runtime.tensorrt.passes.pack_matmuls import PackMatMulsPass
 from gta_edge.runtime.tensorrt.passes.quantize_cache import QuantizeCachePass
 from gta_edge.runtime.tensorrt.passes.set_capacity import SetCapacityPass
@@ -106,6 +107,8 @@ def lower(
     passes.append(SetCapacityPass(capacity, batch))
     if not newer_ops:
         passes += [LowerOpsetPass(), FoldConstantsPass()]
+    if form == "plugin":
+        passes.append(OmitAbsentInputsPass())
     run_passes(model, bundle.model_path, *passes, common.RemoveUnusedOpsetsPass())
     record: dict[str, Any] = {"format": FORMAT, "form": form, "compute": compute, "cache_dtype": quantised or compute}
     record |= {"capacity": capacity, "batch": batch, "newer_ops": newer_ops}

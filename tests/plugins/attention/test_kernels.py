@@ -47,6 +47,16 @@ VARIANTS = {
     for j, (compute, cache) in enumerate(TYPES)
     if name in EVERY_TYPE or j in (i % 2, 2 + i % 4)  # of the others, one cache as computed and one of 8 bits
 }
+# Groups of 1, 3, 7, 8 and 16 query heads, and what has only one of gate and value decoder.
+GQA, GQA_INT8, GATED = "9 heads of 64, 3 of keys", "14 heads of 64, 2 of keys, int8 cache", "16 gated heads, 1 of keys"
+VARIANTS |= {
+    GQA: cases.grouped_query(9, 3, 64, "bf16"),
+    GQA_INT8: cases.grouped_query(14, 2, 64, "fp16", "int8"),
+    "8 heads of 128, 1 of keys, fp8 cache": cases.grouped_query(8, 1, 128, "bf16", "fp8"),
+    "3 heads of 96, 3 of keys": cases.grouped_query(3, 3, 96, "fp16"),
+    GATED: cases.grouped_query(16, 1, 128, "bf16", "int8", gate=True),
+    "gta-1b without a gate, fp8 cache": cases.ungated(cases.variant(*SIZES["gta-1b"], "fp16", "fp8")),
+}
 
 
 def programs_of(variant: Variant, min_tokens: int | None = 64) -> plan.Programs:
@@ -118,7 +128,7 @@ def check(case: cases.Case, builds: Path, **options: Any) -> None:
     present = {name: cases.stored(case, name) for name in exact} if case.variant.quantised else exact
     error = cases.error(case.arrays["output"], cases.attended(case, present))
     assert error <= cases.TOLERANCE[case.variant.compute], error
-    for name in ("query", "key", "latent", "gate", "past_length", "cos", "sin", "value_decoder"):
+    for name in {"query", "key", "latent", "gate", "past_length", "cos", "sin", "value_decoder"} & set(before):
         assert case.arrays[name].tobytes() == before[name].tobytes(), name
 
 
@@ -231,7 +241,7 @@ def test_tokens_of_zeros_and_of_very_different_sizes(builds, name):
     check(case, builds)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(8))
 def test_sizes_at_random(builds, seed):
     rng = np.random.default_rng(seed)
     n_k, n_c = (int(n) for n in rng.choice([1, 2, 3], 2))
@@ -239,6 +249,8 @@ def test_sizes_at_random(builds, seed):
     compute, cache = TYPES[seed % len(TYPES)]
     widths = 16 * int(rng.integers(1, 9)), 16 * int(rng.integers(1, 17))
     of = cases.variant((n_q, n_k, n_c), *widths, int(rng.integers(1, 4)), compute, cache)
+    if seed >= 6:
+        of = cases.grouped_query(n_q, n_k, widths[0], compute, cache, gate=seed == 6)
     capacity = int(rng.integers(20, 150))
     for tokens in (1, int(rng.integers(2, 17)), int(rng.integers(17, 20))):
         lengths = tuple(int(n) for n in rng.integers(0, capacity - tokens + 1, 2))
@@ -265,14 +277,17 @@ def test_rows_of_zeros_do_not_drown_the_others(builds, name, tokens, scale):
 # --- the same by other ways -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["gta-1b, bf16, bf16 cache", "gta-1b, fp16, int8 cache", "uneven, fp16, fp8 cache"])
+@pytest.mark.parametrize(
+    "name", ["gta-1b, bf16, bf16 cache", "gta-1b, fp16, int8 cache", "uneven, fp16, fp8 cache", GQA_INT8]
+)
 def test_a_prompt_at_once_and_token_by_token(builds, name):
     of, tokens = VARIANTS[name], 19
     whole = cases.make(of, (5, 0), tokens, 30)
     parts = {part: whole.arrays[part].copy() for part in whole.arrays}
     simulate(whole, builds)
     for t in range(tokens):
-        arrays = {part: np.ascontiguousarray(parts[part][:, t : t + 1]) for part in ("query", "key", "latent", "gate")}
+        names = {"query", "key", "latent", "gate"} & set(parts)
+        arrays = {part: np.ascontiguousarray(parts[part][:, t : t + 1]) for part in names}
         arrays["past_length"] = parts["past_length"] + t
         arrays["output"] = np.ascontiguousarray(parts["output"][:, t : t + 1])
         step = cases.Case(of, tuple(arrays["past_length"]), 1, 30, whole.scale, parts | arrays)
@@ -360,7 +375,8 @@ def test_every_code_is_read_exactly_and_written_to_the_nearest(tmp_path, compute
 # --- faults are seen --------------------------------------------------------------------------------------------------
 
 # Where, what is there, what a fault makes of it, and the new tokens that show it.
-FAULTS = {
+Fault = tuple[str, str, str, int]
+FAULTS: dict[str, Fault] = {
     "no barrier between the append and the read": (
         "decode.cu",
         "block_barrier();\n                appended",
@@ -383,7 +399,14 @@ FAULTS = {
     "a slice is not waited for": ("decode.cu", "wait_for_copies<stages - 2>();", "", 1),
     "no barrier of the warp": ("decode.cu", "warp_barrier();", "", 1),
     "one stage too few is waited for": ("decode.cu", "wait_for_copies<stages - 2>", "wait_for_copies<stages - 1>", 1),
-    "no barrier before the mix is read": ("decode.cu", "block_barrier();\n\n        float product", "float product", 1),
+    "no barrier before parts of the mix are read": ("decode.cu", "block_barrier();\n    float total", "float total", 1),
+    "no barrier before the mix is read": (
+        "decode.cu",
+        "block_barrier();\n            const float decoded",
+        "const float decoded",
+        1,
+    ),
+    "no barrier before products are read": ("decode.cu", "block_barrier();\n        float total", "float total", 1),
     "a row too many is copied": ("tiles.cuh", "min_of(end - first, count)", "min_of(end - first + 1, count)", 1),
     "a token past the capacity is seen": (
         "decode.cu",
@@ -400,27 +423,53 @@ FAULTS = {
     ),
     "no barrier before the next keys": ("prefill.cu", "block_barrier();\n        copy_keys", "copy_keys", 40),
     "the decoder comes too early": ("prefill.cu", "block_barrier();  // the cache's", "// the cache's", 40),
-    "the decoder is not waited for": ("prefill.cu", "wait_for_copies<0>();\n            block_barrier();", "", 40),
+    "the decoder is not waited for": ("prefill.cu", "wait_for_copies<0>();\n                block_barrier();", "", 40),
     "the diagonal is not masked": ("prefill.cu", "first + token > limit", "first + token > 1 + limit", 40),
     "a row past the capacity is written": ("prefill.cu", "|| token >= capacity - past", "", 40),
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_planted_fault_is_seen(builds, tmp_path, fault):
-    file, there, instead, tokens = FAULTS[fault]
-    sources = shutil.copytree(KERNELS, tmp_path / "kernels")
+# The same of what has no value decoder.
+PLAIN_FAULTS: dict[str, tuple[str, Fault]] = {
+    "the next row is too early": (GQA, ("decode.cu", "block_barrier();  // the next row", "// the next row", 1)),
+    "all groups have the first keys": (GQA, ("decode.cu", "group * key_heads / groups", "0", 1)),
+    "all groups have the first values": (GQA, ("prefill.cu", "{batch_row} * latent_heads + latent_head", "{0}", 40)),
+    "a row past the tokens is written": (GQA, ("prefill.cu", "if (token < tokens) {", "if (token <= tokens) {", 40)),
+    "columns of 8 bits stay as they are": (
+        GQA_INT8,
+        ("prefill.cu", "block + 4 * pair, a[0], b[0]", "block + 4 * pair, a[0], a[1]", 40),
+    ),
+    "the gate of one is forgotten": (GATED, ("output.cuh", "value *= opening", "value += 0 * opening", 1)),
+    "the gates of two change places": (
+        GATED,
+        ("output.cuh", "low *= opening(unpack_low(gates))", "low *= opening(unpack_high(gates))", 40),
+    ),
+}
+
+
+def is_seen(name: str, fault: Fault, capacity: int, builds: Path, directory: Path) -> bool:
+    """Whether any of ten runs of a variant shows a fault in the sources."""
+    file, there, instead, tokens = fault
+    sources = shutil.copytree(KERNELS, directory / "kernels")
     text = (sources / file).read_text()
     assert text.count(there) == 1, "the planted fault no longer fits the source"
     (sources / file).write_text(text.replace(there, instead))
-    of = VARIANTS["gta-1b, bf16, bf16 cache"]
-    seen = 0
     for seed in range(10):
-        capacity = tokens + 10 if "capacity" in fault else 200
-        case = cases.make(of, (11, 3) if "capacity" in fault else (200 - tokens, 77, 0), tokens, capacity, seed)
+        lengths = (200 - tokens, 77, 0) if capacity == 200 else (11, 3)
+        case = cases.make(VARIANTS[name], lengths, tokens, capacity, seed)
         try:
             check(case, builds, seed=seed, processors=1, sources=sources)
         except (AssertionError, SimulationError):
-            seen += 1
-            break
-    assert seen, f"{fault}: ten runs of it passed"
+            return True
+    return False
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_seen(builds: Path, tmp_path: Path, fault: str) -> None:
+    capacity = FAULTS[fault][3] + 10 if "capacity" in fault else 200
+    assert is_seen("gta-1b, bf16, bf16 cache", FAULTS[fault], capacity, builds, tmp_path)
+
+
+@pytest.mark.parametrize("fault", PLAIN_FAULTS)
+def test_a_planted_fault_without_a_value_decoder_is_seen(builds: Path, tmp_path: Path, fault: str) -> None:
+    assert is_seen(*PLAIN_FAULTS[fault], 200, builds, tmp_path)

@@ -23,6 +23,7 @@ from gta_edge.plugins.attention.kernels import AttentionKernels, attention_kerne
 from gta_edge.plugins.attention.tiling import DECODE_TOKENS, Variant
 from tests.helpers import reference
 from tests.helpers.gpu_calls import (
+    GQA,
     GTA_1B,
     TOLERANCE,
     VARIANTS,
@@ -57,6 +58,8 @@ SIZES = {
     "narrowest-e3": sizes_of(4, 2, 1, 16, 16, 3),
     "32-query-heads": sizes_of(32, 1, 1, 64, 128, 1),
     "12-1-4-heads": sizes_of(12, 1, 4, 64, 64, 1),
+    "gqa-9-3": GQA,
+    "gqa-16-1-gated": Sizes(16, 1, 1, 128, 128, 2048, has_value_decoder=False),
 }
 
 every_variant = pytest.mark.parametrize(("compute", "cache"), VARIANTS, ids=lambda name: name)
@@ -99,6 +102,31 @@ def test_the_formula_is_that_of_the_reference():
         np.testing.assert_allclose(latent[row][held].numpy(), present_latent[row][held], rtol=0, atol=1e-12)
     query = rotated(split_heads(x["query"], n_q), lengths, *tables)
     found = exact_output(query, x["gate"], key, latent, lengths, x["value_decoder"], 0.3)
+    np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=1e-12)
+
+
+def test_without_gate_and_value_decoder_the_formula_is_that_of_grouped_query_attention():
+    n_q, n_kv, d, tokens, capacity = 6, 2, 4, 3, 9
+    rng = np.random.default_rng(0)
+    past = np.array([5, 0, 6])
+    shapes = {
+        "query": (3, tokens, n_q * d),
+        "key": (3, tokens, n_kv * d),
+        "value": (3, tokens, n_kv * d),
+        "past_key": (3, n_kv, capacity, d),
+        "past_value": (3, n_kv, capacity, d),
+    }
+    arrays = {name: rng.standard_normal(shape) for name, shape in shapes.items()}
+    arrays["cos"], arrays["sin"] = reference.rope_tables(d, capacity)
+    expected, *_ = reference.grouped_query_attention(
+        **arrays, past_length=past, num_heads=n_q, num_key_value_heads=n_kv, scale=0.3
+    )
+    x, lengths = {name: torch.from_numpy(array) for name, array in arrays.items()}, torch.from_numpy(past)
+    key = rotated(split_heads(x["key"], n_kv), lengths, x["cos"], x["sin"])
+    key = with_new_rows(x["past_key"], key, past.tolist())
+    value = with_new_rows(x["past_value"], split_heads(x["value"], n_kv), past.tolist())
+    query = rotated(split_heads(x["query"], n_q), lengths, x["cos"], x["sin"])
+    found = exact_output(query, None, key, value, lengths, None, 0.3)
     np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=1e-12)
 
 

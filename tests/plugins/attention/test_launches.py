@@ -46,6 +46,8 @@ BUFFERS = Buffers(
     workspace=0xC000,
 )
 SCALED = replace(BUFFERS, key_scale=0xD004, latent_scale=0xE008)
+GQA = Variant(Sizes(8, 2, 2, 64, 64, 512, False, False), "fp16", "fp16")
+PLAIN = replace(BUFFERS, gate=0, value_decoder=0)
 
 
 # --- the order of the arguments --------------------------------------------------------------------------------------
@@ -273,6 +275,16 @@ def test_a_decode_call(cuda: FakeCuda) -> None:
     ]
 
 
+def test_a_call_without_a_gate_and_a_value_decoder(cuda: FakeCuda) -> None:
+    kernels = AttentionKernels(GQA, ORIN)
+    for tokens in (3, 300):
+        kernels.launch(STREAM, PLAIN, **CALL | {"tokens": tokens})
+    _, combine, _, prefill = cuda.launches
+    sums = 0xC000 + kernels.plan(2, 3, 512).offsets["sums"]
+    assert plain(combine[3])[:6] == addresses(0xC000, sums, 0, 0, 0x7008, 0xB000)
+    assert plain(prefill[3])[:3] == addresses(0x1000, 0, 0)
+
+
 def test_a_prefill_call(cuda: FakeCuda) -> None:
     kernels = AttentionKernels(INT8, ORIN)
     kernels.launch(STREAM, replace(SCALED, workspace=0), **{**CALL, "tokens": 300})
@@ -318,6 +330,11 @@ def test_calls_of_the_same_sizes_are_prepared_once(cuda: FakeCuda, monkeypatch: 
         (FP16, SCALED, {}, "key_scale is given; a cache of type fp16 has none"),
         (INT8, BUFFERS, {}, "key_scale is missing; a cache of type int8 has scales"),
         (INT8, replace(SCALED, latent_scale=0), {}, "latent_scale is missing; a cache of type int8 has scales"),
+        (FP16, replace(BUFFERS, gate=0), {}, "gate is missing; the kernels are compiled with one"),
+        (FP16, PLAIN, {}, "gate is missing; the kernels are compiled with one"),
+        (FP16, replace(BUFFERS, value_decoder=0), {}, "value_decoder is missing; the kernels are compiled with one"),
+        (GQA, BUFFERS, {}, "gate is given; the kernels are compiled without one"),
+        (GQA, replace(BUFFERS, gate=0), {}, "value_decoder is given; the kernels are compiled without one"),
         (FP16, BUFFERS, {"tokens": 600}, "tokens is 600; expected at most the capacity, 512"),
         (FP16, BUFFERS, {"positions": 0}, "positions is 0; expected 1 to 2147483647"),
         (FP16, BUFFERS, {"positions": 2**31}, "positions is 2147483648; expected 1 to 2147483647"),

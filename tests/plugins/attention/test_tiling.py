@@ -1,5 +1,7 @@
 """Tiles, grids and the workspace: of any sizes that the kernels take, on any GPU that is known."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -26,7 +28,9 @@ def all_sizes(draw: st.DrawFn) -> Sizes:
     divisors = st.sampled_from([d for d in range(1, n_q + 1) if n_q % d == 0])
     n_k, n_c = draw(divisors), draw(divisors)
     d_k, d_l = 16 * draw(st.integers(1, 8)), 16 * draw(st.integers(1, 16))
-    return Sizes(n_q, n_k, n_c, d_k, d_l, n_q * d_l * draw(st.integers(1, 4)))
+    if draw(st.booleans()):
+        return Sizes(n_q, n_k, n_k, d_k, d_l, n_q * d_l, draw(st.booleans()), False)
+    return Sizes(n_q, n_k, n_c, d_k, d_l, n_q * d_l * draw(st.integers(1, 4)), draw(st.booleans()))
 
 
 @st.composite
@@ -79,6 +83,32 @@ def test_the_published_sizes_have_two_decode_blocks_on_a_multiprocessor_where_sh
     program = tiling.decode_program(Variant(Sizes(5, 1, 1, 64, 128, 1280), "fp16", cache), architecture)
     per_processor, _ = shared_limits(architecture)
     assert program.resident_blocks >= (2 if per_processor >= 164 * KIB and cache != "fp16" else 1)
+
+
+@given(variants(), architectures)
+@SETTINGS
+def test_without_a_value_decoder_less_memory_is_needed(variant: Variant, architecture: str) -> None:
+    sizes = variant.sizes
+    if sizes.has_value_decoder:
+        return
+    decoded = replace(variant, sizes=replace(sizes, has_value_decoder=True))
+    with_one, without = (tiling.decode_program(each, architecture) for each in (decoded, variant))
+    assert without.shared_bytes == with_one.shared_bytes
+    assert without.tile("GTA_COMBINE_SHARED_BYTES") < with_one.tile("GTA_COMBINE_SHARED_BYTES")
+    assert tiling.combine_grid(without, 8, 1, 1).grid[2] == 1
+    for one, other in zip(*(tiling.prefill_programs(each, architecture) for each in (variant, decoded)), strict=True):
+        assert one.tile("GTA_PREFILL_KEYS") >= other.tile("GTA_PREFILL_KEYS")
+
+
+@pytest.mark.parametrize("groups", [1, 3, 7, 8, 16])
+@pytest.mark.parametrize("width", [64, 96, 128])
+def test_each_group_of_query_heads_reads_the_rows_of_one_head(groups: int, width: int) -> None:
+    """So every cached row is read once, by the blocks of its own key head."""
+    sizes = Sizes(4 * groups, 4, 4, width, width, 4 * groups * width, False, False)
+    for architecture in ARCHITECTURES:
+        program = tiling.decode_program(Variant(sizes, "bf16", "bf16"), architecture)
+        assert program.tile("GTA_DECODE_GROUPS") == sizes.num_key_heads
+        assert tiling.decode_grid(program, 5, 2, 1).grid == (5, sizes.num_key_heads, 2)
 
 
 # --- grids -----------------------------------------------------------------------------------------------------------

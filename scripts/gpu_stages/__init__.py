@@ -1,0 +1,1 @@
+"""The GPU campaign: its stages as data (``catalogue.py``), who runs them, and what they do."""

@@ -1,0 +1,98 @@
+"""What of GTA-1B the stages run by itself: sizes, types and steps. A new op, or a new kind of one, is a case here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from gta_edge.numerics.dtypes import CACHE_TYPES, COMPUTE_TYPES
+from gta_edge.plugins.attention.definition import Sizes
+from gta_edge.plugins.attention.tiling import Variant
+from gta_edge.plugins.matmul import tiling as matmul
+
+__all__ = ["ATTENTION", "ATTENTION_SIZES", "MATMULS", "STEPS", "AttentionCase", "MatMulCase", "attention", "matmuls"]
+
+ATTENTION_SIZES = {"gta-1b": Sizes(5, 1, 1, 64, 128, 1280), "6-2-3 heads": Sizes(6, 2, 3, 48, 80, 480)}
+"""The model's first; then one whose every size is another."""
+
+ATTENTION = Variant(ATTENTION_SIZES["gta-1b"], "bf16", "bf16")
+STEPS = ((1, 2048), (1, 32768), (2048, 2048))
+"""New tokens and capacity: of a token with a short and a long context, and of a prompt."""
+
+
+@dataclass(frozen=True)
+class AttentionCase:
+    """One call of the attention op."""
+
+    group: str
+    name: str
+    variant: Variant
+    past: tuple[int, ...]
+    tokens: int
+    capacity: int
+
+
+@dataclass(frozen=True)
+class MatMulCase:
+    """One call of the matmul op."""
+
+    group: str
+    name: str
+    variant: matmul.Variant
+    rows: int
+    in_features: int
+    output_sizes: tuple[int, ...]
+    bias: bool = False
+
+
+def attention(tokens_of: Mapping[int, tuple[tuple[int, ...], int]], sizes: tuple[str, ...]) -> Iterator[AttentionCase]:
+    """Yield calls in all types, the most used first.
+
+    Args:
+        tokens_of: by new tokens, those in the cache of each row, and the capacity.
+        sizes: keys of ``ATTENTION_SIZES``.
+    """
+    types = [(compute, cache) for compute in reversed(COMPUTE_TYPES) for cache in CACHE_TYPES]
+    types = [(compute, cache) for compute, cache in types if cache in (compute, "int8", "fp8")]
+    types.sort(key=lambda each: each != ("bf16", "bf16"))
+    for label in sizes:
+        for compute, cache in types:
+            for tokens, (past, capacity) in tokens_of.items():
+                name = f"{label} {compute}/{cache}, {tokens} new of {capacity}"
+                variant = Variant(ATTENTION_SIZES[label], compute, cache)
+                yield AttentionCase(f"attention {label} {compute}/{cache}", name, variant, past, tokens, capacity)
+
+
+def matmuls(rows: tuple[int, ...], kinds: tuple[tuple[int, int], ...], shapes: tuple[Any, ...]) -> Iterator[MatMulCase]:
+    """Yield calls in bf16 and fp16.
+
+    Args:
+        rows: of x.
+        kinds: bits of a weight, and weights that share a scale.
+        shapes: inputs, outputs, and whether there is a bias.
+    """
+    for bits, block in kinds:
+        for compute in ("bf16", "fp16"):
+            for count in rows:
+                for inputs, outputs, bias in shapes:
+                    if block and inputs % block:
+                        continue
+                    variant = matmul.Variant(bits, block, compute)
+                    name = f"int{bits}/{block} {compute}, {count} x {inputs} x {sum(outputs)}"
+                    group = f"matmul int{bits}/{block} {compute}"
+                    yield MatMulCase(group, name, variant, count, inputs, outputs, bias)
+
+
+_INT4 = matmul.Variant(4, 32, "bf16")
+MATMULS = tuple(
+    MatMulCase("gta-1b", "", _INT4, rows, inputs, outputs)
+    for rows, inputs, outputs in (
+        (1, 1280, (320, 64, 128, 1280)),
+        (1, 1280, (3584, 3584)),
+        (1, 3584, (1280,)),
+        (1, 1280, (128256,)),
+        (512, 1280, (3584, 3584)),
+    )
+)
+"""Of a token and of a prompt."""

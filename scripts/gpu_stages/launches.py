@@ -1,0 +1,62 @@
+"""A few launches of every kernel, for tools that watch them.
+
+    python -m scripts.gpu_stages.launches small|large
+
+``small`` ones are for compute-sanitizer, which takes many times as long; ``large`` ones, once each, for Nsight Compute.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from itertools import chain
+from typing import Any
+
+from scripts.gpu_stages import cases
+from scripts.gpu_stages.figures import REHEARSAL, tell
+
+
+def _small() -> Iterator[Any]:
+    calls = {1: ((0, 299, 64), 300), 5: ((295, 17), 300), 40: ((3, 90), 140)}
+    if REHEARSAL:
+        yield next(cases.attention({1: ((0, 29, 30), 30)}, ("gta-1b",)))
+        return
+    for case in cases.attention(calls, tuple(cases.ATTENTION_SIZES)):
+        if (case.variant.compute, case.variant.cache) in (("bf16", "bf16"), ("fp16", "int8"), ("bf16", "fp8")):
+            yield case
+    shapes = ((1280, (320, 64, 128, 1280), True), (136, (16, 21), True))
+    yield from cases.matmuls((1, 9, 40, 130), ((4, 32), (8, 0)), shapes)
+
+
+def _large() -> Iterator[Any]:
+    if REHEARSAL:
+        yield next(cases.matmuls((1,), ((8, 0),), ((136, (16, 21), False),)))
+        return
+    for tokens, capacity in cases.STEPS:
+        past = (capacity - tokens,)
+        yield cases.AttentionCase("large", "", cases.ATTENTION, past, tokens, capacity)
+    yield from cases.MATMULS
+
+
+def main(*sizes: str) -> None:
+    """Run the calls; whether they are right is for other stages to say."""
+    if REHEARSAL:
+        from tests.helpers.simulated_gpu import install
+
+        install()
+    from tests.helpers import gpu_calls, gpu_matmul_calls
+
+    count = 0
+    for case in chain.from_iterable({"small": _small, "large": _large}[size]() for size in sizes):
+        if isinstance(case, cases.AttentionCase):
+            gpu_calls.Call(case.variant, case.past, case.tokens, case.capacity).run()
+        else:
+            shape = (case.rows, case.in_features, case.output_sizes)
+            gpu_matmul_calls.Call(case.variant, *shape, bias=case.bias).run()
+        count += 1
+        print(f"ran {case.group} {case.name}", flush=True)
+    tell("ran", calls=count)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
