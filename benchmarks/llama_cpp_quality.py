@@ -60,7 +60,7 @@ class Variant:
 
 
 VARIANTS = (
-    Variant("fp32", {"precision": "fp32"}),
+    Variant("bf16", {"precision": "bf16"}),  # the weights as they are; it computes in float32
     Variant("int8", {"precision": "int8"}),
     Variant("int4", {"precision": "int4"}),
     Variant("int4, calibrated", {"precision": "int4"}, calibrated=True),
@@ -119,6 +119,7 @@ def _ours(checkpoint: Checkpoint, ids: dict[str, Ids], arguments: argparse.Names
         middle = (len(code) - CALIBRATION_CHARACTERS) // 2
         calibration.write_text(code[middle : middle + CALIBRATION_CHARACTERS], encoding="utf-8")
         for variant in VARIANTS:
+            say(f"gta-edge {variant.label}: is being exported")
             directory = Path(name) / "bundle"
             started = time.perf_counter()
             # verify=False: perplexity finds damage too, and the check has tests of its own
