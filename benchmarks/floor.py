@@ -11,14 +11,14 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from gta_edge.formats.bundle import Bundle
+from gta_edge.formats.weights import EMBEDDING
 from gta_edge.model.config import ModelConfig
+from gta_edge.numerics.quantization import BITS
+from gta_edge.plan.cost import scale_bytes
 from gta_edge.runtime.registry import BACKENDS
 from gta_edge.support.cores import usable_cores
 
 __all__ = ["bandwidth", "floor_ms", "table_bytes", "token_bytes"]
-
-_QUANTISED = ("int8", "int4")
-_SCALE_BYTES = 2
 
 
 def bandwidth() -> float:
@@ -43,7 +43,7 @@ def token_bytes(bundle: Bundle, *, backend: str = "onnxruntime") -> int:
     """Return the bytes of weights that one token reads, in the form in which the backend multiplies by them."""
     config = bundle.config
     # all others are float32 by then: ONNX Runtime casts floats at loading, PyTorch's weights are dequantised there
-    if bundle.precision not in _QUANTISED or not BACKENDS[backend].cpu_kernels:
+    if bundle.precision not in BITS or not BACKENDS[backend].cpu_kernels:
         unread = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
         return 4 * (config.parameters - unread)
     return bundle.weight_bytes - table_bytes(config) - _embedding_bytes(bundle)
@@ -58,6 +58,7 @@ def _embedding_bytes(bundle: Bundle) -> int:
     """Return the bytes of a quantised bundle's embedding table, which lies apart from the head's: one row is read."""
     config = bundle.config
     values = config.vocab_size * config.hidden_size
-    bits, block = (8, config.hidden_size) if bundle.precision == "int8" else (4, int(bundle.manifest["block_size"]))
-    scales = 0 if config.tie_word_embeddings else _SCALE_BYTES * values // block  # a tied head reads the same ones
-    return values * bits // 8 + scales
+    precision, block_size = bundle.storage.of(EMBEDDING)
+    # a tied head reads the same scales
+    scales = 0 if config.tie_word_embeddings else scale_bytes((config.vocab_size, config.hidden_size), block_size)
+    return values * BITS[precision] // 8 + scales

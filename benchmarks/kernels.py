@@ -205,12 +205,15 @@ def add_fractions(figures: Document, place: Document) -> None:
 
 
 def ratios(times: dict[str, list[float]]) -> Document:
-    """Return for each of ours the peers' times over its own, round by round: 2 is twice as fast."""
+    """Return for each of ours the times of the others over its own, round by round: 2 is twice as fast.
+
+    Others are the peers, and these kernels on the other model; not the same layer with another type of cache.
+    """
     return {
         own: {
             peer: spread([other / mine for other, mine in zip(times[peer], times[own], strict=True)])
             for peer in times
-            if CONTENDERS[peer].engine != "ours"
+            if CONTENDERS[peer].sizes != CONTENDERS[own].sizes
         }
         for own in times
         if CONTENDERS[own].engine == "ours"

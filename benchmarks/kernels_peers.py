@@ -1,7 +1,7 @@
 """What ``kernels.py`` compares: one layer's attention, by these kernels and by others, over several layers' caches.
 
-GTA-1B's layer here does more than its peers' is asked to do: RoPE, the append, the value decoder and the gate are part
-of the op. A peer computes softmax attention over a cache that is there already, and nothing else.
+These kernels do more than their peers are asked to do: RoPE and the append are part of the op, GTA's value decoder and
+gate too. A peer computes softmax attention over a cache that is there already, and nothing else.
 """
 
 from __future__ import annotations
@@ -32,6 +32,13 @@ GTA, GQA = preset("gta-1b"), preset("gqa-1b")
 assert isinstance(GTA, GTAConfig)
 _HEADS = (GTA.num_query_heads, GTA.num_key_heads, GTA.num_latent_heads)
 GTA_SIZES = Sizes(*_HEADS, GTA.key_dim, GTA.latent_dim, GTA.hidden_size)
+_KEY = GQA.caches[0]
+_QUERIES = GQA.num_attention_heads
+GQA_SIZES = Sizes(
+    *(_QUERIES, _KEY.heads, _KEY.heads, _KEY.width, _KEY.width, _QUERIES * _KEY.width),
+    has_gate=False,
+    has_value_decoder=False,
+)
 ITEM_BYTES = 2
 SCALE_BYTES = 4
 FLASHINFER_PAGE = 16
@@ -59,6 +66,8 @@ class Contender:
     """Values per new token that are read and written besides the cache."""
     decoder: int = 0
     """Values of the value decoder: all are read, and each is one multiply-add per new token."""
+    sizes: Sizes | None = None
+    """What these kernels are compiled for; None of a peer."""
 
     @property
     def cached_values_per_token(self) -> int:
@@ -96,22 +105,26 @@ class Contender:
 
 
 def _contenders() -> Iterator[Contender]:
-    n_q, n_k, hidden = GTA_SIZES.num_query_heads, GTA_SIZES.num_key_heads, GTA_SIZES.hidden_size
-    widths = GTA_SIZES.key_dim, GTA_SIZES.latent_dim
-    own = n_q * widths[0] + n_k * widths[0] + GTA_SIZES.num_latent_heads * widths[1] + 2 * hidden
-    for cache in ("bf16", "int8", "fp8"):
-        label, decoder = f"gta-edge GTA, {cache} cache", GTA_SIZES.latent_dim * hidden
-        yield Contender(f"gta-{cache}", label, "ours", cache, (n_q, n_k), widths, own, decoder)
-    key = GQA.caches[0]
-    widest = max(widths)
+    for model, sizes, caches in (("GTA", GTA_SIZES, ("bf16", "int8", "fp8")), ("GQA", GQA_SIZES, ("bf16", "int8"))):
+        for cache in caches:
+            yield _own(f"{model.lower()}-{cache}", f"gta-edge {model}, {cache} cache", sizes, cache)
     for engine, name in (("sdpa", "SDPA"), ("flashinfer", "FlashInfer")):
-        heads = (GQA.num_attention_heads, key.heads)
-        yield Contender(
-            f"gqa-{engine}", f"{name} GQA", engine, "bf16", heads, (key.width,) * 2, 2 * heads[0] * key.width
+        heads, width = (_QUERIES, _KEY.heads), _KEY.width
+        yield Contender(f"gqa-{engine}", f"{name} GQA", engine, "bf16", heads, (width,) * 2, 2 * heads[0] * width)
+        heads, width = (
+            (GTA_SIZES.num_query_heads, GTA_SIZES.num_key_heads),
+            max(GTA_SIZES.key_dim, GTA_SIZES.latent_dim),
         )
-        yield Contender(
-            f"padded-{engine}", f"{name} GTA padded", engine, "bf16", (n_q, n_k), (widest,) * 2, 2 * n_q * widest
-        )
+        label = f"{name} GTA padded"
+        yield Contender(f"padded-{engine}", label, engine, "bf16", heads, (width,) * 2, 2 * heads[0] * width)
+
+
+def _own(key: str, label: str, sizes: Sizes, cache: str) -> Contender:
+    heads, widths = (sizes.num_query_heads, sizes.num_key_heads), (sizes.key_dim, sizes.latent_dim)
+    inputs = sum(heads) * widths[0] + sizes.num_latent_heads * widths[1]
+    activations = inputs + sizes.hidden_size * (1 + sizes.has_gate)
+    decoder = sizes.latent_dim * sizes.hidden_size * sizes.has_value_decoder
+    return Contender(key, label, "ours", cache, heads, widths, activations, decoder, sizes)
 
 
 CONTENDERS: dict[str, Contender] = {contender.key: contender for contender in _contenders()}
@@ -202,7 +215,8 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
 
 def _ours(contender: Contender, way: str, batch: int, tokens: int, context: int, count: int) -> Layers:
     del way
-    sizes, quantised = GTA_SIZES, contender.cache != "bf16"
+    sizes, quantised = contender.sizes, contender.cache != "bf16"
+    assert sizes is not None
     n_q, d_k, d_l = sizes.num_query_heads, sizes.key_dim, sizes.latent_dim
     kernels = attention_kernels(Variant(sizes, "bf16", contender.cache), current_gpu(torch.cuda.current_device()))
     workspace = torch.empty(kernels.workspace_bytes(batch, tokens, context), dtype=torch.uint8, device="cuda")
@@ -216,17 +230,20 @@ def _ours(contender: Contender, way: str, batch: int, tokens: int, context: int,
             "query": _normal(batch, tokens, n_q * d_k),
             "key": _normal(batch, tokens, sizes.num_key_heads * d_k),
             "latent": _normal(batch, tokens, sizes.num_latent_heads * d_l),
-            "gate": _normal(batch, tokens, sizes.hidden_size),
-            "value_decoder": _normal(n_q, d_l, sizes.hidden_size // n_q) / d_l**0.5,
             "output": torch.empty(batch, tokens, sizes.hidden_size, dtype=torch.bfloat16, device="cuda"),
         }
+        if sizes.has_gate:
+            layer["gate"] = _normal(batch, tokens, sizes.hidden_size)
+        if sizes.has_value_decoder:
+            layer["value_decoder"] = _normal(n_q, d_l, sizes.hidden_size // n_q) / d_l**0.5
         for name, heads, width in (("key", sizes.num_key_heads, d_k), ("latent", sizes.num_latent_heads, d_l)):
             layer |= _cache(name, (batch, heads, context, width), contender.cache)
         layers.append(layer | shared)  # addresses keep nothing alive
-    absent = {} if quantised else {"key_scale": 0, "latent_scale": 0}
-    addresses = [{name: x.data_ptr() for name, x in layer.items()} | absent for layer in layers]
+    absent = dict.fromkeys(("key_scale", "latent_scale", "gate", "value_decoder"), 0)
+    addresses = [absent | {name: x.data_ptr() for name, x in layer.items()} for layer in layers]
     buffers = [Buffers(**each) for each in addresses]
-    call = {"batch": batch, "tokens": tokens, "capacity": context, "positions": context, "scale": GTA.scale}
+    scale = d_k**-0.5
+    call = {"batch": batch, "tokens": tokens, "capacity": context, "positions": context, "scale": scale}
 
     def run(i: int) -> Tensor:
         kernels.launch(torch.cuda.current_stream().cuda_stream, buffers[i], **call)
@@ -241,8 +258,8 @@ def _ours(contender: Contender, way: str, batch: int, tokens: int, context: int,
         layer = layers[i]
         caches = {}
         for name in ("key", "latent"):
-            scale = layer[f"{name}_scale"][..., None] if quantised else 1.0
-            caches[name] = layer[f"{name}_cache"].float() * scale
+            scales = layer[f"{name}_scale"][..., None] if quantised else 1.0
+            caches[name] = layer[f"{name}_cache"].float() * scales
         new_key = turned(layer["key"], sizes.num_key_heads)
         new_latent = layer["latent"].float().unflatten(2, (-1, d_l)).transpose(1, 2)
         for name, new in (("key", new_key), ("latent", new_latent)):
@@ -250,10 +267,12 @@ def _ours(contender: Contender, way: str, batch: int, tokens: int, context: int,
                 raise WrongResultError(
                     f"{contender.label}: the {name} that was appended is wrong; nothing was measured"
                 )
-        mix = _causal(turned(layer["query"], n_q), caches["key"], caches["latent"], GTA.scale)
-        decoder = layer["value_decoder"].float()
-        values = mix.repeat(1, 1, 1, decoder.shape[2] // d_l) + mix @ decoder
-        return torch.sigmoid(layer["gate"].float()) * values.transpose(1, 2).flatten(2)
+        values = _causal(turned(layer["query"], n_q), caches["key"], caches["latent"], scale)
+        if sizes.has_value_decoder:
+            decoder = layer["value_decoder"].float()
+            values = values.repeat(1, 1, 1, decoder.shape[2] // d_l) + values @ decoder
+        output = values.transpose(1, 2).flatten(2)
+        return torch.sigmoid(layer["gate"].float()) * output if sizes.has_gate else output
 
     return Layers(count, run, expected, past_length)
 

@@ -58,7 +58,7 @@ def run_once(bundle: Bundle, context: int, new_tokens: int) -> dict[str, Any]:
 
 def predict(bundle: Bundle, device: Device, context: int, new_tokens: int) -> Plan:
     """Return the plan for the middle of the new tokens, its prompt the context."""
-    model = Model(bundle.directory.name, bundle.config, bundle.precision, bundle.block_size, bundle.weight_bytes)
+    model = Model(bundle.directory.name, bundle.config, bundle.storage, bundle.weight_bytes)
     execution = ONNXRUNTIME.execution(bundle.config, bundle.precision)
     return make_plan(model, device, execution, context=context + new_tokens // 2, prompt=context)
 

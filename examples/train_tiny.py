@@ -95,30 +95,21 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
 
 
-def latent_attention(
-    query: Tensor, key: Tensor, latent: Tensor, gate: Tensor, past_key: Tensor, past_latent: Tensor,
-    past_length: Tensor, cos: Tensor, sin: Tensor, value_decoder: Tensor,
+def attention(
+    query: Tensor, key: Tensor, latent: Tensor, gate: Tensor | None, past_key: Tensor, past_latent: Tensor,
+    past_length: Tensor, cos: Tensor, sin: Tensor, value_decoder: Tensor | None,
     num_query_heads: int, num_key_heads: int, num_latent_heads: int, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """``gta::grouped_latent_attention`` from an empty cache of no capacity; caches come back as they are."""
     q = _rope(_heads(query, num_query_heads), cos, sin)
     k = _rope(_heads(key, num_key_heads), cos, sin)
-    c = _heads(latent, num_latent_heads).to(torch.bfloat16)
-    z = _causal(q, k, c, scale)
-    expansion = value_decoder.shape[2] // value_decoder.shape[1]
-    values = z.repeat(1, 1, 1, expansion) + z @ value_decoder.to(z.dtype)
-    return torch.sigmoid(gate) * values.transpose(1, 2).flatten(2), past_key, past_latent
-
-
-def query_attention(
-    query: Tensor, key: Tensor, value: Tensor, past_key: Tensor, past_value: Tensor,
-    past_length: Tensor, cos: Tensor, sin: Tensor, num_query_heads: int, num_key_heads: int, scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """``gta::grouped_query_attention`` likewise."""
-    q = _rope(_heads(query, num_query_heads), cos, sin)
-    k = _rope(_heads(key, num_key_heads), cos, sin)
-    mixed = _causal(q, k, _heads(value, num_key_heads).to(torch.bfloat16), scale)
-    return mixed.transpose(1, 2).flatten(2).to(query.dtype), past_key, past_value
+    values = _causal(q, k, _heads(latent, num_latent_heads).to(torch.bfloat16), scale)
+    if value_decoder is not None:
+        expansion = value_decoder.shape[2] // value_decoder.shape[1]
+        values = values.repeat(1, 1, 1, expansion) + values @ value_decoder.to(values.dtype)
+    joined = values.transpose(1, 2).flatten(2)
+    output = joined.to(query.dtype) if gate is None else torch.sigmoid(gate) * joined
+    return output, past_key, past_latent
 
 
 # --- training ----------------------------------------------------------------------------------------------------
@@ -228,7 +219,6 @@ def main() -> None:
     texts, held_out_texts = corpus.read(held_out=False), corpus.read(held_out=True)
     tokenizer = train_tokenizer(texts)
     ids, held_out = encode(tokenizer, texts), encode(tokenizer, held_out_texts)
-    attention = latent_attention if arguments.kind == "gta" else query_attention
     model = Decoder(make_config(arguments.kind), attention=attention)
     initialise(model)
     print(f"{model.config.parameters:,} parameters, {len(ids):,} training and {len(held_out):,} held-out tokens")

@@ -125,10 +125,13 @@ def _attention(
     from gta_edge.plugins.attention.launches import programs_for
     from gta_edge.plugins.attention.tiling import Variant
 
-    if not isinstance(config, GTAConfig):
-        return  # a baseline, whose attention is torch's own operations
-    heads = (config.num_query_heads, config.num_key_heads, config.num_latent_heads)
-    sizes = Sizes(*heads, config.key_dim, config.latent_dim, config.hidden_size)
+    if isinstance(config, GTAConfig):
+        heads = (config.num_query_heads, config.num_key_heads, config.num_latent_heads)
+        sizes = Sizes(*heads, config.key_dim, config.latent_dim, config.hidden_size)
+    else:
+        key, value = config.caches
+        heads, width = (config.num_attention_heads, key.heads, value.heads), config.num_attention_heads * value.width
+        sizes = Sizes(*heads, key.width, value.width, width, has_gate=False, has_value_decoder=False)
     for compute in computes:
         for cache in caches:
             if cache in (compute, "int8", "fp8"):

@@ -18,6 +18,7 @@ __all__ = [
     "CacheDtype",
     "Compute",
     "Dtype",
+    "EmbeddingPrecision",
     "Engine",
     "Matmul",
     "Precision",
@@ -35,6 +36,13 @@ class Precision(str, Enum):
     FP32 = "fp32"
     FP16 = "fp16"
     BF16 = "bf16"
+    INT8 = "int8"
+    INT4 = "int4"
+
+
+class EmbeddingPrecision(str, Enum):
+    """What an int4 bundle's embedding and head are stored in."""
+
     INT8 = "int8"
     INT4 = "int4"
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gta_edge.cli.choices import Precision, value_of
+from gta_edge.cli.choices import EmbeddingPrecision, Precision, value_of
 from gta_edge.cli.output import current
 from gta_edge.support.text import printable
 
@@ -29,6 +29,10 @@ def export(
         int | None,
         typer.Option(help="Weights that share a scale: 32 by default for int4, a whole output channel for int8."),
     ] = None,
+    embedding_precision: Annotated[
+        EmbeddingPrecision | None,
+        typer.Option(help="How int4 stores the embedding and the head: int8 by default."),
+    ] = None,
     calibrate: Annotated[
         Path | None, typer.Option(help="A text that int4 and int8 weights are rounded for (GPTQ), UTF-8.")
     ] = None,
@@ -45,6 +49,7 @@ def export(
             bundle,
             precision=value_of(precision),
             block_size=block_size,
+            embedding_precision=value_of(embedding_precision),
             calibrate=calibrate,
             verify=verify,
             force=force,

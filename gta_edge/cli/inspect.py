@@ -78,7 +78,7 @@ def _open(path: Path, verify_hashes: bool, progress: Any) -> tuple[ModelConfig, 
     if (path / MANIFEST).exists():
         bundle = Bundle.open(path, verify_hashes=verify_hashes, progress=progress)
         extra: dict[str, Any] = {"kind": "bundle"}
-        extra["weight_bytes_by_part"] = stored_parts(bundle.config, bundle.precision, bundle.block_size)
+        extra["weight_bytes_by_part"] = stored_parts(bundle.config, bundle.storage)
         extra |= {"files": bundle.file_bytes, "made_with": bundle.manifest["made_with"]}
         return bundle.config, bundle.precision, bundle.weight_bytes, extra
     checkpoint = Checkpoint.open(path)

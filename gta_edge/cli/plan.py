@@ -148,7 +148,7 @@ def _model(target: str, precision: str | None, block_size: int | None) -> Model:
     if (path / MANIFEST).exists():
         bundle = Bundle.open(path)
         if precision in (None, bundle.precision) and block_size in (None, bundle.block_size):
-            return Model(target, bundle.config, bundle.precision, bundle.block_size, bundle.weight_bytes)
+            return Model(target, bundle.config, bundle.storage, bundle.weight_bytes)
         return Model.of(target, bundle.config, precision or bundle.precision, block_size)
     checkpoint = Checkpoint.open(path)
     found = {CHECKPOINT_DTYPES[checkpoint.dtype_of(name)].name for name in checkpoint.names}

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gta_edge.errors import ExportError, InputError
-from gta_edge.export.gptq import corrected, inverse_factor
+from gta_edge.export.gptq import Moments, corrected
 from gta_edge.formats.checkpoint import Checkpoint
 from gta_edge.formats.tokenizer import Tokenizer
+from gta_edge.formats.weights import EMBEDDING, HEAD, Storage, is_kept
 from gta_edge.libraries.optional import optional
 from gta_edge.model.config import ModelConfig
 from gta_edge.model.decoder import Layer
@@ -36,12 +37,10 @@ __all__ = ["calibrated", "calibration_ids"]
 
 _ROWS, _TOKENS = 32, 1024  # of the text; twice as many helped little
 _TEXT = "give another calibration text, in UTF-8"
-_EMBEDDING = "model.embed_tokens.weight"
-_VALUE_DECODER = "self_attn.v_b_proj.weight"  # not quantised
 
 
 def calibrated(
-    source: Checkpoint, text: Path, precision: str, block_size: int | None, progress: Progress = silent
+    source: Checkpoint, text: Path, storage: Storage, progress: Progress = silent
 ) -> dict[str, QuantizedMatrix]:
     """Return every matrix but an untied embedding in codes, corrected for what the model computes on a text.
 
@@ -53,7 +52,7 @@ def calibrated(
     config = source.config
     ids = calibration_ids(source, text)
     with _not_finite():
-        table = quantize(source.read(_EMBEDDING), BITS[precision], block_size).values
+        table = quantize(source.read(EMBEDDING), *_format(storage, EMBEDDING)).values
     x = torch.from_numpy(table[ids])  # [rows, T, H]
     del table
     rope = config.key_width, config.rope_theta, config.rope_scaling, config.max_position_embeddings
@@ -65,19 +64,22 @@ def calibrated(
             progress("calibrating", i, config.num_hidden_layers)
             prefix = f"model.layers.{i}."
             layer = _layer(source, prefix)
-            for name, codes in _quantized(layer, config, x, tables, BITS[precision], block_size):
-                result[prefix + name] = codes
+            result |= _quantized(layer, config, x, tables, storage, prefix)
             for start in range(len(x)):
                 x[start : start + 1] = _forward(layer, config, x[start : start + 1], tables)
-        head = _EMBEDDING if config.tie_word_embeddings else "lm_head.weight"
+        head = EMBEDDING if config.tie_word_embeddings else HEAD
         norm = torch.from_numpy(source.read("model.norm.weight").astype(np.float32))
         x = nn.functional.rms_norm(x, norm.shape, norm, config.rms_norm_eps).flatten(0, 1)
-        factor = inverse_factor(x.T @ x)
-        result[head] = corrected(
-            torch.from_numpy(source.read(head).astype(np.float32)), factor, BITS[precision], block_size
-        )
+        moments = Moments(x.T @ x)
+        weight = torch.from_numpy(source.read(head).astype(np.float32))
+        result[head] = corrected(weight, moments, *_format(storage, head))
     progress("calibrating", config.num_hidden_layers, config.num_hidden_layers)
     return result
+
+
+def _format(storage: Storage, name: str) -> tuple[int, int | None]:
+    precision, block_size = storage.of(name)
+    return BITS[precision], block_size
 
 
 @contextmanager
@@ -137,21 +139,22 @@ def _quantized(
     config: ModelConfig,
     x: Tensor,
     tables: tuple[Tensor, Tensor],
-    bits: int,
-    block_size: int | None,
+    storage: Storage,
+    prefix: str,
 ) -> Iterator[tuple[str, QuantizedMatrix]]:
-    """Yield the layer's matrices in codes, and put their values into the layer."""
-    linears = {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
-    linears.pop(_VALUE_DECODER.removesuffix(".weight"), None)
+    """Yield the layer's matrices in codes, by their full names, and put their values into the layer."""
+    modules = layer.named_modules()
+    linears = {name: m for name, m in modules if isinstance(m, nn.Linear) and not is_kept(f"{name}.weight")}
     moments = _moments(layer, config, linears, x, tables)
-    factors: dict[int, Tensor] = {}
+    shared: dict[int, Moments] = {}
     for name, linear in linears.items():
         gathered = moments[name]
-        if id(gathered) not in factors:  # projections of one input share it
-            factors[id(gathered)] = inverse_factor(gathered)
-        codes = corrected(linear.weight, factors[id(gathered)], bits, block_size)
+        if id(gathered) not in shared:  # projections of one input share them
+            shared[id(gathered)] = Moments(gathered)
+        parameter = f"{prefix}{name}.weight"
+        codes = corrected(linear.weight, shared[id(gathered)], *_format(storage, parameter))
         linear.weight.copy_(torch.from_numpy(codes.values))
-        yield f"{name}.weight", codes
+        yield parameter, codes
 
 
 def _moments(

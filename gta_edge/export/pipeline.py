@@ -16,7 +16,7 @@ from gta_edge.export.quantizer import Quantizer
 from gta_edge.formats.bundle import CONFIG, FORMAT, MODEL, WEIGHTS, Bundle, write_manifest
 from gta_edge.formats.checkpoint import Checkpoint
 from gta_edge.formats.text_files import TextFiles, check_text_files
-from gta_edge.formats.weights import block_size_for
+from gta_edge.formats.weights import EMBEDDING, storage_for
 from gta_edge.libraries.optional import optional
 from gta_edge.model.rope import check_table_size, rope_tables
 from gta_edge.numerics.dtypes import CHECKPOINT_DTYPES
@@ -36,7 +36,6 @@ else:
 
 __all__ = ["Export", "export_model"]
 
-_EMBEDDING = "model.embed_tokens.weight"
 _INLINE_BYTES = 1024  # smaller tensors stay in the graph's own file
 _MADE_WITH = ("torch", "onnx", "onnx-ir", "onnxscript")
 _OTHER_TOKENIZERS = ("tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "vocab.txt", "tekken.json")
@@ -63,6 +62,7 @@ def export_model(
     *,
     precision: str | None = None,
     block_size: int | None = None,
+    embedding_precision: str | None = None,
     calibrate: str | Path | None = None,
     verify: bool = True,
     force: bool = False,
@@ -80,6 +80,7 @@ def export_model(
             own by default.
         block_size: weights along the input dimension that share a scale: for int4 16, 32, 64 or 128, 32 by default;
             for int8 the same or None, which is one scale per output channel.
+        embedding_precision: of the embedding and the head in int4: ``int8``, the default, or ``int4``.
         calibrate: a UTF-8 text file; with it the rounding of int4 and int8 weights is corrected (GPTQ) for what the
             model computes on that text.
         verify: check the result (a few hundred tokens, prefill and decode).
@@ -100,28 +101,28 @@ def export_model(
     check_table_size(source.config.key_width, source.config.max_position_embeddings)
     if precision is None:
         precision = _own_precision(source)
-    block_size = block_size_for(source.config, precision, block_size)
+    storage = storage_for(source.config, precision, block_size, embedding_precision)
     if calibrate is not None and precision not in BITS:
         raise InputError(f"precision is {precision}, which is not calibrated", "calibrate int8 or int4")
     text = check_text_files(source.directory, source.config)
     require_memory_for_export(source, precision, calibrated=calibrate is not None, verify=verify)
     inputs = [source.directory] if calibrate is None else [source.directory, Path(calibrate)]
-    size = stored_bytes(source.config, precision, block_size, source.names)
+    size = stored_bytes(source.config, storage, source.names)
     with new_directory(bundle, force=force, inputs=inputs, needed_bytes=size, kind=FORMAT) as directory:
         quantizer = None
         if precision in BITS:
-            corrected = {}
+            ready = {}
             if calibrate:
                 from gta_edge.export.calibration import calibrated  # and with it torch, as below
 
-                corrected = calibrated(source, Path(calibrate), precision, block_size, progress)
-            quantizer = Quantizer(source.read, precision, block_size, corrected)
+                ready = calibrated(source, Path(calibrate), storage, progress)
+            quantizer = Quantizer(source.read, storage, ready)
         _write_model(source, directory, precision, quantizer, progress)
         for companion in (source.directory / CONFIG, *source.companions):
             shutil.copyfile(companion, directory / companion.name)
         made_with = {"gta-edge": __version__, "python": platform.python_version()}
         made_with |= {name: version(name) for name in _MADE_WITH}
-        write_manifest(directory, source.config, precision, made_with, progress, block_size=block_size)
+        write_manifest(directory, source.config, storage, made_with, progress)
         _check_text(directory, source, Path(bundle))
         report = _check(directory, source, Path(bundle), progress) if verify else None
     notes = text.notes if text.tokenizer else (_no_tokenizer(source.directory),)
@@ -144,7 +145,7 @@ def _write_model(
 
     progress("tracing the model", 0, 0)
     model = traced(config, source.biases)
-    model = prepare(model, _EMBEDDING, source.read, {"cos": cos, "sin": sin}, precision, quantizer)
+    model = prepare(model, EMBEDDING, source.read, {"cos": cos, "sin": sin}, precision, quantizer)
     progress("tracing the model", 1, 1)
 
     def wrote(tensor: Any, info: Any) -> None:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from gta_edge.libraries.optional import optional
-from gta_edge.model.config import GTAConfig, ModelConfig
+from gta_edge.model.config import ModelConfig
 from gta_edge.model.decoder import Decoder, empty_cache
 from gta_edge.model.kv_cache import BATCH_AXIS, CAPACITY_AXIS, interface_names
 from gta_edge.plugins.attention import definition as op
@@ -60,7 +60,7 @@ def trace(config: ModelConfig, biases: Collection[str]) -> ir.Model:
             input_names=inputs,
             output_names=outputs,
             opset_version=_TORCH_OPSET,
-            custom_translation_table=_translations(config),
+            custom_translation_table=_translations(),
             optimize=False,
             verbose=False,
         )
@@ -68,24 +68,15 @@ def trace(config: ModelConfig, biases: Collection[str]) -> ir.Model:
     return program.model
 
 
-def _translations(config: ModelConfig) -> dict[Callable[..., Any], Callable[..., Any]]:
-    """Map the torch op to one ONNX node."""
-    if isinstance(config, GTAConfig):
-        node = _onnx_op(op.OP, op.INPUTS, op.OUTPUTS, op.ATTRIBUTES)
-        count = len(op.INPUTS)
+def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """Map the torch op to one ONNX node, whose absent inputs are empty."""
+    node = _onnx_op(op.OP, op.INPUTS, op.OUTPUTS, op.ATTRIBUTES)
+    count = len(op.INPUTS)
 
-        def latent(*arguments: Any) -> Any:
-            return node(*arguments[:count], **op.attributes(*arguments[count:]))
+    def attention(*arguments: Any) -> Any:
+        return node(*arguments[:count], **op.attributes(*arguments[count:]))
 
-        return {torch.ops.gta.grouped_latent_attention.default: latent}
-
-    inputs, names = op.BASELINE_INPUTS, op.BASELINE_ATTRIBUTES
-    baseline = _onnx_op(op.BASELINE_OP, inputs, op.BASELINE_OUTPUTS, names)
-
-    def query(*arguments: Any) -> Any:
-        return baseline(*arguments[: len(inputs)], **dict(zip(names, arguments[len(inputs) :], strict=True)))
-
-    return {torch.ops.gta.grouped_query_attention.default: query}
+    return {torch.ops.gta.grouped_latent_attention.default: attention}
 
 
 def _onnx_op(
@@ -102,12 +93,19 @@ def _onnx_op(
             name,
             DOMAIN,
             VERSION,
-            inputs=[schema.FormalParameter(i, "tensor(int64)" if i == "past_length" else "T") for i in inputs],
+            inputs=[_parameter(i) for i in inputs],
             outputs=[schema.FormalParameter(o, "T") for o in outputs],
             type_constraints=[("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "")],
             attributes=[schema.Attribute(a, kinds.get(a, schema.AttrType.INT)) for a in attributes],
         ),
     )
+
+
+def _parameter(name: str) -> onnx.defs.OpSchema.FormalParameter:
+    schema = onnx.defs.OpSchema
+    option = schema.FormalParameterOption
+    kind = option.Optional if name in op.OPTIONAL_INPUTS else option.Single
+    return schema.FormalParameter(name, "tensor(int64)" if name == "past_length" else "T", param_option=kind)
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from typing import Any
 from gta_edge.errors import BundleError, ConfigError
 from gta_edge.formats.checkpoint import COMPANIONS
 from gta_edge.formats.integrity import describe_file, is_entry, problem_of
+from gta_edge.formats.weights import Storage, is_kept
 from gta_edge.model.config import ModelConfig, read_config
 from gta_edge.numerics.quantization import BLOCK_SIZES
 from gta_edge.support.files import bundle_file, plain_name
@@ -89,6 +90,11 @@ class Bundle:
         return size
 
     @property
+    def storage(self) -> Storage:
+        """How each matrix is stored."""
+        return Storage(self.precision, self.block_size, frozenset(self.manifest.get("int8", ())))
+
+    @property
     def weight_bytes(self) -> int:
         """Bytes of the file that holds the weights."""
         return self.file_bytes.get(WEIGHTS, 0)
@@ -143,17 +149,16 @@ class Bundle:
                 f"{brief(_cache_layout(config))}",
                 f"{_REMEDY}",
             )
+        _check_int8(directory / MANIFEST, manifest, config)
         return cls(directory, config, manifest["precision"], manifest, verify_hashes, identity)
 
 
 def write_manifest(
     directory: Path,
     config: ModelConfig,
-    precision: str,
+    storage: Storage,
     made_with: Mapping[str, str],
     progress: Progress = silent,
-    *,
-    block_size: int | None = None,
 ) -> None:
     """Write the manifest of all files that lie in ``directory``, which makes it a bundle."""
     names = sorted(path.name for path in directory.iterdir() if path.name != MANIFEST)
@@ -161,8 +166,9 @@ def write_manifest(
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "architecture": config.architecture,
-        "precision": precision,
-        "block_size": block_size,
+        "precision": storage.precision,
+        "block_size": storage.block_size,
+        "int8": sorted(storage.int8),
         "cache": _cache_layout(config),
         "made_with": dict(made_with),
         "files": {name: describe_file(directory / name, progress) for name in names},
@@ -240,6 +246,18 @@ def _check_fields(path: Path, manifest: dict[str, Any]) -> None:
         limit = _MAX_GRAPH_BYTES if name == MODEL else _MAX_COMPANION_BYTES if name in (CONFIG, *COMPANIONS) else None
         if limit is not None and entry["bytes"] > limit:
             raise BundleError(f"{path}: {name} has {brief(entry['bytes'])} bytes, expected at most {limit}", _REMEDY)
+
+
+def _check_int8(path: Path, manifest: Mapping[str, Any], config: ModelConfig) -> None:
+    """Refuse a list of matrices in int8 that the model does not have, or that nothing else is narrower than."""
+    names = manifest.get("int8", [])  # none in bundles of earlier versions
+    shapes = config.parameter_shapes()
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise BundleError(f"{path}: int8 is {brief(names)}, expected a list of parameters", _REMEDY)
+    unknown = next((name for name in names if len(shapes.get(name, ())) != 2 or is_kept(name)), None)
+    if unknown is not None or (names and manifest["precision"] != "int4"):
+        found = f"lists {brief(unknown if unknown is not None else names[0])} among the matrices in int8"
+        raise BundleError(f"{path}: {found}, expected matrices of {CONFIG} in an int4 bundle", _REMEDY)
 
 
 def _check_file(directory: Path, name: str, entry: Mapping[str, Any], verify_hashes: bool, progress: Progress) -> None:

@@ -13,6 +13,7 @@ kernel on integers, and its error would be added to every value that the attenti
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,13 +28,17 @@ from gta_edge.support.floats import all_finite
 from gta_edge.support.text import brief
 
 __all__ = [
+    "EMBEDDING",
+    "HEAD",
     "PACKED",
     "SCALE",
     "TRANSPOSED",
+    "Storage",
     "block_size_for",
     "from_stored",
     "is_kept",
     "parameter_name",
+    "storage_for",
     "stored_dtype",
     "to_stored",
 ]
@@ -48,6 +53,32 @@ SCALE = ".scale"
 
 PACKED = ".packed"
 """Suffix of the stored name of an embedding table whose codes lie in words of 32 bits."""
+
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How the matrices of a bundle are stored.
+
+    Attributes:
+        precision: one of ``PRECISIONS``.
+        block_size: weights that share a scale; None for whole output channels, and where nothing is quantised.
+        int8: parameters of an int4 bundle that are stored in int8, with one scale per output channel.
+    """
+
+    precision: str
+    block_size: int | None = None
+    int8: frozenset[str] = frozenset()
+
+    def of(self, parameter: str) -> tuple[str, int | None]:
+        """Return the precision and the block size of one matrix."""
+        if self.precision not in BITS:
+            return self.precision, None
+        if is_kept(parameter):
+            return "fp16", None
+        return ("int8", None) if parameter in self.int8 else (self.precision, self.block_size)
 
 
 def parameter_name(stored_name: str) -> str:
@@ -91,6 +122,30 @@ def block_size_for(config: ModelConfig, precision: str, block_size: int | None =
         choice = f"one of {', '.join(map(str, possible))}" if possible else "none fits; use a wider precision"
         raise InputError(f"block size is {brief(block_size)}", f"expected {choice}{odd}")
     return block_size
+
+
+def storage_for(
+    config: ModelConfig, precision: str, block_size: int | None = None, embedding_precision: str | None = None
+) -> Storage:
+    """Return how an export stores a model's matrices.
+
+    Args:
+        config: the model's sizes.
+        precision: one of ``PRECISIONS``.
+        block_size: what is asked for; the precision's own by default.
+        embedding_precision: of the embedding and the head in int4, ``int8`` (the default) or ``int4``.
+
+    Raises:
+        InputError: a precision is unknown, or does not go with another option or the model.
+    """
+    block_size = block_size_for(config, precision, block_size)
+    if embedding_precision is not None and precision != "int4":
+        raise InputError(f"precision is {precision}", "a precision of the embedding goes with int4")
+    if embedding_precision not in (None, *BITS):
+        raise InputError(*unknown("the embedding's precision is {}; expected one of {}", embedding_precision, BITS))
+    wide = precision == "int4" and embedding_precision != "int4"
+    tables = {EMBEDDING, HEAD} & config.parameter_shapes().keys()
+    return Storage(precision, block_size, frozenset(tables if wide else ()))
 
 
 def stored_dtype(rank: int, precision: str) -> np.dtype[Any]:

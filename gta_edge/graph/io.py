@@ -31,7 +31,7 @@ else:
     onnx, ir = optional("onnx", "ort"), optional("onnx_ir", "ort")
     common = optional("onnx_ir.passes.common", "ort")
 
-__all__ = ["add_function", "load_graph", "rewriting", "run_passes", "serialised", "store_weights"]
+__all__ = ["add_attention_function", "load_graph", "rewriting", "run_passes", "serialised", "store_weights"]
 
 _FIXED_BYTES, _LAYER_BYTES, _MAX_BYTES = 2**18, 2**16, 2**24
 """Of a graph's file: a layer takes a third of that at most, and parsed it may take eighty times its size."""
@@ -78,15 +78,19 @@ def load_graph(model_path: Path, config: ModelConfig, extra: str = "ort") -> ir.
         if isinstance(value.const_value, ir.ExternalTensor):
             assert file is not None  # check_model found it there
             value.const_value = StoredTensor(file, value.const_value)
-    if any(node.domain == DOMAIN for node in model.graph):
-        add_function(model, op.FUNCTION)
+    add_attention_function(model)
     return model
 
 
-def add_function(model: ir.Model, text: str) -> None:
-    """Add a function of ours to a model, given in ONNX's text form."""
+def add_attention_function(model: ir.Model) -> None:
+    """Add the attention's function, in the form of the model's nodes, which are all of one."""
     import onnx.parser
 
+    node = next((node for node in model.graph if (node.domain, node.op_type) == (DOMAIN, op.OP)), None)
+    if node is None:
+        return
+    given = op.given_inputs(node.inputs)
+    text = op.function(*(name in given for name in op.OPTIONAL_INPUTS))
     function = ir.serde.deserialize_function(onnx.parser.parse_function(text))
     model.functions[function.identifier()] = function
 

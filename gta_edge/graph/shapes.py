@@ -53,12 +53,12 @@ Attributes = Mapping[str, Any]
 Rule = Callable[[Sequence[Known], Attributes], "list[Known]"]
 
 
-def outputs_of(op_type: str, inputs: Sequence[Known], attributes: Attributes) -> list[Known]:
+def outputs_of(op_type: str, inputs: Sequence[Known | None], attributes: Attributes) -> list[Known]:
     """Return what is known of a node's outputs.
 
     Args:
         op_type: an operator with a rule (``INPUTS``).
-        inputs: what is known of its inputs; as many as ``INPUTS`` says.
+        inputs: what is known of its inputs, None of one that the attention lacks; as many as ``INPUTS`` says.
         attributes: of the types that ``ATTRIBUTES`` says.
 
     Raises:
@@ -66,7 +66,10 @@ def outputs_of(op_type: str, inputs: Sequence[Known], attributes: Attributes) ->
     """
     try:
         with np.errstate(all="ignore"):
-            results = _RULES[op_type](inputs, attributes)
+            if op_type == op.OP:
+                results = _attention(inputs, attributes)
+            else:
+                results = _RULES[op_type]([value for value in inputs if value is not None], attributes)
     except (IndexError, OverflowError, KeyError) as error:  # an axis that is not there, a number beyond int64
         raise ValueError(f"its inputs or attributes do not go together ({type(error).__name__})") from error
     for result in results:
@@ -313,28 +316,29 @@ def _scatter(inputs: Sequence[Known], attributes: Attributes) -> list[Known]:
     return _known(past.dtype, past.shape)
 
 
-def _attention(inputs: Sequence[Known], attributes: Attributes) -> list[Known]:
-    given = dict(zip(op.INPUTS, inputs, strict=True))
+def _attention(inputs: Sequence[Known | None], attributes: Attributes) -> list[Known]:
+    given = op.given_inputs(inputs)
+    _require(set(op.INPUTS) - set(op.OPTIONAL_INPUTS) <= given.keys(), "its number of inputs")
     n_q, n_k, n_c = (attributes[name] for name in op.ATTRIBUTES[:3])
     (batch, tokens, _), (_, _, capacity, d_k) = given["query"].shape, given["past_key"].shape
-    d_l, (_, _, hidden) = given["past_latent"].shape[3], given["gate"].shape
-    positions = given["cos"].shape[0]
-    sizes = op.Sizes(n_q, n_k, n_c, d_k, d_l, hidden)
+    d_l, positions = given["past_latent"].shape[3], given["cos"].shape[0]
+    width = given["value_decoder"].shape[2] if "value_decoder" in given else d_l
+    sizes = op.Sizes(n_q, n_k, n_c, d_k, d_l, n_q * width, *(name in given for name in op.OPTIONAL_INPUTS))
     wanted = {
         "query": (batch, tokens, n_q * d_k),
         "key": (batch, tokens, n_k * d_k),
         "latent": (batch, tokens, n_c * d_l),
-        "gate": (batch, tokens, hidden),
+        "gate": (batch, tokens, sizes.hidden_size),
         "past_key": (batch, n_k, capacity, d_k),
         "past_latent": (batch, n_c, capacity, d_l),
         "past_length": (batch,),
         "cos": (positions, d_k // 2),
         "sin": (positions, d_k // 2),
-        "value_decoder": (n_q, d_l, sizes.hidden_size // n_q),
+        "value_decoder": (n_q, d_l, width),
     }
     for name, value in given.items():
         _require(value.shape == wanted[name] and value.dtype == (INT64 if name == "past_length" else FLOAT), name)
-    return [_known(FLOAT, shape)[0] for shape in op.output_shapes(wanted).values()]
+    return [_known(FLOAT, shape)[0] for shape in op.output_shapes(sizes, wanted).values()]
 
 
 _RULES: dict[str, Rule] = {
@@ -349,7 +353,6 @@ _RULES: dict[str, Rule] = {
     "Gather": _gather,
     "GatherElements": _gather_elements,
     "Gemm": _gemm,
-    op.OP: _attention,
     "Identity": _same,
     "Less": _comparison,
     "LessOrEqual": _comparison,
@@ -376,7 +379,7 @@ INPUTS: dict[str, tuple[int, int]] = dict.fromkeys(_RULES, (2, 2)) | {
     "Cast": (1, 1),
     "Concat": (1, 16),
     "Constant": (0, 0),
-    op.OP: (len(op.INPUTS), len(op.INPUTS)),
+    op.OP: (len(op.INPUTS) - 1, len(op.INPUTS)),  # the last, where it is absent, is left off
     "Identity": (1, 1),
     "Range": (3, 3),
     "RotaryEmbedding": (4, 4),

@@ -99,7 +99,7 @@ def check_model(model: onnx.ModelProto, config: ModelConfig, file_bytes: Mapping
     _check_interface("input", graph.input, inputs)
     _check_interface("output", graph.output, outputs)
     stored = _stored(graph.initializer, config, file_bytes)
-    nodes = [_read_node(node) for node in graph.node]
+    nodes = [_read_node(node, config) for node in graph.node]
     for symbols in (_SMALL, _LARGE | {"capacity": max(config.max_position_embeddings, _LARGE["tokens"])}):
         values = _evaluated(nodes, _inputs(inputs, symbols), stored)
         _check_declared((*graph.value_info, *graph.output), values, symbols)
@@ -266,7 +266,7 @@ class _Node:
         return f"{self.op_type} {brief(self.outputs[0], 60)}"
 
 
-def _read_node(node: onnx.NodeProto) -> _Node:
+def _read_node(node: onnx.NodeProto, config: ModelConfig) -> _Node:
     name = f"{node.domain}::{node.op_type}" if node.domain else node.op_type
     if node.op_type not in INPUTS or node.domain != (DOMAIN if node.op_type == op.OP else "") or node.overload:
         raise ValueError(f"it has a node {brief(name)}, which no bundle has")
@@ -282,9 +282,19 @@ def _read_node(node: onnx.NodeProto) -> _Node:
         if attribute.ref_attr_name or attribute.type != _attribute_types()[kind]:
             raise ValueError(f"the attribute {attribute.name} of a {node.op_type} is of another type")
         attributes[attribute.name] = _attribute(attribute, kind)
-    if node.op_type == op.OP and attributes.keys() != kinds.keys():
-        raise ValueError(f"a {op.OP} lacks one of its attributes")
+    if node.op_type == op.OP:
+        if attributes.keys() != kinds.keys():
+            raise ValueError(f"a {op.OP} lacks one of its attributes")
+        _check_form(node, config)
     return _Node(node.op_type, tuple(node.input), tuple(node.output), attributes)
+
+
+def _check_form(node: onnx.NodeProto, config: ModelConfig) -> None:
+    """Refuse an attention node with other optional inputs than the config has: a model has one function for all."""
+    given, sizes = op.given_inputs([name or None for name in node.input]), config.attention
+    for name, expected in (("gate", sizes.has_gate), ("value_decoder", sizes.has_value_decoder)):
+        if (name in given) != expected:
+            raise ValueError(f"a {op.OP} {'lacks' if expected else 'has'} the input {name}")
 
 
 def _attribute_types() -> dict[str, int]:
@@ -308,11 +318,15 @@ def _evaluated(nodes: Sequence[_Node], inputs: Mapping[str, Known], stored: Mapp
             raise ValueError(f"{brief(name)} is an input and stored")
         values[name] = known
     for node in nodes:
-        missing = next((name for name in node.inputs if name not in values), None)
+        # empty is what is absent, which the attention alone may lack: its form has been looked at
+        absent = {""} if node.op_type == op.OP else set()
+        missing = next((name for name in node.inputs if name not in values and name not in absent), None)
         if missing is not None:
             raise ValueError(f"{node.title} reads {brief(missing)}, which is not made before it")
         try:
-            results = outputs_of(node.op_type, [values[name] for name in node.inputs], node.attributes)
+            results = outputs_of(
+                node.op_type, [values[name] if name else None for name in node.inputs], node.attributes
+            )
         except ValueError as error:
             raise ValueError(f"{node.title}: {error}") from error
         for name, known in zip(node.outputs, results, strict=True):

@@ -26,6 +26,7 @@ from gta_edge.model.config_entries import (
 )
 from gta_edge.model.rope import RopeScaling, inverse_frequencies
 from gta_edge.numerics.dtypes import CHECKPOINT_DTYPES
+from gta_edge.plugins.attention.definition import Sizes
 from gta_edge.support.json_files import read_json
 from gta_edge.support.text import brief, printable
 
@@ -95,12 +96,6 @@ class ModelConfig(ABC):
         if not isinstance(self.tie_word_embeddings, bool):
             raise ConfigError(f"tie_word_embeddings is {brief(self.tie_word_embeddings)}", "expected true or false")
         self._check_tokens()
-        if self.num_attention_heads * self.head_dim != self.hidden_size:
-            raise ConfigError(
-                f"num_attention_heads {self.num_attention_heads} times head_dim {self.head_dim} is "
-                f"{self.num_attention_heads * self.head_dim}",
-                f"expected hidden_size {self.hidden_size}",
-            )
         self._check_attention()
         if self.key_width % 2 or self.key_width > _MAX_KEY_WIDTH:
             raise ConfigError(
@@ -126,13 +121,18 @@ class ModelConfig(ABC):
 
     @property
     @abstractmethod
+    def attention(self) -> Sizes:
+        """The attention op's sizes, and which of its optional inputs there are."""
+
+    @property
+    @abstractmethod
     def caches(self) -> tuple[CacheSpec, CacheSpec]:
         """The key cache and what takes the place of the value cache, in the graph's order."""
 
     @property
-    @abstractmethod
     def attention_flops_per_pair(self) -> int:
         """FLOPs of one layer for one pair of a query token and a cached token (a multiply-add is 2)."""
+        return 2 * self.attention.num_query_heads * (self.attention.key_dim + self.attention.latent_dim)
 
     @abstractmethod
     def attention_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -286,6 +286,12 @@ class GTAConfig(ModelConfig):
     latent_dim: int
 
     def _check_attention(self) -> None:
+        if self.num_attention_heads * self.head_dim != self.hidden_size:
+            raise ConfigError(
+                f"num_attention_heads {self.num_attention_heads} times head_dim {self.head_dim} is "
+                f"{self.num_attention_heads * self.head_dim}",
+                f"expected hidden_size {self.hidden_size}",
+            )
         for a, b in (
             ("num_attention_heads", "num_query_heads"),
             ("num_query_heads", "num_key_heads"),
@@ -299,6 +305,11 @@ class GTAConfig(ModelConfig):
                 f"hidden_size {self.hidden_size} is not a multiple of num_query_heads {self.num_query_heads} times "
                 f"the latent width (value_dim) {self.latent_dim}, which is {width}"
             )
+
+    @property
+    def attention(self) -> Sizes:
+        heads = self.num_query_heads, self.num_key_heads, self.num_latent_heads
+        return Sizes(*heads, self.key_dim, self.latent_dim, self.hidden_size)
 
     @property
     def expansion(self) -> int:
@@ -316,10 +327,6 @@ class GTAConfig(ModelConfig):
             CacheSpec("key", self.num_key_heads, self.key_dim),
             CacheSpec("latent", self.num_latent_heads, self.latent_dim),
         )
-
-    @property
-    def attention_flops_per_pair(self) -> int:
-        return 2 * self.num_query_heads * (self.key_dim + self.latent_dim)
 
     @property
     def optional_biases(self) -> frozenset[str]:
@@ -386,21 +393,22 @@ class GQAConfig(ModelConfig):
             )
 
     @property
+    def attention(self) -> Sizes:
+        heads, cached, width = self.num_attention_heads, self.num_key_value_heads, self.head_dim
+        return Sizes(heads, cached, cached, width, width, heads * width, has_gate=False, has_value_decoder=False)
+
+    @property
     def caches(self) -> tuple[CacheSpec, CacheSpec]:
         heads, width = self.num_key_value_heads, self.head_dim
         return CacheSpec("key", heads, width), CacheSpec("value", heads, width)
-
-    @property
-    def attention_flops_per_pair(self) -> int:
-        return 4 * self.num_attention_heads * self.head_dim
 
     @property
     def optional_biases(self) -> frozenset[str]:
         return frozenset()
 
     def attention_shapes(self) -> dict[str, tuple[int, ...]]:
-        h, kv = self.hidden_size, self.num_key_value_heads * self.head_dim
-        return {"q_proj.weight": (h, h), "k_proj.weight": (kv, h), "v_proj.weight": (kv, h), "o_proj.weight": (h, h)}
+        h, q, kv = self.hidden_size, self.attention.hidden_size, self.num_key_value_heads * self.head_dim
+        return {"q_proj.weight": (q, h), "k_proj.weight": (kv, h), "v_proj.weight": (kv, h), "o_proj.weight": (h, q)}
 
     def _attention_entries(self) -> dict[str, Any]:
         return {"num_key_value_heads": self.num_key_value_heads}

@@ -1,4 +1,4 @@
-"""The decoder in PyTorch, GTA and baselines: the reference that every graph and kernel is measured against.
+"""The decoder in PyTorch: the reference that every graph and kernel is measured against.
 
 Clear before fast. Parameters carry the published names, so a checkpoint's tensors load as they are. The model is
 Llama (pre-norm RMSNorm, SwiGLU) but for the attention, which is one registered op (``plugins/attention/torch.py``).
@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from gta_edge.libraries.optional import optional
-from gta_edge.model.config import GTAConfig, ModelConfig
+from gta_edge.model.config import ModelConfig
 from gta_edge.model.kv_cache import cache_tensors
 from gta_edge.model.rope import rope_tables
 from gta_edge.plugins.attention import torch as torch_ops
@@ -36,75 +36,51 @@ def _linear(module: str, inputs: int, outputs: int, biases: Collection[str]) -> 
     return nn.Linear(inputs, outputs, bias=f"{module}.bias" in biases)
 
 
-class LatentAttention(nn.Module):
-    """Projections, value decoder and gate of grouped-head latent attention."""
+class SelfAttention(nn.Module):
+    """Projections around the attention op: GTA's, with value decoder and gate, or grouped-query attention's."""
 
     q_proj: nn.Linear
     k_proj: nn.Linear
-    v_proj: nn.Linear  # to the latent, which takes the value's place
+    v_proj: nn.Linear  # to the value, or to the latent, which takes its place
     g_proj: nn.Linear
     v_b_proj: nn.Linear
     o_proj: nn.Linear
 
-    def __init__(self, config: GTAConfig, biases: Collection[str], attention: Attention | None) -> None:
-        super().__init__()
-        shapes = config.attention_shapes()
-        for name in ("q_proj", "k_proj", "v_proj", "g_proj", "v_b_proj", "o_proj"):
-            outputs, inputs = shapes[f"{name}.weight"]
-            self.add_module(name, _linear(name, inputs, outputs, biases))
-        self.value_decoder_shape = config.value_decoder_shape
-        self.heads = (config.num_query_heads, config.num_key_heads, config.num_latent_heads)
-        self.scale = config.scale
-        self.attention: Attention = attention or torch_ops.grouped_latent_attention
-        self.projections: nn.Module | None = None  # in the place of the four that take x, where they are one product
-
-    def forward(
-        self, x: Tensor, cache: Cache, past_length: Tensor, cos: Tensor, sin: Tensor
-    ) -> tuple[Tensor, Cache]:  # x [B, T, H]
-        # W_P is the row-major memory of v_b_proj seen as [n_q, d_l, e·d_l]: no transpose, and no Linear call
-        value_decoder = self.v_b_proj.weight.view(self.value_decoder_shape)
-        output, present_key, present_latent = self.attention(
-            *self._projected(x), *cache, past_length, cos, sin, value_decoder, *self.heads, self.scale
-        )
-        return self.o_proj(output), (present_key, present_latent)
-
-    def _projected(self, x: Tensor) -> Sequence[Tensor]:
-        if self.projections is not None:
-            return self.projections(x)  # type: ignore[no-any-return]  # nn.Module's call is untyped
-        return self.q_proj(x), self.k_proj(x), self.v_proj(x), self.g_proj(x)
-
-
-class QueryAttention(nn.Module):
-    """Projections of the baselines' grouped-query attention."""
-
-    q_proj: nn.Linear
-    k_proj: nn.Linear
-    v_proj: nn.Linear
-    o_proj: nn.Linear
-
     def __init__(self, config: ModelConfig, biases: Collection[str], attention: Attention | None) -> None:
         super().__init__()
-        shapes = config.attention_shapes()
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            outputs, inputs = shapes[f"{name}.weight"]
-            self.add_module(name, _linear(name, inputs, outputs, biases))
-        self.heads = (config.num_attention_heads, config.caches[0].heads)
+        for parameter, shape in config.attention_shapes().items():
+            name, _, kind = parameter.rpartition(".")
+            if kind == "weight":
+                outputs, inputs = shape
+                self.add_module(name, _linear(name, inputs, outputs, biases))
+        self.sizes = config.attention
         self.scale = config.scale
-        self.attention: Attention = attention or torch_ops.grouped_query_attention
-        self.projections: nn.Module | None = None  # in the place of the three that take x, where they are one product
+        self.attention: Attention = attention or torch_ops.grouped_latent_attention
+        self.projections: nn.Module | None = None  # in the place of those that take x, where they are one product
 
     def forward(
         self, x: Tensor, cache: Cache, past_length: Tensor, cos: Tensor, sin: Tensor
     ) -> tuple[Tensor, Cache]:  # x [B, T, H]
-        output, present_key, present_value = self.attention(
-            *self._projected(x), *cache, past_length, cos, sin, *self.heads, self.scale
-        )
-        return self.o_proj(output), (present_key, present_value)
+        sizes = self.sizes
+        heads = sizes.num_query_heads, sizes.num_key_heads, sizes.num_latent_heads
+        query, key, latent, *gate = self._projected(x)
+        output, present_key, present_latent = self.attention(
+            query, key, latent, gate[0] if gate else None, *cache, past_length, cos, sin, self._value_decoder(),
+            *heads, self.scale,
+        )  # fmt: skip
+        return self.o_proj(output), (present_key, present_latent)
+
+    def _value_decoder(self) -> Tensor | None:
+        """Return W_P [n_q, d_l, e·d_l]: the row-major memory of v_b_proj seen so; no transpose, and no Linear call."""
+        if not self.sizes.has_value_decoder:
+            return None
+        return self.v_b_proj.weight.view(self.sizes.num_query_heads, self.sizes.latent_dim, -1)
 
     def _projected(self, x: Tensor) -> Sequence[Tensor]:
         if self.projections is not None:
             return self.projections(x)  # type: ignore[no-any-return]  # nn.Module's call is untyped
-        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        query, key, latent = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        return (query, key, latent, self.g_proj(x)) if self.sizes.has_gate else (query, key, latent)
 
 
 class MLP(nn.Module):
@@ -129,11 +105,7 @@ class Layer(nn.Module):
     def __init__(self, config: ModelConfig, biases: Collection[str], attention: Attention | None) -> None:
         super().__init__()
         self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = (
-            LatentAttention(config, biases, attention)
-            if isinstance(config, GTAConfig)
-            else QueryAttention(config, biases, attention)
-        )
+        self.self_attn = SelfAttention(config, biases, attention)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
@@ -160,7 +132,7 @@ class Trunk(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A causal language model of either architecture.
+    """A causal language model.
 
     Args:
         config: the model's sizes.

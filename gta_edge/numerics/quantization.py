@@ -112,10 +112,18 @@ def quantize(weight: npt.NDArray[Any], bits: int, block_size: int | None = None)
     return QuantizedMatrix(codes, scales, bits, block_size or 0)
 
 
-def best_scales(blocks: npt.NDArray[np.float32], bits: int) -> npt.NDArray[np.float16]:
-    """Return a float16 scale [N] for each row of ``blocks`` [N, block_size]."""
+def best_scales(
+    blocks: npt.NDArray[np.float32], bits: int, importance: npt.NDArray[np.float32] | None = None
+) -> npt.NDArray[np.float16]:
+    """Return a float16 scale [N] for each row of ``blocks`` [N, block_size].
+
+    Args:
+        blocks: weights that share a scale.
+        bits: 8 or 4.
+        importance: factors [N or 1, block_size] of the squared errors, positive; all alike by default.
+    """
     with np.errstate(over="ignore"):  # reported once, for the whole matrix
-        return _search(blocks, bits).astype(np.float16)
+        return _search(blocks, bits, importance).astype(np.float16)
 
 
 def to_codes(blocks: npt.NDArray[np.float32], scales: npt.NDArray[np.float16], bits: int) -> npt.NDArray[np.int8]:
@@ -131,19 +139,22 @@ def code_range(bits: int) -> tuple[int, int]:
     return (-8, 7) if bits == 4 else (-127, 127)
 
 
-def _search(blocks: npt.NDArray[np.float32], bits: int) -> npt.NDArray[np.float32]:
+def _search(
+    blocks: npt.NDArray[np.float32], bits: int, importance: npt.NDArray[np.float32] | None
+) -> npt.NDArray[np.float32]:
     lowest, highest = code_range(bits)
     largest = _largest(blocks)
     best = np.full(len(blocks), -1, np.float32)
     scales = np.zeros(len(blocks), np.float32)
     codes = np.empty_like(blocks)
+    wanted = blocks if importance is None else blocks * importance
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):  # blocks of zeros, and what is not finite
         for fraction in _CLIPPING[bits]:
             np.multiply(blocks, (highest / (fraction * largest))[:, None], out=codes)
             np.rint(codes, out=codes)
             np.clip(codes, lowest, highest, out=codes)
-            along = np.einsum("ij,ij->i", blocks, codes)
-            square = np.einsum("ij,ij->i", codes, codes)
+            along = np.einsum("ij,ij->i", wanted, codes)
+            square = np.einsum("ij,ij->i", codes, codes if importance is None else codes * importance)
             gain = along * along / square
             better = gain > best
             best[better] = gain[better]

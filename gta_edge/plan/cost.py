@@ -9,17 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from gta_edge.formats.weights import is_kept, stored_dtype
-from gta_edge.model.config import GTAConfig, ModelConfig
+from gta_edge.formats.weights import EMBEDDING, HEAD, Storage, stored_dtype
+from gta_edge.model.config import ModelConfig
 from gta_edge.model.kv_cache import cache_bytes
 from gta_edge.numerics.dtypes import DTYPES
 from gta_edge.numerics.quantization import BITS
 
 __all__ = [
-    "EMBEDDING",
-    "HEAD",
     "PARTS",
     "Execution",
     "Operator",
@@ -27,16 +25,12 @@ __all__ = [
     "cpu_blocks",
     "matrices",
     "operators",
-    "query_heads",
     "read_bytes",
     "scale_bytes",
     "stored_bytes",
     "stored_parts",
     "table_bytes",
 ]
-
-EMBEDDING = "model.embed_tokens.weight"
-HEAD = "lm_head.weight"
 
 PARTS = ("embedding", "attention", "mlp", "norms", "head", "tables")
 """Of a model's weights; tables are those of cos and sin."""
@@ -124,26 +118,21 @@ def table_bytes(config: ModelConfig, value_bytes: int = _FLOAT_BYTES) -> int:
     return value_bytes * config.max_position_embeddings * config.key_width
 
 
-def stored_bytes(
-    config: ModelConfig, precision: str, block_size: int | None = None, names: Collection[str] | None = None
-) -> int:
+def stored_bytes(config: ModelConfig, storage: Storage, names: Collection[str] | None = None) -> int:
     """Return the bytes of a bundle's file of weights, ``model.onnx.data``; see ``stored_parts``."""
-    return sum(stored_parts(config, precision, block_size, names).values())
+    return sum(stored_parts(config, storage, names).values())
 
 
-def stored_parts(
-    config: ModelConfig, precision: str, block_size: int | None = None, names: Collection[str] | None = None
-) -> dict[str, int]:
+def stored_parts(config: ModelConfig, storage: Storage, names: Collection[str] | None = None) -> dict[str, int]:
     """Return the bytes of a bundle's file of weights by part of the model: ``PARTS``.
 
-    That is every matrix in ``precision``, or in codes and float16 scales (quantised: the value decoder stays float16,
+    That is every matrix in its precision, or in codes and float16 scales (quantised: the value decoder stays float16,
     and the embedding lies in words beside the head's codes, sharing the scales of a tied head), norms and biases in
     float32, and the tables of cos and sin. Tensors of up to 1 KiB lie in the graph's file and are not counted.
 
     Args:
         config: the model's sizes.
-        precision: one of ``PRECISIONS``.
-        block_size: as ``weights.block_size_for`` returns it.
+        storage: how its matrices are stored.
         names: parameters that there are; all by default. A checkpoint may lack biases.
     """
     parts = dict.fromkeys(PARTS, 0)
@@ -156,7 +145,8 @@ def stored_parts(
     for name in shapes if names is None else names:
         shape = shapes[name]
         values = math.prod(shape)
-        if precision not in BITS or len(shape) == 1 or is_kept(name):
+        precision, block_size = storage.of(name)
+        if precision not in BITS or len(shape) == 1:
             add(_part(name), values * stored_dtype(len(shape), precision).itemsize)
             continue
         codes, scales = values * BITS[precision] // 8, scale_bytes(shape, block_size)
@@ -180,14 +170,14 @@ def scale_bytes(shape: tuple[int, ...], block_size: int | None) -> int:
 # --- what a step moves and computes ----------------------------------------------------------------------------------
 
 
-def read_bytes(name: str, shape: tuple[int, ...], precision: str, block_size: int | None, execution: Execution) -> int:
+def read_bytes(shape: tuple[int, ...], precision: str, block_size: int | None, execution: Execution) -> int:
     """Return the bytes that one matmul with a matrix ``[out, in]`` reads of it.
 
     On a CPU floats are float32 by then, and codes lie with a float32 scale and sum for each block (ONNX Runtime's
     ``MatMulNBits``). On a GPU floats are in the compute type, and codes lie as stored.
     """
     values = math.prod(shape)
-    if precision not in BITS or is_kept(name):
+    if precision not in BITS:
         return values * DTYPES[execution.compute].bytes
     codes = values * BITS[precision] // 8
     if execution.cpu_kernels:
@@ -200,9 +190,7 @@ def cpu_blocks(shape: tuple[int, ...], block_size: int | None) -> int:
     return shape[0] * -(-shape[1] // (block_size or min(_CPU_CHANNEL_BLOCK, shape[1])))
 
 
-def operators(
-    config: ModelConfig, precision: str, block_size: int | None, execution: Execution, step: Step
-) -> tuple[Operator, ...]:
+def operators(config: ModelConfig, storage: Storage, execution: Execution, step: Step) -> tuple[Operator, ...]:
     """Return what a step costs, by operator, in the order of the forward pass.
 
     Attention of one layer is ``attention_flops_per_pair`` (config.py; arXiv 2506.17286) for every pair of a query and
@@ -211,30 +199,34 @@ def operators(
     twice, write scores, and unpack codes.
     """
     rows, layers, width = step.batch * step.tokens, config.num_hidden_layers, DTYPES[execution.compute].bytes
-    found = [Operator("embedding", weight_bytes=_row_bytes(config, precision, block_size, execution, rows))]
-    shapes = {name: shape for name, shape in config.attention_shapes().items() if len(shape) == 2}
-    mlp = {name: shape for name, shape in _layer_shapes(config).items() if name.startswith("mlp.")}
-    last = {name: shape for name, shape in shapes.items() if name.startswith(("v_b_proj", "o_proj"))}
-    first = {name: shape for name, shape in shapes.items() if name not in last}
+    found = [Operator("embedding", weight_bytes=_row_bytes(config, storage, execution, rows))]
+    shapes = _layer_shapes(config)
+    last = [name for name in shapes if name.startswith(("self_attn.v_b_proj", "self_attn.o_proj", "mlp."))]
+    first = [name for name in shapes if name not in last]
 
-    def matmul(name: str, shape: tuple[int, ...], tokens: int, times: int) -> Operator:
-        values = times * math.prod(shape)
-        unpack = execution.cpu_kernels and precision in BITS and not is_kept(name)
+    def matmuls(name: str, parameters: Collection[str], shape: tuple[int, ...], tokens: int) -> Operator:
+        """Return the matmuls with matrices of one shape as one operator."""
+        values, formats = math.prod(shape), [storage.of(parameter) for parameter in parameters]
+        unpacked = sum(precision in BITS for precision, _ in formats) if execution.cpu_kernels else 0
         return Operator(
             name,
-            flops=2 * tokens * values + (_CPU_UNPACK_FLOPS * values if unpack else 0),
-            weight_bytes=times * read_bytes(name, shape, precision, block_size, execution),
-            activation_bytes=times * tokens * width * sum(shape),
+            flops=2 * tokens * values * len(parameters) + _CPU_UNPACK_FLOPS * values * unpacked,
+            weight_bytes=sum(read_bytes(shape, *each, execution) for each in formats),
+            activation_bytes=len(parameters) * tokens * width * sum(shape),
         )
 
-    found += [matmul(f".{name}", shape, rows, layers) for name, shape in first.items()]
+    def of_layers(name: str) -> Operator:
+        parameters = [f"model.layers.{i}.{name}" for i in range(layers)]
+        title = name.removeprefix("self_attn.").removesuffix(".weight")
+        return matmuls(title, parameters, shapes[name], rows)
+
+    found += map(of_layers, first)
     found.append(_attention(config, execution, step))
-    found += [matmul(f".{name}", shape, rows, layers) for name, shape in (last | mlp).items()]
+    found += map(of_layers, last)
     found.append(_elementwise(config, rows, width))
-    head = EMBEDDING if config.tie_word_embeddings else HEAD
-    logits = matmul(head, (config.vocab_size, config.hidden_size), step.batch * step.logits, 1 if step.logits else 0)
-    found.append(replace(logits, name="lm_head"))
-    return tuple(replace(op, name=op.name.removeprefix(".").removesuffix(".weight")) for op in found)
+    head = [EMBEDDING if config.tie_word_embeddings else HEAD] if step.logits else []
+    found.append(matmuls("lm_head", head, (config.vocab_size, config.hidden_size), step.batch * step.logits))
+    return tuple(found)
 
 
 def _layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -242,9 +234,10 @@ def _layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {name.removeprefix(prefix): shape for name, shape in matrices(config).items() if name.startswith(prefix)}
 
 
-def _row_bytes(config: ModelConfig, precision: str, block_size: int | None, execution: Execution, rows: int) -> int:
+def _row_bytes(config: ModelConfig, storage: Storage, execution: Execution, rows: int) -> int:
     """Return the bytes of the embedding table's rows that are looked up."""
     values = rows * config.hidden_size
+    precision, block_size = storage.of(EMBEDDING)
     if precision in BITS:
         return values * BITS[precision] // 8 + rows * scale_bytes((1, config.hidden_size), block_size)
     if execution.cpu_kernels:
@@ -255,8 +248,7 @@ def _row_bytes(config: ModelConfig, precision: str, block_size: int | None, exec
 def _attention(config: ModelConfig, execution: Execution, step: Step) -> Operator:
     queries, layers = step.batch * step.tokens, config.num_hidden_layers
     pairs = step.batch * (step.tokens * step.past + step.tokens * (step.tokens + 1) // 2)
-    heads = query_heads(config)
-    mixed = config.caches[1].width
+    heads, mixed = config.attention.num_query_heads, config.attention.latent_dim
     activations = DTYPES[execution.compute].bytes * queries * heads * (config.key_width + mixed)
     if execution.writes_scores:  # written and read by the matmul, the mask, the softmax, and read by the mix
         scores = step.batch * heads * step.tokens * (step.past + step.tokens)
@@ -275,14 +267,9 @@ def _attention(config: ModelConfig, execution: Execution, step: Step) -> Operato
 _SCORE_PASSES = 6
 
 
-def query_heads(config: ModelConfig) -> int:
-    """Return the number of attention maps: n_q, or n_h of a baseline."""
-    return config.num_query_heads if isinstance(config, GTAConfig) else config.num_attention_heads
-
-
 def _elementwise(config: ModelConfig, rows: int, width: int) -> Operator:
     """Norms, residual sums, the activation of the MLP and the gate: what they read and write."""
     hidden, inner = config.hidden_size, config.intermediate_size
-    gate = 3 * hidden if isinstance(config, GTAConfig) else 0  # gate and values in, matmul out
+    gate = 3 * config.attention.hidden_size if config.attention.has_gate else 0  # gate and values in, matmul out
     per_row = config.num_hidden_layers * (2 * 5 * hidden + 3 * inner + gate) + 2 * hidden
     return Operator("elementwise", activation_bytes=rows * per_row * width)

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Collection
 
 from gta_edge.formats.checkpoint import Checkpoint
-from gta_edge.formats.weights import is_kept
+from gta_edge.formats.weights import EMBEDDING, Storage, is_kept
 from gta_edge.model.config import ModelConfig
 from gta_edge.numerics.dtypes import CHECKPOINT_DTYPES
 from gta_edge.numerics.quantization import BITS
@@ -70,7 +70,7 @@ def require_memory_for_torch(config: ModelConfig, precision: str, what: str) -> 
     require_bytes(needed, what, _MORE)
 
 
-def require_memory_for_onnxruntime(config: ModelConfig, precision: str, block_size: int | None) -> None:
+def require_memory_for_onnxruntime(config: ModelConfig, storage: Storage) -> None:
     """Refuse to load a bundle on a CPU where there is no room: matmuls have a copy of their matrix, as it is run.
 
     Raises:
@@ -79,9 +79,9 @@ def require_memory_for_onnxruntime(config: ModelConfig, precision: str, block_si
     execution = cost.Execution("fp32", "fp32", 1, cpu_kernels=True)
     needed = _unless_loaded("onnxruntime", _ONNXRUNTIME)
     for name, shape in cost.matrices(config).items():
-        if name != cost.EMBEDDING and not is_kept(name):  # those are read from the file
-            needed += cost.read_bytes(name, shape, precision, block_size, execution)
-    require_bytes(needed, "loading the model in ONNX Runtime", _MORE if precision == "int4" else _NARROWER)
+        if name != EMBEDDING and not is_kept(name):  # those are read from the file
+            needed += cost.read_bytes(shape, *storage.of(name), execution)
+    require_bytes(needed, "loading the model in ONNX Runtime", _MORE if storage.precision == "int4" else _NARROWER)
 
 
 def require_memory_for_lowering() -> None:

@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from gta_edge.errors import InputError
-from gta_edge.formats.weights import block_size_for, is_kept
+from gta_edge.formats.weights import EMBEDDING, Storage, storage_for
 from gta_edge.machine.devices import Device
-from gta_edge.model.config import GTAConfig, ModelConfig
+from gta_edge.model.config import ModelConfig
 from gta_edge.model.kv_cache import cache_bytes
 from gta_edge.numerics.dtypes import COMPUTE_TYPES, DTYPES
 from gta_edge.numerics.quantization import BITS
@@ -54,16 +54,24 @@ class Model:
     Attributes:
         name: for people.
         config: sizes.
-        precision: what the weights are stored in.
-        block_size: weights that share a scale; None for whole channels or nothing quantised.
+        storage: how the matrices are stored.
         weight_bytes: of the bundle's weights, as there or as an export would write them.
     """
 
     name: str
     config: ModelConfig
-    precision: str
-    block_size: int | None
+    storage: Storage
     weight_bytes: int
+
+    @property
+    def precision(self) -> str:
+        """What the weights are stored in."""
+        return self.storage.precision
+
+    @property
+    def block_size(self) -> int | None:
+        """Weights that share a scale; None for whole channels or nothing quantised."""
+        return self.storage.block_size
 
     @classmethod
     def of(
@@ -79,8 +87,8 @@ class Model:
         Raises:
             InputError: the precision is unknown, or the block size does not fit.
         """
-        block_size = block_size_for(config, precision, block_size)
-        return cls(name, config, precision, block_size, cost.stored_bytes(config, precision, block_size, names))
+        storage = storage_for(config, precision, block_size)
+        return cls(name, config, storage, cost.stored_bytes(config, storage, names))
 
 
 @dataclass(frozen=True)
@@ -232,7 +240,7 @@ class Plan:
         rate = device.rates["fp32" if execution.compute == "fp32" else "fp16"] * device.efficiency
         totals: dict[str, Timed] = {}
         for step in steps:
-            for op in cost.operators(self.model.config, self.model.precision, self.model.block_size, execution, step):
+            for op in cost.operators(self.model.config, self.model.storage, execution, step):
                 timed = Timed(op, op.bytes / bandwidth, op.flops / rate)
                 totals[op.name] = _sum(totals[op.name], timed) if op.name in totals else timed
         overhead = len(steps) * device.operator_s * _NODES_PER_LAYER * self.model.config.num_hidden_layers
@@ -300,9 +308,10 @@ def _weights(model: Model, execution: Execution, tokens: int) -> tuple[int, int]
     value_bytes = DTYPES[execution.compute].bytes
     held = value_bytes * vectors + cost.table_bytes(config, value_bytes)
     for name, shape in cost.matrices(config).items():
-        held += cost.read_bytes(name, shape, model.precision, model.block_size, execution)
-    if model.precision in BITS and config.tie_word_embeddings:  # the head's codes lie the other way
-        held += math.prod(cost.matrices(config)[cost.EMBEDDING]) * BITS[model.precision] // 8
+        held += cost.read_bytes(shape, *model.storage.of(name), execution)
+    precision, _ = model.storage.of(EMBEDDING)
+    if precision in BITS and config.tie_word_embeddings:  # the head's codes lie the other way
+        held += math.prod(cost.matrices(config)[EMBEDDING]) * BITS[precision] // 8
     return held, 0
 
 
@@ -314,19 +323,20 @@ def _on_cpu(model: Model, execution: Execution, tokens: int) -> tuple[int, int]:
     matrix at a time.
     """
     config, shapes = model.config, cost.matrices(model.config)
-    quantised = model.precision in BITS
-    matmuls = {name: shape for name, shape in shapes.items() if name != cost.EMBEDDING or config.tie_word_embeddings}
+    matmuls = {name: shape for name, shape in shapes.items() if name != EMBEDDING or config.tie_word_embeddings}
     held = 0
     for name, shape in matmuls.items():
-        held += cost.read_bytes(name, shape, model.precision, model.block_size, execution)
-        if quantised and not is_kept(name):
-            held += _SCALE_COPY_BYTES * cost.cpu_blocks(shape, model.block_size)
-    table = math.prod(shapes[cost.EMBEDDING])
-    if quantised:
-        stored = table * BITS[model.precision] // 8
-        held += cost.scale_bytes(shapes[cost.EMBEDDING], model.block_size)
+        precision, block_size = model.storage.of(name)
+        held += cost.read_bytes(shape, precision, block_size, execution)
+        if precision in BITS:
+            held += _SCALE_COPY_BYTES * cost.cpu_blocks(shape, block_size)
+    table = math.prod(shapes[EMBEDDING])
+    precision, block_size = model.storage.of(EMBEDDING)
+    if precision in BITS:
+        stored = table * BITS[precision] // 8
+        held += cost.scale_bytes(shapes[EMBEDDING], block_size)
     else:
-        stored = table * DTYPES[model.precision].bytes
+        stored = table * DTYPES[precision].bytes
     packed_from_table = model.precision == "fp32" and config.tie_word_embeddings  # read as a whole, and kept
     held += stored if packed_from_table else min(stored, tokens * _FAULT_BYTES)
     widest = max(math.prod(shape) for shape in matmuls.values())
@@ -341,7 +351,7 @@ def activation_bytes(config: ModelConfig, execution: Execution, batch: int, toke
     logits = _FLOAT_BYTES * batch * config.vocab_size * min(tokens, execution.logit_positions)
     size = value_bytes * batch * tokens * per_token + 2 * logits
     if execution.writes_scores:
-        # scores, masked, weights, and for GTA the mask laid out for every query head
-        maps = (4 if isinstance(config, GTAConfig) else 3) * cost.query_heads(config) + 1
+        # scores, masked, weights, and the mask laid out for every query head
+        maps = 4 * config.attention.num_query_heads + 1
         size += int(_ARENA_FACTOR * value_bytes * maps * batch * tokens * context)
     return size

@@ -1,6 +1,6 @@
-"""The stages of GTA-1B's logits: by the kernels, against torch's own operations with the same weights.
+"""The stages of a whole model's logits: by the kernels, against torch's own operations with the same weights.
 
-    python -m scripts.gpu_stages.agreement bf16|int4
+    python -m scripts.gpu_stages.agreement gta-1b/bf16 gta-1b/int4 ...
 
 The reference computes in float32 on the same GPU, where no kernel of ours runs. Beside it stands what torch's own
 operations are off by when they too compute in bf16 (on the CPU): of 54 layers of random weights that is much, and the
@@ -22,26 +22,31 @@ from gta_edge.model.decoder import Decoder
 from gta_edge.numerics.quantization import BITS
 from gta_edge.runtime.torch.session import TorchSession
 from scripts.gpu_stages.figures import Verdict
-from scripts.gpu_stages.models import CONFIG, DEVICE
+from scripts.gpu_stages.models import DEVICE, config_of
 
 _SLACK = 2
 """Times what torch's own operations are off by in the same type."""
 
 
-def main(precision: str) -> int:
+def main(model_name: str) -> int:
     """Compare the logits of a prompt's last position and of the tokens after it.
+
+    Args:
+        model_name: a preset and the type of its weights, with a slash between.
 
     Returns:
         the status: 0 if they are as near as they should be.
     """
-    ids, prompt = probe(CONFIG)
+    name, _, precision = model_name.partition("/")
+    config = config_of(name)
+    ids, prompt = probe(config)
     if precision in BITS:
-        ours = _logits(packed_decoder(CONFIG, BITS[precision], DEVICE), DEVICE, "bf16", ids, prompt)
-        model = float_decoder(CONFIG, BITS[precision])
+        ours = _logits(packed_decoder(config, BITS[precision], DEVICE), DEVICE, "bf16", ids, prompt)
+        model = float_decoder(config, BITS[precision])
         reference = _logits(model, DEVICE, "fp32", ids, prompt)
         theirs = _logits(model, "cpu", "bf16", ids, prompt)  # last: it rounds what the int4 codes mean
     else:
-        model = random_decoder(CONFIG, DEVICE)
+        model = random_decoder(config, DEVICE)
         ours = _logits(model, DEVICE, "bf16", ids, prompt)
         theirs = _logits(model, "cpu", "bf16", ids, prompt)
         reference = _logits(model, DEVICE, "fp32", ids, prompt)
@@ -51,7 +56,7 @@ def main(precision: str) -> int:
     verdict.tell(
         "logits",
         found.max_rel_error <= bound,
-        model=precision,
+        model=model_name,
         error=found.max_rel_error,
         torch_error=peer.max_rel_error,
         bound=bound,

@@ -13,8 +13,12 @@ from gta_edge.plugins.matmul import tiling as matmul
 
 __all__ = ["ATTENTION", "ATTENTION_SIZES", "MATMULS", "STEPS", "AttentionCase", "MatMulCase", "attention", "matmuls"]
 
-ATTENTION_SIZES = {"gta-1b": Sizes(5, 1, 1, 64, 128, 1280), "6-2-3 heads": Sizes(6, 2, 3, 48, 80, 480)}
-"""The model's first; then one whose every size is another."""
+ATTENTION_SIZES = {
+    "gta-1b": Sizes(5, 1, 1, 64, 128, 1280),
+    "gqa-1b": Sizes(20, 5, 5, 64, 64, 1280, has_gate=False, has_value_decoder=False),
+    "6-2-3 heads": Sizes(6, 2, 3, 48, 80, 480),
+}
+"""The models', and one whose every size is another."""
 
 ATTENTION = Variant(ATTENTION_SIZES["gta-1b"], "bf16", "bf16")
 STEPS = ((1, 2048), (1, 32768), (2048, 2048))
@@ -32,6 +36,13 @@ class AttentionCase:
     tokens: int
     capacity: int
 
+    def call(self) -> tuple[Any, float]:
+        """Return the call, its memory made, and the largest error that it may have."""
+        from tests.helpers import gpu_calls
+
+        call = gpu_calls.Call(self.variant, self.past, self.tokens, self.capacity)
+        return call, gpu_calls.TOLERANCE[self.variant.compute]
+
 
 @dataclass(frozen=True)
 class MatMulCase:
@@ -44,6 +55,13 @@ class MatMulCase:
     in_features: int
     output_sizes: tuple[int, ...]
     bias: bool = False
+
+    def call(self) -> tuple[Any, float]:
+        """Return the call, its memory made, and the largest error that it may have."""
+        from tests.helpers import gpu_matmul_calls, matmul_cases
+
+        call = gpu_matmul_calls.Call(self.variant, self.rows, self.in_features, self.output_sizes, bias=self.bias)
+        return call, matmul_cases.TOLERANCE[self.variant.compute]
 
 
 def attention(tokens_of: Mapping[int, tuple[tuple[int, ...], int]], sizes: tuple[str, ...]) -> Iterator[AttentionCase]:

@@ -1,6 +1,6 @@
-"""The stages of GTA-1B's speed on the backend ``torch``, with random weights: tokens beside the floor, kernels by time.
+"""The stages of speed on the backend ``torch``, with random weights: tokens beside the floor, kernels by time.
 
-python -m scripts.gpu_stages.models bf16|int4
+    python -m scripts.gpu_stages.models gta-1b/bf16 gta-1b/int4 ...
 
 The floor is all weights and the cache read once, at the rate that the GPU reads at.
 """
@@ -17,11 +17,11 @@ import torch
 from gpu_models import measure, random_session
 from torch.profiler import ProfilerActivity, profile
 
-from gta_edge.model.config import ModelConfig
+from gta_edge.model.config import GTAConfig, ModelConfig
 from gta_edge.model.presets import preset
 from scripts.gpu_stages.figures import REHEARSAL, tell
 
-__all__ = ["CONFIG", "DEVICE"]
+__all__ = ["DEVICE", "config_of"]
 
 CONTEXTS = (12, 20) if REHEARSAL else (128, 2048, 8192, 32768)
 _NEW_TOKENS = 3 if REHEARSAL else 32
@@ -31,34 +31,40 @@ _KERNELS_TOLD = 24
 DEVICE = "cpu" if REHEARSAL else "cuda"
 
 
-def _config() -> ModelConfig:
-    """Return GTA-1B with room for the contexts; in a rehearsal a tiny model of its kind."""
-    config = preset("gta-1b").replace(max_position_embeddings=max(CONTEXTS) + _NEW_TOKENS + _PROFILED + 1)
+def config_of(name: str) -> ModelConfig:
+    """Return a preset with room for the contexts; in a rehearsal a tiny model of its kind."""
+    config = preset(name).replace(max_position_embeddings=max(CONTEXTS) + _NEW_TOKENS + _PROFILED + 1)
+    if not REHEARSAL:
+        return config
     tiny = {"num_hidden_layers": 2, "hidden_size": 256, "intermediate_size": 384, "vocab_size": 256}
-    tiny |= {"num_attention_heads": 4, "num_query_heads": 2, "max_position_embeddings": 64}
-    return config.replace(**tiny) if REHEARSAL else config
+    heads = {"num_query_heads": 2} if isinstance(config, GTAConfig) else {"num_key_value_heads": 2}
+    return config.replace(num_attention_heads=4, max_position_embeddings=64, **tiny, **heads)
 
 
-CONFIG = _config()
+def main(model: str) -> None:
+    """Tell what a token costs at each context, and at a middle one which kernels it is made of.
 
-
-def main(precision: str) -> None:
-    """Tell what a token costs at each context, and at a middle one which kernels it is made of."""
+    Args:
+        model: a preset and the type of its weights, with a slash between.
+    """
+    name, _, precision = model.partition("/")
     read = 1e10 if REHEARSAL else _read_rate()
     start = time.perf_counter()
-    with random_session(CONFIG, precision, DEVICE) as (session, weight_bytes):
-        tell("load", model=precision, seconds=time.perf_counter() - start, weight_MB=weight_bytes / 1e6)
-        for row in measure(session, CONTEXTS, _NEW_TOKENS, weight_bytes=weight_bytes, read_bytes_per_s=read):
+    with random_session(config_of(name), precision, DEVICE) as (session, weight_bytes):
+        tell("load", model=model, seconds=time.perf_counter() - start, weight_MB=weight_bytes / 1e6)
+        for row in measure(
+            session, CONTEXTS, _NEW_TOKENS, weight_bytes=weight_bytes, read_bytes_per_s=read, name=model
+        ):
             figures = {"peak_GiB": None if REHEARSAL else torch.cuda.max_memory_allocated() / 2**30}
             figures |= {"ms_per_token": 1e3 * row["token_s"]["median"], "ms_least": 1e3 * row["token_s"]["min"]}
             figures |= {"floor_ms": 1e3 * row["floor_s"], "floor_fraction": row["floor_fraction"]}
             figures["prefill_tokens_per_s"] = row["prefill_tokens_per_s"]
             totals, kernels = _kernels(lambda: session.forward(np.zeros((1, 1), np.int64)))
-            tell("model", model=precision, context=row["context"], gpu_ms=totals["span_us"] / 1e3, **figures)
+            tell("model", model=model, context=row["context"], gpu_ms=totals["span_us"] / 1e3, **figures)
             if row["context"] == CONTEXTS[1]:
-                tell("token", model=precision, context=row["context"], **totals)
+                tell("token", model=model, context=row["context"], **totals)
                 for kernel in kernels[:_KERNELS_TOLD]:
-                    tell("kernel", model=precision, **kernel)
+                    tell("kernel", model=model, **kernel)
 
 
 def _read_rate() -> float:
@@ -95,5 +101,5 @@ def _kernels(step: Callable[[], Any]) -> tuple[dict[str, float], list[dict[str, 
 
 
 if __name__ == "__main__":
-    for precision in sys.argv[1:]:
-        main(precision)
+    for each in sys.argv[1:]:
+        main(each)

@@ -1,6 +1,6 @@
 """The stage of Nsight Compute: the large launches under it, and its table as figures.
 
-python -m scripts.gpu_stages.profile NCU FILE.csv
+    python -m scripts.gpu_stages.profile NCU FILE.csv
 
 The clock is left as it is, so durations are those of other runs.
 """

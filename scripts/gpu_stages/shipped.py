@@ -1,6 +1,6 @@
 """The stage of the shipped model: exported, verified on the backend ``torch`` and generating, by the commands.
 
-python -m scripts.gpu_stages.shipped
+    python -m scripts.gpu_stages.shipped
 
 Each command is a process, as a user starts it.
 """

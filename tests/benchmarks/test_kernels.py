@@ -33,7 +33,7 @@ def test_gta_caches_192_values_where_gqa_caches_640(contenders):
     values = {key: contender.cached_values_per_token for key, contender in contenders.items()}
     assert values == {
         **dict.fromkeys(["gta-bf16", "gta-int8", "gta-fp8"], 64 + 128),
-        **dict.fromkeys(["gqa-sdpa", "gqa-flashinfer"], 5 * (64 + 64)),
+        **dict.fromkeys(["gqa-bf16", "gqa-int8", "gqa-sdpa", "gqa-flashinfer"], 5 * (64 + 64)),
         **dict.fromkeys(["padded-sdpa", "padded-flashinfer"], 128 + 128),
     }
 
@@ -42,14 +42,15 @@ def test_bytes_of_a_cached_token(contenders):
     sizes = {key: contender.cache_bytes_per_token for key, contender in contenders.items()}
     assert sizes["gta-bf16"] == 2 * 192
     assert sizes["gta-int8"] == sizes["gta-fp8"] == 192 + 2 * 4  # a scale for the key, one for the latent
-    assert sizes["gqa-sdpa"] == 2 * 640
+    assert sizes["gqa-bf16"] == sizes["gqa-sdpa"] == 2 * 640
+    assert sizes["gqa-int8"] == 640 + 5 * 2 * 4
     assert sizes["padded-sdpa"] == 2 * 256
 
 
 def test_gta_multiplies_960_times_per_pair_where_gqa_does_2560_times(contenders):
     work = {key: contender.multiply_adds_per_pair for key, contender in contenders.items()}
     assert work["gta-bf16"] == work["gta-int8"] == 5 * (64 + 128) == 960
-    assert work["gqa-sdpa"] == work["gqa-flashinfer"] == 20 * (64 + 64) == 2560
+    assert work["gqa-bf16"] == work["gqa-sdpa"] == work["gqa-flashinfer"] == 20 * (64 + 64) == 2560
     assert work["padded-sdpa"] == 5 * (128 + 128) == 1280
 
 
@@ -65,6 +66,9 @@ def test_bytes_of_a_decode_step(contenders):
     )
     # query and output; the cache is there already
     assert contenders["gqa-sdpa"].traffic_bytes(batch, 1, context) == batch * (context * 1280 + 2 * 2 * 1280)
+    assert contenders["gqa-bf16"].traffic_bytes(batch, 1, context) == (
+        batch * (context * 1280 + 1280 + 2 * (1280 + 2 * 320 + 1280))  # the append, and the new key and value
+    )
     assert contenders["padded-sdpa"].traffic_bytes(batch, 1, context) == batch * (context * 512 + 2 * 2 * 640)
 
 
@@ -81,7 +85,7 @@ def test_a_prompts_token_sees_those_up_to_its_own(contenders):
 
 def test_the_counts_are_those_of_the_models(script):
     peers = script("kernels_peers")
-    for config, key in ((peers.GTA, "gta-bf16"), (peers.GQA, "gqa-sdpa")):
+    for config, key in ((peers.GTA, "gta-bf16"), (peers.GQA, "gqa-bf16"), (peers.GQA, "gqa-sdpa")):
         assert config.cache_values_per_token_per_layer == peers.CONTENDERS[key].cached_values_per_token
         assert config.attention_flops_per_pair == 2 * peers.CONTENDERS[key].multiply_adds_per_pair
 
@@ -109,6 +113,16 @@ def test_ratios_are_taken_within_a_round(kernels):
     found = kernels.ratios({"gta-bf16": [1.0, 2.0, 3.0], "gta-int8": [2.0, 2.0, 2.0], "gqa-sdpa": [4.0, 8.0, 12.0]})
     assert found["gta-bf16"] == {"gqa-sdpa": {"median": 4, "min": 4, "max": 4}}
     assert found["gta-int8"] == {"gqa-sdpa": {"median": 4, "min": 2, "max": 6}}
+
+
+def test_the_two_models_are_compared_on_these_kernels_too(kernels):
+    found = kernels.ratios({"gta-bf16": [1.0], "gta-int8": [0.5], "gqa-bf16": [3.0], "gqa-sdpa": [4.0]})
+    assert {own: set(others) for own, others in found.items()} == {
+        "gta-bf16": {"gqa-bf16", "gqa-sdpa"},
+        "gta-int8": {"gqa-bf16", "gqa-sdpa"},
+        "gqa-bf16": {"gta-bf16", "gta-int8", "gqa-sdpa"},
+    }
+    assert found["gta-bf16"]["gqa-bf16"]["median"] == 3
 
 
 def test_fractions_are_of_the_measured_rates(kernels):

@@ -12,6 +12,7 @@ from gta_edge.cli.app import app
 from gta_edge.machine.devices import device_names
 from gta_edge.model.presets import PRESETS
 from gta_edge.numerics.dtypes import CACHE_TYPES, CHECKPOINT_DTYPES, FLOAT_TYPES, PRECISIONS
+from gta_edge.numerics.quantization import BITS
 from gta_edge.runtime.registry import BACKENDS
 from gta_edge.runtime.tensorrt.engine import CHOICES
 from gta_edge.runtime.tensorrt.engine_kind import ENGINES
@@ -24,6 +25,7 @@ Command = Callable[..., Result]
     ("choice", "names"),
     [
         (choices.Precision, PRECISIONS),
+        (choices.EmbeddingPrecision, BITS),
         (choices.Dtype, CHECKPOINT_DTYPES),
         (choices.Compute, FLOAT_TYPES),
         (choices.CacheDtype, ("fp32", *CACHE_TYPES)),

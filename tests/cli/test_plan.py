@@ -213,7 +213,7 @@ def test_a_drawing_without_matplotlib(tmp_path: Path) -> None:
         (["no/such/path", *BOARD], "no/such/path is neither a directory nor a preset; presets are gta1-160m,"),
         (["gta-1b", "gta-2b", *BOARD], "gta-2b is neither"),
         (["gta-1b", *BOARD, "--block-size", "32"], "precision is bf16, which has no blocks"),
-        (["gqa-1b", *BOARD, "--cache-dtype", "int8"], "a cache of int8 is not possible for LlamaForCausalLM"),
+        (["gqa-1b", *BOARD, "--cache-dtype", "fp16"], "a cache of fp16 is not possible for LlamaForCausalLM"),
         (["gta-1b", *BOARD, "--efficiency", "0"], "--efficiency is 0.0; expected a number above 0"),
         (["gta-1b", *BOARD, "--efficiency", "nan"], "--efficiency is nan"),
         (["gta-1b", *BOARD, "--prompt", "5000"], "--prompt is 5000; expected 1 to the context, 4096"),

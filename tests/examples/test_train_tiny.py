@@ -26,8 +26,7 @@ def examples(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 def test_attention_for_training_is_the_op(examples: ModuleType, kind: str) -> None:
     torch.manual_seed(0)
     config = examples.make_config(kind).replace(num_hidden_layers=2, vocab_size=50)
-    attention = examples.latent_attention if kind == "gta" else examples.query_attention
-    trained, exact = Decoder(config, attention=attention), Decoder(config)
+    trained, exact = Decoder(config, attention=examples.attention), Decoder(config)
     for name, parameter in trained.named_parameters():
         torch.nn.init.normal_(parameter, std=1.0 if parameter.ndim == 1 else parameter.shape[-1] ** -0.5)
         exact.get_parameter(name).data.copy_(parameter)

@@ -47,14 +47,16 @@ MODELS: dict[str, dict[str, Any]] = {
     "gqa": reference.llama_entries(heads=4, n_kv=2, d_h=16, **SMALL),
     "mha, untied": reference.llama_entries(heads=4, n_kv=4, d_h=32, tie_word_embeddings=False, **SMALL),
 }
-CASES: list[tuple[str, str, int | None, int | None]] = [  # model, precision, block size asked for, and stored
-    ("tied", "int4", None, 32),
-    ("tied", "int8", None, None),
-    ("several heads, untied", "int4", 64, 64),
-    ("odd widths, untied", "int8", None, None),
-    ("without biases", "int4", 16, 16),
-    ("gqa", "int8", 16, 16),
-    ("mha, untied", "int4", 128, 128),
+# model, precision, block size asked for, and stored, precision of embedding and head
+CASES: list[tuple[str, str, int | None, int | None, str | None]] = [
+    ("tied", "int4", None, 32, None),
+    ("tied", "int4", 16, 16, "int4"),
+    ("tied", "int8", None, None, None),
+    ("several heads, untied", "int4", 64, 64, "int4"),
+    ("odd widths, untied", "int8", None, None, None),
+    ("without biases", "int4", 16, 16, "int8"),
+    ("gqa", "int8", 16, 16, None),
+    ("mha, untied", "int4", 128, 128, None),
 ]
 
 
@@ -140,23 +142,30 @@ class Exported:
     entries: dict[str, Any]
     own: dict[str, np.ndarray]
     bundle: Path
-    bits: int
+    precision: str
     block: int | None
+    tables: tuple[int, int | None]
     stored: Stored
+
+    def form(self, parameter: str) -> tuple[int, int | None]:
+        """Bits and block size of a quantised matrix; of a tied head those of the table."""
+        return self.tables if parameter in (TABLE, "lm_head.weight") else (int(self.precision[3:]), self.block)
 
     @property
     def tied(self) -> bool:
         return bool(self.entries["tie_word_embeddings"])
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]}-{case[1]}-{case[2] or 'default'}")
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: "-".join(str(each or "default") for each in case))
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    name, precision, asked, block = request.param
+    name, precision, asked, block, embedding = request.param
     directory = tmp_path_factory.mktemp("quantized")
     own = checkpoint_of(name, directory / "checkpoint")
     bundle = directory / "bundle"
-    export_model(directory / "checkpoint", bundle, precision=precision, block_size=asked, verify=False)
-    return Exported(MODELS[name], own, bundle, int(precision[3:]), block, Stored(bundle))
+    options = {"precision": precision, "block_size": asked, "embedding_precision": embedding, "verify": False}
+    export_model(directory / "checkpoint", bundle, **options)
+    tables = (8, None) if precision == "int4" and embedding != "int4" else (int(precision[3:]), block)
+    return Exported(MODELS[name], own, bundle, precision, block, tables, Stored(bundle))
 
 
 def plain_session(bundle: Path, optimised: Path | None = None) -> Any:
@@ -194,7 +203,6 @@ def test_rows_of_different_length(exported: Exported) -> None:
 
 
 def test_the_stored_weights_are_the_checkpoints(exported: Exported) -> None:
-    lowest, highest = (-8, 7) if exported.bits == 4 else (-127, 127)
     stored = exported.stored
     weights = stored.weights()
     head = "lm_head.weight"
@@ -203,6 +211,8 @@ def test_the_stored_weights_are_the_checkpoints(exported: Exported) -> None:
     quantised = {name for name, weight in own.items() if weight.ndim == 2 and "v_b_proj" not in name}
     for name in quantised:
         parameter = TABLE if name == head and exported.tied else name
+        bits, _ = exported.form(name)
+        lowest, highest = (-8, 7) if bits == 4 else (-127, 127)
         codes = stored.table_codes() if name == TABLE else stored.codes(f"{parameter}.transposed")
         assert codes.shape == own[name].shape
         assert lowest <= codes.min() < 0 < codes.max() <= highest
@@ -211,7 +221,7 @@ def test_the_stored_weights_are_the_checkpoints(exported: Exported) -> None:
         cut_off = np.isin(codes, (lowest, highest))
         assert (away <= scales * 0.51)[~cut_off].all(), name
         energy = np.sqrt((away**2).mean()) / own[name].std()
-        assert energy <= {4: 0.12, 8: 0.01}[exported.bits], name
+        assert energy <= {4: 0.12, 8: 0.01}[bits], name
 
 
 def test_what_stays_in_high_precision(exported: Exported) -> None:
@@ -265,14 +275,16 @@ def test_matrices_are_in_the_standards_own_form(exported: Exported) -> None:
             users[name].append((node, index))
     outputs = {value.name for value in stored.model.graph.output}
 
-    kind = onnx.TensorProto.INT4 if exported.bits == 4 else onnx.TensorProto.INT8
-    assert {name for name, tensor in stored.tensors.items() if tensor.data_type == kind} == set(stored.matrices)
+    kinds = {4: onnx.TensorProto.INT4, 8: onnx.TensorProto.INT8}
+    expected = {name: kinds[exported.form(name.removesuffix(".transposed"))[0]] for name in stored.matrices}
+    found = {name: tensor.data_type for name, tensor in stored.tensors.items()}
+    assert {name: kind for name, kind in found.items() if kind in kinds.values()} == expected
     dequantised = [node for node in nodes if node.op_type == "DequantizeLinear"]
     assert sorted(node.input[0] for node in dequantised) == sorted(stored.matrices)
     for node in dequantised:
         assert len(node.input) == 2  # no zero point: codes are symmetric
-        expected = {"axis": 0, "block_size": exported.block} if exported.block else {"axis": 1}
-        assert attributes(node) == expected
+        _, block = exported.form(node.input[0].removesuffix(".transposed"))
+        assert attributes(node) == ({"axis": 0, "block_size": block} if block else {"axis": 1})
         cast = makers[node.input[1]]
         assert cast.op_type == "Cast"
         assert attributes(cast) == {"to": onnx.TensorProto.FLOAT}
@@ -295,13 +307,17 @@ def test_scales_are_one_per_block_or_channel(exported: Exported) -> None:
     for parameter in {*parameters, TABLE}:
         outputs, inputs = exported.own[parameter].shape
         scales = exported.stored.arrays[f"{parameter}.transposed.scale"]
-        assert scales.shape == ((inputs // exported.block, outputs) if exported.block else (outputs,))
+        _, block = exported.form(parameter)
+        assert scales.shape == ((inputs // block, outputs) if block else (outputs,))
         assert np.isfinite(scales).all()
         assert (scales > 0).all()
     manifest = manifest_of(exported.bundle)
-    assert (manifest["precision"], manifest["block_size"]) == (f"int{exported.bits}", exported.block)
+    assert (manifest["precision"], manifest["block_size"]) == (exported.precision, exported.block)
     opened = Bundle.open(exported.bundle)
-    assert (opened.precision, opened.block_size) == (f"int{exported.bits}", exported.block)
+    assert (opened.precision, opened.block_size) == (exported.precision, exported.block)
+    for parameter in {*parameters, TABLE}:
+        bits, block = exported.form(parameter)
+        assert opened.storage.of(parameter) == (f"int{bits}", block)
 
 
 def test_nothing_is_stored_twice_or_wide(exported: Exported) -> None:
@@ -314,8 +330,9 @@ def test_nothing_is_stored_twice_or_wide(exported: Exported) -> None:
         else:
             outputs, inputs = weight.shape
             twice = 2 if name == TABLE and exported.tied else 1  # looked up in bytes, multiplied by as a matrix
-            expected += twice * weight.size * exported.bits // 8
-            expected += 2 * outputs * (inputs // exported.block if exported.block else 1)
+            bits, block = exported.form(name)
+            expected += twice * weight.size * bits // 8
+            expected += 2 * outputs * (inputs // block if block else 1)
     initializers = {name: len(tensor.raw_data) for name, tensor in exported.stored.tensors.items()}
     assert sum(initializers.values()) == expected
     in_graph = sum(len(a.t.raw_data) for n in exported.stored.model.graph.node for a in n.attribute if a.HasField("t"))
@@ -332,9 +349,10 @@ def test_onnx_runtime_multiplies_by_the_codes(exported: Exported, tmp_path: Path
     assert "DequantizeLinear" not in {node.op_type for node in model.graph.node}
     expected = [exported.stored.arrays[name].shape for name in exported.stored.matrices]
     assert sorted((a["K"], a["N"]) for a in fused) == sorted(expected)
-    assert {a["bits"] for a in fused} == {exported.bits}
-    if exported.block:
-        assert {a["block_size"] for a in fused} == {exported.block}
+    for entry in fused:
+        found = [n for n in exported.stored.matrices if exported.stored.arrays[n].shape == (entry["K"], entry["N"])]
+        forms = {exported.form(name.removesuffix(".transposed")) for name in found}
+        assert (entry["bits"], entry["block_size"]) in forms or (entry["bits"], None) in forms
 
 
 def test_the_onnx_reference_agrees(exported: Exported) -> None:
@@ -396,7 +414,7 @@ def test_widths_of_what_is_not_quantised_do_not_matter(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", TABLE])
 def test_weights_that_no_scale_reaches(checkpoint: Path, name: str) -> None:
     weights = load_file(checkpoint / "model.safetensors")
-    weights[name].flat[11] = 1e6
+    weights[name].flat[11] = 1e8
     save_file(weights, checkpoint / "model.safetensors")
     said = export_refused(checkpoint, ExportError, precision="int4", verify=False)
     assert said.startswith(f"{name} cannot be quantised: ")
@@ -497,6 +515,28 @@ def test_a_block_size_that_is_no_number(command: Command, tiny_checkpoint: Path,
 # --- damage ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        None,
+        "lm_head.weight",
+        [3],
+        ["lm_head.weight"],  # of a tied model
+        ["model.norm.weight"],
+        ["model.layers.0.self_attn.v_b_proj.weight"],
+        ["../config.json"],
+    ],
+)
+def test_a_manifest_with_other_matrices_in_int8(copied: Tiny, names: Any) -> None:
+    forge(copied.bundle, int8=names, precision="int4")
+    assert "int8" in refused(copied.bundle)
+
+
+def test_matrices_in_int8_of_another_precision(copied: Tiny) -> None:
+    forge(copied.bundle, int8=[TABLE], precision="fp16", block_size=None)
+    assert "expected matrices of config.json in an int4 bundle" in refused(copied.bundle)
+
+
 @pytest.mark.parametrize("block_size", [0, 8, 17, 48, -16, 256, "32", True, 32.0, [32], {}])
 def test_a_manifest_with_another_block_size(copied: Tiny, block_size: Any) -> None:
     forge(copied.bundle, block_size=block_size)
@@ -505,9 +545,11 @@ def test_a_manifest_with_another_block_size(copied: Tiny, block_size: Any) -> No
 
 def test_a_manifest_of_an_earlier_version(copied_bundle: Path) -> None:
     manifest = manifest_of(copied_bundle)
-    del manifest["block_size"]
+    del manifest["block_size"], manifest["int8"]
     write(copied_bundle, manifest)
-    assert Bundle.open(copied_bundle).block_size is None
+    opened = Bundle.open(copied_bundle)
+    assert opened.block_size is None
+    assert opened.storage.int8 == set()
 
 
 SCALE = "model.layers.1.mlp.gate_proj.weight.transposed.scale"

@@ -115,8 +115,18 @@ def test_the_function_is_our_own(copied_bundle: Path) -> None:
     del proto.functions[0].node[3:]
     bundle.model_path.write_bytes(proto.SerializeToString())
     (function,) = load_graph(bundle.model_path, bundle.config).functions.values()
-    own = onnx.parser.parse_function(op.FUNCTION)
+    sizes = bundle.config.attention
+    own = onnx.parser.parse_function(op.function(sizes.has_gate, sizes.has_value_decoder))
     assert [node.op_type for node in function] == [node.op_type for node in own.node]
+
+
+@pytest.mark.parametrize("name", op.OPTIONAL_INPUTS)
+def test_an_attention_of_another_form_than_the_config_has_is_refused(copied_bundle: Path, name: str) -> None:
+    """All layers are one function, whose body is that form's."""
+    config = Bundle.open(copied_bundle).config
+    expected = config.attention.has_gate  # and value decoder: both, or neither
+    text = refused(copied_bundle, attention_input(name, "" if expected else "past_key.0"))
+    assert f"a {op.OP} {'lacks' if expected else 'has'} the input {name}" in text
 
 
 def test_remarks_and_hints_are_left_behind(copied_bundle: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -260,6 +270,15 @@ def circle(model: onnx.ModelProto) -> None:
     model.graph.node.append(helper.make_node("Add", ["b.circle", "b.circle"], ["a.circle"]))
 
 
+def attention_input(name: str, value: str) -> Edit:
+    def edit(model: onnx.ModelProto) -> None:
+        for node in model.graph.node:
+            if node.op_type == op.OP:
+                node.input[op.INPUTS.index(name)] = value
+
+    return edit
+
+
 def function(domain: str, name: str) -> Edit:
     made = helper.make_function(domain, name, ["x"], ["y"], [helper.make_node("Identity", ["x"], ["y"])], [])
     return lambda model: model.functions.append(made)
@@ -295,6 +314,7 @@ REFUSED: dict[str, tuple[Edit, str]] = {
     "heads that do not divide": (attribute(op.OP, num_query_heads=7), "GroupedLatentAttention"),
     "no heads": (attribute(op.OP, num_query_heads=0), "GroupedLatentAttention"),
     "an attention without its attributes": (attribute(op.OP, scale=None), "lacks one of its attributes"),
+    "an attention without one of its inputs": (attention_input("past_key", ""), "its number of inputs"),
     "a circle": (circle, "reads 'a.circle', which is not made before it"),
     "an order that is reversed": (lambda m: m.graph.node.reverse(), "is not made before it"),
     "a value made twice": (nodes(helper.make_node("Identity", ["cos"], ["logits"])), "which there is already"),

@@ -31,6 +31,18 @@ class Sizes:
     positions: int = 12
     garbage: float = 0.0  # magnitude of what stands in the caches beyond each row's past
     seed: int = 0
+    gate: bool = True
+    decoder: bool = True
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the op's inputs that there are."""
+        absent = {"gate": not self.gate, "value_decoder": not self.decoder}
+        return tuple(name for name in op.INPUTS if not absent.get(name, False))
+
+    @property
+    def hidden(self) -> int:
+        return self.n_q * self.d_l * (self.e if self.decoder else 1)
 
     @property
     def scale(self):
@@ -42,9 +54,9 @@ class Sizes:
 
 
 def arrays(sizes: Sizes) -> dict[str, np.ndarray]:
-    """The op's inputs by name, float32."""
+    """The op's inputs by name, float32, without those that are absent."""
     rng = np.random.default_rng(sizes.seed)
-    batch, tokens, hidden = len(sizes.past), sizes.tokens, sizes.e * sizes.n_q * sizes.d_l
+    batch, tokens, hidden = len(sizes.past), sizes.tokens, sizes.hidden
 
     def normal(*shape):
         return rng.standard_normal(shape).astype(np.float32)
@@ -66,7 +78,7 @@ def arrays(sizes: Sizes) -> dict[str, np.ndarray]:
         for row, length in enumerate(sizes.past):
             beyond = inputs[name][row, :, length:]
             beyond[...] = np.sign(beyond) * np.float32(sizes.garbage)
-    return inputs
+    return {name: inputs[name] for name in sizes.inputs}
 
 
 def wrap(
@@ -79,8 +91,9 @@ def wrap(
             key, TensorProto.INT64 if key == "past_length" else TensorProto.FLOAT, shape
         )
 
+    given = [key if key in inputs else "" for key in op.INPUTS]
     graph = helper.make_graph(
-        [helper.make_node(name, list(inputs), list(outputs), domain=DOMAIN, **attributes)],
+        [helper.make_node(name, given, list(outputs), domain=DOMAIN, **attributes)],
         "one_node",
         [value(key, shape) for key, shape in inputs.items()],
         [value(key, shape) for key, shape in outputs.items()],
@@ -96,7 +109,7 @@ def wrap(
 def model(sizes: Sizes, *, static: bool = False) -> onnx.ModelProto:
     """The op in a model: batch, tokens, capacity and positions by name, or all sizes as numbers."""
     n_q, n_k, n_c = sizes.heads
-    hidden = sizes.e * n_q * sizes.d_l
+    hidden = sizes.hidden
     b, t, s, p = (len(sizes.past), sizes.tokens, sizes.capacity, sizes.positions) if static else "BTSP"
     shapes = {
         "query": [b, t, n_q * sizes.d_k],
@@ -111,13 +124,16 @@ def model(sizes: Sizes, *, static: bool = False) -> onnx.ModelProto:
         "value_decoder": [n_q, sizes.d_l, hidden // n_q],
     }
     outputs = {"output": shapes["gate"], "present_key": shapes["past_key"], "present_latent": shapes["past_latent"]}
-    return wrap(op.FUNCTION, op.OP, shapes, outputs, op.attributes(n_q, n_k, n_c, sizes.scale))
+    given = {name: shapes[name] for name in sizes.inputs}
+    return wrap(
+        op.function(sizes.gate, sizes.decoder), op.OP, given, outputs, op.attributes(n_q, n_k, n_c, sizes.scale)
+    )
 
 
 def expected(inputs: dict[str, np.ndarray], sizes: Sizes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    return reference.grouped_latent_attention(
-        **inputs, num_query_heads=sizes.n_q, num_key_heads=sizes.n_k, num_latent_heads=sizes.n_c, scale=sizes.scale
-    )
+    n_q, n_k, n_c = sizes.heads
+    heads = {"num_query_heads": n_q, "num_key_heads": n_k, "num_latent_heads": n_c}
+    return reference.grouped_latent_attention(**dict.fromkeys(op.INPUTS) | inputs, **heads, scale=sizes.scale)
 
 
 def assert_cache(found, past, exact, lengths, tokens):
@@ -138,14 +154,16 @@ def divisors(n: int) -> list[int]:
 
 @st.composite
 def all_sizes(draw) -> Sizes:
+    gate, decoder = draw(st.sampled_from([(True, True), (False, False), (True, False), (False, True)]))
     n_q = draw(st.sampled_from([1, 2, 3, 4, 6]))
+    n_k = draw(st.sampled_from(divisors(n_q)))
     past = tuple(draw(st.lists(st.integers(0, 9), min_size=1, max_size=3)))
     tokens = draw(st.integers(1, 9))
     capacity = max(past) + tokens + draw(st.integers(0, 3))
     return Sizes(
         n_q=n_q,
-        n_k=draw(st.sampled_from(divisors(n_q))),
-        n_c=draw(st.sampled_from(divisors(n_q))),
+        n_k=n_k,
+        n_c=draw(st.sampled_from(divisors(n_q))) if decoder else n_k,
         d_k=draw(st.sampled_from([16, 24, 32, 48, 64])),
         d_l=draw(st.sampled_from([8, 16, 20, 40, 64])),
         e=draw(st.integers(1, 3)),
@@ -155,4 +173,6 @@ def all_sizes(draw) -> Sizes:
         positions=capacity + draw(st.integers(0, 3)),
         garbage=draw(st.sampled_from([0.0, 1e30])),
         seed=draw(st.integers(0, 2**16)),
+        gate=gate,
+        decoder=decoder,
     )

@@ -65,13 +65,13 @@ def grouped_latent_attention(
     query: Array,
     key: Array,
     latent: Array,
-    gate: Array,
+    gate: Array | None,
     past_key: Array,
     past_latent: Array,
     past_length: Array,
     cos: Array,
     sin: Array,
-    value_decoder: Array,
+    value_decoder: Array | None,
     *,
     num_query_heads: int,
     num_key_heads: int,
@@ -81,15 +81,16 @@ def grouped_latent_attention(
     """Give (output [B, T, H], present_key [B, n_k, S, d_k], present_latent [B, n_c, S, d_l]).
 
     Token t of row b stands at position past_length[b] + t, is written to that slot of the caches and attends to the
-    slots 0 .. past_length[b] + t.
+    slots 0 .. past_length[b] + t. Without a gate nothing is multiplied; without a decoder the mix is the result.
     """
-    query, key, latent, gate = double(query), double(key), double(latent), double(gate)
-    cos, sin, value_decoder = double(cos), double(sin), double(value_decoder)
+    query, key, latent, cos, sin = double(query), double(key), double(latent), double(cos), double(sin)
     present_key, present_latent = double(past_key).copy(), double(past_latent).copy()
-    batch, tokens, hidden = gate.shape
+    batch, tokens, _ = query.shape
     key_dim = past_key.shape[3]
     latent_dim = past_latent.shape[3]
-    group = hidden // num_query_heads  # outputs per query head: e · d_l
+    # outputs per query head: e · d_l
+    group = latent_dim if value_decoder is None else value_decoder.shape[2]
+    hidden = group * num_query_heads
     output = np.empty((batch, tokens, hidden))
     for b in range(batch):
         for t in range(tokens):
@@ -111,8 +112,12 @@ def grouped_latent_attention(
                 for s in range(seen):
                     mixed += weights[s] * present_latent[b, c, s]
                 for m in range(group):
-                    decoded = mixed[m % latent_dim] + np.dot(mixed, value_decoder[q, :, m])
-                    output[b, t, q * group + m] = sigmoid(gate[b, t, q * group + m]) * decoded
+                    value = mixed[m % latent_dim]
+                    if value_decoder is not None:
+                        value += np.dot(mixed, double(value_decoder[q, :, m]))
+                    if gate is not None:
+                        value *= sigmoid(double(gate[b, t, q * group + m]))
+                    output[b, t, q * group + m] = value
     return output, present_key, present_latent
 
 

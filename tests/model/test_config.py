@@ -459,7 +459,6 @@ def test_sizes_that_do_not_fit_together_are_refused_by_name(changes, names):
     [
         ({"num_key_value_heads": 3}, "num_key_value_heads 3"),
         ({"num_key_value_heads": 8}, "num_key_value_heads 8"),
-        ({"head_dim": 32}, "head_dim 32"),
         ({"hidden_size": 60, "head_dim": 15}, "key width is 15"),
     ],
 )

@@ -157,7 +157,6 @@ REFUSED = {
     "quantised": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config"),
     "quantised, of any size": ({"quantization_config": {"ignored": ["x" * 500] * 1000}}, "quantization_config"),
     "quantised by MLX": ({"quantization": {"group_size": 64, "bits": 4}}, "quantization"),
-    "head width": ({"head_dim": 32}, "head_dim"),
     "dtype": ({"torch_dtype": "nonsense"}, "dtype"),
     "null for a type": ({"rope_scaling": {"rope_type": None, "factor": 8.0}}, "rope_type is null, with 'factor'"),
     "null for a type by its old name": ({"rope_scaling": {"type": None, "beta_fast": 8.0}}, "type is null"),

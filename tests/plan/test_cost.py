@@ -1,6 +1,7 @@
 """What a model costs, against figures worked out by hand and against what an export really writes."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import gta_edge
 from gta_edge.errors import InputError
 from gta_edge.formats.bundle import Bundle
 from gta_edge.formats.random_checkpoint import initialise
-from gta_edge.formats.weights import block_size_for
+from gta_edge.formats.weights import Storage, block_size_for, storage_for
 from gta_edge.model.config import GQAConfig, GTAConfig, ModelConfig
 from gta_edge.model.presets import preset
 from gta_edge.plan.cost import Execution, Step, operators, read_bytes, stored_bytes
@@ -36,8 +37,8 @@ GTA_1B_LAYER = {
 
 
 def by_name(config: ModelConfig, step: Step, execution: Execution = GPU, precision: str = "bf16") -> dict:
-    block = block_size_for(config, precision)
-    return {op.name: op for op in operators(config, precision, block, execution, step)}
+    storage = storage_for(config, precision)
+    return {op.name: op for op in operators(config, storage, execution, step)}
 
 
 # --- what is stored --------------------------------------------------------------------------------------------------
@@ -46,7 +47,7 @@ def by_name(config: ModelConfig, step: Step, execution: Execution = GPU, precisi
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8", "int4"])
 def test_stored_bytes_are_those_of_an_export(precision: str, tmp_path: Path) -> None:
     bundle = gta_edge.export_model(EXAMPLE, tmp_path / "bundle", precision=precision, verify=False).bundle
-    assert stored_bytes(bundle.config, precision, bundle.block_size) == bundle.weight_bytes
+    assert stored_bytes(bundle.config, bundle.storage) == bundle.weight_bytes
     assert bundle.weight_bytes == (tmp_path / "bundle" / "model.onnx.data").stat().st_size
 
 
@@ -79,13 +80,45 @@ def test_stored_bytes_of_an_untied_model_in_blocks(
     initialise(config, tmp_path / "checkpoint")
     options = {"precision": precision, "block_size": block_size, "verify": False}
     bundle: Bundle = gta_edge.export_model(tmp_path / "checkpoint", tmp_path / "bundle", **options).bundle
-    assert stored_bytes(config, precision, block_size) == bundle.weight_bytes
+    assert stored_bytes(config, storage_for(config, precision, block_size)) == bundle.weight_bytes
+
+
+@pytest.mark.parametrize("embedding", ["int8", "int4"])
+def test_stored_bytes_of_an_int4_model_by_its_embedding(embedding: str, tmp_path: Path) -> None:
+    options = {"precision": "int4", "embedding_precision": embedding, "verify": False}
+    bundle: Bundle = gta_edge.export_model(EXAMPLE, tmp_path / "bundle", **options).bundle
+    assert bundle.storage == storage_for(bundle.config, "int4", None, embedding)
+    assert stored_bytes(bundle.config, bundle.storage) == bundle.weight_bytes
+
+
+def test_a_layer_in_int8_costs_what_it_is() -> None:
+    config, step = preset("gta-1b"), Step(1, 1, 100)
+    plain = storage_for(config, "int4")
+    wide = replace(plain, int8=plain.int8 | {"model.layers.3.mlp.up_proj.weight"})
+    values, blocks = 3584 * 1280, 3584 * 40
+    more = values // 2 + 2 * 3584 - 2 * blocks  # half a byte more, one scale for 40
+    assert stored_bytes(config, wide) - stored_bytes(config, plain) == more
+    costs = [{op.name: op.weight_bytes for op in operators(config, each, GPU, step)} for each in (plain, wide)]
+    assert {name for name in costs[0] if costs[0][name] != costs[1][name]} == {"mlp.up_proj"}
+    assert costs[1]["mlp.up_proj"] - costs[0]["mlp.up_proj"] == more
+
+
+@pytest.mark.parametrize(
+    ("precision", "embedding", "message"),
+    [
+        ("int8", "int8", "precision is int8; a precision of the embedding goes with int4"),
+        ("int4", "fp16", "the embedding's precision is 'fp16'; expected one of int8, int4"),
+    ],
+)
+def test_an_embedding_that_does_not_go(precision: str, embedding: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        storage_for(preset("gta-1b"), precision, None, embedding)
 
 
 def test_an_absent_bias_is_not_stored() -> None:
     config = preset("gta-1b")
     names = [name for name in config.parameter_shapes() if not name.endswith("g_proj.bias")]
-    assert stored_bytes(config, "bf16") - stored_bytes(config, "bf16", None, names) == 54 * 1280 * 4
+    assert stored_bytes(config, Storage("bf16")) - stored_bytes(config, Storage("bf16"), names) == 54 * 1280 * 4
 
 
 @pytest.mark.parametrize(
@@ -121,11 +154,14 @@ def test_block_sizes_are_the_exports() -> None:
     ],
 )
 def test_what_a_product_reads(precision: str, block: int | None, execution: Execution, expected: int) -> None:
-    assert read_bytes(".q_proj.weight", (128, 256), precision, block, execution) == expected
+    assert read_bytes((128, 256), precision, block, execution) == expected
 
 
 def test_the_value_decoder_is_not_quantised() -> None:
-    assert read_bytes(".v_b_proj.weight", (256, 640), "int4", 32, GPU) == 2 * 256 * 640
+    assert (
+        read_bytes((256, 640), *Storage("int4", 32).of("model.layers.0.self_attn.v_b_proj.weight"), GPU)
+        == 2 * 256 * 640
+    )
 
 
 # --- FLOPs -----------------------------------------------------------------------------------------------------------
@@ -155,7 +191,7 @@ def test_a_prompt_sees_only_what_is_before_it() -> None:
 @pytest.mark.parametrize("name", ["gta-1b", "gqa-500m", "gta4-500m", "mha-160m"])
 @pytest.mark.parametrize("context", [1, 777])
 def test_a_token_costs_what_the_config_says(name: str, context: int) -> None:
-    found = operators(preset(name), "bf16", None, GPU, Step(1, 1, context - 1))
+    found = operators(preset(name), Storage("bf16"), GPU, Step(1, 1, context - 1))
     assert sum(op.flops for op in found) == preset(name).flops_per_token(context)
 
 
@@ -207,7 +243,7 @@ def test_more_costs_more(batch: int, tokens: int, past: int, name: str) -> None:
     config = preset(name)
 
     def cost(step: Step) -> tuple[int, int]:
-        found = operators(config, "int4", 32, GPU, step)
+        found = operators(config, storage_for(config, "int4"), GPU, step)
         return sum(op.flops for op in found), sum(op.bytes for op in found)
 
     flops, size = cost(Step(batch, tokens, past))
@@ -220,7 +256,7 @@ def test_more_costs_more(batch: int, tokens: int, past: int, name: str) -> None:
 def test_a_prompt_in_two_parts_computes_the_same(tokens: int, cut: int) -> None:
     """All but the head, which is asked for once."""
     config, cut = preset("gta1-160m"), min(cut, tokens)
-    whole = operators(config, "bf16", None, GPU, Step(1, tokens, 0, 0))
-    first = operators(config, "bf16", None, GPU, Step(1, cut, 0, 0))
-    rest = operators(config, "bf16", None, GPU, Step(1, tokens - cut, cut, 0))
+    whole = operators(config, Storage("bf16"), GPU, Step(1, tokens, 0, 0))
+    first = operators(config, Storage("bf16"), GPU, Step(1, cut, 0, 0))
+    rest = operators(config, Storage("bf16"), GPU, Step(1, tokens - cut, cut, 0))
     assert math.fsum(op.flops for op in whole) == math.fsum(op.flops for op in (*first, *rest))

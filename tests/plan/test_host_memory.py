@@ -11,6 +11,7 @@ from gta_edge.errors import CapacityError
 from gta_edge.formats.bundle import Bundle
 from gta_edge.formats.checkpoint import Checkpoint
 from gta_edge.formats.random_checkpoint import initialise
+from gta_edge.formats.weights import Storage, storage_for
 from gta_edge.model.presets import preset
 from gta_edge.plan import host_memory
 from gta_edge.support import memory
@@ -105,11 +106,11 @@ def test_the_model_counts_as_it_is_run(leaves: Callable[[int | None], None]) -> 
     with pytest.raises(CapacityError, match=r"^it takes at least 4,\d\d\d MB of memory, and 3,000 MB are available; "):
         host_memory.require_memory_for_torch(LARGE, "int4", "it")
     with pytest.raises(CapacityError, match="or export with --precision int4"):
-        host_memory.require_memory_for_onnxruntime(LARGE, "bf16", None)
-    host_memory.require_memory_for_onnxruntime(LARGE, "int4", 32)
+        host_memory.require_memory_for_onnxruntime(LARGE, Storage("bf16"))
+    host_memory.require_memory_for_onnxruntime(LARGE, storage_for(LARGE, "int4"))
     leaves(300_000_000)
     with pytest.raises(CapacityError, match="use a machine with more memory"):
-        host_memory.require_memory_for_onnxruntime(LARGE, "int4", 32)
+        host_memory.require_memory_for_onnxruntime(LARGE, storage_for(LARGE, "int4"))
 
 
 def test_what_is_loaded_already_takes_nothing(tiny_bundle: Path, leaves: Callable[[int | None], None]) -> None:

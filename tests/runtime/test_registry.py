@@ -282,7 +282,7 @@ def test_what_is_computed_in_by_default(name: str, precision: str, device: str |
     ("name", "model", "caches"),
     [
         ("tensorrt", "gta-1b", ("fp16", "int8", "fp8")),
-        ("tensorrt", "gqa-1b", ("fp16",)),
+        ("tensorrt", "gqa-1b", ("fp16", "int8", "fp8")),
         ("tensorrt-rtx", "gta-1b", ("fp16",)),
         ("onnxruntime-cuda", "gta-1b", ("fp16",)),
         ("torch", "gta-1b", ("fp16",)),

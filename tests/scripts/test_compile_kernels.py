@@ -11,10 +11,13 @@ from pathlib import Path
 import pytest
 
 from gta_edge.cuda import compiler
+from gta_edge.model.config import GTAConfig
+from gta_edge.model.presets import PRESETS, preset
 from gta_edge.plugins.attention.definition import Sizes
 from gta_edge.plugins.attention.launches import programs_for
 from gta_edge.plugins.attention.tiling import Variant
 from gta_edge.plugins.domain import KERNELS
+from scripts import compile_kernels
 from tests.helpers.nvrtc import needs_nvrtc
 
 ROOT = Path(__file__).parents[2]
@@ -46,6 +49,18 @@ def test_the_package_finds_what_was_compiled(tmp_path: Path, monkeypatch: pytest
         assert compiler.compile_program(program, "sm_87", KERNELS).cubin.startswith(b"\x7fELF")
     again = call("sm_87", *FEW, GTA_EDGE_CACHE=str(tmp_path))
     assert again.stdout.splitlines()[-1].endswith("3 programs for sm_87 in " + str(tmp_path / "kernels, 0 of them new"))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_s_attention_is_compiled(name: str) -> None:
+    options = compile_kernels._parser().parse_args(["sm_87", "--models", name, "--ops", "attention"])
+    programs = list(compile_kernels._programs(options))
+    assert len(programs) == 6 * 3  # types of the computation and the cache; decode, two tiles for prompts
+    assert len(set(programs)) == len(programs)
+    config = preset(name)
+    widths = {(each.variant.sizes.key_dim, each.variant.sizes.latent_dim) for each in programs}
+    assert widths == {tuple(cache.width for cache in config.caches)}
+    assert {each.variant.sizes.has_value_decoder for each in programs} == {isinstance(config, GTAConfig)}
 
 
 @needs_nvrtc

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from gta_edge.formats.bundle import Bundle
+from gta_edge.formats.weights import Storage
 from gta_edge.plan.cost import Execution, Step, operators
 from gta_edge.runtime.registry import BACKENDS
 
@@ -19,13 +20,11 @@ def step_weight_bytes(bundle: Bundle, opened: dict[str, Any], batch: int) -> int
         opened: what the worker said of its session: ``backend``, ``compute``, ``device``, ``holds_codes``.
         batch: rows of the step.
     """
-    compute, precision = opened["compute"], bundle.precision
-    if not opened["holds_codes"]:  # dequantised when they were loaded
-        precision = compute
+    compute = opened["compute"]
+    storage = bundle.storage if opened["holds_codes"] else Storage(compute)  # dequantised when they were loaded
     cpu_kernels = BACKENDS[opened["backend"]].cpu_kernels
     execution = Execution(compute, compute, opened["chunk_size"], cpu_kernels=cpu_kernels)
-    block = bundle.block_size if precision == bundle.precision else None
-    return sum(op.weight_bytes for op in operators(bundle.config, precision, block, execution, Step(batch, 1, 1)))
+    return sum(op.weight_bytes for op in operators(bundle.config, storage, execution, Step(batch, 1, 1)))
 
 
 def floor_ms(weight_bytes: float, cache_bytes: float, bytes_per_s: float) -> float:

@@ -1,10 +1,10 @@
-"""Give the attention nodes their meaning: a model-local function, or standard operators in place."""
+"""Give the attention nodes their meaning: a model-local function."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from gta_edge.graph.io import add_function
+from gta_edge.graph.io import add_attention_function
 from gta_edge.libraries.optional import optional
 from gta_edge.plugins.attention import definition as op
 from gta_edge.plugins.domain import DOMAIN, OPSET
@@ -18,26 +18,22 @@ __all__ = ["AttachFunctionsPass"]
 
 
 class AttachFunctionsPass(ir.passes.InPlacePass):
-    """Add the function of every op of ours that is used, and inline the baselines' one.
+    """Add the function of every op of ours that is used.
 
     ``GroupedLatentAttention`` stays one node per layer, its function beside it, for engines with a kernel and
-    without. A baseline ends up in standard operators only.
+    without.
 
     Postcondition: every node of domain ``gta`` has its function in the model, and the standard opset is the one the
     functions are written in.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Attach to and inline in ``model``."""
+        """Attach to ``model``."""
         used = {node.op_type for node in model.graph if node.domain == DOMAIN}
         attached = {identifier[1] for identifier in model.functions}
         modified = bool(used - attached) or model.graph.opset_imports[""] != OPSET
         # what torch writes for opset 23 means the same in opset 24
         model.graph.opset_imports[""] = OPSET
         if op.OP in used - attached:
-            add_function(model, op.FUNCTION)
-        if op.BASELINE_OP in used:
-            add_function(model, op.BASELINE_FUNCTION)
-            model = ir.passes.common.InlinePass()(model).model
-            model.graph.opset_imports.pop(DOMAIN, None)
+            add_attention_function(model)
         return ir.passes.PassResult(model, modified)

@@ -43,6 +43,7 @@ class QuantizeEmbeddingPass(ir.passes.InPlacePass):
         super().__init__()
         self.table = table
         self.quantizer = quantizer
+        self.bits, self.block = quantizer.format_of(table)
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrite the lookup of ``model``."""
@@ -59,7 +60,7 @@ class QuantizeEmbeddingPass(ir.passes.InPlacePass):
                 graph.register_initializer(graph.initializers.pop(name))
         scales = self._scales(graph, vocabulary, width)
         packed = self._packed(graph, vocabulary, width)
-        block = self.quantizer.block_size
+        block = self.block
         codes = rows("Gather", packed, ids, axis=0)  # [B, T, H/8] or [B, T, H/4]
         codes = self._unpack(rows, codes, width // (block or width))  # [B, T, blocks, block]
         factor = rows("Gather", scales, ids, axis=1 if block else 0)  # [blocks, B, T] or [B, T]
@@ -78,7 +79,7 @@ class QuantizeEmbeddingPass(ir.passes.InPlacePass):
 
     def _unpack(self, rows: Nodes, words: ir.Value, blocks: int) -> ir.Value:
         """Return float32 codes [B, T, blocks, block]."""
-        radix, count = 1 << self.quantizer.bits, 32 // self.quantizer.bits
+        radix, count = 1 << self.bits, 32 // self.bits
         half = radix // 2  # the offset, and what the sign bit adds to the last digit
 
         def vector(values: list[int]) -> ir.Value:
@@ -98,7 +99,7 @@ class QuantizeEmbeddingPass(ir.passes.InPlacePass):
         return rows("Reshape", codes, rows.constant(0, 0, blocks, -1))
 
     def _packed(self, graph: ir.Graph, vocabulary: int, width: int) -> ir.Value:
-        bits = self.quantizer.bits
+        bits = self.bits
 
         def data() -> ir.TensorProtocol:
             codes = self.quantizer(self.table).codes.view(np.uint8) + np.uint8(1 << bits - 1)  # wraps as it should
@@ -112,7 +113,7 @@ class QuantizeEmbeddingPass(ir.passes.InPlacePass):
         name = self.table + TRANSPOSED + SCALE
         if name in graph.initializers:
             return graph.initializers[name]
-        block = self.quantizer.block_size
+        block = self.block
         shape = [width // block, vocabulary] if block else [vocabulary]
 
         def data() -> ir.TensorProtocol:

@@ -26,8 +26,8 @@ class QuantizeWeightsPass(ir.passes.InPlacePass):
     """Replace ``MatMul(x, W)`` by ``MatMul(x, DequantizeLinear(codes, Cast(scales)))``, data attached lazily.
 
     The form is the standard's own: ONNX Runtime fuses it to one kernel, and TensorRT keeps the codes packed. Codes are
-    symmetric, since TensorRT knows no zero points. int4 has a scale per block along the input dimension, int8 one per
-    output channel, or per block when the quantiser has a block size.
+    symmetric, since TensorRT knows no zero points. There is a scale per block along the input dimension, or one per
+    output channel: the quantiser says which for each matrix, and how many bits.
 
     Args:
         quantizer: returns a parameter in codes, when the model is written.
@@ -48,25 +48,24 @@ class QuantizeWeightsPass(ir.passes.InPlacePass):
         for weight in found:
             # codes and scales are written one after the other, so that each matrix is quantised once
             graph.register_initializer(graph.initializers.pop(str(weight.name)))
-            scales = self._quantize(weight)
+            bits, block = self.quantizer.format_of(parameter_name(str(weight.name)))
+            scales = self._quantize(weight, bits, block)
             for node, index in list(weight.uses()):
-                self._dequantize(graph, node, index, weight, scales)
+                _dequantize(graph, node, index, weight, scales, block)
         return ir.passes.PassResult(model, modified=bool(found))
 
-    def _quantize(self, weight: ir.Value) -> ir.Value:
+    def _quantize(self, weight: ir.Value, bits: int, block: int | None) -> ir.Value:
         """Give ``weight`` its codes, and return its scales."""
         shape = weight.shape
         assert shape is not None  # the precondition
         inputs, outputs = shape.numpy()
-        block = self.quantizer.block_size
         name, stored = parameter_name(str(weight.name)), str(weight.name)
-        four = self.quantizer.bits == 4
-        dtype = ir.DataType[integer_of(self.quantizer.bits).onnx]
+        dtype = ir.DataType[integer_of(bits).onnx]
         transposed = (inputs // block, outputs) if block else (outputs,)
 
         def codes() -> ir.TensorProtocol:
             lying: npt.NDArray[np.int8] = np.ascontiguousarray(self.quantizer(name).stored_codes)
-            return ir.PackedTensor(pack_nibbles(lying), dtype, shape=shape) if four else ir.tensor(lying)
+            return ir.PackedTensor(pack_nibbles(lying), dtype, shape=shape) if bits == 4 else ir.tensor(lying)
 
         def scales() -> ir.TensorProtocol:
             return ir.tensor(np.ascontiguousarray(self.quantizer(name).stored_scales))
@@ -77,15 +76,17 @@ class QuantizeWeightsPass(ir.passes.InPlacePass):
         weight.dtype = dtype
         return lazy_initializer(graph, stored + SCALE, ir.DataType.FLOAT16, transposed, scales)
 
-    def _dequantize(self, graph: ir.Graph, node: ir.Node, index: int, weight: ir.Value, scales: ir.Value) -> None:
-        """Put the two nodes before input ``index`` of ``node``."""
-        block = self.quantizer.block_size
-        cast = ir.node("Cast", [scales], attributes={"to": ir.DataType.FLOAT})
-        cast.outputs[0].name = f"{scales.name}.float32"
-        along = {"axis": 0, "block_size": block} if block else {"axis": 1}
-        dequantize = ir.node("DequantizeLinear", [weight, cast.outputs[0]], attributes=along)
-        dequantize.outputs[0].name = f"{weight.name}.float32"
-        for made, shape in ((cast, scales.shape), (dequantize, weight.shape)):
-            made.outputs[0].shape, made.outputs[0].dtype = shape, ir.DataType.FLOAT
-        graph.insert_before(node, [cast, dequantize])
-        node.replace_input_with(index, dequantize.outputs[0])
+
+def _dequantize(
+    graph: ir.Graph, node: ir.Node, index: int, weight: ir.Value, scales: ir.Value, block: int | None
+) -> None:
+    """Put the two nodes before input ``index`` of ``node``."""
+    cast = ir.node("Cast", [scales], attributes={"to": ir.DataType.FLOAT})
+    cast.outputs[0].name = f"{scales.name}.float32"
+    along = {"axis": 0, "block_size": block} if block else {"axis": 1}
+    dequantize = ir.node("DequantizeLinear", [weight, cast.outputs[0]], attributes=along)
+    dequantize.outputs[0].name = f"{weight.name}.float32"
+    for made, shape in ((cast, scales.shape), (dequantize, weight.shape)):
+        made.outputs[0].shape, made.outputs[0].dtype = shape, ir.DataType.FLOAT
+    graph.insert_before(node, [cast, dequantize])
+    node.replace_input_with(index, dequantize.outputs[0])

@@ -1,7 +1,8 @@
 """``gta::GroupedLatentAttention``, defined once: name, inputs, outputs, attributes, shape rules, meaning.
 
 The meaning is the ONNX function below, in standard operators of opset 24; every other implementation (torch,
-kernels) is tested against it and against the formula of arXiv 2506.17286. This module imports nothing heavy.
+kernels) is tested against it and against the formulas of arXiv 2506.17286 and 2305.13245. This module imports nothing
+heavy.
 
 With ``B`` sequences, ``T`` new tokens of each, capacity ``S``, max context ``P``, hidden size ``H``:
 
@@ -13,28 +14,29 @@ With ``B`` sequences, ``T`` new tokens of each, capacity ``S``, max context ``P`
 
 where ``k(q) = q // (n_q / n_k)`` and ``c(q) = q // (n_q / n_c)``. Query heads that share a cached head are rows of one
 matmul, so the cache is read once per cached head and not once per query head.
+
+Without a gate the output is not multiplied by one; without a value decoder it is ``concat_q(Z_q)``, and n_k is n_c.
+With neither, this is grouped-query attention: the latent is the value, and H is n_q · d_l.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from gta_edge.plugins.domain import DOMAIN, OPSET, VERSION
 
 __all__ = [
     "ATTRIBUTES",
-    "BASELINE_ATTRIBUTES",
-    "BASELINE_FUNCTION",
-    "BASELINE_INPUTS",
-    "BASELINE_OP",
-    "BASELINE_OUTPUTS",
-    "FUNCTION",
     "INPUTS",
     "OP",
+    "OPTIONAL_INPUTS",
     "OUTPUTS",
     "Sizes",
     "attributes",
+    "function",
+    "given_inputs",
     "output_shapes",
 ]
 
@@ -43,22 +45,21 @@ INPUTS = (
     "query",  # [B, T, n_q·d_k]   before RoPE
     "key",  # [B, T, n_k·d_k]   before RoPE
     "latent",  # [B, T, n_c·d_l]
-    "gate",  # [B, T, H]         before the sigmoid
+    "gate",  # [B, T, H]         before the sigmoid; optional
     "past_key",  # [B, n_k, S, d_k]  after RoPE
     "past_latent",  # [B, n_c, S, d_l]
     "past_length",  # int64 [B]
     "cos",  # [P, d_k/2]
     "sin",  # [P, d_k/2]
-    "value_decoder",  # [n_q, d_l, e·d_l]
+    "value_decoder",  # [n_q, d_l, e·d_l]; optional
 )
+OPTIONAL_INPUTS = ("gate", "value_decoder")
+"""Of a node that lacks one, that input is empty."""
 OUTPUTS = ("output", "present_key", "present_latent")
 ATTRIBUTES = ("num_query_heads", "num_key_heads", "num_latent_heads", "scale", "plugin_namespace", "plugin_version")
 
-BASELINE_OP = "GroupedQueryAttention"
-"""The baselines' attention: a function while a graph is made, inlined to standard operators before it is written."""
-BASELINE_INPUTS = ("query", "key", "value", "past_key", "past_value", "past_length", "cos", "sin")
-BASELINE_OUTPUTS = ("output", "present_key", "present_value")
-BASELINE_ATTRIBUTES = ("num_query_heads", "num_key_heads", "scale")
+Given = TypeVar("Given")
+"""An input: a value of a graph, a shape, a name."""
 
 
 @dataclass(frozen=True)
@@ -125,20 +126,25 @@ def attributes(
     return dict(zip(ATTRIBUTES, values, strict=True))
 
 
-def output_shapes(inputs: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
-    """Return the outputs' shapes: the gate's, and the two caches'."""
+def given_inputs(inputs: Sequence[Given | None]) -> dict[str, Given]:
+    """Return a node's inputs by name, without those that are absent: None, or left off at the end."""
+    return {name: value for name, value in zip(INPUTS, inputs, strict=False) if value is not None}
+
+
+def output_shapes(sizes: Sizes, inputs: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
+    """Return the outputs' shapes, given those of the inputs."""
     return {
-        "output": tuple(inputs["gate"]),
+        "output": (*inputs["query"][:2], sizes.hidden_size),
         "present_key": tuple(inputs["past_key"]),
         "present_latent": tuple(inputs["past_latent"]),
     }
 
 
-# The two functions share their first part: RoPE, the append, and the attention proper with d_v = d_l or d_h.
+# Up to the mix; what is behind it depends on which optional inputs there are.
 _ATTEND = """
     queries = Constant <value_int: int = @num_query_heads> ()
     keys = Constant <value_int: int = @num_key_heads> ()
-    values = Constant <value_int: int = @{value_heads}> ()
+    latents = Constant <value_int: int = @num_latent_heads> ()
     factor = Constant <value_float: float = @scale> ()
     zero = Constant <value_int = 0> ()
     one = Constant <value_int = 1> ()
@@ -147,7 +153,7 @@ _ATTEND = """
     last = Constant <value_ints = [-1]> ()
     queries_1d = Unsqueeze (queries, first)
     keys_1d = Unsqueeze (keys, first)
-    values_1d = Unsqueeze (values, first)
+    latents_1d = Unsqueeze (latents, first)
 
     batch = Shape <start = 0, end = 1> (query)
     tokens = Shape <start = 1, end = 2> (query)
@@ -164,11 +170,11 @@ _ATTEND = """
     split = Concat <axis = 0> (first, first, keys_1d, last)
     split_key = Reshape (rotated_key, split)
     new_key = Transpose <perm = [0, 2, 1, 3]> (split_key)
-    split_v = Concat <axis = 0> (first, first, values_1d, last)
-    split_value = Reshape ({value}, split_v)
-    new_value = Transpose <perm = [0, 2, 1, 3]> (split_value)
+    split_l = Concat <axis = 0> (first, first, latents_1d, last)
+    split_latent = Reshape (latent, split_l)
+    new_latent = Transpose <perm = [0, 2, 1, 3]> (split_latent)
     present_key = TensorScatter <axis = -2> (past_key, new_key, past_length)
-    present_{value} = TensorScatter <axis = -2> (past_{value}, new_value, past_length)
+    present_latent = TensorScatter <axis = -2> (past_latent, new_latent, past_length)
 
     scale_like = CastLike (factor, query)
     scaled_query = Mul (rotated_query, scale_like)
@@ -192,49 +198,49 @@ _ATTEND = """
     masked = Where (visible_heads, scores_f32, lowest)
     weights_f32 = Softmax <axis = -1> (masked)
     weights = CastLike (weights_f32, query)
-    grouped_by_value = Concat <axis = 0> (batch, values_1d, last, capacity)
-    grouped_weights = Reshape (weights, grouped_by_value)
-    grouped_mix = MatMul (grouped_weights, present_{value})
-    value_width = Shape <start = 3, end = 4> (past_{value})
-    by_head = Concat <axis = 0> (batch, queries_1d, tokens, value_width)
+    grouped_by_latent = Concat <axis = 0> (batch, latents_1d, last, capacity)
+    grouped_weights = Reshape (weights, grouped_by_latent)
+    grouped_mix = MatMul (grouped_weights, present_latent)
+    latent_width = Shape <start = 3, end = 4> (past_latent)
+    by_head = Concat <axis = 0> (batch, queries_1d, tokens, latent_width)
     mix = Reshape (grouped_mix, by_head)
 """
 
-FUNCTION = (
-    f"""<domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>
-{OP}
-    <num_query_heads, num_key_heads, num_latent_heads, scale,
-     plugin_namespace: string = "{DOMAIN}", plugin_version: string = "{VERSION}">
-    ({", ".join(INPUTS)}) => ({", ".join(OUTPUTS)})
-{{"""
-    + _ATTEND.format(value="latent", value_heads="num_latent_heads")
-    + """
+_DECODE = """
     decoded = MatMul (mix, value_decoder)
-    tiles = Concat <axis = 0> (batch, queries_1d, tokens, last, value_width)
+    tiles = Concat <axis = 0> (batch, queries_1d, tokens, last, latent_width)
     decoded_tiles = Reshape (decoded, tiles)
     third_axis = Constant <value_ints = [3]> ()
     mix_tile = Unsqueeze (mix, third_axis)
     values_tiles = Add (decoded_tiles, mix_tile)
     values_by_token = Transpose <perm = [0, 2, 1, 3, 4]> (values_tiles)
-    gate_shape = Shape (gate)
-    attended = Reshape (values_by_token, gate_shape)
+"""
+_KEEP = """
+    values_by_token = Transpose <perm = [0, 2, 1, 3]> (mix)
+"""
+_JOIN = """
+    joined = Concat <axis = 0> (batch, tokens, last)
+"""
+_GATE = """
+    attended = Reshape (values_by_token, joined)
     open_gate = Sigmoid (gate)
     output = Mul (open_gate, attended)
-}"""
-)
-"""The op's meaning, in ONNX's text form (``onnx.parser.parse_function`` reads it)."""
+"""
+_NO_GATE = """
+    output = Reshape (values_by_token, joined)
+"""
 
-BASELINE_FUNCTION = (
-    f"""<domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>
-{BASELINE_OP}
-    <{", ".join(BASELINE_ATTRIBUTES)}>
-    ({", ".join(BASELINE_INPUTS)}) => ({", ".join(BASELINE_OUTPUTS)})
-{{"""
-    + _ATTEND.format(value="value", value_heads="num_key_heads")
-    + """
-    mix_by_token = Transpose <perm = [0, 2, 1, 3]> (mix)
-    query_shape = Shape (query)
-    output = Reshape (mix_by_token, query_shape)
-}"""
-)
-"""Grouped-query attention (arXiv 2305.13245) over the same kind of cache, for the baselines."""
+
+def function(has_gate: bool = True, has_value_decoder: bool = True) -> str:
+    """Return the op's meaning, in ONNX's text form (``onnx.parser.parse_function`` reads it).
+
+    A function cannot ask whether an input is there, so each case has a body of its own; the inputs stay the same. The
+    layers of one model are all alike, so a model holds one of them.
+    """
+    decode, gate = _DECODE if has_value_decoder else _KEEP, _GATE if has_gate else _NO_GATE
+    return f"""<domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>
+{OP}
+    <num_query_heads, num_key_heads, num_latent_heads, scale,
+     plugin_namespace: string = "{DOMAIN}", plugin_version: string = "{VERSION}">
+    ({", ".join(INPUTS)}) => ({", ".join(OUTPUTS)})
+{{{_ATTEND}{decode}{_JOIN}{gate}}}"""

@@ -266,7 +266,7 @@ def prefill_program(variant: Variant, architecture: str, row_tiles: int) -> Prog
     # more keys, or columns with wide latents, would not fit the registers
     max_keys = 64 if row_tiles == 1 and sizes.latent_dim <= 128 else 32
     max_columns = 64 if sizes.latent_dim <= 128 else 32
-    all_columns = (64, 32, 16) if sizes.has_value_decoder else (16,)
+    all_columns = (64, 32, 16) if sizes.has_value_decoder else (16,)  # of no use then, but the source wants some
     candidates = [
         (keys, columns, query + 2 * max(keys * token, sizes.latent_dim * pitch(2 * columns) * sizes.has_value_decoder))
         for keys, columns in product((64, 32), all_columns)

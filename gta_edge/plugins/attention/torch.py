@@ -1,23 +1,22 @@
-"""The attention ops in torch, registered as ``torch.ops.gta.*``; importing this module registers them.
+"""The attention op in torch, registered as ``torch.ops.gta.*``; importing this module registers it.
 
-Each op exists twice, as torch's naming has it: the plain one returns new caches and can be exported; the one with a
+It exists twice, as torch's naming has it: the plain one returns new caches and can be exported; the one with a
 trailing underscore writes into the caches it is given and returns the output alone.
 
-On CUDA tensors of fp16 or bf16 grouped latent attention runs the CUDA kernels. What these are not made for (float32,
+On CUDA tensors of fp16 or bf16 it runs the CUDA kernels. What these are not made for (float32,
 widths that are no multiple of 16, caches that are views, GPUs older than Ampere) is computed in torch's own operations.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from inspect import signature
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from gta_edge.cuda.gpu import OLDEST, current_gpu
 from gta_edge.errors import BackendError
 from gta_edge.libraries.optional import installed, optional
 from gta_edge.numerics.dtypes import COMPUTE_TYPES, DTYPES
-from gta_edge.plugins.attention.definition import Sizes
+from gta_edge.plugins.attention.definition import INPUTS, Sizes, given_inputs
 from gta_edge.plugins.attention.kernels import Buffers, attention_kernels
 from gta_edge.plugins.attention.tiling import Variant
 from gta_edge.plugins.torch_registry import aligned, register_op, require_aligned
@@ -29,12 +28,7 @@ else:
     torch = optional("torch", "export")
     Tensor = torch.Tensor
 
-__all__ = [
-    "grouped_latent_attention",
-    "grouped_latent_attention_",
-    "grouped_query_attention",
-    "grouped_query_attention_",
-]
+__all__ = ["grouped_latent_attention", "grouped_latent_attention_"]
 
 
 # --- in torch's own operations ---------------------------------------------------------------------------------------
@@ -76,53 +70,32 @@ def _latent_attention(
     query: Tensor,
     key: Tensor,
     latent: Tensor,
-    gate: Tensor,
+    gate: Tensor | None,
     past_key: Tensor,
     past_latent: Tensor,
     past_length: Tensor,
     cos: Tensor,
     sin: Tensor,
-    value_decoder: Tensor,
+    value_decoder: Tensor | None,
     num_query_heads: int,
     num_key_heads: int,
     num_latent_heads: int,
     scale: float,
 ) -> Tensor:
     """Grouped latent attention with its caches updated in place; shapes as in ``definition.INPUTS``."""
-    b, t, hidden = gate.shape
-    positions = past_length[:, None] + torch.arange(t, device=gate.device)  # [B, T]
+    b, t, _ = query.shape
+    positions = past_length[:, None] + torch.arange(t, device=query.device)  # [B, T]
     cos, sin = cos[positions][:, None], sin[positions][:, None]  # [B, 1, T, d_k/2]
     q = _rotate(_heads(query, num_query_heads), cos, sin)
     k = _rotate(_heads(key, num_key_heads), cos, sin)
     _append(past_key, k, positions)
     _append(past_latent, _heads(latent, num_latent_heads), positions)
-    z = _attend(q, past_key, past_latent, positions, scale)  # [B, n_q, T, d_l]
-    values = z.repeat(1, 1, 1, hidden // (num_query_heads * z.shape[-1])) + z @ value_decoder
-    return torch.sigmoid(gate) * values.transpose(1, 2).reshape(b, t, hidden)
-
-
-def _query_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    past_key: Tensor,
-    past_value: Tensor,
-    past_length: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    num_query_heads: int,
-    num_key_heads: int,
-    scale: float,
-) -> Tensor:
-    """The baselines' attention with its caches updated in place; shapes as in ``definition.BASELINE_INPUTS``."""
-    b, t, hidden = query.shape
-    positions = past_length[:, None] + torch.arange(t, device=query.device)
-    cos, sin = cos[positions][:, None], sin[positions][:, None]
-    q = _rotate(_heads(query, num_query_heads), cos, sin)
-    k = _rotate(_heads(key, num_key_heads), cos, sin)
-    _append(past_key, k, positions)
-    _append(past_value, _heads(value, num_key_heads), positions)
-    return _attend(q, past_key, past_value, positions, scale).transpose(1, 2).reshape(b, t, hidden)
+    values = _attend(q, past_key, past_latent, positions, scale)  # [B, n_q, T, d_l]
+    if value_decoder is not None:
+        expansion = value_decoder.shape[2] // value_decoder.shape[1]
+        values = values.repeat(1, 1, 1, expansion) + values @ value_decoder  # [B, n_q, T, e·d_l]
+    joined = values.transpose(1, 2).reshape(b, t, -1)
+    return joined if gate is None else torch.sigmoid(gate) * joined
 
 
 # --- on the kernels --------------------------------------------------------------------------------------------------
@@ -132,19 +105,20 @@ def _latent_attention_on_gpu(*arguments: Any) -> Tensor:
     """The same on CUDA tensors: the kernels, where they are made for the call."""
     inputs, heads, scale = arguments[:-4], arguments[-4:-1], arguments[-1]
     query, key, latent, gate, past_key, past_latent, past_length, cos, sin, value_decoder = inputs
-    variant, device = _variant(inputs, heads), gate.device
+    variant, device = _variant(inputs, heads), query.device
     if variant is None or torch.cuda.get_device_capability(device) < OLDEST or not scale > 0:
         return _latent_attention(*arguments)
     require_aligned("past_key", past_key)
     require_aligned("past_latent", past_latent)
     index = torch.cuda.current_device() if device.index is None else device.index
     kernels = attention_kernels(variant, current_gpu(index))
-    sizes = {"batch": gate.shape[0], "tokens": gate.shape[1], "capacity": past_key.shape[2]}
-    output = torch.empty_like(gate, memory_format=torch.contiguous_format)
+    sizes = {"batch": query.shape[0], "tokens": query.shape[1], "capacity": past_key.shape[2]}
+    output: Tensor = query.new_empty(*query.shape[:2], variant.sizes.hidden_size)
     workspace = torch.empty(kernels.workspace_bytes(**sizes), dtype=torch.uint8, device=device)
     # held until the launches are queued: then the allocator may give their memory only to what follows them
-    whole = [aligned(tensor) for tensor in (query, key, latent, gate, past_length, cos, sin, value_decoder)]
-    addresses = [tensor.data_ptr() for tensor in whole]
+    given = (query, key, latent, gate, past_length, cos, sin, value_decoder)
+    whole = [None if tensor is None else aligned(tensor) for tensor in given]
+    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in whole]
     with torch.cuda.device(device):  # whose default stream has the handle of every other GPU's
         kernels.launch(
             torch.cuda.current_stream(device).cuda_stream,
@@ -171,47 +145,48 @@ def _latent_attention_on_gpu(*arguments: Any) -> Tensor:
     return output
 
 
-def _variant(inputs: tuple[Tensor, ...], heads: tuple[int, int, int]) -> Variant | None:
+def _variant(inputs: tuple[Tensor | None, ...], heads: tuple[int, int, int]) -> Variant | None:
     """Return what the kernels would be compiled for, or None if they are not made for these tensors."""
-    *values, past_length, cos, sin, value_decoder = inputs
-    gate, past_key, past_latent = values[3:]
+    given = given_inputs(inputs)
+    past_key, past_latent = given["past_key"], given["past_latent"]
+    compute, past_length = given["query"].dtype, given.pop("past_length")
     types = {getattr(torch, DTYPES[name].array): name for name in COMPUTE_TYPES}
-    if gate.dtype not in types or any(x.dtype != gate.dtype for x in (*values, cos, sin, value_decoder)):
+    if compute not in types or any(tensor.dtype != compute for tensor in given.values()):
         return None
     if past_length.dtype != torch.int64 or not (past_key.is_contiguous() and past_latent.is_contiguous()):
         return None
-    sizes = Sizes(*heads, past_key.shape[-1], past_latent.shape[-1], gate.shape[-1])
+    sizes = _sizes(given, heads)
     try:
-        return Variant(sizes, types[gate.dtype], types[gate.dtype])
+        return Variant(sizes, types[compute], types[compute])
     except BackendError:
         return None
+
+
+def _sizes(given: Mapping[str, Tensor], heads: tuple[int, int, int]) -> Sizes:
+    gate, decoder, d_l = given.get("gate"), given.get("value_decoder"), given["past_latent"].shape[-1]
+    width = heads[0] * (d_l if decoder is None else decoder.shape[-1])
+    hidden = width if gate is None else gate.shape[-1]
+    return Sizes(*heads, given["past_key"].shape[-1], d_l, hidden, gate is not None, decoder is not None)
 
 
 # --- torch's registry ------------------------------------------------------------------------------------------------
 
 
-def _register(
-    name: str, in_place: Callable[..., Tensor], caches: tuple[str, str], output_like: str, on_gpu: Any = None
-) -> tuple[Any, Any]:
-    """Register an op that returns new caches, and the one that updates them in place; return both in this order.
-
-    Args:
-        name: of the first; the second's has an underscore behind it.
-        in_place: what the second does, in torch's own operations; both take its arguments.
-        caches: arguments that it updates.
-        output_like: argument of which the output has shape and type.
-        on_gpu: what the second does on CUDA tensors, if that is something else.
-    """
+def _register() -> tuple[Any, Any]:
+    """Register the op that returns new caches, and the one that updates them in place; return both in this order."""
+    name, in_place = "grouped_latent_attention", _latent_attention
     if not installed(torch):
         return in_place, in_place  # using either says what to install
-    names = list(signature(in_place).parameters)
-    places, like = [names.index(cache) for cache in caches], names.index(output_like)
+    caches = "past_key", "past_latent"
+    places = [INPUTS.index(cache) for cache in caches]
 
     def fake(*arguments: Any) -> Any:
-        return arguments[like].new_empty(arguments[like].shape)
+        given, num_query_heads = given_inputs(arguments), arguments[len(INPUTS)]
+        width = given["value_decoder" if "value_decoder" in given else "past_latent"].shape[-1]
+        return given["query"].new_empty(*given["query"].shape[:2], num_query_heads * width)
 
     mutating_schema = torch.library.infer_schema(in_place, mutates_args=caches)
-    mutating = register_op(f"{name}_", mutating_schema, in_place, fake, mutates=places, on_gpu=on_gpu)
+    mutating = register_op(f"{name}_", mutating_schema, in_place, fake, mutates=places, on_gpu=_latent_attention_on_gpu)
 
     def functional(*arguments: Any) -> tuple[Tensor, ...]:
         presents = {place: arguments[place].clone() for place in places}
@@ -227,9 +202,4 @@ def _register(
     return plain, mutating
 
 
-grouped_latent_attention, grouped_latent_attention_ = _register(
-    "grouped_latent_attention", _latent_attention, ("past_key", "past_latent"), "gate", _latent_attention_on_gpu
-)
-grouped_query_attention, grouped_query_attention_ = _register(
-    "grouped_query_attention", _query_attention, ("past_key", "past_value"), "query"
-)
+grouped_latent_attention, grouped_latent_attention_ = _register()

@@ -73,7 +73,7 @@ class OnnxRuntimeSession(Session):
         **options: Any,
     ) -> None:
         super().__init__(bundle.config, CachePolicy(bundle.config, on_host=True, **options))
-        require_memory_for_onnxruntime(bundle.config, bundle.precision, bundle.block_size)
+        require_memory_for_onnxruntime(bundle.config, bundle.storage)
         self._onnxruntime = load_onnxruntime()
         lowered = lower(bundle, exact=exact, progress=progress)
         self.rounds_activations = lowered.rounds_activations

@@ -2,8 +2,7 @@
 
 Two forms. ``plugin`` leaves the attention as one node for the plugin to implement. ``function`` has the body of the
 function that gives the node its meaning in its place, standard operators, and needs no plugin; positions and mask are
-computed once for all layers, which halves the time that TensorRT-RTX takes to build a deep model. A baseline has
-standard operators in both.
+computed once for all layers, which halves the time that TensorRT-RTX takes to build a deep model.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ from gta_edge.graph.io import load_graph, run_passes, serialised, store_weights
 from gta_edge.graph.retype import ConvertPrecisionPass
 from gta_edge.graph.share_dimensions import ShareDimensionsPass
 from gta_edge.libraries.optional import optional
-from gta_edge.model.config import GTAConfig
 from gta_edge.numerics.dtypes import COMPUTE_TYPES, FLOAT_TYPES, QUANTIZED_CACHE_TYPES, cache_types
 from gta_edge.runtime.tensorrt.engine import IMPLEMENTATIONS
 from gta_edge.runtime.tensorrt.passes.fold_constants import FoldConstantsPass
@@ -68,7 +66,7 @@ def lower(
             when this returns.
         form: ``plugin`` or ``function``.
         compute: ``fp16`` or ``bf16``; in the function form also ``fp32``.
-        cache_dtype: ``int8`` or ``fp8``, in the plugin form of a GTA model; otherwise what ``compute`` is.
+        cache_dtype: ``int8`` or ``fp8``, in the plugin form; otherwise what ``compute`` is.
         capacity: rows of each cache.
         batch: rows of a step; any number if None.
         newer_ops: whether the parser knows operators of opset 23 and 24 (TensorRT 10.15 and later).
@@ -133,8 +131,7 @@ def _check(bundle: Bundle, form: str, compute: str, cache_dtype: str | None, cap
     computes = FLOAT_TYPES if form == "function" else COMPUTE_TYPES
     if compute not in computes:
         raise InputError(f"the {form} form computes in {', '.join(computes)}, not in {compute!r}", "choose one of them")
-    plugin = form == "plugin" and isinstance(bundle.config, GTAConfig)
-    caches = cache_types(compute, kernels=plugin)
+    caches = cache_types(compute, kernels=form == "plugin")
     if cache_dtype is not None and cache_dtype not in caches:
         whose = f"the {form} form of {bundle.config.architecture} in {compute}"
         raise InputError(f"{whose} has no cache of {cache_dtype!r}", f"expected {' or '.join(caches)}")

@@ -18,7 +18,6 @@ from gta_edge.formats.bundle import Bundle
 from gta_edge.graph.weights import read_stored, read_weights
 from gta_edge.libraries.optional import optional
 from gta_edge.libraries.torch import is_out_of_memory
-from gta_edge.model.config import GTAConfig
 from gta_edge.model.decoder import Cache, Decoder, empty_cache
 from gta_edge.model.quantized_decoder import build_packed_decoder
 from gta_edge.numerics.dtypes import COMPUTE_TYPES, DTYPES
@@ -39,9 +38,6 @@ __all__ = ["TorchSession", "default_device", "load_decoder", "multiplies_codes"]
 
 _GPU_CHUNK_SIZE = 2048
 """Tokens of a prompt at once on a GPU: fewer leave most of a large one idle, and read the weights more often."""
-
-_GPU_CHUNK_SIZE_OF_BASELINES = 512
-"""Of the baselines, whose attention is torch's own operations and writes all scores to memory."""
 
 _GPU_CAPACITY_STEP = 2048
 """Cost on a GPU goes by the cache's length and not by its capacity; growing it means capturing the graph again."""
@@ -85,12 +81,8 @@ def _within_memory(
         raise CapacityError(f"{problem}", remedy) from error
 
 
-def _latent_in_place(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _in_place(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return torch_ops.grouped_latent_attention_(*arguments), arguments[4], arguments[5]
-
-
-def _query_in_place(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return torch_ops.grouped_query_attention_(*arguments), arguments[3], arguments[4]
 
 
 class TorchSession(Session):
@@ -124,15 +116,13 @@ class TorchSession(Session):
     ) -> None:
         on_gpu = device.startswith("cuda")
         if on_gpu:
-            chunk_size = _GPU_CHUNK_SIZE if isinstance(model.config, GTAConfig) else _GPU_CHUNK_SIZE_OF_BASELINES
-            options = {"capacity_step": _GPU_CAPACITY_STEP, "chunk_size": chunk_size} | options
+            options = {"capacity_step": _GPU_CAPACITY_STEP, "chunk_size": _GPU_CHUNK_SIZE} | options
         if on_gpu and not torch.cuda.is_available():
             raise BackendError("torch finds no CUDA GPU here", "run `gta-edge doctor`, or take the device cpu")
         super().__init__(model.config, CachePolicy(model.config, compute, on_host=not on_gpu, **options))
         use_startable_threads(threads)
-        in_place = _latent_in_place if isinstance(model.config, GTAConfig) else _query_in_place
         for layer in model.model.layers:
-            layer.self_attn.attention = in_place  # type: ignore[union-attr]  # torch types every module's child so
+            layer.self_attn.attention = _in_place  # type: ignore[union-attr]  # torch types every module's child so
         self.compute, self.device = compute, "gpu" if on_gpu else "cpu"
         self._options = {"device": torch.device(device), "dtype": getattr(torch, DTYPES[compute].array)}
         with _within_memory(f"there is no memory for the model in {compute}"):

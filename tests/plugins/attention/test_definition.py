@@ -1,7 +1,7 @@
 """The attention op, in torch and as an ONNX function, against the formula in float64."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -11,7 +11,6 @@ import onnx.parser
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from onnx import helper
 from onnx.reference import ReferenceEvaluator
 
@@ -25,10 +24,8 @@ from tests.helpers.attention_models import (
     all_sizes,
     arrays,
     assert_cache,
-    divisors,
     expected,
     model,
-    wrap,
 )
 from tests.helpers.host_memory import STREAM, memory, pretend_gpu
 
@@ -39,20 +36,22 @@ except ImportError:  # a version that knows opset 24 needs Python 3.11
 
 SETTINGS = settings(max_examples=60, deadline=None, derandomize=True)
 
-BASELINE_INPUTS = ("query", "key", "value", "past_key", "past_value", "past_length", "cos", "sin")
-
-
 # --- the implementations, each as a function of the inputs by name and of the sizes ----------------------------------
 
 
+def tensors_of(inputs: dict[str, np.ndarray]) -> dict[str, torch.Tensor | None]:
+    """All of the op's inputs in order, None for those that are absent."""
+    return {name: torch.from_numpy(inputs[name].copy()) if name in inputs else None for name in op.INPUTS}
+
+
 def in_torch(inputs: dict[str, np.ndarray], sizes: Sizes) -> list[np.ndarray]:
-    tensors = [torch.from_numpy(inputs[name].copy()) for name in op.INPUTS]
+    tensors = tensors_of(inputs).values()
     results = torch.ops.gta.grouped_latent_attention(*tensors, *sizes.heads, sizes.scale)
     return [result.numpy() for result in results]
 
 
 def in_torch_in_place(inputs: dict[str, np.ndarray], sizes: Sizes) -> list[np.ndarray]:
-    tensors = {name: torch.from_numpy(inputs[name].copy()) for name in op.INPUTS}
+    tensors = tensors_of(inputs)
     output = torch.ops.gta.grouped_latent_attention_(*tensors.values(), *sizes.heads, sizes.scale)
     return [result.numpy() for result in (output, tensors["past_key"], tensors["past_latent"])]
 
@@ -67,13 +66,13 @@ def quiet_session(proto: onnx.ModelProto) -> "onnxruntime.InferenceSession":
 
 
 @lru_cache
-def ort_session(heads, d_k, d_l, e):
-    n_q, n_k, n_c = heads
-    return quiet_session(model(Sizes(n_q=n_q, n_k=n_k, n_c=n_c, d_k=d_k, d_l=d_l, e=e)))
+def ort_session(sizes: Sizes) -> "onnxruntime.InferenceSession":
+    return quiet_session(model(sizes))
 
 
 def in_onnxruntime(inputs: dict[str, np.ndarray], sizes: Sizes) -> list[np.ndarray]:
-    return ort_session(sizes.heads, sizes.d_k, sizes.d_l, sizes.e).run(None, inputs)
+    call = {"past": (), "tokens": 0, "capacity": 0, "positions": 0, "garbage": 0.0, "seed": 0}  # not of the model
+    return ort_session(replace(sizes, **call)).run(None, inputs)
 
 
 def in_onnx_reference(inputs: dict[str, np.ndarray], sizes: Sizes) -> list[np.ndarray]:
@@ -88,6 +87,10 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "onnx reference": in_onnx_reference,
 }
 implementations = pytest.mark.parametrize("run", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
+
+GQA = Sizes(n_c=2, gate=False, decoder=False)
+FORMS = {"gta": Sizes(), "gqa": GQA}
+forms = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 
 
 def assert_right(run: Implementation, sizes: Sizes) -> None:
@@ -118,6 +121,11 @@ def test_against_the_formula(run, sizes):
         Sizes(n_q=3, n_k=3, n_c=3, e=1),
         Sizes(past=(0,), tokens=1, capacity=1, positions=1),  # the smallest
         Sizes(past=(8,), tokens=1, capacity=9, positions=9),  # the last position
+        Sizes(n_q=9, n_k=3, n_c=3, d_k=64, d_l=64, gate=False, decoder=False),  # SmolLM2-135M: grouped-query attention
+        Sizes(n_q=4, n_k=4, n_c=4, d_k=96, d_l=96, gate=False, decoder=False),  # multi-head attention
+        Sizes(n_q=4, n_k=1, n_c=1, d_k=16, d_l=32, gate=False, decoder=False),
+        Sizes(n_q=4, n_k=2, n_c=2, d_k=16, d_l=24, decoder=False),
+        Sizes(n_q=4, n_k=2, n_c=1, d_k=16, d_l=24, gate=False),
     ],
     ids=str,
 )
@@ -128,16 +136,20 @@ def test_published_and_extreme_sizes(run, sizes):
 # --- what must not matter --------------------------------------------------------------------------------------------
 
 
+@forms
 @implementations
-def test_what_stands_beyond_the_visible_rows_does_not_matter(run):
-    clean, dirty = Sizes(past=(3, 0, 5), capacity=12), Sizes(past=(3, 0, 5), capacity=12, garbage=1e30)
+def test_what_stands_beyond_the_visible_rows_does_not_matter(run, form):
+    clean = replace(form, past=(3, 0, 5), capacity=12)
+    dirty = replace(clean, garbage=1e30)
     assert np.abs(arrays(dirty)["past_key"]).max() > 1e29
     np.testing.assert_array_equal(run(arrays(clean), clean)[0], run(arrays(dirty), dirty)[0])
 
 
+@forms
 @implementations
-def test_slack_in_the_capacity_does_not_matter(run):
-    tight, wide = Sizes(past=(3, 1), tokens=4, capacity=7), Sizes(past=(3, 1), tokens=4, capacity=12)
+def test_slack_in_the_capacity_does_not_matter(run, form):
+    tight = replace(form, past=(3, 1), tokens=4, capacity=7)
+    wide = replace(tight, capacity=12)
     inputs = arrays(tight)
     widened = dict(inputs)
     for name in ("past_key", "past_latent"):
@@ -145,26 +157,27 @@ def test_slack_in_the_capacity_does_not_matter(run):
     assert reference.relative_error(run(widened, wide)[0], run(inputs, tight)[0]) <= TOLERANCE
 
 
+@forms
 @implementations
-def test_later_tokens_do_not_matter(run):
-    sizes = Sizes()
-    inputs = arrays(sizes)
+def test_later_tokens_do_not_matter(run, form):
+    inputs = arrays(form)
     changed = {name: array.copy() for name, array in inputs.items()}
-    for name in ("query", "key", "latent", "gate"):
+    for name in {"query", "key", "latent", "gate"} & inputs.keys():
         changed[name][:, 2:] += 1.0
-    before, after = run(inputs, sizes)[0], run(changed, sizes)[0]
+    before, after = run(inputs, form)[0], run(changed, form)[0]
     np.testing.assert_array_equal(before[:, :2], after[:, :2])
     assert reference.relative_error(after[:, 2:], before[:, 2:]) > 0.01
 
 
+@forms
 @implementations
-def test_a_prompt_at_once_or_token_by_token(run):
-    sizes = Sizes(past=(2, 0, 5), tokens=4)
+def test_a_prompt_at_once_or_token_by_token(run, form):
+    sizes = replace(form, past=(2, 0, 5), tokens=4)
     inputs = arrays(sizes)
     at_once = run(inputs, sizes)
     one, step, outputs = replace(sizes, tokens=1), dict(inputs), []
     for t in range(sizes.tokens):
-        for name in ("query", "key", "latent", "gate"):
+        for name in {"query", "key", "latent", "gate"} & inputs.keys():
             step[name] = np.ascontiguousarray(inputs[name][:, t : t + 1])
         step["past_length"] = inputs["past_length"] + t
         output, step["past_key"], step["past_latent"] = run(step, one)
@@ -174,9 +187,10 @@ def test_a_prompt_at_once_or_token_by_token(run):
     np.testing.assert_array_equal(step["past_latent"], at_once[2])
 
 
+@forms
 @implementations
-def test_a_batch_or_its_rows_one_at_a_time(run):
-    sizes = Sizes(past=(2, 0, 5), tokens=4)
+def test_a_batch_or_its_rows_one_at_a_time(run, form):
+    sizes = replace(form, past=(2, 0, 5), tokens=4)
     inputs = arrays(sizes)
     together = run(inputs, sizes)
     for row in range(3):
@@ -190,16 +204,16 @@ def test_a_batch_or_its_rows_one_at_a_time(run):
         np.testing.assert_array_equal(found[2], together[2][row : row + 1])
 
 
+@forms
 @implementations
-def test_every_input_matters(run):
+def test_every_input_matters(run, form):
     """Each input, changed, changes the output: what agrees with the formula above does so with all of them."""
-    sizes = Sizes()
-    inputs = arrays(sizes)
-    before = run(inputs, sizes)[0]
-    for name in op.INPUTS:
+    inputs = arrays(form)
+    before = run(inputs, form)[0]
+    for name in inputs:
         changed = {key: array.copy() for key, array in inputs.items()}
         changed[name] = np.array([2, 1], np.int64) if name == "past_length" else -changed[name]
-        assert reference.relative_error(run(changed, sizes)[0], before) > 0.01, name
+        assert reference.relative_error(run(changed, form)[0], before) > 0.01, name
 
 
 # --- torch -----------------------------------------------------------------------------------------------------------
@@ -213,23 +227,23 @@ def test_in_place_is_the_functional_form_to_the_bit(sizes):
         np.testing.assert_array_equal(found, wanted)
 
 
-def test_the_functional_form_leaves_its_inputs_alone():
-    sizes = Sizes()
-    tensors = [torch.from_numpy(arrays(sizes)[name]) for name in op.INPUTS]
-    kept = [tensor.clone() for tensor in tensors]
-    results = torch.ops.gta.grouped_latent_attention(*tensors, *sizes.heads, sizes.scale)
-    for name, tensor, copy in zip(op.INPUTS, tensors, kept, strict=True):
+@forms
+def test_the_functional_form_leaves_its_inputs_alone(form):
+    tensors = tensors_of(arrays(form))
+    kept = {name: tensor.clone() for name, tensor in tensors.items() if tensor is not None}
+    results = torch.ops.gta.grouped_latent_attention(*tensors.values(), *form.heads, form.scale)
+    for name, copy in kept.items():
+        tensor = tensors[name]
         assert torch.equal(tensor, copy), name
         assert all(tensor.untyped_storage().data_ptr() != result.untyped_storage().data_ptr() for result in results)
 
 
-def test_the_in_place_form_leaves_all_but_the_caches_alone():
-    sizes = Sizes()
-    tensors = {name: torch.from_numpy(arrays(sizes)[name]) for name in op.INPUTS}
-    kept = {name: tensor.clone() for name, tensor in tensors.items()}
-    torch.ops.gta.grouped_latent_attention_(*tensors.values(), *sizes.heads, sizes.scale)
-    changed = {name for name in op.INPUTS if not torch.equal(tensors[name], kept[name])}
-    assert changed == {"past_key", "past_latent"}
+@forms
+def test_the_in_place_form_leaves_all_but_the_caches_alone(form):
+    tensors = tensors_of(arrays(form))
+    kept = {name: tensor.clone() for name, tensor in tensors.items() if tensor is not None}
+    torch.ops.gta.grouped_latent_attention_(*tensors.values(), *form.heads, form.scale)
+    assert {name for name in kept if not torch.equal(tensors[name], kept[name])} == {"past_key", "past_latent"}
 
 
 def test_a_view_of_a_larger_cache_is_updated_in_place():
@@ -248,39 +262,38 @@ def test_a_view_of_a_larger_cache_is_updated_in_place():
     assert (big["past_latent"][[0, 3]] == 7.0).all()
 
 
+@forms
 @pytest.mark.parametrize("past", [(3, 0), (0,)])
-def test_torch_accepts_the_functional_op(past):
-    sizes = Sizes(past=past)
-    inputs = arrays(sizes)
-    tensors = [torch.from_numpy(inputs[name]) for name in op.INPUTS]
+def test_torch_accepts_the_functional_op(past, form):
+    sizes = replace(form, past=past)
+    tensors = tensors_of(arrays(sizes)).values()
     torch.library.opcheck(torch.ops.gta.grouped_latent_attention.default, (*tensors, *sizes.heads, sizes.scale))
 
 
-def test_torch_accepts_the_in_place_op():
-    sizes = Sizes()
-    inputs = arrays(sizes)
-    tensors = [torch.from_numpy(inputs[name]) for name in op.INPUTS]
-    torch.library.opcheck(torch.ops.gta.grouped_latent_attention_.default, (*tensors, *sizes.heads, sizes.scale))
+@forms
+def test_torch_accepts_the_in_place_op(form):
+    arguments = (*tensors_of(arrays(form)).values(), *form.heads, form.scale)
+    torch.library.opcheck(torch.ops.gta.grouped_latent_attention_.default, arguments)
 
 
-def test_autograd_learns_that_the_caches_changed():
-    sizes = Sizes()
-    tensors = {name: torch.from_numpy(arrays(sizes)[name]) for name in op.INPUTS}
-    before = {name: tensor._version for name, tensor in tensors.items()}
-    torch.ops.gta.grouped_latent_attention_(*tensors.values(), *sizes.heads, sizes.scale)
-    assert {name for name, tensor in tensors.items() if tensor._version > before[name]} == {"past_key", "past_latent"}
+@forms
+def test_autograd_learns_that_the_caches_changed(form):
+    tensors = tensors_of(arrays(form))
+    before = {name: tensor._version for name, tensor in tensors.items() if tensor is not None}
+    torch.ops.gta.grouped_latent_attention_(*tensors.values(), *form.heads, form.scale)
+    assert {name for name in before if tensors[name]._version > before[name]} == {"past_key", "past_latent"}
 
 
+@forms
 @pytest.mark.parametrize("name", ["grouped_latent_attention", "grouped_latent_attention_"])
-def test_a_derivative_is_refused(name):
-    sizes = Sizes()
-    tensors = {each: torch.from_numpy(arrays(sizes)[each]) for each in op.INPUTS}
+def test_a_derivative_is_refused(name, form):
+    tensors = tensors_of(arrays(form))
     tensors["query"].requires_grad_()
     attention = getattr(torch.ops.gta, name)
     with pytest.raises(BackendError, match=rf"gta::{name} has no derivative; .*no_grad"):
-        torch.utils._pytree.tree_leaves(attention(*tensors.values(), *sizes.heads, sizes.scale))[0].sum().backward()
+        torch.utils._pytree.tree_leaves(attention(*tensors.values(), *form.heads, form.scale))[0].sum().backward()
     with torch.no_grad():
-        attention(*tensors.values(), *sizes.heads, sizes.scale)
+        attention(*tensors.values(), *form.heads, form.scale)
 
 
 class OnHostMemory:
@@ -313,8 +326,12 @@ class OnHostMemory:
         given = {
             name: memory(addresses.get(name, getattr(buffers, name, 0)), shape, self.dtype_of(name))
             for name, shape in shapes.items()
+            if getattr(buffers, name, 1)
         }
         heads = {"num_query_heads": n_q, "num_key_heads": n_k, "num_latent_heads": n_c}
+        absent = {"gate": not self.sizes.has_gate, "value_decoder": not self.sizes.has_value_decoder}
+        assert {name for name in absent if not getattr(buffers, name)} == {name for name in absent if absent[name]}
+        given |= {name: None for name in absent if absent[name]}
         output, *caches = reference.grouped_latent_attention(**given, **heads, scale=numbers["scale"])
         memory(buffers.output, output.shape, np.float16)[...] = output
         given["past_key"][...], given["past_latent"][...] = caches
@@ -328,17 +345,18 @@ def stored_in(inputs: dict[str, np.ndarray], dtype: Any) -> dict[str, np.ndarray
     return {name: array if name == "past_length" else array.astype(dtype) for name, array in inputs.items()}
 
 
-def test_what_the_kernels_are_given(monkeypatch):
+@pytest.mark.parametrize(("gate", "decoder"), [(True, True), (False, False), (True, False), (False, True)])
+def test_what_the_kernels_are_given(gate, decoder, monkeypatch):
     """All between torch's tensors and the kernels, on host memory: addresses, sizes, and views."""
     pretend_gpu(monkeypatch, torch_ops)
     monkeypatch.setattr(torch_ops, "attention_kernels", OnHostMemory)
-    sizes = Sizes(d_l=32)
+    sizes = Sizes(d_l=32, n_c=1 if decoder else 2, gate=gate, decoder=decoder)
     inputs = stored_in(arrays(sizes), np.float16)
-    tensors = {name: torch.from_numpy(array.copy()) for name, array in inputs.items()}
-    for name in ("query", "gate", "value_decoder"):
+    tensors = tensors_of(inputs)
+    for name in {"query", "gate", "value_decoder"} & inputs.keys():
         tensors[name] = tensors[name].transpose(0, 1).contiguous().transpose(0, 1)
         assert not tensors[name].is_contiguous()
-    output = torch_ops._latent_attention_on_gpu(*(tensors[name] for name in op.INPUTS), *sizes.heads, sizes.scale)
+    output = torch_ops._latent_attention_on_gpu(*tensors.values(), *sizes.heads, sizes.scale)
     assert (output.dtype, output.is_contiguous()) == (torch.float16, True)
     results = (output, tensors["past_key"], tensors["past_latent"])
     for found, exact in zip(results, expected(inputs, sizes), strict=True):
@@ -412,13 +430,16 @@ def test_narrow_types_stay_narrow_and_near(dtype, tolerance):
 
 
 @pytest.mark.parametrize("static", [False, True])
-@pytest.mark.parametrize("sizes", [Sizes(), Sizes(n_q=5, n_k=1, n_c=1, d_k=64, d_l=128, past=(4,), tokens=1)], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [*FORMS.values(), Sizes(n_q=5, n_k=1, n_c=1, d_k=64, d_l=128, past=(4,), tokens=1)], ids=str
+)
 def test_the_checker_accepts_the_function(sizes, static):
     onnx.checker.check_model(model(sizes, static=static), full_check=True)
 
 
-def test_the_function_takes_and_gives_what_the_op_says():
-    function = onnx.parser.parse_function(op.FUNCTION)
+@pytest.mark.parametrize("form", [(True, True), (True, False), (False, True), (False, False)])
+def test_the_function_takes_and_gives_what_the_op_says(form):
+    function = onnx.parser.parse_function(op.function(*form))
     assert (function.domain, function.name) == ("gta", "GroupedLatentAttention")
     assert tuple(function.input) == op.INPUTS
     assert tuple(function.output) == op.OUTPUTS
@@ -460,7 +481,8 @@ def test_the_scale_is_the_attribute_and_not_the_width(run, scale):
 def test_output_shapes_are_those_of_the_outputs():
     sizes = Sizes(n_q=6, n_k=2, n_c=3)
     inputs = arrays(sizes)
-    shapes = op.output_shapes({name: array.shape for name, array in inputs.items()})
+    kernel_sizes = op.Sizes(6, 2, 3, sizes.d_k, sizes.d_l, sizes.hidden)
+    shapes = op.output_shapes(kernel_sizes, {name: array.shape for name, array in inputs.items()})
     assert tuple(shapes) == op.OUTPUTS
     assert list(shapes.values()) == [result.shape for result in expected(inputs, sizes)]
 
@@ -522,153 +544,20 @@ def test_only_a_value_decoder_widens_heads_and_groups_latents_in_another_way(nam
         op.Sizes(**PLAIN | {name: value})
 
 
-# --- the baselines' attention ----------------------------------------------------------------------------------------
+# --- grouped-query attention -----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class BaselineSizes:
-    """One call of the baselines' op."""
-
-    n_h: int = 4
-    n_kv: int = 2
-    d: int = 16
-    past: tuple[int, ...] = (3, 0)
-    tokens: int = 4
-    capacity: int = 9
-    positions: int = 12
-    garbage: float = 0.0
-    seed: int = 0
+@pytest.mark.parametrize(("heads", "cached"), [(4, 2), (6, 1), (3, 3)])
+def test_without_gate_and_decoder_it_is_grouped_query_attention(heads, cached):
+    """The formula of GQA is written down once more, and the op's reference is that one."""
+    sizes = Sizes(n_q=heads, n_k=cached, n_c=cached, d_k=16, d_l=16, gate=False, decoder=False)
+    inputs = arrays(sizes)
+    renamed = {name.replace("latent", "value"): array for name, array in inputs.items()}
+    exact = reference.grouped_query_attention(**renamed, num_heads=heads, num_key_value_heads=cached, scale=sizes.scale)
+    for found, wanted in zip(expected(inputs, sizes), exact, strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-13, atol=1e-13)
 
 
-def baseline_arrays(sizes: BaselineSizes) -> dict[str, np.ndarray]:
-    whole = arrays(
-        Sizes(
-            n_q=sizes.n_h,
-            n_k=sizes.n_kv,
-            n_c=sizes.n_kv,
-            d_k=sizes.d,
-            d_l=sizes.d,
-            past=sizes.past,
-            tokens=sizes.tokens,
-            capacity=sizes.capacity,
-            positions=sizes.positions,
-            garbage=sizes.garbage,
-            seed=sizes.seed,
-        )
-    )
-    whole |= {"value": whole["latent"], "past_value": whole["past_latent"]}
-    return {name: whole[name] for name in BASELINE_INPUTS}
-
-
-def baseline_in_torch(inputs: dict[str, np.ndarray], sizes: BaselineSizes) -> list[np.ndarray]:
-    tensors = [torch.from_numpy(inputs[name].copy()) for name in BASELINE_INPUTS]
-    results = torch.ops.gta.grouped_query_attention(*tensors, sizes.n_h, sizes.n_kv, sizes.d**-0.5)
-    return [result.numpy() for result in results]
-
-
-def baseline_in_torch_in_place(inputs: dict[str, np.ndarray], sizes: BaselineSizes) -> list[np.ndarray]:
-    tensors = {name: torch.from_numpy(inputs[name].copy()) for name in BASELINE_INPUTS}
-    output = torch.ops.gta.grouped_query_attention_(*tensors.values(), sizes.n_h, sizes.n_kv, sizes.d**-0.5)
-    return [result.numpy() for result in (output, tensors["past_key"], tensors["past_value"])]
-
-
-def baseline_model(n_h: int, n_kv: int, d: int) -> onnx.ModelProto:
-    shapes = {
-        "query": ["B", "T", n_h * d],
-        "key": ["B", "T", n_kv * d],
-        "value": ["B", "T", n_kv * d],
-        "past_key": ["B", n_kv, "S", d],
-        "past_value": ["B", n_kv, "S", d],
-        "past_length": ["B"],
-        "cos": ["P", d // 2],
-        "sin": ["P", d // 2],
-    }
-    outputs = {"output": shapes["query"], "present_key": shapes["past_key"], "present_value": shapes["past_value"]}
-    attributes = {"num_query_heads": n_h, "num_key_heads": n_kv, "scale": d**-0.5}
-    return wrap(op.BASELINE_FUNCTION, op.BASELINE_OP, shapes, outputs, attributes)
-
-
-@lru_cache
-def baseline_ort_session(n_h, n_kv, d):
-    return quiet_session(baseline_model(n_h, n_kv, d))
-
-
-def baseline_in_onnxruntime(inputs: dict[str, np.ndarray], sizes: BaselineSizes) -> list[np.ndarray]:
-    return baseline_ort_session(sizes.n_h, sizes.n_kv, sizes.d).run(None, inputs)
-
-
-def baseline_in_onnx_reference(inputs: dict[str, np.ndarray], sizes: BaselineSizes) -> list[np.ndarray]:
-    return ReferenceEvaluator(baseline_model(sizes.n_h, sizes.n_kv, sizes.d)).run(None, inputs)
-
-
-BASELINES = {
-    "torch": baseline_in_torch,
-    "torch in place": baseline_in_torch_in_place,
-    "onnxruntime": baseline_in_onnxruntime,
-    "onnx reference": baseline_in_onnx_reference,
-}
-baselines = pytest.mark.parametrize("run", BASELINES.values(), ids=BASELINES)
-
-
-@st.composite
-def all_baseline_sizes(draw) -> BaselineSizes:
-    n_h = draw(st.sampled_from([1, 2, 3, 4, 6]))
-    past = tuple(draw(st.lists(st.integers(0, 9), min_size=1, max_size=3)))
-    tokens = draw(st.integers(1, 9))
-    capacity = max(past) + tokens + draw(st.integers(0, 3))
-    return BaselineSizes(
-        n_h=n_h,
-        n_kv=draw(st.sampled_from(divisors(n_h))),
-        d=draw(st.sampled_from([16, 24, 32, 64])),
-        past=past,
-        tokens=tokens,
-        capacity=capacity,
-        positions=capacity + draw(st.integers(0, 3)),
-        garbage=draw(st.sampled_from([0.0, 1e30])),
-        seed=draw(st.integers(0, 2**16)),
-    )
-
-
-@baselines
-@settings(SETTINGS, max_examples=30)
-@given(sizes=all_baseline_sizes())
-def test_the_baseline_against_the_formula(run, sizes):
-    inputs = baseline_arrays(sizes)
-    output, key, value = run(inputs, sizes)
-    exact_output, exact_key, exact_value = reference.grouped_query_attention(
-        **inputs, num_heads=sizes.n_h, num_key_value_heads=sizes.n_kv, scale=sizes.d**-0.5
-    )
-    assert reference.relative_error(output, exact_output) <= TOLERANCE
-    assert_cache(key, inputs["past_key"], exact_key, sizes.past, sizes.tokens)
-    assert_cache(value, inputs["past_value"], exact_value, sizes.past, sizes.tokens)
-
-
-def test_the_checker_accepts_the_baseline_function():
-    onnx.checker.check_model(baseline_model(6, 3, 16), full_check=True)
-    assert {node.domain for node in onnx.parser.parse_function(op.BASELINE_FUNCTION).node} == {""}
-
-
-def test_torch_accepts_the_functional_baseline_op():
-    sizes = BaselineSizes()
-    inputs = baseline_arrays(sizes)
-    tensors = [torch.from_numpy(inputs[name]) for name in BASELINE_INPUTS]
-    kept = [tensor.clone() for tensor in tensors]
-    torch.library.opcheck(
-        torch.ops.gta.grouped_query_attention.default, (*tensors, sizes.n_h, sizes.n_kv, sizes.d**-0.5)
-    )
-    assert all(torch.equal(tensor, copy) for tensor, copy in zip(tensors, kept, strict=True))
-
-
-def test_torch_accepts_the_in_place_baseline_op():
-    sizes = BaselineSizes()
-    inputs = baseline_arrays(sizes)
-    tensors = [torch.from_numpy(inputs[name]) for name in BASELINE_INPUTS]
-    torch.library.opcheck(
-        torch.ops.gta.grouped_query_attention_.default, (*tensors, sizes.n_h, sizes.n_kv, sizes.d**-0.5)
-    )
-
-
-@pytest.mark.parametrize("name", ["grouped_latent_attention", "grouped_query_attention"])
-def test_the_ops_are_importable_by_name(name):
-    for each in (name, f"{name}_"):
-        assert getattr(torch_ops, each) is getattr(torch.ops.gta, each).default
+def test_the_ops_are_importable_by_name():
+    assert torch_ops.grouped_latent_attention is torch.ops.gta.grouped_latent_attention.default
+    assert torch_ops.grouped_latent_attention_ is torch.ops.gta.grouped_latent_attention_.default

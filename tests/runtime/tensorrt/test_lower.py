@@ -27,7 +27,7 @@ from gta_edge.graph.retype import ConvertPrecisionPass
 from gta_edge.model.config import ModelConfig
 from gta_edge.model.kv_cache import input_shapes, interface_names
 from gta_edge.plugins.attention import definition as op
-from gta_edge.plugins.attention.plugin_call import QUANTISED_CACHE
+from gta_edge.plugins.attention.plugin_call import INPUT_FLAGS, QUANTISED_CACHE
 from gta_edge.runtime.tensorrt.lower import lower
 from gta_edge.runtime.tensorrt.passes.fold_constants import FoldConstantsPass
 from gta_edge.runtime.tensorrt.passes.keep_plugin_nodes import KeepPluginNodesPass
@@ -149,9 +149,11 @@ def test_codes_stay_codes_and_nothing_else_is_float32(bundles: Bundles, tmp_path
     bundle = bundles(name, "int4")
     function_form(bundle, tmp_path, compute="fp16")
     before, after = (onnx.load(path) for path in (bundle.model_path, tmp_path / "model.onnx"))
-    codes = {tensor.name: tensor for tensor in before.graph.initializer if tensor.data_type == TensorProto.INT4}
-    kept = {tensor.name: tensor for tensor in after.graph.initializer if tensor.data_type == TensorProto.INT4}
-    assert codes and kept.keys() == codes.keys()
+    kinds = (TensorProto.INT4, TensorProto.INT8)
+    codes = {tensor.name: tensor for tensor in before.graph.initializer if tensor.data_type in kinds}
+    kept = {tensor.name: tensor for tensor in after.graph.initializer if tensor.data_type in kinds}
+    assert kept.keys() == codes.keys()
+    assert {tensor.data_type for tensor in kept.values()} == {*kinds}  # the head is in int8
     assert all(kept[key].raw_data == codes[key].raw_data for key in codes)
     dequantize = [node for node in after.graph.node if node.op_type == "DequantizeLinear"]
     stored = {tensor.name for tensor in after.graph.initializer}
@@ -173,7 +175,7 @@ def test_a_value_beyond_float16_is_named(bundles: Bundles, tmp_path: Path) -> No
 # --- the plugin's form -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["gta, tied", "gta, untied"])
+@every_model
 @pytest.mark.parametrize("cache", [None, "bf16", "int8", "fp8"])
 @each_parser
 def test_the_plugins_nodes(bundles: Bundles, tmp_path: Path, name: str, cache: str | None, newer_ops: bool) -> None:
@@ -182,17 +184,20 @@ def test_the_plugins_nodes(bundles: Bundles, tmp_path: Path, name: str, cache: s
     assert not model.functions
     nodes = [node for node in model.graph.node if node.domain == "gta"]
     assert [node.op_type for node in nodes] == ["GroupedLatentAttention"] * LAYERS
-    kinds = ["past_key", "past_latent"]
-    scaled = cache in ("int8", "fp8")
+    kinds = ["past_key", "past_latent" if "gta" in name else "past_value"]
+    scaled, absent = cache in ("int8", "fp8"), [] if "gta" in name else list(INPUT_FLAGS.values())
     for i, node in enumerate(nodes):
         attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
-        assert set(attributes) == {*op.ATTRIBUTES, *([QUANTISED_CACHE] if scaled else [])}
+        assert set(attributes) == {*op.ATTRIBUTES, *([QUANTISED_CACHE] if scaled else []), *absent}
+        assert all(attributes[flag] == 0 for flag in absent)
         assert attributes.get(QUANTISED_CACHE, 0) == int(scaled)
         assert (attributes["plugin_namespace"], attributes["plugin_version"]) == (b"gta", b"1")
         past = [f"{kind}.{i}" for kind in kinds]
         scales = [f"{kind}_scale.{i}" for kind in kinds] if scaled else []
-        assert len(node.input) == 10 + len(scales)
-        assert list(node.input[4:6]) == past and list(node.input[10:]) == scales
+        inputs = len(op.INPUTS) - len(absent)
+        assert all(node.input) and len(node.input) == inputs + len(scales)
+        first = 3 if absent else 4  # there is no gate before the caches
+        assert list(node.input[first : first + 2]) == past and list(node.input[inputs:]) == scales
         assert list(node.output[1:]) == [name.replace("past", "present") for name in (*past, *scales)]
     config = ModelConfig.from_dict(TABLE[name])
     sizes = {"batch": "batch", "tokens": "tokens", "positions": "positions", "capacity": CAPACITY}
@@ -227,7 +232,7 @@ def test_older_parsers_get_operators_that_they_know(
 ) -> None:
     model = plugin_form(bundles(name, precision), tmp_path / "model", compute="fp16", newer_ops=False)
     versions = {opset.domain: opset.version for opset in model.opset_import}
-    assert versions == {"": 21 if precision == "int4" else 20} | ({"gta": 1} if name.startswith("gta") else {})
+    assert versions == {"": 21 if precision == "int4" else 20, "gta": 1}
     assert model.ir_version <= 10
     for node in model.graph.node:
         if node.domain == "":
@@ -570,7 +575,7 @@ def test_the_result_needs_nothing_of_the_bundle(bundles: Bundles, tmp_path: Path
         ("gta, tied", {"compute": "int8"}, InputError, "not in 'int8'"),
         ("gta, tied", {"cache_dtype": "bf16"}, InputError, "has no cache of 'bf16'; expected fp16 or int8 or fp8"),
         ("gta, tied", {"cache_dtype": "int8", "form": "function"}, InputError, "no cache of 'int8'; expected fp16"),
-        ("gqa, tied", {"cache_dtype": "fp8"}, InputError, "LlamaForCausalLM in fp16 has no cache of 'fp8'"),
+        ("gqa, tied", {"cache_dtype": "fp8", "form": "function"}, InputError, "LlamaForCausalLM in fp16 has no cache"),
         ("gta, tied", {"capacity": 25}, CapacityError, "the capacity is 25 tokens; expected 1 to 24"),
         ("gta, tied", {"capacity": 0}, CapacityError, "the capacity is 0 tokens"),
         ("gta, tied", {"batch": 0}, InputError, "the batch is 0"),

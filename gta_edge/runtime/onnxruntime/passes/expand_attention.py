@@ -29,8 +29,8 @@ class ExpandAttentionPass(ir.passes.InPlacePass):
     A step of one token runs some 30 small nodes per layer, and each costs a microsecond or two whatever it does. So:
     query and key are rotated together and split where they need no further reshaping; the scale is a factor of the
     matmul; query heads stay rows of one matmul from scores to mix when key and latent heads are as many; the mask
-    is laid out for those rows, once for all layers; and the tile of the mix is folded into the value decoder, which
-    costs nothing in float32.
+    is laid out for those rows, once for all layers; and the tile of the mix is folded into the value decoder, where
+    there is one, which costs nothing in float32.
 
     The graph computes in float32. A value decoder may be stored in another type, behind a Cast.
 
@@ -41,10 +41,9 @@ class ExpandAttentionPass(ir.passes.InPlacePass):
     def requires(self, model: ir.Model) -> None:
         """Every value decoder is an initializer, maybe behind a Cast."""
         for node in _attention(model.graph):
-            given = node.inputs[op.INPUTS.index("value_decoder")]
-            if _stored(given) is None:
-                name = None if given is None else given.name
-                raise BackendError(f"the value decoder {name} is no stored tensor", "export the bundle again")
+            given = op.given_inputs(node.inputs).get("value_decoder")
+            if given is not None and _stored(given) is None:
+                raise BackendError(f"the value decoder {given.name} is no stored tensor", "export the bundle again")
 
     def ensures(self, model: ir.Model) -> None:
         """No such node is left, and no function of it."""
@@ -72,9 +71,9 @@ def _attention(graph: ir.Graph) -> list[ir.Node]:
     return [node for node in graph if (node.domain, node.op_type) == (DOMAIN, op.OP)]
 
 
-def _stored(decoder: ir.Value | None) -> ir.Value | None:
+def _stored(decoder: ir.Value) -> ir.Value | None:
     """Return the initializer that a value decoder is stored in, None where it is computed."""
-    cast = None if decoder is None else decoder.producer()
+    cast = decoder.producer()
     stored = cast.inputs[0] if cast is not None and cast.op_type == "Cast" else decoder
     known = stored is not None and stored.is_initializer() and stored.shape is not None and len(stored.shape) == 3
     return stored if known else None
@@ -82,10 +81,10 @@ def _stored(decoder: ir.Value | None) -> ir.Value | None:
 
 def _expanded(graph: ir.Graph, node: ir.Node) -> tuple[list[ir.Value], list[ir.Node]]:
     """Return output, present_key and present_latent, and the nodes that make them."""
-    given = dict(zip(op.INPUTS, node.inputs, strict=False))
+    given = op.given_inputs(node.inputs)
     query, past_key, past_latent, length = (given[k] for k in ("query", "past_key", "past_latent", "past_length"))
     n_q, n_k, n_c = (node.attributes.get_int(name) for name in op.ATTRIBUTES[:3])
-    assert past_key is not None and past_key.shape is not None and query is not None  # the op's own
+    assert past_key.shape is not None  # the graph's own input
     d_k = int(past_key.shape[3])  # type: ignore[arg-type]  # static, as the contract of the graph has it
     nodes = Nodes()
     tokens = nodes("Shape", query, start=1, end=2)
@@ -108,27 +107,31 @@ def _expanded(graph: ir.Graph, node: ir.Node) -> tuple[list[ir.Value], list[ir.N
     weights = _softmax(nodes, scores, (n_q, n_k, n_c), positions, (tokens, capacity))
     mix = nodes("MatMul", weights, present_latent)  # [B, n_c, (n_q / n_c)·T, d_l]
 
-    decoder = _decoder(graph, given["value_decoder"])
-    assert decoder.shape is not None
-    d_l, width = decoder.shape.numpy()[1:]
-    mix = nodes("Reshape", mix, nodes.constant(0, n_q, -1, d_l))
-    values = nodes("MatMul", mix, decoder)  # [B, n_q, T, e·d_l]
+    assert past_latent.shape is not None
+    width = int(past_latent.shape[3])  # type: ignore[arg-type]  # static, as the contract of the graph has it
+    values = nodes("Reshape", mix, nodes.constant(0, n_q, -1, width))
+    if "value_decoder" in given:
+        decoder = _decoder(graph, given["value_decoder"])
+        values = nodes("MatMul", values, decoder)  # [B, n_q, T, e·d_l]
+        assert decoder.shape is not None
+        width = decoder.shape.numpy()[2]
     values = nodes("Transpose", values, perm=[0, 2, 1, 3])
-    values = nodes("Reshape", values, nodes.constant(0, 0, n_q * width))
-    output = nodes("Mul", nodes("Sigmoid", given["gate"]), values)
+    output = nodes("Reshape", values, nodes.constant(0, 0, n_q * width))
+    if "gate" in given:
+        output = nodes("Mul", nodes("Sigmoid", given["gate"]), output)
     return [output, present_key, present_latent], nodes.made
 
 
-def _positions(nodes: Nodes, tokens: ir.Value, length: ir.Value | None) -> ir.Value:
+def _positions(nodes: Nodes, tokens: ir.Value, length: ir.Value) -> ir.Value:
     """Return int64 [B, T]."""
     count = nodes("Squeeze", tokens)
     steps = nodes("Range", nodes.scalar(0, np.int64), count, nodes.scalar(1, np.int64))
     return nodes("Add", nodes("Unsqueeze", length, nodes.constant(1)), steps)
 
 
-def _by_head(nodes: Nodes, latent: ir.Value | None, heads: int) -> ir.Value:
+def _by_head(nodes: Nodes, latent: ir.Value, heads: int) -> ir.Value:
     """Return [B, n_c, T, d_l]."""
-    assert latent is not None and latent.shape is not None
+    assert latent.shape is not None
     width = latent.shape[2]
     assert isinstance(width, int)
     if heads == 1:
@@ -159,7 +162,7 @@ def _softmax(
     return nodes("Reshape", weights, by_latent)
 
 
-def _decoder(graph: ir.Graph, given: ir.Value | None) -> ir.Value:
+def _decoder(graph: ir.Graph, given: ir.Value) -> ir.Value:
     """Return the value decoder with the tile of the mix folded in: W_P + [I I …], float32 [n_q, d_l, e·d_l]."""
     stored = _stored(given)
     assert stored is not None and stored.shape is not None  # it is required

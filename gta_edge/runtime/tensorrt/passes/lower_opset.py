@@ -33,8 +33,8 @@ class LowerOpsetPass(ir.passes.InPlacePass):
     """Replace RMSNormalization, RotaryEmbedding and TensorScatter by operators of opset 20, and lower the opset.
 
     The norm's sums are float32, its result is cast back before the weight, as the standard has it. Written out,
-    TensorScatter is no update in place: a baseline's cache is copied at every step, with indices as large as the
-    cache. In the plugin form of a GTA model there is none, and no RotaryEmbedding.
+    TensorScatter is no update in place: the cache is copied at every step, with indices as large as the cache. In the
+    plugin form there is none, and no RotaryEmbedding.
 
     Norms are over the last axis; rotation is of whole heads, in halves, of [B, T, heads · width]; scattering is linear
     along axis -2 of [B, heads, S, width]. Afterwards every standard operator has its form in the opset that the model
