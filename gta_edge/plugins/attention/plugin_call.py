@@ -14,7 +14,7 @@ import numpy as np
 
 from gta_edge.errors import BackendError
 from gta_edge.numerics.dtypes import COMPUTE_TYPES, QUANTIZED_CACHE_TYPES
-from gta_edge.plugins.attention.definition import INPUTS, OP, OUTPUTS, Sizes
+from gta_edge.plugins.attention.definition import INPUTS, OP, OPTIONAL_INPUTS, OUTPUTS, Sizes
 from gta_edge.plugins.attention.launches import plan_attention, programs_for
 from gta_edge.plugins.attention.tiling import DECODE_TOKENS, Variant
 from gta_edge.plugins.plugin_call_base import CALLS_CACHED, FieldTypes, ParametersBase, Value
@@ -38,7 +38,7 @@ PRESENT_SCALES = ("present_key_scale", "present_latent_scale")
 QUANTISED_CACHE = "quantised_cache"
 """Attribute, 0 or 1: the node has scales. A plugin says how many outputs it has before it sees its inputs."""
 
-INPUT_FLAGS = {"gate": "has_gate", "value_decoder": "has_value_decoder"}
+INPUT_FLAGS = {name: f"has_{name}" for name in OPTIONAL_INPUTS}
 """Inputs that a node need not have, and the attribute, 0 or 1, that says so: a plugin's inputs have no gaps."""
 
 FIELDS = FieldTypes(

@@ -27,7 +27,7 @@ from gta_edge.graph.retype import ConvertPrecisionPass
 from gta_edge.model.config import ModelConfig
 from gta_edge.model.kv_cache import input_shapes, interface_names
 from gta_edge.plugins.attention import definition as op
-from gta_edge.plugins.attention.plugin_call import QUANTISED_CACHE
+from gta_edge.plugins.attention.plugin_call import INPUT_FLAGS, QUANTISED_CACHE
 from gta_edge.runtime.tensorrt.lower import lower
 from gta_edge.runtime.tensorrt.passes.fold_constants import FoldConstantsPass
 from gta_edge.runtime.tensorrt.passes.keep_plugin_nodes import KeepPluginNodesPass
@@ -175,7 +175,7 @@ def test_a_value_beyond_float16_is_named(bundles: Bundles, tmp_path: Path) -> No
 # --- the plugin's form -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["gta, tied", "gta, untied"])
+@every_model
 @pytest.mark.parametrize("cache", [None, "bf16", "int8", "fp8"])
 @each_parser
 def test_the_plugins_nodes(bundles: Bundles, tmp_path: Path, name: str, cache: str | None, newer_ops: bool) -> None:
@@ -184,17 +184,20 @@ def test_the_plugins_nodes(bundles: Bundles, tmp_path: Path, name: str, cache: s
     assert not model.functions
     nodes = [node for node in model.graph.node if node.domain == "gta"]
     assert [node.op_type for node in nodes] == ["GroupedLatentAttention"] * LAYERS
-    kinds = ["past_key", "past_latent"]
-    scaled = cache in ("int8", "fp8")
+    kinds = ["past_key", "past_latent" if "gta" in name else "past_value"]
+    scaled, absent = cache in ("int8", "fp8"), [] if "gta" in name else list(INPUT_FLAGS.values())
     for i, node in enumerate(nodes):
         attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
-        assert set(attributes) == {*op.ATTRIBUTES, *([QUANTISED_CACHE] if scaled else [])}
+        assert set(attributes) == {*op.ATTRIBUTES, *([QUANTISED_CACHE] if scaled else []), *absent}
+        assert all(attributes[flag] == 0 for flag in absent)
         assert attributes.get(QUANTISED_CACHE, 0) == int(scaled)
         assert (attributes["plugin_namespace"], attributes["plugin_version"]) == (b"gta", b"1")
         past = [f"{kind}.{i}" for kind in kinds]
         scales = [f"{kind}_scale.{i}" for kind in kinds] if scaled else []
-        assert len(node.input) == 10 + len(scales)
-        assert list(node.input[4:6]) == past and list(node.input[10:]) == scales
+        inputs = len(op.INPUTS) - len(absent)
+        assert all(node.input) and len(node.input) == inputs + len(scales)
+        first = 3 if absent else 4  # there is no gate before the caches
+        assert list(node.input[first : first + 2]) == past and list(node.input[inputs:]) == scales
         assert list(node.output[1:]) == [name.replace("past", "present") for name in (*past, *scales)]
     config = ModelConfig.from_dict(TABLE[name])
     sizes = {"batch": "batch", "tokens": "tokens", "positions": "positions", "capacity": CAPACITY}
