@@ -1,8 +1,8 @@
-"""One measurement of ``cpu_peer.py`` in a process of its own, so that its peak of memory is its own.
+"""One measurement of a comparison with another engine, in a process of its own, so that its peak of memory is its own.
 
     python benchmarks/cpu_peer_worker.py '{"engine": "peer", "model": …}'
 
-The interpreter of either engine runs it: it imports numpy and, when it is used, the engine. The last line on stdout is
+The interpreter of any engine runs it: it imports numpy and, when it is used, the engine. The last line on stdout is
 a JSON object with the figures.
 """
 
@@ -132,11 +132,64 @@ class Peer:
         del self._generator, self._model
 
 
+class LlamaCpp:
+    """A GGUF file on llama.cpp's CPU backend, as its own programs run it."""
+
+    cache_bytes = None
+
+    def __init__(self, spec: dict[str, Any]) -> None:
+        import llama_cpp
+
+        self._library = llama_cpp
+        self._silent = llama_cpp.llama_log_callback(lambda level, text, data: None)
+        llama_cpp.llama_log_set(self._silent, None)
+        llama_cpp.llama_backend_init()
+        self._model = llama_cpp.llama_model_load_from_file(
+            spec["model"].encode(), llama_cpp.llama_model_default_params()
+        )
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx = spec["context"] + 1 + spec["new_tokens"]
+        params.n_threads = params.n_threads_batch = spec["threads"]
+        self._context = self._model and llama_cpp.llama_init_from_model(self._model, params)
+        if not self._context:
+            raise RuntimeError(f"llama.cpp cannot load {spec['model']}")
+        self._batch = int(llama_cpp.llama_n_batch(self._context))
+        self._vocabulary = int(llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model)))
+        self._token, self.length = 0, 0
+
+    def warm_up(self, ids: Ids) -> None:
+        self.prefill(ids)
+        self.step()
+        self._library.llama_memory_clear(self._library.llama_get_memory(self._context), True)
+        self.length = 0
+
+    def prefill(self, ids: Ids) -> None:
+        for start in range(0, len(ids), self._batch):
+            part = np.ascontiguousarray(ids[start : start + self._batch], np.int32)
+            pointer = part.ctypes.data_as(self._library.llama_token_p)
+            status = self._library.llama_decode(self._context, self._library.llama_batch_get_one(pointer, len(part)))
+            if status:
+                raise RuntimeError(f"llama_decode failed with status {status}")
+        logits = self._library.llama_get_logits_ith(self._context, -1)
+        self._token = int(np.ctypeslib.as_array(logits, (self._vocabulary,)).argmax())
+        self.length += len(ids) if self.length else len(ids) + 1
+
+    def step(self) -> None:
+        self.prefill(np.array([self._token], np.int32))
+
+    def close(self) -> None:
+        self._library.llama_free(self._context)
+        self._library.llama_model_free(self._model)
+
+
+ENGINES = {"ours": Ours, "peer": Peer, "llama.cpp": LlamaCpp}
+
+
 def measure(spec: dict[str, Any]) -> dict[str, Any]:
     """Load a model, read a random prompt, continue it token by token; return what it took.
 
     Args:
-        spec: ``engine`` (ours or peer), ``model`` (directory), ``context``, ``new_tokens``, ``vocab_size``, and
+        spec: ``engine`` (of ``ENGINES``), ``model`` (directory or file), ``context``, ``new_tokens``, ``vocab_size``;
             ``threads`` and ``chunk_size``, which the peer may lack: then it runs as it comes.
 
     Returns:
@@ -144,7 +197,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     """
     ids = np.random.default_rng(0).integers(_SPECIAL_IDS, spec["vocab_size"], spec["context"]).astype(np.int32)
     start = time.perf_counter()
-    engine: Engine = Ours(spec) if spec["engine"] == "ours" else Peer(spec)
+    engine: Engine = ENGINES[spec["engine"]](spec)
     load_s = time.perf_counter() - start
     with contextlib.closing(engine):
         return {"load_s": load_s, **_measured(engine, ids, spec)}

@@ -10,11 +10,9 @@ is what rounding activations costs. Without arguments it is the example model, a
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import math
 import platform
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -29,7 +27,8 @@ import numpy.typing as npt
 import onnx_ir as ir
 import rich.console
 import rich.table
-from cpu_peer import machine
+import texts
+from comparison import machine, say
 
 import gta_edge
 from gta_edge.errors import GtaEdgeError, InputError, OutputError
@@ -80,11 +79,6 @@ def variants(config: ModelConfig) -> list[Variant]:
         *(Variant("int4", size) for size in possible),
         *(Variant("int4", size, calibrated=True) for size in with_default),
     ]
-
-
-def say(text: str) -> None:
-    """Print a line of progress."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def lines() -> Progress:
@@ -158,7 +152,7 @@ def run(arguments: argparse.Namespace) -> Document:
     tokenizer = Tokenizer.load(source.directory)
     if tokenizer is None:
         raise InputError(f"{source.directory} has no tokenizer to read a text with; take a checkpoint that has one")
-    text = read_text(arguments.text) if arguments.text else _corpus(held_out=True)
+    text = read_text(arguments.text) if arguments.text else texts.code()
     ids = np.asarray(tokenizer.encode(text), np.int64)[: arguments.tokens]
     todo, rows = variants(source.config), []
     with tempfile.TemporaryDirectory(prefix="gta-edge-quality-") as name:
@@ -166,7 +160,7 @@ def run(arguments: argparse.Namespace) -> Document:
         calibration = arguments.calibrate
         if calibration is None:
             calibration = work / "calibration.txt"
-            calibration.write_text(_corpus(held_out=False), encoding="utf-8")
+            calibration.write_text(texts.code(held_out=False), encoding="utf-8")
         for i, variant in enumerate(todo, start=1):
             say(f"[{i}/{len(todo)}] {variant.label}")
             with tempfile.TemporaryDirectory(dir=work) as bundle:  # removed before the next one is made
@@ -182,15 +176,6 @@ def run(arguments: argparse.Namespace) -> Document:
         "tokens": len(ids) - 1,
         "variants": list(rises(rows)),
     }
-
-
-def _corpus(*, held_out: bool) -> str:
-    """Return the text of the example model: what it was not trained on, or what it was."""
-    sys.path.insert(0, str(EXAMPLES))
-    try:
-        return "\n".join(importlib.import_module("corpus").read(held_out=held_out))
-    finally:
-        sys.path.remove(str(EXAMPLES))
 
 
 # --- output ----------------------------------------------------------------------------------------------------------

@@ -82,9 +82,7 @@ def _open(path: Path, verify_hashes: bool, progress: Any) -> tuple[ModelConfig, 
         extra |= {"files": bundle.file_bytes, "made_with": bundle.manifest["made_with"]}
         return bundle.config, bundle.precision, bundle.weight_bytes, extra
     checkpoint = Checkpoint.open(path)
-    dtypes = sorted({checkpoint.dtype_of(name) for name in checkpoint.names})
-    precision = "+".join(CHECKPOINT_DTYPES[dtype].name for dtype in dtypes)
-    return checkpoint.config, precision, checkpoint.weight_bytes, {"kind": "checkpoint"}
+    return checkpoint.config, "+".join(checkpoint.precisions), checkpoint.weight_bytes, {"kind": "checkpoint"}
 
 
 def _for_people(found: dict[str, Any]) -> dict[str, str]:

@@ -151,9 +151,7 @@ def _model(target: str, precision: str | None, block_size: int | None) -> Model:
             return Model(target, bundle.config, bundle.storage, bundle.weight_bytes)
         return Model.of(target, bundle.config, precision or bundle.precision, block_size)
     checkpoint = Checkpoint.open(path)
-    found = {CHECKPOINT_DTYPES[checkpoint.dtype_of(name)].name for name in checkpoint.names}
-    own = found.pop() if len(found) == 1 else "fp32"
-    return Model.of(target, checkpoint.config, precision or own, block_size, checkpoint.names)
+    return Model.of(target, checkpoint.config, precision or checkpoint.own_precision, block_size, checkpoint.names)
 
 
 def _plan(model: Model, machine: Device, cache_dtype: str | None, **options: int | None) -> Plan:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import shlex
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -12,15 +13,15 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from gta_edge.accuracy.tolerance import Report
 from gta_edge.errors import BundleError, ExportError, GtaEdgeError, InputError
+from gta_edge.export.own_codes import OwnCodes, storage_of_own
 from gta_edge.export.quantizer import Quantizer
 from gta_edge.formats.bundle import CONFIG, FORMAT, MODEL, WEIGHTS, Bundle, write_manifest
 from gta_edge.formats.checkpoint import Checkpoint
 from gta_edge.formats.text_files import TextFiles, check_text_files
-from gta_edge.formats.weights import EMBEDDING, storage_for
+from gta_edge.formats.weights import EMBEDDING
 from gta_edge.libraries.optional import optional
 from gta_edge.model.rope import check_table_size, rope_tables
-from gta_edge.numerics.dtypes import CHECKPOINT_DTYPES
-from gta_edge.numerics.quantization import BITS
+from gta_edge.numerics.quantization import BITS, QuantizedMatrix
 from gta_edge.plan.cost import stored_bytes
 from gta_edge.plan.host_memory import require_memory_for_export
 from gta_edge.support.files import new_directory
@@ -71,7 +72,8 @@ def export_model(
     """Write a bundle from a checkpoint in the published layout, and check it against PyTorch.
 
     Weights are read, converted and written one tensor at a time; the model is never in memory as a whole, but for
-    the check.
+    the check. Matrices that the checkpoint has in the precision's integers (GPTQ, AWQ, compressed-tensors) go into the
+    bundle as they are.
 
     Args:
         checkpoint: directory with ``config.json`` and safetensors.
@@ -79,7 +81,8 @@ def export_model(
         precision: how matrices are stored, one of ``fp32``, ``fp16``, ``bf16``, ``int8``, ``int4``; the checkpoint's
             own by default.
         block_size: weights along the input dimension that share a scale: for int4 16, 32, 64 or 128, 32 by default;
-            for int8 the same or None, which is one scale per output channel.
+            for int8 the same or None, which is one scale per output channel; of matrices that are in integers already
+            their own by default.
         embedding_precision: of the embedding and the head in int4: ``int8``, the default, or ``int4``.
         calibrate: a UTF-8 text file; with it the rounding of int4 and int8 weights is corrected (GPTQ) for what the
             model computes on that text.
@@ -100,10 +103,15 @@ def export_model(
     source = Checkpoint.open(checkpoint)
     check_table_size(source.config.key_width, source.config.max_position_embeddings)
     if precision is None:
-        precision = _own_precision(source)
-    storage = storage_for(source.config, precision, block_size, embedding_precision)
+        precision = source.own_precision
+    storage = storage_of_own(source, precision, block_size, embedding_precision)
+    own = OwnCodes(source, storage)
     if calibrate is not None and precision not in BITS:
         raise InputError(f"precision is {precision}, which is not calibrated", "calibrate int8 or int4")
+    if calibrate is not None and own:
+        raise InputError(
+            f"{source.directory} is in {precision} already, and is not rounded again", "leave the calibration out"
+        )
     text = check_text_files(source.directory, source.config)
     require_memory_for_export(source, precision, calibrated=calibrate is not None, verify=verify)
     inputs = [source.directory] if calibrate is None else [source.directory, Path(calibrate)]
@@ -111,7 +119,7 @@ def export_model(
     with new_directory(bundle, force=force, inputs=inputs, needed_bytes=size, kind=FORMAT) as directory:
         quantizer = None
         if precision in BITS:
-            ready = {}
+            ready: Mapping[str, QuantizedMatrix] = own
             if calibrate:
                 from gta_edge.export.calibration import calibrated  # and with it torch, as below
 
@@ -127,12 +135,6 @@ def export_model(
         report = _check(directory, source, Path(bundle), progress) if verify else None
     notes = text.notes if text.tokenizer else (_no_tokenizer(source.directory),)
     return Export(Bundle.open(bundle), report, notes)
-
-
-def _own_precision(source: Checkpoint) -> str:
-    """Return the narrowest precision that holds every tensor of the checkpoint without loss."""
-    found = {source.dtype_of(name) for name in source.names}
-    return CHECKPOINT_DTYPES[found.pop()].name if len(found) == 1 else "fp32"
 
 
 def _write_model(

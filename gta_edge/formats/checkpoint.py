@@ -14,7 +14,6 @@ reading a whole checkpoint one tensor after another needs the memory of the larg
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import stat
@@ -23,25 +22,27 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
-from gta_edge.errors import CapacityError, CheckpointError
+from gta_edge.errors import CheckpointError
+from gta_edge.formats.quantized_checkpoint import QuantizedTensor, gather_quantized
 from gta_edge.formats.safetensors_files import (
     INDEX,
     SINGLE,
     StoredTensor,
-    changed,
     first_names,
-    opened,
     quote,
     read_headers,
+    read_tensor,
     regular_file,
     same_bytes,
 )
 from gta_edge.model.config import ModelConfig, read_config
-from gta_edge.numerics.dtypes import DTYPES
+from gta_edge.model.weight_scheme import WeightScheme, weight_scheme
+from gta_edge.numerics.dtypes import CHECKPOINT_DTYPES, DTYPES, PRECISIONS
+from gta_edge.numerics.quantization import BITS
 from gta_edge.support.floats import all_finite, first_not_finite
+from gta_edge.support.json_files import read_json
 from gta_edge.support.text import brief
 
 __all__ = ["COMPANIONS", "Checkpoint"]
@@ -77,6 +78,10 @@ _BIASES = re.compile(
 _BIAS_SWITCHES = {".self_attn.": "attention_bias", ".mlp.": "mlp_bias"}
 
 
+Tensor = StoredTensor | QuantizedTensor
+"""How one parameter lies in the files."""
+
+
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
     """A checkpoint whose tensors are known to be what its config asks for; made by ``Checkpoint.open``."""
@@ -91,7 +96,7 @@ class Checkpoint:
     """Bytes of all parameters as they are stored."""
     companions: tuple[Path, ...]
     """Tokenizer and other files to copy beside a model: those of ``COMPANIONS`` that there are."""
-    _tensors: Mapping[str, StoredTensor] = field(repr=False)
+    _tensors: Mapping[str, Tensor] = field(repr=False)
 
     @classmethod
     def open(cls, directory: str | os.PathLike[str]) -> Checkpoint:
@@ -107,7 +112,7 @@ class Checkpoint:
         regular_file(root / "config.json")
         config = read_config(root / "config.json")
         found = read_headers(root, _is_table, _TIED if config.tie_word_embeddings else (), _is_zero_bias)
-        parameters = _match(root, config, found)
+        parameters = _match(root, config, gather_quantized(found, _scheme(root)))
         return cls(
             directory=root,
             config=config,
@@ -119,19 +124,22 @@ class Checkpoint:
         )
 
     def dtype_of(self, name: str) -> str:
-        """Return the type that a parameter is stored in: float32, float16 or bfloat16.
+        """Return the type that a parameter is read in: float32, float16 or bfloat16; float32 where it is quantised.
 
         Raises:
             CheckpointError: it has no such parameter.
         """
-        return str(_DTYPES[self._tensor(name).dtype].name)
+        tensor = self._tensor(name)
+        if isinstance(tensor, QuantizedTensor):
+            return "float32"
+        return str(_DTYPES[tensor.dtype].name)
 
     def read(self, name: str) -> npt.NDArray[Any]:
         """Read one parameter.
 
         Returns:
-            An array of its own, of the config's shape and the stored type (``ml_dtypes.bfloat16`` for bfloat16); every
-            value is finite.
+            An array of its own, of the config's shape and the stored type (``ml_dtypes.bfloat16`` for bfloat16), of
+            float32 for what is stored in integers. Every value is finite.
 
         Raises:
             CheckpointError: it has no such parameter, a value of it is infinite or NaN, or its file has changed since
@@ -139,7 +147,7 @@ class Checkpoint:
             CapacityError: there is no memory for it.
         """
         tensor = self._tensor(name)
-        values = _values(name, tensor)
+        values = tensor.values() if isinstance(tensor, QuantizedTensor) else _values(name, tensor)
         if not all_finite(values):
             raise CheckpointError(
                 f"{quote(tensor.file.path)}: {name} holds {first_not_finite(values)} are not finite",
@@ -147,25 +155,34 @@ class Checkpoint:
             )
         return values
 
-    def _tensor(self, name: str) -> StoredTensor:
+    @property
+    def quantized(self) -> dict[str, QuantizedTensor]:
+        """Matrices that are stored in integers, by name."""
+        return {name: tensor for name, tensor in self._tensors.items() if isinstance(tensor, QuantizedTensor)}
+
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        """What its tensors are stored in, each once, in the order of ``PRECISIONS``."""
+        found = {
+            f"int{tensor.bits}"
+            if isinstance(tensor, QuantizedTensor)
+            else CHECKPOINT_DTYPES[str(_DTYPES[tensor.dtype].name)].name
+            for tensor in self._tensors.values()
+        }
+        return tuple(name for name in PRECISIONS if name in found)
+
+    @property
+    def own_precision(self) -> str:
+        """The narrowest precision of a bundle that holds all tensors without loss; of quantised matrices, their own."""
+        integers = [name for name in self.precisions if name in BITS]
+        if integers:
+            return min(integers, key=lambda name: BITS[name])  # an int4 bundle may have matrices in int8
+        return self.precisions[0] if len(self.precisions) == 1 else "fp32"
+
+    def _tensor(self, name: str) -> Tensor:
         if name not in self._tensors:
             raise CheckpointError(f"{quote(self.directory)}: has no parameter {brief(name)}", "see its names")
         return self._tensors[name]
-
-
-def _values(name: str, tensor: StoredTensor) -> npt.NDArray[Any]:
-    """Read a tensor as it is stored."""
-    with opened(tensor) as file:
-        try:
-            values = np.fromfile(file, _DTYPES[tensor.dtype], math.prod(tensor.shape))
-        except MemoryError as error:
-            raise CapacityError(
-                f"{quote(tensor.file.path)}: {name} takes {tensor.size / 1e9:.1f} GB, and there is no memory for it",
-                "end other programs, or use a machine with more",
-            ) from error
-    if values.nbytes != tensor.size:
-        raise changed(tensor)
-    return values.reshape(tensor.shape)
 
 
 # --- files ---------------------------------------------------------------------------------------------------------
@@ -195,7 +212,7 @@ def _find_companions(directory: Path) -> tuple[Path, ...]:
 # --- headers against the config --------------------------------------------------------------------------------------
 
 
-def _match(directory: Path, config: ModelConfig, found: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+def _match(directory: Path, config: ModelConfig, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the config's parameters that are present, in its order; anything that does not fit is an error."""
     if config.num_hidden_layers > len(found):  # before names are made for layers that cannot be there
         raise CheckpointError(
@@ -222,7 +239,7 @@ def _match(directory: Path, config: ModelConfig, found: Mapping[str, StoredTenso
                 f"{quote(tensor.file.path)}: {name} has the shape {brief(list(tensor.shape))}",
                 f"config.json asks for {list(shapes[name])}: one of the two belongs to another model",
             )
-        if tensor.dtype not in _DTYPES:
+        if isinstance(tensor, StoredTensor) and tensor.dtype not in _DTYPES:
             raise CheckpointError(
                 f"{quote(tensor.file.path)}: {name} is stored as {tensor.dtype}",
                 f"expected one of {', '.join(_DTYPES)}: convert the checkpoint to one of them",
@@ -230,14 +247,14 @@ def _match(directory: Path, config: ModelConfig, found: Mapping[str, StoredTenso
     return parameters
 
 
-def _prefixed(found: Mapping[str, StoredTensor]) -> Mapping[str, StoredTensor]:
+def _prefixed(found: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """Return the tensors under the names of a whole model, where a model without its head was saved."""
     if _EMBEDDING.removeprefix(_PREFIX) not in found or any(name.startswith(_PREFIX) for name in found):
         return found
     return {name if name == _HEAD else f"{_PREFIX}{name}": tensor for name, tensor in found.items()}
 
 
-def _untied(config: ModelConfig, found: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+def _untied(config: ModelConfig, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors with a tied matrix under the embedding's name alone, whichever of the two the file has.
 
     Raises:
@@ -247,12 +264,26 @@ def _untied(config: ModelConfig, found: Mapping[str, StoredTensor]) -> dict[str,
         return dict(found)
     tensors = {name: tensor for name, tensor in found.items() if name != _HEAD}
     head, embedding = found[_HEAD], tensors.setdefault(_EMBEDDING, found[_HEAD])
-    if head is not embedding and not same_bytes(head, embedding):
+    if head is not embedding and not _same(head, embedding):
         raise CheckpointError(
             f"{quote(head.file.path)}: {_HEAD} differs from {_EMBEDDING}, but config.json ties them",
             "set tie_word_embeddings to false if the head is meant, or remove the head",
         )
     return tensors
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    if isinstance(a, StoredTensor) and isinstance(b, StoredTensor):
+        return same_bytes(a, b)
+    if not (isinstance(a, QuantizedTensor) and isinstance(b, QuantizedTensor)):
+        return False
+    return a.parts.keys() == b.parts.keys() and all(same_bytes(a.parts[name], b.parts[name]) for name in a.parts)
+
+
+def _scheme(directory: Path) -> WeightScheme | None:
+    """Return how the matrices are quantised; the config has been read, and so checked."""
+    entries = read_json(directory / "config.json", CheckpointError, "copy the checkpoint anew")
+    return weight_scheme(entries if isinstance(entries, dict) else {})
 
 
 def _is_table(name: str) -> bool:
@@ -269,7 +300,13 @@ def _of_biases(surplus: list[str]) -> list[str]:
     return [f"biases of {' and '.join(switches)} that are not all zero are not supported"]
 
 
-def _is_zero_bias(name: str, tensor: StoredTensor) -> bool:
+def _values(name: str, tensor: StoredTensor) -> npt.NDArray[Any]:
+    return read_tensor(name, tensor, _DTYPES[tensor.dtype])
+
+
+def _is_zero_bias(name: str, tensor: Tensor) -> bool:
     """Tell whether this is a bias that adds nothing."""
+    if isinstance(tensor, QuantizedTensor):
+        return False
     is_bias = _BIASES.fullmatch(name) and len(tensor.shape) == 1 and tensor.size <= _MAX_BIAS_BYTES
     return bool(is_bias) and tensor.dtype in _DTYPES and not _values(name, tensor).any()

@@ -6,6 +6,7 @@ for what it does not give (offsets, and keys that come twice), and no name leads
 
 from __future__ import annotations
 
+import math
 import os
 import stat
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -14,9 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
+import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
-from gta_edge.errors import CheckpointError
+from gta_edge.errors import CapacityError, CheckpointError
 from gta_edge.support.files import plain_name
 from gta_edge.support.json_files import MAX_JSON_BYTES, parse_json, read_json
 from gta_edge.support.text import MAX_QUOTED, brief, one_line, printable
@@ -30,6 +33,7 @@ __all__ = [
     "opened",
     "quote",
     "read_headers",
+    "read_tensor",
     "regular_file",
     "same_bytes",
 ]
@@ -112,6 +116,31 @@ def opened(tensor: StoredTensor) -> Iterator[IO[bytes]]:
         raise CheckpointError(
             f"{quote(tensor.file.path)}: cannot be read ({error.strerror or error})", "check the file and its disk"
         ) from error
+
+
+def read_tensor(name: str, tensor: StoredTensor, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    """Read a tensor as it is stored.
+
+    Args:
+        name: what messages call it.
+        tensor: where it lies.
+        dtype: numpy's for its type.
+
+    Raises:
+        CheckpointError: its file has changed, or cannot be read.
+        CapacityError: there is no memory for it.
+    """
+    with opened(tensor) as file:
+        try:
+            values = np.fromfile(file, dtype, math.prod(tensor.shape))
+        except MemoryError as error:
+            raise CapacityError(
+                f"{quote(tensor.file.path)}: {name} takes {tensor.size / 1e9:.1f} GB, and there is no memory for it",
+                "end other programs, or use a machine with more",
+            ) from error
+    if values.nbytes != tensor.size:
+        raise changed(tensor)
+    return values.reshape(tensor.shape)
 
 
 def changed(tensor: StoredTensor) -> CheckpointError:

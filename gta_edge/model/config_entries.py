@@ -12,6 +12,7 @@ from typing import Any, TypeGuard
 
 from gta_edge.errors import ConfigError
 from gta_edge.model.rope import ROPE_TYPES, RopeScaling, rope_type_of
+from gta_edge.model.weight_scheme import weight_scheme
 from gta_edge.support.text import brief
 
 __all__ = [
@@ -32,7 +33,6 @@ _ACTIVATIONS = ("silu", "swish")  # two names of one function
 _LARGEST_SIZE = 2**31 - 1
 _ORIGINAL = "original_max_position_embeddings"
 
-_QUANTISED = "weights that are quantised already are not read: give the checkpoint that they were made from"
 _OTHER_MODEL = "a model that uses it is not supported: remove it if the model was trained without it"
 
 # Keys with which a model of this architecture computes something else, and the values with which it does not.
@@ -74,9 +74,7 @@ def check_supported(entries: Mapping[str, Any]) -> None:
             continue
         if value not in _ACTIVATIONS:
             raise ConfigError(f"{name} is {brief(value)}", "only 'silu', also called 'swish', is supported")
-    for name in ("quantization_config", "quantization", "compression_config"):
-        if entries.get(name):
-            raise ConfigError(f"{name} is {brief(entries[name])}", _QUANTISED)
+    weight_scheme(entries)
     for name, harmless in _REFUSED.items():
         value = entries.get(name)
         if value is not None and value not in harmless:

@@ -36,6 +36,13 @@ class AttentionCase:
     tokens: int
     capacity: int
 
+    def call(self) -> tuple[Any, float]:
+        """Return the call, its memory made, and the largest error that it may have."""
+        from tests.helpers import gpu_calls
+
+        call = gpu_calls.Call(self.variant, self.past, self.tokens, self.capacity)
+        return call, gpu_calls.TOLERANCE[self.variant.compute]
+
 
 @dataclass(frozen=True)
 class MatMulCase:
@@ -48,6 +55,13 @@ class MatMulCase:
     in_features: int
     output_sizes: tuple[int, ...]
     bias: bool = False
+
+    def call(self) -> tuple[Any, float]:
+        """Return the call, its memory made, and the largest error that it may have."""
+        from tests.helpers import gpu_matmul_calls, matmul_cases
+
+        call = gpu_matmul_calls.Call(self.variant, self.rows, self.in_features, self.output_sizes, bias=self.bias)
+        return call, matmul_cases.TOLERANCE[self.variant.compute]
 
 
 def attention(tokens_of: Mapping[int, tuple[tuple[int, ...], int]], sizes: tuple[str, ...]) -> Iterator[AttentionCase]:

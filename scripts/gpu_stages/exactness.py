@@ -13,7 +13,7 @@ from itertools import chain
 from typing import Any
 
 from scripts.gpu_stages import cases
-from scripts.gpu_stages.figures import REHEARSAL, Verdict
+from scripts.gpu_stages.figures import REHEARSAL, Verdict, tell
 
 _KINDS = ((4, 32), (8, 0), (4, 128), (8, 64))
 _SHAPES = ((1280, (320, 64, 128, 1280), False), (3584, (1280,), True), (384, (48, 37), True))
@@ -63,18 +63,14 @@ def main(*groups: str) -> int:
         from tests.helpers.simulated_gpu import install
 
         install()
-    from tests.helpers import gpu_calls, gpu_matmul_calls, matmul_cases
-
     verdict = Verdict()
     for case in chain.from_iterable(map(cases_of, groups)):
-        if isinstance(case, cases.AttentionCase):
-            call: Any = gpu_calls.Call(case.variant, case.past, case.tokens, case.capacity)
-            bound = gpu_calls.TOLERANCE[case.variant.compute]
-        else:
-            shape = (case.rows, case.in_features, case.output_sizes)
-            call = gpu_matmul_calls.Call(case.variant, *shape, bias=case.bias)
-            bound = matmul_cases.TOLERANCE[case.variant.compute]
-        call.run()
+        try:
+            call, bound = case.call()
+            call.run()
+        except Exception as error:  # of CUDA, after which nothing works in this process
+            tell("problem", why=f"{case.name}: {type(error).__name__}: {str(error)[:200]}")
+            raise
         why = ""
         try:
             call.check()

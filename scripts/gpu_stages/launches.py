@@ -44,15 +44,10 @@ def main(*sizes: str) -> None:
         from tests.helpers.simulated_gpu import install
 
         install()
-    from tests.helpers import gpu_calls, gpu_matmul_calls
-
     count = 0
     for case in chain.from_iterable({"small": _small, "large": _large}[size]() for size in sizes):
-        if isinstance(case, cases.AttentionCase):
-            gpu_calls.Call(case.variant, case.past, case.tokens, case.capacity).run()
-        else:
-            shape = (case.rows, case.in_features, case.output_sizes)
-            gpu_matmul_calls.Call(case.variant, *shape, bias=case.bias).run()
+        call, _ = case.call()
+        call.run()
         count += 1
         print(f"ran {case.group} {case.name}", flush=True)
     tell("ran", calls=count)

@@ -33,7 +33,7 @@ def measured(peer: ModuleType, decode_ms: dict[str, list[float | None]]) -> list
             "context": CONTEXT,
             "round": i,
             "system": system,
-            "figures": None if ms is None else dict.fromkeys(peer.METRICS, 1.0)
+            "figures": None if ms is None else dict.fromkeys(sys.modules["comparison"].METRICS, 1.0)
             | {"decode_ms": ms, "decode_tokens_per_s": 1e3 / ms},
             "reason": "no memory" if ms is None else None,
         }
@@ -43,7 +43,7 @@ def measured(peer: ModuleType, decode_ms: dict[str, list[float | None]]) -> list
 
 
 def summary(peer: ModuleType, decode_ms: dict[str, list[float | None]]) -> dict[str, Any]:
-    (row,) = peer.summarise(measured(peer, decode_ms), STATIC, BYTES_PER_S)
+    (row,) = peer.COMPARISON.summarise(measured(peer, decode_ms), STATIC, BYTES_PER_S)
     return row
 
 
@@ -91,7 +91,7 @@ def test_a_system_that_failed_has_no_figures_and_the_others_do(peer: ModuleType)
 
 def test_tables_have_a_cell_for_every_heading(peer: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     made = document(peer, summary(peer, {"peer": [None], "gta": [10], "gqa": [20]}))
-    text = peer.markdown(made)
+    text = peer.COMPARISON.markdown(made["summary"], peer.conditions(made))
     tables = [part.splitlines() for part in text.split("\n\n") if part.startswith("|")]
     assert [len(table) for table in tables] == [3, 3]
     for table in tables:
@@ -100,7 +100,7 @@ def test_tables_have_a_cell_for_every_heading(peer: ModuleType, capsys: pytest.C
     assert "genai GQA failed at 100: no memory" in text
     for fact in ("python benchmarks/cpu_peer.py", "2026-01-02", "onnxruntime 1.2", "onnxruntime-genai 4.5"):
         assert fact in text
-    peer.show(made)
+    peer.COMPARISON.show(made["summary"], peer.conditions(made))
     assert "10.0 (10.0..10.0)" in capsys.readouterr().out
 
 
@@ -114,7 +114,7 @@ def test_the_command_in_the_tables_has_no_paths(peer: ModuleType) -> None:
 
 def test_a_worker_without_its_model_gives_a_reason(peer: ModuleType, tmp_path: Path) -> None:
     spec = {"engine": "ours", "model": str(tmp_path), "context": 4, "new_tokens": 2, "vocab_size": 2000, "threads": 1}
-    figures, reason = peer.run_worker(Path(sys.executable), spec)
+    figures, reason = peer.Run(Path(sys.executable), spec).measure()
     assert figures is None
     assert "is not a bundle" in reason
 
@@ -122,11 +122,9 @@ def test_a_worker_without_its_model_gives_a_reason(peer: ModuleType, tmp_path: P
 def test_a_killed_worker_says_so(peer: ModuleType, tmp_path: Path) -> None:
     killed = tmp_path / "worker.py"
     killed.write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
-    peer.WORKER = killed
-    assert peer.run_worker(Path(sys.executable), {"engine": "ours"}) == (
-        None,
-        "ended by SIGKILL, probably for lack of memory",
-    )
+    sys.modules["comparison"].WORKER = killed
+    figures, reason = peer.Run(Path(sys.executable), {"engine": "ours"}).measure()
+    assert (figures, reason) == (None, "ended by SIGKILL, probably for lack of memory")
 
 
 def test_an_interpreter_without_the_peer_is_refused(peer: ModuleType, tmp_path: Path) -> None:

@@ -154,7 +154,7 @@ REFUSED = {
     "caps in the attention": ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
     "multipliers": ({"logits_scaling": 8.0}, "logits_scaling"),
     "experts": ({"num_local_experts": 8}, "num_local_experts"),
-    "quantised": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config"),
+    "quantised": ({"quantization_config": {"quant_method": "gptq", "bits": 3}}, "quantization_config.bits is 3"),
     "quantised, of any size": ({"quantization_config": {"ignored": ["x" * 500] * 1000}}, "quantization_config"),
     "quantised by MLX": ({"quantization": {"group_size": 64, "bits": 4}}, "quantization"),
     "dtype": ({"torch_dtype": "nonsense"}, "dtype"),

@@ -17,6 +17,7 @@ from gta_edge.formats.tokenizer import Tokenizer
 from scripts import fetch_smollm2
 from tests.helpers import reference
 from tests.helpers.commands import environment
+from tests.helpers.gguf_files import llama_cpp_order, tensor_name
 from tests.helpers.real_model import NOT_FETCHED, SCRIPT
 
 QUANTS = {"Q4_1": gguf.GGMLQuantizationType.Q4_1, "Q8_0": gguf.GGMLQuantizationType.Q8_0}
@@ -32,17 +33,6 @@ ENTRIES = reference.llama_entries(
     max_position_embeddings=128,
     rope_theta=100000.0,
 )
-
-
-def llama_cpp_order(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Where llama.cpp wants every row, one by one: dimension i and its partner i + d/2 become 2i and 2i + 1."""
-    width = len(weight) // heads
-    result = np.empty_like(weight)
-    for head in range(heads):
-        for i in range(width // 2):
-            result[head * width + 2 * i] = weight[head * width + i]
-            result[head * width + 2 * i + 1] = weight[head * width + i + width // 2]
-    return result
 
 
 def write(path: Path, weights: dict[str, np.ndarray], quant: str = "Q8_0", **changes: Any) -> dict[str, np.ndarray]:
@@ -69,27 +59,19 @@ def write(path: Path, weights: dict[str, np.ndarray], quant: str = "Q8_0", **cha
     writer.add_chat_template(TEMPLATE)
     kept = {}
     for name, values in weights.items():
-        stored = values
-        for projection, heads in (("q_proj", 4), ("k_proj", 2)):
-            stored = llama_cpp_order(stored, heads) if projection in name else stored
+        stored = llama_cpp_order(name, values, heads=4, kv_heads=2)
         if values.ndim == 1:
-            writer.add_tensor(gguf_name(name), stored)
+            writer.add_tensor(tensor_name(name), stored)
             kept[name] = values
         else:
             packed = gguf.quantize(stored, QUANTS[quant])
-            writer.add_tensor(gguf_name(name), packed, raw_dtype=QUANTS[quant])
+            writer.add_tensor(tensor_name(name), packed, raw_dtype=QUANTS[quant])
             kept[name] = gguf.dequantize(gguf.quantize(values, QUANTS[quant]), QUANTS[quant])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return kept
-
-
-def gguf_name(name: str) -> str:
-    """The name that the gguf package itself gives to one of Hugging Face's."""
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 3)
-    return names.get_name(name, try_suffixes=[".weight"]) or pytest.fail(name)
 
 
 def weights(**changes: Any) -> dict[str, np.ndarray]:
