@@ -57,13 +57,14 @@ def calibrated(
     del table
     rope = config.key_width, config.rope_theta, config.rope_scaling, config.max_position_embeddings
     cos, sin = rope_tables(*rope, positions=ids.shape[1])
-    tables = torch.from_numpy(cos), torch.from_numpy(sin)
+    rotated = torch.from_numpy(cos), torch.from_numpy(sin)
+    unrotated = torch.ones_like(rotated[0]), torch.zeros_like(rotated[1])
     result: dict[str, QuantizedMatrix] = {}
     with torch.inference_mode(), _not_finite():
         for i in range(config.num_hidden_layers):
             progress("calibrating", i, config.num_hidden_layers)
             prefix = f"model.layers.{i}."
-            layer = _layer(source, prefix)
+            layer, tables = _layer(source, prefix), unrotated if i in config.unrotated_layers else rotated
             result |= _quantized(layer, config, x, tables, storage, prefix)
             for start in range(len(x)):
                 x[start : start + 1] = _forward(layer, config, x[start : start + 1], tables)
@@ -119,7 +120,7 @@ def calibration_ids(source: Checkpoint, text: Path) -> Any:
 def _layer(source: Checkpoint, prefix: str) -> Layer:
     """Return one layer of a checkpoint, in float32."""
     names = [name.removeprefix(prefix) for name in source.names if name.startswith(prefix)]
-    biases = {name.removeprefix("self_attn.") for name in names if name.endswith(".bias")}
+    biases = {name.partition(".")[2] for name in names if name.endswith(".bias")}
     with torch.device("meta"):
         layer = Layer(source.config, biases, None)
     weights = {name: torch.from_numpy(source.read(prefix + name).astype(np.float32)) for name in names}

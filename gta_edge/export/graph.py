@@ -34,11 +34,12 @@ def traced(config: ModelConfig, biases: Collection[str]) -> ir.Model:
 
     Args:
         config: the model's sizes.
-        biases: full names of the biases that the checkpoint has. Where layers differ in them, all are traced.
+        biases: full names of the biases that the checkpoint has. Where layers differ in them, or in that they rotate,
+            all are traced.
     """
     first = {name for name in biases if name.startswith("model.layers.0.")}
     layers = range(config.num_hidden_layers)
-    if set(biases) != {name.replace(".0.", f".{i}.", 1) for name in first for i in layers}:
+    if config.unrotated_layers or set(biases) != {name.replace(".0.", f".{i}.", 1) for name in first for i in layers}:
         return trace(config, biases)
     model = trace(config.replace(num_hidden_layers=1), first)
     return RepeatLayersPass(config.num_hidden_layers, interface_names(config))(model).model

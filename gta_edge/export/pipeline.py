@@ -20,7 +20,7 @@ from gta_edge.formats.checkpoint import Checkpoint
 from gta_edge.formats.text_files import TextFiles, check_text_files
 from gta_edge.formats.weights import EMBEDDING
 from gta_edge.libraries.optional import optional
-from gta_edge.model.rope import check_table_size, rope_tables
+from gta_edge.model.rope import TABLES, UNROTATED_TABLES, check_table_size, rope_tables, unrotated_tables
 from gta_edge.numerics.quantization import BITS, QuantizedMatrix
 from gta_edge.plan.cost import stored_bytes
 from gta_edge.plan.host_memory import require_memory_for_export
@@ -147,7 +147,10 @@ def _write_model(
 
     progress("tracing the model", 0, 0)
     model = traced(config, source.biases)
-    model = prepare(model, EMBEDDING, source.read, {"cos": cos, "sin": sin}, precision, quantizer)
+    tables = dict(zip(TABLES, (cos, sin), strict=True))
+    if config.unrotated_layers:
+        tables |= dict(zip(UNROTATED_TABLES, unrotated_tables(cos), strict=True))
+    model = prepare(model, EMBEDDING, source.read, tables, precision, quantizer)
     progress("tracing the model", 1, 1)
 
     def wrote(tensor: Any, info: Any) -> None:

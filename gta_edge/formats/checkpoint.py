@@ -297,7 +297,7 @@ def _of_biases(surplus: list[str]) -> list[str]:
     switches = [switch for part, switch in _BIAS_SWITCHES.items() if any(part in name for name in biases)]
     if not switches:
         return []
-    return [f"biases of {' and '.join(switches)} that are not all zero are not supported"]
+    return [f"biases of {' and '.join(switches)} that are not all zero, which its config.json does not ask for"]
 
 
 def _values(name: str, tensor: StoredTensor) -> npt.NDArray[Any]:

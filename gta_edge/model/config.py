@@ -1,8 +1,8 @@
 """What a model is: its sizes, their rules, and every figure that follows from them.
 
-``GTAConfig`` is Grouped-head latenT Attention (arXiv 2506.17286); ``GQAConfig`` is the Llama baseline it is compared
-with (grouped-query attention, or multi-head where every query head has a key head of its own). Both share
-``ModelConfig``. Nothing here needs torch, and no other module repeats a size, a tensor's name or a shape.
+``GTAConfig`` is Grouped-head latenT Attention (arXiv 2506.17286); ``GQAConfig`` is Llama and what is like it
+(grouped-query attention, or multi-head where every query head has a key head of its own), by ``architectures``. Both
+share ``ModelConfig``. Nothing here needs torch, and no other module repeats a size, a tensor's name or a shape.
 """
 
 from __future__ import annotations
@@ -13,15 +13,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from gta_edge.errors import ConfigError
+from gta_edge.model.architectures import ARCHITECTURES, LLAMA, Architecture, architecture_of
 from gta_edge.model.config_entries import (
     check_size,
     check_supported,
     common_entries,
     is_int,
     is_number,
+    layers_without_rope,
     require,
 )
 from gta_edge.model.rope import RopeScaling, inverse_frequencies
@@ -38,8 +40,6 @@ __all__ = ["CacheSpec", "GQAConfig", "GTAConfig", "ModelConfig", "read_config"]
 _MAX_NUMBER = sys.float_info.max
 _MAX_KEY_WIDTH = 2**16
 _MAX_FILE_BYTES = 2**20  # of a config.json; real ones have a few thousand
-# With the early spelling, and the model without its head: whether that is tied or there, the checkpoint shows.
-_LLAMA_NAMES = frozenset({"LlamaForCausalLM", "LLaMAForCausalLM", "LlamaModel"})
 _GTA_KEYS = ("num_query_heads", "query_dim", "num_key_heads", "key_dim", "num_value_heads", "value_dim")
 
 
@@ -59,14 +59,11 @@ class CacheSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(ABC):
-    """Sizes that a GTA model and its baselines have in common; names as in a Llama ``config.json``.
+    """Sizes that all models have in common; names as in a Llama ``config.json``.
 
     Raises:
         ConfigError: on construction, naming the first size that is out of range or does not divide another.
     """
-
-    architecture: ClassVar[str]
-    """Name in ``architectures`` of a config.json."""
 
     vocab_size: int
     hidden_size: int
@@ -121,6 +118,11 @@ class ModelConfig(ABC):
 
     @property
     @abstractmethod
+    def architecture(self) -> str:
+        """Name in ``architectures`` of a config.json."""
+
+    @property
+    @abstractmethod
     def attention(self) -> Sizes:
         """The attention op's sizes, and which of its optional inputs there are."""
 
@@ -141,7 +143,17 @@ class ModelConfig(ABC):
     @property
     @abstractmethod
     def optional_biases(self) -> frozenset[str]:
-        """Projections of the attention that may or may not have a bias."""
+        """Projections that may or may not have a bias."""
+
+    @property
+    def qk_norm(self) -> bool:
+        """Whether each head of queries and keys goes through an RMSNorm before RoPE."""
+        return False
+
+    @property
+    def unrotated_layers(self) -> tuple[int, ...]:
+        """Layers without RoPE."""
+        return ()
 
     @property
     def key_width(self) -> int:
@@ -158,14 +170,22 @@ class ModelConfig(ABC):
     def layer_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the tensors of one layer with their shapes, by name below ``model.layers.N.``, biases included."""
         h, f = self.hidden_size, self.intermediate_size
+        mlp = self._with_biases({"gate_proj": (f, h), "up_proj": (f, h), "down_proj": (h, f)})
         return {
             "input_layernorm.weight": (h,),
             **{f"self_attn.{name}": shape for name, shape in self.attention_shapes().items()},
             "post_attention_layernorm.weight": (h,),
-            "mlp.gate_proj.weight": (f, h),
-            "mlp.up_proj.weight": (f, h),
-            "mlp.down_proj.weight": (h, f),
+            **{f"mlp.{name}": shape for name, shape in mlp.items()},
         }
+
+    def _with_biases(self, matrices: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of projections' tensors, given those of their matrices."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for name, shape in matrices.items():
+            shapes[f"{name}.weight"] = shape
+            if name in self.optional_biases:
+                shapes[f"{name}.bias"] = shape[:1]
+        return shapes
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return every tensor of a checkpoint with its shape, in the order of the forward pass, biases included."""
@@ -217,7 +237,7 @@ class ModelConfig(ABC):
         """Return what goes into ``config.json``, in the published layout."""
         entries: dict[str, Any] = {
             "architectures": [self.architecture],
-            "model_type": "llama",
+            "model_type": LLAMA.model_type,
             "vocab_size": self.vocab_size,
             "hidden_size": self.hidden_size,
             "intermediate_size": self.intermediate_size,
@@ -244,11 +264,11 @@ class ModelConfig(ABC):
 
     @staticmethod
     def from_dict(entries: object) -> ModelConfig:
-        """Read the content of a ``config.json``: a GTA model, or a Llama one as a baseline.
+        """Read the content of a ``config.json``.
 
         Raises:
             ConfigError: not an object, a key missing or of the wrong type, a size that does not fit, or an
-                architecture that is neither.
+                architecture that is not supported.
         """
         if not isinstance(entries, Mapping):
             raise ConfigError(f"the config is {type(entries).__name__}", "expected a JSON object")
@@ -257,15 +277,16 @@ class ModelConfig(ABC):
             raise ConfigError(f"architectures is {brief(names)}", "expected a list of names")
         model_type = entries.get("model_type")
         is_gta = any(name.startswith(("GTA", "GLA")) for name in names) if names else "num_query_heads" in entries
-        is_llama = not _LLAMA_NAMES.isdisjoint(names) if names else model_type == "llama"
-        if not is_gta and (not is_llama or model_type not in (None, "", "llama")):
+        row = LLAMA if is_gta else architecture_of(names, model_type)
+        if row is None:
             raise ConfigError(
                 f"architectures is {brief(names)} and model_type {brief(model_type)}",
-                "expected GTAForCausalLM, or LlamaForCausalLM for a baseline",
+                f"expected one of GTAForCausalLM, {', '.join(ARCHITECTURES)}, and the type that goes with it",
             )
-        check_supported(entries)
+        entries = {**row.defaults, **entries}
+        check_supported(entries, row)
         cls: type[GTAConfig | GQAConfig] = GTAConfig if is_gta else GQAConfig
-        return cls(**common_entries(entries), **cls._read_attention(entries))
+        return cls(**common_entries(entries), **cls._read_attention(entries, row))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,8 +297,6 @@ class GTAConfig(ModelConfig):
     ``latent_dim`` (d_l) are cached. In ``config.json`` the last two are ``num_value_heads`` and ``value_dim``, and
     ``query_dim`` repeats ``key_dim``.
     """
-
-    architecture: ClassVar[str] = "GTAForCausalLM"
 
     num_query_heads: int
     num_key_heads: int
@@ -307,6 +326,10 @@ class GTAConfig(ModelConfig):
             )
 
     @property
+    def architecture(self) -> str:
+        return "GTAForCausalLM"
+
+    @property
     def attention(self) -> Sizes:
         heads = self.num_query_heads, self.num_key_heads, self.num_latent_heads
         return Sizes(*heads, self.key_dim, self.latent_dim, self.hidden_size)
@@ -334,18 +357,16 @@ class GTAConfig(ModelConfig):
 
     def attention_shapes(self) -> dict[str, tuple[int, ...]]:
         h, n_q, d_l = self.hidden_size, self.num_query_heads, self.latent_dim
-        shapes: dict[str, tuple[int, ...]] = {}
-        for name, width in (
-            ("q_proj", n_q * self.key_dim),
-            ("k_proj", self.num_key_heads * self.key_dim),
-            ("v_proj", self.num_latent_heads * d_l),
-            ("g_proj", h),
-        ):
-            shapes[f"{name}.weight"] = (width, h)
-            shapes[f"{name}.bias"] = (width,)
-        shapes["v_b_proj.weight"] = (self.expansion * d_l, n_q * d_l)
-        shapes["o_proj.weight"] = (h, h)
-        return shapes
+        return self._with_biases(
+            {
+                "q_proj": (n_q * self.key_dim, h),
+                "k_proj": (self.num_key_heads * self.key_dim, h),
+                "v_proj": (self.num_latent_heads * d_l, h),
+                "g_proj": (h, h),
+                "v_b_proj": (self.expansion * d_l, n_q * d_l),
+                "o_proj": (h, h),
+            }
+        )
 
     def _attention_entries(self) -> dict[str, Any]:
         return {
@@ -359,7 +380,7 @@ class GTAConfig(ModelConfig):
         }
 
     @classmethod
-    def _read_attention(cls, entries: Mapping[str, Any]) -> dict[str, Any]:
+    def _read_attention(cls, entries: Mapping[str, Any], row: Architecture) -> dict[str, Any]:
         values = {key: require(entries, key) for key in _GTA_KEYS}
         for key, value in values.items():
             check_size(key, value)
@@ -379,18 +400,45 @@ class GTAConfig(ModelConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class GQAConfig(ModelConfig):
-    """The baseline: Llama's attention with ``num_key_value_heads`` (n_kv) heads cached."""
+    """Grouped-query attention, where ``num_key_value_heads`` (n_kv) heads are cached: Llama and what is like it.
 
-    architecture: ClassVar[str] = "LlamaForCausalLM"
+    ``attention_bias`` and ``mlp_bias`` say which projections may have biases, ``layers_without_rope`` which layers have
+    no RoPE, where the architecture knows of such (``architectures``). A head's width need not be that of the hidden
+    size over the heads.
+    """
 
+    architecture: str = LLAMA.name
     num_key_value_heads: int
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    layers_without_rope: tuple[int, ...] = ()
 
     def _check_attention(self) -> None:
+        if self.architecture not in ARCHITECTURES:
+            raise ConfigError(
+                f"architecture is {brief(self.architecture)}", f"expected one of {', '.join(ARCHITECTURES)}"
+            )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads {self.num_key_value_heads}"
             )
+        check_size("num_attention_heads times head_dim", self.num_attention_heads * self.head_dim)
+        for switch in ("attention_bias", "mlp_bias"):
+            given = getattr(self, switch)
+            if not isinstance(given, bool) or (given and switch not in self._row.bias_switches):
+                raise ConfigError(f"{switch} is {brief(given)}", f"expected false for {self.architecture}")
+        if self.layers_without_rope and not self._row.may_lack_rope:
+            raise ConfigError(f"{self.architecture} has RoPE in every layer", "leave out layers_without_rope")
+        if not all(0 <= layer < self.num_hidden_layers for layer in self.layers_without_rope):
+            raise ConfigError(
+                f"layers without RoPE are {brief(self.layers_without_rope)}",
+                f"expected layers from 0 to {self.num_hidden_layers - 1}",
+            )
+
+    @property
+    def _row(self) -> Architecture:
+        return ARCHITECTURES[self.architecture]
 
     @property
     def attention(self) -> Sizes:
@@ -404,20 +452,43 @@ class GQAConfig(ModelConfig):
 
     @property
     def optional_biases(self) -> frozenset[str]:
-        return frozenset()
+        switched = (names for switch, names in self._row.bias_switches.items() if getattr(self, switch))
+        return frozenset(self._row.biases).union(*switched)
+
+    @property
+    def qk_norm(self) -> bool:
+        return self._row.qk_norm
+
+    @property
+    def unrotated_layers(self) -> tuple[int, ...]:
+        return self.layers_without_rope
 
     def attention_shapes(self) -> dict[str, tuple[int, ...]]:
         h, q, kv = self.hidden_size, self.attention.hidden_size, self.num_key_value_heads * self.head_dim
-        return {"q_proj.weight": (q, h), "k_proj.weight": (kv, h), "v_proj.weight": (kv, h), "o_proj.weight": (h, q)}
+        shapes = self._with_biases({"q_proj": (q, h), "k_proj": (kv, h), "v_proj": (kv, h)})
+        if self.qk_norm:
+            shapes |= {"q_norm.weight": (self.head_dim,), "k_norm.weight": (self.head_dim,)}
+        return shapes | self._with_biases({"o_proj": (h, q)})
 
     def _attention_entries(self) -> dict[str, Any]:
-        return {"num_key_value_heads": self.num_key_value_heads}
+        entries: dict[str, Any] = {"model_type": self._row.model_type, "num_key_value_heads": self.num_key_value_heads}
+        entries |= {switch: getattr(self, switch) for switch in ("attention_bias", "mlp_bias")}
+        if "sliding_window" in self._row.defaults:
+            entries["sliding_window"] = None
+        if self._row.may_lack_rope:
+            entries["no_rope_layers"] = [int(i not in self.layers_without_rope) for i in range(self.num_hidden_layers)]
+        return entries
 
     @classmethod
-    def _read_attention(cls, entries: Mapping[str, Any]) -> dict[str, Any]:
-        # attention_bias and mlp_bias may say anything: whether there are biases that add something, the tensors show
+    def _read_attention(cls, entries: Mapping[str, Any], row: Architecture) -> dict[str, Any]:
         heads = entries.get("num_key_value_heads")
-        return {"num_key_value_heads": require(entries, "num_attention_heads") if heads is None else heads}
+        # a switch says what may be there; whether it is, the tensors show
+        return {
+            "architecture": row.name,
+            "num_key_value_heads": require(entries, "num_attention_heads") if heads is None else heads,
+            **{switch: bool(entries.get(switch)) for switch in row.bias_switches},
+            "layers_without_rope": layers_without_rope(entries) if row.may_lack_rope else (),
+        }
 
 
 def read_config(path: Path) -> ModelConfig:

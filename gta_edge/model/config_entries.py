@@ -1,6 +1,6 @@
-"""What the entries of a ``config.json`` mean, key by key, as transformers' LlamaConfig reads them.
+"""What the entries of a ``config.json`` mean, key by key, as transformers reads them.
 
-Many keys mean nothing to this architecture and are passed over, as there. Those that would make it another model are
+Many keys mean nothing to an architecture and are passed over, as there. Those that would make it another model are
 refused by name, so that no model is exported as something that it is not.
 """
 
@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any, TypeGuard
 
 from gta_edge.errors import ConfigError
+from gta_edge.model.architectures import Architecture
 from gta_edge.model.rope import ROPE_TYPES, RopeScaling, rope_type_of
 from gta_edge.model.weight_scheme import weight_scheme
 from gta_edge.support.text import brief
@@ -21,6 +22,7 @@ __all__ = [
     "common_entries",
     "is_int",
     "is_number",
+    "layers_without_rope",
     "names_no_token",
     "require",
 ]
@@ -32,6 +34,7 @@ _WINDOWS = ("sliding_window", "attention_chunk_size")
 _ACTIVATIONS = ("silu", "swish")  # two names of one function
 _LARGEST_SIZE = 2**31 - 1
 _ORIGINAL = "original_max_position_embeddings"
+_ROPE_LAYERS, _ROPE_INTERVAL = "no_rope_layers", "no_rope_layer_interval"
 
 _OTHER_MODEL = "a model that uses it is not supported: remove it if the model was trained without it"
 
@@ -48,7 +51,7 @@ _REFUSED: dict[str, tuple[object, ...]] = {
     "kv_sharing_modes": ([],),
     "logit_scale": (1,),
     "logits_scaling": (1,),
-    "no_rope_layers": ([],),
+    _ROPE_LAYERS: ([],),
     "num_experts": (0, 1),
     "num_kv_shared_layers": (0,),
     "num_local_experts": (0, 1),
@@ -66,7 +69,7 @@ _REFUSED: dict[str, tuple[object, ...]] = {
 }
 
 
-def check_supported(entries: Mapping[str, Any]) -> None:
+def check_supported(entries: Mapping[str, Any], row: Architecture) -> None:
     """Raise ConfigError where an entry asks for a model that computes something else."""
     for name in ("hidden_act", "hidden_activation"):
         value = entries.get(name, "silu")
@@ -77,12 +80,12 @@ def check_supported(entries: Mapping[str, Any]) -> None:
     weight_scheme(entries)
     for name, harmless in _REFUSED.items():
         value = entries.get(name)
-        if value is not None and value not in harmless:
+        if value is not None and value not in harmless and not (name == _ROPE_LAYERS and row.may_lack_rope):
             raise ConfigError(f"{name} is {brief(value)}", _OTHER_MODEL)
-    _check_windows(entries)
+    _check_windows(entries, always=row.always_windowed)
 
 
-def _check_windows(entries: Mapping[str, Any]) -> None:
+def _check_windows(entries: Mapping[str, Any], *, always: bool) -> None:
     """Raise ConfigError where a layer attends to less than all of the tokens before."""
     layers = entries.get("layer_types")
     if layers:
@@ -93,10 +96,12 @@ def _check_windows(entries: Mapping[str, Any]) -> None:
         )
         if other:
             raise ConfigError(f"layer_types is {brief(layers)}", "only full attention in every layer is supported")
-        return  # said for every layer, so a window is not used
+        if not always:
+            return  # said for every layer, so a window is not used
     positions = entries.get("max_position_embeddings", 2048)
     # models made from others may have a window that is switched off
-    windows = ("attention_chunk_size",) if entries.get("use_sliding_window") is False else _WINDOWS
+    unused = entries.get("use_sliding_window") is False and not always
+    windows = ("attention_chunk_size",) if unused else _WINDOWS
     for name in windows:
         value = entries.get(name)
         if value is not None and not (is_int(value) and is_int(positions) and value >= positions):
@@ -108,6 +113,8 @@ def _check_windows(entries: Mapping[str, Any]) -> None:
 
 def common_entries(entries: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of a config that every architecture has, defaults as in transformers' LlamaConfig.
+
+    Where an architecture has other defaults, ``entries`` have them.
 
     A first token beyond the vocabulary can never be given to the model, and counts as none; so does an end token that
     the model can never produce, beside others. Where no end token is left of those that are named, they stay, and the
@@ -142,6 +149,23 @@ def common_entries(entries: Mapping[str, Any]) -> dict[str, Any]:
         "eos_token_ids": tuple([i for i in ends if not _is_beyond(i, vocab_size)] or ends),
         "dtype": _dtype(entries.get("dtype") or entries.get("torch_dtype") or "float32"),
     }
+
+
+def layers_without_rope(entries: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return the layers that have no RoPE: ``no_rope_layers`` has a 0 for each, or every ``no_rope_layer_interval``-th.
+
+    Raises:
+        ConfigError: neither can be read.
+    """
+    layers, interval = require(entries, "num_hidden_layers"), entries.get(_ROPE_INTERVAL, 4)
+    check_size("num_hidden_layers", layers)
+    rotates = entries.get(_ROPE_LAYERS)
+    if rotates is None:
+        check_size(_ROPE_INTERVAL, interval)
+        return tuple(range(interval - 1, layers, interval))
+    if not isinstance(rotates, list) or len(rotates) < layers or any(each not in (0, 1) for each in rotates):
+        raise ConfigError(f"{_ROPE_LAYERS} is {brief(rotates)}", f"expected a 0 or 1 for each of {layers} layers")
+    return tuple(i for i, each in enumerate(rotates[:layers]) if not each)
 
 
 def names_no_token(value: object) -> bool:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from gta_edge.libraries.optional import optional
 from gta_edge.model.config import ModelConfig
 from gta_edge.model.kv_cache import cache_tensors
-from gta_edge.model.rope import rope_tables
+from gta_edge.model.rope import TABLES, UNROTATED_TABLES, rope_tables, unrotated_tables
 from gta_edge.plugins.attention import torch as torch_ops
 
 if TYPE_CHECKING:
@@ -45,16 +45,21 @@ class SelfAttention(nn.Module):
     g_proj: nn.Linear
     v_b_proj: nn.Linear
     o_proj: nn.Linear
+    q_norm: nn.RMSNorm | None
+    k_norm: nn.RMSNorm | None
 
     def __init__(self, config: ModelConfig, biases: Collection[str], attention: Attention | None) -> None:
         super().__init__()
         for parameter, shape in config.attention_shapes().items():
             name, _, kind = parameter.rpartition(".")
-            if kind == "weight":
+            if kind == "weight" and len(shape) == 2:
                 outputs, inputs = shape
                 self.add_module(name, _linear(name, inputs, outputs, biases))
         self.sizes = config.attention
         self.scale = config.scale
+        self.q_norm, self.k_norm = (
+            nn.RMSNorm(config.key_width, config.rms_norm_eps) if config.qk_norm else None for _ in range(2)
+        )
         self.attention: Attention = attention or torch_ops.grouped_latent_attention
         self.projections: nn.Module | None = None  # in the place of those that take x, where they are one product
 
@@ -64,6 +69,8 @@ class SelfAttention(nn.Module):
         sizes = self.sizes
         heads = sizes.num_query_heads, sizes.num_key_heads, sizes.num_latent_heads
         query, key, latent, *gate = self._projected(x)
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = _normed_heads(query, self.q_norm), _normed_heads(key, self.k_norm)
         output, present_key, present_latent = self.attention(
             query, key, latent, gate[0] if gate else None, *cache, past_length, cos, sin, self._value_decoder(),
             *heads, self.scale,
@@ -83,14 +90,20 @@ class SelfAttention(nn.Module):
         return (query, key, latent, self.g_proj(x)) if self.sizes.has_gate else (query, key, latent)
 
 
+def _normed_heads(x: Tensor, norm: nn.RMSNorm) -> Tensor:
+    """Normalise each head of ``x`` [B, T, n·d] by itself."""
+    heads: Tensor = norm(x.reshape(*x.shape[:2], -1, *norm.normalized_shape))
+    return heads.flatten(2)
+
+
 class MLP(nn.Module):
     """SwiGLU."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, biases: Collection[str]) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = _linear("gate_proj", config.hidden_size, config.intermediate_size, biases)
+        self.up_proj = _linear("up_proj", config.hidden_size, config.intermediate_size, biases)
+        self.down_proj = _linear("down_proj", config.intermediate_size, config.hidden_size, biases)
         self.projections: nn.Module | None = None  # in the place of gate_proj and up_proj, where they are one product
 
     def forward(self, x: Tensor) -> Tensor:
@@ -100,14 +113,20 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """One decoder layer."""
+    """One decoder layer.
+
+    Args:
+        config: the model's sizes.
+        biases: names of those that there are, ``q_proj.bias``.
+        attention: as ``Decoder`` takes it.
+    """
 
     def __init__(self, config: ModelConfig, biases: Collection[str], attention: Attention | None) -> None:
         super().__init__()
         self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = SelfAttention(config, biases, attention)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config)
+        self.mlp = MLP(config, biases)
 
     def forward(
         self, x: Tensor, cache: Cache, past_length: Tensor, cos: Tensor, sin: Tensor
@@ -125,8 +144,8 @@ class Trunk(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList()
         for i in range(config.num_hidden_layers):
-            prefix = f"model.layers.{i}.self_attn."
-            own = {name.removeprefix(prefix) for name in biases if name.startswith(prefix)}
+            prefix = f"model.layers.{i}."
+            own = {name.removeprefix(prefix).partition(".")[2] for name in biases if name.startswith(prefix)}
             self.layers.append(Layer(config, own, attention))
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -155,6 +174,10 @@ class Decoder(nn.Module):
         # outside the state dict: they follow from the config
         self.register_buffer("cos", torch.from_numpy(cos), persistent=False)
         self.register_buffer("sin", torch.from_numpy(sin), persistent=False)
+        if config.unrotated_layers:
+            unrotated = unrotated_tables(cos)
+            for name, table in zip(UNROTATED_TABLES, unrotated, strict=True):
+                self.register_buffer(name, torch.from_numpy(table), persistent=False)
 
     def forward(
         self, input_ids: Tensor, past_length: Tensor, logit_positions: Tensor, caches: Sequence[Cache]
@@ -172,11 +195,17 @@ class Decoder(nn.Module):
         """
         x = self.model.embed_tokens(input_ids)  # [B, T, H]
         presents: list[Cache] = []
-        for layer, cache in zip(self.model.layers, caches, strict=True):
-            x, present = layer(x, cache, past_length, self.cos, self.sin)
+        for i, (layer, cache) in enumerate(zip(self.model.layers, caches, strict=True)):
+            x, present = layer(x, cache, past_length, *self.tables(i))
             presents.append(present)
         chosen = x.gather(1, logit_positions[:, :, None].expand(-1, -1, x.shape[2]))  # [B, M, H]
         return self.head(self.model.norm(chosen)), presents
+
+    def tables(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Return cos and sin [P, d_k/2] of a layer."""
+        names = UNROTATED_TABLES if layer in self.config.unrotated_layers else TABLES
+        cos, sin = (getattr(self, name) for name in names)
+        return cos, sin
 
     def head(self, x: Tensor) -> Tensor:
         """Return float32 logits [..., V] of normalised hidden states [..., H] of any type."""

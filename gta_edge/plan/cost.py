@@ -114,8 +114,12 @@ def matrices(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def table_bytes(config: ModelConfig, value_bytes: int = _FLOAT_BYTES) -> int:
-    """Return the bytes of the cos and sin tables ``[P, d_k/2]`` together."""
-    return value_bytes * config.max_position_embeddings * config.key_width
+    """Return the bytes of all cos and sin tables ``[P, d_k/2]``: a pair, and one for layers without RoPE."""
+    return _table_pairs(config) * value_bytes * config.max_position_embeddings * config.key_width
+
+
+def _table_pairs(config: ModelConfig) -> int:
+    return 2 if config.unrotated_layers else 1
 
 
 def stored_bytes(config: ModelConfig, storage: Storage, names: Collection[str] | None = None) -> int:
@@ -140,7 +144,8 @@ def stored_parts(config: ModelConfig, storage: Storage, names: Collection[str] |
     def add(part: str, *sizes: int) -> None:
         parts[part] += sum(size for size in sizes if size > _INLINE_BYTES)
 
-    add("tables", *[table_bytes(config) // 2] * 2)
+    tables = 2 * _table_pairs(config)
+    add("tables", *[table_bytes(config) // tables] * tables)
     shapes = config.parameter_shapes()
     for name in shapes if names is None else names:
         shape = shapes[name]

@@ -92,7 +92,9 @@ def test_stamped_layers_are_traced_layers(name: str, tmp_path: Path) -> None:
         case.model = model
         case.attach()
         AttachFunctionsPass()(model)
-        graphs.append(([n.op_type for n in model.graph], [v.name for v in (*model.graph.inputs, *model.graph.outputs)]))
+        # sizes that follow from none of its layers are there once in the one, and in each layer in the other
+        kinds = [n.op_type for n in model.graph if n.op_type not in ("Constant", "Concat")]
+        graphs.append((kinds, [v.name for v in (*model.graph.inputs, *model.graph.outputs)]))
         graphs[-1][0].sort()
         logits = case.logits(tmp_path / f"{len(graphs)}.onnx")
     assert graphs[0] == graphs[1]

@@ -150,7 +150,7 @@ def check_against_transformers(entries: dict[str, Any], config: GQAConfig) -> bo
         assert getattr(config, name) == getattr(theirs, name)
     for name in ("num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings"):
         assert getattr(config, name) == getattr(theirs, name)
-    assert not (theirs.attention_bias or theirs.mlp_bias)
+    assert (config.attention_bias, config.mlp_bias) == (theirs.attention_bias, theirs.mlp_bias)
     assert theirs.hidden_act in ("silu", "swish")
     assert rotary.rope_type == config.rope_scaling.rope_type
     found, found_factor = inverse_frequencies(

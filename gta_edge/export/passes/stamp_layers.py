@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from gta_edge.libraries.optional import optional
@@ -27,7 +28,7 @@ class RepeatLayersPass(ir.passes.InPlacePass):
         interface: the inputs' and the outputs' names of the whole model, in order; those that end in ``.0`` are the
             first layer's and must be there already.
 
-    Precondition: a single layer, whose weights are called ``model.layers.0.*``; it reads one value of the graph
+    Precondition: a single layer, whose weights are called ``model.layers.0.*``; it reads one activation of the graph
     before it (the embedded tokens) and gives one to the graph behind it.
     Postcondition: the graph's interface is the one given, and layer i's weights are called ``model.layers.i.*``.
     """
@@ -41,7 +42,8 @@ class RepeatLayersPass(ir.passes.InPlacePass):
         """Stamp the layers of ``model``."""
         graph = model.graph
         entry, leave = _boundary(graph)
-        nodes = _ancestors(graph, [leave, *(v for v in graph.outputs if str(v.name).endswith(".0"))], entry)
+        own = _dependents(graph, [entry, *_of_first(graph.inputs), *_weights(graph)])  # the sizes, all layers share
+        nodes = [node for node in _ancestors(graph, [leave, *_of_first(graph.outputs)], entry) if node in own]
         behind = [(node, index) for node, index in leave.uses() if node not in nodes]
         value, last = leave, nodes[-1]
         for i in range(1, self.layers):
@@ -58,10 +60,18 @@ class RepeatLayersPass(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, modified=self.layers > 1)
 
 
+def _of_first(interface: Iterable[ir.Value]) -> list[ir.Value]:
+    return [value for value in interface if str(value.name).endswith(".0")]
+
+
+def _weights(graph: ir.Graph) -> list[ir.Value]:
+    return [value for name, value in graph.initializers.items() if name.startswith(_FIRST)]
+
+
 def _boundary(graph: ir.Graph) -> tuple[ir.Value, ir.Value]:
     """Return what the layer reads from the graph before it, and what it gives to the graph behind it."""
     named = {str(value.name): value for value in graph.inputs}
-    weights = [value for name, value in graph.initializers.items() if name.startswith(_FIRST)]
+    weights = _weights(graph)
     tokens, head = _dependents(graph, [named[INPUT_IDS]]), _dependents(graph, [named[LOGIT_POSITIONS]])
     layer = _dependents(graph, weights)
     (entry,) = {v for node in layer - head for v in node.inputs if v is not None and v.producer() in tokens - layer}
@@ -70,11 +80,11 @@ def _boundary(graph: ir.Graph) -> tuple[ir.Value, ir.Value]:
 
 
 def _dependents(graph: ir.Graph, seeds: list[ir.Value]) -> set[ir.Node]:
-    """Return the nodes that read one of the values, or what was made from them."""
+    """Return the nodes that read one of the values, or what was made from them; their sizes do not count."""
     made = set(seeds)
     found: set[ir.Node] = set()
     for node in graph:
-        if not made.isdisjoint(node.inputs):
+        if node.op_type != "Shape" and not made.isdisjoint(node.inputs):
             made.update(node.outputs)
             found.add(node)
     return found
