@@ -20,8 +20,8 @@ from gta_edge.graph.weights import read_stored, read_weights
 from gta_edge.numerics.quantization import QuantizedMatrix
 from gta_edge.plugins.matmul import torch as matmul
 from gta_edge.plugins.matmul.packing import pack
+from tests.helpers import architectures, reference
 from tests.helpers import quantized_checkpoints as made
-from tests.helpers import reference
 from tests.helpers.exports import export_refused
 
 SMALL = {"vocab_size": 61, "max_position_embeddings": 24, "intermediate_size": 128}
@@ -86,6 +86,30 @@ def test_codes_go_into_a_bundle_as_they_are(
     with gta_edge.load(bundle.directory, backend="onnxruntime", exact=True) as session:
         found = session.forward(IDS, all_logits=True)[0]
     assert reference.relative_error(found, exact_logits(model, values)) <= 1e-4
+
+
+def test_a_model_of_another_architecture_gives_the_logits_of_transformers(tmp_path: Path) -> None:
+    """With biases, which lie beside the codes, as zeros do where a model has none."""
+    model, own = architectures.model_of("Qwen2"), {}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".layers." not in name or parameter.ndim != 2:
+                continue
+            groups = parameter.shape[1] // 32
+            scales = (parameter.view(len(parameter), groups, 32).abs().amax(-1) / 7).numpy().astype(np.float16)
+            spread = np.repeat(scales.astype(np.float32), 32, axis=1)
+            codes = np.clip(np.rint(parameter.numpy() / spread) + 8, 0, 15).astype(int)
+            order = np.arange(parameter.shape[1]) // 32
+            own[name] = made.Codes(codes, np.full(scales.shape, 8), scales, 4, order)
+            parameter.copy_(torch.from_numpy(own[name].values))
+        logits = model(torch.from_numpy(architectures.IDS)).logits.numpy()
+    weights = {name: tensor.numpy() for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    weights["model.layers.0.mlp.up_proj.bias"] = np.zeros(96, np.float32)
+    made.write(tmp_path / "a", architectures.entries_of("Qwen2"), weights, own, "gptq")
+    bundle = export_model(tmp_path / "a", tmp_path / "b", precision="fp32").bundle
+    with gta_edge.load(bundle.directory, backend="onnxruntime") as session:
+        found = session.forward(architectures.IDS, all_logits=True)
+    assert np.abs(found - logits).max() <= 1e-4 * logits.std()
 
 
 def test_the_lowest_code_of_eight_bits_is_multiplied_as_it_is() -> None:
