@@ -17,7 +17,7 @@ from gta_edge.export.pipeline import export_model
 from gta_edge.formats.bundle import Bundle
 from gta_edge.formats.checkpoint import Checkpoint
 from gta_edge.graph.weights import read_stored, read_weights
-from gta_edge.numerics.quantization import QuantizedMatrix
+from gta_edge.numerics.quantization import BITS, QuantizedMatrix
 from gta_edge.plugins.matmul import torch as matmul
 from gta_edge.plugins.matmul.packing import pack
 from tests.helpers import architectures, reference
@@ -132,12 +132,28 @@ def test_what_no_code_of_ours_says_is_refused_or_dequantised(change: Any, tmp_pa
     own = {name: change(codes) for name, codes in matrices("llama", 4, 32).items()}
     source = written(tmp_path / "a", "llama", "gptq", own)
     said = export_refused(source, CheckpointError)
-    assert "use --precision fp16 or bf16" in said
-    assert "asymmetric" in said or "act-order" in said
+    if change is made.asymmetric:
+        assert "asymmetric" in said
+        assert said.endswith("--precision int8 holds it as it is; otherwise fp16 or bf16")
+    else:
+        assert "act-order" in said
+        assert "use --precision fp16 or bf16" in said
     bundle = export_model(source, tmp_path / "b", precision="fp32", verify=False).bundle
     values = dict(read_weights(bundle.model_path, bundle.config))
     for name, codes in own.items():
         np.testing.assert_array_equal(values[name], codes.values)
+
+
+def test_int8_holds_zero_points_of_four_bits(tmp_path: Path) -> None:
+    """As AWQ mostly has them: what a code is above or below its zero point is a code of 8 bits."""
+    own = {name: made.asymmetric(codes) for name, codes in matrices("llama", 4, 64).items()}
+    bundle = export_model(written(tmp_path / "a", "llama", "awq", own), tmp_path / "b", precision="int8").bundle
+    assert bundle.block_size == 64
+    stored = dict(read_stored(bundle.model_path, bundle.config))
+    for name, codes in own.items():
+        matrix = stored[name]
+        assert isinstance(matrix, QuantizedMatrix)
+        np.testing.assert_array_equal(matrix.values, codes.values, err_msg=name)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +166,7 @@ def test_what_no_code_of_ours_says_is_refused_or_dequantised(change: Any, tmp_pa
         (8, 0, "int8", None, None),
         (8, 64, "int8", None, 64),
         (8, 0, "int8", 32, 32),
-        (4, 64, "int8", None, None),  # dequantised, and rounded anew
+        (4, 64, "int8", None, 64),
         (8, 64, "int4", None, 32),
         (4, 64, "fp16", None, None),
     ],
@@ -162,7 +178,7 @@ def test_block_sizes(
     storage = storage_of_own(source, precision, asked)
     assert storage.block_size == expected
     codes = OwnCodes(source, storage)
-    assert len(codes) == len(list(codes)) == (len(source.quantized) if precision == f"int{bits}" else 0)
+    assert len(codes) == len(list(codes)) == (len(source.quantized) if bits <= BITS.get(precision, 0) else 0)
 
 
 def test_both_widths_in_one_bundle(tmp_path: Path) -> None:
