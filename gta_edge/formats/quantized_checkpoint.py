@@ -49,6 +49,7 @@ _TYPES: dict[str, np.dtype[Any]] = {
 }
 _COPY = "it is damaged, or of another tool: copy the checkpoint anew"
 _WIDER = "no int4 or int8 bundle holds that as it is: use --precision fp16 or bf16, or another checkpoint"
+_INTO_INT8 = "no int4 bundle holds that: use --precision int8, which holds it as it is, fp16 or bf16"
 
 _PARTS = {
     GPTQ: ("qweight", "qzeros", "scales", "g_idx"),
@@ -146,11 +147,10 @@ class QuantizedTensor:
         middle, zeros = 1 << self.bits - 1, self._zeros()
         if bits == self.bits and (zeros != middle).any():
             row, group = (int(each[0]) for each in np.nonzero(zeros != middle))
-            remedy = "--precision int8 holds it as it is" if self.bits == 4 else "no integers here hold that"
             raise self._error(
                 f"is asymmetric: the zero point of output {row}, group {group} is {int(zeros[row, group])} and not "
                 f"{middle}",
-                f"{remedy}; otherwise fp16 or bf16",
+                _INTO_INT8 if self.bits == 4 else _WIDER,
             )
         stored = self._scales()
         with np.errstate(over="ignore"):

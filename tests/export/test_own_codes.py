@@ -134,7 +134,7 @@ def test_what_no_code_of_ours_says_is_refused_or_dequantised(change: Any, tmp_pa
     said = export_refused(source, CheckpointError)
     if change is made.asymmetric:
         assert "asymmetric" in said
-        assert said.endswith("--precision int8 holds it as it is; otherwise fp16 or bf16")
+        assert said.endswith("use --precision int8, which holds it as it is, fp16 or bf16")
     else:
         assert "act-order" in said
         assert "use --precision fp16 or bf16" in said
