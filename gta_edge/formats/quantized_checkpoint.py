@@ -178,7 +178,9 @@ class QuantizedTensor:
             words = np.ascontiguousarray(self._read("weight_zero_point").T)  # [groups, words]
             return np.ascontiguousarray(_unpacked(words, self.bits)[:, :rows].T)
         found = _unpacked(self._read("qzeros"), self.bits, _AWQ_ORDER if layout == AWQ else None)[:, :rows].T
-        return np.ascontiguousarray((found + np.uint8(self.scheme.zero_offset)) & np.uint8((1 << self.bits) - 1))
+        if self.scheme.zero_offset and (found == (1 << self.bits) - 1).any():  # of which its readers make 0 or 2^bits
+            raise self._error("has zero points that GPTQ's first format does not say", _COPY)
+        return np.ascontiguousarray(found + np.uint8(self.scheme.zero_offset))
 
     def _scales(self) -> Array:
         """Return scales [out, groups] as they are stored; every one is finite."""

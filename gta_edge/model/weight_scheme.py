@@ -25,6 +25,7 @@ _ENTRY = "quantization_config"
 _OTHER_NAMES = ("quantization", "compression_config")  # MLX's, and compressed-tensors' before 0.6
 _ORIGINAL = "give the checkpoint that it was made from"
 _READ = f"read are gptq, awq and compressed-tensors with integers: {_ORIGINAL}"
+_FORMAT_ENTRIES = ("checkpoint_format", "format")  # of the same, by different releases
 _STRATEGIES = ("group", "channel", "tensor")
 
 
@@ -71,17 +72,19 @@ def weight_scheme(entries: Mapping[str, Any]) -> WeightScheme | None:
 
 def _gptq(config: Mapping[str, Any]) -> WeightScheme:
     bits = _bits(config, "bits", (4, 8))
-    form = _one_of(config, "checkpoint_format", (None, "gptq", "gptq_v2"))
+    formats = {_one_of(config, name, (None, "gptq", "gptq_v2")) for name in _FORMAT_ENTRIES} - {None}
+    if len(formats) > 1:
+        raise ConfigError(f"{_ENTRY} has {' and '.join(_FORMAT_ENTRIES)} that differ", _ORIGINAL)
     _one_of(config, "pack_dtype", (None, "int32"))
+    _nothing(config, "is_marlin_format")
     _nothing(config, "dynamic")  # matrices that differ in width or are left out
-    return WeightScheme(GPTQ, (bits,), zero_offset=0 if form == "gptq_v2" else 1)
+    return WeightScheme(GPTQ, (bits,), zero_offset=0 if "gptq_v2" in formats else 1)
 
 
 def _awq(config: Mapping[str, Any]) -> WeightScheme:
     bits = _bits(config, "bits", (4,))
-    version = config.get("version")
-    if not (version is None or (isinstance(version, str) and version.lower() == "gemm")):
-        raise ConfigError(f"{_ENTRY}.version is {brief(version)}", f"of AWQ the layout gemm is read: {_ORIGINAL}")
+    for name in ("version", *_FORMAT_ENTRIES):
+        _one_of(config, name, (None, "gemm", "GEMM"))
     return WeightScheme(AWQ, (bits,))
 
 
@@ -140,7 +143,7 @@ def _one_of(config: Mapping[str, Any], name: str, allowed: tuple[object, ...], w
     found = config.get(name)
     if not (found is None or isinstance(found, (str, bool))) or found not in allowed:
         path = ".".join(filter(None, (_ENTRY, where, name)))
-        read = ", ".join(str(each) for each in allowed if each is not None)
+        read = ", ".join(dict.fromkeys(str(each).lower() for each in allowed if each is not None))
         raise ConfigError(f"{path} is {brief(found)}", f"read is {read}: {_ORIGINAL}")
     return found
 

@@ -52,7 +52,7 @@ class QuantizedMatrix:
     (``plugins.matmul.packing``).
 
     Attributes:
-        codes: int8 [out, in], from -8 to 7 or from -127 to 127.
+        codes: int8 [out, in], from -8 to 7 or from -127 to 127; -128 too where another tool has quantised it.
         scales: float16 [out, in / block_size], positive; [out, 1] where there is one per output channel.
         bits: width of a code, 4 or 8.
         block_size: inputs that share a scale; 0 where there is one per output channel.

@@ -168,6 +168,11 @@ DAMAGES: dict[str, tuple[str, Callable[[Parts], Any], str]] = {
         lambda parts: parts.pop("weight_shape"),
         "has weight_packed and no weight_shape",
     ),
+    "gptq: zeros that overflow": (
+        "gptq",
+        lambda parts: parts.update(qzeros=np.full_like(parts["qzeros"], -1)),
+        "has zero points that GPTQ's first format does not say",
+    ),
     "int8: no scales": ("int-quantized", lambda parts: parts.pop("weight_scale"), "has weight and no weight_scale"),
     "gptq: too few scales": (
         "gptq",
@@ -237,6 +242,11 @@ DAMAGES: dict[str, tuple[str, Callable[[Parts], Any], str]] = {
 }
 
 
+def values_in(directory: Path, scheme: Any) -> np.ndarray:
+    tensor: Any = gather_quantized(read_headers(directory, lambda name: False), scheme)["a.b.weight"]
+    return tensor.values()
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_matrix_is_refused_by_name(damage: str, tmp_path: Path) -> None:
     layout, change, expected = DAMAGES[damage]
@@ -245,7 +255,7 @@ def test_a_damaged_matrix_is_refused_by_name(damage: str, tmp_path: Path) -> Non
     save_file({f"a.b.{part}": array for part, array in parts.items()}, tmp_path / "model.safetensors")
     scheme = weight_scheme({"quantization_config": made.config_of(layout, 8 if layout == "int-quantized" else 4)})
     with pytest.raises(CheckpointError, match=rf"model\.safetensors: a\.b\.weight {expected}") as caught:
-        gather_quantized(read_headers(tmp_path, lambda name: False), scheme)
+        values_in(tmp_path, scheme)
     assert "\n" not in str(caught.value)
     assert caught.value.remedy
 
@@ -306,6 +316,10 @@ REFUSED = {
     "words of 16 bits": ("gptq", {"pack_dtype": "int16"}, "pack_dtype is 'int16'"),
     "widths that differ": ("gptq", {"dynamic": {"-:lm_head": {}}}, "dynamic is "),
     "AWQ in 8 bits": ("awq", {"bits": 8}, "bits is 8; weights of 4 bits are read"),
+    "marlin by an old name": ("gptq", {"is_marlin_format": True}, "is_marlin_format is True"),
+    "planes": ("gptq", {"format": "gptq_p"}, "format is 'gptq_p'; read is gptq, gptq_v2"),
+    "two formats": ("gptq_v2", {"format": "gptq"}, "checkpoint_format and format that differ"),
+    "AWQ in GPTQ's words": ("awq", {"format": "llm-awq"}, "format is 'llm-awq'; read is gemm"),
     "gemv": ("awq", {"version": "gemv"}, "version is 'gemv'"),
     "floats": ("compressed-tensors", {"format": "float-quantized"}, "format is 'float-quantized'"),
     "marlin-24": ("compressed-tensors", {"format": "marlin-24"}, "format is 'marlin-24'"),
@@ -335,6 +349,13 @@ def test_a_scheme_that_is_not_read_is_refused_by_name(case: str) -> None:
         weight_scheme({"quantization_config": {**made.CONFIGS[layout], **changes}})
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize("entries", [{"format": "gptq_v2"}, {"checkpoint_format": "gptq_v2", "format": "gptq_v2"}])
+def test_the_format_by_the_name_of_either_release(entries: dict[str, str]) -> None:
+    found = weight_scheme({"quantization_config": {**made.CONFIGS["gptq"], **entries}})
+    assert found == weight_scheme({"quantization_config": made.CONFIGS["gptq_v2"]})
+    assert found is not None and found.zero_offset == 0
 
 
 @pytest.mark.parametrize("value", [[], {}, None, 0, ""])

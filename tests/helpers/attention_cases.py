@@ -143,9 +143,13 @@ def appended(case: Case, past: dict[str, Array]) -> dict[str, Array]:
 
 
 def attended(case: Case, present: dict[str, Array]) -> Array:
-    """The output for caches as they are after the call, float64 [B, T, H]."""
+    """The output for caches as they are after the call, float64 [B, T, H].
+
+    The query that has been turned is rounded to the inputs' type, as the op's function has it: of keys that are large
+    or nearly alike that alone changes the weights by a percent in bf16.
+    """
     sizes, scale = case.variant.sizes, case.scale
-    query = rotated(case, "query", sizes.num_query_heads)
+    query = rotated(case, "query", sizes.num_query_heads).astype(case.arrays["query"].dtype).astype(np.float64)
     key = np.repeat(present["key"], sizes.num_query_heads // sizes.num_key_heads, axis=1)
     latent = np.repeat(present["latent"], sizes.num_query_heads // sizes.num_latent_heads, axis=1)
     output = np.empty((case.batch, case.tokens, sizes.hidden_size))

@@ -307,6 +307,7 @@ class Call:
                     new[row, :, : part.shape[1]] = part
             present[name] = with_new_rows(stored, new, self.past)
         query = rotated(split_heads(self["query"], self.variant.sizes.num_query_heads), past, self["cos"], self["sin"])
+        query = query.to(TYPES[self.variant.compute]).double()  # as the op's function has it
         gate, decoder = (self.memory.tensors.get(name) for name in ("gate", "value_decoder"))
         decoder = None if decoder is None else decoder.double()
         expected = exact_output(query, gate, present["key"], present["latent"], past, decoder, self.scale)

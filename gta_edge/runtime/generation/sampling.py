@@ -119,15 +119,15 @@ class Sampler:
         Raises:
             BackendError: the logits hold NaN or +inf, or -inf only.
         """
-        scores = self._scores(logits, ids)
+        scores, top = self._scores(logits, ids)
         if self.sampling.greedy:
-            return int(scores.argmax())
+            return top if scores is logits else int(scores.argmax())
         tokens, weights = self._candidates(scores)
         return int(tokens[draw(weights, self._random.random())])
 
     def probabilities(self, logits: Logits, ids: Ids) -> Floats:
         """Return the distribution that ``sample`` draws from, float64 [V]; arguments and errors as there."""
-        scores = self._scores(logits, ids)
+        scores, _ = self._scores(logits, ids)
         result = np.zeros(scores.shape, np.float64)
         if self.sampling.greedy:
             result[scores.argmax()] = 1
@@ -136,8 +136,8 @@ class Sampler:
             result[tokens] = weights / weights.sum(dtype=np.float64)
         return result
 
-    def _scores(self, logits: Logits, ids: Ids) -> npt.NDArray[Any]:
-        """Check the logits and apply the repetition penalty: [V], a new array where anything changes."""
+    def _scores(self, logits: Logits, ids: Ids) -> tuple[npt.NDArray[Any], int]:
+        """Check the logits and apply the repetition penalty: [V], a new array where anything changes; and their top."""
         top = int(logits.argmax())  # NaN counts as the largest
         if not math.isfinite(logits[top]):
             found = "NaN" if math.isnan(logits[top]) else str(float(logits[top]))
@@ -148,13 +148,13 @@ class Sampler:
             )
         penalty = float(self.sampling.repetition_penalty)
         if penalty == 1:
-            return logits
+            return logits, top
         scores = logits.astype(np.float64)
         seen = scores[ids]
         with np.errstate(over="ignore"):
             seen = np.where(seen < 0, seen * penalty, seen / penalty)
         scores[ids] = np.clip(seen, -_LARGEST_FLOAT, _LARGEST_FLOAT)
-        return scores
+        return scores, top
 
     def _candidates(self, scores: npt.NDArray[Any]) -> tuple[Ids, Weights]:
         """Return the tokens that may be drawn, ascending, and their probabilities over that of the most probable."""
