@@ -148,19 +148,10 @@ def _same(inputs: Sequence[Known], attributes: Attributes) -> list[Known]:
     return [inputs[0]]
 
 
-def _softmax(inputs: Sequence[Known], attributes: Attributes) -> list[Known]:
-    _axis(attributes.get("axis", -1), len(inputs[0].shape))
-    return _known(inputs[0].dtype, inputs[0].shape)
-
-
 def _cast(inputs: Sequence[Known], attributes: Attributes) -> list[Known]:
     dtype = attributes["to"]
     _require(dtype in (FLOAT, FLOAT16, BFLOAT16, INT32, INT64), "the type it casts to")
     return _known(dtype, inputs[0].shape, inputs[0].numbers)
-
-
-def _cast_like(inputs: Sequence[Known], attributes: Attributes) -> list[Known]:
-    return _known(inputs[1].dtype, inputs[0].shape, inputs[0].numbers)
 
 
 def _constant(inputs: Sequence[Known], attributes: Attributes) -> list[Known]:
@@ -256,14 +247,6 @@ def _slice(inputs: Sequence[Known], attributes: Attributes) -> list[Known]:
     return _known(x.dtype, shape)
 
 
-def _range(inputs: Sequence[Known], attributes: Attributes) -> list[Known]:
-    _require(all(value.dtype == INT64 and not value.shape for value in inputs), "the type or shape of an input")
-    start, stop, step = (int(_numbers(value)) for value in inputs)
-    _require(step != 0, "its step")
-    found = range(start, stop, step)
-    return _known(INT64, (len(found),), found if len(found) <= _MAX_VALUES else None)
-
-
 def _matmul(inputs: Sequence[Known], attributes: Attributes) -> list[Known]:
     a, b = inputs
     _require(a.dtype == b.dtype == FLOAT, "the type of one of its inputs")
@@ -297,25 +280,6 @@ def _norm(inputs: Sequence[Known], attributes: Attributes) -> list[Known]:
     return _known(x.dtype, x.shape)
 
 
-def _rotation(inputs: Sequence[Known], attributes: Attributes) -> list[Known]:
-    x, cos, sin, positions = inputs
-    heads = attributes["num_heads"]
-    _require(x.dtype == cos.dtype == sin.dtype == FLOAT and positions.dtype == INT64, "the type of an input")
-    _require(len(x.shape) == 3 and cos.shape == sin.shape and len(cos.shape) == 2, "the shape of an input")
-    _require(heads > 0 and x.shape[2] == heads * 2 * cos.shape[1], "its number of heads")
-    _require(positions.shape == x.shape[:2], "the shape of its positions")
-    return _known(x.dtype, x.shape)
-
-
-def _scatter(inputs: Sequence[Known], attributes: Attributes) -> list[Known]:
-    past, update, starts = inputs
-    _require(past.dtype == update.dtype and starts.dtype == INT64, "the type of an input")
-    _require(len(past.shape) == len(update.shape) == 4 and attributes.get("axis", -2) in (-2, 2), "its axis")
-    same = (*past.shape[:2], past.shape[3]) == (*update.shape[:2], update.shape[3])
-    _require(same and update.shape[2] <= past.shape[2] and starts.shape == past.shape[:1], "the shape of an input")
-    return _known(past.dtype, past.shape)
-
-
 def _attention(inputs: Sequence[Known | None], attributes: Attributes) -> list[Known]:
     given = op.given_inputs(inputs)
     _require(set(op.INPUTS) - set(op.OPTIONAL_INPUTS) <= given.keys(), "its number of inputs")
@@ -344,7 +308,6 @@ def _attention(inputs: Sequence[Known | None], attributes: Attributes) -> list[K
 _RULES: dict[str, Rule] = {
     "Add": _computed(np.add),
     "Cast": _cast,
-    "CastLike": _cast_like,
     "Concat": _concat,
     "Constant": _constant,
     "DequantizeLinear": _dequantize,
@@ -353,23 +316,17 @@ _RULES: dict[str, Rule] = {
     "Gather": _gather,
     "GatherElements": _gather_elements,
     "Gemm": _gemm,
-    "Identity": _same,
     "Less": _comparison,
-    "LessOrEqual": _comparison,
     "MatMul": _matmul,
     "Mod": _arithmetic,
     "Mul": _computed(np.multiply),
     "RMSNormalization": _norm,
-    "Range": _range,
     "Reshape": _reshape,
-    "RotaryEmbedding": _rotation,
     "Shape": _shape,
     "Sigmoid": _same,
     "Slice": _slice,
-    "Softmax": _softmax,
     "Squeeze": _squeeze,
     "Sub": _computed(np.subtract),
-    "TensorScatter": _scatter,
     "Transpose": _transpose,
     "Unsqueeze": _unsqueeze,
     "Where": _where,
@@ -380,15 +337,10 @@ INPUTS: dict[str, tuple[int, int]] = dict.fromkeys(_RULES, (2, 2)) | {
     "Concat": (1, 16),
     "Constant": (0, 0),
     op.OP: (len(op.INPUTS) - 1, len(op.INPUTS)),  # the last, where it is absent, is left off
-    "Identity": (1, 1),
-    "Range": (3, 3),
-    "RotaryEmbedding": (4, 4),
     "Shape": (1, 1),
     "Sigmoid": (1, 1),
     "Slice": (5, 5),
-    "Softmax": (1, 1),
     "Squeeze": (1, 2),
-    "TensorScatter": (3, 3),
     "Transpose": (1, 1),
     "Where": (3, 3),
 }
@@ -405,10 +357,7 @@ ATTRIBUTES: dict[str, dict[str, str]] = {
     op.OP: dict(zip(op.ATTRIBUTES, ("i", "i", "i", "f", "s", "s"), strict=True)),
     "RMSNormalization": {"axis": "i", "epsilon": "f", "stash_type": "i"},
     "Reshape": {"allowzero": "i"},
-    "RotaryEmbedding": {"num_heads": "i"},
     "Shape": {"start": "i", "end": "i"},
-    "Softmax": {"axis": "i"},
-    "TensorScatter": {"axis": "i"},
     "Transpose": {"perm": "ints"},
 }
 """By operator, the attributes that it may have, each with the field of ``onnx.AttributeProto`` that holds it."""

@@ -47,7 +47,7 @@ _BITS = {DTYPES[name].onnx_number: DTYPES[name].bits for name in PRECISIONS} | {
 _STORED = _BITS.keys() - {INT64}
 _NUMPY = {FLOAT: "<f4", FLOAT16: "<f2", INT32: "<i4", INT64: "<i8"}
 _MAX_INLINE_BYTES = 2**16
-_MAX_FIXED, _MAX_PER_LAYER = 400, 200  # nodes, or stored tensors: a baseline in int4 has 100 nodes in a layer
+_MAX_FIXED, _MAX_PER_LAYER = 400, 100  # nodes, or stored tensors: a layer has 50 nodes at most
 
 _MAX_ATTRIBUTES = 8
 

@@ -1,11 +1,11 @@
 """The KV cache as a graph has it: names, shapes and bytes of its tensors, and the graph's inputs and outputs around it.
 
-A layer caches a key and what takes the place of the value, GTA's latent or a baseline's value. A cache of 8 bits has a
+A layer caches a key and what takes the place of the value, GTA's latent or the value itself. A cache of 8 bits has a
 float32 scale per head and token beside each. Every tensor is an input of the graph, ``past_…``, and an output of the
 same shape, ``present_…``; a session gives both the same memory.
 
     past_key.{i}           [B, n_k, S, d_k]    the key after RoPE
-    past_latent.{i}        [B, n_c, S, d_l]    GTA's; a baseline's is past_value.{i} [B, n_kv, S, d_h]
+    past_latent.{i}        [B, n_c, S, d_l]    GTA's; others have past_value.{i} [B, n_kv, S, d_h]
     past_key_scale.{i}     [B, n_k, S]         float32, of a cache in int8 or fp8
     past_latent_scale.{i}  [B, n_c, S]         likewise
 

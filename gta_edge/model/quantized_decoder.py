@@ -33,7 +33,7 @@ else:
 __all__ = ["PackedEmbedding", "QuantizedLinear", "QuantizedLinears", "build_packed_decoder", "is_packable"]
 
 _GROUPS = {"self_attn": ("q_proj", "k_proj", "v_proj", "g_proj"), "mlp": ("gate_proj", "up_proj")}
-"""Linear layers of a block that share their input; a baseline has no g_proj."""
+"""Linear layers of a block that share their input; only GTA has a g_proj."""
 
 _SINGLE = {"self_attn": "o_proj", "mlp": "down_proj"}
 

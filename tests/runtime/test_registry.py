@@ -292,6 +292,12 @@ def test_what_a_cache_may_hold(name: str, model: str, caches: tuple[str, ...]) -
     assert BACKENDS[name].cache_types(preset(model), "fp16") == caches
 
 
+def test_without_kernels_for_its_widths_a_model_has_no_cache_of_8_bits() -> None:
+    """Its attention is standard operators then."""
+    wide = preset("gqa-1b").replace(num_attention_heads=5, num_key_value_heads=5, head_dim=256)
+    assert BACKENDS["tensorrt"].cache_types(wide, "fp16") == ("fp16",)
+
+
 def test_a_plan_is_for_the_fastest_of_a_device() -> None:
     assert (registry.fastest_on("cpu").name, registry.fastest_on("gpu").name) == ("onnxruntime", "tensorrt")
 

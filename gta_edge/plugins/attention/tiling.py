@@ -32,6 +32,7 @@ __all__ = [
     "decode_grid",
     "decode_program",
     "decode_splits",
+    "has_kernels",
     "prefill_grid",
     "prefill_program",
     "prefill_programs",
@@ -113,6 +114,15 @@ class Variant:
             "GTA_CACHE_INT8": int(self.cache == "int8"),
             "GTA_CACHE_FP8": int(self.cache == "fp8"),
         }
+
+
+def has_kernels(sizes: Sizes, compute: str) -> bool:
+    """Tell whether there are kernels for a model that computes in a type and has its cache in it."""
+    try:
+        Variant(sizes, compute, compute)
+    except BackendError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)

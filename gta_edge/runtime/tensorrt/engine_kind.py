@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from gta_edge.errors import BackendError
 from gta_edge.numerics.dtypes import COMPUTE_TYPES, FLOAT_TYPES, cache_types
-from gta_edge.plugins.attention.definition import Sizes
-from gta_edge.plugins.attention.tiling import Variant
+from gta_edge.plugins.attention.tiling import has_kernels
 
 if TYPE_CHECKING:
     from gta_edge.model.config import ModelConfig
@@ -34,20 +32,11 @@ class EngineKind:
 
     def attends_by_plugin(self, config: ModelConfig) -> bool:
         """Tell whether this package's kernels are a model's attention, and keep its cache."""
-        return self.takes_plugins and _has_kernels(config.attention)
+        return self.takes_plugins and has_kernels(config.attention, COMPUTE_TYPES[0])  # in all alike
 
     def cache_types(self, config: ModelConfig, compute: str) -> tuple[str, ...]:
         """Return the types that the cache of a model may have beside activations in ``compute``, the default first."""
         return cache_types(compute, kernels=self.attends_by_plugin(config))
-
-
-def _has_kernels(sizes: Sizes) -> bool:
-    compute = COMPUTE_TYPES[0]  # they do the same in all
-    try:
-        Variant(sizes, compute, compute)
-    except BackendError:
-        return False
-    return True
 
 
 TENSORRT = EngineKind("tensorrt", COMPUTE_TYPES, takes_plugins=True, builds_for_others=False)

@@ -24,6 +24,7 @@ from gta_edge.numerics.dtypes import COMPUTE_TYPES, DTYPES
 from gta_edge.numerics.quantization import BITS
 from gta_edge.plan.host_memory import require_memory_for_torch
 from gta_edge.plugins.attention import torch as torch_ops
+from gta_edge.plugins.attention.tiling import has_kernels
 from gta_edge.runtime.cache_policy import CachePolicy
 from gta_edge.runtime.session import Ids, Logits, Session
 from gta_edge.runtime.torch.cuda_graph import CaptureError, DecodeGraph
@@ -38,6 +39,9 @@ __all__ = ["TorchSession", "default_device", "load_decoder", "multiplies_codes"]
 
 _GPU_CHUNK_SIZE = 2048
 """Tokens of a prompt at once on a GPU: fewer leave most of a large one idle, and read the weights more often."""
+
+_GPU_CHUNK_SIZE_WITHOUT_KERNELS = 512
+"""Of models whose attention is torch's own operations there, which write all scores to memory."""
 
 _GPU_CAPACITY_STEP = 2048
 """Cost on a GPU goes by the cache's length and not by its capacity; growing it means capturing the graph again."""
@@ -116,7 +120,9 @@ class TorchSession(Session):
     ) -> None:
         on_gpu = device.startswith("cuda")
         if on_gpu:
-            options = {"capacity_step": _GPU_CAPACITY_STEP, "chunk_size": _GPU_CHUNK_SIZE} | options
+            on_kernels = has_kernels(model.config.attention, compute)
+            chunk_size = _GPU_CHUNK_SIZE if on_kernels else _GPU_CHUNK_SIZE_WITHOUT_KERNELS
+            options = {"capacity_step": _GPU_CAPACITY_STEP, "chunk_size": chunk_size} | options
         if on_gpu and not torch.cuda.is_available():
             raise BackendError("torch finds no CUDA GPU here", "run `gta-edge doctor`, or take the device cpu")
         super().__init__(model.config, CachePolicy(model.config, compute, on_host=not on_gpu, **options))

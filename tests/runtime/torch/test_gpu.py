@@ -34,10 +34,12 @@ ON_KERNELS = {
     "gta": reference.gta_entries(heads=4, n_q=4, n_k=2, n_c=1, d_k=16, d_l=16, e=2, **SMALL),
     "gta with 3 latents": reference.gta_entries(heads=6, n_q=6, n_k=2, n_c=3, d_k=48, d_l=80, **SMALL),
     "gta as in gta-1b": reference.gta_entries(heads=20, n_q=5, n_k=1, n_c=1, d_k=64, d_l=128, e=2, **SMALL),
+    "gqa": reference.llama_entries(heads=4, n_kv=2, d_h=16, **SMALL),
+    "mha": reference.llama_entries(heads=3, n_kv=3, d_h=64, **SMALL),
 }
 WITHOUT = {
     "gta of other widths": reference.gta_entries(heads=4, n_q=4, n_k=2, n_c=2, d_k=24, d_l=8, e=2, **SMALL),
-    "gqa": reference.llama_entries(heads=4, n_kv=2, d_h=16, **SMALL),
+    "gqa of another width": reference.llama_entries(heads=4, n_kv=2, d_h=24, **SMALL),
 }
 MODELS = ON_KERNELS | WITHOUT
 HALVES = ("fp16", "bf16")
