@@ -72,7 +72,7 @@ def export_model(
     """Write a bundle from a checkpoint in the published layout, and check it against PyTorch.
 
     Weights are read, converted and written one tensor at a time; the model is never in memory as a whole, but for
-    the check. Matrices that the checkpoint has in the precision's integers (GPTQ, AWQ, compressed-tensors) go into the
+    the check. Matrices that the checkpoint has in integers (GPTQ, AWQ, compressed-tensors) go into an int4 or int8
     bundle as they are.
 
     Args:
@@ -110,7 +110,7 @@ def export_model(
         raise InputError(f"precision is {precision}, which is not calibrated", "calibrate int8 or int4")
     if calibrate is not None and own:
         raise InputError(
-            f"{source.directory} is in {precision} already, and is not rounded again", "leave the calibration out"
+            f"{source.directory} is in integers already, which are not rounded again", "leave the calibration out"
         )
     text = check_text_files(source.directory, source.config)
     require_memory_for_export(source, precision, calibrated=calibrate is not None, verify=verify)
