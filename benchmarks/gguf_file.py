@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from gta_edge.errors import CheckpointError
 from gta_edge.formats.checkpoint import Checkpoint
+from gta_edge.model.architectures import LLAMA
 from gta_edge.model.config import GQAConfig
 
 __all__ = ["write_gguf"]
@@ -24,9 +25,11 @@ def write_gguf(checkpoint: Checkpoint, path: Path) -> None:
         CheckpointError: it is no plain Llama model.
     """
     config = checkpoint.config
-    if not isinstance(config, GQAConfig) or checkpoint.biases or config.rope_scaling.rope_type != "default":
+    plain = config.architecture == LLAMA.name and not checkpoint.biases and config.rope_scaling.rope_type == "default"
+    if not isinstance(config, GQAConfig) or not plain:
         raise CheckpointError(
-            f"{checkpoint.directory} is {config.architecture}", "expected a Llama model without biases and RoPE scaling"
+            f"{checkpoint.directory} is {config.architecture}",
+            f"expected {LLAMA.name} without biases and RoPE scaling",
         )
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(config.max_position_embeddings)

@@ -1,18 +1,14 @@
-"""Logits of the PyTorch model for given weights: what everything else is compared with."""
+"""The PyTorch model with given weights: what everything else is compared with."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from gta_edge.accuracy.tolerance import Quantisation, quantisation
 from gta_edge.errors import BundleError
-from gta_edge.formats.bundle import Bundle
-from gta_edge.formats.checkpoint import Checkpoint
-from gta_edge.graph.weights import read_weights
 from gta_edge.libraries.optional import optional
 from gta_edge.model.config import ModelConfig
 from gta_edge.model.decoder import Decoder, empty_cache
@@ -23,7 +19,7 @@ if TYPE_CHECKING:
 else:
     torch = optional("torch", "export")
 
-__all__ = ["build_decoder", "compare_weights", "reference_logits", "use_startable_threads"]
+__all__ = ["build_decoder", "reference_logits", "use_startable_threads"]
 
 
 def build_decoder(config: ModelConfig, weights: Iterable[tuple[str, npt.NDArray[Any]]]) -> Decoder:
@@ -72,22 +68,3 @@ def reference_logits(model: Decoder, ids: npt.NDArray[np.int64]) -> npt.NDArray[
         logits, _ = model(torch.tensor(ids), torch.zeros(batch, dtype=torch.int64), positions, caches)
     result: npt.NDArray[np.float32] = logits.numpy()
     return result
-
-
-def compare_weights(
-    bundle: Bundle, checkpoint: Checkpoint, ids: npt.NDArray[np.int64]
-) -> tuple[npt.NDArray[np.float32], Quantisation]:
-    """Return PyTorch's logits [1, N, V] with the bundle's weights, and how far they are from the checkpoint's."""
-    changed = False
-
-    def stored() -> Iterator[tuple[str, npt.NDArray[Any]]]:
-        nonlocal changed
-        for name, values in read_weights(bundle.model_path, bundle.config):
-            changed = changed or not np.array_equal(values, checkpoint.read(name).astype(np.float32))
-            yield name, values
-
-    reference = reference_logits(build_decoder(bundle.config, stored()), ids)
-    if not changed:
-        return reference, Quantisation(0.0, 0.0, 1.0, 0.0)
-    own = build_decoder(bundle.config, ((name, checkpoint.read(name)) for name in checkpoint.names))
-    return reference, quantisation(reference, reference_logits(own, ids))

@@ -82,6 +82,6 @@ def changes(precision: str, found: Quantisation) -> str:
     if found.max_abs_error == 0:
         return f"weights in {precision}: the checkpoint's own values"
     return (
-        f"weights in {precision} against the checkpoint's, on random tokens:\n"
+        f"weights in {precision} against the checkpoint's, on {found.tokens or 'random ids'}:\n"
         f"  {found.top1_agreement:.1%} equal top-1 tokens, mean KL divergence {found.mean_kl_divergence:.2g} nats"
     )

@@ -4,16 +4,30 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from gta_edge.accuracy.tolerance import Report, difference, probe
+from gta_edge.accuracy.constants import config_differences
+from gta_edge.accuracy.probes import Probe, encoder, probes
+from gta_edge.accuracy.tolerance import (
+    COMPUTE_BOUNDS,
+    FACTORS,
+    ROUNDED_BOUND,
+    ROUNDED_FACTOR,
+    Difference,
+    Expected,
+    Report,
+    compare,
+)
 from gta_edge.errors import BackendError, CheckpointError
 from gta_edge.formats.bundle import Bundle
 from gta_edge.formats.checkpoint import Checkpoint
-from gta_edge.plan.host_memory import require_memory_for_torch
+from gta_edge.numerics.dtypes import QUANTIZED_CACHE_TYPES
+from gta_edge.plan.host_memory import require_memory_for_reference
 from gta_edge.runtime.registry import BACKENDS, OF_THE_MODEL, check_backend, open_session, reason_of
 from gta_edge.runtime.session import Session
 from gta_edge.support.progress import Progress, silent
@@ -47,22 +61,26 @@ def verify(
         check_backend(name)
     opened = Bundle.open(bundle, verify_hashes=verify_hashes, progress=progress)
     source = Checkpoint.open(checkpoint)
-    if source.config.parameter_shapes() != opened.config.parameter_shapes():
+    differences = config_differences(opened.config, source.config)
+    if differences:
         raise CheckpointError(
-            f"{checkpoint}: is another model than the one in {bundle}", "give what it was exported from"
+            f"{checkpoint}: is another model than the one in {bundle} ({'; '.join(differences[:3])})",
+            "give what it was exported from, or export it again",
         )
-
-    require_memory_for_torch(opened.config, opened.precision, "comparing with PyTorch")
+    require_memory_for_reference(opened.config, "comparing with PyTorch")
     progress("computing the reference in PyTorch", 0, 0)
-    from gta_edge.accuracy.reference import compare_weights  # and with it torch
+    from gta_edge.accuracy.expected import Reference  # and with it torch
 
+    asked = [probe for probe in probes(opened.config, encoder(opened.directory)) if not probe.past]
+    reference = Reference.compute(opened, source, asked, progress)
+    report = Report(
+        {}, reference.quantisation, opened.precision, weights=reference.weights.counts, problems=reference.problems
+    )
+    judge = _Judge(opened, reference.expected)
     names = list(backends or BACKENDS)
-    ids, prefill = probe(opened.config)
-    reference, quantisation = compare_weights(opened, source, ids)
-    report = Report({}, quantisation, opened.precision)
     for done, name in enumerate(names):
         progress("verifying backends", done, len(names))
-        reason = _verified(report, opened, name, (ids, prefill, reference), asked=bool(backends))
+        reason = _verified(report, opened, name, judge, asked=bool(backends))
         if reason:
             gc.collect()  # what was loaded so far goes before the next one comes
             (report.unavailable if BACKENDS[name].is_here(opened) else report.absent)[name] = reason
@@ -73,30 +91,52 @@ def verify(
     return report
 
 
-def _verified(
-    report: Report,
-    bundle: Bundle,
-    name: str,
-    probed: tuple[npt.NDArray[np.int64], int, npt.NDArray[np.float32]],
-    *,
-    asked: bool,
-) -> str:
+class _Judge:
+    """Compares a session's answers with PyTorch's, in the arithmetic that the session has."""
+
+    def __init__(self, bundle: Bundle, expected: Sequence[Expected]) -> None:
+        self._bundle, self._expected = bundle, expected
+        self._distances: dict[Any, list[npt.NDArray[np.float64]]] = {}
+
+    def __call__(self, session: Session) -> Difference:
+        """Ask for the probes' tokens, and compare."""
+        limit = session.max_length
+        answers = [_logits(session, each.probe, limit) for each in self._expected]
+        compute, rounds, cache = session.compute, session.rounds_activations, session.cache_dtype
+        if compute == "fp32" and not rounds and cache == compute:
+            return compare(answers, self._expected)
+        distances = self._distances_of(compute, rounds, cache if cache in QUANTIZED_CACHE_TYPES else None)
+        narrow = rounds or cache in QUANTIZED_CACHE_TYPES
+        floor = max(COMPUTE_BOUNDS[compute], ROUNDED_BOUND if narrow else 0.0)
+        return compare(answers, self._expected, floor, ROUNDED_FACTOR if narrow else FACTORS[compute], distances)
+
+    def _distances_of(self, compute: str, rounds: bool, cache: str | None) -> list[npt.NDArray[np.float64]]:
+        from gta_edge.accuracy.expected import arithmetic_of, distances
+
+        key = compute, rounds, cache
+        if key not in self._distances:
+            self._distances[key] = distances(
+                self._bundle, self._expected, arithmetic_of(self._bundle, compute, cache, rounds=rounds)
+            )
+        return self._distances[key]
+
+
+def _verified(report: Report, bundle: Bundle, name: str, judge: _Judge, *, asked: bool) -> str:
     """Add what is found of one backend, all of it or nothing; return why nothing.
 
     Args:
         report: to add to.
         bundle: the model.
         name: of the backend.
-        probed: ids [1, N], how many of them are the prompt, and the reference's logits [1, N, V].
+        judge: that compares its answers.
         asked: whether it was asked for by name: then not having it is an error.
     """
-    ids, prefill, reference = probed
     try:
         with open_session(bundle, name) as session:
-            found = difference(_logits(session, ids, prefill), reference)
+            found = judge(session)
         if session.rounds_activations:
             with open_session(bundle, name, exact=True) as exact:
-                rounded, found = found, difference(_logits(exact, ids, prefill), reference)
+                rounded, found = found, judge(exact)
             report.int8_activations[name] = rounded
     except OF_THE_MODEL:
         raise
@@ -108,8 +148,12 @@ def _verified(
     return ""
 
 
-def _logits(session: Session, ids: npt.NDArray[np.int64], prefill: int) -> npt.NDArray[np.float32]:
-    """Return logits [1, N, V]: the prompt at once, then token by token."""
-    parts = [session.forward(ids[:, :prefill], all_logits=True)]
-    parts += [session.forward(ids[:, i : i + 1], all_logits=True) for i in range(prefill, ids.shape[1])]
-    return np.concatenate(parts, axis=1)
+def _logits(session: Session, probe: Probe, limit: int) -> npt.NDArray[np.float32]:
+    """Return logits [n, V] of a probe's first tokens, as many as there is room for: prompt, then token by token."""
+    session.reset()
+    parts = []
+    for start, stop in pairwise(probe.bounds):
+        stop = min(stop, limit)
+        if start < stop:
+            parts.append(session.forward(probe.ids[:, start:stop], all_logits=True)[0])
+    return np.concatenate(parts)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from gta_edge.accuracy.reference import compare_weights
-from gta_edge.accuracy.tolerance import Report, difference, probe
+from gta_edge.accuracy.constants import config_differences
+from gta_edge.accuracy.expected import Reference
+from gta_edge.accuracy.probes import Probe, encoder, probes, random_cache
+from gta_edge.accuracy.tolerance import FACTORS, FLOAT32_BOUND, Expected, Report, compare
 from gta_edge.errors import ExportError
 from gta_edge.formats.bundle import Bundle
 from gta_edge.formats.checkpoint import Checkpoint
@@ -20,9 +22,17 @@ from gta_edge.model.kv_cache import INPUT_IDS, LOGIT_POSITIONS, LOGITS, PAST_LEN
 from gta_edge.support.progress import Progress, silent
 from gta_edge.support.threads import compute_threads
 
-__all__ = ["check_export", "raise_if_failed"]
+__all__ = ["check_export"]
 
-_STEPS = 3
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False)
+class _Answer:
+    """What the graph answers to a probe: logits [N, V], and what it adds to each cache in the graph's order."""
+
+    logits: Floats
+    caches: list[Floats]
 
 
 def check_export(bundle: Bundle, checkpoint: Checkpoint, progress: Progress = silent) -> Report:
@@ -34,53 +44,89 @@ def check_export(bundle: Bundle, checkpoint: Checkpoint, progress: Progress = si
         ExportError: ONNX Runtime cannot load or run the file.
         BackendError: ONNX Runtime is not installed.
     """
-    ids, prefill = probe(bundle.config)
-    progress("checking against PyTorch", 0, _STEPS)
-    logits = _plain_logits(bundle, ids, prefill)
-    progress("checking against PyTorch", 1, _STEPS)
-    reference, quantisation = compare_weights(bundle, checkpoint, ids)
-    progress("checking against PyTorch", _STEPS, _STEPS)
-    return Report({"onnxruntime": difference(logits, reference)}, quantisation, bundle.precision)
+    asked = probes(bundle.config, encoder(bundle.directory))
+    answers = _answers(bundle, asked, progress)
+    reference = Reference.compute(bundle, checkpoint, asked, progress)
+    found = compare([answer.logits for answer in answers], reference.expected)
+    if not found.bound_fraction <= 1:
+        found = replace(found, place=f"{found.place}{_first_layer(answers, reference.expected)}")
+    return Report(
+        {"onnxruntime": found},
+        reference.quantisation,
+        bundle.precision,
+        weights=reference.weights.counts,
+        problems=(*config_differences(bundle.config, checkpoint.config), *reference.problems),
+    )
 
 
-def _plain_logits(bundle: Bundle, ids: npt.NDArray[np.int64], prefill: int) -> npt.NDArray[np.float32]:
-    """Return logits [1, N, V] of a prompt and single tokens after it, caches handed from step to step as arrays."""
+def _answers(bundle: Bundle, asked: Sequence[Probe], progress: Progress) -> list[_Answer]:
+    """Run every probe, caches handed from step to step as arrays."""
     onnxruntime = load_onnxruntime()
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # copying the cache is meant here, and errors are raised
     options.intra_op_num_threads = compute_threads()
     options.add_session_config_entry(*EXACT_PRODUCTS)
+    found = []
     try:
+        progress("running the export", 0, len(asked))
         session = onnxruntime.InferenceSession(
             bundle.model_path, options, providers=["CPUExecutionProvider"], enable_fallback=0
         )
-        return np.concatenate(list(_steps(session, bundle, ids, prefill)), axis=1)
+        for done, probe in enumerate(asked):
+            found.append(_answer(session, bundle, probe))
+            progress("running the export", done + 1, len(asked))
     except Exception as error:  # ONNX Runtime's errors have no common base
         raise ExportError(
             f"ONNX Runtime {onnxruntime.__version__} cannot run the exported model ({first_line(error)})",
             "please report this",
         ) from error
+    return found
 
 
-def _steps(session: Any, bundle: Bundle, ids: npt.NDArray[np.int64], prefill: int) -> Iterator[npt.NDArray[np.float32]]:
-    caches = cache_tensors(bundle.config)
-    feeds: dict[str, npt.NDArray[Any]] = {
-        cache.past: np.zeros(cache.shape(1, ids.shape[1]), np.float32) for cache in caches
-    }
-    bounds = [0, *range(prefill, ids.shape[1] + 1)]
-    for start, stop in pairwise(bounds):
-        feeds[INPUT_IDS] = ids[:, start:stop]
-        feeds[PAST_LENGTH] = np.array([start])
+def _answer(session: Any, bundle: Bundle, probe: Probe) -> _Answer:
+    config, caches = bundle.config, cache_tensors(bundle.config)
+    capacity = probe.past + probe.ids.shape[1]
+    feeds: dict[str, npt.NDArray[Any]] = {}
+    before = [array for layer in range(config.num_hidden_layers) for array in random_cache(config, layer, probe.past)]
+    for cache, filled in zip(caches, before, strict=True):
+        feeds[cache.past] = np.zeros(cache.shape(1, capacity), np.float32)
+        feeds[cache.past][:, :, : probe.past] = filled
+    del before
+    logits = []
+    for start, stop in pairwise(probe.bounds):
+        feeds[INPUT_IDS] = probe.ids[:, start:stop]
+        feeds[PAST_LENGTH] = np.array([probe.past + start])
         feeds[LOGIT_POSITIONS] = np.arange(stop - start)[None]
-        logits, *presents = session.run([LOGITS, *(cache.present for cache in caches)], feeds)
+        given, *presents = session.run([LOGITS, *(cache.present for cache in caches)], feeds)
         feeds.update({cache.past: present for cache, present in zip(caches, presents, strict=True)})
-        yield logits
+        logits.append(given[0])
+    added = [np.ascontiguousarray(feeds[cache.past][:, :, probe.past :]) for cache in caches]
+    return _Answer(np.concatenate(logits), added)
 
 
-def raise_if_failed(report: Report, bundle: Path) -> None:
-    """Turn a failed check into a failed export."""
-    if not report.passed:
-        raise ExportError(
-            f"{bundle}: the export does not agree with PyTorch ({'; '.join(report.failures)})",
-            "nothing was written: check that the weights are finite, or export in a wider precision",
-        )
+def _first_layer(answers: Sequence[_Answer], expected: Sequence[Expected]) -> str:
+    """Say which layer's cache is the first that is not PyTorch's: what is wrong lies before it."""
+    found = [_differing_layer(answer, wanted) for answer, wanted in zip(answers, expected, strict=True)]
+    layers = [each for each in found if each is not None]
+    if not layers:
+        return "; every layer's cache is right: the last layer or the head is wrong"
+    layer, position, error, name = min(layers)
+    before = f"layer {layer - 1}" if layer else "the embedding"
+    return (
+        f"; layer {layer}'s cache is the first that differs, by {error:.3g} of its standard deviation at position "
+        f"{position} of {name}: {before} or what layer {layer} caches is wrong"
+    )
+
+
+def _differing_layer(answer: _Answer, expected: Expected) -> tuple[int, int, float, str] | None:
+    assert expected.cache_distances is not None  # the reference has them
+    for layer, pair in enumerate(expected.caches):
+        bounds = np.maximum(FLOAT32_BOUND, FACTORS["fp32"] * expected.cache_distances[layer])
+        for i, wanted in enumerate(pair):
+            difference = np.abs(answer.caches[len(pair) * layer + i] - wanted).max(axis=(0, 1, 3))
+            errors = difference / (float(wanted.std(dtype=np.float64)) or 1.0)
+            wrong = ~(errors <= bounds)
+            if wrong.any():
+                position = int(wrong.argmax())
+                return layer, position, float(errors[position]), expected.probe.name
+    return None

@@ -30,14 +30,17 @@ class OwnCodes(Mapping[str, QuantizedMatrix]):
         self._storage = storage
         self._tensors = {name: each for name, each in source.quantized.items() if _fits(each, *storage.of(name))}
         self._last: tuple[str, QuantizedMatrix] | None = None
-        for tensor in self._tensors.values():
-            tensor.check()
+        for name, tensor in self._tensors.items():
+            tensor.check(self._bits(name))
 
     def __getitem__(self, name: str) -> QuantizedMatrix:
         if self._last is None or self._last[0] != name:
             _, block_size = self._storage.of(name)
-            self._last = name, reblocked(self._tensors[name].matrix(), block_size or 0)
+            self._last = name, reblocked(self._tensors[name].matrix(self._bits(name)), block_size or 0)
         return self._last[1]
+
+    def _bits(self, name: str) -> int:
+        return BITS[self._storage.of(name)[0]]
 
     def __contains__(self, name: object) -> bool:
         return name in self._tensors
@@ -54,8 +57,8 @@ def storage_of_own(
 ) -> Storage:
     """Return how an export stores a checkpoint's matrices: those that are in integers already as they are, if it can.
 
-    The block size is by default the largest that they take. In an int4 bundle what the checkpoint has in 8 bits is
-    int8, and a head or embedding that it has in 4 bits is int4.
+    The block size is by default the largest that they take. int8 holds 4 bits too, with any zero points. In an int4
+    bundle what the checkpoint has in 8 bits is int8, and a head or embedding that it has in 4 bits is int4.
 
     Args:
         source: the checkpoint.
@@ -66,7 +69,7 @@ def storage_of_own(
     Raises:
         InputError: as ``weights.storage_for``, or the checkpoint's own matrices do not take the block size.
     """
-    own = {name: each for name, each in source.quantized.items() if each.bits == BITS.get(precision)}
+    own = {name: each for name, each in source.quantized.items() if each.bits <= BITS.get(precision, 0)}
     own = {name: each for name, each in own.items() if not is_kept(name)}
     # int8 has no blocks unless a matrix has
     if own and (block_size is not None or precision == "int4" or any(each.block_size for each in own.values())):
@@ -91,16 +94,17 @@ def _block_size(
         fitting = [size for size in possible if not any(each % size for each in inputs)]
         block_size = fitting[-1] if fitting else None
     if block_size not in possible:
-        name, tensor = next((n, t) for n, t in own.items() if (t.block_size or t.shape[1]) == min(groups))
+        group = min(groups)
+        name, tensor = next((n, t) for n, t in own.items() if (t.block_size or t.shape[1]) == group)
         choice = f"one of {', '.join(map(str, possible))}, or" if possible else "no block size fits; take"
         raise InputError(
-            f"{name} is in {precision} already, with a scale for every {tensor.block_size or tensor.shape[1]} inputs",
+            f"{name} is in int{tensor.bits} already, with a scale for every {group} inputs",
             f"expected {choice} another precision",
         )
     return block_size
 
 
 def _fits(tensor: QuantizedTensor, precision: str, block_size: int | None) -> bool:
-    """Tell whether a matrix has the integers that it is stored in."""
+    """Tell whether what a matrix is stored in holds its integers."""
     own = tensor.block_size or tensor.shape[1]
-    return tensor.bits == BITS.get(precision) and own % (block_size or tensor.shape[1]) == 0
+    return tensor.bits <= BITS.get(precision, 0) and own % (block_size or tensor.shape[1]) == 0

@@ -6,13 +6,14 @@ import platform
 import shlex
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from gta_edge.accuracy.tolerance import Report
-from gta_edge.errors import BundleError, ExportError, GtaEdgeError, InputError
+from gta_edge.errors import BundleError, ExportError, GtaEdgeError, InputError, OutputError
 from gta_edge.export.own_codes import OwnCodes, storage_of_own
 from gta_edge.export.quantizer import Quantizer
 from gta_edge.formats.bundle import CONFIG, FORMAT, MODEL, WEIGHTS, Bundle, write_manifest
@@ -25,6 +26,7 @@ from gta_edge.numerics.quantization import BITS, QuantizedMatrix
 from gta_edge.plan.cost import stored_bytes
 from gta_edge.plan.host_memory import require_memory_for_export
 from gta_edge.support.files import new_directory
+from gta_edge.support.ownership import foreign_entry
 from gta_edge.support.progress import Progress, silent
 from gta_edge.support.text import one_line
 from gta_edge.version import __version__
@@ -72,12 +74,13 @@ def export_model(
     """Write a bundle from a checkpoint in the published layout, and check it against PyTorch.
 
     Weights are read, converted and written one tensor at a time; the model is never in memory as a whole, but for
-    the check. Matrices that the checkpoint has in the precision's integers (GPTQ, AWQ, compressed-tensors) go into the
+    the check. Matrices that the checkpoint has in integers (GPTQ, AWQ, compressed-tensors) go into an int4 or int8
     bundle as they are.
 
     Args:
         checkpoint: directory with ``config.json`` and safetensors.
-        bundle: directory to make; it appears when it is complete and has passed the check.
+        bundle: directory to make; it appears when it is complete and has passed the check. What fails the check is kept
+            beside it, as ``BUNDLE.failed-check``.
         precision: how matrices are stored, one of ``fp32``, ``fp16``, ``bf16``, ``int8``, ``int4``; the checkpoint's
             own by default.
         block_size: weights along the input dimension that share a scale: for int4 16, 32, 64 or 128, 32 by default;
@@ -110,7 +113,7 @@ def export_model(
         raise InputError(f"precision is {precision}, which is not calibrated", "calibrate int8 or int4")
     if calibrate is not None and own:
         raise InputError(
-            f"{source.directory} is in {precision} already, and is not rounded again", "leave the calibration out"
+            f"{source.directory} is in integers already, which are not rounded again", "leave the calibration out"
         )
     text = check_text_files(source.directory, source.config)
     require_memory_for_export(source, precision, calibrated=calibrate is not None, verify=verify)
@@ -134,6 +137,8 @@ def export_model(
         _check_text(directory, source, Path(bundle))
         report = _check(directory, source, Path(bundle), progress) if verify else None
     notes = text.notes if text.tokenizer else (_no_tokenizer(source.directory),)
+    if report is not None:
+        notes += _remove_failed(Path(bundle))
     return Export(Bundle.open(bundle), report, notes)
 
 
@@ -197,11 +202,46 @@ def _no_tokenizer(directory: Path) -> str:
 
 
 def _check(directory: Path, source: Checkpoint, bundle: Path, progress: Progress) -> Report:
-    from gta_edge.export.check import check_export, raise_if_failed
+    """Check what was written; where it fails, keep it beside the place that it was meant for."""
+    from gta_edge.export.check import check_export
 
     try:
         report = check_export(Bundle.open(directory), source, progress)
     except BundleError as error:
         raise ExportError(f"{bundle}: the result cannot be read back ({error})") from error
-    raise_if_failed(report, bundle)
-    return report
+    if report.passed:
+        return report
+    reasons = report.failures
+    more = f"; and {len(reasons) - 1} more" if len(reasons) > 1 else ""
+    raise ExportError(
+        f"{bundle}: the export is not the model of {source.directory} ({reasons[0]}{more})",
+        f"please report this line; {_keep_failed(directory, bundle)}",
+    )
+
+
+def _failed_path(bundle: Path) -> Path:
+    """Return where a bundle is kept that was to be ``bundle`` and has failed its check."""
+    resolved = bundle.resolve()
+    return resolved.with_name(f"{resolved.name}.failed-check")
+
+
+def _keep_failed(directory: Path, bundle: Path) -> str:
+    """Move what was written to where its name says that it failed; return where that is, or why it is not kept."""
+    kept = _failed_path(bundle)
+    try:
+        with new_directory(kept, force=True, kind=FORMAT) as partial:
+            for file in directory.iterdir():
+                file.rename(partial / file.name)
+    except OutputError as error:
+        return f"what was written is not kept ({error.problem})"
+    return f"what was written is kept as {kept.name}"
+
+
+def _remove_failed(bundle: Path) -> tuple[str, ...]:
+    """Remove what an earlier export to the same place has kept, if that is all that is there; return a note of it."""
+    kept = _failed_path(bundle)
+    with suppress(OSError):
+        if kept.is_dir() and not kept.is_symlink() and any(kept.iterdir()) and foreign_entry(kept, kind=FORMAT) is None:
+            shutil.rmtree(kept)
+            return (f"removed {kept.name}, which an earlier export kept that had failed its check",)
+    return ()

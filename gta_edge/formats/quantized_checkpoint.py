@@ -48,7 +48,8 @@ _TYPES: dict[str, np.dtype[Any]] = {
     "I64": np.dtype(np.int64),
 }
 _COPY = "it is damaged, or of another tool: copy the checkpoint anew"
-_WIDER = "it goes into no int4 or int8 of this package as it is: use --precision fp16 or bf16, or another checkpoint"
+_WIDER = "no int4 or int8 bundle holds that as it is: use --precision fp16 or bf16, or another checkpoint"
+_INTO_INT8 = "no int4 bundle holds that: use --precision int8, which holds it as it is, fp16 or bf16"
 
 _PARTS = {
     GPTQ: ("qweight", "qzeros", "scales", "g_idx"),
@@ -117,34 +118,39 @@ class QuantizedTensor:
             values *= scales[:, order]
         return values
 
-    def matrix(self) -> QuantizedMatrix:
+    def matrix(self, bits: int) -> QuantizedMatrix:
         """Return its codes and scales as they are.
+
+        Args:
+            bits: width of the codes to return, 4 or 8, no less than its own. Where it is more, zero points may be any:
+                what a code is above or below its own fits.
 
         Raises:
             CheckpointError: what it means is no such matrix, and why; a part is damaged, or its file has changed.
         """
-        scales = self._own_scales()
-        codes = (self._codes() - np.uint8(1 << self.bits - 1)).view(np.int8)  # wraps, as it should
+        scales, zeros = self._own_scales(bits), self._zeros()
+        split = self._codes().reshape(*scales.shape, -1)
+        codes = (split - zeros[:, :, None]).view(np.int8)  # wraps, as it should
         if (scales == 0).any():  # groups of zeros, however they are written
-            codes.reshape(*scales.shape, -1)[scales == 0] = 0
+            codes[scales == 0] = 0
             scales = np.maximum(scales, np.finfo(np.float16).smallest_subnormal)
-        return QuantizedMatrix(codes, scales, self.bits, self.block_size)
+        return QuantizedMatrix(codes.reshape(self.shape), scales, bits, self.block_size)
 
-    def check(self) -> None:
+    def check(self, bits: int) -> None:
         """Raise where ``matrix`` would, but for its codes, which are not read."""
-        self._own_scales()
+        self._own_scales(bits)
 
-    def _own_scales(self) -> npt.NDArray[np.float16]:
-        """Return scales [out, groups] of a symmetric matrix whose groups are inputs side by side."""
+    def _own_scales(self, bits: int) -> npt.NDArray[np.float16]:
+        """Return scales [out, groups] of a matrix in ``bits``, symmetric and of groups that are inputs side by side."""
         if self._order() is not None:
             raise self._error("has groups of scattered inputs (act-order, desc_act)", _WIDER)
         middle, zeros = 1 << self.bits - 1, self._zeros()
-        if (zeros != middle).any():
+        if bits == self.bits and (zeros != middle).any():
             row, group = (int(each[0]) for each in np.nonzero(zeros != middle))
             raise self._error(
                 f"is asymmetric: the zero point of output {row}, group {group} is {int(zeros[row, group])} and not "
                 f"{middle}",
-                _WIDER,
+                _INTO_INT8 if self.bits == 4 else _WIDER,
             )
         stored = self._scales()
         with np.errstate(over="ignore"):

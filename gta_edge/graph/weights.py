@@ -20,7 +20,7 @@ from gta_edge.numerics.quantization import QuantizedMatrix, unpack_nibbles
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["read_stored", "read_weights"]
+__all__ = ["StoredWeights", "read_stored", "read_weights"]
 
 Array = npt.NDArray[Any]
 
@@ -46,28 +46,96 @@ def read_stored(
     model_path: Path, config: ModelConfig
 ) -> Iterator[tuple[str, npt.NDArray[np.float32] | QuantizedMatrix]]:
     """Yield the parameters as ``read_weights`` does, but leave quantised matrices in codes."""
-    model = load_graph(model_path, config, "export")
-    shapes = config.parameter_shapes()
-    for stored_name, value in model.graph.initializers.items():
-        if stored_name.endswith(SCALE):
-            continue  # read with the codes it belongs to
-        shape = shapes.get(parameter_name(stored_name))
-        if shape is None and stored_name.startswith("model.layers."):
-            raise BundleError(f"{model_path}: holds {stored_name}, unknown to config.json", "export the bundle again")
-        if shape is None:
-            continue  # tables and constants of the graph
-        if stored_name.endswith(PACKED) and parameter_name(stored_name) + TRANSPOSED in model.graph.initializers:
-            continue  # a tied head's matrix, which comes by itself
-        values = _values(value, model_path)
-        coded = values.dtype.itemsize == 1 or stored_name.endswith(PACKED)
-        if not coded and values.size != math.prod(shape):
+    weights = StoredWeights(model_path, config)
+    for name in weights.names:
+        yield name, weights.read(name)
+
+
+class StoredWeights:
+    """The parameters that a bundle's graph holds, each read when it is asked for.
+
+    Args:
+        model_path: the bundle's ONNX file.
+        config: the bundle's config, for names and shapes.
+
+    Attributes:
+        graph: the bundle's graph.
+        names: checkpoint names of the parameters that it holds, in the graph's order.
+
+    Raises:
+        BundleError: the file cannot be read, or holds what the config does not know.
+    """
+
+    def __init__(self, model_path: Path, config: ModelConfig) -> None:
+        self._path, self._shapes = model_path, config.parameter_shapes()
+        self.graph = load_graph(model_path, config, "export").graph
+        self._places: dict[str, list[str]] = {}  # stored names by parameter
+        for stored_name in self.graph.initializers:
+            name = parameter_name(stored_name)
+            if stored_name.endswith(SCALE):
+                continue  # read with the codes it belongs to
+            if name in self._shapes:
+                self._places.setdefault(name, []).append(stored_name)
+            elif stored_name.startswith("model.layers."):
+                raise BundleError(
+                    f"{model_path}: holds {stored_name}, unknown to config.json", "export the bundle again"
+                )
+        self.names = tuple(self._places)
+
+    def places(self, name: str) -> tuple[str, ...]:
+        """Return the names of the tensors that hold a parameter, the one that is multiplied by first.
+
+        An embedding that is the head's matrix too may lie in two of them, each in a layout of its own.
+        """
+        return tuple(sorted(self._places[name], key=lambda stored_name: stored_name.endswith(PACKED)))
+
+    def read(self, name: str, place: str | None = None) -> npt.NDArray[np.float32] | QuantizedMatrix:
+        """Return a parameter in the checkpoint's shape.
+
+        Args:
+            name: of the parameter.
+            place: one of its ``places``; the first by default.
+
+        Raises:
+            BundleError: it does not fit the config, or cannot be read.
+            CapacityError: there is no memory for it.
+        """
+        stored_name = place or self.places(name)[0]
+        shape = self._shapes[name]
+        values = _values(self.graph.initializers[stored_name], self._path)
+        if values.dtype.itemsize == 1 or stored_name.endswith(PACKED):
+            return _coded(stored_name, values, shape, self.graph.initializers, self._path)
+        if values.size != math.prod(shape):
             raise BundleError(
-                f"{model_path}: {stored_name} is not of the size in config.json", "export the bundle again"
+                f"{self._path}: {stored_name} is not of the size in config.json", "export the bundle again"
             )
-        if coded:
-            yield parameter_name(stored_name), _coded(stored_name, values, shape, model.graph.initializers, model_path)
-        else:
-            yield parameter_name(stored_name), from_stored(values, stored_name, shape)
+        return from_stored(values, stored_name, shape)
+
+    def values(self, name: str) -> npt.NDArray[np.float32]:
+        """Return a parameter dequantised, float32; otherwise as ``read``."""
+        stored = self.read(name)
+        return stored.values if isinstance(stored, QuantizedMatrix) else stored
+
+    def dtype(self, place: str) -> np.dtype[Any]:
+        """Return the type in which a tensor's values are stored."""
+        tensor = self.graph.initializers[place].const_value
+        assert tensor is not None  # ``load_graph`` has seen to it
+        dtype: np.dtype[Any] = tensor.dtype.numpy()
+        return dtype
+
+    def block_size(self, name: str) -> int | None:
+        """Return how many inputs of a matrix share a scale: 0 for all of them, None where it is not quantised."""
+        place = self.places(name)[0]
+        scales = self.graph.initializers.get(parameter_name(place) + TRANSPOSED + SCALE)
+        if scales is None or scales.shape is None or name not in self._shapes:
+            return None
+        shape = scales.shape.numpy()
+        return self._shapes[name][1] // shape[0] if len(shape) == 2 else 0
+
+    def table(self, name: str) -> npt.NDArray[np.float32] | None:
+        """Return a tensor that is no parameter, None where the graph has none of this name."""
+        value = self.graph.initializers.get(name)
+        return None if value is None else np.asarray(_values(value, self._path), np.float32)
 
 
 def _coded(

@@ -23,6 +23,7 @@ __all__ = [
     "require_memory_for_export",
     "require_memory_for_lowering",
     "require_memory_for_onnxruntime",
+    "require_memory_for_reference",
     "require_memory_for_torch",
 ]
 
@@ -56,7 +57,8 @@ def require_memory_for_export(source: Checkpoint, precision: str, *, calibrated:
     if calibrated:
         require_bytes(base + _calibration(source.config), "calibrating", f"leave out --calibrate, or {_MORE}")
     if verify:
-        needed = base + _unless_loaded("torch", _CHECKING) + _decoder(source.config, source.names, precision)
+        loaded = 0 if precision in BITS else _decoder(source.config, source.names, precision)  # in ONNX Runtime
+        needed = base + _unless_loaded("torch", _CHECKING) + max(loaded, _reference(source.config))
         require_bytes(needed, "checking the export against PyTorch", f"give --no-verify, or {_MORE}")
 
 
@@ -68,6 +70,15 @@ def require_memory_for_torch(config: ModelConfig, precision: str, what: str) -> 
     """
     needed = _unless_loaded("torch", _TORCH) + _decoder(config, cost.matrices(config), precision)
     require_bytes(needed, what, _MORE)
+
+
+def require_memory_for_reference(config: ModelConfig, what: str) -> None:
+    """Refuse ``what`` where there is no room for torch and a layer of PyTorch's model in float64.
+
+    Raises:
+        CapacityError: there is none.
+    """
+    require_bytes(_unless_loaded("torch", _TORCH) + _reference(config), what, _MORE)
 
 
 def require_memory_for_onnxruntime(config: ModelConfig, storage: Storage) -> None:
@@ -107,9 +118,15 @@ def _tensor(source: Checkpoint, precision: str) -> int:
 
 
 def _decoder(config: ModelConfig, names: Collection[str], precision: str) -> int:
-    """Return the least bytes of PyTorch's model of a bundle: float32, which a bundle in fp32 has in its file."""
+    """Return the least bytes of a model in float32, in PyTorch or ONNX Runtime; one in fp32 lies in its file."""
     shapes = config.parameter_shapes()
     return 0 if precision == "fp32" else _FLOAT_BYTES * sum(math.prod(shapes[name]) for name in names)
+
+
+def _reference(config: ModelConfig) -> int:
+    """Return the least bytes of running a model layer by layer: the table, or a layer in float32 and float64."""
+    layer = sum(math.prod(shape) for shape in config.layer_shapes().values())
+    return max(_FLOAT_BYTES * config.vocab_size * config.hidden_size, 3 * _FLOAT_BYTES * layer)
 
 
 def _calibration(config: ModelConfig) -> int:

@@ -131,6 +131,11 @@ class Session(ABC):
         return self._cache.capacity
 
     @property
+    def cache_dtype(self) -> str:
+        """Type of cached values: that of ``compute``, or ``int8`` or ``fp8``."""
+        return self._cache.dtype
+
+    @property
     def max_length(self) -> int:
         """Tokens per row at most: those that the model has positions for (P), or that an engine was built for."""
         return self._cache.max_length

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from gpu_models import float_decoder, packed_decoder, random_decoder
 
-from gta_edge.accuracy.tolerance import COMPUTE_BOUNDS, difference, probe
+from gta_edge.accuracy.probes import probes
+from gta_edge.accuracy.tolerance import COMPUTE_BOUNDS, difference
 from gta_edge.model.decoder import Decoder
 from gta_edge.numerics.quantization import BITS
 from gta_edge.runtime.torch.session import TorchSession
@@ -39,7 +40,8 @@ def main(model_name: str) -> int:
     """
     name, _, precision = model_name.partition("/")
     config = config_of(name)
-    ids, prompt = probe(config)
+    asked = probes(config)[0]
+    ids, prompt = asked.ids, asked.prefill
     if precision in BITS:
         ours = _logits(packed_decoder(config, BITS[precision], DEVICE), DEVICE, "bf16", ids, prompt)
         model = float_decoder(config, BITS[precision])

@@ -70,8 +70,15 @@ def test_a_model_that_the_file_cannot_describe_is_refused(script: Script, tmp_pa
     gta = reference.gta_entries()
     write_checkpoint(tmp_path / "gta", gta, reference.random_weights(gta))
     scaled, _ = llama(tmp_path / "scaled", rope_scaling={"rope_type": "linear", "factor": 2.0})
-    for directory in (tmp_path / "gta", scaled):
-        with pytest.raises(CheckpointError, match="expected a Llama model"):
+    biased = tmp_path / "biased"
+    bias = {f"model.layers.{i}.self_attn.q_proj.bias": np.ones(64, np.float32) for i in range(2)}
+    entries = reference.llama_entries(attention_bias=True)
+    write_checkpoint(biased, entries, reference.random_weights(entries) | bias)
+    other, _ = llama(
+        tmp_path / "other", architectures=["MistralForCausalLM"], model_type="mistral", sliding_window=None
+    )
+    for directory in (tmp_path / "gta", scaled, biased, other):
+        with pytest.raises(CheckpointError, match="expected LlamaForCausalLM without biases and RoPE scaling"):
             script("gguf_file").write_gguf(Checkpoint.open(directory), tmp_path / "model.gguf")
 
 

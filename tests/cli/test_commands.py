@@ -92,6 +92,7 @@ INSPECT = {
     "kind",
 }
 DIFFERENCE = {"max_abs_error", "max_rel_error", "top1_agreement"}
+OF_A_BACKEND = DIFFERENCE | {"bound_fraction", "place"}
 TIMINGS = {"ttft_ms", "tpot_ms", "prompt_tokens_per_s", "decode_tokens_per_s", "total_ms"}
 GENERATE = {"text", "ids", "finish_reason", "prompt_tokens", "timings", "seed", "backend"}
 
@@ -290,11 +291,15 @@ def test_verify(tiny_bundle: Path, tiny_checkpoint: Path) -> None:
         "compute",
         "absent",
         "unavailable",
+        "weights",
+        "failures",
     }
     assert document["passed"] is True
     assert document["backends"].keys() >= {"onnxruntime", "torch"}
-    assert all(difference.keys() == DIFFERENCE for difference in document["backends"].values())
-    assert document["quantisation"].keys() == DIFFERENCE | {"mean_kl_divergence"}
+    assert all(difference.keys() == OF_A_BACKEND for difference in document["backends"].values())
+    assert document["quantisation"].keys() == DIFFERENCE | {"mean_kl_divergence", "tokens"}
+    assert document["weights"]["equal"] == document["weights"]["compared"] > 0
+    assert document["failures"] == []
     assert document["quantisation"]["max_abs_error"] == 0  # bf16 as in the checkpoint
 
 
@@ -316,6 +321,7 @@ def test_verify_that_fails(command: Command, tiny_bundle: Path, copied_checkpoin
     document = json.loads(result.out)
     assert document["passed"] is False
     assert document["quantisation"]["max_rel_error"] > 0.08
+    assert document["failures"][0].startswith("weights stored in bf16 are not the checkpoint's: model.embed_tokens")
     assert re.fullmatch(r"error: weights stored in bf16 .*\n", result.err)
     result = command(*options)
     assert (result.status, result.out.splitlines()[-1]) == (1, "failed")

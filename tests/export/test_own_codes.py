@@ -17,11 +17,11 @@ from gta_edge.export.pipeline import export_model
 from gta_edge.formats.bundle import Bundle
 from gta_edge.formats.checkpoint import Checkpoint
 from gta_edge.graph.weights import read_stored, read_weights
-from gta_edge.numerics.quantization import QuantizedMatrix
+from gta_edge.numerics.quantization import BITS, QuantizedMatrix
 from gta_edge.plugins.matmul import torch as matmul
 from gta_edge.plugins.matmul.packing import pack
+from tests.helpers import architectures, reference
 from tests.helpers import quantized_checkpoints as made
-from tests.helpers import reference
 from tests.helpers.exports import export_refused
 
 SMALL = {"vocab_size": 61, "max_position_embeddings": 24, "intermediate_size": 128}
@@ -88,6 +88,30 @@ def test_codes_go_into_a_bundle_as_they_are(
     assert reference.relative_error(found, exact_logits(model, values)) <= 1e-4
 
 
+def test_a_model_of_another_architecture_gives_the_logits_of_transformers(tmp_path: Path) -> None:
+    """With biases, which lie beside the codes, as zeros do where a model has none."""
+    model, own = architectures.model_of("Qwen2"), {}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".layers." not in name or parameter.ndim != 2:
+                continue
+            groups = parameter.shape[1] // 32
+            scales = (parameter.view(len(parameter), groups, 32).abs().amax(-1) / 7).numpy().astype(np.float16)
+            spread = np.repeat(scales.astype(np.float32), 32, axis=1)
+            codes = np.clip(np.rint(parameter.numpy() / spread) + 8, 0, 15).astype(int)
+            order = np.arange(parameter.shape[1]) // 32
+            own[name] = made.Codes(codes, np.full(scales.shape, 8), scales, 4, order)
+            parameter.copy_(torch.from_numpy(own[name].values))
+        logits = model(torch.from_numpy(architectures.IDS)).logits.numpy()
+    weights = {name: tensor.numpy() for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    weights["model.layers.0.mlp.up_proj.bias"] = np.zeros(96, np.float32)
+    made.write(tmp_path / "a", architectures.entries_of("Qwen2"), weights, own, "gptq")
+    bundle = export_model(tmp_path / "a", tmp_path / "b", precision="fp32").bundle
+    with gta_edge.load(bundle.directory, backend="onnxruntime") as session:
+        found = session.forward(architectures.IDS, all_logits=True)
+    assert np.abs(found - logits).max() <= 1e-4 * logits.std()
+
+
 def test_the_lowest_code_of_eight_bits_is_multiplied_as_it_is() -> None:
     """-128, which quantising here never gives and others do."""
     random = np.random.default_rng(0)
@@ -108,12 +132,28 @@ def test_what_no_code_of_ours_says_is_refused_or_dequantised(change: Any, tmp_pa
     own = {name: change(codes) for name, codes in matrices("llama", 4, 32).items()}
     source = written(tmp_path / "a", "llama", "gptq", own)
     said = export_refused(source, CheckpointError)
-    assert "use --precision fp16 or bf16" in said
-    assert "asymmetric" in said or "act-order" in said
+    if change is made.asymmetric:
+        assert "asymmetric" in said
+        assert said.endswith("use --precision int8, which holds it as it is, fp16 or bf16")
+    else:
+        assert "act-order" in said
+        assert "use --precision fp16 or bf16" in said
     bundle = export_model(source, tmp_path / "b", precision="fp32", verify=False).bundle
     values = dict(read_weights(bundle.model_path, bundle.config))
     for name, codes in own.items():
         np.testing.assert_array_equal(values[name], codes.values)
+
+
+def test_int8_holds_zero_points_of_four_bits(tmp_path: Path) -> None:
+    """As AWQ mostly has them: what a code is above or below its zero point is a code of 8 bits."""
+    own = {name: made.asymmetric(codes) for name, codes in matrices("llama", 4, 64).items()}
+    bundle = export_model(written(tmp_path / "a", "llama", "awq", own), tmp_path / "b", precision="int8").bundle
+    assert bundle.block_size == 64
+    stored = dict(read_stored(bundle.model_path, bundle.config))
+    for name, codes in own.items():
+        matrix = stored[name]
+        assert isinstance(matrix, QuantizedMatrix)
+        np.testing.assert_array_equal(matrix.values, codes.values, err_msg=name)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +166,7 @@ def test_what_no_code_of_ours_says_is_refused_or_dequantised(change: Any, tmp_pa
         (8, 0, "int8", None, None),
         (8, 64, "int8", None, 64),
         (8, 0, "int8", 32, 32),
-        (4, 64, "int8", None, None),  # dequantised, and rounded anew
+        (4, 64, "int8", None, 64),
         (8, 64, "int4", None, 32),
         (4, 64, "fp16", None, None),
     ],
@@ -138,7 +178,7 @@ def test_block_sizes(
     storage = storage_of_own(source, precision, asked)
     assert storage.block_size == expected
     codes = OwnCodes(source, storage)
-    assert len(codes) == len(list(codes)) == (len(source.quantized) if precision == f"int{bits}" else 0)
+    assert len(codes) == len(list(codes)) == (len(source.quantized) if bits <= BITS.get(precision, 0) else 0)
 
 
 def test_both_widths_in_one_bundle(tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def test_codes_and_values_are_the_checkpoints_own(
     tensor = tensor_of(tmp_path_factory.mktemp("checkpoint"), codes, layout)
     assert (tensor.shape, tensor.bits, tensor.groups) == ((rows, group * groups), bits, groups)
     np.testing.assert_array_equal(tensor.values(), codes.values)
-    matrix = tensor.matrix()
+    matrix = tensor.matrix(bits)
     assert (matrix.bits, matrix.block_size) == (bits, 0 if groups == 1 else group)
     np.testing.assert_array_equal(matrix.codes, codes.codes - 2 ** (bits - 1))
     np.testing.assert_array_equal(matrix.scales.astype(np.float64), codes.scales.astype(np.float64))
@@ -91,7 +91,11 @@ def test_what_is_no_matrix_of_ours_has_its_values_all_the_same(
     )
     for read in (tensor.check, tensor.matrix):
         with pytest.raises(CheckpointError, match=what):
-            read()
+            read(4)
+    if change is made.asymmetric:
+        matrix = tensor.matrix(8)
+        assert (matrix.bits, matrix.block_size, matrix.codes.min()) == (8, 32, -11)
+        np.testing.assert_array_equal(matrix.values, codes.values)
 
 
 def test_codes_of_a_width_that_fills_no_word(tmp_path: Path) -> None:
@@ -108,21 +112,21 @@ def test_one_scale_for_a_whole_matrix(shape: tuple[int, ...], tmp_path: Path) ->
     save_file({f"a.{part}": array for part, array in parts.items()}, tmp_path / "model.safetensors")
     scheme = weight_scheme({"quantization_config": made.config_of("int-quantized", 8)})
     tensor: Any = gather_quantized(read_headers(tmp_path, lambda name: False), scheme)["a.weight"]
-    np.testing.assert_array_equal(tensor.matrix().values, codes.values)
+    np.testing.assert_array_equal(tensor.matrix(8).values, codes.values)
 
 
 def test_groups_of_zeros(tmp_path: Path) -> None:
     """A scale of 0 means zeros, whatever the codes; a scale of ours is positive."""
     codes = made.random_codes(8, 64, 4, 2)
     codes.scales[3, 1] = 0
-    matrix = tensor_of(tmp_path, codes, "gptq").matrix()
+    matrix = tensor_of(tmp_path, codes, "gptq").matrix(4)
     assert (matrix.scales > 0).all()
     np.testing.assert_array_equal(matrix.values, codes.values)
 
 
 def test_finer_blocks_mean_the_same(tmp_path: Path) -> None:
     codes = made.random_codes(8, 192, 4, 3)
-    matrix = tensor_of(tmp_path, codes, "awq").matrix()
+    matrix = tensor_of(tmp_path, codes, "awq").matrix(4)
     for size in (16, 32, 64):
         np.testing.assert_array_equal(reblocked(matrix, size).values, codes.values)
     for size in (128, 48, 0):
@@ -150,7 +154,7 @@ def test_scales_that_are_none(layout: str, bits: int, value: float, what: str, t
     codes = replace(codes, scales=codes.scales.astype(np.float32))
     codes.scales[2, 1] = value
     with pytest.raises(CheckpointError, match=rf"model\.safetensors: a\.b\.weight {what}"):
-        tensor_of(tmp_path, codes, layout).matrix()
+        tensor_of(tmp_path, codes, layout).matrix(bits)
 
 
 Parts = dict[str, np.ndarray]
@@ -281,7 +285,7 @@ def test_any_damage_is_an_error_of_ours(
         tensor = gather_quantized(read_headers(directory, lambda name: False), scheme)["a.weight"]
         if isinstance(tensor, QuantizedTensor):  # an int8 matrix of another type is a tensor like any other
             assert tensor.values().shape == tensor.shape
-            assert tensor.matrix().values.shape == tensor.shape
+            assert tensor.matrix(tensor.bits).values.shape == tensor.shape
     except CheckpointError as error:
         assert "\n" not in str(error)  # noqa: PT017  most damage is one, and some is none
         assert error.remedy  # noqa: PT017
@@ -294,7 +298,7 @@ def test_an_order_beyond_the_groups(tmp_path: Path) -> None:
     save_file({f"a.b.{part}": array for part, array in parts.items()}, tmp_path / "model.safetensors")
     scheme = weight_scheme({"quantization_config": made.config_of("gptq", 4)})
     tensor: Any = gather_quantized(read_headers(tmp_path, lambda name: False), scheme)["a.b.weight"]
-    for read in (tensor.values, tensor.matrix):
+    for read in (tensor.values, lambda: tensor.matrix(4)):
         with pytest.raises(CheckpointError, match=r"a\.b\.weight has groups from 0 to 2; expected 0 to 1"):
             read()
 

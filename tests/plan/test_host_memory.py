@@ -1,5 +1,6 @@
 """What has no room in memory is refused before anything heavy is loaded, and what has room is not."""
 
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from gta_edge.model.presets import preset
 from gta_edge.plan import host_memory
 from gta_edge.support import memory
 from tests.helpers.commands import environment
+from tests.helpers.tiny import TINY
 
 LARGE = preset("gta-1b")
 
@@ -77,8 +79,9 @@ def leaves(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], None]:
     return lambda size: monkeypatch.setattr(memory, "reachable_bytes", lambda: size)
 
 
-def test_what_fits_without_the_check_is_said(tiny_checkpoint: Path, leaves: Callable[[int | None], None]) -> None:
-    source = Checkpoint.open(tiny_checkpoint)
+def test_what_fits_without_the_check_is_said(tmp_path: Path, leaves: Callable[[int | None], None]) -> None:
+    initialise(TINY.replace(num_hidden_layers=12), tmp_path / "checkpoint")  # of which a layer is a small part
+    source = Checkpoint.open(tmp_path / "checkpoint")
     sizes = {"calibrated": False, "verify": True}
     pytest.importorskip("torch")  # loaded, so that only the model counts
     model = 4 * source.config.parameters
@@ -87,8 +90,12 @@ def test_what_fits_without_the_check_is_said(tiny_checkpoint: Path, leaves: Call
         host_memory.require_memory_for_export(source, "bf16", **sizes)
     host_memory.require_memory_for_export(source, "bf16", calibrated=False, verify=False)
     host_memory.require_memory_for_export(source, "fp32", **sizes)  # which lies in its file
+    host_memory.require_memory_for_export(source, "int4", **sizes)  # PyTorch has a layer at a time
     leaves(model)
     host_memory.require_memory_for_export(source, "bf16", **sizes)
+    leaves(12 * sum(map(math.prod, source.config.layer_shapes().values())) - 1)  # in float32 and float64
+    with pytest.raises(CapacityError, match="checking the export"):
+        host_memory.require_memory_for_export(source, "fp32", **sizes)
     leaves(2 * 300 * 96 - 1)  # its table
     with pytest.raises(CapacityError, match=r"^the export takes at least 0 MB"):
         host_memory.require_memory_for_export(source, "bf16", calibrated=False, verify=False)

@@ -54,7 +54,7 @@ def _append(cache: Tensor, new: Tensor, positions: Tensor) -> None:
 def _attend(query: Tensor, key_cache: Tensor, value_cache: Tensor, positions: Tensor, scale: float) -> Tensor:
     """Softmax attention of ``query`` [B, n_q, T, d_k] over both caches; returns [B, n_q, T, d_v].
 
-    A query at position p sees cache rows 0 to p. Scores and softmax are float32.
+    A query at position p sees cache rows 0 to p. The softmax is computed in float32, in float64 where the scores are.
     """
     b, n_q, t, d_k = query.shape
     n_k, s = key_cache.shape[1:3]
@@ -62,7 +62,8 @@ def _attend(query: Tensor, key_cache: Tensor, value_cache: Tensor, positions: Te
     # heads that share a cached head become rows of one matmul: [B, n_k, (n_q/n_k)·T, d_k] x [B, n_k, d_k, S]
     scores = (query * scale).reshape(b, n_k, -1, d_k) @ key_cache.transpose(2, 3)
     visible = torch.arange(s, device=query.device) <= positions[:, None, :, None]  # [B, 1, T, S]
-    weights = scores.reshape(b, n_q, t, s).float().masked_fill(~visible, torch.finfo(torch.float32).min).softmax(-1)
+    scores = scores.reshape(b, n_q, t, s).to(torch.promote_types(scores.dtype, torch.float32))
+    weights = scores.masked_fill(~visible, torch.finfo(torch.float32).min).softmax(-1)
     return (weights.to(query.dtype).reshape(b, n_v, -1, s) @ value_cache).reshape(b, n_q, t, d_v)
 
 
