@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from gta_edge.graph.weights import StoredWeights
 from gta_edge.model.config import ModelConfig
-from gta_edge.model.rope import rope_tables
+from gta_edge.model.tables import model_tables
 from gta_edge.plugins.attention import definition as op
 from gta_edge.plugins.domain import DOMAIN
 from gta_edge.support.text import brief
@@ -50,8 +50,7 @@ def constant_problems(weights: StoredWeights, config: ModelConfig) -> list[str]:
 
 
 def _table_problems(weights: StoredWeights, config: ModelConfig) -> Iterator[str]:
-    rope = config.key_width, config.rope_theta, config.rope_scaling, config.max_position_embeddings
-    for name, expected in zip(("cos", "sin"), rope_tables(*rope), strict=True):
+    for name, expected in model_tables(config).items():
         found = weights.table(name)
         if found is None:
             continue  # a model none of whose layers turns its keys

@@ -18,7 +18,7 @@ from gta_edge.accuracy.probes import Probe, random_cache
 from gta_edge.libraries.optional import optional
 from gta_edge.model.config import ModelConfig
 from gta_edge.model.decoder import Layer
-from gta_edge.model.rope import rope_tables
+from gta_edge.model.tables import layer_tables, model_tables
 from gta_edge.numerics.dtypes import DTYPES
 
 if TYPE_CHECKING:
@@ -160,10 +160,10 @@ def run_layers(
         positions: for which RoPE's tables are needed.
         done: told after each layer what its streams, all of them in order, added to their caches, by probe.
     """
-    rope = config.key_width, config.rope_theta, config.rope_scaling, config.max_position_embeddings
-    cos, sin = (torch.from_numpy(table) for table in rope_tables(*rope, positions=positions))
+    rotations = {name: torch.from_numpy(table) for name, table in model_tables(config, positions).items()}
     with torch.inference_mode():
         for i in range(config.num_hidden_layers):
+            cos, sin = (rotations[name] for name in layer_tables(config, i))
             added = []
             for name, weights in layers(i).items():
                 built: dict[torch.dtype, Layer] = {}
@@ -200,7 +200,7 @@ def run_head(
 
 
 def _layer(config: ModelConfig, weights: LayerWeights, dtype: torch.dtype) -> Layer:
-    biases = {name.removeprefix("self_attn.") for name in weights if name.endswith(".bias")}
+    biases = {name.partition(".")[2] for name in weights if name.endswith(".bias")}
     with torch.device("meta"):
         layer = Layer(config, biases, None)
     layer.load_state_dict({name: torch.from_numpy(array).to(dtype) for name, array in weights.items()}, assign=True)

@@ -21,7 +21,7 @@ from gta_edge.formats.weights import EMBEDDING, HEAD, Storage, is_kept
 from gta_edge.libraries.optional import optional
 from gta_edge.model.config import ModelConfig
 from gta_edge.model.decoder import Layer
-from gta_edge.model.rope import rope_tables
+from gta_edge.model.tables import layer_tables, model_tables
 from gta_edge.numerics.quantization import BITS, QuantizedMatrix, quantize
 from gta_edge.support.progress import Progress, silent
 from gta_edge.support.text_files import read_text
@@ -55,16 +55,14 @@ def calibrated(
         table = quantize(source.read(EMBEDDING), *_format(storage, EMBEDDING)).values
     x = torch.from_numpy(table[ids])  # [rows, T, H]
     del table
-    rope = config.key_width, config.rope_theta, config.rope_scaling, config.max_position_embeddings
-    cos, sin = rope_tables(*rope, positions=ids.shape[1])
-    rotated = torch.from_numpy(cos), torch.from_numpy(sin)
-    unrotated = torch.ones_like(rotated[0]), torch.zeros_like(rotated[1])
+    rotations = {name: torch.from_numpy(table) for name, table in model_tables(config, ids.shape[1]).items()}
     result: dict[str, QuantizedMatrix] = {}
     with torch.inference_mode(), _not_finite():
         for i in range(config.num_hidden_layers):
             progress("calibrating", i, config.num_hidden_layers)
             prefix = f"model.layers.{i}."
-            layer, tables = _layer(source, prefix), unrotated if i in config.unrotated_layers else rotated
+            cos, sin = (rotations[name] for name in layer_tables(config, i))
+            layer, tables = _layer(source, prefix), (cos, sin)
             result |= _quantized(layer, config, x, tables, storage, prefix)
             for start in range(len(x)):
                 x[start : start + 1] = _forward(layer, config, x[start : start + 1], tables)

@@ -21,7 +21,8 @@ from gta_edge.formats.checkpoint import Checkpoint
 from gta_edge.formats.text_files import TextFiles, check_text_files
 from gta_edge.formats.weights import EMBEDDING
 from gta_edge.libraries.optional import optional
-from gta_edge.model.rope import TABLES, UNROTATED_TABLES, check_table_size, rope_tables, unrotated_tables
+from gta_edge.model.rope import check_table_size
+from gta_edge.model.tables import model_tables
 from gta_edge.numerics.quantization import BITS, QuantizedMatrix
 from gta_edge.plan.cost import stored_bytes
 from gta_edge.plan.host_memory import require_memory_for_export
@@ -148,14 +149,11 @@ def _write_model(
     from gta_edge.export.graph import prepare, traced
 
     config = source.config
-    cos, sin = rope_tables(config.key_width, config.rope_theta, config.rope_scaling, config.max_position_embeddings)
+    rotations = model_tables(config)
 
     progress("tracing the model", 0, 0)
     model = traced(config, source.biases)
-    tables = dict(zip(TABLES, (cos, sin), strict=True))
-    if config.unrotated_layers:
-        tables |= dict(zip(UNROTATED_TABLES, unrotated_tables(cos), strict=True))
-    model = prepare(model, EMBEDDING, source.read, tables, precision, quantizer)
+    model = prepare(model, EMBEDDING, source.read, rotations, precision, quantizer)
     progress("tracing the model", 1, 1)
 
     def wrote(tensor: Any, info: Any) -> None:

@@ -31,7 +31,7 @@ from gta_edge.graph.shapes import (
 )
 from gta_edge.model.config import ModelConfig
 from gta_edge.model.kv_cache import LOGITS, TOKEN_INPUTS, cache_tensors, input_shapes
-from gta_edge.model.rope import TABLES, UNROTATED_TABLES
+from gta_edge.model.tables import table_names
 from gta_edge.numerics.dtypes import DTYPES, PRECISIONS
 from gta_edge.plugins.attention import definition as op
 from gta_edge.plugins.domain import DOMAIN, OPSET, VERSION
@@ -229,7 +229,7 @@ def _check_external(tensor: onnx.TensorProto, name: str, needed: int, file_bytes
 
 def _check_stored(name: str, found: Known, parameters: Mapping[str, tuple[int, ...]], config: ModelConfig) -> None:
     """Refuse a stored tensor that the config does not know, or of another size than it has there."""
-    if name in TABLES or (config.unrotated_layers and name in UNROTATED_TABLES):
+    if name in table_names(config):
         fits = found.dtype == FLOAT and found.shape == (config.max_position_embeddings, config.key_width // 2)
     else:
         parameter = parameter_name(name.removesuffix(SCALE))

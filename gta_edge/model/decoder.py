@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from gta_edge.libraries.optional import optional
 from gta_edge.model.config import ModelConfig
 from gta_edge.model.kv_cache import cache_tensors
-from gta_edge.model.rope import TABLES, UNROTATED_TABLES, rope_tables, unrotated_tables
+from gta_edge.model.tables import layer_tables, model_tables
 from gta_edge.plugins.attention import torch as torch_ops
 
 if TYPE_CHECKING:
@@ -170,14 +170,8 @@ class Decoder(nn.Module):
         self.packed_head: nn.Module | None = None  # in the place of the head's matrix, where that lies in codes
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        cos, sin = rope_tables(config.key_width, config.rope_theta, config.rope_scaling, config.max_position_embeddings)
-        # outside the state dict: they follow from the config
-        self.register_buffer("cos", torch.from_numpy(cos), persistent=False)
-        self.register_buffer("sin", torch.from_numpy(sin), persistent=False)
-        if config.unrotated_layers:
-            unrotated = unrotated_tables(cos)
-            for name, table in zip(UNROTATED_TABLES, unrotated, strict=True):
-                self.register_buffer(name, torch.from_numpy(table), persistent=False)
+        for name, table in model_tables(config).items():  # outside the state dict: they follow from the config
+            self.register_buffer(name, torch.from_numpy(table), persistent=False)
 
     def forward(
         self, input_ids: Tensor, past_length: Tensor, logit_positions: Tensor, caches: Sequence[Cache]
@@ -203,8 +197,7 @@ class Decoder(nn.Module):
 
     def tables(self, layer: int) -> tuple[Tensor, Tensor]:
         """Return cos and sin [P, d_k/2] of a layer."""
-        names = UNROTATED_TABLES if layer in self.config.unrotated_layers else TABLES
-        cos, sin = (getattr(self, name) for name in names)
+        cos, sin = (getattr(self, name) for name in layer_tables(self.config, layer))
         return cos, sin
 
     def head(self, x: Tensor) -> Tensor:

@@ -19,20 +19,7 @@ import numpy.typing as npt
 from gta_edge.errors import ConfigError
 from gta_edge.support.text import brief
 
-__all__ = [
-    "ROPE_TYPES",
-    "TABLES",
-    "UNROTATED_TABLES",
-    "RopeScaling",
-    "check_table_size",
-    "inverse_frequencies",
-    "rope_tables",
-    "rope_type_of",
-    "unrotated_tables",
-]
-
-TABLES, UNROTATED_TABLES = ("cos", "sin"), ("unrotated_cos", "unrotated_sin")
-"""What the tables are called in a graph, and those of layers without RoPE."""
+__all__ = ["ROPE_TYPES", "RopeScaling", "check_table_size", "inverse_frequencies", "rope_tables", "rope_type_of"]
 
 # The parameters of each type: True where it must be given.
 ROPE_TYPES: dict[str, dict[str, bool]] = {
@@ -301,8 +288,3 @@ def rope_tables(
         np.multiply(np.cos(angles), factor, out=cos[rows], casting="same_kind")
         np.multiply(np.sin(angles), factor, out=sin[rows], casting="same_kind")
     return cos, sin
-
-
-def unrotated_tables(cos: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """Return tables of the shape of ``cos`` that rotate nothing, for layers without RoPE."""
-    return np.ones_like(cos), np.zeros_like(cos)
