@@ -33,7 +33,7 @@ else:
     torch = optional("torch", "export")
     Tensor = torch.Tensor
 
-__all__ = ["Reference", "arithmetic_of", "distances"]
+__all__ = ["Reference", "arithmetic_of", "distances", "expected_at_end"]
 
 Floats = npt.NDArray[np.float32]
 
@@ -201,10 +201,56 @@ def distances(bundle: Bundle, expected: Sequence[Expected], arithmetic: Arithmet
         BundleError: a weight cannot be read.
     """
     use_startable_threads()
+    stream = Stream(bundle.config, arithmetic, [each.probe for each in expected], _CASES)
+    matrix, norm = _pass_all(bundle, [stream])
+    inputs = [stream.normed(i, norm) for i in range(len(expected))]
+    errors = [np.zeros(len(each.logits)) for each in expected]
+    for part, found in run_head(matrix, inputs, [_narrow(arithmetic)] * len(inputs)):
+        for i, each in enumerate(expected):
+            exact = torch.from_numpy(each.logits[:, part])
+            np.maximum(errors[i], (found[i] - exact).abs().amax((0, 2)).numpy(), out=errors[i])
+    return [error / each.spread if each.spread > 0 else error for error, each in zip(errors, expected, strict=True)]
+
+
+def expected_at_end(
+    bundle: Bundle, probes: Sequence[Probe], counts: Sequence[int], arithmetic: Arithmetic = FLOAT32
+) -> list[Expected]:
+    """Return what float64 answers to the last tokens of probes, and how far another arithmetic is off there.
+
+    Args:
+        bundle: the model.
+        probes: tokens.
+        counts: of each probe, how many of its last positions to give logits for.
+        arithmetic: whose ``distance`` to give.
+
+    Raises:
+        BundleError: a weight cannot be read.
+    """
+    use_startable_threads()
+    wide, narrow = Stream(bundle.config, FLOAT64, probes), Stream(bundle.config, arithmetic, probes, _CASES)
+    matrix, norm = _pass_all(bundle, [wide, narrow])
+    inputs = [s.normed(i, norm)[:, -count:] for s in (wide, narrow) for i, count in enumerate(counts)]
+    types = [None] * len(probes) + [_narrow(arithmetic)] * len(probes)
+    logits = [np.empty((count, len(matrix)), np.float32) for count in counts]
+    errors = [np.zeros(count) for count in counts]
+    for part, found in run_head(matrix, inputs, types):
+        for i in range(len(probes)):
+            exact, other = found[i][0], found[len(probes) + i]
+            logits[i][:, part] = exact.numpy()
+            np.maximum(errors[i], (other - exact).abs().amax((0, 2)).numpy(), out=errors[i])
+    spreads = [float(each.std(dtype=np.float64)) for each in logits]
+    return [
+        Expected(probe, each, spread, error / (spread or 1.0))
+        for probe, each, spread, error in zip(probes, logits, spreads, errors, strict=True)
+    ]
+
+
+def _pass_all(bundle: Bundle, streams: Sequence[Stream]) -> tuple[Floats, Floats]:
+    """Run streams of the same probes through all layers; return the head's matrix and the last norm."""
     config, weights = bundle.config, StoredWeights(bundle.model_path, bundle.config)
-    stream = Stream(config, arithmetic, [each.probe for each in expected], _CASES)
     table = weights.values(_EMBEDDING)
-    stream.embed([table[each.probe.ids[0]] for each in expected])
+    for stream in streams:
+        stream.embed([table[probe.ids[0]] for probe in stream.probes])
     matrix = table if config.tie_word_embeddings else None
     del table
 
@@ -213,18 +259,14 @@ def distances(bundle: Bundle, expected: Sequence[Expected], arithmetic: Arithmet
         names = [name for name in weights.names if name.startswith(prefix)]
         return {_BUNDLE: {name.removeprefix(prefix): weights.values(name) for name in names}}
 
-    positions = max(each.probe.past + each.probe.ids.shape[1] for each in expected)
-    run_layers(config, layer, {_BUNDLE: [stream]}, positions, lambda *_: None)
-    norm = weights.values(_NORM)
-    matrix = weights.values("lm_head.weight") if matrix is None else matrix
-    inputs = [stream.normed(i, norm) for i in range(len(expected))]
-    narrow = None if arithmetic.compute in ("fp32", "fp64") else arithmetic.dtype
-    errors = [np.zeros(len(each.logits)) for each in expected]
-    for part, found in run_head(matrix, inputs, [narrow] * len(inputs)):
-        for i, each in enumerate(expected):
-            exact = torch.from_numpy(each.logits[:, part])
-            np.maximum(errors[i], (found[i] - exact).abs().amax((0, 2)).numpy(), out=errors[i])
-    return [error / each.spread if each.spread > 0 else error for error, each in zip(errors, expected, strict=True)]
+    positions = max(probe.past + probe.ids.shape[1] for stream in streams for probe in stream.probes)
+    run_layers(config, layer, {_BUNDLE: streams}, positions, lambda *_: None)
+    return weights.values("lm_head.weight") if matrix is None else matrix, weights.values(_NORM)
+
+
+def _narrow(arithmetic: Arithmetic) -> torch.dtype | None:
+    """Return the type that an arithmetic rounds the head's matrix to, None for none."""
+    return None if arithmetic.compute in ("fp32", "fp64") else arithmetic.dtype
 
 
 def arithmetic_of(bundle: Bundle, compute: str, cache: str | None = None, *, rounds: bool = False) -> Arithmetic:

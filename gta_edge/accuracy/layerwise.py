@@ -33,6 +33,7 @@ __all__ = ["FLOAT32", "FLOAT64", "Arithmetic", "LayerWeights", "Stream", "run_he
 LayerWeights = Mapping[str, npt.NDArray[np.float32]]
 """A layer's parameters by their names below ``model.layers.N.``."""
 
+_TOKENS = 256  # at a time, which bounds the memory of scores
 _HEAD_ROWS = 2**13  # of the head's matrix that are widened at a time
 _LARGEST = {"int8": 127.0, "fp8": 448.0}
 
@@ -91,10 +92,13 @@ class Stream:
         with self._rounding(layer, f"model.layers.{index}."):
             for i, probe in enumerate(self.probes):
                 self._disturb(self.x[i])
-                cache = self._cache(index, probe)
-                past = torch.full((self.rows,), probe.past)
-                self.x[i], present = layer(self.x[i], cache, past, cos, sin)
-                added.append((present[0][:, :, probe.past :], present[1][:, :, probe.past :]))
+                cache, parts = self._cache(index, probe), []
+                for start in range(0, self.x[i].shape[1], _TOKENS):
+                    past = torch.full((self.rows,), probe.past + start)
+                    part, cache = layer(self.x[i][:, start : start + _TOKENS], cache, past, cos, sin)
+                    parts.append(part)
+                self.x[i] = torch.cat(parts, dim=1)
+                added.append((cache[0][:, :, probe.past :], cache[1][:, :, probe.past :]))
         return added
 
     def normed(self, probe: int, norm: npt.NDArray[np.float32]) -> Tensor:

@@ -26,6 +26,7 @@ __all__ = [
     "Expected",
     "Quantisation",
     "Report",
+    "allowance",
     "compare",
     "difference",
     "quantisation",
@@ -48,6 +49,18 @@ types round where PyTorch does, so that errors have one size.
 
 ROUNDED_FACTOR = 5.0
 """The same where activations or the cache are rounded to 8 bits."""
+
+
+def allowance(compute: str, *, eight_bits: bool = False) -> tuple[float, float]:
+    """Return what a backend may be off by at any position, and how many times PyTorch's own error it may be there.
+
+    Args:
+        compute: type that it computes in.
+        eight_bits: whether it rounds activations to int8, or caches in 8 bits.
+    """
+    if eight_bits:
+        return max(COMPUTE_BOUNDS[compute], ROUNDED_BOUND), ROUNDED_FACTOR
+    return COMPUTE_BOUNDS[compute], FACTORS[compute]
 
 
 @dataclass(frozen=True, eq=False)

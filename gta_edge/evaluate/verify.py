@@ -13,16 +13,7 @@ import numpy.typing as npt
 
 from gta_edge.accuracy.constants import config_differences
 from gta_edge.accuracy.probes import Probe, encoder, probes
-from gta_edge.accuracy.tolerance import (
-    COMPUTE_BOUNDS,
-    FACTORS,
-    ROUNDED_BOUND,
-    ROUNDED_FACTOR,
-    Difference,
-    Expected,
-    Report,
-    compare,
-)
+from gta_edge.accuracy.tolerance import Difference, Expected, Report, allowance, compare
 from gta_edge.errors import BackendError, CheckpointError
 from gta_edge.formats.bundle import Bundle
 from gta_edge.formats.checkpoint import Checkpoint
@@ -106,9 +97,8 @@ class _Judge:
         if compute == "fp32" and not rounds and cache == compute:
             return compare(answers, self._expected)
         distances = self._distances_of(compute, rounds, cache if cache in QUANTIZED_CACHE_TYPES else None)
-        narrow = rounds or cache in QUANTIZED_CACHE_TYPES
-        floor = max(COMPUTE_BOUNDS[compute], ROUNDED_BOUND if narrow else 0.0)
-        return compare(answers, self._expected, floor, ROUNDED_FACTOR if narrow else FACTORS[compute], distances)
+        floor, factor = allowance(compute, eight_bits=rounds or cache in QUANTIZED_CACHE_TYPES)
+        return compare(answers, self._expected, floor, factor, distances)
 
     def _distances_of(self, compute: str, rounds: bool, cache: str | None) -> list[npt.NDArray[np.float64]]:
         from gta_edge.accuracy.expected import arithmetic_of, distances

@@ -18,9 +18,9 @@ from gta_edge.export.check import check_export
 from gta_edge.export.pipeline import export_model
 from gta_edge.formats.bundle import Bundle
 from gta_edge.formats.checkpoint import Checkpoint
-from tests.helpers import planted, reference
-from tests.helpers.checkpoints import write_checkpoint
+from tests.helpers import planted
 from tests.helpers.commands import ROOT
+from tests.helpers.ill_conditioned import ill_conditioned
 from tests.helpers.planted import ChangedCheckpoint
 
 TRAINED = ROOT / "examples" / "tiny-gta"
@@ -90,33 +90,6 @@ def test_what_is_asked_for(exported: Callable[[str, str], Pair]) -> None:
     assert late.past + late.ids.shape[1] == checkpoint.config.max_position_embeddings
     assert len(np.unique(asked[TEXT].ids)) > 60
     assert {probe.name for probe in probes(checkpoint.config)} == {RANDOM, LATE}
-
-
-def ill_conditioned(directory: Path, *, leaves: float) -> np.ndarray:
-    """Write a checkpoint whose first layer takes the first random token away but for a part; return the token."""
-    entries = reference.gta_entries(vocab_size=300, max_position_embeddings=128)
-    weights = reference.random_weights(entries)
-    config = Checkpoint.open(write(directory / "before", entries, weights)).config
-    token = probes(config)[0].ids[0, :1]
-    wide = {name: weight.astype(np.float64) for name, weight in weights.items()}
-    eps, layer = entries["rms_norm_eps"], "model.layers.0"
-    x = wide["model.embed_tokens.weight"][token[0]]
-    normed = reference.rms_norm(x, wide[f"{layer}.input_layernorm.weight"], eps)
-    tables = reference.tables_of(entries, entries["key_dim"], 1)
-    x = x + reference.gta_attention(entries, wide, f"{layer}.self_attn", [normed], tables)[0]
-    normed = reference.rms_norm(x, wide[f"{layer}.post_attention_layernorm.weight"], eps)
-    gate, up = (reference.linear(wide, f"{layer}.mlp.{name}", normed) for name in ("gate_proj", "up_proj"))
-    inner = gate * reference.sigmoid(gate) * up
-    down = f"{layer}.mlp.down_proj.weight"
-    change = (leaves - 1) * x - wide[down] @ inner
-    weights[down] = (wide[down] + np.outer(change, inner) / (inner @ inner)).astype(np.float32)
-    write(directory / "checkpoint", entries, weights)
-    return token
-
-
-def write(directory: Path, entries: dict[str, Any], weights: dict[str, np.ndarray]) -> Path:
-    write_checkpoint(directory, entries, weights)
-    return directory
 
 
 def test_a_token_whose_residual_is_taken_away(tmp_path: Path) -> None:

@@ -56,6 +56,7 @@ class Answers:
         compute: type that it computes in.
         rounds: whether matmuls round activations to int8.
         quantised_cache: whether the cache is in int8 or fp8.
+        cache_dtype: type of cached values, where the backend says it.
     """
 
     logits: npt.NDArray[np.float32]
@@ -63,6 +64,7 @@ class Answers:
     compute: str
     rounds: bool = False
     quantised_cache: bool = False
+    cache_dtype: str = ""
 
 
 def is_exact(answers: Answers) -> bool:

@@ -78,7 +78,8 @@ class Case:
         assert self.opened is not None  # it was asked
         compute = self.opened["compute"]
         quantised = answer["cache_bytes_per_token"] < bytes_per_token(self.bundle.config, compute)
-        return Answers(logits, self.target.backend, compute, self.opened["rounds_activations"], quantised)
+        cache = self.opened.get("cache_dtype", "")  # another release may not say
+        return Answers(logits, self.target.backend, compute, self.opened["rounds_activations"], quantised, cache)
 
     def measure(self, context: int, prompt: Path, new_tokens: int, *, warm_up: bool = True) -> None:
         """Add one round; see ``Settings.warm_up``.

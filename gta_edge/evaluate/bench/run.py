@@ -18,10 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from gta_edge.errors import GtaEdgeError, OutputError
 from gta_edge.evaluate.bench.agreement import Answers, agreement, choose_reference, is_exact
 from gta_edge.evaluate.bench.case import Case
+from gta_edge.evaluate.bench.judge import judged
 from gta_edge.evaluate.bench.process import Worker, environment_for, temporary_files
 from gta_edge.evaluate.bench.report import Comparison, describe_machine, report
 from gta_edge.evaluate.bench.settings import CHECKED_STEPS, DEFAULT_CONTEXTS, DEFAULT_NEW_TOKENS, Settings, check_room
@@ -248,12 +250,14 @@ def _compare(run: _Run, context: int, prompt: Path, cases: list[Case]) -> None:
         return
     chosen = choose_reference(given)
     reference = next(e for e in (*cases, *twins) if id(e) == chosen)
+    ids = np.load(prompt)
     label = f"{reference.target.label}, exact" if reference.exact else reference.target.label
     for case in cases:
-        _note_exact(run, case, given, chosen)
+        _note_exact(run, case, given, chosen, ids)
         if id(case) in given:
             place = next(i for i, e in enumerate(run.cases) if e is case)
             found = agreement(given[id(case)], given[chosen])
+            found = judged(case.bundle, ids, given[id(case)], given[chosen], found)
             run.comparisons[place, context] = Comparison(
                 label,
                 case is reference,
@@ -275,13 +279,14 @@ def _twins_to_ask(run: _Run, cases: list[Case]) -> list[Case]:
     return [] if exact else [e for e in twins if e.failure is None][:1]
 
 
-def _note_exact(run: _Run, case: Case, given: dict[int, Answers], chosen: int) -> None:
+def _note_exact(run: _Run, case: Case, given: dict[int, Answers], chosen: int, prompt: npt.NDArray[np.int64]) -> None:
     """Keep how an case's twin compares with the reference: within float32's bound, whatever rounding hides."""
     twin = run.twins.get(id(case))
     if twin is None or id(twin) == chosen:
         return
     if id(twin) in given:
-        run.exact[id(case)] = agreement(given[id(twin)], given[chosen])
+        found = agreement(given[id(twin)], given[chosen])
+        run.exact[id(case)] = judged(case.bundle, prompt, given[id(twin)], given[chosen], found)
     elif twin.failure is not None:
         run.exact.setdefault(id(case), twin.failure)
 

@@ -90,6 +90,7 @@ class Measurer:
         return {
             "backend": session.backend,
             "compute": session.compute,
+            "cache_dtype": session.cache_dtype,
             "device": session.device,
             "rounds_activations": session.rounds_activations,
             "holds_codes": session.weights_as_stored,
