@@ -55,10 +55,12 @@ def floor_ms(weight_bytes: float, cache_bytes: float, bytes_per_s: float) -> flo
 
 
 def _embedding_bytes(bundle: Bundle) -> int:
-    """Return the bytes of a quantised bundle's embedding table, which lies apart from the head's: one row is read."""
+    """Return the bytes of a quantised bundle's embedding table where it lies apart from the head's: one row is read."""
     config = bundle.config
     values = config.vocab_size * config.hidden_size
     precision, block_size = bundle.storage.of(EMBEDDING)
+    if config.tie_word_embeddings and precision == "int8":
+        return 0  # it is the head's
     # a tied head reads the same scales
     scales = 0 if config.tie_word_embeddings else scale_bytes((config.vocab_size, config.hidden_size), block_size)
     return values * BITS[precision] // 8 + scales

@@ -64,6 +64,7 @@ VARIANTS = (
     Variant("int8", {"precision": "int8"}),
     Variant("int4", {"precision": "int4"}),
     Variant("int4, calibrated", {"precision": "int4"}, calibrated=True),
+    Variant("int4, calibrated, 20% in int8", {"precision": "int4", "mixed": 20}, calibrated=True),
 )
 
 

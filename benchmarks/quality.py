@@ -35,6 +35,7 @@ from gta_edge.errors import GtaEdgeError, InputError, OutputError
 from gta_edge.evaluate.perplexity import evaluate
 from gta_edge.formats.bundle import Bundle
 from gta_edge.formats.checkpoint import Checkpoint
+from gta_edge.formats.weights import COLUMNS, EMBEDDING
 from gta_edge.model.config import ModelConfig
 from gta_edge.numerics.quantization import BITS, BLOCK_SIZES, DEFAULT_BLOCK_SIZE
 from gta_edge.runtime.generation.incremental_decoder import Tokenizer
@@ -59,13 +60,17 @@ class Variant:
     precision: str
     block_size: int | None = None
     calibrated: bool = False
+    embedding_precision: str | None = None
+    mixed: float | None = None
 
     @property
     def label(self) -> str:
         """What the table calls it."""
         default = DEFAULT_BLOCK_SIZE if self.precision == "int4" else None
         blocks = f", blocks of {self.block_size or default}" if self.block_size or default else ""
-        return f"{self.precision}{blocks}{', calibrated' if self.calibrated else ''}"
+        table = f", embedding in {self.embedding_precision}" if self.embedding_precision else ""
+        more = f", {self.mixed:g}% in int8" if self.mixed else ""
+        return f"{self.precision}{blocks}{table}{', calibrated' if self.calibrated else ''}{more}"
 
 
 def variants(config: ModelConfig) -> list[Variant]:
@@ -77,7 +82,9 @@ def variants(config: ModelConfig) -> list[Variant]:
         *map(Variant, (BASE, "fp16", "bf16", "int8")),
         *(Variant("int8", size) for size in with_default),
         *(Variant("int4", size) for size in possible),
+        *(Variant("int4", size, embedding_precision="int4") for size in with_default),
         *(Variant("int4", size, calibrated=True) for size in with_default),
+        *(Variant("int4", size, calibrated=True, mixed=20) for size in with_default),
     ]
 
 
@@ -105,6 +112,8 @@ def measure(checkpoint: Path, variant: Variant, ids: Ids, calibration: Path, dir
         directory,
         precision=variant.precision,
         block_size=variant.block_size,
+        embedding_precision=variant.embedding_precision,
+        mixed=variant.mixed,
         calibrate=calibration if variant.calibrated else None,
         verify=False,  # takes longer than the export, and perplexity finds damage too
         progress=lines(),
@@ -116,6 +125,8 @@ def measure(checkpoint: Path, variant: Variant, ids: Ids, calibration: Path, dir
         "precision": variant.precision,
         "block_size": exported.bundle.block_size,
         "calibrated": variant.calibrated,
+        "embedding_precision": variant.embedding_precision,
+        "mixed": variant.mixed,
         "weight_bytes": weight_bytes,
         "bits_per_weight": 8 * weight_bytes / exported.bundle.config.parameters,
         "export_s": export_s,
@@ -132,7 +143,8 @@ def measure(checkpoint: Path, variant: Variant, ids: Ids, calibration: Path, dir
 def stored_bytes(bundle: Bundle) -> int:
     """Return the bytes of all parameters, scales included, but not of the tables for RoPE."""
     initializers = ir.load(bundle.model_path).graph.initializers
-    return sum(v.const_value.nbytes for name, v in initializers.items() if v.const_value and name not in TABLES)
+    again = (*TABLES, EMBEDDING + COLUMNS)  # bytes that have two names
+    return sum(v.const_value.nbytes for name, v in initializers.items() if v.const_value and name not in again)
 
 
 def rises(rows: list[Document]) -> Iterator[Document]:
@@ -219,7 +231,7 @@ def markdown(document: Document) -> str:
 def _conditions(document: Document) -> str:
     """Say what was measured, with which command, on which machine, when."""
     place = document["machine"]
-    tied = " A tied table lies twice in int8 and int4, which counts." if document["tied"] else ""
+    tied = " A tied table in int4 lies twice, which counts." if document["tied"] else ""
     versions = ", ".join(f"{name} {number}" for name, number in document["versions"].items())
     return (
         f"{document['tokens']:,} tokens were predicted. Bytes are without the cos and sin tables; bits are over the "

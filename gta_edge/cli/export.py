@@ -36,6 +36,12 @@ def export(
     calibrate: Annotated[
         Path | None, typer.Option(help="A text that int4 and int8 weights are rounded for (GPTQ), UTF-8.")
     ] = None,
+    mixed: Annotated[
+        float | None,
+        typer.Option(
+            metavar="PERCENT", help="How much larger int8 may make an int4 model's layers, where it gains most."
+        ),
+    ] = None,
     verify: Annotated[bool, typer.Option(help="Check the result against PyTorch.")] = True,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
 ) -> None:
@@ -51,6 +57,7 @@ def export(
             block_size=block_size,
             embedding_precision=value_of(embedding_precision),
             calibrate=calibrate,
+            mixed=mixed,
             verify=verify,
             force=force,
             progress=progress,

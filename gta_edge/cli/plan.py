@@ -204,7 +204,8 @@ def _build_peak(plan: Plan, max_length: int) -> int | None:
     from gta_edge.runtime.tensorrt.engine import EngineSpec
 
     model, execution = plan.model, plan.execution
-    manifest = {"files": {WEIGHTS: {"bytes": model.weight_bytes}}, "block_size": model.block_size}
+    manifest: dict[str, Any] = {"files": {WEIGHTS: {"bytes": model.weight_bytes}}, "block_size": model.block_size}
+    manifest["int8"] = sorted(model.storage.int8)
     bundle = Bundle(Path(model.name), model.config, model.precision, manifest)  # only sizes are asked for
     spec = EngineSpec(
         engine=backend.name,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from gta_edge.errors import ExportError, InputError
 from gta_edge.export.gptq import Moments, corrected
@@ -40,17 +41,22 @@ _TEXT = "give another calibration text, in UTF-8"
 
 
 def calibrated(
-    source: Checkpoint, text: Path, storage: Storage, progress: Progress = silent
+    source: Checkpoint, ids: npt.NDArray[np.int64], storage: Storage, progress: Progress = silent
 ) -> dict[str, QuantizedMatrix]:
     """Return every matrix but an untied embedding in codes, corrected for what the model computes on a text.
 
     A table that is looked up has no inputs to be calibrated for. A tied one is calibrated as the head that it also is.
 
+    Args:
+        source: the checkpoint.
+        ids: tokens of the text [rows, T], as ``calibration_ids`` returns them.
+        storage: how each matrix is stored.
+        progress: told of layers done.
+
     Raises:
-        InputError: the text cannot be read or is too short, or the checkpoint has no tokenizer for it.
+        ExportError: the weights, or what they make of the text, are not finite.
     """
     config = source.config
-    ids = calibration_ids(source, text)
     with _not_finite():
         table = quantize(source.read(EMBEDDING), *_format(storage, EMBEDDING)).values
     x = torch.from_numpy(table[ids])  # [rows, T, H]

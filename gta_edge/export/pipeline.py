@@ -19,7 +19,7 @@ from gta_edge.export.quantizer import Quantizer
 from gta_edge.formats.bundle import CONFIG, FORMAT, MODEL, WEIGHTS, Bundle, write_manifest
 from gta_edge.formats.checkpoint import Checkpoint
 from gta_edge.formats.text_files import TextFiles, check_text_files
-from gta_edge.formats.weights import EMBEDDING
+from gta_edge.formats.weights import COLUMNS, EMBEDDING, TRANSPOSED
 from gta_edge.libraries.optional import optional
 from gta_edge.model.rope import check_table_size
 from gta_edge.model.tables import model_tables
@@ -68,6 +68,7 @@ def export_model(
     block_size: int | None = None,
     embedding_precision: str | None = None,
     calibrate: str | Path | None = None,
+    mixed: float | None = None,
     verify: bool = True,
     force: bool = False,
     progress: Progress = silent,
@@ -90,6 +91,8 @@ def export_model(
         embedding_precision: of the embedding and the head in int4: ``int8``, the default, or ``int4``.
         calibrate: a UTF-8 text file; with it the rounding of int4 and int8 weights is corrected (GPTQ) for what the
             model computes on that text.
+        mixed: percent by which int8 may enlarge the matrices of an int4 model's layers; those that gain most for their
+            bytes on the calibration text are stored in it.
         verify: check the result (a few hundred tokens, prefill and decode).
         force: replace an existing bundle.
         progress: told of each step.
@@ -112,6 +115,8 @@ def export_model(
     own = OwnCodes(source, storage)
     if calibrate is not None and precision not in BITS:
         raise InputError(f"precision is {precision}, which is not calibrated", "calibrate int8 or int4")
+    if mixed is not None:
+        _check_mixed(mixed, precision, calibrate)
     if calibrate is not None and own:
         raise InputError(
             f"{source.directory} is in integers already, which are not rounded again", "leave the calibration out"
@@ -119,15 +124,22 @@ def export_model(
     text = check_text_files(source.directory, source.config)
     require_memory_for_export(source, precision, calibrated=calibrate is not None, verify=verify)
     inputs = [source.directory] if calibrate is None else [source.directory, Path(calibrate)]
-    size = stored_bytes(source.config, storage, source.names)
+    size = int(stored_bytes(source.config, storage, source.names) * (1 + (mixed or 0) / 100))
+    notes = text.notes if text.tokenizer else (_no_tokenizer(source.directory),)
     with new_directory(bundle, force=force, inputs=inputs, needed_bytes=size, kind=FORMAT) as directory:
         quantizer = None
         if precision in BITS:
             ready: Mapping[str, QuantizedMatrix] = own
             if calibrate:
-                from gta_edge.export.calibration import calibrated  # and with it torch, as below
+                from gta_edge.export.calibration import calibrated, calibration_ids  # and with it torch, as below
 
-                ready = calibrated(source, Path(calibrate), storage, progress)
+                ids = calibration_ids(source, Path(calibrate))
+                if mixed is not None:
+                    from gta_edge.export.mixed import mixture
+
+                    found = mixture(source, storage, ids, mixed, progress)
+                    storage, notes = found.storage, (*notes, found.note)
+                ready = calibrated(source, ids, storage, progress)
             quantizer = Quantizer(source.read, storage, ready)
         _write_model(source, directory, precision, quantizer, progress)
         for companion in (source.directory / CONFIG, *source.companions):
@@ -137,10 +149,18 @@ def export_model(
         write_manifest(directory, source.config, storage, made_with, progress)
         _check_text(directory, source, Path(bundle))
         report = _check(directory, source, Path(bundle), progress) if verify else None
-    notes = text.notes if text.tokenizer else (_no_tokenizer(source.directory),)
     if report is not None:
         notes += _remove_failed(Path(bundle))
     return Export(Bundle.open(bundle), report, notes)
+
+
+def _check_mixed(percent: float, precision: str, calibrate: str | Path | None) -> None:
+    if precision != "int4":
+        raise InputError(f"precision is {precision}", "int4 is mixed with int8, and nothing else")
+    if calibrate is None:
+        raise InputError("there is no text to measure on which matrices are worth int8", "give --calibrate TEXT")
+    if not 0 <= percent <= 100:
+        raise InputError(f"mixed is {percent}", "expected 0 to 100 percent of the int4 matrices' bytes")
 
 
 def _write_model(
@@ -164,10 +184,23 @@ def _write_model(
         ir.save(model, path, external_data=WEIGHTS, size_threshold_bytes=_INLINE_BYTES, callback=wrote)
     except (OverflowError, ir.serde.SerdeError) as error:
         _raise_cause(error)
+    _name_columns(path)
     try:
         onnx.checker.check_model(path, full_check=True)
     except onnx.checker.ValidationError as error:
         raise ExportError(f"the exported graph is not valid ONNX ({one_line(error)})", "please report this") from error
+
+
+def _name_columns(path: Path) -> None:
+    """Give a quantised table that is looked up and multiplied by a second name for the same bytes; see ``COLUMNS``."""
+    model = onnx.load(path, load_external_data=False)
+    stored = {tensor.name: tensor for tensor in model.graph.initializer if tensor.name.endswith(TRANSPOSED)}
+    for node in model.graph.node:
+        if node.op_type == "Gather" and node.input[0] in stored:
+            second = model.graph.initializer.add()
+            second.CopyFrom(stored[node.input[0]])
+            node.input[0] = second.name = second.name.removesuffix(TRANSPOSED) + COLUMNS
+            path.write_bytes(model.SerializeToString(deterministic=True))
 
 
 def _raise_cause(error: Exception) -> NoReturn:

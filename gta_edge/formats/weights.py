@@ -28,6 +28,7 @@ from gta_edge.support.floats import all_finite
 from gta_edge.support.text import brief
 
 __all__ = [
+    "COLUMNS",
     "EMBEDDING",
     "HEAD",
     "PACKED",
@@ -54,6 +55,12 @@ SCALE = ".scale"
 PACKED = ".packed"
 """Suffix of the stored name of an embedding table whose codes lie in words of 32 bits."""
 
+
+COLUMNS = ".columns"
+"""Suffix of a second name of the same bytes: a tied int8 table's transposed matrix, where its rows are looked up.
+
+ONNX Runtime fuses a quantised matrix with its product only where nothing else reads it under that name.
+"""
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -83,7 +90,7 @@ class Storage:
 
 def parameter_name(stored_name: str) -> str:
     """Return the checkpoint's name of what is stored under this one."""
-    return stored_name.removesuffix(PACKED).removesuffix(TRANSPOSED)
+    return stored_name.removesuffix(PACKED).removesuffix(COLUMNS).removesuffix(TRANSPOSED)
 
 
 def is_kept(parameter: str) -> bool:

@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gta_edge.formats.weights import PACKED, SCALE, TRANSPOSED, parameter_name
+from gta_edge.formats.weights import COLUMNS, PACKED, SCALE, TRANSPOSED, parameter_name
 from gta_edge.graph.shapes import (
     ATTRIBUTES,
     BFLOAT16,
     FLOAT,
     FLOAT16,
     INPUTS,
+    INT8,
     INT32,
     INT64,
     Known,
@@ -242,8 +243,8 @@ def _check_stored(name: str, found: Known, parameters: Mapping[str, tuple[int, .
         elif name.endswith(PACKED):
             codes = found.shape[:1] == shape[:1] and found.elements in (values // 8, values // 4)
             fits = found.dtype == INT32 and len(found.shape) == 2 and codes
-        elif name.endswith(TRANSPOSED):
-            fits = found.shape == shape[::-1]
+        elif name.endswith((TRANSPOSED, COLUMNS)):
+            fits = found.shape == shape[::-1] and (found.dtype == INT8 or name.endswith(TRANSPOSED))
         else:
             fits = found.elements == values and found.dtype in (FLOAT, FLOAT16, BFLOAT16)
     if not fits or found.dtype not in _STORED:

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gta_edge.errors import BundleError, CapacityError
-from gta_edge.formats.weights import PACKED, SCALE, TRANSPOSED, from_stored, parameter_name
+from gta_edge.formats.weights import COLUMNS, PACKED, SCALE, TRANSPOSED, from_stored, parameter_name
 from gta_edge.graph.io import load_graph
 from gta_edge.model.config import ModelConfig
 from gta_edge.numerics.quantization import QuantizedMatrix, unpack_nibbles
@@ -87,7 +87,7 @@ class StoredWeights:
 
         An embedding that is the head's matrix too may lie in two of them, each in a layout of its own.
         """
-        return tuple(sorted(self._places[name], key=lambda stored_name: stored_name.endswith(PACKED)))
+        return tuple(sorted(self._places[name], key=lambda stored_name: stored_name.endswith((PACKED, COLUMNS))))
 
     def read(self, name: str, place: str | None = None) -> npt.NDArray[np.float32] | QuantizedMatrix:
         """Return a parameter in the checkpoint's shape.
@@ -142,7 +142,7 @@ def _coded(
     stored_name: str, stored: Array, shape: Sequence[int], initializers: Mapping[str, ir.Value], model_path: Path
 ) -> QuantizedMatrix:
     packed = stored_name.endswith(PACKED)
-    scale_name = (parameter_name(stored_name) + TRANSPOSED if packed else stored_name) + SCALE
+    scale_name = parameter_name(stored_name) + TRANSPOSED + SCALE
     if scale_name not in initializers:
         raise BundleError(f"{model_path}: {stored_name} has no scales", "export the bundle again")
     scales = _values(initializers[scale_name], model_path)  # [in / block, out] or [out]

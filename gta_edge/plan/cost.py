@@ -30,6 +30,7 @@ __all__ = [
     "stored_bytes",
     "stored_parts",
     "table_bytes",
+    "words_bytes",
 ]
 
 PARTS = ("embedding", "attention", "mlp", "norms", "head", "tables")
@@ -131,7 +132,7 @@ def stored_parts(config: ModelConfig, storage: Storage, names: Collection[str] |
     """Return the bytes of a bundle's file of weights by part of the model: ``PARTS``.
 
     That is every matrix in its precision, or in codes and float16 scales (quantised: the value decoder stays float16,
-    and the embedding lies in words beside the head's codes, sharing the scales of a tied head), norms and biases in
+    and an int4 embedding lies in words beside the codes of a tied head, sharing the scales), norms and biases in
     float32, and the tables of cos and sin. Tensors of up to 1 KiB lie in the graph's file and are not counted.
 
     Args:
@@ -156,9 +157,15 @@ def stored_parts(config: ModelConfig, storage: Storage, names: Collection[str] |
             continue
         codes, scales = values * BITS[precision] // 8, scale_bytes(shape, block_size)
         add(_part(name), codes, scales)
-        if name == EMBEDDING and config.tie_word_embeddings:
-            add("head", codes)  # which lie the other way
+        if name == EMBEDDING and config.tie_word_embeddings and precision == "int4":
+            add("head", codes)  # which lie the other way; in int8 the rows are looked up there
     return parts
+
+
+def words_bytes(config: ModelConfig, storage: Storage) -> int:
+    """Return what a lowered graph holds beside a bundle's weights: a tied int8 table in words, to look rows up in."""
+    precision, _ = storage.of(EMBEDDING)
+    return config.vocab_size * config.hidden_size if config.tie_word_embeddings and precision == "int8" else 0
 
 
 def _part(parameter: str) -> str:

@@ -241,7 +241,8 @@ class Calibrated:
         self.weights = random_checkpoint(directory / "checkpoint", self.entries, tokenizer)
         (directory / "text").write_text(TEXT, encoding="utf-8")
         source = Checkpoint.open(directory / "checkpoint")
-        self.found = calibrated(source, directory / "text", Storage(f"int{bits}", block_size))
+        ids = calibration_ids(source, directory / "text")
+        self.found = calibrated(source, ids, Storage(f"int{bits}", block_size))
         encoded = list(TEXT.encode())
         assert len(encoded) == CONTEXT * TEXT_ROWS  # rows then follow each other
         self.ids = np.array(encoded).reshape(TEXT_ROWS, CONTEXT)

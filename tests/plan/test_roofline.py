@@ -123,7 +123,7 @@ def test_memory_on_a_gpu() -> None:
 
 def test_int4_on_a_gpu_is_what_is_stored_but_for_norms_and_tables() -> None:
     model = planned(context=1)
-    stored = model.model.weight_bytes
+    stored = model.model.weight_bytes + 128256 * 1280  # an engine looks the table up in words of its own
     assert 0.97 * stored < model.memory.weights < stored
 
 

@@ -17,6 +17,7 @@ from gta_edge.errors import BundleError
 from gta_edge.formats.bundle import Bundle
 from gta_edge.graph.builder import Nodes, take_place
 from gta_edge.graph.io import load_graph, rewriting, run_passes, serialised, store_weights
+from gta_edge.graph.pack_embedding import PackEmbeddingPass
 from gta_edge.graph.retype import ConvertPrecisionPass
 from gta_edge.graph.share_dimensions import ShareDimensionsPass
 from gta_edge.libraries.optional import optional
@@ -77,6 +78,7 @@ def cuda_model(bundle: Bundle, compute: str) -> ir.Model:
     run_passes(
         model,
         bundle.model_path,
+        PackEmbeddingPass(),
         common.InlinePass(),
         ShareDimensionsPass(),
         ConvertPrecisionPass(compute),

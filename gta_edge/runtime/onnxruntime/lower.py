@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from gta_edge.formats.bundle import Bundle
 from gta_edge.graph.io import load_graph, run_passes, serialised, store_weights
+from gta_edge.graph.pack_embedding import PackEmbeddingPass
 from gta_edge.graph.share_dimensions import ShareDimensionsPass
 from gta_edge.libraries.optional import optional
 from gta_edge.numerics.quantization import BITS
@@ -46,7 +47,7 @@ def graphs(bundle: Bundle, weights: Path, location: str, progress: Progress = si
     """
     path = bundle.model_path
     model = load_graph(path, bundle.config)
-    passes = ExpandAttentionPass(), common.InlinePass(), ShareDimensionsPass()
+    passes = PackEmbeddingPass(), ExpandAttentionPass(), common.InlinePass(), ShareDimensionsPass()
     run_passes(model, path, *passes, FuseMatMulsPass(_INT8_ACTIVATIONS), FuseNormsPass())
     workers = threads_to_use(2, asked=False)
     store_weights(model, path, weights, location, progress, everything=False, workers=workers)

@@ -19,6 +19,7 @@ from gta_edge.formats.bundle import Bundle
 from gta_edge.model.config import ModelConfig
 from gta_edge.model.kv_cache import input_shapes
 from gta_edge.numerics.quantization import BITS
+from gta_edge.plan.cost import words_bytes
 from gta_edge.runtime.tensorrt.engine import (
     CHOICES,
     IMPLEMENTATIONS,
@@ -101,7 +102,7 @@ class Requirement:
 def requirement(bundle: Bundle, spec: EngineSpec) -> Requirement:
     """Return what building an engine is expected to take."""
     return Requirement(
-        weights=_WEIGHT_COPIES * bundle.weight_bytes,
+        weights=_WEIGHT_COPIES * _lowered_bytes(bundle),
         cache=2 * spec.cache_bytes(bundle.config),
         logits=4 * spec.max_batch * LOGIT_POSITIONS * bundle.config.vocab_size,
         builder=int(_BUILDER_BYTES + _LAYER_BYTES * bundle.config.num_hidden_layers),
@@ -154,7 +155,7 @@ def build(
     target = Target.choose(spec.engine, compute_capabilities)
     if target.gpu:
         _check_memory(needed, needed.on_gpu, free_gpu_bytes(), f"on {target.gpu}", spec, bundle.precision)
-    disk = _WRITTEN_COPIES * bundle.weight_bytes
+    disk = _WRITTEN_COPIES * _lowered_bytes(bundle)
     with engine_output(bundle, spec.engine, force=force, needed_bytes=disk) as output:
         # On the bundle's disk, which has room for an engine: a system's temporary directory may lie in memory.
         with scratch_directory(artifacts_directory(bundle)) as scratch:
@@ -207,11 +208,16 @@ def lower_only(
     if output is None:
         output = artifacts_directory(bundle) / f"{spec.engine}-onnx"
     with new_directory(
-        output, force=force, inputs=inputs, needed_bytes=bundle.weight_bytes, kind="gta-edge-model"
+        output, force=force, inputs=inputs, needed_bytes=_lowered_bytes(bundle), kind="gta-edge-model"
     ) as partial:
         matmul = "plugin" if ENGINES[spec.engine].takes_plugins and spec.matmul != "native" else "native"
         name = _lowered(bundle, spec, partial, newer_ops, matmul, progress).name
     return Path(output) / name
+
+
+def _lowered_bytes(bundle: Bundle) -> int:
+    """Return the bytes of the weights of the model as the parser gets it."""
+    return bundle.weight_bytes + words_bytes(bundle.config, bundle.storage)
 
 
 def profile_shapes(bundle: Bundle, spec: EngineSpec) -> list[dict[str, tuple[tuple[int, ...], ...]]]:

@@ -15,6 +15,7 @@ from gta_edge.errors import CapacityError, InputError, OutputError
 from gta_edge.formats.artifacts import origin
 from gta_edge.formats.bundle import MODEL, WEIGHTS, Bundle
 from gta_edge.graph.io import load_graph, run_passes, serialised, store_weights
+from gta_edge.graph.pack_embedding import PackEmbeddingPass
 from gta_edge.graph.retype import ConvertPrecisionPass
 from gta_edge.graph.share_dimensions import ShareDimensionsPass
 from gta_edge.libraries.optional import optional
@@ -92,7 +93,7 @@ def lower(
         raise OutputError(f"{directory}: holds a model already", "choose another directory, or an empty one")
     quantised = cache_dtype if cache_dtype in QUANTIZED_CACHE_TYPES else None
     model, packing = load_model(bundle), PackMatMulsPass()
-    passes: list[ir.passes.PassBase] = []
+    passes: list[ir.passes.PassBase] = [PackEmbeddingPass()]
     if form == "plugin":
         passes.append(KeepPluginNodesPass())
     else:

@@ -151,6 +151,7 @@ def test_codes_stay_codes_and_nothing_else_is_float32(bundles: Bundles, tmp_path
     before, after = (onnx.load(path) for path in (bundle.model_path, tmp_path / "model.onnx"))
     kinds = (TensorProto.INT4, TensorProto.INT8)
     codes = {tensor.name: tensor for tensor in before.graph.initializer if tensor.data_type in kinds}
+    codes = {key: tensor for key, tensor in codes.items() if not key.endswith(".columns")}  # looked up in words
     kept = {tensor.name: tensor for tensor in after.graph.initializer if tensor.data_type in kinds}
     assert kept.keys() == codes.keys()
     assert {tensor.data_type for tensor in kept.values()} == {*kinds}  # the head is in int8
