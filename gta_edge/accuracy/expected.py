@@ -77,7 +77,7 @@ class Reference:
         """
         use_startable_threads()
         stored = StoredWeights(bundle.model_path, bundle.config)
-        run = _Run(bundle.config, WeightComparison(stored, checkpoint), probes, progress)
+        run = _Run(bundle.config, WeightComparison(stored, checkpoint, bundle.precision), probes, progress)
         expected = run.expected()
         problems = (*run.weights.problems, *constant_problems(stored, bundle.config))
         return cls(expected, run.quantisation(expected), run.weights, problems)

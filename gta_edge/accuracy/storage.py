@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from gta_edge.formats.checkpoint import Checkpoint
 from gta_edge.graph.weights import StoredWeights
-from gta_edge.numerics.dtypes import DTYPES
+from gta_edge.numerics.dtypes import DTYPES, FLOAT_TYPES
 from gta_edge.numerics.quantization import QuantizedMatrix
 
 __all__ = ["WeightComparison", "compare_float", "compare_quantised"]
@@ -54,6 +54,7 @@ class WeightComparison:
     Args:
         bundle: its weights.
         checkpoint: what it was exported from.
+        precision: that the bundle says it has; a floating type is then the narrowest that it may store.
 
     Attributes:
         compared: parameters that were compared.
@@ -62,6 +63,7 @@ class WeightComparison:
 
     bundle: StoredWeights
     checkpoint: Checkpoint
+    precision: str = ""
     compared: int = 0
     equal: int = 0
     _problems: list[str] = field(default_factory=list)
@@ -99,6 +101,8 @@ class WeightComparison:
             else:
                 kind, found = _name(self.bundle.dtype(place)), stored
                 problem = compare_float(stored, own, self.bundle.dtype(place))
+            if self.precision in FLOAT_TYPES and kind not in ("fp32", self.precision):
+                problem = f"is stored in {kind}, and the bundle is in {self.precision}"
             if problem:
                 self._problems.append(f"weights stored in {kind} are not the checkpoint's: {name} {problem}")
             if values is None:

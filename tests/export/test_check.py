@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +211,13 @@ def test_one_bit_of_a_lossless_store(exported: Callable[[str, str], Pair]) -> No
     assert "(1 of " in said
 
 
+def test_a_narrower_type_than_the_bundle_s(exported: Callable[[str, str], Pair]) -> None:
+    bundle, checkpoint = exported("random", "bf16")
+    opened = replace(Bundle.open(bundle), precision="fp32")
+    said = failure(check_export(opened, checkpoint))
+    assert "model.embed_tokens.weight is stored in bf16, and the bundle is in fp32" in said
+
+
 # --- what is kept ----------------------------------------------------------------------------------------------------
 
 
@@ -218,13 +226,12 @@ def wrong(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Call it, and exports write a table that is wrong."""
     from gta_edge.export import pipeline
 
-    right = pipeline.rope_tables
+    right = pipeline.model_tables
 
-    def tables(*arguments: Any) -> tuple[np.ndarray, np.ndarray]:
-        cos, sin = right(*arguments)
-        return cos, -sin
+    def tables(config: Any) -> dict[str, np.ndarray]:
+        return {name: -table if name == "sin" else table for name, table in right(config).items()}
 
-    return lambda: monkeypatch.setattr(pipeline, "rope_tables", tables)
+    return lambda: monkeypatch.setattr(pipeline, "model_tables", tables)
 
 
 def names(directory: Path) -> list[str]:
