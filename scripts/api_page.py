@@ -18,7 +18,7 @@ from typing import Any
 import gta_edge
 from gta_edge import errors
 from gta_edge.export.pipeline import Export
-from gta_edge.model.config import CacheSpec, ModelConfig
+from gta_edge.model.model_config import CacheSpec, ModelConfig
 from gta_edge.plugins import register
 from gta_edge.runtime.generation.loop import Generation
 from gta_edge.runtime.generation.sampling import Sampling

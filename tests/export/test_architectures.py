@@ -16,7 +16,7 @@ from gta_edge.formats.checkpoint import Checkpoint
 from gta_edge.formats.weights import storage_for
 from gta_edge.graph.weights import read_stored, read_weights
 from gta_edge.model.architectures import ARCHITECTURES
-from gta_edge.model.config import ModelConfig
+from gta_edge.model.config import parse_config
 from gta_edge.model.quantized_decoder import build_packed_decoder
 from gta_edge.plan.cost import stored_bytes
 from gta_edge.plugins.domain import DOMAIN
@@ -114,5 +114,5 @@ def test_engines_get_the_same_model(written: Written, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_config_is_written_as_it_is_read(name: str) -> None:
-    config = ModelConfig.from_dict(entries_of(name))
-    assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    config = parse_config(entries_of(name))
+    assert parse_config(json.loads(json.dumps(config.to_dict()))) == config

@@ -16,7 +16,7 @@ from gta_edge.errors import CheckpointError, ConfigError, ExportError, InputErro
 from gta_edge.export.pipeline import export_model
 from gta_edge.formats.bundle import Bundle
 from gta_edge.graph.weights import read_weights
-from gta_edge.model.config import ModelConfig
+from gta_edge.model.config import parse_config
 from gta_edge.model.kv_cache import input_shapes, interface_names
 from gta_edge.plugins.attention import definition as op
 from gta_edge.plugins.domain import DOMAIN
@@ -128,7 +128,7 @@ def test_graph_is_as_promised(exported: tuple[dict, dict, Path]) -> None:
     assert inputs["logit_positions"] == ["batch", "positions"]
     assert outputs["logits"] == ["batch", "positions", entries["vocab_size"]]
     sizes = {"batch": "batch", "tokens": "tokens", "positions": "positions", "capacity": "capacity"}
-    config = ModelConfig.from_dict(entries)
+    config = parse_config(entries)
     assert inputs == {name: list(shape) for name, shape in input_shapes(config, **sizes).items()}
     assert (list(inputs), list(outputs)) == interface_names(config)
     for name in names:

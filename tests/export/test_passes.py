@@ -15,7 +15,7 @@ from gta_edge.export.passes.store_weights import StoreWeightsPass
 from gta_edge.export.passes.tie_head import TieHeadPass
 from gta_edge.export.trace import trace
 from gta_edge.formats.weights import TRANSPOSED
-from gta_edge.model.config import ModelConfig
+from gta_edge.model.config import parse_config
 from gta_edge.model.kv_cache import interface_names
 from gta_edge.model.rope import rope_tables
 from tests.helpers import reference
@@ -34,7 +34,7 @@ class Case:
 
     def __init__(self, name: str, layers: int = 1) -> None:
         self.entries = {**MODELS[name], "num_hidden_layers": layers}
-        self.config = ModelConfig.from_dict(self.entries)
+        self.config = parse_config(self.entries)
         self.weights = reference.random_weights(self.entries)
         cos, sin = rope_tables(16, 10000.0, self.config.rope_scaling, 24)
         self.tables = {"cos": cos, "sin": sin}

@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from gta_edge.formats.checkpoint import Checkpoint
-from gta_edge.model.config import ModelConfig
+from gta_edge.model.config import parse_config
 from tests.helpers import reference
 from tests.helpers.fuzz import CASES, ends_well, rng
 
@@ -244,5 +244,5 @@ def test_a_header_that_says_nothing_else(case: int, whole: dict[tuple[str, bool]
 def test_what_is_not_damaged_is_read(whole: dict[tuple[str, bool], Path]) -> None:
     for (kind, _), directory in whole.items():
         checkpoint = Checkpoint.open(directory)
-        assert checkpoint.config == ModelConfig.from_dict(MODELS[kind])
+        assert checkpoint.config == parse_config(MODELS[kind])
         check(checkpoint)

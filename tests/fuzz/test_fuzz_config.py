@@ -11,7 +11,7 @@ import pytest
 from transformers import LlamaConfig, logging
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from gta_edge.model.config import GQAConfig, ModelConfig, read_config
+from gta_edge.model.config import GQAConfig, ModelConfig, parse_config, read_config
 from gta_edge.model.rope import inverse_frequencies, rope_tables
 from tests.helpers import reference
 from tests.helpers.fuzz import CASES, ends_well, rng
@@ -113,7 +113,7 @@ def mutate(entries: dict[str, Any], random_: random.Random) -> None:
 
 def check(config: ModelConfig) -> None:
     """What holds of every config that is accepted."""
-    assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert parse_config(json.loads(json.dumps(config.to_dict()))) == config
     assert config.parameters > 0
     assert config.flops_per_token(10) > 0
     for table in rope_tables(
@@ -195,7 +195,7 @@ def test_a_rope_setting(case: int) -> None:
     if random_.random() < 0.2:
         entries["original_max_position_embeddings"] = random_.choice([32, 4096])
     read: list[ModelConfig] = []
-    if ends_well(lambda: read.append(ModelConfig.from_dict(entries))):
+    if ends_well(lambda: read.append(parse_config(entries))):
         return
     check(read[0])
     assert isinstance(read[0], GQAConfig)
@@ -229,7 +229,7 @@ def test_changed_bytes_of_a_config(case: int, tmp_path: Path) -> None:
 
 def test_the_comparison_compares() -> None:
     entries = reference.llama_entries(rope_scaling=SCALINGS[3])
-    config = ModelConfig.from_dict(entries)
+    config = parse_config(entries)
     assert isinstance(config, GQAConfig)
     assert check_against_transformers(entries, config)
     with pytest.raises(AssertionError):

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from gta_edge.accuracy.probes import probes
-from gta_edge.model.config import ModelConfig
+from gta_edge.model.config import parse_config
 from tests.helpers import reference
 from tests.helpers.checkpoints import write_checkpoint
 
@@ -14,7 +14,7 @@ def ill_conditioned(directory: Path, *, leaves: float) -> np.ndarray:
     """Write a checkpoint whose first layer takes the first random token away but for a part; return the token."""
     entries = reference.gta_entries(vocab_size=300, max_position_embeddings=128)
     weights = reference.random_weights(entries)
-    token = probes(ModelConfig.from_dict(entries))[0].ids[0, :1]
+    token = probes(parse_config(entries))[0].ids[0, :1]
     wide = {name: weight.astype(np.float64) for name, weight in weights.items()}
     eps, layer = entries["rms_norm_eps"], "model.layers.0"
     x = wide["model.embed_tokens.weight"][token[0]]

@@ -16,7 +16,7 @@ from gta_edge.export.pipeline import export_model
 from gta_edge.export.trace import trace
 from gta_edge.formats import bundle
 from gta_edge.graph.weights import read_weights
-from gta_edge.model.config import ModelConfig
+from gta_edge.model.config import ModelConfig, parse_config
 from tests.helpers import reference
 from tests.helpers.checkpoints import write_checkpoint
 
@@ -63,7 +63,7 @@ WEIGHTS = {
 
 @functools.cache
 def _traced(config: str, biases: frozenset[str]) -> ir.Model:
-    return trace(ModelConfig.from_dict(json.loads(config)), sorted(biases))
+    return trace(parse_config(json.loads(config)), sorted(biases))
 
 
 def traced_once(config: ModelConfig, biases: Iterable[str]) -> ir.Model:
@@ -100,7 +100,7 @@ def write_bundle_of(
 @functools.cache
 def _formula(weights: str, model: str, directory: Path) -> np.ndarray:
     config = json.loads((directory / "config.json").read_text())
-    tensors = dict(read_weights(directory / bundle.MODEL, ModelConfig.from_dict(config)))
+    tensors = dict(read_weights(directory / bundle.MODEL, parse_config(config)))
     formula = reference.gta_logits if "num_query_heads" in config else reference.llama_logits
     return np.stack([formula(config, tensors, row) for row in IDS])
 

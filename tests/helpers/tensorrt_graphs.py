@@ -9,7 +9,7 @@ from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
 from gta_edge.formats.bundle import Bundle
-from gta_edge.model.config import ModelConfig
+from gta_edge.model.config import parse_config
 from tests.helpers import reference
 
 CAPACITY, BATCH, LAYERS, VOCAB = 16, 2, 2, 61
@@ -62,7 +62,7 @@ def in_reference(path: Path) -> Run:
 def logits(run: Run, name: str, dtype: type) -> np.ndarray:
     """All logits of a ragged prefill, 5 and 3 tokens, and of three tokens more, one at a time."""
     rng = np.random.default_rng(0)
-    caches = ModelConfig.from_dict(TABLE[name]).caches
+    caches = parse_config(TABLE[name]).caches
     state = {
         f"past_{cache.name}.{i}": np.zeros((BATCH, cache.heads, CAPACITY, cache.width), dtype)
         for i in range(LAYERS)

@@ -7,14 +7,14 @@ import transformers
 
 from gta_edge.errors import ConfigError
 from gta_edge.model.architectures import ARCHITECTURES
-from gta_edge.model.config import GQAConfig, ModelConfig
+from gta_edge.model.config import GQAConfig, parse_config
 from tests.helpers.architectures import CASES, entries_of, model_of
 
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
 def read(entries: dict[str, Any]) -> GQAConfig:
-    config = ModelConfig.from_dict(entries)
+    config = parse_config(entries)
     assert isinstance(config, GQAConfig)
     return config
 
@@ -101,7 +101,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
 @pytest.mark.parametrize(("name", "changes", "message"), REFUSED.values(), ids=REFUSED)
 def test_what_is_not_supported_is_refused_by_name(name: str, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
-        ModelConfig.from_dict(entries_of(name, **changes))
+        parse_config(entries_of(name, **changes))
     assert len(str(caught.value).splitlines()) == 1
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from gta_edge.errors import ConfigError, InputError
-from gta_edge.model.config import GQAConfig, GTAConfig, ModelConfig, read_config
+from gta_edge.model.config import GQAConfig, GTAConfig, ModelConfig, parse_config, read_config
 from gta_edge.model.decoder import Decoder
 from gta_edge.model.presets import PRESETS, preset
 from gta_edge.model.rope import RopeScaling
@@ -66,7 +66,7 @@ SCALINGS = [
 
 
 def make(entries: dict) -> ModelConfig:
-    return ModelConfig.from_dict(entries)
+    return parse_config(entries)
 
 
 # --- presets and figures ---------------------------------------------------------------------------------------------
@@ -261,7 +261,7 @@ def configs(draw):
 @SETTINGS
 @given(configs())
 def test_round_trip(config):
-    again = ModelConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    again = parse_config(json.loads(json.dumps(config.to_dict())))
     assert again == config
     assert type(again) is type(config)
 
@@ -527,7 +527,7 @@ def test_spellings_of_an_architecture(changes):
 @pytest.mark.parametrize("content", [None, [], [1, 2], "text", 5, True])
 def test_a_config_that_is_no_object_is_refused(content):
     with pytest.raises(ConfigError, match="expected a JSON object"):
-        ModelConfig.from_dict(content)
+        parse_config(content)
 
 
 @pytest.mark.parametrize(
@@ -613,7 +613,7 @@ def test_any_value_gives_a_config_or_a_config_error(entries, key, value):
         config = make(entries | {key: value})
     except ConfigError:
         return
-    assert ModelConfig.from_dict(config.to_dict()) == config
+    assert parse_config(config.to_dict()) == config
 
 
 @settings(SETTINGS, max_examples=300)
@@ -623,4 +623,4 @@ def test_any_rope_scaling_gives_a_config_or_a_config_error(scaling, key, value):
         config = make(reference.gta_entries(rope_scaling={**scaling.to_config(), key: value}))
     except ConfigError:
         return
-    assert ModelConfig.from_dict(config.to_dict()) == config
+    assert parse_config(config.to_dict()) == config

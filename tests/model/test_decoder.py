@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from gta_edge.model.config import ModelConfig
+from gta_edge.model.config import parse_config
 from gta_edge.model.decoder import Decoder, empty_cache
 from tests.helpers import reference
 from tests.helpers.rope_tables import scaled_tables
@@ -58,7 +58,7 @@ def prompt(entries: dict, rows: int = 1, tokens: int = TOKENS, seed: int = 5) ->
 
 
 def decoder(entries: dict, weights: dict) -> Decoder:
-    model = Decoder(ModelConfig.from_dict(entries), biases={name for name in weights if name.endswith(".bias")})
+    model = Decoder(parse_config(entries), biases={name for name in weights if name.endswith(".bias")})
     model.load_state_dict({name: torch.from_numpy(weight) for name, weight in weights.items()}, strict=True)
     return model.eval()
 
@@ -117,7 +117,7 @@ def test_a_bias_that_the_checkpoint_lacks_is_absent(endings):
 
 def test_biases_are_all_there_unless_said_otherwise():
     entries = reference.gta_entries()
-    assert set(Decoder(ModelConfig.from_dict(entries)).state_dict()) == set(reference.shapes(entries))
+    assert set(Decoder(parse_config(entries)).state_dict()) == set(reference.shapes(entries))
 
 
 @pytest.mark.parametrize("theta", [10000.0, 500.0])
@@ -232,7 +232,7 @@ def test_logits_are_given_for_the_positions_that_were_asked_for(entries):
 
 @models
 def test_empty_caches_have_the_layout_of_the_graph(entries):
-    config = ModelConfig.from_dict(entries)
+    config = parse_config(entries)
     caches = empty_cache(config, 2, 9, dtype=torch.float16)
     second = (2, 2, 9, 32) if "num_query_heads" in entries else (2, 3, 9, 16)
     assert [(tuple(a.shape), tuple(b.shape)) for a, b in caches] == [((2, 3, 9, 16), second)] * 2

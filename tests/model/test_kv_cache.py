@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from gta_edge.model.config import ModelConfig
+from gta_edge.model.config import ModelConfig, parse_config
 from gta_edge.model.kv_cache import (
     bytes_per_token,
     cache_bytes,
@@ -19,8 +19,8 @@ from gta_edge.numerics.dtypes import CACHE_TYPES
 from tests.helpers import reference
 
 LAYERS = {"num_hidden_layers": 2}
-GTA = ModelConfig.from_dict(reference.gta_entries(heads=4, n_q=4, n_k=2, n_c=1, d_k=16, d_l=8, e=2, **LAYERS))
-GQA = ModelConfig.from_dict(reference.llama_entries(heads=4, n_kv=2, d_h=16, **LAYERS))
+GTA = parse_config(reference.gta_entries(heads=4, n_q=4, n_k=2, n_c=1, d_k=16, d_l=8, e=2, **LAYERS))
+GQA = parse_config(reference.llama_entries(heads=4, n_kv=2, d_h=16, **LAYERS))
 
 
 def shapes(config: ModelConfig, dtype: str) -> dict[str, tuple[int, ...]]:

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from gta_edge.accuracy.reference import build_decoder, reference_logits
 from gta_edge.errors import ConfigError
-from gta_edge.model.config import ModelConfig
+from gta_edge.model.config import parse_config
 from gta_edge.model.rope import inverse_frequencies
 from tests.helpers import reference
 
@@ -194,7 +194,7 @@ def transformers_logits(entries: dict[str, Any]) -> tuple[LlamaForCausalLM, np.n
 @pytest.mark.parametrize("name", SAME)
 def test_what_is_read_means_what_it_means_to_transformers(name: str) -> None:
     entries = changed(SAME[name])
-    config = ModelConfig.from_dict(entries)
+    config = parse_config(entries)
     model, expected = transformers_logits(entries)
     rotary = model.model.rotary_emb
     found, factor = inverse_frequencies(
@@ -204,14 +204,14 @@ def test_what_is_read_means_what_it_means_to_transformers(name: str) -> None:
     assert factor == pytest.approx(rotary.attention_scaling)
     logits = reference_logits(build_decoder(config, weights(entries).items()), IDS)
     assert np.abs(logits - expected).max() < 1e-4 * expected.std()
-    assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert parse_config(json.loads(json.dumps(config.to_dict()))) == config
 
 
 def test_a_window_that_is_switched_off_is_none() -> None:
     """In one pass; transformers' cache for single tokens goes by the window's width alone."""
     entries = changed({"sliding_window": 8, "use_sliding_window": False, "max_window_layers": 1})
-    config = ModelConfig.from_dict(entries)
-    assert config == ModelConfig.from_dict(changed({}))
+    config = parse_config(entries)
+    assert config == parse_config(changed({}))
     model, _ = transformers_logits(entries)
     with torch.inference_mode():
         expected = model(torch.from_numpy(IDS), use_cache=False).logits.numpy()
@@ -234,6 +234,6 @@ CASES = [(make, *case) for make in (reference.llama_entries, reference.gta_entri
 @pytest.mark.parametrize(("make", "changes", "word"), CASES)
 def test_what_would_mean_something_else_is_refused_by_name(make: Any, changes: dict[str, Any], word: str) -> None:
     with pytest.raises(ConfigError, match=word) as caught:
-        ModelConfig.from_dict(make(max_position_embeddings=256) | changes)
+        parse_config(make(max_position_embeddings=256) | changes)
     assert str(caught.value).isprintable()
     assert len(str(caught.value)) < 600

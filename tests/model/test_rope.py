@@ -12,7 +12,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from gta_edge.errors import ConfigError
-from gta_edge.model.config import ModelConfig
+from gta_edge.model.config import parse_config
 from gta_edge.model.rope import ROPE_TYPES, RopeScaling, check_table_size, inverse_frequencies, rope_tables
 from tests.helpers import reference
 
@@ -222,7 +222,7 @@ def test_a_config_gives_the_frequencies_that_transformers_gives_it(entry, spelli
         entries |= {"rope_theta": 70000.0, "rope_scaling": entry}
     else:
         entries |= {"rope_parameters": {**entry, "rope_theta": 70000.0}}
-    config = ModelConfig.from_dict(entries)
+    config = parse_config(entries)
     found, factor = inverse_frequencies(32, config.rope_theta, config.rope_scaling, config.max_position_embeddings)
     rotary = LlamaRotaryEmbedding(LlamaConfig(**json.loads(json.dumps(entries))))
     np.testing.assert_allclose(found, rotary.inv_freq.double().numpy(), rtol=1e-5)
@@ -250,7 +250,7 @@ def test_an_unusual_spelling_is_read_as_transformers_reads_it_or_refused(changes
     entries = reference.llama_entries(d_h=32, max_position_embeddings=2048) | changes
     theirs = LlamaRotaryEmbedding(LlamaConfig(**json.loads(json.dumps(entries))))
     try:
-        config = ModelConfig.from_dict(entries)
+        config = parse_config(entries)
     except ConfigError:
         return
     found, factor = inverse_frequencies(32, config.rope_theta, config.rope_scaling, config.max_position_embeddings)
@@ -385,7 +385,7 @@ def test_a_value_of_any_size_gives_finite_tables_or_is_refused(rope_type, name, 
     else:
         entry[name] = value
     try:
-        config = ModelConfig.from_dict(reference.llama_entries(rope_theta=theta, rope_scaling=entry))
+        config = parse_config(reference.llama_entries(rope_theta=theta, rope_scaling=entry))
     except ConfigError as error:
         assert str(error).isprintable()  # noqa: PT017 - either outcome is right
         return
@@ -417,7 +417,7 @@ def test_tables_of_absurd_sizes_are_refused_before_they_are_made():
         check_table_size(128, 2097153)
     check_table_size(128, 2097152)
     with pytest.raises(ConfigError, match="the key width is 131072"):
-        ModelConfig.from_dict(reference.llama_entries(heads=2, n_kv=1, d_h=2**17))
+        parse_config(reference.llama_entries(heads=2, n_kv=1, d_h=2**17))
 
 
 def test_some_of_the_positions_are_the_first_of_all():

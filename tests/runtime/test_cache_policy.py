@@ -8,13 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gta_edge.errors import CapacityError, InputError
-from gta_edge.model.config import ModelConfig
+from gta_edge.model.config import parse_config
 from gta_edge.numerics.dtypes import CACHE_TYPES
 from gta_edge.runtime.cache_policy import CachePolicy
 from tests.helpers import reference
 
 P = 100
-CONFIG = ModelConfig.from_dict(
+CONFIG = parse_config(
     reference.gta_entries(heads=4, n_q=4, n_k=2, n_c=1, d_k=16, d_l=8, e=2, max_position_embeddings=P)
 )
 

@@ -19,7 +19,7 @@ from gta_edge.errors import BackendError, CapacityError, InputError
 from gta_edge.export.pipeline import export_model
 from gta_edge.formats.bundle import Bundle
 from gta_edge.graph.weights import read_weights
-from gta_edge.model.config import ModelConfig
+from gta_edge.model.config import ModelConfig, parse_config
 from gta_edge.model.decoder import Decoder
 from gta_edge.model.kv_cache import cache_bytes
 from gta_edge.runtime.onnxruntime.cuda_session import OnnxRuntimeCudaSession
@@ -49,9 +49,7 @@ _exports = tempfile.TemporaryDirectory(prefix="gta-edge-sessions-")  # removed w
 @functools.cache
 def _exported(entries: str) -> Path:
     """The bundle of one of the models below; exporting takes seconds, so it is done once for all tests."""
-    model = next(
-        name for name, known in ENTRIES.items() if ModelConfig.from_dict(known).to_dict() == json.loads(entries)
-    )
+    model = next(name for name, known in ENTRIES.items() if parse_config(known).to_dict() == json.loads(entries))
     directory = Path(_exports.name) / model
     write_checkpoint(directory / "checkpoint", ENTRIES[model], reference.random_weights(ENTRIES[model]))
     export_model(directory / "checkpoint", directory / "bundle", precision=INTEGERS.get(model), verify=False)
@@ -121,7 +119,7 @@ def weights_of(model: str) -> dict[str, np.ndarray]:
     """What the formula is given: the checkpoint's tensors, or the values that the bundle's integers stand for."""
     if model not in INTEGERS:
         return reference.random_weights(ENTRIES[model])
-    config = ModelConfig.from_dict(ENTRIES[model])
+    config = parse_config(ENTRIES[model])
     return dict(read_weights(_exported(json.dumps(config.to_dict())) / "model.onnx", config))
 
 
@@ -134,7 +132,7 @@ def exact_logits(model: str, ids: Any) -> np.ndarray:
 def open_session(backend: str, model: str, *, exact: bool = True, **options: Any) -> Session:
     if model in INTEGERS:
         options["exact"] = exact
-    return SESSIONS[backend](ModelConfig.from_dict(ENTRIES[model]), weights_of(model), **options)
+    return SESSIONS[backend](parse_config(ENTRIES[model]), weights_of(model), **options)
 
 
 @pytest.fixture(params=MODELS)

@@ -28,7 +28,7 @@ from gta_edge.formats.bundle import Bundle
 from gta_edge.graph.types import types_of_outputs
 from gta_edge.libraries import onnxruntime as ort
 from gta_edge.libraries.install import install_command
-from gta_edge.model.config import ModelConfig
+from gta_edge.model.config import parse_config
 from gta_edge.model.kv_cache import cache_bytes
 from gta_edge.numerics.dtypes import FLOAT_TYPES
 from gta_edge.runtime.onnxruntime import cuda_session as backend
@@ -125,7 +125,7 @@ def test_in_bfloat16_it_is_near_the_formula(name: str, precision: str, compute: 
     own = [RMSNormalization, MatMulNBits, SkipSimplifiedLayerNormalization]
     evaluator = ReferenceEvaluator(str(tmp_path / "model.onnx"), new_ops=own)
     dtype = ml_dtypes.bfloat16 if compute == "bf16" else np.float32
-    config = ModelConfig.from_dict(MODELS[name])
+    config = parse_config(MODELS[name])
     state = {
         f"past_{cache.name}.{i}": np.zeros((2, cache.heads, P, cache.width), dtype)
         for i in range(config.num_hidden_layers)
@@ -199,7 +199,7 @@ def test_no_product_broadcasts_a_stack_over_the_batch(name: str, precision: str)
 
 
 def model_layers(name: str) -> int:
-    return ModelConfig.from_dict(MODELS[name]).num_hidden_layers
+    return parse_config(MODELS[name]).num_hidden_layers
 
 
 def test_a_weight_beyond_float16_is_refused_by_name(tmp_path: Path) -> None:

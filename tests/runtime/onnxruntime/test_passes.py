@@ -25,7 +25,7 @@ from gta_edge.export.quantizer import Quantizer
 from gta_edge.formats.weights import storage_for
 from gta_edge.graph.io import run_passes
 from gta_edge.graph.share_dimensions import ShareDimensionsPass
-from gta_edge.model.config import ModelConfig
+from gta_edge.model.config import parse_config
 from gta_edge.model.rope import rope_tables
 from gta_edge.numerics.quantization import pack_nibbles
 from gta_edge.plugins.domain import DOMAIN, OPSET
@@ -55,7 +55,7 @@ INTEGERS = ["int8", "int8 in blocks", "int4"]
 
 @functools.cache
 def _serialised(name: str, precision: str) -> bytes:
-    config, weights = ModelConfig.from_dict(MODELS[name]), WEIGHTS[name]
+    config, weights = parse_config(MODELS[name]), WEIGHTS[name]
     cos, sin = rope_tables(config.key_width, config.rope_theta, config.rope_scaling, P)
     kind, block = PRECISIONS[precision]
     quantizer = Quantizer(weights.__getitem__, storage_for(config, kind, block)) if kind.startswith("int") else None
@@ -105,7 +105,7 @@ def step(name: str, tokens: int) -> dict[str, np.ndarray]:
         "logit_positions": np.tile(np.arange(tokens)[::-1], (3, 1)),
     }
     for i in range(LAYERS):
-        for cache in ModelConfig.from_dict(MODELS[name]).caches:
+        for cache in parse_config(MODELS[name]).caches:
             shape = 3, cache.heads, capacity, cache.width
             feeds[f"past_{cache.name}.{i}"] = rng.standard_normal(shape).astype(np.float32)
     return feeds

@@ -24,7 +24,7 @@ from gta_edge.export.pipeline import export_model
 from gta_edge.formats.bundle import Bundle
 from gta_edge.graph.io import run_passes
 from gta_edge.graph.retype import ConvertPrecisionPass
-from gta_edge.model.config import ModelConfig
+from gta_edge.model.config import parse_config
 from gta_edge.model.kv_cache import input_shapes, interface_names
 from gta_edge.plugins.attention import definition as op
 from gta_edge.plugins.attention.plugin_call import INPUT_FLAGS, QUANTISED_CACHE
@@ -200,7 +200,7 @@ def test_the_plugins_nodes(bundles: Bundles, tmp_path: Path, name: str, cache: s
         first = 3 if absent else 4  # there is no gate before the caches
         assert list(node.input[first : first + 2]) == past and list(node.input[inputs:]) == scales
         assert list(node.output[1:]) == [name.replace("past", "present") for name in (*past, *scales)]
-    config = ModelConfig.from_dict(TABLE[name])
+    config = parse_config(TABLE[name])
     sizes = {"batch": "batch", "tokens": "tokens", "positions": "positions", "capacity": CAPACITY}
     found = {value.name: tuple(shape_and_type(value)[0]) for value in model.graph.input}
     assert list(found.items()) == list(input_shapes(config, cache or "bf16", **sizes).items())

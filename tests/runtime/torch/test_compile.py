@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from gta_edge.model.config import ModelConfig
+from gta_edge.model.config import parse_config
 from gta_edge.model.decoder import Decoder, empty_cache
 from gta_edge.runtime.torch.session import TorchSession
 from tests.helpers import reference
@@ -23,7 +23,7 @@ MODELS = {
 def test_a_step_compiles_whole(kind: str) -> None:
     """By ahead-of-time tracing, which is where an op needs its fake implementation; no compiler of C++ is run."""
     entries = MODELS[kind]
-    model = Decoder(ModelConfig.from_dict(entries))
+    model = Decoder(parse_config(entries))
     with TorchSession(model) as session:  # switches the attention to the op that writes in place
         step: Any = session._model
         compiled = torch.compile(step, backend="aot_eager", fullgraph=True)

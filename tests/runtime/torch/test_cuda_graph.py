@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from gta_edge.errors import CapacityError
-from gta_edge.model.config import ModelConfig
+from gta_edge.model.config import parse_config
 from gta_edge.model.decoder import Decoder
 from gta_edge.runtime.torch import session as backend
 from gta_edge.runtime.torch.cuda_graph import CHECKED, CaptureError, DecodeGraph
@@ -150,7 +150,7 @@ def test_a_step_that_does_not_run_is_no_refusal_either() -> None:
 def session(monkeypatch: pytest.MonkeyPatch) -> Any:
     """On the CPU, taken for a GPU: every single token asks for a graph."""
     torch.manual_seed(0)
-    with TorchSession(Decoder(ModelConfig.from_dict(SMALL))) as made:
+    with TorchSession(Decoder(parse_config(SMALL))) as made:
         made.device, made.graph_refused = "gpu", None
         yield made
 

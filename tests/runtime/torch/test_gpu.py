@@ -16,7 +16,7 @@ import torch
 
 from gta_edge.accuracy.tolerance import COMPUTE_BOUNDS, difference
 from gta_edge.errors import BackendError
-from gta_edge.model.config import ModelConfig
+from gta_edge.model.config import parse_config
 from gta_edge.model.decoder import Decoder
 from gta_edge.numerics.dtypes import DTYPES
 from gta_edge.plugins.attention import torch as torch_ops
@@ -59,7 +59,7 @@ def decoder(model: str, compute: str) -> Decoder:
     """A model with random weights that are numbers of the type ``compute``, in float32."""
     entries = MODELS[model]
     weights = {name: torch.from_numpy(weight) for name, weight in reference.random_weights(entries).items()}
-    found = Decoder(ModelConfig.from_dict(entries), biases={name for name in weights if name.endswith(".bias")})
+    found = Decoder(parse_config(entries), biases={name for name in weights if name.endswith(".bias")})
     rounded = {name: weight.to(getattr(torch, DTYPES[compute].array)).float() for name, weight in weights.items()}
     found.load_state_dict(rounded, strict=True)
     return found

@@ -25,7 +25,7 @@ from gta_edge.errors import BundleError
 from gta_edge.export.pipeline import export_model
 from gta_edge.formats.bundle import Bundle
 from gta_edge.graph.weights import read_stored, read_weights
-from gta_edge.model.config import ModelConfig
+from gta_edge.model.config import parse_config
 from gta_edge.model.decoder import Decoder
 from gta_edge.model.quantized_decoder import (
     PackedEmbedding,
@@ -486,4 +486,4 @@ def test_in_float32_a_gpu_dequantises(bundle):
 
 def test_the_cases_are_models():
     for case in CASES.values():
-        assert ModelConfig.from_dict(case.entries).hidden_size % 8 == 0
+        assert parse_config(case.entries).hidden_size % 8 == 0
