@@ -125,6 +125,8 @@ class _Run:
         if own_matrix is not None and self.own is None:
             self._begin_own()
         found = self._head(matrix, norm)
+        layers = self.config.num_hidden_layers
+        self.progress("checking against PyTorch", layers, layers)
         if self.own is not None:
             x = self.own.normed(0, norm if own_norm is None else own_norm)
             parts = run_head(matrix if own_matrix is None else own_matrix, [x], [None])

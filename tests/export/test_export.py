@@ -158,9 +158,6 @@ def test_the_onnx_reference_agrees(name: str, tmp_path: Path) -> None:
     model = onnx.load(tmp_path / "bundle" / "model.onnx")
     for initializer in model.graph.initializer:  # the evaluator wants the data at hand
         assert initializer.data_location != onnx.TensorProto.EXTERNAL
-    for node in model.graph.node:  # the evaluator wants an input for each of a function's, though it be empty
-        if node.op_type == op.OP:
-            node.input.extend([""] * (len(op.INPUTS) - len(node.input)))
     evaluator = onnx.reference.ReferenceEvaluator(model)
     session = plain_session(tmp_path / "bundle")
     ids = np.random.default_rng(4).integers(0, entries["vocab_size"], (2, 4))
@@ -328,7 +325,7 @@ def test_a_wrongly_stored_weight_fails_the_check(
         return kept(array * (2 if "o_proj" in name else 1), name, shape, dtype)
 
     monkeypatch.setattr(store_weights, "to_stored", scaled)
-    with pytest.raises(ExportError, match="weights stored in fp32 change the logits"):
+    with pytest.raises(ExportError, match="weights stored in fp32 are not the checkpoint.s: .*o_proj.weight"):
         export_model(checkpoint, tmp_path / "bundle")
 
 

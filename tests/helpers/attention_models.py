@@ -92,6 +92,8 @@ def wrap(
         )
 
     given = [key if key in inputs else "" for key in op.INPUTS]
+    while not given[-1]:  # as files have it
+        given.pop()
     graph = helper.make_graph(
         [helper.make_node(name, given, list(outputs), domain=DOMAIN, **attributes)],
         "one_node",

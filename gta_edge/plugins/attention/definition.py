@@ -234,13 +234,15 @@ _NO_GATE = """
 def function(has_gate: bool = True, has_value_decoder: bool = True) -> str:
     """Return the op's meaning, in ONNX's text form (``onnx.parser.parse_function`` reads it).
 
-    A function cannot ask whether an input is there, so each case has a body of its own; the inputs stay the same. The
-    layers of one model are all alike, so a model holds one of them.
+    A function cannot ask whether an input is there, so each case has a body of its own. Its inputs stay the same, but
+    for an absent one at the end: ONNX leaves that off the nodes, and its reference evaluator wants as many of each.
+    The layers of one model are all alike, so a model holds one of them.
     """
+    inputs = INPUTS if has_value_decoder else INPUTS[: INPUTS.index("value_decoder")]
     decode, gate = _DECODE if has_value_decoder else _KEEP, _GATE if has_gate else _NO_GATE
     return f"""<domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>
 {OP}
     <num_query_heads, num_key_heads, num_latent_heads, scale,
      plugin_namespace: string = "{DOMAIN}", plugin_version: string = "{VERSION}">
-    ({", ".join(INPUTS)}) => ({", ".join(OUTPUTS)})
+    ({", ".join(inputs)}) => ({", ".join(OUTPUTS)})
 {{{_ATTEND}{decode}{_JOIN}{gate}}}"""
