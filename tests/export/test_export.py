@@ -325,7 +325,7 @@ def test_a_wrongly_stored_weight_fails_the_check(
         return kept(array * (2 if "o_proj" in name else 1), name, shape, dtype)
 
     monkeypatch.setattr(store_weights, "to_stored", scaled)
-    with pytest.raises(ExportError, match="weights stored in fp32 are not the checkpoint.s: .*o_proj.weight"):
+    with pytest.raises(ExportError, match=r"weights stored in fp32 are not the checkpoint.s: .*o_proj\.weight"):
         export_model(checkpoint, tmp_path / "bundle")
 
 
