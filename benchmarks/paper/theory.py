@@ -21,11 +21,12 @@ import onnx.shape_inference
 
 from benchmarks.paper.results import Document, Run, kind
 from gta_edge.errors import BundleError
+from gta_edge.formats.weights import Storage
 from gta_edge.machine.devices import Device
 from gta_edge.model.config import GTAConfig, ModelConfig
 from gta_edge.model.presets import preset
 from gta_edge.numerics.dtypes import DTYPES
-from gta_edge.plan.cost import Execution, Step, operators, query_heads
+from gta_edge.plan.cost import Execution, Step, operators
 from gta_edge.plan.roofline import Model, Phase, Plan, make_plan
 
 if sys.version_info >= (3, 11):
@@ -75,7 +76,7 @@ def reduction(config: ModelConfig, models: Mapping[str, ModelConfig], figure: st
 def prompt_flops(config: ModelConfig, tokens: int) -> int:
     """Return the FLOPs of reading a prompt: all matmuls, the pairs that causal attention sees, one position's head."""
     execution = Execution(PRECISION, PRECISION, tokens)
-    found = operators(config, PRECISION, None, execution, Step(1, tokens, 0, 1))
+    found = operators(config, Storage(PRECISION), execution, Step(1, tokens, 0, 1))
     return sum(operator.flops for operator in found)
 
 
@@ -121,7 +122,9 @@ def roofline(config: ModelConfig, tokens: int, score_passes: int, batch: int = 1
         batch: sequences at once.
     """
     plan = _plan(config, tokens, batch)
-    scores = batch * config.num_hidden_layers * query_heads(config) * DTYPES[PRECISION].bytes * score_passes
+    scores = (
+        batch * config.num_hidden_layers * config.attention.num_query_heads * DTYPES[PRECISION].bytes * score_passes
+    )
     prefill, decode = scores * tokens * tokens, scores * tokens
     return Roofline(
         1e3 * _seconds(plan.prefill, prefill, plan.device.bandwidth),

@@ -83,6 +83,8 @@ def test_the_parser_gives_the_creator_what_the_plugin_reads(
             "num_latent_heads": config.num_latent_heads,
             "scale": pytest.approx(config.scale),
             "quantised_cache": cache is not None,
+            "has_gate": True,
+            "has_value_decoder": True,
             "phase": "BUILD",
         }
     ]

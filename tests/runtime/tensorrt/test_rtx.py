@@ -71,7 +71,9 @@ def size(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Size]:
         if not checkpoint.exists():
             initialise(CONFIGS[name], checkpoint)
         if not bundle.exists():
-            export_model(checkpoint, bundle, precision=precision, block_size=block_size, verify=False)
+            tables = "int4" if precision == "int4" else None  # as wide as all matrices, so that bytes can be told apart
+            options = {"precision": precision, "block_size": block_size, "embedding_precision": tables}
+            export_model(checkpoint, bundle, **options, verify=False)
         return engine_bytes(Bundle.open(bundle), bundle.with_name(f"{bundle.name}-{compute}"), compute)
 
     with pytest.MonkeyPatch.context() as patch:
