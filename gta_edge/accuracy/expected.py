@@ -24,6 +24,7 @@ from gta_edge.formats.checkpoint import Checkpoint
 from gta_edge.graph.weights import StoredWeights
 from gta_edge.libraries.optional import optional
 from gta_edge.model.config import ModelConfig
+from gta_edge.numerics.quantization import activation_block
 from gta_edge.support.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -39,7 +40,6 @@ Floats = npt.NDArray[np.float32]
 
 _EMBEDDING, _NORM = "model.embed_tokens.weight", "model.norm.weight"
 _CASES = 2  # of float32's errors: one may be small by chance
-_CHANNEL_BLOCK = 256
 _BUNDLE, _CHECKPOINT = "bundle", "checkpoint"
 
 
@@ -283,9 +283,9 @@ def arithmetic_of(bundle: Bundle, compute: str, cache: str | None = None, *, rou
     """
     blocks: list[tuple[str, int]] = []
     if rounds:
-        weights = StoredWeights(bundle.model_path, bundle.config)
+        weights, shapes = StoredWeights(bundle.model_path, bundle.config), bundle.config.parameter_shapes()
         for name in weights.names:
             size = weights.block_size(name)
             if size is not None:
-                blocks.append((name, size or _CHANNEL_BLOCK))
+                blocks.append((name, activation_block(shapes[name][1], size)))
     return Arithmetic(compute, tuple(blocks), cache)

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from gta_edge.graph.builder import lazy_initializer, take_place
 from gta_edge.graph.quantized_matmul import QuantizedMatMul, find_quantized, group_by_input, joint_bias, joint_name
 from gta_edge.libraries.optional import optional
-from gta_edge.numerics.quantization import pack_nibbles
+from gta_edge.numerics.quantization import activation_block, pack_nibbles
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -21,7 +21,6 @@ else:
 __all__ = ["FuseMatMulsPass"]
 
 _DOMAIN = "com.microsoft"
-_CHANNEL_BLOCKS = (256, 128, 64, 32, 16)  # int8 has a scale per channel, the kernel one per block: the longer the fewer
 
 
 class FuseMatMulsPass(ir.passes.InPlacePass):
@@ -77,8 +76,7 @@ class FuseMatMulsPass(ir.passes.InPlacePass):
 
 def _block(matmul: QuantizedMatMul) -> int:
     """Return the inputs that share a scale in the kernel."""
-    per_channel = next((size for size in _CHANNEL_BLOCKS if size < 2 * matmul.in_features), _CHANNEL_BLOCKS[-1])
-    return matmul.block_size or per_channel
+    return activation_block(matmul.in_features, matmul.block_size)
 
 
 def _stored(graph: ir.Graph, name: str, matmuls: list[QuantizedMatMul]) -> Iterable[ir.Value]:
