@@ -15,7 +15,8 @@ import signal
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ import rich.table
 from floor import bandwidth, floor_ms
 
 from gta_edge.cli.plot import colors, context_axis, new_figure, save
-from gta_edge.errors import BackendError, OutputError
+from gta_edge.errors import BackendError, GtaEdgeError, OutputError
 from gta_edge.libraries.install import install_command
 from gta_edge.support.cores import usable_cores
 
@@ -46,6 +47,8 @@ MISSING = "n/a"
 WORKER = Path(__file__).with_name("cpu_peer_worker.py")
 
 Document = dict[str, Any]
+Runner = Callable[[argparse.Namespace], Document]
+Describer = Callable[[Document], str]
 
 
 def say(text: str) -> None:
@@ -381,6 +384,46 @@ def check_outputs(arguments: argparse.Namespace) -> None:
     if arguments.plot and importlib.util.find_spec("matplotlib") is None:
         raise BackendError(f"--plot needs matplotlib: {install_command('plot')}")
     arguments.work.mkdir(parents=True, exist_ok=True)
-    for path in (arguments.json, arguments.markdown, arguments.plot):
+    check_directories(arguments.json, arguments.markdown, arguments.plot)
+
+
+def check_directories(*outputs: Path | None) -> None:
+    """Find out before the long run that a result could not be written.
+
+    Raises:
+        OutputError: the directory of one does not exist.
+    """
+    for path in outputs:
         if path and not path.resolve().parent.is_dir():
             raise OutputError(f"{path}: its directory does not exist", "make it, or choose another output path")
+
+
+def write_outputs(arguments: argparse.Namespace, document: Document, markdown: str) -> None:
+    """Write what was asked for of the figures and of the page."""
+    if arguments.json:
+        arguments.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    if arguments.markdown:
+        arguments.markdown.write_text(markdown, encoding="utf-8")
+
+
+@contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """End with what a user can do something about in one line, and silently on Ctrl-C."""
+    try:
+        yield
+    except (GtaEdgeError, OSError) as error:
+        raise SystemExit(f"error: {error}") from error
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+def compare(comparison: Comparison, arguments: argparse.Namespace, run: Runner, conditions: Describer) -> None:
+    """Measure, print, write what was asked for."""
+    with errors_in_one_line():
+        check_outputs(arguments)
+        document = run(arguments)
+        summary, said = document["summary"], conditions(document)
+        comparison.show(summary, said)
+        write_outputs(arguments, document, comparison.markdown(summary, said))
+        if arguments.plot:
+            comparison.plot(summary, arguments.plot)

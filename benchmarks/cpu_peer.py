@@ -28,7 +28,7 @@ from comparison import (
     Document,
     Run,
     add_outputs,
-    check_outputs,
+    compare,
     context_list,
     last_line,
     logged,
@@ -42,7 +42,7 @@ from comparison import (
 from floor import table_bytes, token_bytes
 
 import gta_edge
-from gta_edge.errors import BackendError, GtaEdgeError, InputError
+from gta_edge.errors import BackendError, InputError
 from gta_edge.formats.bundle import MANIFEST, Bundle
 from gta_edge.formats.random_checkpoint import initialise
 from gta_edge.model.config import ModelConfig
@@ -320,22 +320,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     """Measure, print, write what was asked for."""
-    arguments = parse()
-    try:
-        check_outputs(arguments)
-        document = run(arguments)
-        COMPARISON.show(document["summary"], conditions(document))
-        if arguments.json:
-            arguments.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-        if arguments.markdown:
-            text = COMPARISON.markdown(document["summary"], conditions(document))
-            arguments.markdown.write_text(text, encoding="utf-8")
-        if arguments.plot:
-            COMPARISON.plot(document["summary"], arguments.plot)
-    except (GtaEdgeError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    compare(COMPARISON, parse(), run, conditions)
 
 
 if __name__ == "__main__":

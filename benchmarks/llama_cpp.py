@@ -12,7 +12,6 @@ an environment of its own, and runs with its own defaults: prompts in batches of
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import sys
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from comparison import (
     Document,
     Run,
     add_outputs,
-    check_outputs,
+    compare,
     context_list,
     place,
     positive,
@@ -38,7 +37,7 @@ from floor import token_bytes
 from llama_cpp_engine import FLAGS, LlamaCpp
 
 import gta_edge
-from gta_edge.errors import GtaEdgeError, InputError
+from gta_edge.errors import InputError
 from gta_edge.formats.bundle import Bundle
 from gta_edge.formats.checkpoint import Checkpoint
 from gta_edge.model.kv_cache import bytes_per_token
@@ -172,22 +171,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     """Measure, print, write what was asked for."""
-    arguments = parse()
-    try:
-        check_outputs(arguments)
-        document = run(arguments)
-        COMPARISON.show(document["summary"], conditions(document))
-        if arguments.json:
-            arguments.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-        if arguments.markdown:
-            text = COMPARISON.markdown(document["summary"], conditions(document))
-            arguments.markdown.write_text(text, encoding="utf-8")
-        if arguments.plot:
-            COMPARISON.plot(document["summary"], arguments.plot)
-    except (GtaEdgeError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    compare(COMPARISON, parse(), run, conditions)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ rounds activations to 8 bits where the weights are quantized; ``--exact`` adds o
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import platform
 import tempfile
@@ -27,12 +26,22 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import texts
-from comparison import Document, machine, place, positive, say, table
+from comparison import (
+    Document,
+    check_directories,
+    errors_in_one_line,
+    machine,
+    place,
+    positive,
+    say,
+    table,
+    write_outputs,
+)
 from llama_cpp import CHECKPOINT, WORK
 from llama_cpp_engine import BASE, LlamaCpp
 
 import gta_edge
-from gta_edge.errors import GtaEdgeError, InputError, OutputError
+from gta_edge.errors import InputError
 from gta_edge.evaluate.perplexity import evaluate
 from gta_edge.formats.checkpoint import Checkpoint
 from gta_edge.formats.tokenizer import NO_TOKENIZER, Tokenizer
@@ -204,21 +213,13 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     """Evaluate, print, write what was asked for."""
     arguments = parse()
-    try:
+    with errors_in_one_line():
         arguments.work.mkdir(parents=True, exist_ok=True)
-        for path in (arguments.json, arguments.markdown):
-            if path and not path.resolve().parent.is_dir():
-                raise OutputError(f"{path}: its directory does not exist", "make it, or choose another output path")
+        check_directories(arguments.json, arguments.markdown)
         document = run(arguments)
-        print(markdown(document), end="")
-        if arguments.json:
-            arguments.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-        if arguments.markdown:
-            arguments.markdown.write_text(markdown(document), encoding="utf-8")
-    except (GtaEdgeError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+        text = markdown(document)
+        print(text, end="")
+        write_outputs(arguments, document, text)
 
 
 if __name__ == "__main__":

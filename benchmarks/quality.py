@@ -10,7 +10,6 @@ is what rounding activations costs. Without arguments it is the example model, a
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import platform
 import tempfile
@@ -28,10 +27,10 @@ import onnx_ir as ir
 import rich.console
 import rich.table
 import texts
-from comparison import machine, say
+from comparison import check_directories, errors_in_one_line, machine, say, write_outputs
 
 import gta_edge
-from gta_edge.errors import GtaEdgeError, InputError, OutputError
+from gta_edge.errors import InputError
 from gta_edge.evaluate.perplexity import evaluate
 from gta_edge.formats.bundle import Bundle
 from gta_edge.formats.checkpoint import Checkpoint
@@ -275,22 +274,13 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> None:
-    """Measure, print, write what was asked for."""
+    """Evaluate, print, write what was asked for."""
     arguments = parse()
-    try:
-        for path in (arguments.json, arguments.markdown):  # before the long run, and not after it
-            if path and not path.resolve().parent.is_dir():
-                raise OutputError(f"{path}: its directory does not exist; choose another output path")
+    with errors_in_one_line():
+        check_directories(arguments.json, arguments.markdown)
         document = run(arguments)
         show(document)
-        if arguments.json:
-            arguments.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-        if arguments.markdown:
-            arguments.markdown.write_text(markdown(document), encoding="utf-8")
-    except (GtaEdgeError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+        write_outputs(arguments, document, markdown(document))
 
 
 if __name__ == "__main__":

@@ -42,14 +42,14 @@ class Moments:
         total: float32 [in, in].
 
     Raises:
-        torch.linalg.LinAlgError: the moments are not finite.
+        OverflowError: the moments are not finite.
     """
 
     def __init__(self, total: Tensor) -> None:
         damped = total.to(torch.float64, copy=True)
         diagonal = damped.diagonal()
         if not torch.isfinite(diagonal).all():
-            raise torch.linalg.LinAlgError("the moments are not finite")  # type: ignore[attr-defined]  # it is documented
+            raise OverflowError("the moments are not finite")
         diagonal += _DAMPING * diagonal.mean().clamp(min=torch.finfo(torch.float32).tiny)  # an input may never be used
         self._damped = damped
         self._eliminations: dict[int, tuple[Tensor, Tensor]] = {}

@@ -14,7 +14,14 @@ if TYPE_CHECKING:
 else:
     ir = optional("onnx_ir", "ort")
 
-__all__ = ["Nodes", "lazy_initializer", "take_place"]
+__all__ = ["Nodes", "lazy_initializer", "static_size", "take_place"]
+
+
+def static_size(value: ir.Value, axis: int) -> int:
+    """Return a size that is a number in every graph that has been read (``validate``)."""
+    size = None if value.shape is None else value.shape[axis]
+    assert isinstance(size, int)
+    return size
 
 
 class Nodes:

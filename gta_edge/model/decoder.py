@@ -23,7 +23,7 @@ else:
     torch = optional("torch", "export")
     Tensor, nn, functional = torch.Tensor, torch.nn, torch.nn.functional
 
-__all__ = ["Attention", "Cache", "Decoder", "empty_cache"]
+__all__ = ["Attention", "Cache", "Decoder", "SelfAttention", "empty_cache"]
 
 Cache: TypeAlias = "tuple[Tensor, Tensor]"
 """One layer's ``[B, n, S, d]`` caches: the key's, and the latent's or the value's."""

@@ -27,7 +27,7 @@ ALIGNMENT_BYTES = 16
 
 _library: Any = None
 if installed(torch):
-    _library = torch.library.Library(DOMAIN, "FRAGMENT")  # type: ignore[no-untyped-call]  # and is as long as it is held
+    _library = torch.library.Library(DOMAIN, "FRAGMENT")  # type: ignore[no-untyped-call]  # as torch has it
 
 
 def register_op(

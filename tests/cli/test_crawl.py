@@ -24,7 +24,7 @@ from tests.helpers.commands import Result, listing
 
 Command = Callable[..., Result]
 Parameter = Any  # of click, which some versions of typer have as a part of their own
-COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]  # a group
+COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # a group
 
 CALLS = {
     "init": ["gta1-160m", "{tmp}/new", "--layers", "1", "--max-length", "8"],

@@ -193,7 +193,7 @@ FAULTS = ("1% on a matrix", "scale off by 2%", "two heads swapped", "layers swap
 def test_wrong_weights_are_found(exported: Callable[[str, str], Pair], model: str, precision: str, fault: str) -> None:
     bundle, checkpoint = exported(model, precision)
     planted_ = changes(checkpoint)[fault]
-    found = check_export(Bundle.open(bundle), ChangedCheckpoint(checkpoint, planted_))  # type: ignore[arg-type]
+    found = check_export(Bundle.open(bundle), ChangedCheckpoint(checkpoint, planted_))
     assert f"are not the checkpoint's: {next(iter(planted_))} " in failure(found)
 
 
@@ -205,7 +205,7 @@ def test_one_bit_of_a_lossless_store(exported: Callable[[str, str], Pair]) -> No
 
     bundle, checkpoint = exported("trained", "bf16")
     other = ChangedCheckpoint(checkpoint, {f"{LAYERS}2.mlp.down_proj.weight": flipped})
-    said = failure(check_export(Bundle.open(bundle), other))  # type: ignore[arg-type]
+    said = failure(check_export(Bundle.open(bundle), other))
     assert said.startswith(f"weights stored in bf16 are not the checkpoint's: {LAYERS}2.mlp.down_proj.weight is ")
     assert "at [0, 77]" in said
     assert "(1 of " in said

@@ -21,8 +21,8 @@ def fake(name: str = "tensorrt", version: str = "10.3.0", *missing: str, **attri
     names = ("Builder", "OnnxParser", "IPluginV3", "get_plugin_registry")
     for each in names:
         setattr(made, each, object)
-    made.INetworkDefinition = type("INetworkDefinition", (), {"add_plugin_v3": None})  # type: ignore[attr-defined]
-    made.__version__ = version  # type: ignore[attr-defined]
+    made.INetworkDefinition = type("INetworkDefinition", (), {"add_plugin_v3": None})
+    made.__version__ = version
     for each, value in attributes.items():
         setattr(made, each, value)
     for each in missing:

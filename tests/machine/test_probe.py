@@ -43,10 +43,10 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             set_current=set_current, properties=properties, create_stream=lambda: None, allocate=allocate
         )
         core, driver = ModuleType("cuda.core"), ModuleType("cuda.bindings.driver")
-        core.Device = lambda number: device  # type: ignore[attr-defined]
-        core.__version__ = "99"  # type: ignore[attr-defined]
+        core.Device = lambda number: device
+        core.__version__ = "99"
         answer = (Status(status), free, 2**33) if not status else (Status(status),)
-        driver.cuMemGetInfo = lambda: answer  # type: ignore[attr-defined]
+        driver.cuMemGetInfo = lambda: answer
         monkeypatch.setitem(sys.modules, "cuda.core", core)
         monkeypatch.setitem(sys.modules, "cuda.bindings.driver", driver)
         monkeypatch.setattr(probe, "current_gpu", lambda: Gpu(0, "a GPU", architecture, 8))

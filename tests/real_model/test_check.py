@@ -77,7 +77,7 @@ def test_wrong_weights_are_found(
     name, change = FAULTS[fault]
     right, wrong = source, ChangedCheckpoint(source, {name: change})
     for checkpoint, problems in ((right, 0), (wrong, 1)):
-        found = WeightComparison(stored, checkpoint)  # type: ignore[arg-type]  # it reads as one
+        found = WeightComparison(stored, checkpoint)  # it reads as one
         found.read(name)
         assert len(found.problems) == problems
     assert name in found.problems[0]
@@ -86,6 +86,6 @@ def test_wrong_weights_are_found(
 def test_another_layer_s_weights_are_found(source: Checkpoint, int4_bundle: Path) -> None:
     opened = Bundle.open(int4_bundle)
     other = ChangedCheckpoint(source, {UP: lambda _: source.read(UP.replace(".12.", ".13."))})
-    found = WeightComparison(StoredWeights(opened.model_path, opened.config), other)  # type: ignore[arg-type]  # likewise
+    found = WeightComparison(StoredWeights(opened.model_path, opened.config), other)  # likewise
     found.read(UP)
     assert "of its norm in output" in found.problems[0]

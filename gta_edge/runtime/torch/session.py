@@ -18,7 +18,7 @@ from gta_edge.formats.bundle import Bundle
 from gta_edge.graph.weights import read_stored, read_weights
 from gta_edge.libraries.optional import optional
 from gta_edge.libraries.torch import is_out_of_memory
-from gta_edge.model.decoder import Cache, Decoder, empty_cache
+from gta_edge.model.decoder import Cache, Decoder, SelfAttention, empty_cache
 from gta_edge.model.quantized_decoder import build_packed_decoder
 from gta_edge.numerics.dtypes import COMPUTE_TYPES, DTYPES
 from gta_edge.numerics.quantization import BITS
@@ -127,8 +127,9 @@ class TorchSession(Session):
             raise BackendError("torch finds no CUDA GPU here", "run `gta-edge doctor`, or take the device cpu")
         super().__init__(model.config, CachePolicy(model.config, compute, on_host=not on_gpu, **options))
         use_startable_threads(threads)
-        for layer in model.model.layers:
-            layer.self_attn.attention = _in_place  # type: ignore[union-attr]  # torch types every module's child so
+        for module in model.modules():
+            if isinstance(module, SelfAttention):
+                module.attention = _in_place
         self.compute, self.device = compute, "gpu" if on_gpu else "cpu"
         self._options = {"device": torch.device(device), "dtype": getattr(torch, DTYPES[compute].array)}
         with _within_memory(f"there is no memory for the model in {compute}"):

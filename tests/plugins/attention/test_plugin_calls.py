@@ -214,7 +214,7 @@ def test_heads_of_keys_and_of_values_are_as_many_without_a_value_decoder() -> No
     parameters = replace(GQA_PARAMETERS, num_latent_heads=1)
     sizes = SimpleNamespace(**vars(GQA) | {"num_latent_heads": 1})
     types = ("fp16",) * 5 + ("int64",) + ("fp16",) * 2
-    text = message(describe_call, parameters, types, tuple(shapes(1, 1, 64, 64, sizes)))  # type: ignore[arg-type]  # no Sizes can say this
+    text = message(describe_call, parameters, types, tuple(shapes(1, 1, 64, 64, sizes)))  # no Sizes can say this
     assert "num_latent_heads 1 is not num_key_heads 2, and there is no value_decoder" in text
 
 
@@ -227,7 +227,7 @@ def test_sizes_that_there_are_no_kernels_for() -> None:
         (Sizes(5, 1, 1, 64, 512, 2560), "no latent width of 512"),
     ):
         assert text in message(describe_call, PARAMETERS, NAMES, tuple(shapes(1, 1, 64, 64, sizes)))
-    odd = shapes(1, 1, 64, 64, SimpleNamespace(**(vars(SIZES) | {"hidden_size": 1281})))  # type: ignore[arg-type]
+    odd = shapes(1, 1, 64, 64, SimpleNamespace(**(vars(SIZES) | {"hidden_size": 1281})))
     assert "do not fit its attributes: hidden_size 1281" in message(describe_call, PARAMETERS, NAMES, tuple(odd))
     assert message(describe_call, PARAMETERS, NAMES, tuple(shapes(1, 65, 64, 64))) == (
         f"{OP} has 65 new tokens in caches for 64; expected at most 64: append smaller chunks"

@@ -76,7 +76,7 @@ def check(case: cases.Case, builds: Path, **options: object) -> KernelLaunch:
     """Run a case, compare with float64, and see that nothing else was written."""
     inputs = ("x", "weight", "scale", "bias")
     before = {name: case.arrays[name].copy() for name in inputs if name in case.arrays}
-    made = simulate(case, builds, **options)  # type: ignore[arg-type]
+    made = simulate(case, builds, **options)
     for i, (found, wanted) in enumerate(zip(case.outputs, cases.expected(case), strict=True)):
         error = cases.error(found, wanted)
         assert error <= cases.TOLERANCE[case.variant.compute], (i, error)

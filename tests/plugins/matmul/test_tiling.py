@@ -196,7 +196,7 @@ def test_sizes_that_are_refused(call: dict[str, object], text: str) -> None:
     programs = programs_for(Variant(4, 32, "fp16"), "sm_87")
     arguments = {"rows": 1, "in_features": 128, "output_sizes": (16,)} | call
     with pytest.raises(BackendError) as error:
-        plan_matmul(programs, 8, **arguments)  # type: ignore[arg-type]
+        plan_matmul(programs, 8, **arguments)
     assert text in str(error.value)
     assert "\n" not in str(error.value)
 

@@ -202,7 +202,7 @@ def test_products_of_one_input_are_one_call() -> None:
     (call,) = calls(model)
     assert call.attributes["output_sizes"].as_ints() == (48, 16, 32)
     assert [value.name for value in call.outputs] == ["q", "k", "v"]
-    bias = call.inputs[3].const_value.numpy()  # type: ignore[union-attr]
+    bias = call.inputs[3].const_value.numpy()
     assert (bias[48:64] == 0).all() and (bias[:48] != 0).all() and (bias[64:] != 0).all()
 
 

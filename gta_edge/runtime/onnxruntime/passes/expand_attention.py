@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gta_edge.errors import BackendError
-from gta_edge.graph.builder import Nodes, lazy_initializer, take_place
+from gta_edge.graph.builder import Nodes, lazy_initializer, static_size, take_place
 from gta_edge.libraries.optional import optional
 from gta_edge.plugins.attention import definition as op
 from gta_edge.plugins.domain import DOMAIN
@@ -84,8 +84,7 @@ def _expanded(graph: ir.Graph, node: ir.Node) -> tuple[list[ir.Value], list[ir.N
     given = op.given_inputs(node.inputs)
     query, past_key, past_latent, length = (given[k] for k in ("query", "past_key", "past_latent", "past_length"))
     n_q, n_k, n_c = (node.attributes.get_int(name) for name in op.ATTRIBUTES[:3])
-    assert past_key.shape is not None  # the graph's own input
-    d_k = int(past_key.shape[3])  # type: ignore[arg-type]  # static, as the contract of the graph has it
+    d_k, d_l = static_size(past_key, 3), static_size(past_latent, 3)
     nodes = Nodes()
     tokens = nodes("Shape", query, start=1, end=2)
     capacity = nodes("Shape", past_key, start=2, end=3)
@@ -107,14 +106,12 @@ def _expanded(graph: ir.Graph, node: ir.Node) -> tuple[list[ir.Value], list[ir.N
     weights = _softmax(nodes, scores, (n_q, n_k, n_c), positions, (tokens, capacity))
     mix = nodes("MatMul", weights, present_latent)  # [B, n_c, (n_q / n_c)·T, d_l]
 
-    assert past_latent.shape is not None
-    width = int(past_latent.shape[3])  # type: ignore[arg-type]  # static, as the contract of the graph has it
-    values = nodes("Reshape", mix, nodes.constant(0, n_q, -1, width))
+    width = d_l  # of a head's output
+    values = nodes("Reshape", mix, nodes.constant(0, n_q, -1, d_l))
     if "value_decoder" in given:
         decoder = _decoder(graph, given["value_decoder"])
         values = nodes("MatMul", values, decoder)  # [B, n_q, T, e·d_l]
-        assert decoder.shape is not None
-        width = decoder.shape.numpy()[2]
+        width = static_size(decoder, 2)
     values = nodes("Transpose", values, perm=[0, 2, 1, 3])
     output = nodes("Reshape", values, nodes.constant(0, 0, n_q * width))
     if "gate" in given:
@@ -131,12 +128,9 @@ def _positions(nodes: Nodes, tokens: ir.Value, length: ir.Value) -> ir.Value:
 
 def _by_head(nodes: Nodes, latent: ir.Value, heads: int) -> ir.Value:
     """Return [B, n_c, T, d_l]."""
-    assert latent.shape is not None
-    width = latent.shape[2]
-    assert isinstance(width, int)
     if heads == 1:
         return nodes("Unsqueeze", latent, nodes.constant(1))
-    split = nodes("Reshape", latent, nodes.constant(0, 0, heads, width // heads))
+    split = nodes("Reshape", latent, nodes.constant(0, 0, heads, static_size(latent, 2) // heads))
     return nodes("Transpose", split, perm=[0, 2, 1, 3])
 
 

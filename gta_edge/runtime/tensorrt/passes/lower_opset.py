@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gta_edge.errors import EngineError
-from gta_edge.graph.builder import Nodes, take_place
+from gta_edge.graph.builder import Nodes, static_size, take_place
 from gta_edge.graph.types import Types, fits, title, value_types
 from gta_edge.libraries.optional import optional
 from gta_edge.plugins.domain import DOMAIN
@@ -103,7 +103,7 @@ def _rotation(nodes: Nodes, node: ir.Node, types: Types) -> ir.Value:
     partial = node.attributes.get_int("rotary_embedding_dim", 0) or node.attributes.get_int("interleaved", 0)
     if cos is None or cos.shape is None or positions is None or not heads or partial:
         raise EngineError(f"{title(node)} rotates in a way that is not written out", "export the bundle again")
-    half = int(cos.shape[1])  # type: ignore[arg-type]  # static: a table [P, d/2]
+    half = static_size(cos, 1)  # of [P, d/2]
     cos, sin = (nodes("Unsqueeze", nodes("Gather", t, positions, axis=0), nodes.constant(2)) for t in (cos, sin))
     first = nodes("Reshape", x, nodes.constant(0, 0, heads, 2 * half))
     first = nodes("Split", first, nodes.constant(half, half), axis=-1, outputs=2)  # [B, T, heads, d/2]
