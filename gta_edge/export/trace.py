@@ -70,8 +70,8 @@ def trace(config: ModelConfig, biases: Collection[str]) -> ir.Model:
 
 def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """Map the torch op to one ONNX node, whose absent inputs are empty."""
-    node = _onnx_op(op.OP, op.INPUTS, op.OUTPUTS, op.ATTRIBUTES)
-    count = len(op.INPUTS)
+    node = _onnx_op(op.OP, op.MODEL_INPUTS, op.MODEL_OUTPUTS, op.ATTRIBUTES)
+    count = len(op.MODEL_INPUTS)
 
     def attention(*arguments: Any) -> Any:
         return node(*arguments[:count], **op.attributes(*arguments[count:]))
@@ -104,7 +104,7 @@ def _onnx_op(
 def _parameter(name: str) -> onnx.defs.OpSchema.FormalParameter:
     schema = onnx.defs.OpSchema
     option = schema.FormalParameterOption
-    kind = option.Optional if name in op.OPTIONAL_INPUTS else option.Single
+    kind = option.Optional if name in op.MODEL_OPTIONAL_INPUTS else option.Single
     return schema.FormalParameter(name, "tensor(int64)" if name == "past_length" else "T", param_option=kind)
 
 

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from gta_edge.errors import BundleError, CapacityError, GtaEdgeError
 from gta_edge.formats.bundle import WEIGHTS
+from gta_edge.graph.attention import attention_nodes, node_features
 from gta_edge.graph.stored import StoredTensor
 from gta_edge.graph.validate import check_model
 from gta_edge.libraries.optional import installed, optional
 from gta_edge.model.config import ModelConfig
 from gta_edge.plugins.attention import definition as op
-from gta_edge.plugins.domain import DOMAIN
+from gta_edge.plugins.attention.function import function
 from gta_edge.support.files import bundle_file
 from gta_edge.support.progress import Progress
 from gta_edge.support.text import one_line, printable
@@ -86,13 +87,14 @@ def add_attention_function(model: ir.Model) -> None:
     """Add the attention's function, in the form of the model's nodes, which are all of one."""
     import onnx.parser
 
-    node = next((node for node in model.graph if (node.domain, node.op_type) == (DOMAIN, op.OP)), None)
-    if node is None:
+    nodes = attention_nodes(model.graph)
+    if not nodes:
         return
+    node = nodes[0]
     given = op.given_inputs(node.inputs)
-    text = op.function(*(name in given for name in op.OPTIONAL_INPUTS))
-    function = ir.serde.deserialize_function(onnx.parser.parse_function(text))
-    model.functions[function.identifier()] = function
+    text = function("gate" in given, "value_decoder" in given, node_features(node))
+    meaning = ir.serde.deserialize_function(onnx.parser.parse_function(text))
+    model.functions[meaning.identifier()] = meaning
 
 
 def _content(path: Path, config: ModelConfig) -> bytes:

@@ -282,12 +282,12 @@ def _norm(inputs: Sequence[Known], attributes: Attributes) -> list[Known]:
 
 def _attention(inputs: Sequence[Known | None], attributes: Attributes) -> list[Known]:
     given = op.given_inputs(inputs)
-    _require(set(op.INPUTS) - set(op.OPTIONAL_INPUTS) <= given.keys(), "its number of inputs")
+    _require(set(op.MODEL_INPUTS) - set(op.MODEL_OPTIONAL_INPUTS) <= given.keys(), "its number of inputs")
     n_q, n_k, n_c = (attributes[name] for name in op.ATTRIBUTES[:3])
     (batch, tokens, _), (_, _, capacity, d_k) = given["query"].shape, given["past_key"].shape
     d_l, positions = given["past_latent"].shape[3], given["cos"].shape[0]
     width = given["value_decoder"].shape[2] if "value_decoder" in given else d_l
-    sizes = op.Sizes(n_q, n_k, n_c, d_k, d_l, n_q * width, *(name in given for name in op.OPTIONAL_INPUTS))
+    sizes = op.Sizes(n_q, n_k, n_c, d_k, d_l, n_q * width, *(name in given for name in op.MODEL_OPTIONAL_INPUTS))
     wanted = {
         "query": (batch, tokens, n_q * d_k),
         "key": (batch, tokens, n_k * d_k),
@@ -336,7 +336,7 @@ INPUTS: dict[str, tuple[int, int]] = dict.fromkeys(_RULES, (2, 2)) | {
     "Cast": (1, 1),
     "Concat": (1, 16),
     "Constant": (0, 0),
-    op.OP: (len(op.INPUTS) - 1, len(op.INPUTS)),  # the last, where it is absent, is left off
+    op.OP: (len(op.MODEL_INPUTS) - 1, len(op.MODEL_INPUTS)),  # the last, where it is absent, is left off
     "Shape": (1, 1),
     "Sigmoid": (1, 1),
     "Slice": (5, 5),

@@ -47,8 +47,8 @@ def types_of_outputs(node: ir.Node, types: Mapping[ir.Value, ir.DataType], opset
         DOMAIN,
         op.OP,
     ):  # the output is like the query, a present cache or scale like the past one
-        past = [given[op.INPUTS.index(name)] for name in op.INPUTS if name in ("past_key", "past_latent")]
-        return [given[0], *past, *given[len(op.INPUTS) :]]
+        past = [given[op.MODEL_INPUTS.index(name)] for name in op.MODEL_INPUTS if name in ("past_key", "past_latent")]
+        return [given[0], *past, *given[len(op.MODEL_INPUTS) :]]
     if node.domain == DOMAIN and node.op_type in blockwise_matmul.OPS.values():  # all are like x
         return [given[0]] * len(node.outputs)
     if node.op_type == "Cast":

@@ -273,7 +273,7 @@ def _read_node(node: onnx.NodeProto, config: ModelConfig) -> _Node:
     if node.op_type not in INPUTS or node.domain != (DOMAIN if node.op_type == op.OP else "") or node.overload:
         raise ValueError(f"it has a node {brief(name)}, which no bundle has")
     least, most = INPUTS[node.op_type]
-    outputs = len(op.OUTPUTS) if node.op_type == op.OP else 1
+    outputs = len(op.MODEL_OUTPUTS) if node.op_type == op.OP else 1
     if not least <= len(node.input) <= most or len(node.output) != outputs:
         raise ValueError(f"a {node.op_type} has {len(node.input)} inputs and {len(node.output)} outputs")
     kinds, attributes = ATTRIBUTES.get(node.op_type, {}), {}

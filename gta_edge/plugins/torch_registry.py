@@ -48,7 +48,7 @@ def register_op(
         schema: arguments and results, as torch writes them.
         function: what it does, on any device.
         fake: results with shapes and types alone, for ``torch.compile`` and export.
-        mutates: places of the arguments that it writes into.
+        mutates: places of the arguments that it writes into, where they are given.
         on_gpu: what it does on CUDA tensors, if that is something else.
     """
     _library.define(name + schema)
@@ -64,7 +64,8 @@ def register_op(
         with torch._C._AutoDispatchBelowAutograd():
             results = op(*arguments)
         # what autograd may have kept of them is no longer theirs
-        torch.autograd.graph.increment_version([arguments[place] for place in mutates])
+        written = [arguments[place] for place in mutates if place < len(arguments)]
+        torch.autograd.graph.increment_version([tensor for tensor in written if tensor is not None])
         return results
 
     _library.impl(name, function, "CompositeExplicitAutograd")

@@ -19,6 +19,7 @@ from gta_edge.graph.weights import read_weights
 from gta_edge.model.config import parse_config
 from gta_edge.model.kv_cache import input_shapes, interface_names
 from gta_edge.plugins.attention import definition as op
+from gta_edge.plugins.attention.function import function
 from gta_edge.plugins.domain import DOMAIN
 from tests.helpers import reference
 from tests.helpers.checkpoints import write_checkpoint
@@ -108,8 +109,8 @@ def test_graph_is_as_promised(exported: tuple[dict, dict, Path]) -> None:
     assert [node.op_type for node in ours] == [op.OP] * layers
     assert {(o.domain, o.version) for o in model.opset_import} == {("", 24), ("gta", 1)}
     for node in ours:
-        given = {name for name, value in zip(op.INPUTS, node.input, strict=False) if value}
-        assert {*op.INPUTS} - given == (set() if is_gta else {"gate", "value_decoder"})
+        given = {name for name, value in zip(op.MODEL_INPUTS, node.input, strict=False) if value}
+        assert {*op.MODEL_INPUTS} - given == (set() if is_gta else {"gate", "value_decoder"})
         values = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
         assert values["plugin_namespace"] == b"gta"
         assert values["plugin_version"] == b"1"
@@ -306,8 +307,8 @@ def test_weights_beyond_half_precision_are_refused(checkpoint: Path, tmp_path: P
 
 
 def test_a_wrong_graph_fails_the_check(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wrong = op.function().replace("open_gate = Sigmoid (gate)", "open_gate = Identity (gate)")
-    assert wrong != op.function()
+    wrong = function().replace("open_gate = Sigmoid (gate)", "open_gate = Identity (gate)")
+    assert wrong != function()
     monkeypatch.setattr(op, "function", lambda *form: wrong)
     with pytest.raises(ExportError, match="max_rel_error"):
         export_model(checkpoint, tmp_path / "bundle")

@@ -23,6 +23,7 @@ from gta_edge.graph.validate import check_model
 from gta_edge.graph.weights import read_weights
 from gta_edge.libraries.install import install_command
 from gta_edge.plugins.attention import definition as op
+from gta_edge.plugins.attention.function import function as attention_function
 from gta_edge.runtime.onnxruntime.cuda_lower import cuda_graph
 from gta_edge.runtime.onnxruntime.lower import graphs
 from gta_edge.runtime.tensorrt.lower import lower
@@ -116,11 +117,11 @@ def test_the_function_is_our_own(copied_bundle: Path) -> None:
     bundle.model_path.write_bytes(proto.SerializeToString())
     (function,) = load_graph(bundle.model_path, bundle.config).functions.values()
     sizes = bundle.config.attention
-    own = onnx.parser.parse_function(op.function(sizes.has_gate, sizes.has_value_decoder))
+    own = onnx.parser.parse_function(attention_function(sizes.has_gate, sizes.has_value_decoder))
     assert [node.op_type for node in function] == [node.op_type for node in own.node]
 
 
-@pytest.mark.parametrize("name", op.OPTIONAL_INPUTS)
+@pytest.mark.parametrize("name", op.MODEL_OPTIONAL_INPUTS)
 def test_an_attention_of_another_form_than_the_config_has_is_refused(copied_bundle: Path, name: str) -> None:
     """All layers are one function, whose body is that form's."""
     config = Bundle.open(copied_bundle).config
@@ -269,7 +270,7 @@ def attention_input(name: str, value: str) -> Edit:
     def edit(model: onnx.ModelProto) -> None:
         for node in model.graph.node:
             if node.op_type == op.OP:
-                node.input[op.INPUTS.index(name)] = value
+                node.input[op.MODEL_INPUTS.index(name)] = value
 
     return edit
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from gta_edge.plugins.attention import definition as op
+from gta_edge.plugins.attention.function import function
 from gta_edge.plugins.domain import DOMAIN, OPSET, VERSION
 from tests.helpers import reference
 
@@ -38,7 +39,7 @@ class Sizes:
     def inputs(self) -> tuple[str, ...]:
         """Names of the op's inputs that there are."""
         absent = {"gate": not self.gate, "value_decoder": not self.decoder}
-        return tuple(name for name in op.INPUTS if not absent.get(name, False))
+        return tuple(name for name in op.MODEL_INPUTS if not absent.get(name, False))
 
     @property
     def hidden(self) -> int:
@@ -91,7 +92,7 @@ def wrap(
             key, TensorProto.INT64 if key == "past_length" else TensorProto.FLOAT, shape
         )
 
-    given = [key if key in inputs else "" for key in op.INPUTS]
+    given = [key if key in inputs else "" for key in op.MODEL_INPUTS]
     while not given[-1]:  # as files have it
         given.pop()
     graph = helper.make_graph(
@@ -127,15 +128,13 @@ def model(sizes: Sizes, *, static: bool = False) -> onnx.ModelProto:
     }
     outputs = {"output": shapes["gate"], "present_key": shapes["past_key"], "present_latent": shapes["past_latent"]}
     given = {name: shapes[name] for name in sizes.inputs}
-    return wrap(
-        op.function(sizes.gate, sizes.decoder), op.OP, given, outputs, op.attributes(n_q, n_k, n_c, sizes.scale)
-    )
+    return wrap(function(sizes.gate, sizes.decoder), op.OP, given, outputs, op.attributes(n_q, n_k, n_c, sizes.scale))
 
 
 def expected(inputs: dict[str, np.ndarray], sizes: Sizes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     n_q, n_k, n_c = sizes.heads
     heads = {"num_query_heads": n_q, "num_key_heads": n_k, "num_latent_heads": n_c}
-    return reference.grouped_latent_attention(**dict.fromkeys(op.INPUTS) | inputs, **heads, scale=sizes.scale)
+    return reference.grouped_latent_attention(**dict.fromkeys(op.MODEL_INPUTS) | inputs, **heads, scale=sizes.scale)
 
 
 def assert_cache(found, past, exact, lengths, tokens):

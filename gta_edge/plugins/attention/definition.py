@@ -1,8 +1,8 @@
 """``gta::GroupedLatentAttention``, defined once: name, inputs, outputs, attributes, shape rules, meaning.
 
-The meaning is the ONNX function below, in standard operators of opset 24; every other implementation (torch,
-kernels) is tested against it and against the formulas of arXiv 2506.17286 and 2305.13245. This module imports nothing
-heavy.
+The meaning is the ONNX function beside it (``function``), in standard operators of opset 24; every other implementation
+(torch, kernels) is tested against it and against the formulas of arXiv 2506.17286 and 2305.13245. This module imports
+nothing heavy.
 
 With ``B`` sequences, ``T`` new tokens of each, capacity ``S``, max context ``P``, hidden size ``H``:
 
@@ -17,6 +17,19 @@ matmul, so the cache is read once per cached head and not once per query head.
 
 Without a gate the output is not multiplied by one; without a value decoder it is ``concat_q(Z_q)``, and n_k is n_c.
 With neither, this is grouped-query attention: the latent is the value, and H is n_q · d_l.
+
+A cache whose rows are evicted, merged or branched needs more, each an optional input (``Features``):
+
+    positions                of the new tokens, for RoPE alone, where rows of the cache no longer are positions
+    row_bias                 is added to the scaled scores of rows 0 ... R - 1: the log of how many rows each stands for
+    branch_start, branches   row s >= branch_start is seen by query t iff bit t of branches[s - branch_start] is set
+                             (no row past the last word); rows before it by all; none from past_length + T on. A query
+                             that sees no row mixes zeros
+    past_received            what each row has received of attention (arXiv 2306.14048, 2503.10714, 2404.15949):
+        observe = "mass"     decay · past + sum over t of query_weight[t] · sum over q of A_q[t, s]
+        observe = "last"     max of past and of positions[t] over all t, q with query_weight[t] · A_q[t, s] >= 1
+
+where past_received counts as 0 ("mass") or -1 ("last") in rows from past_length on.
 """
 
 from __future__ import annotations
@@ -25,38 +38,68 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from gta_edge.plugins.domain import DOMAIN, OPSET, VERSION
+from gta_edge.plugins.domain import DOMAIN, VERSION
 
 __all__ = [
     "ATTRIBUTES",
+    "FEATURE_INPUTS",
     "INPUTS",
+    "MAX_BIAS_ROWS",
+    "MAX_BRANCH_TOKENS",
+    "MODEL_INPUTS",
+    "MODEL_OPTIONAL_INPUTS",
+    "MODEL_OUTPUTS",
+    "OBSERVATIONS",
+    "OBSERVE",
     "OP",
     "OPTIONAL_INPUTS",
     "OUTPUTS",
+    "Features",
     "Sizes",
     "attributes",
-    "function",
+    "given_features",
     "given_inputs",
     "output_shapes",
 ]
 
 OP = "GroupedLatentAttention"
-INPUTS = (
+MODEL_INPUTS = (
     "query",  # [B, T, n_q·d_k]   before RoPE
     "key",  # [B, T, n_k·d_k]   before RoPE
     "latent",  # [B, T, n_c·d_l]
     "gate",  # [B, T, H]         before the sigmoid; optional
     "past_key",  # [B, n_k, S, d_k]  after RoPE
     "past_latent",  # [B, n_c, S, d_l]
-    "past_length",  # int64 [B]
+    "past_length",  # int64 [B]         rows in use: where new rows are written, and what is visible
     "cos",  # [P, d_k/2]
     "sin",  # [P, d_k/2]
     "value_decoder",  # [n_q, d_l, e·d_l]; optional
 )
-OPTIONAL_INPUTS = ("gate", "value_decoder")
-"""Of a node that lacks one, that input is empty."""
-OUTPUTS = ("output", "present_key", "present_latent")
+"""Inputs that every graph of a bundle has, but for those its model lacks."""
+FEATURE_INPUTS = (
+    "positions",  # int64 [B, T]
+    "row_bias",  # float32 [B, R]
+    "branch_start",  # int64 [B]
+    "branches",  # int64 [B, W]
+    "past_received",  # float32 [B, S]
+    "query_weight",  # float32 [B, T]
+    "decay",  # float32 [B]; there in "last" too, and of no effect
+)
+"""Inputs of a managed cache (``Features``), all optional, float32 in every compute type."""
+INPUTS = MODEL_INPUTS + FEATURE_INPUTS
+MODEL_OPTIONAL_INPUTS = ("gate", "value_decoder")
+OPTIONAL_INPUTS = MODEL_OPTIONAL_INPUTS + FEATURE_INPUTS
+"""Of a node that lacks one, that input is empty, or left off at the end."""
+MODEL_OUTPUTS = ("output", "present_key", "present_latent")
+OUTPUTS = (*MODEL_OUTPUTS, "present_received")
+"""The last, float32 [B, S], only with ``past_received``; its rows from past_length + T on are unspecified."""
 ATTRIBUTES = ("num_query_heads", "num_key_heads", "num_latent_heads", "scale", "plugin_namespace", "plugin_version")
+OBSERVE = "observe"
+"""One more attribute, only with ``past_received``."""
+OBSERVATIONS = ("mass", "last")
+MAX_BIAS_ROWS = 8
+MAX_BRANCH_TOKENS = 64
+"""Of T, with ``branches``: a word has a bit for each new token."""
 
 Given = TypeVar("Given")
 """An input: a value of a graph, a shape, a name."""
@@ -118,12 +161,55 @@ class Sizes:
             )
 
 
+@dataclass(frozen=True)
+class Features:
+    """Which inputs of a managed cache a node has; the default is none of them.
+
+    Args:
+        observe: ``mass`` or ``last``: past_received, query_weight and decay are given, and what they mean.
+        bias_rows: R, rows that row_bias has; 0 without it.
+        has_positions: whether positions is given.
+        has_branches: whether branch_start and branches are given.
+
+    Raises:
+        ValueError: there is no such kind of observation, or R is out of range.
+    """
+
+    observe: str | None = None
+    bias_rows: int = 0
+    has_positions: bool = False
+    has_branches: bool = False
+
+    def __post_init__(self) -> None:
+        if self.observe is not None and self.observe not in OBSERVATIONS:
+            raise ValueError(f"observe is {self.observe!r}; expected one of {', '.join(OBSERVATIONS)}, or None")
+        if not 0 <= self.bias_rows <= MAX_BIAS_ROWS:
+            raise ValueError(f"bias_rows is {self.bias_rows}; expected 0 to {MAX_BIAS_ROWS}")
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the inputs that there are, in order."""
+        groups = (
+            (("positions",), self.has_positions),
+            (("row_bias",), self.bias_rows),
+            (("branch_start", "branches"), self.has_branches),
+            (("past_received", "query_weight", "decay"), self.observe),
+        )
+        return tuple(name for names, given in groups if given for name in names)
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of the node's outputs."""
+        return OUTPUTS if self.observe else MODEL_OUTPUTS
+
+
 def attributes(
-    num_query_heads: int, num_key_heads: int, num_latent_heads: int, scale: float
+    num_query_heads: int, num_key_heads: int, num_latent_heads: int, scale: float, observe: str | None = None
 ) -> dict[str, int | float | str]:
-    """Return the node's attributes; the last two are how TensorRT before 10.10 finds the plugin."""
-    values = (num_query_heads, num_key_heads, num_latent_heads, scale, DOMAIN, str(VERSION))
-    return dict(zip(ATTRIBUTES, values, strict=True))
+    """Return the node's attributes; plugin_namespace and -version are how TensorRT before 10.10 finds the plugin."""
+    names = ATTRIBUTES if observe is None else (*ATTRIBUTES, OBSERVE)
+    values = (num_query_heads, num_key_heads, num_latent_heads, scale, DOMAIN, str(VERSION), observe)
+    return {name: value for name, value in zip(names, values, strict=False) if value is not None}
 
 
 def given_inputs(inputs: Sequence[Given | None]) -> dict[str, Given]:
@@ -131,118 +217,39 @@ def given_inputs(inputs: Sequence[Given | None]) -> dict[str, Given]:
     return {name: value for name, value in zip(INPUTS, inputs, strict=False) if value is not None}
 
 
+def given_features(shapes: Mapping[str, Sequence[int | None]], observe: str | None) -> Features:
+    """Return which features a node has.
+
+    Args:
+        shapes: of the inputs that are given, by name; row_bias's width must be a number.
+        observe: the attribute, None or empty if there is none.
+
+    Raises:
+        ValueError: inputs that go together are not all there, or the attribute does not fit them.
+    """
+    for names in (("branch_start", "branches"), ("past_received", "query_weight", "decay")):
+        given = [name for name in names if name in shapes]
+        if given and len(given) < len(names):
+            raise ValueError(f"{' and '.join(given)} without the others of {', '.join(names)}; expected all or none")
+    if ("past_received" in shapes) != bool(observe):
+        has, lacks = (OBSERVE, "past_received") if observe else ("past_received", OBSERVE)
+        raise ValueError(f"{has} is given without {lacks}; expected both or neither")
+    bias_rows = 0
+    if "row_bias" in shapes:
+        bias = shapes["row_bias"]
+        if len(bias) != 2 or not bias[1]:
+            raise ValueError(f"row_bias has the shape {bias}; expected [B, R] with a fixed R of 1 to {MAX_BIAS_ROWS}")
+        bias_rows = bias[1]
+    return Features(observe or None, bias_rows, "positions" in shapes, "branches" in shapes)
+
+
 def output_shapes(sizes: Sizes, inputs: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
     """Return the outputs' shapes, given those of the inputs."""
-    return {
+    shapes = {
         "output": (*inputs["query"][:2], sizes.hidden_size),
         "present_key": tuple(inputs["past_key"]),
         "present_latent": tuple(inputs["past_latent"]),
     }
-
-
-# Up to the mix; what is behind it depends on which optional inputs there are.
-_ATTEND = """
-    queries = Constant <value_int: int = @num_query_heads> ()
-    keys = Constant <value_int: int = @num_key_heads> ()
-    latents = Constant <value_int: int = @num_latent_heads> ()
-    factor = Constant <value_float: float = @scale> ()
-    zero = Constant <value_int = 0> ()
-    one = Constant <value_int = 1> ()
-    first = Constant <value_ints = [0]> ()
-    second = Constant <value_ints = [1]> ()
-    last = Constant <value_ints = [-1]> ()
-    queries_1d = Unsqueeze (queries, first)
-    keys_1d = Unsqueeze (keys, first)
-    latents_1d = Unsqueeze (latents, first)
-
-    batch = Shape <start = 0, end = 1> (query)
-    tokens = Shape <start = 1, end = 2> (query)
-    tokens_scalar = Squeeze (tokens)
-    capacity = Shape <start = 2, end = 3> (past_key)
-    capacity_scalar = Squeeze (capacity)
-
-    steps = Range (zero, tokens_scalar, one)
-    lengths = Unsqueeze (past_length, second)
-    positions = Add (lengths, steps)
-    rotated_query = RotaryEmbedding <num_heads: int = @num_query_heads> (query, cos, sin, positions)
-    rotated_key = RotaryEmbedding <num_heads: int = @num_key_heads> (key, cos, sin, positions)
-
-    split = Concat <axis = 0> (first, first, keys_1d, last)
-    split_key = Reshape (rotated_key, split)
-    new_key = Transpose <perm = [0, 2, 1, 3]> (split_key)
-    split_l = Concat <axis = 0> (first, first, latents_1d, last)
-    split_latent = Reshape (latent, split_l)
-    new_latent = Transpose <perm = [0, 2, 1, 3]> (split_latent)
-    present_key = TensorScatter <axis = -2> (past_key, new_key, past_length)
-    present_latent = TensorScatter <axis = -2> (past_latent, new_latent, past_length)
-
-    scale_like = CastLike (factor, query)
-    scaled_query = Mul (rotated_query, scale_like)
-    split_q = Concat <axis = 0> (first, first, queries_1d, last)
-    split_query = Reshape (scaled_query, split_q)
-    heads_query = Transpose <perm = [0, 2, 1, 3]> (split_query)
-    key_width = Shape <start = 3, end = 4> (past_key)
-    grouped_by_key = Concat <axis = 0> (batch, keys_1d, last, key_width)
-    grouped_query = Reshape (heads_query, grouped_by_key)
-    key_columns = Transpose <perm = [0, 1, 3, 2]> (present_key)
-    grouped_scores = MatMul (grouped_query, key_columns)
-
-    cache_rows = Range (zero, capacity_scalar, one)
-    limits = Unsqueeze (positions, last)
-    visible = LessOrEqual (cache_rows, limits)
-    visible_heads = Unsqueeze (visible, second)
-    by_query = Concat <axis = 0> (batch, queries_1d, tokens, capacity)
-    scores = Reshape (grouped_scores, by_query)
-    scores_f32 = Cast <to = 1> (scores)
-    lowest = Constant <value_float = -3.4028234663852886e38> ()
-    masked = Where (visible_heads, scores_f32, lowest)
-    weights_f32 = Softmax <axis = -1> (masked)
-    weights = CastLike (weights_f32, query)
-    grouped_by_latent = Concat <axis = 0> (batch, latents_1d, last, capacity)
-    grouped_weights = Reshape (weights, grouped_by_latent)
-    grouped_mix = MatMul (grouped_weights, present_latent)
-    latent_width = Shape <start = 3, end = 4> (past_latent)
-    by_head = Concat <axis = 0> (batch, queries_1d, tokens, latent_width)
-    mix = Reshape (grouped_mix, by_head)
-"""
-
-_DECODE = """
-    decoded = MatMul (mix, value_decoder)
-    tiles = Concat <axis = 0> (batch, queries_1d, tokens, last, latent_width)
-    decoded_tiles = Reshape (decoded, tiles)
-    third_axis = Constant <value_ints = [3]> ()
-    mix_tile = Unsqueeze (mix, third_axis)
-    values_tiles = Add (decoded_tiles, mix_tile)
-    values_by_token = Transpose <perm = [0, 2, 1, 3, 4]> (values_tiles)
-"""
-_KEEP = """
-    values_by_token = Transpose <perm = [0, 2, 1, 3]> (mix)
-"""
-_JOIN = """
-    joined = Concat <axis = 0> (batch, tokens, last)
-"""
-_GATE = """
-    attended = Reshape (values_by_token, joined)
-    open_gate = Sigmoid (gate)
-    output = Mul (open_gate, attended)
-"""
-_NO_GATE = """
-    output = Reshape (values_by_token, joined)
-"""
-
-
-def function(has_gate: bool = True, has_value_decoder: bool = True) -> str:
-    """Return the op's meaning, in ONNX's text form (``onnx.parser.parse_function`` reads it).
-
-    A function cannot ask whether an input is there, so each case has a body of its own. Its inputs stay the same, but
-    for an absent one at the end: ONNX leaves that off the nodes, and its reference evaluator wants as many of each.
-    The layers of one model are all alike, so a model holds one of them.
-    """
-    inputs = INPUTS if has_value_decoder else INPUTS[: INPUTS.index("value_decoder")]
-    decode, gate = _DECODE if has_value_decoder else _KEEP, _GATE if has_gate else _NO_GATE
-    return f"""<domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>
-{OP}
-    <num_query_heads, num_key_heads, num_latent_heads, scale,
-     plugin_namespace: string = "{DOMAIN}", plugin_version: string = "{VERSION}">
-    ({", ".join(inputs)}) => ({", ".join(OUTPUTS)})
-{{{_ATTEND}{decode}{_JOIN}{gate}}}"""
+    if "past_received" in inputs:
+        shapes["present_received"] = tuple(inputs["past_received"])
+    return shapes

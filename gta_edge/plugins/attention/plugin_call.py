@@ -14,7 +14,7 @@ import numpy as np
 
 from gta_edge.errors import BackendError
 from gta_edge.numerics.dtypes import COMPUTE_TYPES, QUANTIZED_CACHE_TYPES
-from gta_edge.plugins.attention.definition import INPUTS, OP, OPTIONAL_INPUTS, OUTPUTS, Sizes
+from gta_edge.plugins.attention.definition import MODEL_INPUTS, MODEL_OPTIONAL_INPUTS, MODEL_OUTPUTS, OP, Sizes
 from gta_edge.plugins.attention.launches import plan_attention, programs_for
 from gta_edge.plugins.attention.tiling import DECODE_TOKENS, Variant
 from gta_edge.plugins.plugin_call_base import CALLS_CACHED, FieldTypes, ParametersBase, Value
@@ -38,7 +38,7 @@ PRESENT_SCALES = ("present_key_scale", "present_latent_scale")
 QUANTISED_CACHE = "quantised_cache"
 """Attribute, 0 or 1: the node has scales. A plugin says how many outputs it has before it sees its inputs."""
 
-INPUT_FLAGS = {name: f"has_{name}" for name in OPTIONAL_INPUTS}
+INPUT_FLAGS = {name: f"has_{name}" for name in MODEL_OPTIONAL_INPUTS}
 """Inputs that a node need not have, and the attribute, 0 or 1, that says so: a plugin's inputs have no gaps."""
 
 FIELDS = FieldTypes(
@@ -94,13 +94,13 @@ class Parameters(ParametersBase[Variant]):
     @cached_property
     def inputs(self) -> tuple[str, ...]:
         """Names of the inputs, in order."""
-        given = tuple(name for name in INPUTS if getattr(self, INPUT_FLAGS.get(name, ""), True))
+        given = tuple(name for name in MODEL_INPUTS if getattr(self, INPUT_FLAGS.get(name, ""), True))
         return given + PAST_SCALES * self.quantised_cache
 
     @cached_property
     def outputs(self) -> tuple[str, ...]:
         """Names of the outputs, in order."""
-        return OUTPUTS + PRESENT_SCALES * self.quantised_cache
+        return MODEL_OUTPUTS + PRESENT_SCALES * self.quantised_cache
 
     @cached_property
     def caches(self) -> tuple[tuple[int, int], ...]:

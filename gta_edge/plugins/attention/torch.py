@@ -16,7 +16,14 @@ from gta_edge.cuda.gpu import OLDEST, current_gpu
 from gta_edge.errors import BackendError
 from gta_edge.libraries.optional import installed, optional
 from gta_edge.numerics.dtypes import COMPUTE_TYPES, DTYPES
-from gta_edge.plugins.attention.definition import INPUTS, Sizes, given_inputs
+from gta_edge.plugins.attention.definition import (
+    FEATURE_INPUTS,
+    MAX_BRANCH_TOKENS,
+    MODEL_INPUTS,
+    Sizes,
+    given_features,
+    given_inputs,
+)
 from gta_edge.plugins.attention.kernels import Buffers, attention_kernels
 from gta_edge.plugins.attention.tiling import Variant
 from gta_edge.plugins.torch_registry import aligned, register_op, require_aligned
@@ -24,11 +31,15 @@ from gta_edge.plugins.torch_registry import aligned, register_op, require_aligne
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+    from torch.nn import functional
 else:
     torch = optional("torch", "export")
-    Tensor = torch.Tensor
+    Tensor, functional = torch.Tensor, torch.nn.functional
 
 __all__ = ["grouped_latent_attention", "grouped_latent_attention_"]
+
+_FEATURES_AT = len(MODEL_INPUTS) + 4
+"""Place of the first of ``FEATURE_INPUTS`` among the arguments of the op in place: behind the heads and the scale."""
 
 
 # --- in torch's own operations ---------------------------------------------------------------------------------------
@@ -51,20 +62,92 @@ def _append(cache: Tensor, new: Tensor, positions: Tensor) -> None:
     cache.scatter_(2, positions[:, None, :, None].expand_as(new), new)
 
 
-def _attend(query: Tensor, key_cache: Tensor, value_cache: Tensor, positions: Tensor, scale: float) -> Tensor:
-    """Softmax attention of ``query`` [B, n_q, T, d_k] over both caches; returns [B, n_q, T, d_v].
+def _causal(past_length: Tensor, tokens: int, capacity: int) -> Tensor:
+    """Return which rows each query sees, bool [B, T, S]: those up to its own."""
+    device = past_length.device
+    last = past_length[:, None] + torch.arange(tokens, device=device)  # [B, T]
+    return torch.arange(capacity, device=device) <= last[:, :, None]
 
-    A query at position p sees cache rows 0 to p. The softmax is computed in float32, in float64 where the scores are.
+
+def _in_branches(past_length: Tensor, tokens: int, capacity: int, branch_start: Tensor, branches: Tensor) -> Tensor:
+    """Return which rows each query sees, bool [B, T, S]: shared ones, and those of its branch."""
+    rows = torch.arange(capacity, device=past_length.device)
+    offset = rows - branch_start[:, None]  # [B, S]
+    # a word for each row: all bits for what all see, none for what nobody does
+    words = functional.pad(functional.pad(branches, (1, 0), value=-1), (0, 1), value=0)
+    words = words.gather(1, (offset + 1).clamp(0, branches.shape[1] + 1))
+    words = torch.where(rows < past_length[:, None] + tokens, words, 0)
+    return (words[:, None] >> torch.arange(tokens, device=rows.device)[:, None] & 1).bool()
+
+
+def _attend(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    visible: Tensor,
+    row_bias: Tensor | None,
+    some_see_nothing: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention of ``query`` [B, n_q, T, d_k] over both caches, as far as it is ``visible`` [B, T, S].
+
+    Returns the mix [B, n_q, T, d_v], and the weights [B, n_q, T, S]. The softmax is computed in float32, in float64
+    where the scores are.
     """
     b, n_q, t, d_k = query.shape
     n_k, s = key_cache.shape[1:3]
     n_v, d_v = value_cache.shape[1], value_cache.shape[3]
     # heads that share a cached head become rows of one matmul: [B, n_k, (n_q/n_k)·T, d_k] x [B, n_k, d_k, S]
     scores = (query * scale).reshape(b, n_k, -1, d_k) @ key_cache.transpose(2, 3)
-    visible = torch.arange(s, device=query.device) <= positions[:, None, :, None]  # [B, 1, T, S]
     scores = scores.reshape(b, n_q, t, s).to(torch.promote_types(scores.dtype, torch.float32))
-    weights = scores.masked_fill(~visible, torch.finfo(torch.float32).min).softmax(-1)
-    return (weights.to(query.dtype).reshape(b, n_v, -1, s) @ value_cache).reshape(b, n_q, t, d_v)
+    if row_bias is not None:
+        scores[..., : row_bias.shape[1]] += row_bias[:, None, None]
+    hidden = ~visible[:, None]  # [B, 1, T, S]
+    weights = scores.masked_fill(hidden, torch.finfo(torch.float32).min).softmax(-1)
+    if some_see_nothing:
+        weights = weights.masked_fill(hidden, 0.0)
+    mix = (weights.to(query.dtype).reshape(b, n_v, -1, s) @ value_cache).reshape(b, n_q, t, d_v)
+    return mix, weights
+
+
+def _receive(
+    past_received: Tensor,
+    weights: Tensor,
+    past_length: Tensor,
+    positions: Tensor,
+    query_weight: Tensor,
+    decay: Tensor,
+    observe: str,
+) -> None:
+    """Update ``past_received`` [B, S] by the weights [B, n_q, T, S]; see ``definition``."""
+    before = torch.arange(past_received.shape[1], device=past_received.device) < past_length[:, None]
+    if observe == "mass":
+        new = (query_weight[:, None].to(weights.dtype) @ weights.sum(1)).squeeze(1)
+        received = decay[:, None] * torch.where(before, past_received, 0.0) + new
+    else:
+        important = query_weight[:, :, None] * weights.amax(1) >= 1
+        new = torch.where(important, positions[:, :, None].to(past_received.dtype), -1.0).amax(1)
+        received = torch.maximum(torch.where(before, past_received, -1.0), new)
+    past_received.copy_(received)
+
+
+def _check_features(given: Mapping[str, Tensor], tokens: int, capacity: int, observe: str) -> None:
+    """Refuse inputs of a managed cache that do not go together.
+
+    Raises:
+        BackendError: there is one without another, or a size is not possible.
+    """
+    try:
+        given_features({name: tensor.shape for name, tensor in given.items()}, observe)
+    except ValueError as error:
+        problem, _, remedy = str(error).partition("; ")
+        raise BackendError(problem, remedy) from error
+    if "branches" in given and tokens > MAX_BRANCH_TOKENS:
+        raise BackendError(f"there are {tokens} new tokens in branches", f"expected at most {MAX_BRANCH_TOKENS}")
+    if "row_bias" in given and given["row_bias"].shape[1] > capacity:
+        raise BackendError(
+            f"row_bias has {given['row_bias'].shape[1]} rows", f"expected at most the capacity {capacity}"
+        )
 
 
 def _latent_attention(
@@ -82,16 +165,37 @@ def _latent_attention(
     num_key_heads: int,
     num_latent_heads: int,
     scale: float,
+    positions: Tensor | None = None,
+    row_bias: Tensor | None = None,
+    branch_start: Tensor | None = None,
+    branches: Tensor | None = None,
+    past_received: Tensor | None = None,
+    query_weight: Tensor | None = None,
+    decay: Tensor | None = None,
+    observe: str = "",
 ) -> Tensor:
     """Grouped latent attention with its caches updated in place; shapes as in ``definition.INPUTS``."""
     b, t, _ = query.shape
-    positions = past_length[:, None] + torch.arange(t, device=query.device)  # [B, T]
+    s = past_key.shape[2]
+    features = (positions, row_bias, branch_start, branches, past_received, query_weight, decay)
+    if observe or any(feature is not None for feature in features):
+        given = {name: x for name, x in zip(FEATURE_INPUTS, features, strict=True) if x is not None}
+        _check_features(given, t, s, observe)
+    rows = past_length[:, None] + torch.arange(t, device=query.device)  # [B, T]
+    if positions is None:
+        positions = rows
     cos, sin = cos[positions][:, None], sin[positions][:, None]  # [B, 1, T, d_k/2]
     q = _rotate(_heads(query, num_query_heads), cos, sin)
     k = _rotate(_heads(key, num_key_heads), cos, sin)
-    _append(past_key, k, positions)
-    _append(past_latent, _heads(latent, num_latent_heads), positions)
-    values = _attend(q, past_key, past_latent, positions, scale)  # [B, n_q, T, d_l]
+    _append(past_key, k, rows)
+    _append(past_latent, _heads(latent, num_latent_heads), rows)
+    if branch_start is not None and branches is not None:
+        visible = _in_branches(past_length, t, s, branch_start, branches)
+    else:
+        visible = _causal(past_length, t, s)
+    values, weights = _attend(q, past_key, past_latent, visible, row_bias, branches is not None, scale)
+    if past_received is not None and query_weight is not None and decay is not None:
+        _receive(past_received, weights, past_length, positions, query_weight, decay, observe)
     if value_decoder is not None:
         expansion = value_decoder.shape[2] // value_decoder.shape[1]
         values = values.repeat(1, 1, 1, expansion) + values @ value_decoder  # [B, n_q, T, e·d_l]
@@ -104,9 +208,15 @@ def _latent_attention(
 
 def _latent_attention_on_gpu(*arguments: Any) -> Tensor:
     """The same on CUDA tensors: the kernels, where they are made for the call."""
-    inputs, heads, scale = arguments[:-4], arguments[-4:-1], arguments[-1]
+    inputs, (*heads, scale), features = (
+        arguments[: len(MODEL_INPUTS)],
+        arguments[len(MODEL_INPUTS) : _FEATURES_AT],
+        arguments[_FEATURES_AT:],
+    )
+    if any(feature is not None and feature != "" for feature in features):
+        return _latent_attention(*arguments)
     query, key, latent, gate, past_key, past_latent, past_length, cos, sin, value_decoder = inputs
-    variant, device = _variant(inputs, heads), query.device
+    variant, device = _variant(inputs, tuple(heads)), query.device
     if variant is None or torch.cuda.get_device_capability(device) < OLDEST or not scale > 0:
         return _latent_attention(*arguments)
     require_aligned("past_key", past_key)
@@ -174,32 +284,39 @@ def _sizes(given: Mapping[str, Tensor], heads: tuple[int, int, int]) -> Sizes:
 
 
 def _register() -> tuple[Any, Any]:
-    """Register the op that returns new caches, and the one that updates them in place; return both in this order."""
+    """Register the op that returns new caches, and the one that updates them in place; return both in this order.
+
+    A managed cache is updated in place: the former has no inputs for it, and so is what is exported.
+    """
     name, in_place = "grouped_latent_attention", _latent_attention
     if not installed(torch):
         return in_place, in_place  # using either says what to install
-    caches = "past_key", "past_latent"
-    places = [INPUTS.index(cache) for cache in caches]
+    caches, received = ("past_key", "past_latent"), "past_received"
+    places = [MODEL_INPUTS.index(cache) for cache in caches]
+    mutated = [*places, _FEATURES_AT + FEATURE_INPUTS.index(received)]
 
     def fake(*arguments: Any) -> Any:
-        given, num_query_heads = given_inputs(arguments), arguments[len(INPUTS)]
+        given, num_query_heads = given_inputs(arguments[: len(MODEL_INPUTS)]), arguments[len(MODEL_INPUTS)]
         width = given["value_decoder" if "value_decoder" in given else "past_latent"].shape[-1]
         return given["query"].new_empty(*given["query"].shape[:2], num_query_heads * width)
 
-    mutating_schema = torch.library.infer_schema(in_place, mutates_args=caches)
-    mutating = register_op(f"{name}_", mutating_schema, in_place, fake, mutates=places, on_gpu=_latent_attention_on_gpu)
+    mutating_schema = torch.library.infer_schema(in_place, mutates_args=(*caches, received))
+    mutating = register_op(
+        f"{name}_", mutating_schema, in_place, fake, mutates=mutated, on_gpu=_latent_attention_on_gpu
+    )
 
-    def functional(*arguments: Any) -> tuple[Tensor, ...]:
+    def plainly(*arguments: Any) -> tuple[Tensor, ...]:
         presents = {place: arguments[place].clone() for place in places}
         output = mutating(*(presents.get(place, argument) for place, argument in enumerate(arguments)))
         return (output, *presents.values())
 
-    schema = torch.library.infer_schema(in_place, mutates_args=()).replace("-> Tensor", "-> (Tensor, Tensor, Tensor)")
+    schema = torch.library.infer_schema(in_place, mutates_args=())
+    schema = f"{schema[: schema.index(f', Tensor? {FEATURE_INPUTS[0]}')]}) -> (Tensor, Tensor, Tensor)"
 
     def fakes(*arguments: Any) -> Any:
         return fake(*arguments), *(arguments[place].new_empty(arguments[place].shape) for place in places)
 
-    plain = register_op(name, schema, functional, fakes)
+    plain = register_op(name, schema, plainly, fakes)
     return plain, mutating
 
 

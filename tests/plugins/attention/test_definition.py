@@ -17,6 +17,7 @@ from onnx.reference import ReferenceEvaluator
 from gta_edge.errors import BackendError
 from gta_edge.plugins.attention import definition as op
 from gta_edge.plugins.attention import torch as torch_ops
+from gta_edge.plugins.attention.function import function
 from tests.helpers import reference
 from tests.helpers.attention_models import (
     TOLERANCE,
@@ -41,7 +42,7 @@ SETTINGS = settings(max_examples=60, deadline=None, derandomize=True)
 
 def tensors_of(inputs: dict[str, np.ndarray]) -> dict[str, torch.Tensor | None]:
     """All of the op's inputs in order, None for those that are absent."""
-    return {name: torch.from_numpy(inputs[name].copy()) if name in inputs else None for name in op.INPUTS}
+    return {name: torch.from_numpy(inputs[name].copy()) if name in inputs else None for name in op.MODEL_INPUTS}
 
 
 def in_torch(inputs: dict[str, np.ndarray], sizes: Sizes) -> list[np.ndarray]:
@@ -249,7 +250,7 @@ def test_the_in_place_form_leaves_all_but_the_caches_alone(form):
 def test_a_view_of_a_larger_cache_is_updated_in_place():
     sizes = Sizes()
     inputs = arrays(sizes)
-    tensors = {name: torch.from_numpy(inputs[name].copy()) for name in op.INPUTS}
+    tensors = {name: torch.from_numpy(inputs[name].copy()) for name in op.MODEL_INPUTS}
     big = {name: torch.full((4, *tensors[name].shape[1:]), 7.0) for name in ("past_key", "past_latent")}
     for name, buffer in big.items():
         buffer[1:3] = tensors[name]
@@ -408,7 +409,7 @@ def test_what_no_kernels_are_made_for_is_left_to_torch(sizes, dtype, monkeypatch
     pretend_gpu(monkeypatch, torch_ops)
     monkeypatch.delattr(torch_ops, "attention_kernels")  # whoever asks for some fails
     inputs = stored_in(arrays(sizes), dtype)
-    tensors, again = ([torch.from_numpy(inputs[name].copy()) for name in op.INPUTS] for _ in range(2))
+    tensors, again = ([torch.from_numpy(inputs[name].copy()) for name in op.MODEL_INPUTS] for _ in range(2))
     output = torch_ops._latent_attention_on_gpu(*tensors, *sizes.heads, sizes.scale)
     assert torch.equal(output, torch.ops.gta.grouped_latent_attention_(*again, *sizes.heads, sizes.scale))
 
@@ -417,11 +418,11 @@ def test_what_no_kernels_are_made_for_is_left_to_torch(sizes, dtype, monkeypatch
 def test_narrow_types_stay_narrow_and_near(dtype, tolerance):
     sizes = Sizes(past=(5, 2), tokens=4)
     inputs = arrays(sizes)
-    tensors = [torch.from_numpy(inputs[name]) for name in op.INPUTS]
+    tensors = [torch.from_numpy(inputs[name]) for name in op.MODEL_INPUTS]
     narrow = [tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in tensors]
     results = torch.ops.gta.grouped_latent_attention(*narrow, *sizes.heads, sizes.scale)
     assert {result.dtype for result in results} == {dtype}
-    rounded = {name: tensor.double().numpy() for name, tensor in zip(op.INPUTS, narrow, strict=True)}
+    rounded = {name: tensor.double().numpy() for name, tensor in zip(op.MODEL_INPUTS, narrow, strict=True)}
     rounded["past_length"] = inputs["past_length"]
     assert reference.relative_error(results[0].float().numpy(), expected(rounded, sizes)[0]) <= tolerance
 
@@ -439,15 +440,15 @@ def test_the_checker_accepts_the_function(sizes, static):
 
 @pytest.mark.parametrize("form", [(True, True), (True, False), (False, True), (False, False)])
 def test_the_function_takes_and_gives_what_the_op_says(form):
-    function = onnx.parser.parse_function(op.function(*form))
-    assert (function.domain, function.name) == ("gta", "GroupedLatentAttention")
-    assert tuple(function.input) == (op.INPUTS if form[1] else op.INPUTS[:-1])
-    assert tuple(function.output) == op.OUTPUTS
-    given_defaults = {attribute.name: helper.get_attribute_value(attribute) for attribute in function.attribute_proto}
-    assert {*function.attribute, *given_defaults} == set(op.ATTRIBUTES)
+    parsed = onnx.parser.parse_function(function(*form))
+    assert (parsed.domain, parsed.name) == ("gta", "GroupedLatentAttention")
+    assert tuple(parsed.input) == (op.MODEL_INPUTS if form[1] else op.MODEL_INPUTS[:-1])
+    assert tuple(parsed.output) == op.MODEL_OUTPUTS
+    given_defaults = {attribute.name: helper.get_attribute_value(attribute) for attribute in parsed.attribute_proto}
+    assert {*parsed.attribute, *given_defaults} == set(op.ATTRIBUTES)
     assert given_defaults == {"plugin_namespace": b"gta", "plugin_version": b"1"}
-    assert {node.domain for node in function.node} == {""}  # standard operators only
-    assert [(opset.domain, opset.version) for opset in function.opset_import] == [("", 24)]
+    assert {node.domain for node in parsed.node} == {""}  # standard operators only
+    assert [(opset.domain, opset.version) for opset in parsed.opset_import] == [("", 24)]
 
 
 def test_the_attributes_of_a_node():
@@ -483,7 +484,7 @@ def test_output_shapes_are_those_of_the_outputs():
     inputs = arrays(sizes)
     kernel_sizes = op.Sizes(6, 2, 3, sizes.d_k, sizes.d_l, sizes.hidden)
     shapes = op.output_shapes(kernel_sizes, {name: array.shape for name, array in inputs.items()})
-    assert tuple(shapes) == op.OUTPUTS
+    assert tuple(shapes) == op.MODEL_OUTPUTS
     assert list(shapes.values()) == [result.shape for result in expected(inputs, sizes)]
 
 

@@ -195,7 +195,7 @@ def test_the_plugins_nodes(bundles: Bundles, tmp_path: Path, name: str, cache: s
         assert (attributes["plugin_namespace"], attributes["plugin_version"]) == (b"gta", b"1")
         past = [f"{kind}.{i}" for kind in kinds]
         scales = [f"{kind}_scale.{i}" for kind in kinds] if scaled else []
-        inputs = len(op.INPUTS) - len(absent)
+        inputs = len(op.MODEL_INPUTS) - len(absent)
         assert all(node.input) and len(node.input) == inputs + len(scales)
         first = 3 if absent else 4  # there is no gate before the caches
         assert list(node.input[first : first + 2]) == past and list(node.input[inputs:]) == scales

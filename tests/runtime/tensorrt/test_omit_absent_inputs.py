@@ -33,9 +33,9 @@ PAST, PRESENT = ("past_key", "past_latent"), ("present_key", "present_latent")
 
 def attention(*absent: str, cut: bool = False) -> ir.Model:
     """A graph of one node; ``cut`` leaves an absent last input off."""
-    names = ["" if name in absent else name for name in op.INPUTS]
+    names = ["" if name in absent else name for name in op.MODEL_INPUTS]
     attributes = op.attributes(HEADS, KEYS, KEYS, WIDTH**-0.5)
-    node = helper.make_node(op.OP, names[: 9 if cut else 10], list(op.OUTPUTS), domain="gta", **attributes)
+    node = helper.make_node(op.OP, names[: 9 if cut else 10], list(op.MODEL_OUTPUTS), domain="gta", **attributes)
     kinds = {name: TensorProto.INT64 if name == "past_length" else TensorProto.FLOAT16 for name in names if name}
     outputs = {"output": (TensorProto.FLOAT16, ["b", "t", HIDDEN])}
     outputs |= {new: (TensorProto.FLOAT16, SHAPES[old]) for new, old in zip(PRESENT, PAST, strict=True)}
@@ -70,7 +70,7 @@ def test_the_plugins_inputs_have_no_gaps(absent: tuple[str, ...], cache: str | N
     passes = [QuantizeCachePass(cache), OmitAbsentInputsPass()] if cache else [OmitAbsentInputsPass()]
     node = lowered(attention(*absent, cut=cut), *passes)
     scales = ["past_key_scale.", "past_latent_scale."] if cache else []
-    assert list(node.input) == [name for name in op.INPUTS if name not in absent] + scales
+    assert list(node.input) == [name for name in op.MODEL_INPUTS if name not in absent] + scales
     attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
     added = {QUANTISED_CACHE: 1} if cache else {}
     assert attributes.keys() == {*op.ATTRIBUTES, *added, *(f"has_{name}" for name in absent)}

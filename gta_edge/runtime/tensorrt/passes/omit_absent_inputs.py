@@ -36,7 +36,7 @@ class OmitAbsentInputsPass(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, modified)
 
     def _close(self, node: ir.Node) -> bool:
-        places = {name: op.INPUTS.index(name) for name in INPUT_FLAGS}
+        places = {name: op.MODEL_INPUTS.index(name) for name in INPUT_FLAGS}
         absent = [name for name, at in places.items() if at >= len(node.inputs) or node.inputs[at] is None]
         if not absent or any(flag in node.attributes for flag in INPUT_FLAGS.values()):
             return False

@@ -67,18 +67,20 @@ class QuantizeCachePass(ir.passes.InPlacePass):
         if {value.dtype for value in past if value is not None} == {self.dtype}:
             return False
         own = all(v is not None and v.is_graph_input() for v in past) and all(v.is_graph_output() for v in present)
-        if len(node.inputs) > len(op.INPUTS) or not own:
+        if len(node.inputs) > len(op.MODEL_INPUTS) or not own:
             raise EngineError(
                 f"{title(node)} has caches that are not the graph's own", "start from the bundle's own graph"
             )
         node.attributes[QUANTISED_CACHE] = ir.AttrInt64(QUANTISED_CACHE, 1)
         scales = [self._narrow(value) for value in past]
-        node.resize_inputs(len(op.INPUTS) + len(scales))  # with a gap where the last, which is optional, is absent
-        for index, value in enumerate(scales, len(op.INPUTS)):
+        node.resize_inputs(
+            len(op.MODEL_INPUTS) + len(scales)
+        )  # with a gap where the last, which is optional, is absent
+        for index, value in enumerate(scales, len(op.MODEL_INPUTS)):
             graph.inputs.append(value)
             node.replace_input_with(index, value)
-        node.resize_outputs(len(op.OUTPUTS) + len(scales))
-        for value, new in zip(present, node.outputs[len(op.OUTPUTS) :], strict=True):
+        node.resize_outputs(len(op.MODEL_OUTPUTS) + len(scales))
+        for value, new in zip(present, node.outputs[len(op.MODEL_OUTPUTS) :], strict=True):
             scale = self._narrow(value)
             new.name, new.shape, new.type = scale.name, scale.shape, scale.type
             graph.outputs.append(new)
@@ -97,8 +99,8 @@ def _attention(graph: ir.Graph) -> list[ir.Node]:
 
 
 def _past(node: ir.Node) -> list[ir.Value | None]:
-    return [node.inputs[op.INPUTS.index(name)] for name in ("past_key", "past_latent")]
+    return [node.inputs[op.MODEL_INPUTS.index(name)] for name in ("past_key", "past_latent")]
 
 
 def _present(node: ir.Node) -> list[ir.Value]:
-    return [node.outputs[op.OUTPUTS.index(name)] for name in ("present_key", "present_latent")]
+    return [node.outputs[op.MODEL_OUTPUTS.index(name)] for name in ("present_key", "present_latent")]
