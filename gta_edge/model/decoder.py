@@ -218,7 +218,8 @@ class Decoder(nn.Module):
         return functional.linear(x.float(), weight.float())
 
 
-def empty_cache(config: ModelConfig, batch: int, capacity: int, **options: Any) -> list[Cache]:
-    """Return zeroed caches for all layers; ``options`` go to ``torch.zeros`` (dtype, device)."""
-    tensors = (torch.zeros(cache.shape(batch, capacity), **options) for cache in cache_tensors(config))
+def empty_cache(config: ModelConfig, batch: int, capacity: int | Sequence[int], **options: Any) -> list[Cache]:
+    """Return zeroed caches for all layers, of one capacity or of their own; ``options`` go to ``torch.zeros``."""
+    capacities = [capacity] * config.num_hidden_layers if isinstance(capacity, int) else capacity
+    tensors = (torch.zeros(cache.shape(batch, capacities[cache.layer]), **options) for cache in cache_tensors(config))
     return list(zip(tensors, tensors, strict=True))  # a key, and what follows it

@@ -77,6 +77,11 @@ class CacheTensor:
     dtype: str
 
     @property
+    def layer(self) -> int:
+        """The layer that it is of."""
+        return int(self.name.rpartition(".")[2])
+
+    @property
     def past(self) -> str:
         """Name of the graph's input."""
         return PAST + self.name

@@ -171,7 +171,7 @@ class Backend(ABC):
 
     def _step_sizes(self) -> tuple[int, int]:
         """Return how many tokens of a prompt are run at once, and for how many there is room for logits."""
-        from gta_edge.runtime.cache_policy import CHUNK_SIZE
+        from gta_edge.runtime.cache_state import CHUNK_SIZE
 
         return CHUNK_SIZE, 1
 

@@ -1,7 +1,7 @@
 """The one shape of every backend: a session holds a model and its cache, and appends tokens to it.
 
 What is the same everywhere lives here, in ``Session``: checking ids, prompts in chunks, rows of different length, and
-whose the cache is. What the cache holds and when it grows is its policy's (``cache_policy``). A backend adds only how
+whose the cache is. What the cache holds and when it grows is in its state (``cache_state``). A backend adds only how
 memory is held (``_resize``) and how one chunk is run (``_run``).
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,8 @@ import numpy.typing as npt
 
 from gta_edge.errors import BackendError, InputError
 from gta_edge.model.config import ModelConfig
-from gta_edge.runtime.cache_policy import CachePolicy
+from gta_edge.runtime.cache_moves import ManagedStep, Moves
+from gta_edge.runtime.cache_state import CacheState
 from gta_edge.support.exclusive import Exclusive
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ class Session(ABC):
     weights_as_stored: bool = True
     """Whether quantised weights stay so in memory; otherwise they were dequantised when they were loaded."""
 
-    def __init__(self, config: ModelConfig, cache: CachePolicy | None = None) -> None:
+    def __init__(self, config: ModelConfig, cache: CacheState | None = None) -> None:
         self.config = config
         # for text in and out; who loads a bundle sets them from its files
         self.tokenizer: Tokenizer | None = None
@@ -69,7 +70,7 @@ class Session(ABC):
         self.chat_end_token_ids: frozenset[int] = frozenset()  # besides those
         self.chat_sampling: Mapping[str, float] = {}  # options of ``generate`` where a chat leaves them open
         self.skipped: dict[str, str] = {}  # by name, why ``auto`` passed over a backend that is there
-        self._cache = cache or CachePolicy(config)
+        self._cache = cache or CacheState(config)
         self._closed = False
         self._calls = Exclusive("the session", "load the bundle once for each thread, or let them take turns")
         self._owner: Claim | None = None  # the claim that the cache is of; None after anybody else changed it
@@ -78,18 +79,38 @@ class Session(ABC):
     # --- what a backend adds -----------------------------------------------------------------------------------
 
     @abstractmethod
-    def _resize(self, batch: int, capacity: int) -> None:
-        """Make room for ``[batch, n, capacity, d]`` in every layer, keeping what is there while the batch is the same.
+    def _resize(self, batch: int, capacities: Sequence[int]) -> None:
+        """Make room for ``[batch, n, capacities[i], d]`` in layer i, keeping what is there while the batch is the same.
 
         New memory must hold finite values: rows beyond a length are weighted with zero, not skipped.
         """
 
     @abstractmethod
-    def _run(self, input_ids: Ids, past_length: Ids, logit_positions: Ids) -> Logits:
+    def _run(
+        self, input_ids: Ids, past_length: Ids, logit_positions: Ids, managed: ManagedStep | None = None
+    ) -> Logits:
         """Append ``input_ids`` [B, T] and return logits [B, M, V]; there is room for them.
 
         The array is the caller's, who writes into it: no view of what a later step overwrites.
+
+        Args:
+            input_ids: int64 [B, T].
+            past_length: int64 [B], tokens in the cache.
+            logit_positions: int64 [B, M].
+            managed: inputs of a managed cache, whose ``past_length`` counts; None of a session without a policy.
         """
+
+    def _move(self, moves: Moves) -> None:
+        """Fold and copy rows of the cache, of every tensor of their layers; see ``Moves``."""
+        raise NotImplementedError(f"{self.backend} manages no cache")
+
+    def _received(self) -> list[npt.NDArray[np.float32]]:
+        """Return what each layer's rows received, float32 [B, S] per layer, in the host's memory; only to be read."""
+        raise NotImplementedError(f"{self.backend} manages no cache")
+
+    def _rotate(self, shifts: Sequence[Ids]) -> None:
+        """Rotate keys as if their tokens' positions were larger by ``shifts[i]``, int64 [B, S], in layer i."""
+        raise NotImplementedError(f"{self.backend} manages no cache")
 
     @property
     @abstractmethod
@@ -124,6 +145,14 @@ class Session(ABC):
     def length(self) -> Ids:
         """Tokens in the cache, int64 [B], per row (a copy)."""
         return self._cache.length.copy()
+
+    @property
+    def rows(self) -> Ids:
+        """Rows of memory in use, int64 [L, B], per layer and row of the batch (a copy).
+
+        Without a policy that evicts, every token has one: then they are ``length`` in each layer.
+        """
+        return self._cache.rows.copy()
 
     @property
     def capacity(self) -> int:

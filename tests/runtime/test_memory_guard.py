@@ -9,7 +9,7 @@ import pytest
 
 from gta_edge.errors import CapacityError, InputError
 from gta_edge.evaluate.bench import settings as bench_settings
-from gta_edge.runtime import cache_policy
+from gta_edge.runtime import cache_state
 from gta_edge.runtime.registry import load
 from tests.helpers.commands import Result
 
@@ -23,7 +23,7 @@ def ids(batch: int, tokens: int) -> np.ndarray:
 @pytest.fixture
 def leaves(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], None]:
     """Call it with the bytes that the system has left."""
-    return lambda size: monkeypatch.setattr(cache_policy, "available_bytes", lambda: size)
+    return lambda size: monkeypatch.setattr(cache_state, "available_bytes", lambda: size)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -77,7 +77,7 @@ def test_a_step_in_the_room_that_is_there_asks_nobody(tiny_bundle: Path, monkeyp
         def ask() -> int:
             raise AssertionError("a token costs less than that")
 
-        monkeypatch.setattr(cache_policy, "available_bytes", ask)
+        monkeypatch.setattr(cache_state, "available_bytes", ask)
         session.forward(ids(1, 1))
 
 

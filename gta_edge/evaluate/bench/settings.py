@@ -10,7 +10,7 @@ from gta_edge.errors import CapacityError, InputError
 from gta_edge.evaluate.bench.targets import Target
 from gta_edge.formats.bundle import Bundle
 from gta_edge.model.kv_cache import cache_bytes
-from gta_edge.runtime.cache_policy import CHUNK_SIZE
+from gta_edge.runtime.cache_state import CHUNK_SIZE
 from gta_edge.runtime.registry import BACKENDS
 from gta_edge.support.cores import check_threads
 from gta_edge.support.memory import available_bytes

@@ -7,7 +7,7 @@ logits have memory of their own that stays where it is.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,8 @@ from gta_edge.libraries.onnxruntime import (
 )
 from gta_edge.model.kv_cache import LOGITS, PAST, PRESENT, TOKEN_INPUTS, interface_names
 from gta_edge.numerics.dtypes import DTYPES
-from gta_edge.runtime.cache_policy import CachePolicy
+from gta_edge.runtime.cache_moves import ManagedStep
+from gta_edge.runtime.cache_state import CacheState
 from gta_edge.runtime.onnxruntime.lowered import GRAPH, PACKED, Form, cached_graph
 from gta_edge.runtime.onnxruntime.model import OpenModel, model_files, open_model
 from gta_edge.runtime.session import Ids, Logits, Session
@@ -77,7 +78,7 @@ class OnnxRuntimeCudaSession(Session):
             graphs: it is for tests.
         device_id: CUDA's number for the GPU.
         progress: told of weights that are converted or repacked.
-        options: as ``CachePolicy`` takes them; ``capacity_step`` as large as the longest context avoids all growth.
+        options: as ``CacheState`` takes them; ``capacity_step`` as large as the longest context avoids all growth.
 
     Raises:
         BackendError: ONNX Runtime or its CUDA provider is missing, there is no GPU, or the model is refused.
@@ -100,7 +101,7 @@ class OnnxRuntimeCudaSession(Session):
     ) -> None:
         self.compute = compute
         options = {"chunk_size": CHUNK_SIZE, "capacity_step": _CAPACITY_STEP} | options
-        super().__init__(bundle.config, CachePolicy(bundle.config, compute, **options))
+        super().__init__(bundle.config, CacheState(bundle.config, compute, **options))
         on_gpu = device == "cuda"
         self.device = "gpu" if on_gpu else "cpu"
         self._onnxruntime = load_onnxruntime_cuda(device_id) if on_gpu else load_onnxruntime("ort-gpu")
@@ -226,7 +227,7 @@ class OnnxRuntimeCudaSession(Session):
     def _clear(self) -> None:
         self._steps, self._caches = {}, {}
 
-    def _resize(self, batch: int, capacity: int) -> None:
+    def _resize(self, batch: int, capacities: Sequence[int]) -> None:
         self._forget_steps()  # they hold addresses of the old buffers
         # zeroed: rows that are not visible get weight zero, and zero times garbage could be NaN
         dtype = np.float32 if self.compute == "fp32" else np.float16  # 16 bits of bf16 are carried as such
@@ -235,14 +236,14 @@ class OnnxRuntimeCudaSession(Session):
                 filled = self._cache.filled
                 for tensor in self._cache.tensors:  # one at a time: never twice the whole cache
                     old = self._caches.pop(tensor.name, None)
-                    content = np.zeros(tensor.shape(batch, capacity), dtype)
+                    content = np.zeros(tensor.shape(batch, capacities[tensor.layer]), dtype)
                     if old is not None:
                         content[:, :, :filled] = old.numpy()[:, :, :filled]
                     del old
                     self._caches[tensor.name] = self._buffer(content)
         except Exception as error:  # ONNX Runtime's errors have no common base
             if is_out_of_memory(error):
-                raise self._cache.no_memory(batch, capacity, _free()) from error
+                raise self._cache.no_memory(batch, capacities, _free()) from error
             raise BackendError(f"ONNX Runtime made no cache ({first_line(error)})", "run `gta-edge doctor`") from error
 
     def _buffer(self, content: Any) -> Any:
@@ -253,7 +254,9 @@ class OnnxRuntimeCudaSession(Session):
 
     # --- a step ----------------------------------------------------------------------------------------------------
 
-    def _run(self, input_ids: Ids, past_length: Ids, logit_positions: Ids) -> Logits:
+    def _run(
+        self, input_ids: Ids, past_length: Ids, logit_positions: Ids, managed: ManagedStep | None = None
+    ) -> Logits:
         wanted = logit_positions.shape[1]
         if self._model is not None and self._device[0] == "cpu":  # a GPU has the weights in its own memory
             self._model.check()

@@ -10,6 +10,7 @@ Attention costs as the capacity S that a step is given, so a step is given as mu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,8 @@ from gta_edge.formats.bundle import Bundle
 from gta_edge.libraries.onnxruntime import EXACT_PRODUCTS, INT8_PRODUCTS, first_line, is_out_of_memory, load_onnxruntime
 from gta_edge.model.kv_cache import LOGITS, PAST, PRESENT, TOKEN_INPUTS, interface_names
 from gta_edge.plan.host_memory import require_memory_for_onnxruntime
-from gta_edge.runtime.cache_policy import CachePolicy
+from gta_edge.runtime.cache_moves import ManagedStep
+from gta_edge.runtime.cache_state import CacheState
 from gta_edge.runtime.onnxruntime.lowered import CPU, LoweredGraph, lower, without_new_weights
 from gta_edge.runtime.onnxruntime.model import OpenModel, model_files, open_model
 from gta_edge.runtime.session import Ids, Logits, Session
@@ -53,7 +55,7 @@ class OnnxRuntimeSession(Session):
         threads: threads for one operator; None for one on each core that this process may use.
         exact: multiply by int8 and int4 weights in float32, instead of rounding activations to int8.
         progress: told of weights that are repacked.
-        options: as ``CachePolicy`` takes them.
+        options: as ``CacheState`` takes them.
 
     Raises:
         BackendError: ONNX Runtime is missing, too old, or refuses the model.
@@ -72,7 +74,7 @@ class OnnxRuntimeSession(Session):
         progress: Progress = silent,
         **options: Any,
     ) -> None:
-        super().__init__(bundle.config, CachePolicy(bundle.config, on_host=True, **options))
+        super().__init__(bundle.config, CacheState(bundle.config, on_host=True, **options))
         require_memory_for_onnxruntime(bundle.config, bundle.storage)
         self._onnxruntime = load_onnxruntime()
         lowered = lower(bundle, exact=exact, progress=progress)
@@ -136,7 +138,7 @@ class OnnxRuntimeSession(Session):
     def _clear(self) -> None:
         self._step, self._buffers, self._caches = None, {}, {}
 
-    def _resize(self, batch: int, capacity: int) -> None:
+    def _resize(self, batch: int, capacities: Sequence[int]) -> None:
         self._step = None  # it holds addresses of the old buffers
         try:
             with self._cache.replacing(batch, self._clear):
@@ -144,12 +146,12 @@ class OnnxRuntimeSession(Session):
                     old = self._caches.pop(tensor.name, None)
                     self._buffers.pop(tensor.name, None)
                     # zeroed: rows that are not visible get weight zero, and zero times garbage could be NaN
-                    new = np.zeros(tensor.shape(batch, capacity), np.float32)
+                    new = np.zeros(tensor.shape(batch, capacities[tensor.layer]), np.float32)
                     if old is not None:
                         new[:, :, : old.shape[2]] = old
                     self._buffers[tensor.name] = self._caches[tensor.name] = new
         except MemoryError as error:
-            raise self._cache.no_memory(batch, capacity) from error
+            raise self._cache.no_memory(batch, capacities) from error
 
     def _show(self, capacity: int) -> None:
         """Give steps ``[B, n, capacity, d]`` of every buffer, which holds that much, or more where that would cost.
@@ -172,7 +174,9 @@ class OnnxRuntimeSession(Session):
                     _move_apart(values, batch * heads, before * width, capacity * width, filled * width)
                 self._caches[name] = values.reshape(batch, heads, capacity, width)
 
-    def _run(self, input_ids: Ids, past_length: Ids, logit_positions: Ids) -> Logits:
+    def _run(
+        self, input_ids: Ids, past_length: Ids, logit_positions: Ids, managed: ManagedStep | None = None
+    ) -> Logits:
         assert self._model is not None  # it is open
         self._model.check()
         shapes = input_ids.shape, logit_positions.shape

@@ -9,6 +9,7 @@ little: weights are the engine's, and scratch memory is one for all, as one runs
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from math import prod
@@ -23,7 +24,8 @@ from gta_edge.formats.bundle import Bundle
 from gta_edge.libraries.tensorrt import TensorRT, load
 from gta_edge.model.kv_cache import LOGITS, TOKEN_INPUTS, CacheTensor, input_shapes
 from gta_edge.plugins import register
-from gta_edge.runtime.cache_policy import CachePolicy
+from gta_edge.runtime.cache_moves import ManagedStep
+from gta_edge.runtime.cache_state import CacheState
 from gta_edge.runtime.session import Ids, Logits, Session
 from gta_edge.runtime.tensorrt.build import LOGIT_POSITIONS, buffer_bytes
 from gta_edge.runtime.tensorrt.engine import compute_capability, load_engine, require_engine
@@ -81,7 +83,7 @@ class TensorRTSession(Session):
         here = compute_capability(gpu.architecture)
         plan, record = load_engine(bundle, engine, tensorrt=trt.version_text, compute_capability=here, gpu=gpu.name)
         spec = record.spec
-        cache = CachePolicy(
+        cache = CacheState(
             bundle.config,
             spec.cache_dtype,
             chunk_size=spec.chunk_size if chunk_size is None else min(chunk_size, spec.chunk_size),
@@ -192,14 +194,16 @@ class TensorRTSession(Session):
         self._cache_bytes += size_bytes
         self._addresses |= {cache.past: address, cache.present: address}
 
-    def _resize(self, batch: int, capacity: int) -> None:
+    def _resize(self, batch: int, capacities: Sequence[int]) -> None:
         if batch > self.max_batch:
             raise InputError(
                 f"ids have {batch} rows and the engine was built for {self.max_batch}",
                 f"give fewer, or run: {replace(self._record.spec, max_batch=batch).command(self._directory)}",
             )
 
-    def _run(self, input_ids: Ids, past_length: Ids, logit_positions: Ids) -> Logits:
+    def _run(
+        self, input_ids: Ids, past_length: Ids, logit_positions: Ids, managed: ManagedStep | None = None
+    ) -> Logits:
         self._cuda.make_current()
         rows, wanted = logit_positions.shape
         if input_ids.shape[1] == 1 and wanted == 1:

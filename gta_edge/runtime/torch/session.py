@@ -7,7 +7,7 @@ stay in codes. Logits of a head in codes are rounded to fp16.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,8 @@ from gta_edge.numerics.quantization import BITS
 from gta_edge.plan.host_memory import require_memory_for_torch
 from gta_edge.plugins.attention import torch as torch_ops
 from gta_edge.plugins.attention.tiling import has_kernels
-from gta_edge.runtime.cache_policy import CachePolicy
+from gta_edge.runtime.cache_moves import ManagedStep
+from gta_edge.runtime.cache_state import CacheState
 from gta_edge.runtime.session import Ids, Logits, Session
 from gta_edge.runtime.torch.cuda_graph import CaptureError, DecodeGraph
 
@@ -99,7 +100,7 @@ class TorchSession(Session):
         compute: ``fp32``, ``fp16`` or ``bf16``.
         threads: threads for one operator, for the whole process; None leaves torch's own choice, as far as this process
             may use so many cores.
-        options: as ``CachePolicy`` takes them.
+        options: as ``CacheState`` takes them.
 
     Raises:
         BackendError: there is no such device.
@@ -125,7 +126,7 @@ class TorchSession(Session):
             options = {"capacity_step": _GPU_CAPACITY_STEP, "chunk_size": chunk_size} | options
         if on_gpu and not torch.cuda.is_available():
             raise BackendError("torch finds no CUDA GPU here", "run `gta-edge doctor`, or take the device cpu")
-        super().__init__(model.config, CachePolicy(model.config, compute, on_host=not on_gpu, **options))
+        super().__init__(model.config, CacheState(model.config, compute, on_host=not on_gpu, **options))
         use_startable_threads(threads)
         for module in model.modules():
             if isinstance(module, SelfAttention):
@@ -151,25 +152,28 @@ class TorchSession(Session):
             return False
         return None if self._graph is None else True
 
-    def _resize(self, batch: int, capacity: int) -> None:
+    def _resize(self, batch: int, capacities: Sequence[int]) -> None:
         self._graph = None  # it holds the old caches' addresses
         try:
             with self._cache.replacing(batch, self._release):
                 if not self._caches:
-                    self._caches = empty_cache(self.config, batch, capacity, **self._options)
+                    self._caches = empty_cache(self.config, batch, capacities, **self._options)
                     return
                 for i, layer in enumerate(self._caches):  # a layer at a time: never twice the whole cache
+                    capacity = capacities[i]
                     self._caches[i] = (_grown(layer[0], capacity), _grown(layer[1], capacity))
         except BaseException as error:
             if not is_out_of_memory(error):
                 raise
             raise CapacityError(
-                f"a cache of {capacity} tokens for {batch} rows takes "
-                f"{self._cache.nbytes(batch, capacity) / 2**30:.2f} GiB, and {self._place} has not that much left",
+                f"a cache of {max(capacities)} tokens for {batch} rows takes "
+                f"{self._cache.nbytes(batch, capacities) / 2**30:.2f} GiB, and {self._place} has not that much left",
                 "the session is now empty: give shorter prompts or fewer rows",
             ) from error
 
-    def _run(self, input_ids: Ids, past_length: Ids, logit_positions: Ids) -> Logits:
+    def _run(
+        self, input_ids: Ids, past_length: Ids, logit_positions: Ids, managed: ManagedStep | None = None
+    ) -> Logits:
         problem = f"{self._place} has too little memory left for {input_ids.size} tokens at once"
         with _within_memory(problem, "give a smaller chunk_size or fewer rows"):
             return self._appended(input_ids, past_length, logit_positions)

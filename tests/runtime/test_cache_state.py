@@ -1,6 +1,6 @@
 """When a cache grows, and what is left of it where growing fails; what sessions do with it is ``test_session.py``'s."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from gta_edge.errors import CapacityError, InputError
 from gta_edge.model.config import parse_config
 from gta_edge.numerics.dtypes import CACHE_TYPES
-from gta_edge.runtime.cache_policy import CachePolicy
+from gta_edge.runtime.cache_state import CacheState
 from tests.helpers import reference
 
 P = 100
@@ -22,13 +22,14 @@ CONFIG = parse_config(
 class Buffers:
     """Memory of a backend that has none: the sizes that it was asked for."""
 
-    def __init__(self, cache: CachePolicy, fails: BaseException | None = None) -> None:
+    def __init__(self, cache: CacheState, fails: BaseException | None = None) -> None:
         self.cache, self.fails = cache, fails
         self.calls: list[tuple[int, int] | str] = []
 
-    def resize(self, batch: int, capacity: int) -> None:
+    def resize(self, batch: int, capacities: Sequence[int]) -> None:
         with self.cache.replacing(batch, self.clear):
-            self.calls.append((batch, capacity))
+            assert capacities == (capacities[0],) * CONFIG.num_hidden_layers
+            self.calls.append((batch, capacities[0]))
             if self.fails:
                 raise self.fails
 
@@ -37,11 +38,11 @@ class Buffers:
 
 
 @pytest.fixture
-def cache() -> CachePolicy:
-    return CachePolicy(CONFIG, capacity_step=8)
+def cache() -> CacheState:
+    return CacheState(CONFIG, capacity_step=8)
 
 
-def hold(cache: CachePolicy, lengths: list[int], resize: Callable[[int, int], None]) -> None:
+def hold(cache: CacheState, lengths: list[int], resize: Callable[[int, Sequence[int]], None]) -> None:
     """Make room for rows of these lengths, and fill it."""
     cache.reserve(len(lengths), max(lengths), resize)
     cache.length = np.array(lengths)
@@ -53,7 +54,7 @@ def hold(cache: CachePolicy, lengths: list[int], resize: Callable[[int, int], No
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(step=st.integers(1, 300), positions=st.integers(1, 10**5), data=st.data())
 def test_capacity_follows_length_in_steps(step: int, positions: int, data: st.DataObject) -> None:
-    cache = CachePolicy(CONFIG, capacity_step=step, max_length=positions)
+    cache = CacheState(CONFIG, capacity_step=step, max_length=positions)
     tokens = data.draw(st.integers(1, positions))
     found = cache.capacity_for(tokens)
     assert tokens <= found <= positions
@@ -63,7 +64,7 @@ def test_capacity_follows_length_in_steps(step: int, positions: int, data: st.Da
         assert found == min(step * -(-tokens // step), positions)
 
 
-def test_it_grows_when_it_has_to_and_not_before(cache: CachePolicy) -> None:
+def test_it_grows_when_it_has_to_and_not_before(cache: CacheState) -> None:
     buffers = Buffers(cache)
     for tokens in range(1, P + 1):
         hold(cache, [tokens, 1], buffers.resize)
@@ -76,7 +77,7 @@ def test_it_grows_when_it_has_to_and_not_before(cache: CachePolicy) -> None:
     assert len(buffers.calls) == 2 + len(grown)  # cleared once, for two rows instead of one
 
 
-def test_another_number_of_rows_begins_anew(cache: CachePolicy) -> None:
+def test_another_number_of_rows_begins_anew(cache: CacheState) -> None:
     buffers = Buffers(cache)
     hold(cache, [30], buffers.resize)
     with pytest.raises(InputError, match=r"ids have 2 rows and the cache holds 1; call reset\(\)"):
@@ -91,7 +92,7 @@ def test_another_number_of_rows_begins_anew(cache: CachePolicy) -> None:
 
 @pytest.mark.parametrize("error", [MemoryError(), KeyboardInterrupt(), CapacityError("no", "give less")], ids=repr)
 @pytest.mark.parametrize("rows", [1, 2])
-def test_where_growing_fails_nothing_is_left(cache: CachePolicy, error: BaseException, rows: int) -> None:
+def test_where_growing_fails_nothing_is_left(cache: CacheState, error: BaseException, rows: int) -> None:
     buffers = Buffers(cache)
     hold(cache, [5], buffers.resize)
     if rows > 1:
@@ -106,11 +107,11 @@ def test_where_growing_fails_nothing_is_left(cache: CachePolicy, error: BaseExce
     assert buffers.calls[-1] == (rows, 8)
 
 
-def test_a_backend_that_refuses_before_it_begins_has_lost_nothing(cache: CachePolicy) -> None:
+def test_a_backend_that_refuses_before_it_begins_has_lost_nothing(cache: CacheState) -> None:
     hold(cache, [5], Buffers(cache).resize)
     cache.truncate(np.array([0]), [0])
 
-    def refuse(batch: int, capacity: int) -> None:
+    def refuse(batch: int, capacities: Sequence[int]) -> None:
         raise InputError(f"{batch} rows", "give fewer")
 
     with pytest.raises(InputError):
@@ -121,9 +122,9 @@ def test_a_backend_that_refuses_before_it_begins_has_lost_nothing(cache: CachePo
 def test_the_bound_is_the_models_or_an_engines() -> None:
     lengths = np.array([P - 1])
     with pytest.raises(CapacityError, match=rf"would reach {P + 1} .*; the model has {P} positions: truncate, reset"):
-        CachePolicy(CONFIG).plan(lengths, np.array([2]), 2, 0)
-    assert CachePolicy(CONFIG).plan(lengths, np.array([1]), 1, 0) == [(0, 1)]
-    engine = CachePolicy(CONFIG, max_length=20, limit="the engine was built with --max-length 20")
+        CacheState(CONFIG).plan(lengths, np.array([2]), 2, 0)
+    assert CacheState(CONFIG).plan(lengths, np.array([1]), 1, 0) == [(0, 1)]
+    engine = CacheState(CONFIG, max_length=20, limit="the engine was built with --max-length 20")
     with pytest.raises(CapacityError, match=r"would reach 21 .*; the engine was built with --max-length 20: "):
         engine.plan(np.array([0]), np.array([21]), 21, 0)
 
@@ -133,15 +134,15 @@ def test_the_bound_is_the_models_or_an_engines() -> None:
 
 @pytest.mark.parametrize("dtype", ["fp32", *CACHE_TYPES])
 def test_bytes_are_those_of_its_tensors(dtype: str) -> None:
-    cache = CachePolicy(CONFIG, dtype)
-    assert cache.nbytes(3, 17) == sum(tensor.nbytes(3, 17) for tensor in cache.tensors)
+    cache = CacheState(CONFIG, dtype)
+    assert cache.nbytes(3, (17,) * CONFIG.num_hidden_layers) == sum(tensor.nbytes(3, 17) for tensor in cache.tensors)
 
 
 @pytest.mark.parametrize("on_host", [True, False])
 def test_a_cache_on_the_host_is_asked_for_before_it_is_taken(monkeypatch: pytest.MonkeyPatch, on_host: bool) -> None:
-    cache = CachePolicy(CONFIG, "fp16", on_host=on_host, capacity_step=8)
+    cache = CacheState(CONFIG, "fp16", on_host=on_host, capacity_step=8)
     bytes_of_64 = 2 * 64 * CONFIG.num_hidden_layers * (2 * 16 + 8) * 2
-    monkeypatch.setattr("gta_edge.runtime.cache_policy.available_bytes", lambda: bytes_of_64)
+    monkeypatch.setattr("gta_edge.runtime.cache_state.available_bytes", lambda: bytes_of_64)
     if on_host:
         with pytest.raises(CapacityError, match=r"2 rows of 64 tokens take .* more of memory than the session has"):
             cache.check_memory(2, 64, 1, 0)  # with what the step itself takes

@@ -8,7 +8,7 @@ follows length in steps, since attention costs as it; nothing is allocated for a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,12 +17,12 @@ import numpy.typing as npt
 
 from gta_edge.errors import CapacityError, InputError
 from gta_edge.model.config import ModelConfig
-from gta_edge.model.kv_cache import CacheTensor, cache_bytes, cache_tensors
+from gta_edge.model.kv_cache import CacheTensor, cache_tensors
 from gta_edge.plan.cost import Execution
 from gta_edge.plan.roofline import activation_bytes
 from gta_edge.support.memory import available_bytes
 
-__all__ = ["CAPACITY_STEP", "CHUNK_SIZE", "CachePolicy", "Lengths"]
+__all__ = ["CAPACITY_STEP", "CHUNK_SIZE", "CacheState", "Lengths"]
 
 Lengths = npt.NDArray[np.int64]
 
@@ -36,7 +36,7 @@ _FEW_BYTES = 2**24
 """Logits that nobody need ask the system for."""
 
 
-class CachePolicy:
+class CacheState:
     """The cache of one session, without its memory: how long each row is, and when there has to be more room.
 
     Args:
@@ -50,7 +50,7 @@ class CachePolicy:
 
     Attributes:
         length: tokens in the cache, int64 [B], per row. It is replaced and never written to.
-        capacity: tokens per row that there is memory for now (S).
+        capacities: tokens per row that each layer has memory for now (S).
 
     Raises:
         InputError: a chunk or a step below 1.
@@ -73,7 +73,7 @@ class CachePolicy:
         self.chunk_size, self.capacity_step = chunk_size, capacity_step
         self.max_length = config.max_position_embeddings if max_length is None else max_length
         self.length: Lengths = np.zeros(1, np.int64)
-        self.capacity = 0
+        self.capacities = (0,) * config.num_hidden_layers
         self._on_host = on_host
         self._limit = limit or f"the model has {self.max_length} positions"
         self._step_size = 0  # rows times tokens of the largest chunk that there was room for
@@ -84,18 +84,28 @@ class CachePolicy:
         return len(self.length)
 
     @property
+    def rows(self) -> Lengths:
+        """Rows of memory in use, int64 [L, B]: those of all tokens. Do not write to it."""
+        return np.broadcast_to(self.length, (len(self.capacities), self.batch))
+
+    @property
     def filled(self) -> int:
         """Tokens of the longest row."""
         return int(self.length.max(initial=0))
+
+    @property
+    def capacity(self) -> int:
+        """Tokens per row that there is memory for now, in the layer that has most."""
+        return max(self.capacities)
 
     @property
     def tensors(self) -> list[CacheTensor]:
         """What there has to be memory for."""
         return cache_tensors(self.config, self.dtype)
 
-    def nbytes(self, batch: int, capacity: int) -> int:
-        """Return the bytes of a cache of this size, over all layers."""
-        return cache_bytes(self.config, self.dtype, capacity, batch)
+    def nbytes(self, batch: int, capacities: Sequence[int]) -> int:
+        """Return the bytes of a cache of this size, over all layers; ``capacities`` are theirs."""
+        return sum(tensor.nbytes(batch, capacities[tensor.layer]) for tensor in self.tensors)
 
     # --- what it holds ---------------------------------------------------------------------------------------------
 
@@ -184,11 +194,11 @@ class CachePolicy:
             return
         needed = logits_bytes
         if self._on_host:
-            capacity = self.capacity_for(tokens) if grows else self.capacity
-            needed += max(0, self.nbytes(batch, capacity) - self.nbytes(self.batch, self.capacity))
+            capacities = self.capacities_for(tokens) if grows else self.capacities
+            needed += max(0, self.nbytes(batch, capacities) - self.nbytes(self.batch, self.capacities))
             if batch * width > self._step_size:
                 execution = Execution(self.dtype, self.dtype, width, writes_scores=True)
-                needed += activation_bytes(self.config, execution, batch, width, capacity)
+                needed += activation_bytes(self.config, execution, batch, width, max(capacities))
         available = available_bytes()
         if available is not None and needed > available:
             raise CapacityError(
@@ -206,19 +216,24 @@ class CachePolicy:
         step = self.capacity_step * max(1, tokens // (16 * self.capacity_step))
         return min(-(-tokens // step) * step, self.max_length)
 
-    def reserve(self, batch: int, tokens: int, resize: Callable[[int, int], None]) -> None:
+    def capacities_for(self, tokens: int) -> tuple[int, ...]:
+        """Return the capacity of each layer for ``tokens`` per row."""
+        return (self.capacity_for(tokens),) * len(self.capacities)
+
+    def reserve(self, batch: int, tokens: int, resize: Callable[[int, Sequence[int]], None]) -> None:
         """Make room for ``tokens`` per row where there is none.
 
         Args:
             batch: rows.
             tokens: per row, that the cache has to hold.
-            resize: makes memory for a batch and a capacity, and keeps what is there while the batch is the same.
+            resize: makes memory for a batch and the layers' capacities, and keeps what is there while the batch is the
+                same.
         """
         if self._grows(batch, tokens):
-            capacity = self.capacity_for(tokens)
-            resize(batch, capacity)
+            capacities = self.capacities_for(tokens)
+            resize(batch, capacities)
             self.length = self.past_for(batch)
-            self.capacity = capacity
+            self.capacities = capacities
 
     @contextmanager
     def replacing(self, batch: int, clear: Callable[[], None]) -> Iterator[None]:
@@ -241,13 +256,13 @@ class CachePolicy:
 
     def _drop(self) -> None:
         """Note that there is no memory, and so nothing in it."""
-        self.capacity = 0
+        self.capacities = (0,) * len(self.capacities)
         self.reset()
 
-    def no_memory(self, batch: int, capacity: int, detail: str = "") -> CapacityError:
+    def no_memory(self, batch: int, capacities: Sequence[int], detail: str = "") -> CapacityError:
         """Return the error for a cache that there is no memory for, after which it is empty."""
-        size = self.nbytes(batch, capacity)
+        size = self.nbytes(batch, capacities)
         return CapacityError(
-            f"no memory for a cache of {size / 2**20:.0f} MiB ({batch} rows of {capacity} tokens){detail}",
+            f"no memory for a cache of {size / 2**20:.0f} MiB ({batch} rows of {max(capacities)} tokens){detail}",
             "the cache was emptied: use a shorter context or fewer rows",
         )
