@@ -11,6 +11,7 @@ from gta_edge.graph.builder import Nodes, lazy_initializer, static_size, take_pl
 from gta_edge.libraries.optional import optional
 from gta_edge.plugins.attention import definition as op
 from gta_edge.plugins.domain import DOMAIN
+from gta_edge.runtime.onnxruntime.passes.attention_nodes import CONTRIB, Mask, by_head, positions
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -18,9 +19,6 @@ else:
     ir = optional("onnx_ir", "ort")
 
 __all__ = ["ExpandAttentionPass"]
-
-_CONTRIB = "com.microsoft"
-_LOWEST = float(np.finfo(np.float32).min)
 
 
 class ExpandAttentionPass(ir.passes.InPlacePass):
@@ -63,7 +61,7 @@ class ExpandAttentionPass(ir.passes.InPlacePass):
         for identifier in [key for key in model.functions if key[:2] == (DOMAIN, op.OP)]:
             del model.functions[identifier]
         if found:
-            model.opset_imports[_CONTRIB] = 1
+            model.opset_imports[CONTRIB] = 1
         return ir.passes.PassResult(model, modified=bool(found))
 
 
@@ -88,22 +86,22 @@ def _expanded(graph: ir.Graph, node: ir.Node) -> tuple[list[ir.Value], list[ir.N
     nodes = Nodes()
     tokens = nodes("Shape", query, start=1, end=2)
     capacity = nodes("Shape", past_key, start=2, end=3)
-    positions = _positions(nodes, tokens, length)
+    seen = positions(nodes, tokens, length)
 
     turned = nodes("Concat", query, given["key"], axis=-1)
-    turned = nodes("RotaryEmbedding", turned, given["cos"], given["sin"], positions, num_heads=n_q + n_k)
+    turned = nodes("RotaryEmbedding", turned, given["cos"], given["sin"], seen, num_heads=n_q + n_k)
     turned = nodes("Reshape", turned, nodes.constant(0, 0, n_q + n_k, d_k))
     turned = nodes("Transpose", turned, perm=[0, 2, 1, 3])
     queries = nodes("Split", turned, nodes.constant(n_q, n_k), axis=1, outputs=2)  # [B, n_q, T, d_k]
     keys = nodes.outputs[1]  # [B, n_k, T, d_k]
     queries = nodes("Reshape", queries, nodes.constant(0, n_k, -1, d_k))  # [B, n_k, (n_q / n_k)·T, d_k]
     present_key = nodes("TensorScatter", past_key, keys, length, axis=2)
-    latents = _by_head(nodes, given["latent"], n_c)
+    latents = by_head(nodes, given["latent"], n_c)
     present_latent = nodes("TensorScatter", past_latent, latents, length, axis=2)
 
     scale = node.attributes.get_float("scale")
-    scores = nodes("FusedMatMul", queries, present_key, domain=_CONTRIB, transB=1, alpha=scale)
-    weights = _softmax(nodes, scores, (n_q, n_k, n_c), positions, (tokens, capacity))
+    scores = nodes("FusedMatMul", queries, present_key, domain=CONTRIB, transB=1, alpha=scale)
+    weights = Mask(nodes, (n_q, n_k, n_c), seen, tokens, capacity).softmax(nodes, scores)
     mix = nodes("MatMul", weights, present_latent)  # [B, n_c, (n_q / n_c)·T, d_l]
 
     width = d_l  # of a head's output
@@ -117,43 +115,6 @@ def _expanded(graph: ir.Graph, node: ir.Node) -> tuple[list[ir.Value], list[ir.N
     if "gate" in given:
         output = nodes("Mul", nodes("Sigmoid", given["gate"]), output)
     return [output, present_key, present_latent], nodes.made
-
-
-def _positions(nodes: Nodes, tokens: ir.Value, length: ir.Value) -> ir.Value:
-    """Return int64 [B, T]."""
-    count = nodes("Squeeze", tokens)
-    steps = nodes("Range", nodes.scalar(0, np.int64), count, nodes.scalar(1, np.int64))
-    return nodes("Add", nodes("Unsqueeze", length, nodes.constant(1)), steps)
-
-
-def _by_head(nodes: Nodes, latent: ir.Value, heads: int) -> ir.Value:
-    """Return [B, n_c, T, d_l]."""
-    if heads == 1:
-        return nodes("Unsqueeze", latent, nodes.constant(1))
-    split = nodes("Reshape", latent, nodes.constant(0, 0, heads, static_size(latent, 2) // heads))
-    return nodes("Transpose", split, perm=[0, 2, 1, 3])
-
-
-def _softmax(
-    nodes: Nodes,
-    scores: ir.Value,
-    heads: tuple[int, int, int],
-    positions: ir.Value,
-    sizes: tuple[ir.Value, ir.Value],
-) -> ir.Value:
-    """Return weights [B, n_c, (n_q / n_c)·T, S] of scores [B, n_k, (n_q / n_k)·T, S]."""
-    (n_q, n_k, n_c), (tokens, capacity) = heads, sizes
-    rows = nodes("Range", nodes.scalar(0, np.int64), nodes("Squeeze", capacity), nodes.scalar(1, np.int64))
-    visible = nodes("LessOrEqual", rows, nodes("Unsqueeze", positions, nodes.constant(-1)))  # [B, T, S]
-    zero, lowest = nodes.scalar(0, np.float32), nodes.scalar(_LOWEST, np.float32)
-    mask = nodes("Unsqueeze", nodes("Where", visible, zero, lowest), nodes.constant(1))  # [B, 1, T, S]
-    if n_k == n_c:  # the rows of one matmul are those of the next
-        repeats = nodes.constant(1, 1, n_q // n_k, 1)
-        return nodes("Softmax", nodes("Add", scores, nodes("Tile", mask, repeats)), axis=-1)
-    by_query = nodes("Concat", nodes.constant(0), nodes.constant(n_q), tokens, capacity, axis=0)
-    by_latent = nodes("Concat", nodes.constant(0), nodes.constant(n_c), nodes.constant(-1), capacity, axis=0)
-    weights = nodes("Softmax", nodes("Add", nodes("Reshape", scores, by_query), mask), axis=-1)
-    return nodes("Reshape", weights, by_latent)
 
 
 def _decoder(graph: ir.Graph, given: ir.Value) -> ir.Value:
