@@ -1,6 +1,6 @@
 """Models of one attention op: sizes, arrays, and what it ought to compute."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx
@@ -12,13 +12,19 @@ from gta_edge.plugins.attention import definition as op
 from gta_edge.plugins.attention.function import function
 from gta_edge.plugins.domain import DOMAIN, OPSET, VERSION
 from tests.helpers import reference
+from tests.helpers.managed_reference import Attended, managed_attention
 
 TOLERANCE = 1e-5  # largest error over the standard deviation of the exact result
 
 
+NO_FEATURES = op.Features()
+INTEGERS = ("past_length", "positions", "branch_start", "branches")
+"""Inputs of int64."""
+
+
 @dataclass(frozen=True)
 class Sizes:
-    """One call of the op. `capacity` and `positions` are S and P."""
+    """One call of the op. `capacity` and `positions` are S and P, `words` is W."""
 
     n_q: int = 4
     n_k: int = 2
@@ -34,12 +40,19 @@ class Sizes:
     seed: int = 0
     gate: bool = True
     decoder: bool = True
+    features: op.Features = NO_FEATURES
+    words: int = 6
 
     @property
     def inputs(self) -> tuple[str, ...]:
         """Names of the op's inputs that there are."""
         absent = {"gate": not self.gate, "value_decoder": not self.decoder}
-        return tuple(name for name in op.MODEL_INPUTS if not absent.get(name, False))
+        model = tuple(name for name in op.MODEL_INPUTS if not absent.get(name, False))
+        return model + self.features.inputs
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        return self.features.outputs
 
     @property
     def hidden(self) -> int:
@@ -79,7 +92,29 @@ def arrays(sizes: Sizes) -> dict[str, np.ndarray]:
         for row, length in enumerate(sizes.past):
             beyond = inputs[name][row, :, length:]
             beyond[...] = np.sign(beyond) * np.float32(sizes.garbage)
+    inputs |= _managed(sizes, rng)
     return {name: inputs[name] for name in sizes.inputs}
+
+
+def _managed(sizes: Sizes, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """The inputs of a managed cache: positions in any order, words of any bits."""
+    batch, tokens = len(sizes.past), sizes.tokens
+    mass = sizes.features.observe != "last"
+    past_received = (
+        rng.uniform(0, 3, (batch, sizes.capacity)) if mass else rng.integers(-1, 50, (batch, sizes.capacity))
+    )
+    past_received = past_received.astype(np.float32)
+    for row, length in enumerate(sizes.past):
+        past_received[row, length:] = sizes.garbage
+    return {
+        "positions": rng.integers(0, sizes.positions, (batch, tokens)),
+        "row_bias": rng.normal(0, 2, (batch, sizes.features.bias_rows)).astype(np.float32),
+        "branch_start": rng.integers(0, np.array(sizes.past) + 1),
+        "branches": rng.integers(-(2**63), 2**63, (batch, sizes.words), endpoint=False),
+        "past_received": past_received,
+        "query_weight": (rng.uniform(0, 1 if mass else sizes.capacity, (batch, tokens))).astype(np.float32),
+        "decay": rng.uniform(0, 1, batch).astype(np.float32),
+    }
 
 
 def wrap(
@@ -88,11 +123,9 @@ def wrap(
     """A model of one node that calls the function; the shapes are those of its inputs and outputs."""
 
     def value(key, shape):
-        return helper.make_tensor_value_info(
-            key, TensorProto.INT64 if key == "past_length" else TensorProto.FLOAT, shape
-        )
+        return helper.make_tensor_value_info(key, TensorProto.INT64 if key in INTEGERS else TensorProto.FLOAT, shape)
 
-    given = [key if key in inputs else "" for key in op.MODEL_INPUTS]
+    given = [key if key in inputs else "" for key in op.INPUTS]
     while not given[-1]:  # as files have it
         given.pop()
     graph = helper.make_graph(
@@ -125,16 +158,33 @@ def model(sizes: Sizes, *, static: bool = False) -> onnx.ModelProto:
         "cos": [p, sizes.d_k // 2],
         "sin": [p, sizes.d_k // 2],
         "value_decoder": [n_q, sizes.d_l, hidden // n_q],
+        "positions": [b, t],
+        "row_bias": [b, sizes.features.bias_rows],
+        "branch_start": [b],
+        "branches": [b, sizes.words if static else "W"],
+        "past_received": [b, s],
+        "query_weight": [b, t],
+        "decay": [b],
     }
-    outputs = {"output": shapes["gate"], "present_key": shapes["past_key"], "present_latent": shapes["past_latent"]}
+    past = {"output": "gate"} | {name: name.replace("present", "past") for name in op.OUTPUTS[1:]}
+    outputs = {name: shapes[past[name]] for name in sizes.outputs}
     given = {name: shapes[name] for name in sizes.inputs}
-    return wrap(function(sizes.gate, sizes.decoder), op.OP, given, outputs, op.attributes(n_q, n_k, n_c, sizes.scale))
+    attributes = op.attributes(n_q, n_k, n_c, sizes.scale, sizes.features.observe)
+    return wrap(function(sizes.gate, sizes.decoder, sizes.features), op.OP, given, outputs, attributes)
 
 
 def expected(inputs: dict[str, np.ndarray], sizes: Sizes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     n_q, n_k, n_c = sizes.heads
     heads = {"num_query_heads": n_q, "num_key_heads": n_k, "num_latent_heads": n_c}
     return reference.grouped_latent_attention(**dict.fromkeys(op.MODEL_INPUTS) | inputs, **heads, scale=sizes.scale)
+
+
+def attended(inputs: dict[str, np.ndarray], sizes: Sizes) -> Attended:
+    """What a call with a managed cache ought to compute."""
+    n_q, n_k, n_c = sizes.heads
+    heads = {"num_query_heads": n_q, "num_key_heads": n_k, "num_latent_heads": n_c}
+    given = dict.fromkeys(op.INPUTS) | inputs
+    return managed_attention(**given, **heads, scale=sizes.scale, observe=sizes.features.observe)
 
 
 def assert_cache(found, past, exact, lengths, tokens):
@@ -177,3 +227,24 @@ def all_sizes(draw) -> Sizes:
         gate=gate,
         decoder=decoder,
     )
+
+
+@st.composite
+def all_features(draw, *, trees: bool | None = None) -> op.Features:
+    """Any combination of features but none; with branches or without where `trees` is given."""
+    features = op.Features(
+        observe=draw(st.sampled_from([None, *op.OBSERVATIONS])),
+        bias_rows=draw(st.sampled_from([0, 1, 3, op.MAX_BIAS_ROWS])),
+        has_positions=draw(st.booleans()),
+        has_branches=draw(st.booleans()) if trees is None else trees,
+    )
+    return features if features.inputs else replace(features, has_positions=True)
+
+
+@st.composite
+def managed_sizes(draw) -> Sizes:
+    """Small sizes, with features; branches shorter and longer than what is in use."""
+    sizes, features = draw(all_sizes()), draw(all_features())
+    words = draw(st.integers(0, sizes.capacity + 2))
+    capacity = max(sizes.capacity, features.bias_rows)
+    return replace(sizes, features=features, words=words, capacity=capacity, positions=capacity + 3)

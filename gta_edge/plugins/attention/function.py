@@ -6,12 +6,14 @@ Which pieces depends on what a model has (gate, value decoder) and on the featur
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from gta_edge.plugins.attention.definition import FEATURE_INPUTS, INPUTS, MAX_BRANCH_TOKENS, OBSERVE, OP, Features
 from gta_edge.plugins.domain import DOMAIN, OPSET, VERSION
 
 __all__ = ["function"]
 
-# --- up to the mix; each piece uses what those before it define ------------------------------------------------------
+# --- up to the mix: each piece uses what those before it define ------------------------------------------------------
 
 _SETUP = """
     queries = Constant <value_int: int = @num_query_heads> ()
@@ -36,15 +38,12 @@ _SETUP = """
     steps = Range (zero, tokens_scalar, one)
     lengths = Unsqueeze (past_length, second)
 """
-_POSITIONS = """\
-    positions = Add (lengths, steps)
-"""
-_PLACES = """\
-    places = Add (lengths, steps)
+_ROWS = """\
+    {rows} = Add (lengths, steps)
 """
 _SCORES = """\
-    rotated_query = RotaryEmbedding <num_heads: int = @num_query_heads> (query, cos, sin, positions)
-    rotated_key = RotaryEmbedding <num_heads: int = @num_key_heads> (key, cos, sin, positions)
+    rotated_query = RotaryEmbedding <num_heads: int = @num_query_heads> (query, cos, sin, {positions})
+    rotated_key = RotaryEmbedding <num_heads: int = @num_key_heads> (key, cos, sin, {positions})
 
     split = Concat <axis = 0> (first, first, keys_1d, last)
     split_key = Reshape (rotated_key, split)
@@ -90,7 +89,8 @@ _BRANCHES = f"""\
     width_scalar = Squeeze (width)
     unseen = Add (width_scalar, one)
     word_index = Clip (unbounded, zero, unseen)
-    row_words = GatherElements <axis = 1> (words_to_unseen, word_index)
+    word_indices = Unsqueeze (word_index, last)
+    row_words = GatherND <batch_dims = 1> (words_to_unseen, word_indices)
     filled = Add (lengths, tokens)
     in_use = Less (cache_rows, filled)
     words = Where (in_use, row_words, zero)
@@ -117,12 +117,18 @@ _BIAS = """\
     bias_heads = Unsqueeze (bias, bias_axes)
     biased = Add (scores_f32, bias_heads)
 """
-_SOFTMAX = """\
-    masked = Where (visible_heads, {scores}, lowest)
-    {weights} = Softmax <axis = -1> (masked)
+_MASKED = """\
+    masked = Where (visible_heads, scores_f32, lowest)
 """
-# A query that sees no row has equal weights now.
-_ZERO_UNSEEN = """\
+_MASKED_BIASED = """\
+    masked = Where (visible_heads, biased, lowest)
+"""
+_SOFTMAX = """\
+    weights_f32 = Softmax <axis = -1> (masked)
+"""
+# Of a query that sees no row, the softmax has equal weights.
+_SOFTMAX_OR_ZERO = """\
+    softmax = Softmax <axis = -1> (masked)
     no_weight = Constant <value_float = 0.0> ()
     weights_f32 = Where (visible_heads, softmax, no_weight)
 """
@@ -182,7 +188,7 @@ _RECEIVED = {
     importance = Mul (query_column, largest_weights)
     threshold = Constant <value_float = 1.0> ()
     important = GreaterOrEqual (importance, threshold)
-    positions_f32 = Cast <to = 1> (positions)
+    positions_f32 = Cast <to = 1> ({positions})
     position_column = Unsqueeze (positions_f32, last)
     never = Constant <value_float = -1.0> ()
     marks = Where (important, position_column, never)
@@ -211,33 +217,26 @@ def function(has_gate: bool = True, has_value_decoder: bool = True, features: Fe
     inputs = list(INPUTS)
     while inputs[-1] in absent:
         inputs.pop()
+    # The rows of new tokens, which are their positions where those are no input; that one's name may be taken.
+    rows = "rows" if "positions" in inputs else "positions"
+    positions = "positions" if features.has_positions else rows
+    body = "".join(_pieces(has_gate, has_value_decoder, features)).format(rows=rows, positions=positions)
     observe = f',\n     {OBSERVE}: string = "{features.observe}"' if features.observe else ""
     return f"""<domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>
 {OP}
     <num_query_heads, num_key_heads, num_latent_heads, scale,
      plugin_namespace: string = "{DOMAIN}", plugin_version: string = "{VERSION}"{observe}>
     ({", ".join(inputs)}) => ({", ".join(features.outputs)})
-{{{_body(has_gate, has_value_decoder, features)}}}"""
+{{{body}}}"""
 
 
-def _body(has_gate: bool, has_value_decoder: bool, features: Features) -> str:
-    rows = "places" if features.has_positions else "positions"
-    pieces = [
-        _SETUP,
-        _PLACES if features.has_positions else _POSITIONS,
-        _SCORES,
-        _BRANCHES if features.has_branches else _CAUSAL.format(rows=rows),
-        _VISIBLE,
-        _BIAS if features.bias_rows else "",
-        _SOFTMAX.format(
-            scores="biased" if features.bias_rows else "scores_f32",
-            weights="softmax" if features.has_branches else "weights_f32",
-        ),
-        _ZERO_UNSEEN if features.has_branches else "",
-        _MIX,
-        _DECODE if has_value_decoder else _KEEP,
-        _JOIN,
-        _GATE if has_gate else _NO_GATE,
-        _RECEIVED[features.observe] if features.observe else "",
-    ]
-    return "".join(pieces)
+def _pieces(has_gate: bool, has_value_decoder: bool, features: Features) -> Iterator[str]:
+    """Yield the body, with the names ``rows`` and ``positions`` in braces."""
+    yield from (_SETUP, _ROWS, _SCORES, _BRANCHES if features.has_branches else _CAUSAL, _VISIBLE)
+    if features.bias_rows:
+        yield _BIAS
+    yield _MASKED_BIASED if features.bias_rows else _MASKED
+    yield _SOFTMAX_OR_ZERO if features.has_branches else _SOFTMAX
+    yield from (_MIX, _DECODE if has_value_decoder else _KEEP, _JOIN, _GATE if has_gate else _NO_GATE)
+    if features.observe:
+        yield _RECEIVED[features.observe]
