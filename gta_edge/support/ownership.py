@@ -27,13 +27,22 @@ RECORDS = {
     "prepared.json": ("gta-edge-artifact",),  # what graph.json was called
     "lowered.json": ("gta-edge-model",),
     "engine.json": ("gta-edge-artifact",),
+    "cache_budgets.json": ("gta-edge-artifact",),
 }
 """Names of records, with the formats that such a record may have."""
 
 ARTIFACTS = "engines"
 """Directory in a bundle for what was derived from it. No user's files belong there; their names tell."""
 
-_ARTIFACT_FILES = {"engine.plan", "model.onnx", "model.onnx.data", "exact.onnx", "weights.data", *RECORDS}
+_ARTIFACT_FILES = {
+    "engine.plan",
+    "model.onnx",
+    "model.onnx.data",
+    "exact.onnx",
+    "weights.data",
+    "budgets.json",
+    *RECORDS,
+}
 _BUNDLE, _CHECKPOINT = "gta_edge.json", "gta_edge_checkpoint.json"
 _MAX_RECORD_BYTES = 2**20
 _BLOCK_BYTES = 2**22

@@ -16,7 +16,7 @@ Array = npt.NDArray[Any]
 def attention(tokens: int, heads: int, seed: int) -> Array:
     """Return causal attention weights of a prompt, float64 [T, heads, T], uneven as those of trained models are."""
     generator = np.random.default_rng(seed)
-    scores = 3 * generator.standard_normal((tokens, heads, tokens))
+    scores = 5 * generator.standard_normal((tokens, heads, tokens))
     weights = np.zeros_like(scores)
     for query in range(tokens):
         for head in range(heads):

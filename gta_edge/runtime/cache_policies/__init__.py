@@ -53,16 +53,32 @@ OPTIONS = {
     "residual_rows": Option(int, "Rows that stand for what was evicted (0 to 8)."),
     "sinks": Option(int, "First tokens that always stay (4)."),
     "recent": Option(float, "Share of the rows for the newest tokens."),
+    "window": Option(int, "Newest tokens: they stay, and their queries decide."),
+    "pooling": Option(int, "Neighbouring tokens that share their largest score (1)."),
+    "decay": Option(float, "What remains of a score, per token (0.98)."),
+    "shrink": Option(float, "Share of its rows that the last layers hand on (0.9)."),
+    "schedule": Option(str, "Fall with depth: cosine, linear or constant."),
+    "rule": Option(str, "Policy that decides inside measured budgets (zsmerge)."),
+    "budgets": Option(str, "File of rows per layer; measured: the bundle's own."),
 }
 """By name: a field of the policies' classes; on the command line with hyphens."""
 
-COMMON = ("rows", "interval", "residual_rows")
+COMMON = ("rows", "interval", "residual_rows", "budgets")
+"""Options of all policies. ``budgets`` makes any of them one of ``measured``, with itself as the rule."""
 
 POLICIES = {
     "window": Method("the first tokens and the newest", "window.Window", ("sinks",)),
-    "h2o": Method("what all queries attended to most, and the newest", "h2o.H2O", ("recent",)),
+    "h2o": Method("what all queries attended to most", "h2o.H2O", ("recent",)),
+    "tova": Method("what the last query attends to most", "tova.TOVA"),
+    "snapkv": Method("what the last queries attend to most", "snapkv.SnapKV", ("window", "pooling")),
+    "corm": Method("what any recent query found important", "corm.CORM", ("window",)),
+    "zsmerge": Method("what attracts most, fading; the rest merged", "zsmerge.ZSMerge", ("decay", "recent")),
+    "pyramid": Method("fewer rows the deeper the layer", "pyramid.Pyramid", ("sinks", "recent", "shrink", "schedule")),
+    "measured": Method("rows per layer as calibrate-cache found", "measured.Measured", ("rule",)),
 }
 """By name, as ``--cache-policy`` takes it."""
+
+_RULE = "zsmerge"
 
 
 def policy(name: str, **options: Any) -> CachePolicy:
@@ -70,18 +86,43 @@ def policy(name: str, **options: Any) -> CachePolicy:
 
     Args:
         name: one of ``POLICIES``.
-        options: fields of its class; None leaves the default.
+        options: of the policy, by the names of ``OPTIONS``; None leaves the default. ``measured`` takes its rule's too.
 
     Raises:
         InputError: a name that is none, an option that this policy does not have, or one that makes no sense.
     """
-    if name not in POLICIES:
-        raise InputError(*unknown("no cache policy is called {}; there are {}", name, POLICIES))
-    allowed = COMMON + POLICIES[name].options
     given = {option: value for option, value in options.items() if value is not None}
+    if name == "measured":
+        rule = given.pop("rule", _RULE)
+        _check_name(rule)
+        if rule == name:
+            raise InputError("cache policy measured: rule is 'measured'", "give the policy that decides in its budgets")
+        return _measured(_made(rule, given), given)
+    _check_name(name)
+    made = _made(name, given)
+    return _measured(made, given) if "budgets" in given else made
+
+
+def _made(name: str, given: dict[str, Any]) -> CachePolicy:
+    allowed = COMMON + POLICIES[name].options
     for option in given:
         if option not in allowed:
             raise InputError(*unknown(f"cache policy {name} has no option {{}}; it has {{}}", option, allowed))
-    module, _, kind = POLICIES[name].place.partition(".")
-    made: CachePolicy = getattr(import_module(f"{__name__}.{module}"), kind)(**given)
+    own = {option: value for option, value in given.items() if option != "budgets"}
+    made: CachePolicy = _class(name)(**own)
     return made
+
+
+def _measured(rule: CachePolicy, given: dict[str, Any]) -> CachePolicy:
+    made: CachePolicy = _class("measured")(rule=rule, budgets_file=given.get("budgets"))
+    return made
+
+
+def _class(name: str) -> Any:
+    module, _, kind = POLICIES[name].place.partition(".")
+    return getattr(import_module(f"{__name__}.{module}"), kind)
+
+
+def _check_name(name: object) -> None:
+    if name not in POLICIES:
+        raise InputError(*unknown("no cache policy is called {}; there are {}", name, POLICIES))

@@ -14,13 +14,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from gta_edge.errors import InputError
 from gta_edge.support.text import brief
+
+if TYPE_CHECKING:
+    from gta_edge.formats.bundle import Bundle
 
 __all__ = [
     "DROPPED",
@@ -124,7 +127,15 @@ class CachePolicy(ABC):
             return
         if self.rows is None:
             raise InputError(f"cache policy {self.name} needs rows", "say how many of each layer stay (--cache-rows)")
-        check_whole(self, "rows", least=self.residual_rows + 1)
+        check_whole(self, "rows", least=self.least_rows)
+
+    def for_bundle(self, bundle: Bundle) -> CachePolicy:
+        """Return the policy as a session of this bundle needs it: itself, where it knows no model.
+
+        Raises:
+            InputError: it was made for another model.
+        """
+        return self
 
     # --- what to observe, and how much room -------------------------------------------------------------------------
 
@@ -132,6 +143,11 @@ class CachePolicy(ABC):
     @abstractmethod
     def observe(self) -> Literal["mass", "last"] | None:
         """What rows receive, the op's attribute of that name; None needs no observation."""
+
+    @property
+    def least_rows(self) -> int:
+        """Rows that every layer needs."""
+        return self.residual_rows + 1
 
     @property
     def bias_rows(self) -> int:
@@ -151,13 +167,12 @@ class CachePolicy(ABC):
 
         Args:
             positions: of the queries' tokens, int64 [B, T].
-            visible: rows that each query sees, its own included, int64 [B, T].
+            visible: rows that each query sees, its own included, int64 [B, T]; 0 for padding, which counts nothing.
 
         Returns:
             ``query_weight`` float32 [B, T] and ``decay`` float32 [B], the op's inputs.
         """
-        batch, tokens = positions.shape
-        return np.ones((batch, tokens), np.float32), np.ones(batch, np.float32)
+        return (visible > 0).astype(np.float32), np.ones(len(visible), np.float32)
 
     # --- which rows stay --------------------------------------------------------------------------------------------
 
@@ -195,17 +210,18 @@ class CachePolicy(ABC):
 # --- checking options ----------------------------------------------------------------------------------------------
 
 
-def check_whole(policy: CachePolicy, option: str, *, least: int, most: int | None = None) -> None:
-    """Refuse an option that is no whole number in a range.
+def check_whole(policy: CachePolicy, option: str, *, least: int, most: int | None = None, odd: bool = False) -> None:
+    """Refuse an option that is no whole number in a range, or no odd one.
 
     Raises:
         InputError: it is none.
     """
     value = getattr(policy, option)
     whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not whole or value < least or (most is not None and value > most):
+    if not whole or value < least or (most is not None and value > most) or (odd and value % 2 == 0):
         allowed = f"of at least {least}" if most is None else f"from {least} to {most}"
-        raise InputError(f"cache policy {policy.name}: {option} is {brief(value)}", f"give a whole number {allowed}")
+        kind = "an odd" if odd else "a whole"
+        raise InputError(f"cache policy {policy.name}: {option} is {brief(value)}", f"give {kind} number {allowed}")
 
 
 def check_share(policy: CachePolicy, option: str) -> None:

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from gta_edge.runtime.cache_policies.base import Floats, Integers, Mask, Rows
 
-__all__ = ["by_importance", "newest_rows", "received", "recent_then", "recent_weights"]
+__all__ = ["by_importance", "fading_weights", "newest_rows", "received", "recent_then", "recent_weights"]
 
 
 def received(rows: Rows) -> Floats:
@@ -52,7 +52,35 @@ def recent_then(rows: Rows, share: float, score: npt.NDArray[Any]) -> Integers:
     return by_importance(rows, newest_rows(rows, int(share * rows.budget)), score)
 
 
-def recent_weights(batch: int, tokens: int, window: int, last: float = 1.0) -> tuple[Floats, Floats]:
+def ages(visible: Integers) -> tuple[Integers, Integers]:
+    """Return by how much each query of a call is older than its sequence's newest, and how many are no padding.
+
+    Args:
+        visible: as ``CachePolicy.weights`` takes it, int64 [B, T].
+
+    Returns:
+        int64 [B, T], negative for padding, and int64 [B].
+    """
+    tokens = (visible > 0).sum(1)
+    return tokens[:, None] - 1 - np.arange(visible.shape[1]), tokens
+
+
+def fading_weights(visible: Integers, decay: float) -> tuple[Floats, Floats]:
+    """Return the weights and decays of one call for sums that fade: ``decay`` to the power of a query's age.
+
+    Args:
+        visible: as ``CachePolicy.weights`` takes it, int64 [B, T].
+        decay: from 0 to 1, per token.
+
+    Returns:
+        ``query_weight`` float32 [B, T] and ``decay`` float32 [B].
+    """
+    age, tokens = ages(visible)
+    weights = np.where(age < 0, 0, np.power(decay, np.maximum(age, 0)))  # 0**0 is 1
+    return weights.astype(np.float32), np.power(decay, tokens).astype(np.float32)
+
+
+def recent_weights(visible: Integers, window: int, last: float = 1.0) -> tuple[Floats, Floats]:
     """Return the weights and decays of one call for what the last ``window`` queries attended to.
 
     A call of at least as many tokens counts its last ones, and forgets what was before. In a shorter one, as are all
@@ -60,18 +88,16 @@ def recent_weights(batch: int, tokens: int, window: int, last: float = 1.0) -> t
     the power of the age, whose mean age is that of the window.
 
     Args:
-        batch: sequences (B).
-        tokens: of the call, per sequence (T).
+        visible: as ``CachePolicy.weights`` takes it, int64 [B, T].
         window: queries that count (w).
         last: weight of the newest query where the oldest that counts has 1, with a ramp between.
 
     Returns:
         ``query_weight`` float32 [B, T] and ``decay`` float32 [B].
     """
-    if tokens >= window:
-        ramp = np.linspace(1, last, window) if window > 1 else np.ones(1)
-        weight, decay = np.concatenate([np.zeros(tokens - window), ramp]), 0.0
-    else:
-        fading = (window - 1) / (window + 1)
-        weight, decay = np.power(fading, np.arange(tokens - 1, -1, -1)), fading**tokens
-    return np.tile(weight.astype(np.float32), (batch, 1)), np.full(batch, decay, np.float32)
+    age, tokens = ages(visible)
+    ramp = 1 + (last - 1) * (window - 1 - age) / max(1, window - 1)
+    weights = np.where((age >= 0) & (age < window), ramp, 0).astype(np.float32)
+    fading, decay = fading_weights(visible, (window - 1) / (window + 1))
+    whole = tokens >= window
+    return np.where(whole[:, None], weights, fading), np.where(whole, np.float32(0), decay)

@@ -29,7 +29,10 @@ class Window(CachePolicy):
     def __post_init__(self) -> None:
         check_whole(self, "sinks", least=0)
         super().__post_init__()
-        check_whole(self, "rows", least=self.sinks + self.residual_rows + 1)
+
+    @property
+    def least_rows(self) -> int:
+        return self.sinks + super().least_rows
 
     @property
     def observe(self) -> None:
