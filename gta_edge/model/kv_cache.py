@@ -10,26 +10,45 @@ same shape, ``present_…``; a session gives both the same memory.
     past_latent_scale.{i}  [B, n_c, S]         likewise
 
 i is the layer, B the rows of a batch, S the capacity in tokens. Sizes are the config's (``ModelConfig.caches``).
+
+A managed cache, whose rows are evicted or merged, has a capacity S_i for each layer, and more inputs (``Features``):
+
+    past_length          int64 [L, B]         rows in use of each layer, instead of [B]
+    positions            int64 [B, T]         of the new tokens
+    row_bias             float32 [L, B, R]    added to the scores of rows 0 to R - 1
+    branch_start         int64 [L, B]         see the op's definition
+    branches             int64 [B, W]
+    query_weight         float32 [B, T]       where attention is observed; so are the two below
+    decay                float32 [B]
+    past_received.{i}    float32 [B, S_i]     what the rows of a layer have received, and present_received.{i}
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 from gta_edge.model.config import ModelConfig
 from gta_edge.numerics.dtypes import DTYPES
+from gta_edge.plugins.attention.definition import Features
 
 __all__ = [
     "BATCH_AXIS",
+    "BRANCHES",
+    "BRANCH_START",
     "CAPACITY_AXIS",
+    "DECAY",
     "INPUT_IDS",
     "LOGITS",
     "LOGIT_POSITIONS",
     "PAST",
     "PAST_LENGTH",
+    "POSITIONS",
     "PRESENT",
+    "QUERY_WEIGHT",
+    "ROW_BIAS",
     "TOKEN_INPUTS",
     "CacheTensor",
     "bytes_per_token",
@@ -38,6 +57,8 @@ __all__ = [
     "input_shapes",
     "interface_names",
     "is_scale",
+    "managed_shapes",
+    "received_name",
     "scale_name",
 ]
 
@@ -46,6 +67,10 @@ PAST, PRESENT = "past_", "present_"
 
 INPUT_IDS, PAST_LENGTH, LOGIT_POSITIONS = TOKEN_INPUTS = ("input_ids", "past_length", "logit_positions")
 """The graph's other inputs: int64 [B, T], [B] and [B, M]."""
+
+POSITIONS, ROW_BIAS, BRANCH_START, BRANCHES = "positions", "row_bias", "branch_start", "branches"
+QUERY_WEIGHT, DECAY = "query_weight", "decay"
+"""Inputs of the graph of a managed cache, named as the op's."""
 
 LOGITS = "logits"
 """The graph's first output, float32 [B, M, V]."""
@@ -111,6 +136,37 @@ def scale_name(name: str) -> str:
 def is_scale(name: str) -> bool:
     """Tell whether an input or output of a graph is a cache's scales."""
     return name.partition(".")[0].endswith(_SCALE)
+
+
+def received_name(layer: int) -> str:
+    """Return what a layer's received attention is called, without ``past_`` or ``present_``."""
+    return f"received.{layer}"
+
+
+def managed_shapes(
+    features: Features, *, batch: Size, tokens: Size, capacities: Sequence[Size], words: Size | int = 0
+) -> dict[str, tuple[Size | int, ...]]:
+    """Return the shapes of a graph's inputs for a managed cache, by name; ``past_length`` has another than elsewhere.
+
+    Args:
+        features: which there are.
+        batch: B, a number or a symbol's name; so are the others.
+        tokens: T, new ones per row.
+        capacities: S of each layer.
+        words: W, of ``branches``.
+    """
+    layers = len(capacities)
+    shapes: dict[str, tuple[Size | int, ...]] = {PAST_LENGTH: (layers, batch)}
+    if features.has_positions:
+        shapes[POSITIONS] = (batch, tokens)
+    if features.bias_rows:
+        shapes[ROW_BIAS] = (layers, batch, features.bias_rows)
+    if features.has_branches:
+        shapes |= {BRANCH_START: (layers, batch), BRANCHES: (batch, words)}
+    if features.observe:
+        shapes |= {QUERY_WEIGHT: (batch, tokens), DECAY: (batch,)}
+        shapes |= {PAST + received_name(i): (batch, capacity) for i, capacity in enumerate(capacities)}
+    return shapes
 
 
 def cache_tensors(config: ModelConfig, dtype: str = "fp32") -> list[CacheTensor]:

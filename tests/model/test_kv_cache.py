@@ -12,10 +12,12 @@ from gta_edge.model.kv_cache import (
     input_shapes,
     interface_names,
     is_scale,
+    managed_shapes,
     scale_name,
 )
 from gta_edge.model.presets import preset
 from gta_edge.numerics.dtypes import CACHE_TYPES
+from gta_edge.plugins.attention.definition import Features
 from tests.helpers import reference
 
 LAYERS = {"num_hidden_layers": 2}
@@ -100,3 +102,21 @@ def test_bytes_are_those_of_all_tensors(config: ModelConfig, dtype: str) -> None
     width = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}
     expected = sum(math.prod(tensor.shape(3, 40)) * width[tensor.dtype] for tensor in tensors)
     assert sum(tensor.nbytes(3, 40) for tensor in tensors) == cache_bytes(config, dtype, 40, batch=3) == expected
+
+
+def test_shapes_of_a_managed_cache() -> None:
+    sizes = {"batch": 2, "tokens": 5, "capacities": (64, 96), "words": 9}
+    positions = {"past_length": (2, 2), "positions": (2, 5)}
+    assert managed_shapes(Features(has_positions=True), **sizes) == positions
+    every = managed_shapes(Features("mass", 3, has_positions=True, has_branches=True), **sizes)
+    assert every == positions | {
+        "row_bias": (2, 2, 3),
+        "branch_start": (2, 2),
+        "branches": (2, 9),
+        "query_weight": (2, 5),
+        "decay": (2,),
+        "past_received.0": (2, 64),
+        "past_received.1": (2, 96),
+    }
+    symbols = {"batch": "batch", "tokens": "tokens", "capacities": ("s0",)}
+    assert managed_shapes(Features("last"), **symbols)["past_received.0"] == ("batch", "s0")
