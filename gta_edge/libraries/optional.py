@@ -24,7 +24,16 @@ from gta_edge.libraries.requirements import ALWAYS, floors
 from gta_edge.support.files import cache_directory
 from gta_edge.support.text import one_line, printable
 
-__all__ = ["UnusableError", "find_module", "installed", "keep_silent", "optional", "require_modules", "too_old"]
+__all__ = [
+    "UnusableError",
+    "find_module",
+    "installed",
+    "keep_silent",
+    "optional",
+    "outdated",
+    "require_modules",
+    "too_old",
+]
 
 
 class UnusableError(ImportError):
@@ -145,16 +154,32 @@ def too_old() -> str | None:
 def _too_old(*extras: str) -> tuple[str, str] | None:
     """Return problem and remedy of a library that is older than required, by these extras or any."""
     for distribution, floor in floors(*extras).items():
-        try:
-            found = _release(distribution)
-        except PackageNotFoundError:
-            continue
-        if floor and _numbers(found) < _numbers(floor):
-            return (
-                f"{distribution} {printable(found)} is too old; expected {floor} or later",
-                f"run: pip install '{distribution}>={floor}'",
-            )
+        if problem := _below(distribution, floor):
+            return problem, f"run: pip install '{distribution}>={floor}'"
     return None
+
+
+def outdated(name: str) -> str | None:
+    """Return why a module's distribution is too old for this package, None where it is not, or is not known.
+
+    Nothing is imported: this goes by what pip wrote down.
+
+    Args:
+        name: of the module.
+    """
+    distribution = _distribution_of(name)
+    return _below(distribution, floors()[distribution]) if distribution else None
+
+
+def _below(distribution: str, floor: str) -> str | None:
+    """Return that a distribution is older than ``floor``, None where it is not, or not installed."""
+    try:
+        found = _release(distribution)
+    except PackageNotFoundError:
+        return None
+    if not floor or _numbers(found) >= _numbers(floor):
+        return None
+    return f"{distribution} {printable(found)} is too old; expected {floor} or later"
 
 
 @cache  # a millisecond each, and nothing is installed meanwhile

@@ -215,6 +215,8 @@ class Campaign:
             missing = [name for name in stage.needs if not _installed(name)]
             if missing:
                 raise Left(f"{', '.join(missing)} not installed")
+            if old := _outdated(stage.needs):
+                raise Left(old)
         command: list[str] = []
         for part in stage.rehearsal if self.rehearse and stage.rehearsal else stage.command:
             if part == "{spread}":
@@ -248,6 +250,13 @@ def _installed(name: str) -> bool:
         return importlib.util.find_spec(name) is not None
     except (ImportError, ValueError):  # a package above it is missing
         return False
+
+
+def _outdated(names: Sequence[str]) -> str | None:
+    """Return which module is older than this package requires, with what it requires; None where none is."""
+    from gta_edge.libraries.optional import outdated  # here, since --list needs nothing but Python
+
+    return next(filter(None, map(outdated, names)), None)
 
 
 def _program(name: str) -> str:

@@ -18,7 +18,8 @@ class Stage:
         limit_s: when it is ended.
         command: with the places ``{python}`` and ``{output}``, and ``{program:NAME}`` for a program that is looked for
             on the path and in CUDA's toolkit; without it the stage is left out.
-        needs: Python modules without which it is left out, or ``distribution:NAME``.
+        needs: Python modules without which it is left out, also where one is older than ``pyproject.toml`` requires; or
+            ``distribution:NAME``.
         environment: variables that it runs with.
         rehearsal: the command with which ``--rehearse`` runs it; None where nothing of it runs without a GPU, or
             another stage's rehearsal has it.
@@ -148,7 +149,7 @@ STAGES: tuple[Stage, ...] = (
     _own("exact-many", "matmuls of many rows, against float64", 60, _module("exactness", "many"), rehearsed=False),
     _own(
         "model-bf16",
-        "GTA-1B in bf16: a token at 4 contexts beside the floor, kernels by time",
+        "GTA-1B in bf16: a token at 4 contexts beside the floor, kernels of a token and of prompts",
         90,
         _module("models", "gta-1b/bf16"),
         rehearsed=_module("models", "gta-1b/bf16", "gta-1b/int4", "gqa-1b/bf16"),
@@ -168,7 +169,8 @@ STAGES: tuple[Stage, ...] = (
     _tests("tests-attention", 120, "tests/plugins/attention/test_kernels_gpu.py", rehearsal=("-k", "zeros and bf16")),
     _tests("tests-matmul", 90, "tests/plugins/matmul/test_kernels_gpu.py", rehearsal=("-k", "multiple_of_128")),
     _tests("tests-torch", 90, "tests/runtime/torch/test_gpu.py"),
-    _tests("tests-torch-int4", 90, "tests/runtime/torch/test_quantized.py", needs=_EXPORT),
+    _tests("tests-torch-int4", 90, "tests/runtime/torch/test_quantized.py"),
+    _tests("tests-torch-bundles", 60, "tests/runtime/torch/test_quantized_bundles.py", needs=_EXPORT),
     _tests("tests-matmul-op", 60, "tests/plugins/matmul/test_definition.py", needs=(*_EXPORT, "hypothesis")),
     _tests("tests-plan", 30, "tests/plan/test_roofline.py", needs=(*_TORCH, "hypothesis")),
     Stage(

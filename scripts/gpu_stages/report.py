@@ -134,15 +134,22 @@ def _logits(rows: Sequence[Row]) -> str:
 
 def _kernels(rows: Sequence[Row]) -> list[str]:
     found = []
-    for total in _of(rows, "token", "model"):
-        own = [row for row in _of(rows, "kernel", "model", "name") if row.get("model") == total.get("model")]
-        own.sort(key=lambda row: -row.get("us", 0))
-        lines = _picked(own, "name", "launches", "us_each", "us")
-        found.append(
-            f"A token of {total.get('model')} at context {total.get('context')}: {_cell(total.get('launches'))} "
-            f"launches, {_cell(total.get('busy_us'))} us busy of {_cell(total.get('span_us'))} us."
-        )
-        found.append(_grid(("kernel", "launches", "us each", "us"), lines[:_KERNELS_SHOWN]))
+    for kind in ("token", "prompt"):
+        for total in _of(rows, kind, "model", "context"):
+            own = [
+                row
+                for row in _of(rows, "kernel", "model", "of", "context", "name")
+                if (row.get("model"), row.get("of"), row.get("context"))
+                == (total.get("model"), kind, total.get("context"))
+            ]
+            own.sort(key=lambda row: -row.get("us", 0))
+            lines = _picked(own, "name", "launches", "us_each", "us")
+            whole = total.get("gpu_ms") or total.get("wall_ms")
+            found.append(
+                f"A {kind} of {total.get('model')} at context {total.get('context')}: {_cell(total.get('launches'))} "
+                f"launches, {_cell(total.get('busy_us'))} us busy of {_cell(whole and 1e3 * whole)} us."
+            )
+            found.append(_grid(("kernel", "launches", "us each", "us"), lines[:_KERNELS_SHOWN]))
     return found
 
 

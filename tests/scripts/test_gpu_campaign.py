@@ -53,8 +53,8 @@ def test_the_rehearsal_passes(tmp_path: Path) -> None:
     assert outcomes == {stage.name: "passed" if stage.rehearsal else "left out" for stage in STAGES}
     told = {row["what"] for row in found if "what" in row}
     assert told == {
-        *("campaign", "versions", "constants", "program", "launch", "exact", "load", "model", "token", "kernel"),
-        *("logits", "liveness", "shipped", "ran"),
+        *("campaign", "versions", "constants", "program", "launch", "exact", "load", "model", "token", "prompt"),
+        *("kernel", "logits", "liveness", "shipped", "ran"),
     }
     exact = [row for row in found if row.get("what") == "exact"]
     gta, gqa, int8 = "attention gta-1b bf16/bf16", "attention gqa-1b bf16/bf16", "matmul int8/0 bf16"
@@ -299,6 +299,31 @@ def test_a_module_that_is_not_here_leaves_its_stage_out(tmp_path: Path) -> None:
     assert (found.ran, found.failed) == (0, 0)
 
 
+def test_a_module_that_is_too_old_leaves_its_stage_out(tmp_path: Path) -> None:
+    """By the floors of ``pyproject.toml``: a release of onnx-ir before 1.1, as an image for training had it."""
+    site = tmp_path / "site"
+    (site / "onnx_ir").mkdir(parents=True)
+    (site / "onnx_ir" / "__init__.py").write_text("raise SystemExit('this is not to be imported')\n")
+    (site / "onnx_ir-1.0.0.dist-info").mkdir()
+    (site / "onnx_ir-1.0.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: onnx-ir\nVersion: 1.0.0\n")
+    program = f"""
+import sys, time
+sys.path.insert(0, {str(site)!r})
+from pathlib import Path
+from scripts.gpu_stages import campaign
+from scripts.gpu_stages.catalogue import Stage
+from scripts.gpu_stages.process import Record
+found = campaign.Campaign(Record(Path({str(tmp_path)!r})), False, time.monotonic() + 60)
+found.run([Stage(name, "", 60, ("{{python}}", "-c", "pass"), needs) for name, needs in
+           (("old", ("numpy", "onnx_ir")), ("new", ("numpy",)))])
+"""
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=WITHOUT_GPU, check=True)
+    assert [(row["stage"], row["outcome"], row["last"]) for row in rows(tmp_path)] == [
+        ("old", "left out", "onnx-ir 1.0.0 is too old; expected 1.1 or later"),
+        ("new", "passed", ""),
+    ]
+
+
 def test_ctrl_c_ends_the_stages_and_the_table_is_written(tmp_path: Path) -> None:
     command = [sys.executable, "scripts/gpu_campaign.py", "--rehearse", "--only", "shipped", "--output", str(tmp_path)]
     process = subprocess.Popen(command, cwd=ROOT, env=WITHOUT_GPU, stdout=subprocess.PIPE, text=True)
@@ -341,6 +366,28 @@ def test_the_tables_of_benchmarks_are_part_of_it(tmp_path: Path) -> None:
     page = table([], tmp_path)
     assert "| matmul | us |" in page
     assert "older" not in page
+
+
+def test_the_kernels_of_a_token_and_of_prompts_are_told_apart() -> None:
+    def kernel(of: str, context: int, us: float) -> dict[str, Any]:
+        return {"what": "kernel", "model": "m", "of": of, "context": context, "name": "gta", "launches": 2, "us": us}
+
+    def total(of: str, context: int, **whole: float | None) -> dict[str, Any]:
+        return {"what": of, "model": "m", "context": context, "launches": 2, "busy_us": 5.0, **whole}
+
+    page = table(
+        [
+            *(total("token", 8, gpu_ms=0.5, wall_ms=None), kernel("token", 8, 1.0)),
+            *(total("prompt", 8, gpu_ms=None, wall_ms=2.0), kernel("prompt", 8, 3.0)),
+            *(total("prompt", 9, gpu_ms=None, wall_ms=None), kernel("prompt", 9, 4.0)),
+        ]
+    )
+    found = [line for line in page.splitlines() if line.startswith(("A ", "| gta"))]
+    assert found == [
+        *("A token of m at context 8: 2 launches, 5 us busy of 500 us.", "| gta | 2 |  | 1 |"),
+        *("A prompt of m at context 8: 2 launches, 5 us busy of 2000 us.", "| gta | 2 |  | 3 |"),
+        *("A prompt of m at context 9: 2 launches, 5 us busy of  us.", "| gta | 2 |  | 4 |"),
+    ]
 
 
 def test_a_line_that_was_not_finished_is_left_out(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -134,6 +135,18 @@ def test_a_cache_in_16_bits_is_half_as_large(model, compute):
             session.forward(prompt(1, 3))
             sizes[kind] = session.cache_bytes
     assert sizes["fp32"] == 2 * sizes[compute]
+
+
+@pytest.mark.parametrize(("processors", "chunk_size"), [(8, 2048), (63, 2048), (64, 8192), (132, 8192)])
+def test_a_large_gpu_takes_more_of_a_prompt_at_once(processors, chunk_size, monkeypatch):
+    properties = SimpleNamespace(multi_processor_count=processors)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, **options: self)  # there is no such device
+    with TorchSession(decoder("gta", "fp16"), device="cuda", compute="fp16") as session:
+        assert session.chunk_size == chunk_size
+    with TorchSession(decoder("gta", "fp16"), device="cuda", compute="fp16", chunk_size=100) as session:
+        assert session.chunk_size == 100
 
 
 @pytest.mark.parametrize("compute", ["float16", "int8", "", "FP16"])
@@ -297,6 +310,22 @@ def test_the_graph_is_the_step_without_it(start, model, compute, monkeypatch):
     assert difference(graphed, eager).max_rel_error <= COMPUTE_BOUNDS[compute] / 2
     for row in range(2):
         assert_near(graphed[row], expected(model, compute, ids[row])[40:], compute)
+
+
+@on_gpu
+@pytest.mark.parametrize(("model", "compute"), [("gta", "fp16"), ("gqa", "bf16")])
+def test_a_step_that_is_launched_again_changes_nothing(start, model, compute):
+    """As benchmarks do, to time it."""
+    ids = prompt(2, 30)
+    session = start()
+    assert session.decode_graph is None
+    session.forward(ids[:, :20])
+    for t in range(20, 30):
+        found = session.forward(ids[:, t : t + 1])
+        for row in range(2):
+            assert_near(found[row], expected(model, compute, ids[row])[t], compute)
+        for _ in range(3):
+            session.decode_graph.launch()
 
 
 @on_gpu

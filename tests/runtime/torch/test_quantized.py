@@ -1,16 +1,14 @@
 """The `torch` backend on matrices that stay in codes: with the kernels on a GPU, without them on the CPU.
 
-What it must be near to is the same bundle dequantised, in float32 on the CPU; how near is what
+What it must be near to is the same model dequantised, in float32 on the CPU; how near is what
 ``gta_edge/accuracy/tolerance.py`` says of a backend that computes in this type.
 """
 
 from __future__ import annotations
 
-import tracemalloc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,13 +16,9 @@ import pytest
 import torch
 from torch import nn
 
-import gta_edge
 from gta_edge.accuracy.reference import build_decoder
 from gta_edge.accuracy.tolerance import COMPUTE_BOUNDS, difference
 from gta_edge.errors import BundleError
-from gta_edge.export.pipeline import export_model
-from gta_edge.formats.bundle import Bundle
-from gta_edge.graph.weights import read_stored, read_weights
 from gta_edge.model.config import parse_config
 from gta_edge.model.decoder import Decoder
 from gta_edge.model.quantized_decoder import (
@@ -36,9 +30,9 @@ from gta_edge.model.quantized_decoder import (
 )
 from gta_edge.numerics.quantization import QuantizedMatrix
 from gta_edge.runtime.torch import session as backend
-from gta_edge.runtime.torch.session import TorchSession, load_decoder, multiplies_codes
+from gta_edge.runtime.torch.session import TorchSession, multiplies_codes
 from tests.helpers import reference
-from tests.helpers.checkpoints import write_checkpoint
+from tests.helpers.stored_models import StoredModel
 from tests.helpers.torch_graphs import WithoutGraph
 
 P = 400
@@ -88,33 +82,26 @@ def on_gpu(test: Callable[..., None]) -> Callable[..., None]:
     return pytest.mark.gpu(skip(test))
 
 
-@pytest.fixture(scope="module")
-def bundles(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Bundle]:
-    """The bundle of a case; not to be changed."""
-
-    @lru_cache
-    def bundle_of(name: str) -> Bundle:
-        case, directory = CASES[name], tmp_path_factory.mktemp("packed")
-        weights = reference.random_weights(case.entries)
-        weights = {n: w for n, w in weights.items() if case.biases or not n.endswith(".bias")}
-        write_checkpoint(directory / "checkpoint", case.entries, weights)
-        options = {"precision": case.precision, "block_size": case.block_size, "verify": False}
-        return export_model(directory / "checkpoint", directory / "bundle", **options).bundle
-
-    return bundle_of
+@lru_cache
+def model_of(name: str) -> StoredModel:
+    """The parameters of a case; not to be changed."""
+    case = CASES[name]
+    weights = reference.random_weights(case.entries)
+    weights = {n: w for n, w in weights.items() if case.biases or not n.endswith(".bias")}
+    return StoredModel(case.entries, weights, case.precision, case.block_size)
 
 
 @pytest.fixture
-def bundle(case: str, bundles: Callable[[str], Bundle]) -> Bundle:
-    return bundles(case)
+def quantised(case: str) -> StoredModel:
+    return model_of(case)
 
 
-def packed(bundle: Bundle) -> Decoder:
-    return build_packed_decoder(bundle.config, read_stored(bundle.model_path, bundle.config))
+def packed(quantised: StoredModel, device: str = "cpu") -> Decoder:
+    return build_packed_decoder(quantised.config, quantised.stored(), device)
 
 
-def dequantised(bundle: Bundle) -> Decoder:
-    return build_decoder(bundle.config, read_weights(bundle.model_path, bundle.config))
+def dequantised(quantised: StoredModel) -> Decoder:
+    return build_decoder(quantised.config, quantised.values())
 
 
 def prompt(rows: int, tokens: int, seed: int = 0) -> np.ndarray:
@@ -122,15 +109,15 @@ def prompt(rows: int, tokens: int, seed: int = 0) -> np.ndarray:
 
 
 @lru_cache
-def _expected(directory: Path, ids: bytes) -> np.ndarray:
-    with TorchSession(dequantised(Bundle.open(directory))) as session:
+def _expected(quantised: StoredModel, ids: bytes) -> np.ndarray:
+    with TorchSession(dequantised(quantised)) as session:
         logits: np.ndarray = session.forward(np.frombuffer(ids, np.int64)[None], all_logits=True)[0]
     return logits
 
 
-def expected(bundle: Bundle, ids: np.ndarray) -> np.ndarray:
+def expected(quantised: StoredModel, ids: np.ndarray) -> np.ndarray:
     """Logits [T, V] of one row by the dequantised model in float32 on the CPU."""
-    return _expected(bundle.directory, np.asarray(ids, np.int64).tobytes())
+    return _expected(quantised, np.asarray(ids, np.int64).tobytes())
 
 
 def assert_near(found: np.ndarray, wanted: np.ndarray, compute: str) -> None:
@@ -139,10 +126,10 @@ def assert_near(found: np.ndarray, wanted: np.ndarray, compute: str) -> None:
     assert difference(found, wanted).max_rel_error <= COMPUTE_BOUNDS[compute]
 
 
-def assert_a_session_is_right(start: Callable[..., TorchSession], bundle: Bundle, compute: str) -> None:
+def assert_a_session_is_right(start: Callable[..., TorchSession], quantised: StoredModel, compute: str) -> None:
     """A prompt at once, in chunks and by token; rows of different length; truncated and filled again."""
     ids, lengths, more = prompt(3, 40), [40, 1, 20], prompt(3, 6, seed=1)
-    wanted = np.stack([expected(bundle, row) for row in ids])
+    wanted = np.stack([expected(quantised, row) for row in ids])
     session = start()
     assert_near(session.forward(ids, all_logits=True), wanted, compute)
     session.truncate(30)
@@ -155,7 +142,7 @@ def assert_a_session_is_right(start: Callable[..., TorchSession], bundle: Bundle
     ragged = start(chunk_size=16)
     steps = [ragged.forward(ids, lengths=lengths)] + [ragged.forward(more[:, t : t + 1]) for t in range(6)]
     for row, length in enumerate(lengths):
-        exact = expected(bundle, np.concatenate([ids[row, :length], more[row]]))
+        exact = expected(quantised, np.concatenate([ids[row, :length], more[row]]))
         assert_near(np.stack([logits[row] for logits in steps]), exact[length - 1 :], compute)
 
 
@@ -164,26 +151,26 @@ def assert_a_session_is_right(start: Callable[..., TorchSession], bundle: Bundle
 
 @every_case
 @pytest.mark.parametrize("compute", ["fp32", *HALVES])
-def test_codes_give_the_logits_of_the_dequantised_model(bundle, compute):
+def test_codes_give_the_logits_of_the_dequantised_model(quantised, compute):
     def start(**options: Any) -> TorchSession:
-        return TorchSession(packed(bundle), compute=compute, **options)
+        return TorchSession(packed(quantised), compute=compute, **options)
 
-    assert_a_session_is_right(start, bundle, compute)
+    assert_a_session_is_right(start, quantised, compute)
 
 
 @every_case
-def test_what_becomes_one_call(bundle, case):
-    model = packed(bundle)
+def test_what_becomes_one_call(quantised, case):
+    model = packed(quantised)
     for layer in model.model.layers:
         for block, calls in (
             (layer.self_attn, CASES[case].calls),
-            (layer.mlp, [[bundle.config.intermediate_size] * 2]),
+            (layer.mlp, [[quantised.config.intermediate_size] * 2]),
         ):
             assert isinstance(block.projections, QuantizedLinears)
             assert [call.output_sizes for call in block.projections.calls] == calls
         for single in (layer.self_attn.o_proj, layer.mlp.down_proj):
             assert isinstance(single, QuantizedLinear)
-            assert [call.output_sizes for call in single.calls] == [[bundle.config.hidden_size]]
+            assert [call.output_sizes for call in single.calls] == [[quantised.config.hidden_size]]
     assert isinstance(model.packed_head, QuantizedLinears)
     assert [call.output_sizes for call in model.packed_head.calls] == [[VOCAB]]
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
@@ -196,10 +183,10 @@ def tensors_of(model: Decoder) -> dict[int, torch.Tensor]:
     return {tensor.data_ptr(): tensor for tensor in every if tensor.numel()}
 
 
-def packed_bytes(bundle: Bundle) -> int:
-    """Bytes of the bundle's parameters: codes and scales once, all else in 16 bits."""
+def packed_bytes(quantised: StoredModel) -> int:
+    """Bytes of the parameters: codes and scales once, all else in 16 bits."""
     total = 0
-    for _, stored in read_stored(bundle.model_path, bundle.config):
+    for _, stored in quantised.stored():
         if isinstance(stored, QuantizedMatrix):
             total += stored.codes.size * stored.bits // 8 + stored.scales.nbytes
         else:
@@ -208,51 +195,33 @@ def packed_bytes(bundle: Bundle) -> int:
 
 
 @pytest.mark.parametrize("case", ["as in gta-1b, int4"])
-def test_weights_take_little_more_than_their_codes(bundle):
-    model = TorchSession(packed(bundle), compute="bf16")._model
-    assert sum(tensor.nbytes for tensor in tensors_of(model).values()) <= 1.1 * packed_bytes(bundle)
+def test_weights_take_little_more_than_their_codes(quantised):
+    model = TorchSession(packed(quantised), compute="bf16")._model
+    assert sum(tensor.nbytes for tensor in tensors_of(model).values()) <= 1.1 * packed_bytes(quantised)
 
 
 @every_case
-def test_a_tied_embedding_is_the_heads_own_codes(bundle):
-    model = packed(bundle).to(torch.bfloat16)  # a change of type copies what is converted
+def test_a_tied_embedding_is_the_heads_own_codes(quantised):
+    model = packed(quantised).to(torch.bfloat16)  # a change of type copies what is converted
     embedding = model.model.embed_tokens
     assert isinstance(embedding, PackedEmbedding)
     (head,) = model.packed_head.calls
-    tied = bundle.config.tie_word_embeddings
+    tied = quantised.config.tie_word_embeddings
     assert (embedding.table.weight.data_ptr() == head.weight.data_ptr()) == tied
-    table = dict(read_weights(bundle.model_path, bundle.config))["model.embed_tokens.weight"]
+    table = dict(quantised.values())["model.embed_tokens.weight"]
     found = embedding(torch.arange(VOCAB)[None])[0]
     assert torch.equal(found, torch.from_numpy(table).bfloat16())
 
 
 @every_case
-def test_a_change_of_type_leaves_codes_and_scales_alone(bundle):
-    before = {name: tensor.clone() for name, tensor in packed(bundle).named_buffers() if not tensor.is_floating_point()}
-    after = dict(packed(bundle).to(torch.bfloat16).named_buffers())
+def test_a_change_of_type_leaves_codes_and_scales_alone(quantised):
+    before = {
+        name: tensor.clone() for name, tensor in packed(quantised).named_buffers() if not tensor.is_floating_point()
+    }
+    after = dict(packed(quantised).to(torch.bfloat16).named_buffers())
     assert before
     for name, tensor in before.items():
         assert torch.equal(after[name], tensor), name
-
-
-def test_loading_holds_one_dequantised_matrix_at_most(tmp_path):
-    """What numpy takes while the model is built, beside the codes: less than its largest matrix in float32."""
-    entries = reference.gta_entries(heads=4, n_q=4, n_k=1, n_c=1, d_k=32, d_l=64, e=1, **SMALL)
-    entries |= {"num_hidden_layers": 8, "vocab_size": 2048, "intermediate_size": 512}
-    write_checkpoint(tmp_path / "checkpoint", entries, reference.random_weights(entries))
-    bundle = export_model(tmp_path / "checkpoint", tmp_path / "bundle", precision="int4", verify=False).bundle
-    packed(bundle)  # what is imported and cached at first is so now
-    tracemalloc.start()
-    model = packed(bundle)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert model.config.vocab_size == 2048
-    shapes = bundle.config.parameter_shapes().values()
-    largest = max(4 * int(np.prod(shape)) for shape in shapes)
-    whole = sum(4 * int(np.prod(shape)) for shape in shapes)
-    bound = 1.2 * packed_bytes(bundle) + 1.5 * largest + 2**21  # and the graph's own objects
-    assert bound < whole / 2  # or it would say nothing
-    assert peak <= bound
 
 
 def coded(inputs: int, outputs: int, bits: int, block_size: int) -> QuantizedMatrix:
@@ -276,20 +245,6 @@ def test_what_kernels_take(matrix, packable):
     assert is_packable(matrix) == packable
 
 
-@pytest.mark.parametrize("precision", ["int4", "int8"])
-def test_blocks_that_kernels_do_not_take_are_dequantised(tmp_path, precision):
-    entries = ENTRIES["gta"]
-    write_checkpoint(tmp_path / "checkpoint", entries, reference.random_weights(entries))
-    options = {"precision": precision, "block_size": 16, "verify": False}
-    bundle = export_model(tmp_path / "checkpoint", tmp_path / "bundle", **options).bundle
-    model = packed(bundle)
-    left = [name for name, module in model.named_modules() if isinstance(module, QuantizedLinears)]
-    assert left == (["packed_head"] if precision == "int4" else [])  # which is in int8, by channel
-    ids = prompt(1, 20)
-    with TorchSession(model) as session:
-        assert_near(session.forward(ids, all_logits=True)[0], expected(bundle, ids[0]), "fp32")
-
-
 @pytest.mark.parametrize("case", ["gta, int4", "untied, int4 without biases"])
 @pytest.mark.parametrize(
     "apart",
@@ -302,81 +257,75 @@ def test_blocks_that_kernels_do_not_take_are_dequantised(tmp_path, precision):
         "lm_head.weight",
     ],
 )
-def test_one_matrix_that_is_not_in_codes(bundle, apart):
+def test_one_matrix_that_is_not_in_codes(quantised, apart):
     """A Linear layer stays among the others, in its place."""
 
     def weights() -> Iterator[tuple[str, Any]]:
-        for name, stored in read_stored(bundle.model_path, bundle.config):
+        for name, stored in quantised.stored():
             yield name, stored.values if name == apart and isinstance(stored, QuantizedMatrix) else stored
 
     ids = prompt(2, 20)
-    with TorchSession(build_packed_decoder(bundle.config, weights())) as session:
+    with TorchSession(build_packed_decoder(quantised.config, weights())) as session:
         found = session.forward(ids, all_logits=True)
     for row in range(2):
-        assert_near(found[row], expected(bundle, ids[row]), "fp32")
+        assert_near(found[row], expected(quantised, ids[row]), "fp32")
 
 
 @pytest.mark.parametrize("eight", [("q_proj", "up_proj"), ("k_proj", "g_proj", "embed_tokens"), ("v_proj",)])
-def test_matrices_of_different_kinds_are_different_calls(bundles, eight):
-    four, other = bundles("gta, int4"), bundles("gta, int8 per channel")
+def test_matrices_of_different_kinds_are_different_calls(eight):
+    four, other = model_of("gta, int4"), model_of("gta, int8 per channel")
 
-    def mixed(read: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
-        for (name, stored), (same, wide) in zip(*(read(b.model_path, b.config) for b in (four, other)), strict=True):
+    def mixed(read: Callable[[StoredModel], Any]) -> Iterator[tuple[str, Any]]:
+        for (name, stored), (same, wide) in zip(read(four), read(other), strict=True):
             assert name == same
             yield name, wide if any(part in name for part in eight) else stored
 
     ids = prompt(1, 20)
-    model = build_packed_decoder(four.config, mixed(read_stored))
+    model = build_packed_decoder(four.config, mixed(StoredModel.stored))
     kinds = [(call.bits, call.output_sizes) for call in model.model.layers[0].self_attn.projections.calls]
     assert {bits for bits, _ in kinds} == {4, 8}
     assert [size for _, sizes in kinds for size in sizes] == [64, 32, 16, 128]
     with TorchSession(model) as session:
         found = session.forward(ids, all_logits=True)
-    with TorchSession(build_decoder(four.config, mixed(read_weights))) as session:
+    with TorchSession(build_decoder(four.config, mixed(StoredModel.values))) as session:
         assert_near(found, session.forward(ids, all_logits=True), "fp32")
 
 
 @pytest.mark.parametrize("case", ["gta, int4"])
-def test_logits_on_the_cpu_are_not_rounded(bundle):
-    with TorchSession(packed(bundle), compute="bf16") as session:
+def test_logits_on_the_cpu_are_not_rounded(quantised):
+    with TorchSession(packed(quantised), compute="bf16") as session:
         logits = torch.from_numpy(session.forward(prompt(1, 5)))
     assert (logits != logits.bfloat16().float()).sum() > VOCAB / 2
 
 
 @pytest.mark.parametrize("case", ["gta, int4"])
 @pytest.mark.parametrize("kept", ["q_proj", "k_proj", "g_proj"])
-def test_biases_that_only_some_matrices_have(bundle, kept):
+def test_biases_that_only_some_matrices_have(quantised, kept):
     def without(weights: Any) -> Iterator[tuple[str, Any]]:
         return ((name, stored) for name, stored in weights if not name.endswith(".bias") or kept in name)
 
     ids = prompt(1, 20)
-    config, path = bundle.config, bundle.model_path
-    with TorchSession(build_packed_decoder(config, without(read_stored(path, config)))) as session:
+    config = quantised.config
+    with TorchSession(build_packed_decoder(config, without(quantised.stored()))) as session:
         found = session.forward(ids, all_logits=True)
-    with TorchSession(build_decoder(config, without(read_weights(path, config)))) as session:
+    with TorchSession(build_decoder(config, without(quantised.values()))) as session:
         assert_near(found, session.forward(ids, all_logits=True), "fp32")
 
 
 @pytest.mark.parametrize("case", ["gta, int4"])
-def test_nothing_wants_a_gradient(bundle):
-    model = build_packed_decoder(bundle.config, read_stored(bundle.model_path, bundle.config))
+def test_nothing_wants_a_gradient(quantised):
+    model = build_packed_decoder(quantised.config, quantised.stored())
     model.eval().requires_grad_(False)
     assert not any(tensor.requires_grad for tensor in (*model.buffers(), *model.parameters()))
 
 
 @pytest.mark.parametrize("case", ["gta, int4", "mha, int8"])
-def test_a_parameter_that_is_missing_is_named(bundle):
+def test_a_parameter_that_is_missing_is_named(quantised):
     name = "model.layers.1.mlp.up_proj.weight"
-    weights = [pair for pair in read_stored(bundle.model_path, bundle.config) if pair[0] != name]
+    weights = [pair for pair in quantised.stored() if pair[0] != name]
     with pytest.raises(BundleError, match=f"lack {name} and 0 more") as caught:
-        build_packed_decoder(bundle.config, weights)
+        build_packed_decoder(quantised.config, weights)
     assert len(str(caught.value).splitlines()) == 1
-
-
-@pytest.mark.parametrize("case", ["gta, int4"])
-def test_the_cpu_computes_with_dequantised_weights(bundle):
-    model = load_decoder(bundle, "cpu", "fp32")
-    assert not any(isinstance(module, QuantizedLinears) for module in model.modules())
 
 
 @pytest.mark.parametrize(
@@ -391,12 +340,12 @@ def test_where_there_are_no_kernels(precision, device, compute):
 
 
 @pytest.fixture
-def start(bundle: Bundle, compute: str) -> Iterator[Callable[..., TorchSession]]:
-    """Start a session of the bundle at hand on the GPU."""
+def start(quantised: StoredModel, compute: str) -> Iterator[Callable[..., TorchSession]]:
+    """Start a session of the model at hand on the GPU."""
     started: list[TorchSession] = []
 
     def begin(**options: Any) -> TorchSession:
-        model = load_decoder(bundle, "cuda", compute)
+        model = packed(quantised, "cuda")
         session = TorchSession(model, device="cuda", compute=compute, **options)
         started.append(session)
         return session
@@ -409,15 +358,15 @@ def start(bundle: Bundle, compute: str) -> Iterator[Callable[..., TorchSession]]
 @on_gpu
 @every_case
 @in_halves
-def test_a_session_on_the_gpu(start, bundle, compute):
-    assert_a_session_is_right(start, bundle, compute)
+def test_a_session_on_the_gpu(start, quantised, compute):
+    assert_a_session_is_right(start, quantised, compute)
 
 
 @on_gpu
 @every_case
 @in_halves
 @pytest.mark.parametrize("tokens", [1, 40])
-def test_the_kernels_do_the_products(start, bundle, case, compute, tokens, monkeypatch):
+def test_the_kernels_do_the_products(start, quantised, case, compute, tokens, monkeypatch):
     from gta_edge.plugins.matmul import torch as matmul_torch
 
     variants = []
@@ -430,15 +379,15 @@ def test_the_kernels_do_the_products(start, bundle, case, compute, tokens, monke
     monkeypatch.setattr(matmul_torch, "matmul_kernels", noted)
     start().forward(prompt(2, tokens))
     assert {variant.compute for variant in variants} == {compute, "fp16"}  # the head's
-    assert {f"int{variant.bits}" for variant in variants} == {CASES[case].precision}
+    assert {f"int{variant.bits}" for variant in variants} == {CASES[case].precision, "int8"}  # the tables'
     calls_per_layer = len(CASES[case].calls) + 3
-    assert len(variants) >= calls_per_layer * bundle.config.num_hidden_layers + 1
+    assert len(variants) >= calls_per_layer * quantised.config.num_hidden_layers + 1
 
 
 @on_gpu
 @every_case
 @in_halves
-def test_the_graph_is_the_step_without_it(start, bundle, compute, monkeypatch):
+def test_the_graph_is_the_step_without_it(start, quantised, compute, monkeypatch):
     ids = prompt(2, 200)
 
     def steps() -> np.ndarray:
@@ -451,37 +400,19 @@ def test_the_graph_is_the_step_without_it(start, bundle, compute, monkeypatch):
     eager = steps()
     assert difference(graphed, eager).max_rel_error <= COMPUTE_BOUNDS[compute] / 2
     for row in range(2):
-        assert_near(graphed[row], expected(bundle, ids[row])[40:], compute)
+        assert_near(graphed[row], expected(quantised, ids[row])[40:], compute)
 
 
 @on_gpu
 @pytest.mark.parametrize("case", ["as in gta-1b, int4"])
 @in_halves
-def test_memory_on_the_gpu(start, bundle, compute):
+def test_memory_on_the_gpu(start, quantised, compute):
     """Only codes, scales and what is never quantised lie there, and nothing dequantised is left of loading."""
     before = torch.cuda.memory_allocated()
     session = start()
     tables = sum(2 * table.nbytes for table in (session._model.cos, session._model.sin))
-    assert torch.cuda.memory_allocated() - before <= 1.1 * packed_bytes(bundle) + tables
+    assert torch.cuda.memory_allocated() - before <= 1.1 * packed_bytes(quantised) + tables
     assert {tensor.device.type for tensor in tensors_of(session._model).values()} == {"cuda"}
-
-
-@on_gpu
-@every_case
-def test_load_takes_codes_by_itself(bundle):
-    ids = prompt(1, 30)
-    with gta_edge.load(bundle.directory, backend="torch") as session:
-        assert isinstance(session._model.packed_head, QuantizedLinears)
-        assert_near(session.forward(ids, all_logits=True)[0], expected(bundle, ids[0]), session.compute)
-
-
-@on_gpu
-@every_case
-def test_in_float32_a_gpu_dequantises(bundle):
-    ids = prompt(1, 30)
-    with gta_edge.load(bundle.directory, backend="torch", compute="fp32") as session:
-        assert session._model.packed_head is None
-        assert_near(session.forward(ids, all_logits=True)[0], expected(bundle, ids[0]), "fp32")
 
 
 def test_the_cases_are_models():
