@@ -7,6 +7,7 @@ Llama (pre-norm RMSNorm, SwiGLU) but for the attention, which is one registered 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from gta_edge.libraries.optional import optional
@@ -23,13 +24,47 @@ else:
     torch = optional("torch", "export")
     Tensor, nn, functional = torch.Tensor, torch.nn, torch.nn.functional
 
-__all__ = ["Attention", "Cache", "Decoder", "SelfAttention", "empty_cache"]
+__all__ = ["Attention", "Cache", "Decoder", "ManagedInputs", "SelfAttention", "empty_cache"]
 
 Cache: TypeAlias = "tuple[Tensor, Tensor]"
 """One layer's ``[B, n, S, d]`` caches: the key's, and the latent's or the value's."""
 
 Attention: TypeAlias = "Callable[..., tuple[Tensor, Tensor, Tensor]]"
 """An attention op, which takes projections, caches and tables, and returns output and both present caches."""
+
+
+@dataclass(frozen=True)
+class ManagedInputs:
+    """What a call with a managed cache is given besides: the tensors of a managed graph (``kv_cache``).
+
+    Attributes:
+        positions: int64 [B, T].
+        row_bias: float32 [L, B, R].
+        branch_start: int64 [L, B].
+        branches: int64 [B, W].
+        past_received: float32 [B, S] of each layer, updated in place.
+        query_weight: float32 [B, T].
+        decay: float32 [B].
+        observe: ``mass`` or ``last``; empty without ``past_received``.
+    """
+
+    positions: Tensor | None = None
+    row_bias: Tensor | None = None
+    branch_start: Tensor | None = None
+    branches: Tensor | None = None
+    past_received: Sequence[Tensor] | None = None
+    query_weight: Tensor | None = None
+    decay: Tensor | None = None
+    observe: str = ""
+
+    def of_layer(self, layer: int) -> tuple[Tensor | str | None, ...]:
+        """Return the attention op's last arguments."""
+        row_bias, branch_start, received = (
+            None if stacked is None else stacked[layer]
+            for stacked in (self.row_bias, self.branch_start, self.past_received)
+        )
+        shared = self.query_weight, self.decay, self.observe
+        return (self.positions, row_bias, branch_start, self.branches, received, *shared)
 
 
 def _linear(module: str, inputs: int, outputs: int, biases: Collection[str]) -> nn.Linear:
@@ -64,17 +99,20 @@ class SelfAttention(nn.Module):
         self.projections: nn.Module | None = None  # in the place of those that take x, where they are one product
 
     def forward(
-        self, x: Tensor, cache: Cache, past_length: Tensor, cos: Tensor, sin: Tensor
+        self, x: Tensor, cache: Cache, past_length: Tensor, cos: Tensor, sin: Tensor, *managed: Tensor | str | None
     ) -> tuple[Tensor, Cache]:  # x [B, T, H]
         sizes = self.sizes
         heads = sizes.num_query_heads, sizes.num_key_heads, sizes.num_latent_heads
         query, key, latent, *gate = self._projected(x)
         if self.q_norm is not None and self.k_norm is not None:
             query, key = _normed_heads(query, self.q_norm), _normed_heads(key, self.k_norm)
-        output, present_key, present_latent = self.attention(
+        arguments = (
             query, key, latent, gate[0] if gate else None, *cache, past_length, cos, sin, self._value_decoder(),
             *heads, self.scale,
         )  # fmt: skip
+        if managed:
+            return self.o_proj(torch_ops.grouped_latent_attention_(*arguments, *managed)), cache
+        output, present_key, present_latent = self.attention(*arguments)
         return self.o_proj(output), (present_key, present_latent)
 
     def _value_decoder(self) -> Tensor | None:
@@ -129,9 +167,9 @@ class Layer(nn.Module):
         self.mlp = MLP(config, biases)
 
     def forward(
-        self, x: Tensor, cache: Cache, past_length: Tensor, cos: Tensor, sin: Tensor
+        self, x: Tensor, cache: Cache, past_length: Tensor, cos: Tensor, sin: Tensor, *managed: Tensor | str | None
     ) -> tuple[Tensor, Cache]:  # x [B, T, H]
-        attended, present = self.self_attn(self.input_layernorm(x), cache, past_length, cos, sin)
+        attended, present = self.self_attn(self.input_layernorm(x), cache, past_length, cos, sin, *managed)
         x = x + attended
         return x + self.mlp(self.post_attention_layernorm(x)), present
 
@@ -174,7 +212,12 @@ class Decoder(nn.Module):
             self.register_buffer(name, torch.from_numpy(table), persistent=False)
 
     def forward(
-        self, input_ids: Tensor, past_length: Tensor, logit_positions: Tensor, caches: Sequence[Cache]
+        self,
+        input_ids: Tensor,
+        past_length: Tensor,
+        logit_positions: Tensor,
+        caches: Sequence[Cache],
+        managed: ManagedInputs | None = None,
     ) -> tuple[Tensor, list[Cache]]:
         """Append T tokens and return logits for some of them.
 
@@ -183,6 +226,7 @@ class Decoder(nn.Module):
             past_length: int64 [B], tokens already in the cache, per row.
             logit_positions: int64 [B, M], which of the T positions to give logits for.
             caches: per layer; S must be at least ``past_length + T``.
+            managed: of a managed cache; ``past_length`` is then [L, B], rows in use, and caches are updated in place.
 
         Returns:
             logits [B, M, V], and the present caches per layer.
@@ -190,7 +234,10 @@ class Decoder(nn.Module):
         x = self.model.embed_tokens(input_ids)  # [B, T, H]
         presents: list[Cache] = []
         for i, (layer, cache) in enumerate(zip(self.model.layers, caches, strict=True)):
-            x, present = layer(x, cache, past_length, *self.tables(i))
+            if managed is None:
+                x, present = layer(x, cache, past_length, *self.tables(i))
+            else:
+                x, present = layer(x, cache, past_length[i], *self.tables(i), *managed.of_layer(i))
             presents.append(present)
         chosen = x.gather(1, logit_positions[:, :, None].expand(-1, -1, x.shape[2]))  # [B, M, H]
         return self.head(self.model.norm(chosen)), presents

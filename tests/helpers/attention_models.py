@@ -18,8 +18,6 @@ TOLERANCE = 1e-5  # largest error over the standard deviation of the exact resul
 
 
 NO_FEATURES = op.Features()
-INTEGERS = ("past_length", "positions", "branch_start", "branches")
-"""Inputs of int64."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +121,9 @@ def wrap(
     """A model of one node that calls the function; the shapes are those of its inputs and outputs."""
 
     def value(key, shape):
-        return helper.make_tensor_value_info(key, TensorProto.INT64 if key in INTEGERS else TensorProto.FLOAT, shape)
+        return helper.make_tensor_value_info(
+            key, TensorProto.INT64 if key in op.INT64_INPUTS else TensorProto.FLOAT, shape
+        )
 
     given = [key if key in inputs else "" for key in op.INPUTS]
     while not given[-1]:  # as files have it

@@ -44,6 +44,7 @@ __all__ = [
     "ATTRIBUTES",
     "FEATURE_INPUTS",
     "INPUTS",
+    "INT64_INPUTS",
     "MAX_BIAS_ROWS",
     "MAX_BRANCH_TOKENS",
     "MODEL_INPUTS",
@@ -86,6 +87,7 @@ FEATURE_INPUTS = (
     "decay",  # float32 [B]; there in "last" too, and of no effect
 )
 """Inputs of a managed cache (``Features``), all optional, float32 in every compute type."""
+INT64_INPUTS = ("past_length", "positions", "branch_start", "branches")
 INPUTS = MODEL_INPUTS + FEATURE_INPUTS
 MODEL_OPTIONAL_INPUTS = ("gate", "value_decoder")
 OPTIONAL_INPUTS = MODEL_OPTIONAL_INPUTS + FEATURE_INPUTS

@@ -3,7 +3,6 @@
 The meaning is what plain ONNX Runtime computes with none of its own rewriting, or what the formulas in NumPy say.
 """
 
-import functools
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -12,7 +11,6 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,13 +18,9 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx_ir.passes import common
 
 from gta_edge.errors import BackendError
-from gta_edge.export.graph import prepare, traced
-from gta_edge.export.quantizer import Quantizer
-from gta_edge.formats.weights import storage_for
 from gta_edge.graph.io import run_passes
 from gta_edge.graph.share_dimensions import ShareDimensionsPass
 from gta_edge.model.config import parse_config
-from gta_edge.model.rope import rope_tables
 from gta_edge.numerics.quantization import pack_nibbles
 from gta_edge.plugins.domain import DOMAIN, OPSET
 from gta_edge.runtime.onnxruntime.passes.expand_attention import ExpandAttentionPass
@@ -34,14 +28,11 @@ from gta_edge.runtime.onnxruntime.passes.fuse_matmuls import FuseMatMulsPass
 from gta_edge.runtime.onnxruntime.passes.fuse_norms import FuseNormsPass
 from tests.helpers import reference
 from tests.helpers.attention_models import Sizes, all_sizes, arrays, assert_cache, expected, model
+from tests.helpers.onnx_runs import bundled, run, runs, serialise
 from tests.helpers.small_models import (
     LAYERS,
     MODELS,
-    PRECISIONS,
     VOCAB,
-    WEIGHTS,
-    P,
-    traced_once,
 )
 
 TOLERANCE = 1e-4  # largest error over the standard deviation of the exact result
@@ -51,48 +42,6 @@ EXACT, ROUNDED = 1, 4  # levels of accuracy of ONNX Runtime's matmuls with integ
 # --- models ----------------------------------------------------------------------------------------------------------
 
 INTEGERS = ["int8", "int8 in blocks", "int4"]
-
-
-@functools.cache
-def _serialised(name: str, precision: str) -> bytes:
-    config, weights = parse_config(MODELS[name]), WEIGHTS[name]
-    cos, sin = rope_tables(config.key_width, config.rope_theta, config.rope_scaling, P)
-    kind, block = PRECISIONS[precision]
-    quantizer = Quantizer(weights.__getitem__, storage_for(config, kind, block)) if kind.startswith("int") else None
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("gta_edge.export.graph.trace", traced_once)
-        graph = traced(config, [key for key in weights if key.endswith(".bias")])
-    graph = prepare(graph, "model.embed_tokens.weight", weights.__getitem__, {"cos": cos, "sin": sin}, kind, quantizer)
-    return serialise(graph)
-
-
-def bundled(name: str, precision: str = "fp32") -> ir.Model:
-    """The graph as it lies in a bundle, weights included."""
-    return parse(_serialised(name, precision))
-
-
-def serialise(graph: ir.Model) -> bytes:
-    return ir.to_proto(graph).SerializeToString()
-
-
-def parse(content: bytes) -> ir.Model:
-    return ir.from_proto(onnx.load_from_string(content))
-
-
-def runs(graph: ir.Model, *steps: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
-    """Every output by name, for each step. ONNX Runtime leaves the graph as it is, so nothing else is fused."""
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # a warning for every cache that is copied
-    options.intra_op_num_threads = 1
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(serialise(graph), options, providers=["CPUExecutionProvider"])
-    names = [value.name for value in session.get_outputs()]
-    return [dict(zip(names, session.run(names, feeds), strict=True)) for feeds in steps]
-
-
-def run(graph: ir.Model, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Every output by name."""
-    return runs(graph, feeds)[0]
 
 
 def step(name: str, tokens: int) -> dict[str, np.ndarray]:
