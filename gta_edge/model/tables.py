@@ -6,9 +6,9 @@ import numpy as np
 import numpy.typing as npt
 
 from gta_edge.model.config import ModelConfig
-from gta_edge.model.rope import rope_tables
+from gta_edge.model.rope import inverse_frequencies, rope_tables
 
-__all__ = ["TABLES", "UNROTATED", "layer_tables", "model_tables", "table_names"]
+__all__ = ["TABLES", "UNROTATED", "layer_tables", "model_tables", "rotations", "table_names"]
 
 TABLES, UNROTATED = ("cos", "sin"), ("unrotated_cos", "unrotated_sin")
 """Names of cos and sin; and of those that rotate nothing, for layers without RoPE."""
@@ -40,3 +40,19 @@ def model_tables(config: ModelConfig, positions: int | None = None) -> dict[str,
     if config.unrotated_layers:
         found |= dict(zip(UNROTATED, (np.ones_like(cos), np.zeros_like(sin)), strict=True))
     return found
+
+
+def rotations(
+    config: ModelConfig, shifts: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """Return cos and sin, float32 [..., d_k/2], that take a key from one position to another.
+
+    Args:
+        config: the model's sizes.
+        shifts: by how many positions each key moves on, or back where it is below 0.
+    """
+    frequencies, _ = inverse_frequencies(
+        config.key_width, config.rope_theta, config.rope_scaling, config.max_position_embeddings
+    )
+    angles = shifts[..., None] * frequencies
+    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)

@@ -92,6 +92,9 @@ class Backend(ABC):
     reference: bool = False
     """Whether it is the model that every bundle is checked against."""
 
+    manages_cache: bool = False
+    """Whether it can hold a cache that a policy keeps small."""
+
     cpu_kernels: bool = False
     """Whether ONNX Runtime's CPU kernels multiply, which hold and read weights in a form of their own."""
 
@@ -219,6 +222,8 @@ class Backend(ABC):
         Raises:
             GtaEdgeError: it does not work here, or not with this bundle or these options.
         """
+        if options.get("cache") is not None and not self.manages_cache:
+            raise BackendError(f"{self.name} cannot hold a cache with a policy", "leave the policy out, or take torch")
         return self._open(bundle, Asked(threads, exact, compute, progress), **options)
 
     @abstractmethod

@@ -1,21 +1,27 @@
 """What a managed cache asks of a backend: the inputs of a step, and which rows go where between steps.
 
-A policy's decisions become moves: rows that are not kept leave holes, and the holes are filled from the end. So only as
+A policy's decision becomes moves: rows that are not kept leave holes, and the holes are filled from the end. So only as
 many rows move as were evicted, none is overwritten before it has moved, and nothing is copied twice. The order of rows
 is then no longer that of time, which attention does not depend on: the position is in the key.
+
+Residual row i, which others are folded into, lies in row i. What stands there when it begins, and stays, is moved
+behind the rows in use first, for which a cache has as many spare rows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["ManagedStep", "Moves"]
+__all__ = ["CacheMemory", "Layout", "ManagedStep", "Moves", "by_layer", "lay_out", "merged"]
 
 Integers = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
+Mask = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -58,3 +64,126 @@ class Moves:
 
     def __bool__(self) -> bool:
         return bool(len(self.moves) or len(self.folds))
+
+
+def by_layer(rows: npt.NDArray[np.int32]) -> Iterator[tuple[int, slice]]:
+    """Yield the layers of ``moves`` or ``folds``, and where each one's are."""
+    layers, starts = np.unique(rows[:, 0], return_index=True)
+    bounds = np.append(starts, len(rows)).tolist()
+    yield from zip(layers.tolist(), map(slice, bounds[:-1], bounds[1:]), strict=True)
+
+
+class CacheMemory(Protocol):
+    """What a session adds to the bookkeeping of a managed cache; see ``Session``."""
+
+    def _move(self, moves: Moves) -> None: ...
+
+    def _received(self) -> list[Floats]: ...
+
+    def _rotate(self, shifts: Sequence[Integers]) -> None: ...
+
+
+# --- from decisions to moves -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the rows of one layer of one sequence go: n rows become K. Pairs are source row and target row.
+
+    Attributes:
+        origin: for each row that there is then, the old row that it was, int64 [K]; for a residual row the newest of
+            those folded into it.
+        counts: tokens that each row then stands for, float32 [K].
+        residual: which rows are residual rows then, bool [K].
+        moves: int64 [N, 2].
+        relocated: moves before everything else, int64 [M, 2]; their targets are behind the n rows.
+        folds: after those, int64 [F, 2].
+        fold_weights: float32 [F].
+    """
+
+    origin: Integers
+    counts: Floats
+    residual: Mask
+    moves: Integers
+    relocated: Integers
+    folds: Integers
+    fold_weights: Floats
+
+
+def lay_out(keep: Mask, into: Integers | None, positions: Integers, counts: Floats, residual: Mask) -> Layout:
+    """Return where rows go after a decision; holes are filled from the end.
+
+    Args:
+        keep: rows that stay, bool [n].
+        into: index of the residual row that each row which does not stay is folded into, int64 [n], or -1; None
+            where none is. A residual row that is folded into needs a row for it: its index is below the number of rows
+            that there are then.
+        positions: of each row's token, int64 [n].
+        counts: tokens that each row stands for, float32 [n].
+        residual: which rows are residual rows, bool [n].
+    """
+    count = len(keep)
+    targets = [] if into is None else np.unique(into[~keep & (into >= 0)]).tolist()
+    content = np.arange(count + len(targets))  # the old row that lies in each
+    occupied = np.concatenate([keep, np.zeros(len(targets), np.bool_)])
+    counts, residual = (np.concatenate([array, np.zeros(len(targets), array.dtype)]) for array in (counts, residual))
+    relocated: list[tuple[int, int]] = []
+    folds: list[Integers] = []
+    weights: list[Floats] = []
+    if into is not None and targets:
+        place = np.arange(count)  # where each old row lies
+        begins = [target for target in targets if not (keep[target] and residual[target])]
+        for target in begins:
+            if keep[target] or into[target] not in (-1, target):
+                spare = count + len(relocated)
+                relocated.append((target, spare))
+                place[target], content[spare] = spare, target
+                occupied[spare], counts[spare] = keep[target], counts[target]
+        tokens = counts.copy()
+        for target in targets:
+            members = np.flatnonzero(~keep & (into == target))
+            if target not in begins:
+                members = np.append(members, target)
+            total = tokens[members].sum()
+            sources, shares = place[members], tokens[members] / total
+            if target not in sources:
+                sources, shares = np.append(sources, target), np.append(shares, np.float32(0))
+            folds.append(np.stack([sources, np.full(len(sources), target)], 1))
+            weights.append(shares.astype(np.float32))
+            content[target] = members[positions[members].argmax()]
+            counts[target], residual[target], occupied[target] = total, True, True
+    stay = int(occupied.sum())
+    holes = np.flatnonzero(~occupied[:stay])
+    sources = stay + np.flatnonzero(occupied[stay:])
+    for array in (content, counts, residual):
+        array[holes] = array[sources]
+    none = np.zeros((0, 2), np.int64)
+    return Layout(
+        origin=content[:stay],
+        counts=counts[:stay],
+        residual=residual[:stay],
+        moves=np.stack([sources, holes], 1),
+        relocated=np.array(relocated, np.int64).reshape(-1, 2),
+        folds=np.concatenate(folds) if folds else none,
+        fold_weights=np.concatenate(weights) if weights else np.zeros(0, np.float32),
+    )
+
+
+def merged(layouts: Sequence[tuple[int, int, Layout]]) -> list[Moves]:
+    """Return the moves of several layers and sequences at once, one after the other: what is relocated, and the rest.
+
+    Args:
+        layouts: layer, sequence, and where its rows go; by layer.
+    """
+
+    def placed(name: str) -> npt.NDArray[np.int32]:
+        pairs = [getattr(layout, name) for _, _, layout in layouts]
+        where = [(layer, sequence) for layer, sequence, _ in layouts]
+        sizes = [len(each) for each in pairs]
+        columns = np.repeat(np.array(where, np.int32).reshape(-1, 2), sizes, 0)
+        return np.concatenate([columns, np.concatenate([np.zeros((0, 2), np.int32), *pairs])], 1).astype(np.int32)
+
+    nothing = np.zeros((0, 4), np.int32), np.zeros(0, np.float32)
+    weights = np.concatenate([np.zeros(0, np.float32), *(layout.fold_weights for _, _, layout in layouts)])
+    found = [Moves(placed("relocated"), *nothing), Moves(placed("moves"), placed("folds"), weights)]
+    return [moves for moves in found if moves]

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +23,11 @@ from gta_edge.plan.cost import Execution
 from gta_edge.plan.roofline import activation_bytes
 from gta_edge.support.memory import available_bytes
 
-__all__ = ["CAPACITY_STEP", "CHUNK_SIZE", "CacheState", "Lengths"]
+if TYPE_CHECKING:
+    from gta_edge.runtime.cache_moves import CacheMemory, ManagedStep
+    from gta_edge.runtime.cache_policies.base import CachePolicy
+
+__all__ = ["CAPACITY_STEP", "CHUNK_SIZE", "CacheState", "Lengths", "Part", "cache_state"]
 
 Lengths = npt.NDArray[np.int64]
 
@@ -34,6 +39,52 @@ CAPACITY_STEP = 256
 
 _FEW_BYTES = 2**24
 """Logits that nobody need ask the system for."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Tokens of one call of ``forward`` that are run at once.
+
+    Attributes:
+        start: the first of them, counted from the call's first.
+        stop: behind the last.
+        counts: real tokens of the whole call, int64 [B].
+        chunk: start and stop of the chunk that they are of.
+    """
+
+    start: int
+    stop: int
+    counts: Lengths
+    chunk: tuple[int, int]
+
+    @property
+    def width(self) -> int:
+        """Tokens per row, padding included (T of the step)."""
+        return self.stop - self.start
+
+    @property
+    def real(self) -> Lengths:
+        """Tokens that count, int64 [B]."""
+        return np.clip(self.counts - self.start, 0, self.width)
+
+    @property
+    def ends_here(self) -> npt.NDArray[np.bool_]:
+        """Rows whose last token is among them, bool [B]."""
+        return (self.counts > self.start) & (self.counts <= self.stop)
+
+    @property
+    def ends_chunk(self) -> bool:
+        """Whether they are the last of their chunk."""
+        return self.stop == self.chunk[1]
+
+    def split(self, start: int, stop: int) -> Part:
+        """Return some of these tokens, counted from the first."""
+        return Part(self.start + start, self.start + stop, self.counts, self.chunk)
+
+    def at_end(self, tokens: int) -> npt.NDArray[np.bool_]:
+        """Return for which rows they are among the last ``tokens`` that this chunk has of the row, bool [B]."""
+        ends = np.minimum(self.counts, self.chunk[1])
+        return (self.start >= ends - tokens) & (self.stop <= ends)
 
 
 class CacheState:
@@ -123,16 +174,21 @@ class CacheState:
             )
         return np.zeros(batch, np.int64)
 
-    def truncate(self, length: npt.NDArray[Any], given: Any) -> None:
+    def truncate(self, length: npt.NDArray[Any], given: Any, memory: CacheMemory | None = None) -> None:
         """Forget all but the first ``length`` tokens: one number, or one per row.
 
         Args:
             length: as an array.
             given: what it was made of, for the message.
+            memory: of the cache, where rows may have to move.
 
         Raises:
             InputError: a length below 0 or above what the row holds.
         """
+        self.length = self._checked_truncation(length, given)
+
+    def _checked_truncation(self, length: npt.NDArray[Any], given: Any) -> Lengths:
+        """Return the tokens that are to stay, int64 [B]."""
         if length.dtype.kind not in "iu" or length.shape not in ((), self.length.shape):
             raise InputError(
                 f"truncate got {given!r}", f"expected one whole number, or one for each of {self.batch} rows"
@@ -142,7 +198,7 @@ class CacheState:
                 f"cannot truncate to {length.tolist()}: the rows hold {self.length.tolist()} tokens",
                 "expected numbers from 0 to those",
             )
-        self.length = np.broadcast_to(length, self.length.shape).astype(np.int64)
+        return np.broadcast_to(length, self.length.shape).astype(np.int64)
 
     def reset(self) -> None:
         """Forget all tokens; the memory stays."""
@@ -150,8 +206,8 @@ class CacheState:
 
     # --- room for more ---------------------------------------------------------------------------------------------
 
-    def plan(self, past: Lengths, counts: Lengths, tokens: int, logits_bytes: int) -> list[tuple[int, int]]:
-        """Cut T tokens per row into chunks, for all of which there is room, padding included; none has run yet.
+    def plan(self, past: Lengths, counts: Lengths, tokens: int, logits_bytes: int) -> list[Part]:
+        """Cut T tokens per row into parts, for all of which there is room, padding included; none has run yet.
 
         Args:
             past: tokens that are there, int64 [B].
@@ -163,19 +219,37 @@ class CacheState:
             CapacityError: one of them would pass the last position, or it takes more memory than is available.
         """
         longest = 0
-        chunks = [(start, min(start + self.chunk_size, tokens)) for start in range(0, tokens, self.chunk_size)]
-        for start, stop in chunks:
-            ends = past + np.minimum(counts, start) + (stop - start)
-            row = int(ends.argmax())
-            if ends[row] > self.max_length:
-                raise CapacityError(
-                    f"row {row} holds {int(past[row])} tokens and would reach {int(ends[row])} with the given ones, "
-                    f"padding included",
-                    f"{self._limit}: truncate, reset, or give fewer",
-                )
-            longest = max(longest, int(ends[row]))
+        parts = self._parts(counts, tokens)
+        for part in parts:
+            ends = past + np.minimum(counts, part.start) + part.width
+            self._check_end(past, ends)
+            longest = max(longest, int(ends.max()))
         self.check_memory(len(past), longest, min(tokens, self.chunk_size), logits_bytes)
-        return chunks
+        return parts
+
+    def _parts(self, counts: Lengths, tokens: int) -> list[Part]:
+        """Return the steps that T tokens per row take: here, chunks."""
+        chunks = [(start, min(start + self.chunk_size, tokens)) for start in range(0, tokens, self.chunk_size)]
+        return [Part(*chunk, counts, chunk) for chunk in chunks]
+
+    def _check_end(self, past: Lengths, ends: Lengths) -> None:
+        """Refuse a step that would pass the last position."""
+        row = int(ends.argmax())
+        if ends[row] > self.max_length:
+            raise CapacityError(
+                f"row {row} holds {int(past[row])} tokens and would reach {int(ends[row])} with the given ones, "
+                f"padding included",
+                f"{self._limit}: truncate, reset, or give fewer",
+            )
+
+    def prepare(self, part: Part, memory: CacheMemory) -> ManagedStep | None:
+        """Do before a step what it needs, and return its inputs for a managed cache: here, nothing and None."""
+        return None
+
+    def append(self, part: Part, memory: CacheMemory) -> Lengths:
+        """Note a step that has run; return the tokens that there are now, int64 [B]."""
+        self.length = self.length + part.real
+        return self.length
 
     def check_memory(self, batch: int, tokens: int, width: int, logits_bytes: int) -> None:
         """Refuse what the system would end halfway, without a word, for want of memory.
@@ -266,3 +340,24 @@ class CacheState:
             f"no memory for a cache of {size / 2**20:.0f} MiB ({batch} rows of {max(capacities)} tokens){detail}",
             "the cache was emptied: use a shorter context or fewer rows",
         )
+
+
+def cache_state(
+    config: ModelConfig, dtype: str = "fp32", policy: CachePolicy | None = None, **options: Any
+) -> CacheState:
+    """Return the state of a session's cache.
+
+    Args:
+        config: the model's sizes.
+        dtype: of cached values, ``fp32`` or one of ``CACHE_TYPES``.
+        policy: which rows stay; None for all.
+        options: as ``CacheState`` takes them, and where there is a policy, ``ManagedCache``.
+
+    Raises:
+        InputError: an option, or a policy, that makes no sense for this model.
+    """
+    if policy is None:
+        return CacheState(config, dtype, **options)
+    from gta_edge.runtime.managed_cache import ManagedCache
+
+    return ManagedCache(config, policy, dtype, **options)

@@ -33,6 +33,7 @@ from gta_edge.support.text import one_line
 
 if TYPE_CHECKING:
     from gta_edge.formats.bundle import Bundle
+    from gta_edge.runtime.cache_policies.base import CachePolicy
     from gta_edge.runtime.session import Session
 
 __all__ = ["BACKENDS", "OF_THE_MODEL", "check_backend", "fastest_on", "load", "open_session", "reason_of"]
@@ -71,6 +72,7 @@ def load(
     chunk_size: int | None = None,
     exact: bool = False,
     compute: str | None = None,
+    cache: CachePolicy | None = None,
     verify_hashes: bool = False,
     progress: Progress = silent,
 ) -> Session:
@@ -85,13 +87,15 @@ def load(
         exact: multiply by int8 and int4 weights in float32 where the backend would round activations to int8.
         compute: type that a GPU computes in, ``fp16``, ``bf16`` or ``fp32``; by default the bundle's own 16-bit type,
             or else bf16 (fp16 on ``onnxruntime-cuda``). A CPU computes in fp32.
+        cache: policy that says which rows of the KV cache stay (``gta_edge.runtime.cache_policies.policy``), so that it
+            takes the same memory however long the text; by default every token stays.
         verify_hashes: hash the weights even if their size and time are as recorded.
         progress: told of bytes hashed, and of weights repacked.
 
     Raises:
         BundleError: the bundle is damaged.
-        InputError: more threads than could be of use.
-        BackendError: the backend is unknown, not installed, or refuses the model.
+        InputError: more threads than could be of use, or a cache policy that makes no sense for the model.
+        BackendError: the backend is unknown, not installed, or refuses the model or the cache policy.
         EngineError: there is no engine of the bundle, or it does not fit what is here.
     """
     from gta_edge.formats.bundle import Bundle
@@ -99,6 +103,8 @@ def load(
     options: dict[str, Any] = {"threads": threads, "exact": exact, "compute": compute, "progress": progress}
     if chunk_size is not None:
         options["chunk_size"] = chunk_size
+    if cache is not None:
+        options["cache"] = cache
     while True:
         opened = Bundle.open(bundle, verify_hashes=verify_hashes, progress=progress)
         session = open_session(opened, backend, **options)
@@ -114,6 +120,8 @@ def open_session(bundle: Bundle, backend: str = "auto", **options: Any) -> Sessi
 
     check_threads(options.get("threads"))  # also where a backend has no use for them
     text = TextFiles.load(bundle.directory, bundle.config)  # small files first: a model may take a minute
+    if options.get("cache") is not None:
+        options["cache"] = options["cache"].for_bundle(bundle)
     if backend == "auto":
         session = _first_that_works(bundle, options)
     else:

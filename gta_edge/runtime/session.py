@@ -247,37 +247,38 @@ class Session(ABC):
         cache = self._cache
         past = cache.past_for(batch)
         shape = (batch, tokens, self.config.vocab_size) if all_logits else (batch, self.config.vocab_size)
-        chunks = cache.plan(past, counts, tokens, 4 * math.prod(shape))
+        parts = cache.plan(past, counts, tokens, 4 * math.prod(shape))
 
         # where one step gives all logits, as for every token of a generation, they are handed on and not copied
-        at_once = len(chunks) == 1 or (not all_logits and bool((counts == counts[0]).all()))
+        at_once = len(parts) == 1 or (not all_logits and bool((counts == counts[0]).all()))
         logits: Logits = np.empty(0 if at_once else shape, np.float32)
         self._changed(None, "a forward() that failed")  # what it leaves is nobody's
-        for start, stop in chunks:
-            real = np.clip(counts - start, 0, stop - start)  # tokens of this chunk that count, per row
-            ends_here = (counts > start) & (counts <= stop)
+        for part in parts:
+            real, ends_here = part.real, part.ends_here
             if all_logits:
-                positions = np.broadcast_to(np.arange(stop - start), (batch, stop - start))
+                positions = np.broadcast_to(np.arange(part.width), (batch, part.width))
             else:
                 positions = np.maximum(real - 1, 0)[:, None] if ends_here.any() else np.zeros((batch, 0), np.int64)
-            cache.reserve(batch, int(past.max()) + stop - start, self._resize)
-            part = self._run(ids[:, start:stop], past, np.ascontiguousarray(positions, np.int64))
+            cache.reserve(batch, int(past.max()) + part.width, self._resize)
+            managed = cache.prepare(part, self)
+            given = ids[:, part.start : part.stop], past, np.ascontiguousarray(positions, np.int64)
+            found = self._run(*given) if managed is None else self._run(*given, managed)
             if all_logits:
-                part[positions >= real[:, None]] = 0
+                found[positions >= real[:, None]] = 0
             if at_once:
-                if all_logits or part.shape[1]:
-                    logits = part if all_logits else part[:, 0]
+                if all_logits or found.shape[1]:
+                    logits = found if all_logits else found[:, 0]
             elif all_logits:
-                logits[:, start:stop] = part
-            elif part.shape[1]:
-                logits[ends_here] = part[ends_here, 0]
-            past = cache.length = past + real
+                logits[:, part.start : part.stop] = found
+            elif found.shape[1]:
+                logits[ends_here] = found[ends_here, 0]
+            past = cache.append(part, self)
         self._changed(owner, "forward()")
         return logits
 
     def _truncate(self, length: Any, owner: Claim | None) -> None:
         self._check_owner(owner)
-        self._cache.truncate(_as_array(length, "a length for truncate"), length)
+        self._cache.truncate(_as_array(length, "a length for truncate"), length, self)
         self._changed(owner, "truncate()")
 
     def _check_ids(self, ids: Any) -> Ids:

@@ -24,7 +24,7 @@ class Option:
     """An option of policies.
 
     Attributes:
-        kind: of its value: int, float or str.
+        kind: of its value: int, float, str or bool.
         help: one line for the command line.
     """
 
@@ -51,6 +51,7 @@ OPTIONS = {
     "rows": Option(int, "Rows of each layer that stay; the mean where layers differ."),
     "interval": Option(int, "Tokens between evictions while generating (64)."),
     "residual_rows": Option(int, "Rows that stand for what was evicted (0 to 8)."),
+    "rotate": Option(bool, "Go on past the last position; harmless for a window alone."),
     "sinks": Option(int, "First tokens that always stay (4)."),
     "recent": Option(float, "Share of the rows for the newest tokens."),
     "window": Option(int, "Newest tokens: they stay, and their queries decide."),
@@ -63,7 +64,7 @@ OPTIONS = {
 }
 """By name: a field of the policies' classes; on the command line with hyphens."""
 
-COMMON = ("rows", "interval", "residual_rows", "budgets")
+COMMON = ("rows", "interval", "residual_rows", "rotate", "budgets")
 """Options of all policies. ``budgets`` makes any of them one of ``measured``, with itself as the rule."""
 
 POLICIES = {

@@ -108,6 +108,9 @@ class CachePolicy(ABC):
         residual_rows: rows that stand for what was evicted, at most ``MAX_RESIDUAL_ROWS``; 0 drops it. They are part
             of ``rows``. A residual row is the mean key and the mean value of the m tokens folded into it, and its
             scores get a bias of log m (ZSMerge, arXiv 2503.10714, with exponent 1, which measured better than its 0.6).
+        rotate: go on past the model's last position, by renumbering the rows that stay and rotating their keys. That is
+            harmless for a window, whose rows are neighbours, and harmful for rows that lie scattered, which lose the
+            distances between them.
 
     Raises:
         InputError: an option that makes no sense, by its name.
@@ -119,6 +122,7 @@ class CachePolicy(ABC):
     rows: int | None = None
     interval: int = 64
     residual_rows: int = 0
+    rotate: bool = False
 
     def __post_init__(self) -> None:
         check_whole(self, "interval", least=1)

@@ -23,16 +23,17 @@ class _Over(CachePolicy):
     """A policy that leaves to another one all but how many rows each layer has.
 
     Args:
-        rule: what decides which rows stay. Its ``rows``, ``interval`` and ``residual_rows`` are this one's.
+        rule: what decides which rows stay. Its ``rows``, ``interval``, ``residual_rows`` and ``rotate`` are this one's.
     """
 
     rule: CachePolicy
     rows: int | None = field(default=None, init=False)
     interval: int = field(default=64, init=False)
     residual_rows: int = field(default=0, init=False)
+    rotate: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
-        for option in ("rows", "interval", "residual_rows"):
+        for option in ("rows", "interval", "residual_rows", "rotate"):
             object.__setattr__(self, option, getattr(self.rule, option))  # a frozen dataclass derives its fields so
 
     @property

@@ -22,6 +22,7 @@ class _Torch(Backend):
     device = "either"
     compute_types = FLOAT_TYPES
     fallback_compute = "bf16"
+    manages_cache = True
     reference = True
 
     def _check(self, found: dict[str, Any], importing: Importing) -> None:

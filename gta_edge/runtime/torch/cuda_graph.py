@@ -6,15 +6,21 @@ runs them. What changes from step to step lies in device memory: ids and lengths
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from inspect import signature
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from gta_edge.errors import BackendError, CapacityError
 from gta_edge.libraries.optional import optional
 from gta_edge.libraries.torch import is_out_of_memory
-from gta_edge.model.decoder import Cache, Decoder
+from gta_edge.model.decoder import Cache, Decoder, ManagedInputs
+from gta_edge.model.kv_cache import DECAY, INPUT_IDS, PAST_LENGTH, POSITIONS, QUERY_WEIGHT, ROW_BIAS
+from gta_edge.plugins.attention.definition import Features
+from gta_edge.runtime.cache_moves import ManagedStep
 from gta_edge.runtime.session import Ids
 from gta_edge.support.text import one_line
 
@@ -26,6 +32,8 @@ else:
 
 __all__ = ["CHECKED", "CaptureError", "DecodeGraph"]
 
+
+_ALIGNMENT = 16  # values, at whose multiples arrays begin
 
 CHECKED = "GTA_EDGE_CHECK_GRAPHS"
 """Environment variable: set to 1, every replay first checks that what its graph reads is still there (torch 2.13)."""
@@ -46,6 +54,60 @@ def _liveness_option() -> dict[str, Any]:
     return {"check_input_liveness": True} if known else {}
 
 
+class _Packed:
+    """Small inputs of one dtype in one piece of memory, pinned and on the device: one copy brings them there.
+
+    Attributes:
+        on_device: tensors by name.
+        on_host: arrays by name, over the pinned memory.
+    """
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, device: torch.device) -> None:
+        sizes = [-(-math.prod(shape) // _ALIGNMENT) * _ALIGNMENT for shape in shapes.values()]
+        self._pinned = torch.zeros(sum(sizes), dtype=dtype, pin_memory=bool(shapes))
+        self._there = torch.zeros(sum(sizes), dtype=dtype, device=device)
+        starts = np.cumsum([0, *sizes]).tolist()
+
+        def parted(values: Tensor) -> dict[str, Tensor]:
+            places = zip(shapes.items(), starts, strict=False)
+            return {name: values[a : a + math.prod(shape)].view(shape) for (name, shape), a in places}
+
+        self.on_device = parted(self._there)
+        self.on_host = {name: tensor.numpy() for name, tensor in parted(self._pinned).items()}
+
+    def copy(self) -> None:
+        """Bring what is in ``on_host`` to the device, on the current stream."""
+        if self.on_host:
+            self._there.copy_(self._pinned, non_blocking=True)
+
+
+def _input_shapes(
+    batch: int, layers: int, features: Features | None
+) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
+    """Return the shapes of a step's integers and floats by name; names of the graph and of ``ManagedStep`` are one."""
+    if features is None:
+        return {INPUT_IDS: (batch, 1), PAST_LENGTH: (batch,)}, {}
+    floats: dict[str, tuple[int, ...]] = {}
+    if features.bias_rows:
+        floats[ROW_BIAS] = (layers, batch, features.bias_rows)
+    if features.observe:
+        floats |= {QUERY_WEIGHT: (batch, 1), DECAY: (batch,)}
+    return {INPUT_IDS: (batch, 1), PAST_LENGTH: (layers, batch), POSITIONS: (batch, 1)}, floats
+
+
+def _managed_inputs(
+    integers: Mapping[str, Tensor], floats: Mapping[str, Tensor], features: Features, received: Sequence[Tensor]
+) -> ManagedInputs:
+    return ManagedInputs(
+        positions=integers[POSITIONS],
+        row_bias=floats.get(ROW_BIAS),
+        past_received=received if features.observe else None,
+        query_weight=floats.get(QUERY_WEIGHT),
+        decay=floats.get(DECAY),
+        observe=features.observe or "",
+    )
+
+
 class DecodeGraph:
     """The step that appends one token to each row of the caches.
 
@@ -53,6 +115,8 @@ class DecodeGraph:
         model: on a CUDA device, its attention in place.
         caches: per layer; their memory is part of the graph and has to stay where it is.
         batch: B.
+        features: of a managed cache; None without one.
+        received: what its rows have received, float32 [B, S] per layer, which has to stay likewise.
 
     Before it is captured, the model runs once with lengths of zero, which writes each cache's first position; what was
     there is put back.
@@ -62,40 +126,53 @@ class DecodeGraph:
         CapacityError, RuntimeError: it does not run, or there is no memory for it.
     """
 
-    def __init__(self, model: Decoder, caches: Sequence[Cache], batch: int) -> None:
+    def __init__(
+        self,
+        model: Decoder,
+        caches: Sequence[Cache],
+        batch: int,
+        features: Features | None = None,
+        received: Sequence[Tensor] = (),
+    ) -> None:
         device = caches[0][0].device
-        self._ids = torch.zeros(batch, 1, dtype=torch.int64, device=device)
-        self._past_length = torch.zeros(batch, dtype=torch.int64, device=device)
-        self._inputs = torch.zeros(2, batch, dtype=torch.int64, pin_memory=True)
-        self._inputs_in_numpy = self._inputs.numpy()  # the same memory
+        self._device = device
+        integers, floats = _input_shapes(batch, len(caches), features)
+        self._integers, self._floats = _Packed(integers, torch.int64, device), _Packed(floats, torch.float32, device)
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         # held, as the graph holds its address alone: freed, the memory would be the next small tensor's
         self._positions = torch.zeros(batch, 1, dtype=torch.int64, device=device)
+        inputs = self._integers.on_device, self._floats.on_device
+        arguments: list[Any] = [inputs[0][INPUT_IDS], inputs[0][PAST_LENGTH], self._positions, caches]
+        if features is not None:
+            arguments.append(_managed_inputs(*inputs, features, received))
 
         first = [(key[:, :, :1].clone(), value[:, :, :1].clone()) for key, value in caches]
+        before = [each.clone() for each in received]
         self._stream.wait_stream(torch.cuda.current_stream(device))
         try:
             with torch.cuda.stream(self._stream):  # what is compiled or loaded lazily, is so now
-                model(self._ids, self._past_length, self._positions, caches)
+                model(*arguments)
             self._stream.synchronize()
-            self._graph = self._captured(model, caches)
+            self._graph = self._captured(model, arguments)
         finally:
             for (key, value), (first_key, first_value) in zip(caches, first, strict=True):
                 key[:, :, :1].copy_(first_key)
                 value[:, :, :1].copy_(first_value)
+            for each, old in zip(received, before, strict=True):
+                each.copy_(old)
         torch.cuda.synchronize(device)
         self._logits = torch.empty(self._device_logits.shape, dtype=torch.float32, pin_memory=True)
 
-    def _captured(self, model: Decoder, caches: Sequence[Cache]) -> torch.cuda.CUDAGraph:
+    def _captured(self, model: Decoder, arguments: Sequence[Any]) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
-        current = torch.cuda.current_stream(self._ids.device)
+        current = torch.cuda.current_stream(self._device)
         try:
             # around it, since a capture that fails leaves its own stream current; other threads may go on using CUDA
             with (
                 torch.cuda.stream(current),
                 torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local", **_liveness_option()),
             ):
-                self._device_logits, _ = model(self._ids, self._past_length, self._positions, caches)
+                self._device_logits, _ = model(*arguments)
         except CapacityError:
             raise
         except (RuntimeError, BackendError) as error:  # the step itself has just run
@@ -106,13 +183,19 @@ class DecodeGraph:
             ) from error
         return graph
 
-    def replay(self, ids: Ids, past_length: Ids) -> Tensor:
+    def replay(self, ids: Ids, past_length: Ids, managed: ManagedStep | None = None) -> Tensor:
         """Append ids [B, 1] at ``past_length`` [B]; returns float32 logits [B, 1, V] in host memory, a copy."""
-        self._inputs_in_numpy[0], self._inputs_in_numpy[1] = ids[:, 0], past_length
-        self._stream.wait_stream(torch.cuda.current_stream(self._ids.device))  # chunks of a prompt before it
+        self._integers.on_host[INPUT_IDS][...] = ids
+        if managed is None:
+            self._integers.on_host[PAST_LENGTH][...] = past_length
+        else:
+            for inputs in (self._integers.on_host, self._floats.on_host):
+                for name in inputs.keys() - {INPUT_IDS}:
+                    inputs[name][...] = getattr(managed, name)
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))  # chunks of a prompt before it
         with torch.cuda.stream(self._stream):
-            self._ids[:, 0].copy_(self._inputs[0], non_blocking=True)
-            self._past_length.copy_(self._inputs[1], non_blocking=True)
+            self._integers.copy()
+            self._floats.copy()
             self._graph.replay()
             self._logits.copy_(self._device_logits, non_blocking=True)
         self._stream.synchronize()

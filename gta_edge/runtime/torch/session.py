@@ -11,6 +11,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
+
 from gta_edge.accuracy.reference import build_decoder, use_startable_threads
 from gta_edge.cuda.gpu import OLDEST
 from gta_edge.errors import BackendError, CapacityError
@@ -25,9 +28,12 @@ from gta_edge.numerics.quantization import BITS
 from gta_edge.plan.host_memory import require_memory_for_torch
 from gta_edge.plugins.attention import torch as torch_ops
 from gta_edge.plugins.attention.tiling import has_kernels
-from gta_edge.runtime.cache_moves import ManagedStep
-from gta_edge.runtime.cache_state import CacheState
+from gta_edge.runtime.cache_moves import ManagedStep, Moves
+from gta_edge.runtime.cache_policies.base import CachePolicy
+from gta_edge.runtime.cache_state import cache_state
+from gta_edge.runtime.managed_cache import OBSERVED_TOKENS, ManagedCache
 from gta_edge.runtime.session import Ids, Logits, Session
+from gta_edge.runtime.torch import managed as memory
 from gta_edge.runtime.torch.cuda_graph import CaptureError, DecodeGraph
 
 if TYPE_CHECKING:
@@ -112,6 +118,7 @@ class TorchSession(Session):
         compute: ``fp32``, ``fp16`` or ``bf16``.
         threads: threads for one operator, for the whole process; None leaves torch's own choice, as far as this process
             may use so many cores.
+        cache: policy that says which rows of the cache stay; None for all.
         options: as ``CacheState`` takes them.
 
     Raises:
@@ -129,6 +136,7 @@ class TorchSession(Session):
         device: str = "cpu",
         compute: str = "fp32",
         threads: int | None = None,
+        cache: CachePolicy | None = None,
         **options: Any,
     ) -> None:
         on_gpu = device.startswith("cuda")
@@ -138,7 +146,9 @@ class TorchSession(Session):
             on_kernels = has_kernels(model.config.attention, compute)
             chunk_size = _gpu_chunk_size(device) if on_kernels else _GPU_CHUNK_SIZE_WITHOUT_KERNELS
             options = {"capacity_step": _GPU_CAPACITY_STEP, "chunk_size": chunk_size} | options
-        super().__init__(model.config, CacheState(model.config, compute, on_host=not on_gpu, **options))
+            if cache is not None:
+                options["observed_tokens"] = OBSERVED_TOKENS
+        super().__init__(model.config, cache_state(model.config, compute, cache, on_host=not on_gpu, **options))
         use_startable_threads(threads)
         for module in model.modules():
             if isinstance(module, SelfAttention):
@@ -148,12 +158,14 @@ class TorchSession(Session):
         with _within_memory(f"there is no memory for the model in {compute}"):
             self._model = model.eval().requires_grad_(False).to(**self._options)
         self._caches: list[Cache] = []
+        self._observed: memory.Received | None = None
         self._graph: DecodeGraph | None = None
         self.graph_refused: str | None = None if on_gpu else "there is no GPU"  # why no step is a CUDA graph
 
     @property
     def cache_bytes(self) -> int:
-        return sum(tensor.nbytes for layer in self._caches for tensor in layer)
+        received = self._observed.nbytes if self._observed else 0
+        return received + sum(tensor.nbytes for layer in self._caches for tensor in layer)
 
     @property
     def cuda_graph(self) -> bool | None:
@@ -175,6 +187,8 @@ class TorchSession(Session):
             with self._cache.replacing(batch, self._release):
                 if not self._caches:
                     self._caches = empty_cache(self.config, batch, capacities, **self._options)
+                    if self._observe:
+                        self._observed = memory.Received(batch, capacities, self._options["device"])
                     return
                 for i, layer in enumerate(self._caches):  # a layer at a time: never twice the whole cache
                     capacity = capacities[i]
@@ -193,37 +207,86 @@ class TorchSession(Session):
     ) -> Logits:
         problem = f"{self._place} has too little memory left for {input_ids.size} tokens at once"
         with _within_memory(problem, "give a smaller chunk_size or fewer rows"):
-            return self._appended(input_ids, past_length, logit_positions)
+            return self._appended(input_ids, past_length, logit_positions, managed)
 
     @property
     def _place(self) -> str:
         return "the machine" if self._options["device"].type == "cpu" else "the GPU"
 
-    def _appended(self, input_ids: Ids, past_length: Ids, logit_positions: Ids) -> Logits:
+    def _appended(self, input_ids: Ids, past_length: Ids, logit_positions: Ids, managed: ManagedStep | None) -> Logits:
         with torch.inference_mode():
             single = input_ids.shape[1] == 1 and logit_positions.shape[1] == 1
             graph = self._step(len(input_ids)) if single and self.graph_refused is None else None
             if graph is not None:
-                logits = graph.replay(input_ids, past_length)
+                logits = graph.replay(input_ids, past_length, managed)
             else:
-                device = self._options["device"]
-                inputs = (torch.tensor(x, device=device) for x in (input_ids, past_length, logit_positions))
-                logits = self._model(*inputs, self._caches)[0].cpu()
+                logits = self._run_eagerly(input_ids, past_length, logit_positions, managed)
         result: Logits = logits.numpy()
         return result
+
+    def _run_eagerly(
+        self, input_ids: Ids, past_length: Ids, logit_positions: Ids, managed: ManagedStep | None
+    ) -> Tensor:
+        device = self._options["device"]
+        ids, past, positions = (torch.tensor(x, device=device) for x in (input_ids, past_length, logit_positions))
+        if managed is None:
+            logits: Tensor = self._model(ids, past, positions, self._caches)[0]
+            return logits.cpu()
+        caches, received = self._shown(managed, ids.shape[1])
+        past, inputs = memory.managed_inputs(managed, received, self._observe, device)
+        logits = self._model(ids, past, positions, caches, inputs)[0]
+        return logits.cpu()
+
+    def _shown(self, managed: ManagedStep, tokens: int) -> tuple[list[Cache], list[Tensor]]:
+        """Return what a step is given of caches [B, n, S, d] and of what rows received [B, S].
+
+        On the CPU attention costs as the capacity, so there it is as much as a cache without a policy would have.
+        """
+        received = self._observed.layers if self._observed else []
+        if self.device != "cpu":
+            return self._caches, received
+        ends = (managed.past_length.max(1) + tokens).tolist()
+        sizes = [self._cache.capacity_for(end) for end in ends]
+        caches = [(key[:, :, :s], value[:, :, :s]) for (key, value), s in zip(self._caches, sizes, strict=True)]
+        return caches, [each[:, :s] for each, s in zip(received, sizes, strict=False)]
+
+    @property
+    def _observe(self) -> str | None:
+        return self._cache.features.observe if isinstance(self._cache, ManagedCache) else None
+
+    def _move(self, moves: Moves) -> None:
+        with self._changing(), torch.inference_mode():
+            memory.move(self._caches, self._observed.layers if self._observed else [], moves)
+
+    def _received(self) -> list[npt.NDArray[np.float32]]:
+        assert self._observed is not None  # a policy that observes has asked
+        return self._observed.on_host()
+
+    def _rotate(self, shifts: Sequence[Ids]) -> None:
+        with self._changing(), torch.inference_mode():
+            memory.rotate(self.config, self._caches, shifts)
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Say what a lack of memory means while rows move."""
+        problem = f"{self._place} has too little memory left to move rows of the cache, which was emptied"
+        with _within_memory(problem, "give a smaller chunk_size or fewer rows"):
+            yield
 
     def _step(self, batch: int) -> DecodeGraph | None:
         """Return the step of one token as a CUDA graph; None where it cannot be captured, and runs as it is."""
         if self._graph is None:
             try:
-                self._graph = DecodeGraph(self._model, self._caches, batch)
+                received = self._observed.layers if self._observed else []
+                features = self._cache.features if isinstance(self._cache, ManagedCache) else None
+                self._graph = DecodeGraph(self._model, self._caches, batch, features, received)
             except CaptureError as error:
                 self.graph_refused = error.problem
         return self._graph
 
     def _release(self) -> None:
         self._graph = None
-        self._caches = []
+        self._caches, self._observed = [], None
 
 
 def _grown(cache: Tensor, capacity: int) -> Tensor:

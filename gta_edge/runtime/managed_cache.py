@@ -1,0 +1,380 @@
+"""The bookkeeping of a cache that a policy manages: which row holds which token, when rows go, where the rest moves.
+
+Three numbers that are one without a policy are apart here. ``length`` counts the tokens seen. ``rows`` counts the rows
+in use, in each layer its own number: where a step writes, and what it sees. And a token's position is what its key was
+rotated by: its place in time, until ``rotate`` renumbers it. So ``position + T <= P`` and ``rows + T <= S``.
+
+Rows are evicted after each chunk of a prompt, and while single tokens come, before the step for which ``interval`` have
+come since; so what a short call appended can still be truncated. The capacity is fixed: the budget of each layer, and
+room for a chunk and an interval beside it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gta_edge.errors import InputError
+from gta_edge.model.config import ModelConfig
+from gta_edge.plugins.attention.definition import Features
+from gta_edge.runtime.cache_moves import CacheMemory, Layout, ManagedStep, lay_out, merged
+from gta_edge.runtime.cache_policies.base import CachePolicy, Rows
+from gta_edge.runtime.cache_state import CacheState, Lengths, Part
+
+__all__ = ["OBSERVED_TOKENS", "SHORT_CALL", "ManagedCache"]
+
+SHORT_CALL = OBSERVED_TOKENS = 16
+"""Tokens of a call that is no prompt; and of calls that observe, where a backend has kernels of its own for them."""
+
+_CAPACITY_STEP = 16
+
+Mask = npt.NDArray[np.bool_]
+Floats = npt.NDArray[np.float32]
+
+
+class ManagedCache(CacheState):
+    """The cache of one session, without its memory, as a policy keeps it small.
+
+    Args:
+        config: the model's sizes.
+        policy: which rows stay.
+        dtype: of cached values, ``fp32`` or one of ``CACHE_TYPES``.
+        observed_tokens: tokens of the calls that can observe; then of each chunk of a prompt the last so many are calls
+            of their own, and only they count. None where all calls observe.
+        options: as ``CacheState`` takes them; the capacity follows from the policy.
+
+    Raises:
+        InputError: the policy keeps more rows than the model has positions, is of another model, or cannot go past the
+            model's last position.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        policy: CachePolicy,
+        dtype: str = "fp32",
+        *,
+        observed_tokens: int | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(config, dtype, **options)
+        self.policy = policy
+        self.features = Features(policy.observe, policy.bias_rows, has_positions=True)
+        self._observed_tokens = observed_tokens if policy.observe else None
+        self._budgets, self._has_budgets = self._checked_budgets()
+        self._full = tuple(self._capacity_of(int(budget)) for budget in self._budgets)
+        self._rotates = policy.rotate
+        if self._rotates:
+            self._check_rotation()
+        self._begin()
+
+    # --- sizes -----------------------------------------------------------------------------------------------------
+
+    def _checked_budgets(self) -> tuple[Lengths, bool]:
+        """Return the rows of each layer that stay, int64 [L], and whether the policy says how many they are."""
+        policy, layers, positions = self.policy, len(self.capacities), self.max_length
+        if policy.rows is not None and policy.rows > positions:
+            raise InputError(
+                f"cache policy {policy.name} keeps {policy.rows} rows, and {self._limit}", f"give at most {positions}"
+            )
+        budgets = policy.budgets(layers)
+        if budgets is None:
+            return np.full(layers, positions, np.int64), False
+        budgets = np.asarray(budgets)
+        if budgets.shape != (layers,) or budgets.dtype.kind not in "iu" or (budgets < 1).any():
+            raise InputError(
+                f"cache policy {policy.name} has budgets of shape {list(budgets.shape)}, and the model {layers} layers",
+                "give a whole number of at least 1 for each layer",
+            )
+        return np.minimum(budgets, positions).astype(np.int64), True
+
+    def _capacity_of(self, budget: int) -> int:
+        """Return the rows of a layer that there is memory for; spare ones, where residual rows begin, included."""
+        rows = budget + self.policy.interval + self.chunk_size
+        return min(-(-rows // _CAPACITY_STEP) * _CAPACITY_STEP, self.max_length) + self.policy.bias_rows
+
+    def _check_rotation(self) -> None:
+        policy = self.policy
+        if policy.observe == "last":
+            raise InputError(
+                f"cache policy {policy.name} cannot rotate: what it observes are positions, which would change",
+                "leave rotate out, or take another policy",
+            )
+        needed = int(self._budgets.max()) + policy.interval + self.chunk_size
+        if needed > self.max_length:
+            raise InputError(
+                f"to rotate, rows, interval and a chunk ({needed} together) have to fit, and {self._limit}",
+                "give fewer rows, or a smaller chunk_size",
+            )
+
+    def capacities_for(self, tokens: int) -> tuple[int, ...]:
+        return self._full
+
+    def _grows(self, batch: int, tokens: int) -> bool:
+        return batch != self.batch or not self.capacity
+
+    # --- what it holds ---------------------------------------------------------------------------------------------
+
+    def _begin(self) -> None:
+        """Note that there is nothing in it."""
+        layers, batch, capacity = len(self._full), self.batch, max(self._full)
+        # rows in use of each layer, int64 [L, B], when the cache held so many tokens, int64 [B]
+        self._noted: tuple[Lengths, Lengths] = np.zeros((layers, batch), np.int64), np.zeros(batch, np.int64)
+        self._evicted_at = np.zeros(batch, np.int64)  # tokens seen at the last eviction
+        self._newest_dropped = np.full(batch, -1, np.int64)  # the newest token that some layer no longer has
+        self._ahead = np.zeros(batch, np.int64)  # by how much time is ahead of positions
+        self._times = np.zeros((layers, batch, capacity), np.int64)  # of the noted rows
+        self._positions = np.zeros((layers, batch, capacity if self._rotates else 0), np.int64)
+        self._counts = np.ones((layers, batch, self.policy.bias_rows), np.float32)  # tokens that a row stands for
+        self._residual = np.zeros(self._counts.shape, np.bool_)
+
+    @property
+    def rows(self) -> Lengths:
+        self._match_batch()
+        noted, seen = self._noted
+        return noted + (self.length - seen)
+
+    @property
+    def filled(self) -> int:
+        return int(self.rows.max(initial=0))
+
+    def reset(self) -> None:
+        super().reset()
+        self._begin()
+
+    def _match_batch(self) -> None:
+        if len(self._evicted_at) != self.batch:  # the cache is empty, and of another number of rows than before
+            self._begin()
+
+    def _note(self) -> Lengths:
+        """Note which rows hold the tokens that were appended; return the rows in use, int64 [L, B]."""
+        before, seen = self._noted
+        rows = self.rows
+        for b in np.flatnonzero(self.length > seen):
+            times = np.arange(seen[b], self.length[b])
+            for layer, start in enumerate(before[:, b]):
+                self._times[layer, b, start : start + len(times)] = times
+                if self._rotates:
+                    self._positions[layer, b, start : start + len(times)] = times - self._ahead[b]
+        self._noted = rows, self.length
+        return rows
+
+    def truncate(self, length: npt.NDArray[Any], given: Any, memory: CacheMemory | None = None) -> None:
+        wanted = self._checked_truncation(length, given)
+        self._match_batch()
+        lost = (wanted > 0) & (wanted < self.length) & (wanted <= self._newest_dropped)
+        if lost.any():
+            row = int(lost.argmax())
+            raise InputError(
+                f"cannot truncate row {row} to {int(wanted[row])} tokens: the policy has dropped some of them, up "
+                f"to number {int(self._newest_dropped[row]) + 1}",
+                "truncate to more tokens than that or to 0, or run the text again",
+            )
+        if not wanted.any():
+            self.reset()
+            return
+        _, seen = self._noted
+        if (wanted < seen).any():
+            self._drop_newest(wanted, memory)
+        self.length = wanted
+        self._evicted_at = np.minimum(self._evicted_at, wanted)
+        emptied = wanted == 0
+        self._newest_dropped = np.where(emptied, -1, self._newest_dropped)
+        self._ahead = np.where(emptied, 0, self._ahead)
+
+    def _drop_newest(self, wanted: Lengths, memory: CacheMemory | None) -> None:
+        """Drop the rows of tokens from ``wanted`` on, int64 [B], which lie anywhere since rows moved."""
+        rows = self._note()
+        shorter = np.flatnonzero(wanted < self.length).tolist()
+        layouts = []
+        for layer, b in itertools.product(range(len(rows)), shorter):
+            keep = self._times[layer, b, : rows[layer, b]] < wanted[b]
+            layouts.append((layer, b, self._laid_out(layer, b, keep)))
+        self._apply(layouts, memory)
+        self._noted = self._noted[0], np.minimum(self.length, wanted)
+
+    # --- a step ----------------------------------------------------------------------------------------------------
+
+    def _parts(self, counts: Lengths, tokens: int) -> list[Part]:
+        if self._observed_tokens is None:
+            return super()._parts(counts, tokens)
+        parts = []
+        for chunk in super()._parts(counts, tokens):
+            ends = np.unique(np.append(chunk.real[chunk.real > 0], chunk.stop - chunk.start))
+            cuts = np.unique(np.concatenate([[0], ends, np.maximum(ends - self._observed_tokens, 0)]))
+            parts += [chunk.split(*each) for each in itertools.pairwise(cuts.tolist())]
+        return parts
+
+    def _check_end(self, past: Lengths, ends: Lengths) -> None:
+        if not self._rotates:
+            super()._check_end(past, ends)
+
+    def prepare(self, part: Part, memory: CacheMemory) -> ManagedStep:
+        self._match_batch()
+        due = self.length - self._evicted_at >= self.policy.interval
+        due &= (part.start == 0) | (part.counts <= SHORT_CALL)  # within a prompt, at the end of its chunks
+        if due.any():
+            self._evict(due, memory)
+        if self._rotates:
+            beyond = self.length - self._ahead + part.width > self.max_length
+            if beyond.any():
+                self._evict(beyond, memory)
+                self._renumber(beyond, memory)
+        rows, steps = self.rows, np.arange(part.width)
+        weight, decay = self._weights(part, rows) if self.policy.observe else (None, None)
+        return ManagedStep(
+            past_length=rows,
+            positions=(self.length - self._ahead)[:, None] + steps,
+            row_bias=np.log(self._counts) if self.policy.bias_rows else None,
+            query_weight=weight,
+            decay=decay,
+        )
+
+    def append(self, part: Part, memory: CacheMemory) -> Lengths:
+        super().append(part, memory)
+        prompts = (part.counts > SHORT_CALL) & (self.length > self._evicted_at)
+        if part.ends_chunk and prompts.any():
+            self._evict(prompts, memory)
+        return self.length
+
+    def _weights(self, part: Part, rows: Lengths) -> tuple[Floats, Floats]:
+        """Return ``query_weight`` [B, T] and ``decay`` [B]: each sequence's for its own tokens, padding left out."""
+        batch, real = self.batch, part.real
+        times = self.length[:, None] + np.arange(part.width)
+        visible = np.rint(rows.mean(0)).astype(np.int64)[:, None] + np.arange(1, part.width + 1)
+        if self._observed_tokens is not None:
+            real = np.where(part.at_end(self._observed_tokens), real, 0)
+        if (real == part.width).all():
+            return self.policy.weights(times, visible)
+        weight, decay = np.zeros((batch, part.width), np.float32), np.ones(batch, np.float32)
+        for tokens in np.unique(real[real > 0]).tolist():
+            which = np.flatnonzero(real == tokens)
+            weight[which, :tokens], decay[which] = self.policy.weights(times[which, :tokens], visible[which, :tokens])
+        return weight, decay
+
+    # --- eviction --------------------------------------------------------------------------------------------------
+
+    def _evict(self, which: Mask, memory: CacheMemory) -> None:
+        """Ask the policy about sequences, bool [B], and do as it says. Nothing has changed where it says nonsense."""
+        rows = self._note()
+        over = (rows > self._budgets[:, None]) & which if self._has_budgets else np.broadcast_to(which, rows.shape)
+        received = memory._received() if self.policy.observe and over.any() else None
+        layouts, newest = [], self._newest_dropped.copy()
+        for layer, b in np.argwhere(over).tolist():
+            count = int(rows[layer, b])
+            seen = Rows(
+                layer=layer,
+                budget=int(self._budgets[layer]) if self._has_budgets else None,
+                length=int(self.length[b]),
+                positions=self._times[layer, b, :count].copy(),
+                received=None if received is None else received[layer][b, :count].copy(),
+                counts=self._counts_of(layer, b, count),
+            )
+            layout = self._decided(seen, b)
+            if layout is not None:
+                layouts.append((layer, b, layout))
+                dropped = np.ones(count, np.bool_)
+                dropped[layout.origin] = False
+                newest[b] = max(newest[b], seen.positions[dropped].max(initial=-1))
+        self._apply(layouts, memory)
+        self._newest_dropped = newest
+        self._evicted_at = np.where(which, self.length, self._evicted_at)
+
+    def _counts_of(self, layer: int, b: int, count: int) -> Floats:
+        counts = np.ones(count, np.float32)
+        few = min(count, self.policy.bias_rows)
+        counts[:few] = self._counts[layer, b, :few]
+        return counts
+
+    def _decided(self, rows: Rows, b: int) -> Layout | None:
+        """Return where rows go as the policy says; None where all stay.
+
+        Raises:
+            InputError: what it says makes no sense.
+        """
+        decision, count, most = self.policy.keep(rows), len(rows), self.policy.bias_rows
+        keep, into = np.asarray(decision.keep), None if decision.residual is None else np.asarray(decision.residual)
+        if keep.shape != (count,) or keep.dtype != np.bool_:
+            raise self._nonsense(rows, f"keep is {keep.dtype} of shape {list(keep.shape)}, and there are {count} rows")
+        last = -1
+        if into is not None:
+            if into.shape != (count,) or into.dtype.kind not in "iu":
+                problem = f"residual is {into.dtype} of shape {list(into.shape)}, and there are {count} rows"
+                raise self._nonsense(rows, problem)
+            last = int(into[~keep].max(initial=-1))
+            if last >= min(most, count):
+                raise self._nonsense(rows, f"it folds into residual row {last}, and has {most} of {count} rows")
+        if keep.all():
+            return None
+        layout = self._laid_out(rows.layer, b, keep, into)
+        stay = len(layout.origin)
+        if last >= stay:
+            raise self._nonsense(rows, f"it folds into residual row {last}, and {stay} rows stay")
+        if rows.budget is not None and stay > rows.budget:
+            raise self._nonsense(rows, f"it keeps {stay} rows of a budget of {rows.budget}")
+        return layout
+
+    def _nonsense(self, rows: Rows, problem: str) -> InputError:
+        return InputError(f"cache policy {self.policy.name}, layer {rows.layer}: {problem}", "mend its keep()")
+
+    def _laid_out(self, layer: int, b: int, keep: Mask, into: Lengths | None = None) -> Layout:
+        count = len(keep)
+        residual = np.zeros(count, np.bool_)
+        few = min(count, self.policy.bias_rows)
+        residual[:few] = self._residual[layer, b, :few]
+        times, counts = self._times[layer, b, :count], self._counts_of(layer, b, count)
+        return lay_out(keep, into, times, counts, residual)
+
+    def _apply(self, layouts: list[tuple[int, int, Layout]], memory: CacheMemory | None) -> None:
+        """Move rows, and note where they are; where moving fails, the cache is emptied."""
+        if not layouts:
+            return
+        rows = self._noted[0].copy()
+        try:
+            for moves in merged(layouts):
+                assert memory is not None  # who moved rows has it
+                memory._move(moves)
+            for layer, b, layout in layouts:
+                stay = len(layout.origin)
+                self._times[layer, b, :stay] = self._times[layer, b, layout.origin]
+                if self._rotates:
+                    self._positions[layer, b, :stay] = self._positions[layer, b, layout.origin]
+                few = min(stay, self.policy.bias_rows)
+                self._counts[layer, b], self._residual[layer, b] = 1, False
+                self._counts[layer, b, :few], self._residual[layer, b, :few] = (
+                    layout.counts[:few],
+                    layout.residual[:few],
+                )
+                rows[layer, b] = stay
+            self._noted = rows, self._noted[1]
+        except BaseException:
+            self.reset()
+            raise
+
+    # --- past the last position ------------------------------------------------------------------------------------
+
+    def _renumber(self, which: Mask, memory: CacheMemory) -> None:
+        """Give rows consecutive positions, the newest the same in all layers, and rotate their keys accordingly.
+
+        Of a window only sinks come closer; rows that lie scattered lose the distances between them.
+        """
+        rows = self._note()
+        tops = rows.max(0)
+        shifts = [np.zeros((self.batch, capacity), np.int64) for capacity in self._full]
+        for layer, shift in enumerate(shifts):
+            for b in np.flatnonzero(which):
+                count = rows[layer, b]
+                order = self._times[layer, b, :count].argsort()
+                renumbered = np.empty(count, np.int64)
+                renumbered[order] = np.arange(tops[b] - count, tops[b])
+                shift[b, :count] = renumbered - self._positions[layer, b, :count]
+                self._positions[layer, b, :count] = renumbered
+        try:
+            memory._rotate(shifts)
+        except BaseException:
+            self.reset()
+            raise
+        self._ahead = np.where(which, self.length - tops, self._ahead)

@@ -1,0 +1,114 @@
+"""A managed cache in torch's memory: rows moved and folded, keys rotated, and what a step is given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from gta_edge.libraries.optional import optional
+from gta_edge.model.config import ModelConfig
+from gta_edge.model.decoder import Cache, ManagedInputs
+from gta_edge.model.tables import rotations
+from gta_edge.runtime.cache_moves import ManagedStep, Moves, by_layer
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = optional("torch", "export")
+
+__all__ = ["Received", "managed_inputs", "move", "rotate"]
+
+_ALIGNMENT = 64  # values between two layers' beginnings, so that each begins where kernels can read several at once
+
+
+class Received:
+    """What the rows of each layer have received, in one piece of memory.
+
+    Args:
+        batch: B.
+        capacities: of each layer.
+        device: where it is.
+
+    Attributes:
+        layers: float32 [B, S] of each layer.
+    """
+
+    def __init__(self, batch: int, capacities: Sequence[int], device: torch.device) -> None:
+        sizes = [-(-batch * capacity // _ALIGNMENT) * _ALIGNMENT for capacity in capacities]
+        self._all = torch.zeros(sum(sizes), dtype=torch.float32, device=device)
+        self._starts = np.cumsum([0, *sizes[:-1]]).tolist()
+        self._shapes = [(batch, capacity) for capacity in capacities]
+        self.layers = self._parted(self._all)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all of it."""
+        return self._all.nbytes
+
+    def on_host(self) -> list[npt.NDArray[np.float32]]:
+        """Return every layer's, in one copy; on the CPU the memory itself."""
+        return [layer.numpy() for layer in self._parted(self._all.cpu())]
+
+    def _parted(self, values: Tensor) -> list[Tensor]:
+        return [
+            values[start : start + batch * capacity].view(batch, capacity)
+            for start, (batch, capacity) in zip(self._starts, self._shapes, strict=True)
+        ]
+
+
+def managed_inputs(
+    step: ManagedStep, received: Sequence[Tensor], observe: str | None, device: torch.device
+) -> tuple[Tensor, ManagedInputs]:
+    """Return ``past_length`` [L, B] and the other inputs of a step, on the device."""
+
+    def there(array: npt.NDArray[np.generic] | None) -> Tensor | None:
+        return None if array is None else torch.tensor(array, device=device)
+
+    inputs = ManagedInputs(
+        positions=there(step.positions),
+        row_bias=there(step.row_bias),
+        past_received=received if observe else None,
+        query_weight=there(step.query_weight),
+        decay=there(step.decay),
+        observe=observe or "",
+    )
+    return torch.tensor(step.past_length, device=device), inputs
+
+
+def move(caches: Sequence[Cache], received: Sequence[Tensor], moves: Moves) -> None:
+    """Fold and copy rows of caches [B, n, S, d] and of what rows received [B, S]."""
+    device = caches[0][0].device
+    for layer, part in by_layer(moves.folds):
+        b, sources, targets = torch.tensor(moves.folds[part, 1:].T, dtype=torch.int64, device=device)
+        weights = torch.tensor(moves.fold_weights[part], device=device)[:, None, None]
+        first = torch.ones_like(b, dtype=torch.bool)
+        first[1:] = (b[1:] != b[:-1]) | (targets[1:] != targets[:-1])  # those of one target are neighbours
+        group = first.cumsum(0) - 1
+        for cache in caches[layer]:
+            weighted = weights * cache[b, :, sources].float()  # [F, n, d]
+            sums = weighted.new_zeros(int(group[-1]) + 1, *weighted.shape[1:]).index_add_(0, group, weighted)
+            cache[b[first], :, targets[first]] = sums.to(cache.dtype)
+    for layer, part in by_layer(moves.moves):
+        b, sources, targets = torch.tensor(moves.moves[part, 1:].T, dtype=torch.int64, device=device)
+        for cache in caches[layer]:
+            cache[b, :, targets] = cache[b, :, sources]
+        if received:
+            received[layer][b, targets] = received[layer][b, sources]
+
+
+def rotate(config: ModelConfig, caches: Sequence[Cache], shifts: Sequence[npt.NDArray[np.int64]]) -> None:
+    """Rotate the keys of caches as if positions were larger by ``shifts``, [B, S] of each layer."""
+    for layer, ((key, _), shift) in enumerate(zip(caches, shifts, strict=True)):
+        b, rows = np.nonzero(shift)
+        if layer in config.unrotated_layers or not len(b):
+            continue
+        tables = rotations(config, shift[b, rows])
+        cos, sin = (torch.from_numpy(table).to(key.device)[:, None] for table in tables)  # [N, 1, d_k/2]
+        where = torch.from_numpy(b).to(key.device), torch.from_numpy(rows).to(key.device)
+        first, second = key[where[0], :, where[1]].float().chunk(2, -1)  # [N, n_k, d_k/2]
+        turned = torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+        key[where[0], :, where[1]] = turned.to(key.dtype)
