@@ -1,7 +1,7 @@
 """Compiles the CUDA kernels ahead of time, into the cache that the package reads: no board waits for its first compile.
 
-    python scripts/compile_kernels.py ARCH [--models NAME,...] [--ops attention,matmul] [--compute fp16,bf16]
-        [--cache-dtypes fp16,bf16,int8,fp8] [--output DIR]
+    python scripts/compile_kernels.py ARCH [--models NAME,...] [--ops attention,matmul,elementwise]
+        [--compute fp16,bf16] [--cache-dtypes fp16,bf16,int8,fp8] [--output DIR]
 
 ARCH is ``sm_87`` for Orin, ``sm_110`` for Thor, ``sm_90`` for an H100; no GPU is needed, NVRTC is (the extra cuda12 or
 cuda13). NAME is a preset, or the directory of a bundle or a checkpoint. Without ``--output`` the kernels go to this
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from gta_edge.cuda.compiler import Compilable, Compiled
     from gta_edge.model.config import ModelConfig
 
-OPS = ("attention", "matmul")
+OPS = ("attention", "matmul", "elementwise")
 _ELSEWHERE = "name another directory in --output"
 
 
@@ -56,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--models", default="", metavar="NAME,...", help="presets or directories; all presets if not given"
     )
-    parser.add_argument("--ops", default=",".join(OPS), help="some of attention, matmul")
+    parser.add_argument("--ops", default=",".join(OPS), help="some of attention, matmul, elementwise")
     parser.add_argument("--compute", default="fp16,bf16", help="types that are computed in")
     parser.add_argument("--cache-dtypes", default="fp16,bf16,int8,fp8", help="types of the KV cache")
     parser.add_argument("--output", type=Path, metavar="DIR", help="instead of this machine's cache")
@@ -115,6 +115,10 @@ def _programs(options: argparse.Namespace) -> Iterator[Compilable]:
             yield from _attention(config, options.architecture, computes, caches)
     if "matmul" in ops:
         yield from _matmul(options.architecture, computes)
+    if "elementwise" in ops:
+        from gta_edge.plugins.elementwise.launches import Program
+
+        yield from map(Program, computes)
 
 
 def _attention(
@@ -188,8 +192,9 @@ def _cached(kernels: Path) -> set[Path]:
 
 def _described(program: Any) -> str:
     """Return the types of a program's variant, and of the attention its heads."""
-    values = [f"{name} {value}" for name, value in vars(program.variant).items() if name != "sizes"]
-    sizes = getattr(program.variant, "sizes", None)
+    variant = getattr(program, "variant", program)
+    values = [f"{name} {value}" for name, value in vars(variant).items() if name != "sizes"]
+    sizes = getattr(variant, "sizes", None)
     return ", ".join([*values, *(["sizes " + "-".join(map(str, astuple(sizes)))] if sizes else [])])
 
 

@@ -24,7 +24,7 @@ else:
     torch = optional("torch", "export")
     Tensor, nn, functional = torch.Tensor, torch.nn, torch.nn.functional
 
-__all__ = ["Attention", "Cache", "Decoder", "ManagedInputs", "SelfAttention", "empty_cache"]
+__all__ = ["MLP", "Attention", "Cache", "Decoder", "ManagedInputs", "SelfAttention", "empty_cache"]
 
 Cache: TypeAlias = "tuple[Tensor, Tensor]"
 """One layer's ``[B, n, S, d]`` caches: the key's, and the latent's or the value's."""
@@ -143,11 +143,15 @@ class MLP(nn.Module):
         self.up_proj = _linear("up_proj", config.hidden_size, config.intermediate_size, biases)
         self.down_proj = _linear("down_proj", config.intermediate_size, config.hidden_size, biases)
         self.projections: nn.Module | None = None  # in the place of gate_proj and up_proj, where they are one product
+        self.multiply: Callable[[Tensor, Tensor], Tensor] = _silu_multiply
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = (self.gate_proj(x), self.up_proj(x)) if self.projections is None else self.projections(x)
-        product: Tensor = functional.silu(gate) * up
-        return self.down_proj(product)  # type: ignore[no-any-return]  # nn.Module's call is untyped
+        return self.down_proj(self.multiply(gate, up))  # type: ignore[no-any-return]  # nn.Module's call is untyped
+
+
+def _silu_multiply(gate: Tensor, up: Tensor) -> Tensor:
+    return functional.silu(gate) * up
 
 
 class Layer(nn.Module):

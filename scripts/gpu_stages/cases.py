@@ -11,7 +11,17 @@ from gta_edge.plugins.attention.definition import Sizes
 from gta_edge.plugins.attention.tiling import Variant
 from gta_edge.plugins.matmul import tiling as matmul
 
-__all__ = ["ATTENTION", "ATTENTION_SIZES", "MATMULS", "STEPS", "AttentionCase", "MatMulCase", "attention", "matmuls"]
+__all__ = [
+    "ATTENTION",
+    "ATTENTION_SIZES",
+    "MATMULS",
+    "STEPS",
+    "AttentionCase",
+    "ElementwiseCase",
+    "MatMulCase",
+    "attention",
+    "matmuls",
+]
 
 ATTENTION_SIZES = {
     "gta-1b": Sizes(5, 1, 1, 64, 128, 1280),
@@ -62,6 +72,24 @@ class MatMulCase:
 
         call = gpu_matmul_calls.Call(self.variant, self.rows, self.in_features, self.output_sizes, bias=self.bias)
         return call, matmul_cases.TOLERANCE[self.variant.compute]
+
+
+@dataclass(frozen=True)
+class ElementwiseCase:
+    """A residual's addition with its norm, and SiLU(gate) · up, of so many rows."""
+
+    group: str
+    name: str
+    compute: str
+    rows: int
+    width: int
+
+    def call(self) -> tuple[Any, float]:
+        """Return the calls, their memory made, and the largest error that they may have."""
+        from tests.helpers import gpu_elementwise_calls
+
+        call = gpu_elementwise_calls.Call(self.compute, self.rows, self.width)
+        return call, gpu_elementwise_calls.TOLERANCE[self.compute]
 
 
 def attention(tokens_of: Mapping[int, tuple[tuple[int, ...], int]], sizes: tuple[str, ...]) -> Iterator[AttentionCase]:

@@ -26,6 +26,8 @@ def _small() -> Iterator[Any]:
             yield case
     shapes = ((1280, (320, 64, 128, 1280), True), (136, (16, 21), True))
     yield from cases.matmuls((1, 9, 40, 130), ((4, 32), (8, 0)), shapes)
+    for compute in ("bf16", "fp16"):
+        yield from (cases.ElementwiseCase("elementwise", compute, compute, 3, width) for width in (264, 1280))
 
 
 def _large() -> Iterator[Any]:
@@ -36,6 +38,7 @@ def _large() -> Iterator[Any]:
         past = (capacity - tokens,)
         yield cases.AttentionCase("large", "", cases.ATTENTION, past, tokens, capacity)
     yield from cases.MATMULS
+    yield cases.ElementwiseCase("large", "elementwise", "bf16", 1, 1280)
 
 
 def main(*sizes: str) -> None:

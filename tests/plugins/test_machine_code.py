@@ -3,6 +3,7 @@
 import re
 import shutil
 from pathlib import Path
+from typing import TypeAlias
 
 import pytest
 
@@ -11,11 +12,14 @@ from gta_edge.plugins.attention import launches as attention
 from gta_edge.plugins.attention.definition import Sizes
 from gta_edge.plugins.attention.tiling import Variant
 from gta_edge.plugins.domain import KERNELS
+from gta_edge.plugins.elementwise import launches as elementwise
 from gta_edge.plugins.matmul import launches as matmul
 from gta_edge.plugins.matmul import tiling as matmul_tiling
 from tests.helpers.nvrtc import instructions, needs_nvrtc, ptx_of, reads
 
 pytestmark = needs_nvrtc
+
+Program: TypeAlias = "attention.Program | matmul.Program | elementwise.Program"
 
 ARCHITECTURE = "sm_87"
 GTA_1B = Sizes(5, 1, 1, 64, 128, 1280)
@@ -24,6 +28,7 @@ GTA_1B = Sizes(5, 1, 1, 64, 128, 1280)
 CONSTANT = {"cos", "sin", "value_decoder", "weight", "scale", "bias"}
 PARAMETERS = {name: signature.addresses for name, signature in attention.SIGNATURES.items()}
 PARAMETERS |= dict.fromkeys(("gta_matmul", "gta_matmul_8_rows", "gta_matmul_16_rows"), matmul.SIGNATURE.addresses)
+PARAMETERS |= {name: signature.addresses for name, signature in elementwise.SIGNATURES.items()}
 
 
 def attention_programs(cache: str, sizes: Sizes = GTA_1B) -> list[attention.Program]:
@@ -42,6 +47,7 @@ PROGRAMS = {
     "attention, int8 cache": attention_programs("int8"),
     "matmul, int4": matmul_programs(4),
     "matmul, int8": matmul_programs(8),
+    "elementwise": [elementwise.Program("bf16")],
 }
 PRODUCED = {
     "gta_decode_split": {"query", "key", "latent", "key_cache", "latent_cache", "past_length"},
@@ -51,10 +57,12 @@ PRODUCED = {
     "gta_matmul": {"x"},
     "gta_matmul_8_rows": {"x"},
     "gta_matmul_16_rows": {"x"},
+    "gta_add_norm": {"x", "addend"},
+    "gta_silu_multiply": {"gate", "up"},
 }
 
 
-def reads_of(program: attention.Program | matmul.Program, sources: Path) -> dict[tuple[str, str], set[bool]]:
+def reads_of(program: Program, sources: Path) -> dict[tuple[str, str], set[bool]]:
     """By kernel and parameter, whether reads of it may be early, late, or either."""
     found: dict[tuple[str, str], set[bool]] = {}
     for kernel, place, early in reads(ptx_of(program, ARCHITECTURE, sources)):
@@ -63,7 +71,9 @@ def reads_of(program: attention.Program | matmul.Program, sources: Path) -> dict
 
 
 @pytest.mark.parametrize("programs", PROGRAMS.values(), ids=PROGRAMS)
-def test_what_a_kernel_before_may_write_is_not_read_early(programs: list[attention.Program | matmul.Program]) -> None:
+def test_what_a_kernel_before_may_write_is_not_read_early(
+    programs: list[Program],
+) -> None:
     for program in programs:
         found = reads_of(program, KERNELS)
         early = {name for name, kinds in found.items() if True in kinds}

@@ -154,6 +154,12 @@ GTA_DEVICE float reciprocal(float x) {
     return y;
 }
 
+GTA_DEVICE float inverse_root(float x) {
+    float y;
+    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 GTA_DEVICE float as_float(u32 bits) { return __uint_as_float(bits); }
 
 GTA_DEVICE u32 as_bits(float value) { return __float_as_uint(value); }

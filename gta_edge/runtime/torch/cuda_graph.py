@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from inspect import signature
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
 from gta_edge.errors import BackendError, CapacityError
 from gta_edge.libraries.optional import optional
 from gta_edge.libraries.torch import is_out_of_memory
-from gta_edge.model.decoder import Cache, Decoder, ManagedInputs
+from gta_edge.model.decoder import Cache, ManagedInputs
 from gta_edge.model.kv_cache import DECAY, INPUT_IDS, PAST_LENGTH, POSITIONS, QUERY_WEIGHT, ROW_BIAS
 from gta_edge.plugins.attention.definition import Features
 from gta_edge.runtime.cache_moves import ManagedStep
@@ -31,6 +31,9 @@ else:
     torch = optional("torch", "export")
 
 __all__ = ["CHECKED", "CaptureError", "DecodeGraph"]
+
+Step: TypeAlias = "Callable[..., tuple[Tensor, list[Cache]]]"
+"""What ``Decoder.forward`` takes, to logits and present caches."""
 
 
 _ALIGNMENT = 16  # values, at whose multiples arrays begin
@@ -112,7 +115,7 @@ class DecodeGraph:
     """The step that appends one token to each row of the caches.
 
     Args:
-        model: on a CUDA device, its attention in place.
+        model: what runs the step, called as a ``Decoder``: on a CUDA device, its attention in place.
         caches: per layer; their memory is part of the graph and has to stay where it is.
         batch: B.
         features: of a managed cache; None without one.
@@ -128,7 +131,7 @@ class DecodeGraph:
 
     def __init__(
         self,
-        model: Decoder,
+        model: Step,
         caches: Sequence[Cache],
         batch: int,
         features: Features | None = None,
@@ -163,7 +166,7 @@ class DecodeGraph:
         torch.cuda.synchronize(device)
         self._logits = torch.empty(self._device_logits.shape, dtype=torch.float32, pin_memory=True)
 
-    def _captured(self, model: Decoder, arguments: Sequence[Any]) -> torch.cuda.CUDAGraph:
+    def _captured(self, model: Step, arguments: Sequence[Any]) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         current = torch.cuda.current_stream(self._device)
         try:
@@ -202,5 +205,8 @@ class DecodeGraph:
         return self._logits.clone()
 
     def launch(self) -> None:
-        """Queue the last step once more on the current stream, which writes the same again: for timing on the GPU."""
+        """Queue the last step once more on the current stream: for timing on the GPU.
+
+        It writes the same again, but for what rows of a managed cache have received.
+        """
         self._graph.replay()

@@ -35,6 +35,7 @@ from gta_edge.runtime.managed_cache import OBSERVED_TOKENS, ManagedCache
 from gta_edge.runtime.session import Ids, Logits, Session
 from gta_edge.runtime.torch import managed as memory
 from gta_edge.runtime.torch.cuda_graph import CaptureError, DecodeGraph
+from gta_edge.runtime.torch.decode_step import DecodeStep, join_linears
 
 if TYPE_CHECKING:
     import torch
@@ -157,6 +158,8 @@ class TorchSession(Session):
         self._options = {"device": torch.device(device), "dtype": getattr(torch, DTYPES[compute].array)}
         with _within_memory(f"there is no memory for the model in {compute}"):
             self._model = model.eval().requires_grad_(False).to(**self._options)
+            if on_gpu and compute in COMPUTE_TYPES:
+                join_linears(self._model)
         self._caches: list[Cache] = []
         self._observed: memory.Received | None = None
         self._graph: DecodeGraph | None = None
@@ -279,7 +282,7 @@ class TorchSession(Session):
             try:
                 received = self._observed.layers if self._observed else []
                 features = self._cache.features if isinstance(self._cache, ManagedCache) else None
-                self._graph = DecodeGraph(self._model, self._caches, batch, features, received)
+                self._graph = DecodeGraph(DecodeStep(self._model), self._caches, batch, features, received)
             except CaptureError as error:
                 self.graph_refused = error.problem
         return self._graph

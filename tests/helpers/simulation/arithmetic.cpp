@@ -122,6 +122,8 @@ float logarithm_2(float x) { return std::log2(x); }
 
 float reciprocal(float x) { return 1.0f / x; }
 
+float inverse_root(float x) { return 1.0f / std::sqrt(x); }
+
 int nearest_integer(float x) {
     if (std::isnan(x)) return 0;
     if (x >= 0x1p31f) return std::numeric_limits<int>::max();

@@ -92,6 +92,8 @@ float logarithm_2(float x);
 
 float reciprocal(float x);
 
+float inverse_root(float x);
+
 GTA_DEVICE float as_float(u32 bits) {
     float value;
     __builtin_memcpy(&value, &bits, 4);
