@@ -116,10 +116,15 @@ def rotated(case: Case, name: str, heads: int) -> Array:
     """Query or key after RoPE, float64 [B, n, T, d_k]."""
     x = case.arrays[name].astype(np.float64).reshape(case.batch, case.tokens, heads, -1).transpose(0, 2, 1, 3)
     last = len(case.arrays["cos"]) - 1
-    places = np.minimum(held(case)[:, None] + np.arange(case.tokens), last)
+    places = np.clip(positions(case), 0, last)
     cos, sin = (case.arrays[table].astype(np.float64)[places][:, None] for table in ("cos", "sin"))
     a, b = np.split(x, 2, axis=-1)
     return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
+def positions(case: Case) -> Array:
+    """RoPE positions of the new tokens, [B, T], as they are given or follow on the cache's rows."""
+    return case.arrays.get("token_positions", held(case)[:, None] + np.arange(case.tokens))
 
 
 def held(case: Case) -> Array:
@@ -142,24 +147,54 @@ def appended(case: Case, past: dict[str, Array]) -> dict[str, Array]:
     return present
 
 
-def attended(case: Case, present: dict[str, Array]) -> Array:
-    """The output for caches as they are after the call, float64 [B, T, H].
+def visible(case: Case, row: int) -> Array:
+    """Which rows of a sequence's cache each query sees, bool [T, S]."""
+    start, rows = held(case)[row], np.arange(case.capacity)
+    if "branches" not in case.arrays:
+        return rows <= start + np.arange(case.tokens)[:, None]
+    words = case.arrays["branches"][row]
+    seen = np.zeros((case.tokens, case.capacity), bool)
+    for s in range(min(start + case.tokens, case.capacity)):
+        place = s - int(case.arrays["branch_start"][row])
+        for t in range(case.tokens):
+            seen[t, s] = place < 0 or (place < len(words) and int(words[place]) >> t & 1)
+    return seen
+
+
+def weights(case: Case, present: dict[str, Array]) -> list[Array]:
+    """Attention of each sequence over its cache as it is after the call, float64 [n_q, T, S]; zeros of what sees none.
 
     The query that has been turned is rounded to the inputs' type, as the op's function has it: of keys that are large
     or nearly alike that alone changes the weights by a percent in bf16.
     """
-    sizes, scale = case.variant.sizes, case.scale
+    sizes = case.variant.sizes
     query = rotated(case, "query", sizes.num_query_heads).astype(case.arrays["query"].dtype).astype(np.float64)
     key = np.repeat(present["key"], sizes.num_query_heads // sizes.num_key_heads, axis=1)
+    found = []
+    for row in range(case.batch):
+        seen = visible(case, row)
+        used = seen.any(0)
+        scores = np.full((sizes.num_query_heads, case.tokens, case.capacity), -np.inf)
+        scores[:, :, used] = query[row] @ key[row][:, used].transpose(0, 2, 1) * case.scale
+        if "row_bias" in case.arrays:
+            bias = case.arrays["row_bias"][row].astype(np.float64)
+            scores[:, :, : len(bias)] += bias[: case.capacity]
+        scores = np.where(seen, scores, -np.inf)
+        largest = scores.max(-1, keepdims=True)
+        powers = np.exp(scores - np.where(np.isfinite(largest), largest, 0))
+        sums = powers.sum(-1, keepdims=True)
+        found.append(powers / np.where(sums > 0, sums, 1))
+    return found
+
+
+def attended(case: Case, present: dict[str, Array]) -> Array:
+    """The output for caches as they are after the call, float64 [B, T, H]."""
+    sizes = case.variant.sizes
     latent = np.repeat(present["latent"], sizes.num_query_heads // sizes.num_latent_heads, axis=1)
     output = np.empty((case.batch, case.tokens, sizes.hidden_size))
-    for row, start in enumerate(held(case)):
-        end = min(start + case.tokens, case.capacity)
-        scores = query[row] @ key[row, :, :end].transpose(0, 2, 1) * scale  # [n_q, T, end]
-        visible = np.arange(end) <= start + np.arange(case.tokens)[:, None]
-        scores = np.where(visible, scores, -np.inf)
-        weights = np.exp(scores - scores.max(-1, keepdims=True))
-        mix = weights / weights.sum(-1, keepdims=True) @ latent[row, :, :end]  # [n_q, T, d_l]
+    for row, attention in enumerate(weights(case, present)):
+        used = attention.any((0, 1))
+        mix = attention[:, :, used] @ latent[row][:, used]  # [n_q, T, d_l]
         if sizes.has_value_decoder:
             mix = np.tile(mix, case.variant.expansion) + mix @ case.arrays["value_decoder"].astype(np.float64)
         output[row] = mix.transpose(1, 0, 2).reshape(case.tokens, -1)
@@ -181,6 +216,6 @@ def rounding(of: Variant, values: Array) -> Array:
 
 
 def error(found: Array, expected: Array) -> float:
-    """Largest difference over the largest magnitude expected."""
-    found = found.astype(np.float64)
-    return float(np.abs(found - expected).max() / np.abs(expected).max()) if np.isfinite(found).all() else np.inf
+    """Largest difference over the largest magnitude expected, or over 1 where nothing but zeros is."""
+    found, largest = found.astype(np.float64), np.abs(expected).max()
+    return float(np.abs(found - expected).max() / (largest or 1)) if np.isfinite(found).all() else np.inf

@@ -11,16 +11,26 @@ import pytest
 from gta_edge.cuda import gpu
 from gta_edge.cuda.compiler import Compilable, Compiled
 from gta_edge.cuda.gpu import Gpu
+from gta_edge.plugins.attention.definition import NO_FEATURES, Features
 from gta_edge.plugins.domain import KERNELS
 
 ORIN = Gpu(0, "Orin", "sm_87", 8)
 
 
-def declared() -> dict[str, list[tuple[str, str]]]:
-    """Type and name of each parameter of each kernel, read off the sources."""
+def declared(features: Features = NO_FEATURES) -> dict[str, list[tuple[str, str]]]:
+    """Type and name of each parameter of each kernel of a build with these features, read off the sources."""
+    conditions = {
+        "POSITIONS": features.has_positions,
+        "BIAS": features.bias_rows,
+        "BRANCHES": features.has_branches,
+        "OBSERVED": features.observe,
+    }
     found = {}
-    for source in KERNELS.glob("*.cu"):
-        text = re.sub(r"//.*|/\*.*?\*/", "", source.read_text())
+    for source in (*KERNELS.glob("*.cu"), *KERNELS.glob("*.cuh")):
+        text, before = re.sub(r"//.*|/\*.*?\*/|^#.*", "", source.read_text(), flags=re.MULTILINE), ""
+        while text != before:  # the innermost first
+            before = text
+            text = re.sub(r"\bGTA_IF_(\w+)\(([^()]*)\)", lambda match: match[2] if conditions[match[1]] else "", before)
         for name, parameters in re.findall(r"\bGTA_KERNEL\([^()]*\)\s*(\w+)\(([^()]*)\)\s*\{", text):
             words = [parameter.replace("*", " * ").split() for parameter in parameters.split(",")]
             found[name] = [

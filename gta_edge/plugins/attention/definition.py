@@ -50,6 +50,7 @@ __all__ = [
     "MODEL_INPUTS",
     "MODEL_OPTIONAL_INPUTS",
     "MODEL_OUTPUTS",
+    "NO_FEATURES",
     "OBSERVATIONS",
     "OBSERVE",
     "OP",
@@ -203,6 +204,10 @@ class Features:
     def outputs(self) -> tuple[str, ...]:
         """Names of the node's outputs."""
         return OUTPUTS if self.observe else MODEL_OUTPUTS
+
+
+NO_FEATURES = Features()
+"""Of a cache that nobody manages."""
 
 
 def attributes(

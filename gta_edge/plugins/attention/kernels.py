@@ -15,16 +15,21 @@ import numpy as np
 from gta_edge.cuda.architecture import MAX_INT32
 from gta_edge.cuda.gpu import Gpu, Launcher, check_addresses
 from gta_edge.errors import BackendError
+from gta_edge.plugins.attention.definition import FEATURE_INPUTS
 from gta_edge.plugins.attention.launches import Plan, decode_launches, plan_attention, prefill_launches, programs_for
 from gta_edge.plugins.attention.tiling import Variant
 from gta_edge.plugins.domain import KERNELS
 
-__all__ = ["AttentionKernels", "Buffers", "attention_kernels"]
+__all__ = ["BUFFERS_OF", "AttentionKernels", "Buffers", "attention_kernels"]
 
-_ALIGNMENTS = {"past_length": 8, "key_scale": 4, "latent_scale": 4}
 _SCALES = ("key_scale", "latent_scale")
+_INTEGERS = ("token_positions", "branch_start", "branches")
+_FLOATS = ("row_bias", "received", "query_weight", "decay")
+_ALIGNMENTS = dict.fromkeys((*_SCALES, *_FLOATS), 4) | dict.fromkeys(("past_length", *_INTEGERS), 8)
+BUFFERS_OF = {name: name for name in FEATURE_INPUTS} | {"positions": "token_positions", "past_received": "received"}
+"""Field of ``Buffers`` of each input of a managed cache: ``positions`` is P there."""
 _MAX_FLOAT32 = float(np.finfo(np.float32).max)
-_OPTIONAL = (*_SCALES, "gate", "value_decoder", "workspace")
+_OPTIONAL = (*_SCALES, "gate", "value_decoder", "workspace", *_INTEGERS, *_FLOATS)
 _LAUNCHES_CACHED = 256
 
 
@@ -32,7 +37,8 @@ _LAUNCHES_CACHED = 256
 class Buffers:
     """Device addresses of the op's inputs and outputs: 16-bit floats of the variant's compute type, if not said else.
 
-    All are multiples of 16 bytes, but for ``past_length`` (8) and the scales (4).
+    All are multiples of 16 bytes, but for ``past_length`` and what else is int64 (8), the scales and what else is
+    float32 (4).
 
     Raises:
         BackendError: an address is missing or not aligned.
@@ -66,6 +72,21 @@ class Buffers:
     """[B, T, H]"""
     workspace: int
     """``AttentionKernels.workspace_bytes`` bytes of no meaning between calls; 0 if that is 0."""
+    token_positions: int = 0
+    """int64 [B, T], RoPE positions of the new tokens; 0, as below, if they are not given."""
+    row_bias: int = 0
+    """float32 [B, R]"""
+    branch_start: int = 0
+    """int64 [B]"""
+    branches: int = 0
+    """int64 [B, W]"""
+    received: int = 0
+    """float32 [B, S], updated in place: of more than ``Variant.decode_tokens`` new tokens, which observe nothing, the
+    new rows alone, with NaN where a query weight is not 0 or the decay not 1."""
+    query_weight: int = 0
+    """float32 [B, T]"""
+    decay: int = 0
+    """float32 [B]"""
 
     def __post_init__(self) -> None:
         check_addresses(vars(self).items(), _ALIGNMENTS, _OPTIONAL)
@@ -98,7 +119,7 @@ class AttentionKernels:
         self._presence = _presence(variant)
         self._launcher = Launcher(gpu, "attention", KERNELS)
         # Neither the kernels nor their shared memory depend on a call's sizes.
-        samples = [decode_launches(self.programs.decode, gpu.processors, 1, 1, 1)]
+        samples = [decode_launches(program, gpu.processors, 1, 1, 1) for program in self.programs.decodes]
         samples += [prefill_launches(program, 1, 1) for program in self.programs.prefill]
         self._kernels = self._launcher.load(
             {launches[0].program: {each.kernel: each.launch.shared_bytes for each in launches} for launches in samples}
@@ -137,6 +158,7 @@ class AttentionKernels:
         capacity: int,
         positions: int,
         scale: float,
+        branch_rows: int = 0,
     ) -> None:
         """Launch one call of the op.
 
@@ -149,11 +171,12 @@ class AttentionKernels:
             capacity: S.
             positions: P, rows of ``cos`` and ``sin``.
             scale: factor of the scores, before the softmax; more than 0.
+            branch_rows: W, rows that ``branches`` has a word for.
 
         Raises:
             BackendError: a size or an address that the kernels cannot take, or a launch failed.
         """
-        plan, launches = self._prepared(batch, tokens, capacity, positions, scale)
+        plan, launches = self._prepared(batch, tokens, capacity, positions, scale, branch_rows)
         for name, expected, reason in self._presence:
             if bool(getattr(buffers, name)) != expected:
                 raise BackendError(f"{name} is {'missing' if expected else 'given'}", reason)
@@ -174,7 +197,7 @@ class AttentionKernels:
         return plan_attention(self.programs, self.gpu.processors, batch=batch, tokens=tokens, capacity=capacity)
 
     def _prepare(
-        self, batch: int, tokens: int, capacity: int, positions: int, scale: float
+        self, batch: int, tokens: int, capacity: int, positions: int, scale: float, branch_rows: int
     ) -> tuple[Plan, tuple[Any, ...]]:
         """Return the plan, and of each launch all that does not depend on addresses, as cuda.core takes it."""
         plan = self.plan(batch, tokens, capacity)
@@ -185,9 +208,11 @@ class AttentionKernels:
             raise BackendError(f"scale is {scale}", "expected more than 0, and a number that float32 has")
         if not 1 <= positions <= MAX_INT32:
             raise BackendError(f"positions is {positions}", f"expected 1 to {MAX_INT32}")
+        if not 0 <= branch_rows <= MAX_INT32:
+            raise BackendError(f"branches has words for {branch_rows} rows", f"expected 0 to {MAX_INT32}")
         # An int of Python would be passed as 8 bytes, a float too.
         values: dict[str, Any] = {name: np.int32(value) for name, value in plan.numbers.items()}
-        values |= {"positions": np.int32(positions), "scale": np.float32(scale)}
+        values |= {"positions": np.int32(positions), "branch_rows": np.int32(branch_rows), "scale": np.float32(scale)}
         return plan, tuple(
             (
                 self._launcher.config(each.launch),
@@ -202,7 +227,15 @@ class AttentionKernels:
 def _presence(variant: Variant) -> tuple[tuple[str, bool, str], ...]:
     """Return of each address that some variants lack its name, whether this one has it, and why."""
     scales = f"a cache of type {variant.cache} has {'scales' if variant.quantised else 'none'}"
-    has = {"gate": variant.sizes.has_gate, "value_decoder": variant.sizes.has_value_decoder}
+    features = variant.features
+    has = {
+        "gate": variant.sizes.has_gate,
+        "value_decoder": variant.sizes.has_value_decoder,
+        "token_positions": features.has_positions,
+        "row_bias": bool(features.bias_rows),
+        **dict.fromkeys(("branch_start", "branches"), features.has_branches),
+        **dict.fromkeys(("received", "query_weight", "decay"), bool(features.observe)),
+    }
     return (
         *((name, variant.quantised, scales) for name in _SCALES),
         *(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from gta_edge.cuda.architecture import MAX_GRID_YZ, MAX_INT32, Launch, Signature
 from gta_edge.errors import BackendError
 from gta_edge.plugins.attention import tiling
+from gta_edge.plugins.attention.definition import MAX_BRANCH_TOKENS, NO_FEATURES, Features
 from gta_edge.plugins.attention.tiling import Program, Variant
 
 __all__ = [
@@ -19,36 +20,65 @@ __all__ = [
     "KernelLaunch",
     "Plan",
     "Programs",
+    "choose_decode",
     "choose_prefill",
     "decode_launches",
     "plan_attention",
     "prefill_launches",
     "programs_for",
+    "signature",
 ]
 
 MAX_CAPACITY = 2**30
 """Tokens that a cache may have room for: twice as many is what the kernels' 32-bit positions can tell apart."""
-FLOAT_BYTES = 4
-
-
 _NEW = ("key", "latent")
 _CACHES = ("key_cache", "latent_cache", "key_scale", "latent_scale")
 _PLACES = ("past_length", "cos", "sin")
 _WORKSPACE = ("mixes", "sums")
 
-SIGNATURES: Mapping[str, Signature] = {
+_OBSERVED = ("query_weight", "decay")
+
+_SIGNATURES: Mapping[str, Signature] = {
     "gta_decode_split": Signature(
-        ("query", *_NEW, *_CACHES, *_PLACES, *_WORKSPACE), ("tokens", "capacity", "positions", "scale")
+        (
+            *("query", *_NEW, *_CACHES, *_PLACES, *_WORKSPACE),
+            *("token_positions", "row_bias", "branch_start", "branches", "query_weight", "scores"),
+        ),
+        ("tokens", "capacity", "positions", "branch_rows", "scale"),
     ),
     "gta_decode_combine": Signature(
-        (*_WORKSPACE, "gate", "value_decoder", "past_length", "output"), ("rows", "tokens", "capacity", "splits")
+        (
+            *(*_WORKSPACE, "gate", "value_decoder", "past_length", "output"),
+            *("observed_positions", *_OBSERVED, "scores", "received"),
+        ),
+        ("rows", "tokens", "capacity", "splits", "mix_blocks"),
     ),
-    "gta_append": Signature((*_NEW, *_CACHES, *_PLACES), ("tokens", "capacity", "positions")),
+    "gta_append": Signature(
+        (*_NEW, *_CACHES, *_PLACES, "token_positions", *_OBSERVED, "received"), ("tokens", "capacity", "positions")
+    ),
     "gta_prefill": Signature(
-        ("query", "gate", "value_decoder", *_CACHES, *_PLACES, "output"), ("tokens", "capacity", "positions", "scale")
+        ("query", "gate", "value_decoder", *_CACHES, *_PLACES, "output", "token_positions", "row_bias"),
+        ("tokens", "capacity", "positions", "scale"),
     ),
 }
-"""The kernels' parameters, as they stand in ``kernels/*.cu``."""
+
+
+def signature(kernel: str, features: Features) -> Signature:
+    """Return a kernel's parameters, as they stand in ``kernels/*.cu``, in a build that has these inputs."""
+    absent = {
+        "token_positions": not features.has_positions,
+        "observed_positions": not (features.has_positions and features.observe),
+        "row_bias": not features.bias_rows,
+        **dict.fromkeys(("branch_start", "branches", "branch_rows"), not features.has_branches),
+        **dict.fromkeys((*_OBSERVED, "scores", "received", "mix_blocks"), not features.observe),
+    }
+    of = _SIGNATURES[kernel]
+    addresses = (name.replace("observed_", "token_") for name in of.addresses if not absent.get(name))
+    return Signature(tuple(addresses), tuple(name for name in of.numbers if not absent.get(name)))
+
+
+SIGNATURES: Mapping[str, Signature] = {kernel: signature(kernel, NO_FEATURES) for kernel in _SIGNATURES}
+"""The kernels' parameters without the inputs of a managed cache."""
 
 
 @dataclass(frozen=True)
@@ -57,12 +87,19 @@ class Programs:
 
     decode: Program
     prefill: tuple[Program, ...]
-    """The widest tile first."""
+    """The widest tile first; none where new tokens are a tree."""
+    wide_decode: Program | None = None
+    """For more query rows than ``decode`` takes at once, where the cache is managed."""
 
     @property
     def all(self) -> tuple[Program, ...]:
         """Decode and prefill."""
-        return (self.decode, *self.prefill)
+        return (*self.decodes, *self.prefill)
+
+    @property
+    def decodes(self) -> tuple[Program, ...]:
+        """Decode, the narrowest tile first."""
+        return (self.decode,) if self.wide_decode is None else (self.decode, self.wide_decode)
 
 
 @dataclass(frozen=True)
@@ -76,7 +113,7 @@ class KernelLaunch:
     @property
     def signature(self) -> Signature:
         """What the kernel takes, in order."""
-        return SIGNATURES[self.kernel]
+        return signature(self.kernel, self.program.variant.features)
 
 
 @dataclass(frozen=True)
@@ -85,9 +122,9 @@ class Plan:
 
     launches: tuple[KernelLaunch, ...]
     numbers: Mapping[str, int]
-    """The int32 arguments that follow from the sizes: ``tokens``, ``capacity``, ``rows`` and ``splits``."""
+    """The int32 arguments that follow from the sizes, by name."""
     offsets: Mapping[str, int]
-    """Where ``mixes`` and ``sums`` begin in the workspace, bytes."""
+    """Where ``mixes``, ``sums`` and ``scores`` begin in the workspace, bytes."""
     workspace_bytes: int
 
 
@@ -101,7 +138,9 @@ def programs_for(variant: Variant, architecture: str) -> Programs:
     Raises:
         BackendError: the sizes do not fit the GPU's shared memory.
     """
-    return Programs(tiling.decode_program(variant, architecture), tiling.prefill_programs(variant, architecture))
+    decodes = tiling.decode_programs(variant, architecture)
+    prefill = () if variant.features.has_branches else tiling.prefill_programs(variant, architecture)
+    return Programs(decodes[0], prefill, decodes[1] if len(decodes) > 1 else None)
 
 
 def choose_prefill(candidates: tuple[Program, ...], processors: int, batch: int, tokens: int) -> Program:
@@ -120,13 +159,21 @@ def choose_prefill(candidates: tuple[Program, ...], processors: int, batch: int,
     return candidates[-1]
 
 
+def choose_decode(candidates: tuple[Program, ...], tokens: int) -> Program:
+    """Return the narrowest tile that takes all of a group's query rows at once, otherwise the widest."""
+    return next((each for each in candidates if tiling.row_blocks(each, tokens) == 1), candidates[-1])
+
+
 def decode_launches(
-    program: Program, processors: int, splits: int, batch: int, tokens: int
+    program: Program, processors: int, splits: int, batch: int, tokens: int, capacity: int = 1
 ) -> tuple[KernelLaunch, KernelLaunch]:
     """Return the two launches for few new tokens, the cache's length divided among ``splits`` blocks."""
+    combine = tiling.combine_grid(program, processors, batch, tokens)
+    if program.variant.features.observe:
+        combine = tiling.with_observers(combine, processors, batch, capacity)
     return (
         KernelLaunch(program, "gta_decode_split", tiling.decode_grid(program, splits, batch, tokens)),
-        KernelLaunch(program, "gta_decode_combine", tiling.combine_grid(program, processors, batch, tokens)),
+        KernelLaunch(program, "gta_decode_combine", combine),
     )
 
 
@@ -153,17 +200,23 @@ def plan_attention(programs: Programs, processors: int, *, batch: int, tokens: i
     """
     _check(batch, tokens, capacity)
     numbers = {"tokens": tokens, "capacity": capacity}
-    if tokens > tiling.DECODE_TOKENS:
+    offsets: dict[str, int] = {}
+    size = 0
+    if tokens > programs.decode.variant.decode_tokens:
+        if not programs.prefill:
+            raise BackendError(f"a tree has {tokens} new tokens", f"expected at most {MAX_BRANCH_TOKENS}")
         program = choose_prefill(programs.prefill, processors, batch, tokens)
-        launches, offsets, size = prefill_launches(program, batch, tokens), {}, 0
+        launches = prefill_launches(program, batch, tokens)
     else:
-        program, sizes = programs.decode, programs.decode.variant.sizes
+        program = choose_decode(programs.decodes, tokens)
         splits = tiling.decode_splits(program, processors, batch, tokens, capacity)
-        launches = decode_launches(program, processors, splits, batch, tokens)
+        launches = decode_launches(program, processors, splits, batch, tokens, capacity)
         numbers |= {"rows": batch * tokens, "splits": splits}
-        mixes_bytes = batch * tokens * sizes.num_query_heads * splits * sizes.latent_dim * FLOAT_BYTES
-        offsets = {"mixes": 0, "sums": mixes_bytes}
-        size = tiling.workspace_bytes(program, splits, batch, tokens)
+        if program.variant.features.observe:
+            numbers["mix_blocks"] = tiling.combine_grid(program, processors, batch, tokens).grid[0]
+        for name, part_bytes in tiling.workspace_parts(program, splits, batch, tokens, capacity).items():
+            offsets[name] = size
+            size += part_bytes
     for launch in launches:
         if max(launch.launch.grid[1:]) > MAX_GRID_YZ:
             raise BackendError(

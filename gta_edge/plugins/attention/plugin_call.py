@@ -16,7 +16,7 @@ from gta_edge.errors import BackendError
 from gta_edge.numerics.dtypes import COMPUTE_TYPES, QUANTIZED_CACHE_TYPES
 from gta_edge.plugins.attention.definition import MODEL_INPUTS, MODEL_OPTIONAL_INPUTS, MODEL_OUTPUTS, OP, Sizes
 from gta_edge.plugins.attention.launches import plan_attention, programs_for
-from gta_edge.plugins.attention.tiling import DECODE_TOKENS, Variant
+from gta_edge.plugins.attention.tiling import Variant
 from gta_edge.plugins.plugin_call_base import CALLS_CACHED, FieldTypes, ParametersBase, Value
 
 __all__ = [
@@ -291,5 +291,5 @@ def largest_workspace_bytes(
     return max(
         plan_attention(of, processors, batch=sequences, tokens=few, capacity=capacity).workspace_bytes
         for sequences in {*range(1, split + 1), batch}
-        for few in range(1, min(tokens, DECODE_TOKENS) + 1)
+        for few in range(1, min(tokens, variant.decode_tokens) + 1)
     )

@@ -8,7 +8,7 @@ Two ways to run the op, by the number of new tokens T:
 
 * decode, T up to ``DECODE_TOKENS``: the rows (query head, token) of a group of heads that share cached heads are
   multiplied together with each slice of the cache, which is read once; the cache's length is divided among
-  ``decode_splits`` blocks, which a second kernel combines.
+  ``decode_splits`` blocks, which a second kernel combines. Trees run so too, up to ``MAX_BRANCH_TOKENS`` queries.
 * prefill, above: a block takes one query head and a tile of tokens and walks over the cache.
 """
 
@@ -21,7 +21,7 @@ from math import gcd
 from gta_edge.cuda.architecture import BLOCK_RESERVE, WARP, Launch, pitch, resident_blocks, shared_limits
 from gta_edge.errors import BackendError
 from gta_edge.numerics.dtypes import COMPUTE_TYPES, DTYPES, cache_types
-from gta_edge.plugins.attention.definition import Sizes
+from gta_edge.plugins.attention.definition import MAX_BRANCH_TOKENS, NO_FEATURES, Features, Sizes
 
 __all__ = [
     "DECODE_TOKENS",
@@ -31,16 +31,22 @@ __all__ = [
     "combine_grid",
     "decode_grid",
     "decode_program",
+    "decode_programs",
     "decode_splits",
     "has_kernels",
     "prefill_grid",
     "prefill_program",
     "prefill_programs",
-    "workspace_bytes",
+    "row_blocks",
+    "with_observers",
+    "workspace_parts",
 ]
 
 DECODE_TOKENS = 16
-"""Most new tokens per sequence for which the cache is split among blocks."""
+"""Most new tokens per sequence for which the cache is split among blocks, where they are no tree."""
+
+MAX_ROW_TILES = 8
+"""Tiles of 16 query rows of a block, a warp each."""
 
 ROWS = 16
 """Rows of one tensor core matmul, and tokens of the slice of the cache that it meets."""
@@ -61,6 +67,7 @@ class Variant:
         sizes: the model's.
         compute: type of activations, value decoder and tables: ``fp16`` or ``bf16``.
         cache: type of both caches: the compute type, ``int8`` or ``fp8`` (e4m3).
+        features: which inputs of a managed cache there are. Without any, the kernels have no trace of them.
 
     Raises:
         BackendError: the kernels cannot do this; the message lists what they can.
@@ -69,6 +76,7 @@ class Variant:
     sizes: Sizes
     compute: str
     cache: str
+    features: Features = NO_FEATURES
 
     def __post_init__(self) -> None:
         if self.compute not in COMPUTE_TYPES:
@@ -99,6 +107,11 @@ class Variant:
         """e: width of a query head's output over the latent width."""
         return self.sizes.hidden_size // (self.sizes.num_query_heads * self.sizes.latent_dim)
 
+    @property
+    def decode_tokens(self) -> int:
+        """Most new tokens that the decode kernels take, which are those that observe attention."""
+        return MAX_BRANCH_TOKENS if self.features.has_branches else DECODE_TOKENS
+
     def defines(self) -> dict[str, int]:
         """Return the macros that specialise the source to this variant."""
         return {
@@ -113,6 +126,10 @@ class Variant:
             "GTA_COMPUTE_BF16": int(self.compute == "bf16"),
             "GTA_CACHE_INT8": int(self.cache == "int8"),
             "GTA_CACHE_FP8": int(self.cache == "fp8"),
+            "GTA_HAS_POSITIONS": int(self.features.has_positions),
+            "GTA_BIAS_ROWS": self.features.bias_rows,
+            "GTA_HAS_BRANCHES": int(self.features.has_branches),
+            "GTA_OBSERVE": (None, "mass", "last").index(self.features.observe),
         }
 
 
@@ -153,8 +170,20 @@ class Program:
 # --- decode ----------------------------------------------------------------------------------------------------------
 
 
-def decode_program(variant: Variant, architecture: str) -> Program:
-    """Return the decode kernels' tiles.
+def decode_programs(variant: Variant, architecture: str) -> tuple[Program, ...]:
+    """Return the decode programs of a variant, the narrowest tile first.
+
+    A managed cache has a second one of 8 tiles of 16 query rows, so that the last tokens of a prompt, which observe,
+    and the tokens of a tree read the cache as few times as can be.
+    """
+    narrow = decode_program(variant, architecture)
+    if variant.features == NO_FEATURES or narrow.tile("GTA_DECODE_WARPS_M") == MAX_ROW_TILES:
+        return (narrow,)
+    return narrow, decode_program(variant, architecture, MAX_ROW_TILES)
+
+
+def decode_program(variant: Variant, architecture: str, row_tiles: int = 1) -> Program:
+    """Return the decode kernels' tiles, at least ``row_tiles`` of 16 query rows.
 
     A block serves one group of heads: all query heads that reach each other by sharing a key or a latent head, so that
     every cached row is read once. Its query rows fill ``warps_m`` tiles of 16; ``warps_n`` warps take slices of 16
@@ -166,7 +195,8 @@ def decode_program(variant: Variant, architecture: str) -> Program:
     n_q, n_k, n_c = sizes.num_query_heads, sizes.num_key_heads, sizes.num_latent_heads
     shared_by_all, shared_by_both = gcd(n_k, n_c), n_q // gcd(n_q // n_k, n_q // n_c)
     for groups, max_warps in product((shared_by_all, shared_by_both), (4, 2, 1)):
-        warps_m = next(w for w in (1, 2, 4, 8) if w * ROWS >= n_q // groups or w == 8)
+        enough = max(row_tiles, -(-(n_q // groups) // ROWS))
+        warps_m = next(w for w in (1, 2, 4, MAX_ROW_TILES) if w >= enough or w == MAX_ROW_TILES)
         warps_n = max(1, max_warps // warps_m)
         keys, latents = max(1, n_k // groups), max(1, n_c // groups)
         row_bytes = keys * pitch(sizes.key_dim * variant.cache_itemsize)
@@ -198,7 +228,7 @@ def decode_program(variant: Variant, architecture: str) -> Program:
         "GTA_DECODE_SHARED_BYTES": shared_bytes,
         "GTA_COMBINE_COLUMNS": columns,
         "GTA_COMBINE_THREADS": COMBINE_THREADS,
-        "GTA_COMBINE_SHARED_BYTES": _combine_shared_bytes(sizes, columns),
+        "GTA_COMBINE_SHARED_BYTES": _combine_shared_bytes(variant, columns),
     }
     return Program(
         source="decode.cu",
@@ -211,14 +241,19 @@ def decode_program(variant: Variant, architecture: str) -> Program:
     )
 
 
-def _combine_shared_bytes(sizes: Sizes, columns: int) -> int:
-    """Return the combining kernel's shared memory: parts of a mix; the mix, and parts of its matmul; float32."""
+def _combine_shared_bytes(variant: Variant, columns: int) -> int:
+    """Return the combining kernel's shared memory: parts of a mix; the mix, and parts of its matmul; float32.
+
+    Its blocks that observe have instead what each query row's scores are relative to, and the factor of their powers.
+    """
+    sizes = variant.sizes
     splits, decoder_rows = COMBINE_THREADS // (sizes.latent_dim // 4), COMBINE_THREADS // (columns // 8)
     decoded = sizes.latent_dim + decoder_rows * columns if sizes.has_value_decoder else 0
-    return 4 * (splits * sizes.latent_dim + decoded)
+    observed = 2 * variant.decode_tokens * sizes.num_query_heads if variant.features.observe else 0
+    return 4 * max(splits * sizes.latent_dim + decoded, observed)
 
 
-def _row_blocks(program: Program, tokens: int) -> int:
+def row_blocks(program: Program, tokens: int) -> int:
     """Return how many blocks a group's query rows take."""
     rows = program.variant.sizes.num_query_heads // program.tile("GTA_DECODE_GROUPS") * tokens
     return -(-rows // (ROWS * program.tile("GTA_DECODE_WARPS_M")))
@@ -230,7 +265,7 @@ def decode_splits(program: Program, processors: int, batch: int, tokens: int, ca
     As many as are resident at once, within ``MIN_SPLIT_TOKENS`` and ``MAX_SPLIT_TOKENS`` for a full cache. The
     blocks share out the true length by themselves, so the number depends on nothing that changes from step to step.
     """
-    others = batch * program.tile("GTA_DECODE_GROUPS") * _row_blocks(program, tokens)
+    others = batch * program.tile("GTA_DECODE_GROUPS") * row_blocks(program, tokens)
     resident = processors * min(program.resident_blocks, 2)
     fewest, most = -(-capacity // MAX_SPLIT_TOKENS), -(-capacity // program.tile("GTA_DECODE_MIN_TOKENS"))
     return min(max(resident // others, fewest), most)
@@ -238,7 +273,7 @@ def decode_splits(program: Program, processors: int, batch: int, tokens: int, ca
 
 def decode_grid(program: Program, splits: int, batch: int, tokens: int) -> Launch:
     """Return the launch of ``gta_decode_split``."""
-    groups = program.tile("GTA_DECODE_GROUPS") * _row_blocks(program, tokens)
+    groups = program.tile("GTA_DECODE_GROUPS") * row_blocks(program, tokens)
     return Launch((splits, groups, batch), program.threads, program.shared_bytes)
 
 
@@ -255,9 +290,28 @@ def combine_grid(program: Program, processors: int, batch: int, tokens: int) -> 
     return Launch((rows, sizes.num_query_heads, columns), COMBINE_THREADS, shared_bytes)
 
 
-def workspace_bytes(program: Program, splits: int, batch: int, tokens: int) -> int:
-    """Return the size of the decode kernels' workspace: per token, head and split a mix, its maximum and its sum."""
-    return batch * tokens * program.variant.sizes.num_query_heads * splits * (program.variant.sizes.latent_dim + 2) * 4
+def with_observers(combine: Launch, processors: int, batch: int, capacity: int) -> Launch:
+    """Return the launch of ``gta_decode_combine`` with blocks that observe attention behind the others.
+
+    As many along the first axis as find rows of the cache to work on, up to two a multiprocessor.
+    """
+    x, y, z = combine.grid
+    blocks = min(batch * -(-capacity // COMBINE_THREADS), 2 * processors)
+    return Launch((x + -(-blocks // (y * z)), y, z), combine.threads, combine.shared_bytes)
+
+
+def workspace_parts(program: Program, splits: int, batch: int, tokens: int, capacity: int) -> dict[str, int]:
+    """Return the sizes of the parts of the decode kernels' workspace, bytes.
+
+    Per token, head and split a mix, its maximum and its sum; where attention is observed, per token and head the score
+    of each row of the cache.
+    """
+    sizes = program.variant.sizes
+    rows = batch * tokens * sizes.num_query_heads
+    parts = {"mixes": rows * splits * sizes.latent_dim * 4, "sums": -(-rows * splits * 8 // 16) * 16}
+    if program.variant.features.observe:
+        return parts | {"scores": rows * -(-capacity // ROWS) * ROWS * 4}
+    return parts | {"sums": rows * splits * 8}
 
 
 # --- prefill ---------------------------------------------------------------------------------------------------------

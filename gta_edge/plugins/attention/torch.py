@@ -24,7 +24,7 @@ from gta_edge.plugins.attention.definition import (
     given_features,
     given_inputs,
 )
-from gta_edge.plugins.attention.kernels import Buffers, attention_kernels
+from gta_edge.plugins.attention.kernels import BUFFERS_OF, Buffers, attention_kernels
 from gta_edge.plugins.attention.tiling import Variant
 from gta_edge.plugins.torch_registry import aligned, register_op, require_aligned
 
@@ -208,15 +208,14 @@ def _latent_attention(
 
 def _latent_attention_on_gpu(*arguments: Any) -> Tensor:
     """The same on CUDA tensors: the kernels, where they are made for the call."""
-    inputs, (*heads, scale), features = (
-        arguments[: len(MODEL_INPUTS)],
-        arguments[len(MODEL_INPUTS) : _FEATURES_AT],
-        arguments[_FEATURES_AT:],
-    )
-    if any(feature is not None and feature != "" for feature in features):
-        return _latent_attention(*arguments)
+    inputs, (*heads, scale) = arguments[: len(MODEL_INPUTS)], arguments[len(MODEL_INPUTS) : _FEATURES_AT]
+    managed = arguments[_FEATURES_AT : _FEATURES_AT + len(FEATURE_INPUTS)]  # those at the end may be left off
+    observe = str(arguments[-1]) if len(arguments) > _FEATURES_AT + len(FEATURE_INPUTS) else ""
     query, key, latent, gate, past_key, past_latent, past_length, cos, sin, value_decoder = inputs
-    variant, device = _variant(inputs, tuple(heads)), query.device
+    given = {name: tensor for name, tensor in zip(FEATURE_INPUTS, managed, strict=False) if tensor is not None}
+    if given or observe:
+        _check_features(given, query.shape[1], past_key.shape[2], observe)
+    variant, device = _variant(inputs, tuple(heads), given, observe), query.device
     if variant is None or torch.cuda.get_device_capability(device) < OLDEST or not scale > 0:
         return _latent_attention(*arguments)
     require_aligned("past_key", past_key)
@@ -227,9 +226,10 @@ def _latent_attention_on_gpu(*arguments: Any) -> Tensor:
     output: Tensor = query.new_empty(*query.shape[:2], variant.sizes.hidden_size)
     workspace = torch.empty(kernels.workspace_bytes(**sizes), dtype=torch.uint8, device=device)
     # held until the launches are queued: then the allocator may give their memory only to what follows them
-    given = (query, key, latent, gate, past_length, cos, sin, value_decoder)
-    whole = [None if tensor is None else aligned(tensor) for tensor in given]
+    read = (query, key, latent, gate, past_length, cos, sin, value_decoder)
+    whole = [None if tensor is None else aligned(tensor) for tensor in read]
     addresses = [0 if tensor is None else tensor.data_ptr() for tensor in whole]
+    managed_whole = {name: tensor if name == "past_received" else aligned(tensor) for name, tensor in given.items()}
     with torch.cuda.device(device):  # whose default stream has the handle of every other GPU's
         kernels.launch(
             torch.cuda.current_stream(device).cuda_stream,
@@ -248,15 +248,19 @@ def _latent_attention_on_gpu(*arguments: Any) -> Tensor:
                 value_decoder=addresses[7],
                 output=output.data_ptr(),
                 workspace=workspace.data_ptr(),
+                **{BUFFERS_OF[name]: tensor.data_ptr() for name, tensor in managed_whole.items()},
             ),
             **sizes,
             positions=cos.shape[0],
             scale=scale,
+            branch_rows=given["branches"].shape[1] if "branches" in given else 0,
         )
     return output
 
 
-def _variant(inputs: tuple[Tensor | None, ...], heads: tuple[int, int, int]) -> Variant | None:
+def _variant(
+    inputs: tuple[Tensor | None, ...], heads: tuple[int, int, int], managed: Mapping[str, Tensor], observe: str
+) -> Variant | None:
     """Return what the kernels would be compiled for, or None if they are not made for these tensors."""
     given = given_inputs(inputs)
     past_key, past_latent = given["past_key"], given["past_latent"]
@@ -266,9 +270,15 @@ def _variant(inputs: tuple[Tensor | None, ...], heads: tuple[int, int, int]) -> 
         return None
     if past_length.dtype != torch.int64 or not (past_key.is_contiguous() and past_latent.is_contiguous()):
         return None
+    integers = ("positions", "branch_start", "branches")
+    if any(x.dtype != (torch.int64 if name in integers else torch.float32) for name, x in managed.items()):
+        return None
+    if "past_received" in managed and not managed["past_received"].is_contiguous():
+        return None
     sizes = _sizes(given, heads)
+    features = given_features({name: tensor.shape for name, tensor in managed.items()}, observe)
     try:
-        return Variant(sizes, types[compute], types[compute])
+        return Variant(sizes, types[compute], types[compute], features)
     except BackendError:
         return None
 

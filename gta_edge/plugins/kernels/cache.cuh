@@ -2,6 +2,7 @@
 #pragma once
 
 #include "elements.cuh"
+#include "features.cuh"
 
 namespace gta {
 
@@ -127,16 +128,20 @@ struct NewTokens {
     const Element* cos;          // [P, d_k/2]
     const Element* sin;
     int tokens, capacity, positions;
+    GTA_IF_POSITIONS(const i64* token_positions;)  // [B, T]; without them, tokens follow on the cache's rows
 
-    GTA_DEVICE void append_key_of(int row, int token, int head, int position) const {
-        const i64 place = (i64{row} * key_heads + head) * capacity + position, angles = table_row(position, positions);
+    // To row `cache_row` of the cache.
+    GTA_DEVICE void append_key_of(int row, int token, int head, int cache_row) const {
+        int position = cache_row;
+        GTA_IF_POSITIONS(position = rope_position(token_positions, row, token, tokens, positions);)
+        const i64 place = (i64{row} * key_heads + head) * capacity + cache_row, angles = table_row(position, positions);
         const Element* source = key + ((i64{row} * tokens + token) * key_heads + head) * key_dim;
         append_key(key_cache + place * key_dim, quantised ? key_scale + place : nullptr, source, cos + angles,
                    sin + angles);
     }
 
-    GTA_DEVICE void append_latent_of(int row, int token, int head, int position) const {
-        const i64 place = (i64{row} * latent_heads + head) * capacity + position;
+    GTA_DEVICE void append_latent_of(int row, int token, int head, int cache_row) const {
+        const i64 place = (i64{row} * latent_heads + head) * capacity + cache_row;
         const Element* source = latent + ((i64{row} * tokens + token) * latent_heads + head) * latent_dim;
         append_latent(latent_cache + place * latent_dim, quantised ? latent_scale + place : nullptr, source);
     }

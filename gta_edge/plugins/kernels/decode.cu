@@ -3,19 +3,14 @@
 //
 // Which tokens a block takes follows from the lengths in device memory, so the same launches serve every step.
 
-#include "output.cuh"
-#include "tiles.cuh"
+#include "splits.cuh"
 
 namespace gta {
 
 constexpr int groups = GTA_DECODE_GROUPS;
 constexpr int warps_m = GTA_DECODE_WARPS_M;  // tiles of 16 query rows, a warp each
-constexpr int warps_n = GTA_DECODE_WARPS_N;  // warps that take slices of 16 tokens in turn
 constexpr int stages = GTA_DECODE_STAGES;    // slices per warp in flight or in use
-constexpr int min_tokens = GTA_DECODE_MIN_TOKENS;  // of a split: each one more is work for the second kernel
 constexpr int decode_threads = warp_size * warps_m * warps_n;
-constexpr int round_tokens = slice_tokens * warps_n;
-static_assert(min_tokens % round_tokens == 0);
 
 GTA_DEVICE constexpr int at_least_1(int n) { return n < 1 ? 1 : n; }
 constexpr int group_queries = query_heads / groups;
@@ -33,14 +28,6 @@ constexpr int merge_pitch = latent_dim + 4;  // floats: a row's mix, its largest
 constexpr int merge_bytes = warps_n > 1 ? warps_n * block_rows * merge_pitch * 4 : 0;
 constexpr int used_bytes = query_offset + block_rows * query_pitch;
 static_assert((used_bytes > merge_bytes ? used_bytes : merge_bytes) == GTA_DECODE_SHARED_BYTES);
-
-constexpr int combine_threads = GTA_COMBINE_THREADS;
-
-// Tokens of each split of a sequence that holds `present`; splits from ceil_div(present, this) on have none.
-GTA_DEVICE int split_tokens(int present, int splits) {
-    const int even = ceil_div(ceil_div(present, splits), round_tokens) * round_tokens;
-    return even < min_tokens ? min_tokens : even;
-}
 
 struct Slices {  // the cached rows of one group
     const CacheElement *keys, *latents;
@@ -100,10 +87,16 @@ GTA_DEVICE void keep_rows(u32 (&kept)[4], const u32 (&a)[4], const int (&heads)[
     }
 }
 
+// Whether scores are scaled, which takes an instruction for each, before anything else is done with them.
+constexpr bool scaled_first = quantised || bias_rows > 0 || observed;
+
 struct Attention {
     Softmax softmax;
     float mix[latent_dim / 8][4] = {};
     u32 query[key_dim / 16][4];
+    GTA_IF_BIAS(Bias bias;)
+    GTA_IF_BRANCHES(Branches branches;)
+    GTA_IF_OBSERVED(ObservedScores observed_scores;)
 
     // Takes in one slice; `limit` is the last token that each of the thread's rows sees, `factor` is positive.
     GTA_DEVICE void add(const u8* slice, int first, const int (&limit)[2], const Heads& heads, float factor) {
@@ -125,23 +118,34 @@ struct Attention {
 
         const float* scales = reinterpret_cast<const float*>(slice + scales_offset);
         float unscaled[2][4], candidate[2] = {-infinity, -infinity};
+        GTA_IF_BRANCHES(const u32 hidden = branches.hidden(first);)
+        GTA_IF_OBSERVED(float seen[2][4];)  // scores as they are observed: without the latents' scales
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const int token = 8 * n + 2 * pair + i % 2, half = i / 2;
-                const bool visible = first + token <= limit[half];
+                bool visible = first + token <= limit[half];
+                GTA_IF_BRANCHES(visible = visible && !(hidden >> (4 * n + i) & 1u);)
                 if constexpr (quantised) {
                     const float scale = usable_scale(scales[(group_keys + heads.latent[half]) * slice_tokens + token]);
                     const float key_scale = scales[heads.key[half] * slice_tokens + token];
-                    scores[n][i] = scores[n][i] * (key_scale * factor) + logarithm_2(scale);
+                    float score = scores[n][i] * (key_scale * factor);
+                    GTA_IF_BIAS(score += n == 0 && first == 0 ? bias.of[i % 2] : 0.0f;)
+                    GTA_IF_OBSERVED(seen[n][i] = visible ? score : -infinity;)
+                    scores[n][i] = score + logarithm_2(scale);
                     unscaled[n][i] = visible ? reciprocal(scale) : 0.0f;
+                } else if constexpr (scaled_first) {
+                    scores[n][i] *= factor;
+                    GTA_IF_BIAS(scores[n][i] += n == 0 && first == 0 ? bias.of[i % 2] : 0.0f;)
+                    GTA_IF_OBSERVED(seen[n][i] = visible ? scores[n][i] : -infinity;)
                 }
                 scores[n][i] = visible ? scores[n][i] : -infinity;
                 candidate[half] = max_of(candidate[half], scores[n][i]);
             }
         }
-        if constexpr (!quantised) {  // scores are scaled where they are used: one instruction less for each
+        GTA_IF_OBSERVED(observed_scores.keep(seen, first);)
+        if constexpr (!scaled_first) {  // scores are scaled where they are used: one instruction less for each
             candidate[0] *= factor;
             candidate[1] *= factor;
         }
@@ -163,7 +167,7 @@ struct Attention {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const float base = softmax.base(i / 2);
-                scores[n][i] = power_of_2(quantised ? scores[n][i] - base : scores[n][i] * factor - base);
+                scores[n][i] = power_of_2(scaled_first ? scores[n][i] - base : scores[n][i] * factor - base);
                 softmax.sum[i / 2] += quantised ? scores[n][i] * unscaled[n][i] : scores[n][i];
             }
             weights[2 * n] = pack(scores[n][0], scores[n][1]);
@@ -187,10 +191,6 @@ struct Attention {
     }
 };
 
-struct alignas(16) Floats {
-    float x[4];
-};
-
 }  // namespace gta
 
 GTA_KERNEL(gta::decode_threads)
@@ -206,7 +206,13 @@ gta_decode_split(const gta::Element* query,             // [B, T, n_q d_k]
                  const gta::Element* __restrict__ sin,
                  float* __restrict__ mixes,  // [B T n_q, splits, d_l]
                  float* __restrict__ sums,   // [B T n_q, splits, 2]: largest score (log 2), sum of weights
-                 int tokens, int capacity, int positions, float scale) {
+                 GTA_IF_POSITIONS(const gta::i64* token_positions, )  // [B, T]
+                 GTA_IF_BIAS(const float* row_bias, )                 // [B, R]
+                 GTA_IF_BRANCHES(const gta::i64* branch_start, )      // [B]
+                 GTA_IF_BRANCHES(const gta::i64* branches, )          // [B, W]
+                 GTA_IF_OBSERVED(const float* query_weight, )         // [B, T]
+                 GTA_IF_OBSERVED(float* __restrict__ scores, )        // [B T n_q, S rounded up]: log 2, -inf if not seen
+                 int tokens, int capacity, int positions GTA_IF_BRANCHES(, int branch_rows), float scale) {
     using namespace gta;
     const int split = blockIdx.x, splits = gridDim.x, group = blockIdx.y % groups, batch_row = blockIdx.z;
     const int first_row = blockIdx.y / groups * block_rows;  // of the group's (token, query head) rows
@@ -225,7 +231,7 @@ gta_decode_split(const gta::Element* query,             // [B, T, n_q d_k]
 
     const int warp = threadIdx.x / warp_size, lane = lane_of_warp(), warp_m = warp % warps_m, warp_n = warp / warps_m;
     const NewTokens fresh{key, latent, key_cache, latent_cache, key_scale, latent_scale, cos, sin, tokens, capacity,
-                          positions};
+                          positions GTA_IF_POSITIONS(, token_positions)};
     const Slices slices{key_cache + key_rows * key_dim,
                         latent_cache + latent_rows * latent_dim,
                         quantised ? key_scale + key_rows : nullptr,
@@ -242,12 +248,12 @@ gta_decode_split(const gta::Element* query,             // [B, T, n_q d_k]
             if (__builtin_expect(!appended && begin + (round + 1) * round_tokens > past, 0)) {
                 constexpr int heads = group_keys + group_latents;
                 for (int i = warp; i < tokens * heads; i += warps_m * warps_n) {
-                    const int token = i / heads, head = i % heads, position = past + token;
-                    if (position >= begin && position < end) {
+                    const int token = i / heads, head = i % heads, cache_row = past + token;
+                    if (cache_row >= begin && cache_row < end) {
                         if (head < group_keys) {
-                            fresh.append_key_of(batch_row, token, first_key + head, position);
+                            fresh.append_key_of(batch_row, token, first_key + head, cache_row);
                         } else {
-                            fresh.append_latent_of(batch_row, token, first_latent + head - group_keys, position);
+                            fresh.append_latent_of(batch_row, token, first_latent + head - group_keys, cache_row);
                         }
                     }
                 }
@@ -268,6 +274,7 @@ gta_decode_split(const gta::Element* query,             // [B, T, n_q d_k]
     store_query<block_rows, decode_threads>(query_tile, cos, sin, positions, [&](int row, int& position) {
         const int token = (first_row + row) / group_queries, head = (first_row + row) % group_queries;
         position = past + token;
+        GTA_IF_POSITIONS(position = rope_position(token_positions, batch_row, token, tokens, positions);)
         return first_row + row < rows
                    ? query + ((i64{batch_row} * tokens + token) * query_heads + group * group_queries + head) * key_dim
                    : nullptr;
@@ -279,9 +286,28 @@ gta_decode_split(const gta::Element* query,             // [B, T, n_q d_k]
     int limit[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-        limit[half] = min_of(past + (row + 8 * half) / group_queries, end - 1);
+        limit[half] = has_branches ? end - 1 : min_of(past + (row + 8 * half) / group_queries, end - 1);
     }
     Attention attention;
+    GTA_IF_BIAS(attention.bias.load(row_bias, batch_row, log2_e);)
+#if GTA_HAS_BRANCHES
+    attention.branches.words = branches + i64{batch_row} * branch_rows;
+    attention.branches.start = start_of_branches(branch_start, batch_row, capacity);
+    attention.branches.width = branch_rows;
+    for (int half = 0; half < 2; ++half) {
+        attention.branches.query[half] = min_of((row + 8 * half) / group_queries, max_branches - 1);
+    }
+#endif
+#if GTA_OBSERVE
+    attention.observed_scores.end = end;
+    for (int half = 0; half < 2; ++half) {
+        const int own = row + 8 * half, token = own / group_queries;
+        if (own < rows && query_weight[i64{batch_row} * tokens + token] != 0.0f) {
+            const i64 query_row = (i64{batch_row} * tokens + token) * query_heads + group * group_queries;
+            attention.observed_scores.of[half] = scores + (query_row + own % group_queries) * scores_pitch(capacity);
+        }
+    }
+#endif
 #pragma unroll
     for (int step = 0; step < key_dim / 16; ++step) {
         query_operand(attention.query[step], query_tile + 16 * warp_m * query_pitch, step);
@@ -371,159 +397,4 @@ gta_decode_split(const gta::Element* query,             // [B, T, n_q d_k]
     }
 }
 
-namespace gta {
-
-constexpr int columns = GTA_COMBINE_COLUMNS;
-constexpr int column_units = columns / 8;                         // vectors of the value decoder, side by side
-constexpr int decoder_rows = combine_threads / column_units;      // rows of it that are read at once
-constexpr int decoder_rounds = (latent_dim + decoder_rows - 1) / decoder_rows;
-constexpr int mix_units = latent_dim / 4;                         // vectors of one split's mix
-constexpr int mix_splits = combine_threads / mix_units;           // splits that are read at once
-static_assert(latent_dim <= combine_threads && columns <= combine_threads);
-constexpr int parts_floats = mix_splits * latent_dim;
-constexpr int decoded_floats = has_decoder ? latent_dim + decoder_rows * columns : 0;
-static_assert((parts_floats + decoded_floats) * 4 == GTA_COMBINE_SHARED_BYTES);
-
-// The mix of one row and query head, of the `active` splits' results from `from` on: element threadIdx.x of it, 0 for
-// further threads. `parts` is shared memory, [mix_splits, d_l].
-GTA_DEVICE float combined_mix(float* parts, const float* mixes, const float* sums, i64 from, int active) {
-    const int thread = threadIdx.x, lane = lane_of_warp();
-    float maximum = -infinity, sum = 0.0f;  // every warp works them out for itself
-    for (int first = 0; first < active; first += warp_size) {
-        maximum = max_of(maximum, sums[2 * (from + min_of(first + lane, active - 1))]);
-    }
-#pragma unroll
-    for (int mask = 16; mask > 0; mask /= 2) {
-        maximum = max_of(maximum, shuffle_xor(maximum, mask));
-    }
-    const float base = maximum == -infinity ? 0.0f : maximum;
-    for (int first = 0; first < active; first += warp_size) {
-        const i64 split = from + min_of(first + lane, active - 1);
-        const float part = power_of_2(sums[2 * split] - base) * sums[2 * split + 1];
-        sum += first + lane < active ? part : 0.0f;
-    }
-#pragma unroll
-    for (int mask = 16; mask > 0; mask /= 2) {
-        sum += shuffle_xor(sum, mask);
-    }
-
-    const int mix_unit = thread % mix_units, first_split = thread / mix_units;
-    if (mix_splits * mix_units == combine_threads || first_split < mix_splits) {
-        Floats part{};
-#pragma unroll 4
-        for (int first = 0; first < active; first += mix_splits) {
-            const i64 split = from + min_of(first + first_split, active - 1);
-            const float power = power_of_2(sums[2 * split] - base);
-            const float weight = first + first_split < active ? power : 0.0f;
-            const Floats values = *reinterpret_cast<const Floats*>(mixes + split * latent_dim + 4 * mix_unit);
-#pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                part.x[j] += weight * values.x[j];
-            }
-        }
-        *reinterpret_cast<Floats*>(parts + first_split * latent_dim + 4 * mix_unit) = part;
-    }
-    block_barrier();
-    float total = 0.0f;
-    if (thread < latent_dim) {
-#pragma unroll
-        for (int split = 0; split < mix_splits; ++split) {
-            total += parts[split * latent_dim + thread];
-        }
-    }
-    return total * reciprocal(sum);
-}
-
-// A block's part of the value decoder, in registers for all its rows: of its columns, every decoder_rows-th row.
-struct DecoderPart {
-    Vector rows[decoder_rounds];
-    int unit = threadIdx.x % column_units, first_row = threadIdx.x / column_units;
-
-    GTA_DEVICE explicit DecoderPart(const Element* decoder) {  // [d_l, e d_l], from the block's first column on
-#pragma unroll
-        for (int round = 0; round < decoder_rounds; ++round) {
-            const int i = round * decoder_rows + first_row;
-            rows[round] = Vector{};
-            if (latent_dim % decoder_rows == 0 || i < latent_dim) {
-                rows[round] = load_vector(decoder + i64{i} * head_dim + 8 * unit);
-            }
-        }
-    }
-
-    // Column threadIdx.x of what it makes of a mix; `products` is shared memory, [decoder_rows, columns].
-    GTA_DEVICE float of(float* products, const float* mix) const {
-        float product[8] = {};
-#pragma unroll
-        for (int round = 0; round < decoder_rounds; ++round) {
-            const int i = round * decoder_rows + first_row;
-            float weights[8];
-            unpack(weights, rows[round]);
-            const float value = latent_dim % decoder_rows == 0 || i < latent_dim ? mix[i] : 0.0f;
-#pragma unroll
-            for (int j = 0; j < 8; ++j) {
-                product[j] += value * weights[j];
-            }
-        }
-#pragma unroll
-        for (int j = 0; j < 8; j += 4) {
-            *reinterpret_cast<Floats*>(products + first_row * columns + 8 * unit + j) =
-                Floats{{product[j], product[j + 1], product[j + 2], product[j + 3]}};
-        }
-        block_barrier();
-        float total = 0.0f;
-        if (static_cast<int>(threadIdx.x) < columns) {
-#pragma unroll 8
-            for (int i = 0; i < decoder_rows; ++i) {
-                total += products[i * columns + threadIdx.x];
-            }
-        }
-        return total;
-    }
-};
-
-}  // namespace gta
-
-GTA_KERNEL(gta::combine_threads)
-gta_decode_combine(const float* mixes, const float* sums,
-                   const gta::Element* gate,                        // [B, T, H], or null
-                   const gta::Element* __restrict__ value_decoder,  // [n_q, d_l, e d_l], or null
-                   const gta::i64* past_length,
-                   gta::Element* __restrict__ output,  // [B, T, H]
-                   int rows, int tokens, int capacity, int splits) {
-    using namespace gta;
-    const int thread = threadIdx.x, head = blockIdx.y, first_column = blockIdx.z * columns;
-    float* const parts = reinterpret_cast<float*>(shared_memory());
-    const auto mix_of = [&](int row) {
-        const int past = past_tokens(past_length, row / tokens, capacity);
-        const int present = present_tokens(past, tokens, capacity);
-        const int active = ceil_div(present, split_tokens(present, splits));
-        return combined_mix(parts, mixes, sums, (i64{row} * query_heads + head) * splits, active);
-    };
-    const i64 first_place = head * head_dim + first_column;  // of the output, in its row
-
-    if constexpr (has_decoder) {
-        float* const mix = parts + parts_floats;    // [d_l]
-        float* const products = mix + latent_dim;
-        const DecoderPart decoder(value_decoder + i64{head} * latent_dim * head_dim + first_column);
-        for (int row = blockIdx.x; row < rows; row += gridDim.x) {
-            const float own = mix_of(row);
-            if (thread < latent_dim) {
-                mix[thread] = own;
-            }
-            block_barrier();
-            const float decoded = decoder.of(products, mix);
-            if (thread < columns) {  // added to the tiled mix
-                write_output(output, gate, row * hidden_size + first_place + thread,
-                             mix[(first_column + thread) % latent_dim] + decoded);
-            }
-        }
-    } else {
-        for (int row = blockIdx.x; row < rows; row += gridDim.x) {
-            const float own = mix_of(row);
-            if (thread < latent_dim) {
-                write_output(output, gate, row * hidden_size + first_place + thread, own);
-            }
-            block_barrier();  // the next row takes the place of this one's parts
-        }
-    }
-}
+#include "combine.cuh"  // the second kernel, of the same splits

@@ -51,6 +51,7 @@ GTA_DEVICE void picking_operand(u32 (&b)[2], int upper) {
 struct Rows {  // what one warp works on: row_tiles tiles of 16 query rows, of one head
     Softmax softmax[row_tiles];
     float mix[row_tiles][latent_dim / 8][4] = {};
+    Bias bias;  // of a quantised cache in the unit of scaled scores, else of what is multiplied by `factor`
 
     // Takes in the tile of keys and latents from token `first` on. `limit[...]` is the last token that a row sees,
     // `factor` is positive.
@@ -108,6 +109,12 @@ struct Rows {  // what one warp works on: row_tiles tiles of 16 query rows, of o
                     if constexpr (quantised) {
                         scores[m][n][i] = scores[m][n][i] * key_factor[n][i % 2] + shift[n][i % 2];
                     }
+                }
+            }
+            if constexpr (bias_rows > 0) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    scores[m][0][i] += first == 0 ? bias.of[i % 2] : 0.0f;
                 }
             }
             if (!all_visible) {  // the whole warp agrees
@@ -312,7 +319,12 @@ gta_append(const gta::Element* key,               // [B, T, n_k d_k]
            float* latent_scale,                   // [B, n_c, S]
            const gta::i64* past_length,           // [B]
            const gta::Element* __restrict__ cos,  // [P, d_k/2]
-           const gta::Element* __restrict__ sin, int tokens, int capacity, int positions) {
+           const gta::Element* __restrict__ sin,
+           GTA_IF_POSITIONS(const gta::i64* token_positions, )  // [B, T]
+           GTA_IF_OBSERVED(const float* query_weight, )         // [B, T]
+           GTA_IF_OBSERVED(const float* decay, )                // [B]
+           GTA_IF_OBSERVED(float* received, )                   // [B, S]
+           int tokens, int capacity, int positions) {
     using namespace gta;
     const int token = blockIdx.x * append_warps + threadIdx.x / warp_size, head = blockIdx.y, row = blockIdx.z;
     const int past = past_tokens(past_length, row, capacity);
@@ -320,7 +332,13 @@ gta_append(const gta::Element* key,               // [B, T, n_k d_k]
         return;
     }
     const NewTokens fresh{key, latent, key_cache, latent_cache, key_scale, latent_scale, cos, sin, tokens, capacity,
-                          positions};
+                          positions GTA_IF_POSITIONS(, token_positions)};
+#if GTA_OBSERVE
+    if (head == 0 && lane_of_warp() == 0) {  // no attention is observed here: whoever asks for it gets no number
+        const bool asked = query_weight[i64{row} * tokens + token] != 0.0f || decay[row] != 1.0f;
+        received[i64{row} * capacity + past + token] = asked ? as_float(0x7fffffffu) : absent_received;
+    }
+#endif
     if (head < key_heads) {
         fresh.append_key_of(row, token, head, past + token);
     } else {
@@ -339,7 +357,9 @@ gta_prefill(const gta::Element* query,                       // [B, T, n_q d_k]
             const gta::i64* past_length,                     // [B]
             const gta::Element* __restrict__ cos,            // [P, d_k/2]
             const gta::Element* __restrict__ sin,
-            gta::Element* __restrict__ output,  // [B, T, H]
+            gta::Element* __restrict__ output,                   // [B, T, H]
+            GTA_IF_POSITIONS(const gta::i64* token_positions, )  // [B, T]
+            GTA_IF_BIAS(const float* row_bias, )                 // [B, R]
             int tokens, int capacity, int positions, float scale) {
     using namespace gta;
     const int head = blockIdx.x, batch_row = blockIdx.z, thread = threadIdx.x;
@@ -384,6 +404,7 @@ gta_prefill(const gta::Element* query,                       // [B, T, n_q d_k]
     store_query<block_rows, prefill_threads>(shared, cos, sin, positions, [&](int row, int& position) {
         const int token = first_token + row;
         position = past + token;
+        GTA_IF_POSITIONS(position = rope_position(token_positions, batch_row, token, tokens, positions);)
         return token < tokens ? query + ((i64{batch_row} * tokens + token) * query_heads + head) * key_dim : nullptr;
     });
 
@@ -395,6 +416,7 @@ gta_prefill(const gta::Element* query,                       // [B, T, n_q d_k]
         limit[m][1] = min_of(past + first_row + 16 * m + lane / 4 + 8, end - 1);
     }
     Rows rows;
+    GTA_IF_BIAS(rows.bias.load(row_bias, batch_row, quantised ? log2_e : reciprocal(scale));)
     for (int tile = 0; tile < tiles; ++tile) {
         wait_for_copies<1>();  // for this tile's keys; its latents may still be under way
         block_barrier();

@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import shutil
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
 
 from gta_edge.plugins.attention import launches as plan
-from gta_edge.plugins.attention.tiling import Program, Variant
 from gta_edge.plugins.domain import KERNELS
 from tests.helpers import attention_cases as cases
 from tests.helpers import reference
+from tests.helpers.attention_simulation import ARCHITECTURE, check, programs_of, simulate, simulator
 from tests.helpers.kernel_simulator import LaunchSpec, SimulationError, Simulator, available
 
 pytestmark = pytest.mark.skipif(not available(), reason="no C++ compiler with sanitizers")
-
-ARCHITECTURE = "sm_87"
 
 # --- what is tried ----------------------------------------------------------------------------------------------------
 
@@ -59,19 +55,6 @@ VARIANTS |= {
 }
 
 
-def programs_of(variant: Variant, min_tokens: int | None = 64) -> plan.Programs:
-    """What is compiled for a variant, its splits shorter than is good for a GPU, so that small caches have several."""
-    programs = plan.programs_for(variant, ARCHITECTURE)
-    if min_tokens is None:
-        return programs
-    tiles = dict(programs.decode.tiles) | {"GTA_DECODE_MIN_TOKENS": min_tokens}
-    return replace(programs, decode=replace(programs.decode, tiles=tuple(tiles.items())))
-
-
-def simulator(program: Program, sources: Path = KERNELS) -> Simulator:
-    return Simulator(sources / program.source, program.kernels, program.defines(), [sources])
-
-
 @pytest.fixture(scope="session")
 def builds(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the programs lie: all of them, since two compilers take half the time of one."""
@@ -80,69 +63,6 @@ def builds(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda program: simulator(program).compile(directory), programs))
     return directory
-
-
-def simulate(
-    case: cases.Case,
-    builds: Path,
-    *,
-    seed: int = 0,
-    processors: int = 4,
-    sources: Path = KERNELS,
-    prefill: int | None = None,
-    min_tokens: int | None = 64,
-) -> None:
-    """Run the op's launches on the case's arrays; ``prefill`` takes that program whatever the number of tokens."""
-    programs = programs_of(case.variant, min_tokens)
-    sizes = {"batch": case.batch, "tokens": case.tokens}
-    if prefill is None:
-        plans = plan.plan_attention(programs, processors, capacity=case.capacity, **sizes)
-        launches, numbers = plans.launches, plans.numbers
-    else:
-        launches = plan.prefill_launches(programs.prefill[prefill], **sizes)
-        numbers = {"tokens": case.tokens, "capacity": case.capacity}
-    rows, splits = case.batch * case.tokens * case.variant.sizes.num_query_heads, numbers.get("splits", 1)
-    workspace = {
-        "mixes": np.full((rows, splits, case.variant.sizes.latent_dim), np.nan, np.float32),
-        "sums": np.full((rows, splits, 2), np.nan, np.float32),
-    }
-    values: dict[str, Any] = case.arrays | workspace | numbers
-    values |= {"positions": len(case.arrays["cos"]), "scale": float(case.scale)}
-    specs = []
-    for launch in launches:
-        arguments = [values.get(name) for name in (*launch.signature.addresses, *launch.signature.numbers)]
-        grid = launch.launch
-        specs.append(LaunchSpec(launch.kernel, grid.grid, grid.threads, grid.shared_bytes, arguments))
-    programme = simulator(launches[0].program, sources)
-    programme.compile(builds)
-    programme.run(specs, seed)
-
-
-def check(case: cases.Case, builds: Path, **options: Any) -> None:
-    """Run a case and compare the caches and the output with float64."""
-    before = {name: array.copy() for name, array in case.arrays.items()}
-    exact = cases.appended(case, {name: cases.stored(case, name) for name in ("key", "latent")})
-    simulate(case, builds, **options)
-    check_caches(case, before, exact)
-    # of 8 bits: what was written is right to within a code, and the output is of what was written
-    present = {name: cases.stored(case, name) for name in exact} if case.variant.quantised else exact
-    error = cases.error(case.arrays["output"], cases.attended(case, present))
-    assert error <= cases.TOLERANCE[case.variant.compute], error
-    for name in {"query", "key", "latent", "gate", "past_length", "cos", "sin", "value_decoder"} & set(before):
-        assert case.arrays[name].tobytes() == before[name].tobytes(), name
-
-
-def check_caches(case: cases.Case, before: dict[str, np.ndarray], exact: dict[str, np.ndarray]) -> None:
-    """New rows are what they should be, rounded; all others are, bit for bit, what they were."""
-    fresh = np.zeros((case.batch, case.capacity), bool)
-    for row, start in enumerate(cases.held(case)):
-        fresh[row, start : start + case.tokens] = True
-    for name in ("key", "latent"):
-        for part in (f"{name}_cache", f"{name}_scale") if case.variant.quantised else (f"{name}_cache",):
-            old, new = (np.moveaxis(arrays[part], 1, 2)[~fresh] for arrays in (before, case.arrays))
-            assert old.tobytes() == new.tobytes(), f"{part}: rows of earlier tokens, or of none"
-        found, wanted = (np.moveaxis(values, 1, 2)[fresh] for values in (cases.stored(case, name), exact[name]))
-        assert (np.abs(found - wanted) <= cases.rounding(case.variant, wanted)).all(), name
 
 
 # --- against float64 --------------------------------------------------------------------------------------------------
@@ -399,14 +319,19 @@ FAULTS: dict[str, Fault] = {
     "a slice is not waited for": ("decode.cu", "wait_for_copies<stages - 2>();", "", 1),
     "no barrier of the warp": ("decode.cu", "warp_barrier();", "", 1),
     "one stage too few is waited for": ("decode.cu", "wait_for_copies<stages - 2>", "wait_for_copies<stages - 1>", 1),
-    "no barrier before parts of the mix are read": ("decode.cu", "block_barrier();\n    float total", "float total", 1),
+    "no barrier before parts of the mix are read": (
+        "combine.cuh",
+        "block_barrier();\n    float total",
+        "float total",
+        1,
+    ),
     "no barrier before the mix is read": (
-        "decode.cu",
+        "combine.cuh",
         "block_barrier();\n            const float decoded",
         "const float decoded",
         1,
     ),
-    "no barrier before products are read": ("decode.cu", "block_barrier();\n        float total", "float total", 1),
+    "no barrier before products are read": ("combine.cuh", "block_barrier();\n        float total", "float total", 1),
     "a row too many is copied": ("tiles.cuh", "min_of(end - first, count)", "min_of(end - first + 1, count)", 1),
     "a token past the capacity is seen": (
         "decode.cu",
@@ -431,7 +356,7 @@ FAULTS: dict[str, Fault] = {
 
 # The same of what has no value decoder.
 PLAIN_FAULTS: dict[str, tuple[str, Fault]] = {
-    "the next row is too early": (GQA, ("decode.cu", "block_barrier();  // the next row", "// the next row", 1)),
+    "the next row is too early": (GQA, ("combine.cuh", "block_barrier();  // the next row", "// the next row", 1)),
     "all groups have the first keys": (GQA, ("decode.cu", "group * key_heads / groups", "0", 1)),
     "all groups have the first values": (GQA, ("prefill.cu", "{batch_row} * latent_heads + latent_head", "{0}", 40)),
     "a row past the tokens is written": (GQA, ("prefill.cu", "if (token < tokens) {", "if (token <= tokens) {", 40)),

@@ -18,9 +18,9 @@ from gta_edge.libraries.cuda import driver_cuda_version
 from gta_edge.libraries.install import install_command
 from gta_edge.plugins.attention import kernels as launch
 from gta_edge.plugins.attention import launches, tiling
-from gta_edge.plugins.attention.definition import Sizes
+from gta_edge.plugins.attention.definition import Features, Sizes
 from gta_edge.plugins.attention.kernels import AttentionKernels, Buffers, attention_kernels
-from gta_edge.plugins.attention.launches import SIGNATURES, choose_prefill, plan_attention, programs_for
+from gta_edge.plugins.attention.launches import SIGNATURES, choose_prefill, plan_attention, programs_for, signature
 from gta_edge.plugins.attention.tiling import DECODE_TOKENS, Variant
 from tests.helpers.fake_cuda import ORIN, STREAM, FakeCuda, Stream, addresses, declared, plain
 from tests.helpers.refusals import message
@@ -53,14 +53,30 @@ PLAIN = replace(BUFFERS, gate=0, value_decoder=0)
 # --- the order of the arguments --------------------------------------------------------------------------------------
 
 
-def test_the_parameters_stand_in_the_sources_as_they_are_passed() -> None:
-    numbers = {"scale": "float"}
-    found = {kernel: parameters for kernel, parameters in declared().items() if not kernel.startswith("gta_matmul")}
-    assert found == {
-        kernel: [("address", name) for name in signature.addresses]
-        + [(numbers.get(name, "int"), name) for name in signature.numbers]
-        for kernel, signature in SIGNATURES.items()
-    }
+FEATURES = (
+    Features(),
+    Features("mass", 3, True, True),
+    Features("last", 8, False, False),
+    Features(None, 1, True, False),
+    Features(None, 0, False, True),
+)
+
+
+@pytest.mark.parametrize("features", FEATURES)
+def test_the_parameters_stand_in_the_sources_as_they_are_passed(features: Features) -> None:
+    numbers, found = {"scale": "float"}, declared(features)
+    assert set(SIGNATURES) <= found.keys()
+    for kernel in SIGNATURES:
+        expected = signature(kernel, features)
+        assert found[kernel] == [("address", name) for name in expected.addresses] + [
+            (numbers.get(name, "int"), name) for name in expected.numbers
+        ]
+
+
+def test_what_is_not_given_leaves_no_parameter() -> None:
+    assert {kernel: signature(kernel, Features()) for kernel in SIGNATURES} == SIGNATURES
+    managed = {"token_positions", "row_bias", "branch_start", "branches", "query_weight", "decay", "received", "scores"}
+    assert not managed & {name for each in SIGNATURES.values() for name in each.addresses}
 
 
 @pytest.mark.parametrize("of", [FP16, INT8, Variant(replace(SIZES, latent_dim=256, hidden_size=1280), "fp16", "fp8")])
@@ -91,6 +107,31 @@ def test_many_tokens_are_appended_and_attended() -> None:
     assert made.launches[0].launch == tiling.append_grid(of.prefill[0], 2, 300)
     assert made.launches[1].launch == tiling.prefill_grid(of.prefill[0], 2, 300)
     assert (made.workspace_bytes, made.offsets) == (0, {})
+
+
+MANAGED = replace(FP16, features=Features("mass", 2, True, True))
+
+
+def test_an_observing_call_has_more_blocks_and_room_for_scores() -> None:
+    of = programs_for(MANAGED, "sm_87")
+    made = plan_attention(of, 8, batch=2, tokens=3, capacity=1000)
+    splits, rows = made.numbers["splits"], 2 * 3 * 5
+    mixes = made.launches[1].launch.grid[0] - made.numbers["mix_blocks"]
+    assert mixes * 5 * 4 >= 2 * 4 > (mixes - 1) * 5 * 4  # 4 blocks of 256 rows of each sequence
+    assert made.offsets == {"mixes": 0, "sums": rows * splits * 512, "scores": rows * splits * 520}
+    assert made.workspace_bytes == rows * splits * 520 + rows * 1008 * 4
+    assert all(offset % 16 == 0 for offset in made.offsets.values())
+
+
+def test_rows_of_a_tree_share_one_reading_of_the_cache() -> None:
+    of = programs_for(MANAGED, "sm_87")
+    narrow, wide = of.decodes
+    for tokens, program, blocks in ((3, narrow, 1), (4, wide, 1), (25, wide, 1), (64, wide, 3)):
+        launch = plan_attention(of, 8, batch=1, tokens=tokens, capacity=1000).launches[0]
+        assert (launch.program, launch.launch.grid[1]) == (program, blocks)
+    assert of.prefill == ()
+    with pytest.raises(BackendError, match="a tree has 65 new tokens; expected at most 64"):
+        plan_attention(of, 8, batch=1, tokens=65, capacity=1000)
 
 
 def test_the_border_between_the_two() -> None:
@@ -343,6 +384,9 @@ def test_calls_of_the_same_sizes_are_prepared_once(cuda: FakeCuda, monkeypatch: 
             for scale in (0.0, -1.0, 1e-46, 1e39, float("inf"), float("nan"))
         ),
         (FP16, BUFFERS, {"batch": 0}, "batch is 0; expected 1 to 65535"),
+        (MANAGED, BUFFERS, {}, "token_positions is missing; the kernels are compiled with one"),
+        (FP16, replace(BUFFERS, decay=4), {}, "decay is given; the kernels are compiled without one"),
+        (FP16, BUFFERS, {"branch_rows": -1}, "branches has words for -1 rows; expected 0 to 2147483647"),
     ],
 )
 def test_calls_that_are_refused(of: Variant, buffers: Buffers, call: dict[str, Any], text: str, cuda: FakeCuda) -> None:
@@ -366,7 +410,10 @@ def test_a_launch_that_fails(cuda: FakeCuda) -> None:
     )
 
 
-@pytest.mark.parametrize("name", [name for name in vars(BUFFERS) if name != "past_length" and "scale" not in name])
+SIXTEEN = [name for name, alignment in ((n, launch._ALIGNMENTS.get(n, 16)) for n in vars(BUFFERS)) if alignment == 16]
+
+
+@pytest.mark.parametrize("name", SIXTEEN)
 def test_an_address_that_is_not_aligned(name: str) -> None:
     assert message(replace, BUFFERS, **{name: 0x1008}) == (
         f"{name} is at address 0x1008; expected a multiple of 16: copy it to memory that is aligned so"

@@ -175,7 +175,7 @@ def test_the_workspace_holds_a_mix_and_two_numbers_per_row_and_split(
     program, sizes = tiling.decode_program(variant, "sm_90"), variant.sizes
     rows = batch * tokens * sizes.num_query_heads
     floats = rows * splits * sizes.latent_dim + rows * splits * 2
-    assert tiling.workspace_bytes(program, splits, batch, tokens) == 4 * floats
+    assert sum(tiling.workspace_parts(program, splits, batch, tokens, 64).values()) == 4 * floats
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
