@@ -32,7 +32,15 @@ else:
     onnx, ir = optional("onnx", "ort"), optional("onnx_ir", "ort")
     common = optional("onnx_ir.passes.common", "ort")
 
-__all__ = ["add_attention_function", "load_graph", "rewriting", "run_passes", "serialised", "store_weights"]
+__all__ = [
+    "add_attention_function",
+    "load_graph",
+    "reuse_weights",
+    "rewriting",
+    "run_passes",
+    "serialised",
+    "store_weights",
+]
 
 _FIXED_BYTES, _LAYER_BYTES, _MAX_BYTES = 2**18, 2**16, 2**24
 """Of a graph's file: a layer takes a third of that at most, and parsed it may take eighty times its size."""
@@ -174,6 +182,28 @@ def store_weights(
         value.const_value = ir.ExternalTensor(
             location, tensor.offset, tensor.length, tensor.dtype, shape=tensor.shape, name=str(value.name)
         )
+
+
+def reuse_weights(model: ir.Model, where: Path | str, other: bytes) -> None:
+    """Let a model's new weights be those that ``store_weights`` wrote for another; what is small stays in the graph.
+
+    Args:
+        model: whose weights that passes have made need not be made.
+        where: the file that the model comes from.
+        other: a model of the same bundle, serialised.
+
+    Raises:
+        BundleError: a weight was not written for the other model.
+    """
+    written = {tensor.name: tensor for tensor in onnx.ModelProto.FromString(other).graph.initializer}
+    for name, value in model.graph.initializers.items():
+        new = value.const_value
+        if not isinstance(new, ir.LazyTensor) or new.nbytes <= _INLINE_BYTES:
+            continue
+        found = written.get(name)
+        if found is None or (tuple(found.dims), found.data_type) != (new.shape.numpy(), int(new.dtype)):
+            raise BundleError(f"{printable(str(where))}: {name} was not written for the graph beside it", _REMEDY)
+        value.const_value = ir.from_proto(found)
 
 
 def serialised(model: ir.Model, where: Path | str) -> bytes:

@@ -1,18 +1,22 @@
 """Graphs as bundles have them, run by ONNX Runtime as they are."""
 
 import functools
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 
 from gta_edge.export.graph import prepare, traced
 from gta_edge.export.quantizer import Quantizer
 from gta_edge.formats.weights import storage_for
 from gta_edge.model.config import parse_config
 from gta_edge.model.rope import rope_tables
+from tests.helpers.attention_models import Sizes, model
 from tests.helpers.small_models import MODELS, PRECISIONS, WEIGHTS, P, traced_once
 
 
@@ -56,3 +60,21 @@ def runs(graph: ir.Model, *steps: dict[str, np.ndarray]) -> list[dict[str, np.nd
 def run(graph: ir.Model, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Every output by name."""
     return runs(graph, feeds)[0]
+
+
+def one_attention(
+    inputs: dict[str, np.ndarray], sizes: Sizes, behind: Iterable[str] = (), dtype: Any = np.float32
+) -> ir.Model:
+    """The op alone, its value decoder, where it has one, stored in a type, behind nodes of some kinds."""
+    proto = model(sizes)
+    graph = proto.graph
+    if not sizes.decoder:
+        return ir.from_proto(proto)
+    (declared,) = (value for value in graph.input if value.name == "value_decoder")
+    graph.input.remove(declared)
+    name = "value_decoder" if not behind else "stored"
+    graph.initializer.append(numpy_helper.from_array(inputs["value_decoder"].astype(dtype), name))
+    for i, kind in enumerate(behind):
+        options = {"to": TensorProto.FLOAT} if kind == "Cast" else {}
+        graph.node.insert(i, helper.make_node(kind, [name], ["value_decoder"], **options))
+    return ir.from_proto(proto)

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gta_edge.formats.bundle import Bundle
-from gta_edge.graph.io import load_graph, run_passes, serialised, store_weights
+from gta_edge.graph.io import load_graph, reuse_weights, run_passes, serialised, store_weights
+from gta_edge.graph.manage_cache import ManageCachePass
 from gta_edge.graph.pack_embedding import PackEmbeddingPass
 from gta_edge.graph.share_dimensions import ShareDimensionsPass
 from gta_edge.libraries.optional import optional
 from gta_edge.numerics.quantization import BITS
+from gta_edge.plugins.attention.definition import Features
 from gta_edge.runtime.onnxruntime.passes.expand_attention import ExpandAttentionPass
 from gta_edge.runtime.onnxruntime.passes.fuse_matmuls import FuseMatMulsPass
 from gta_edge.runtime.onnxruntime.passes.fuse_norms import FuseNormsPass
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 else:
     ir, common = optional("onnx_ir", "ort"), optional("onnx_ir.passes.common", "ort")
 
-__all__ = ["graph_without_new_weights", "graphs"]
+__all__ = ["graph_without_new_weights", "graphs", "managed_graphs"]
 
 _INT8_ACTIVATIONS, _FLOAT32 = 4, 1  # MatMulNBits' accuracy levels
 
@@ -46,11 +48,54 @@ def graphs(bundle: Bundle, weights: Path, location: str, progress: Progress = si
         BackendError: onnx-ir is not installed.
     """
     path = bundle.model_path
-    model = load_graph(path, bundle.config)
-    passes = PackEmbeddingPass(), ExpandAttentionPass(), common.InlinePass(), ShareDimensionsPass()
-    run_passes(model, path, *passes, FuseMatMulsPass(_INT8_ACTIVATIONS), FuseNormsPass())
+    model = _lowered(bundle, None)
     workers = threads_to_use(2, asked=False)
     store_weights(model, path, weights, location, progress, everything=False, workers=workers)
+    return _in_both_arithmetics(model, bundle)
+
+
+def managed_graphs(bundle: Bundle, features: Features, plain: bytes) -> tuple[bytes, bytes]:
+    """Return the graphs of a managed cache, likewise, which read the weights that were written for ``graphs``.
+
+    Args:
+        bundle: the model.
+        features: of the attention.
+        plain: the graph without them, as ``graphs`` gave it: it says where its weights are.
+
+    Raises:
+        BundleError: as ``graphs``, and where a weight is not among those.
+        CapacityError, BackendError: as ``graphs``.
+    """
+    model = _lowered(bundle, features)
+    reuse_weights(model, bundle.model_path, plain)
+    return _in_both_arithmetics(model, bundle)
+
+
+def graph_without_new_weights(bundle: Bundle, features: Features | None = None) -> bytes:
+    """Return a graph that reads the bundle's weights as they are: for where no file can be written."""
+    model = load_graph(bundle.model_path, bundle.config)
+    run_passes(
+        model, bundle.model_path, *_managing(features), common.InlinePass(), ShareDimensionsPass(), FuseNormsPass()
+    )
+    return serialised(model, bundle.model_path)
+
+
+def _lowered(bundle: Bundle, features: Features | None) -> ir.Model:
+    """Return the graph with its new weights still to be made."""
+    model = load_graph(bundle.model_path, bundle.config)
+    expanding = PackEmbeddingPass(), ExpandAttentionPass(), common.InlinePass(), ShareDimensionsPass()
+    fusing = FuseMatMulsPass(_INT8_ACTIVATIONS), FuseNormsPass()
+    run_passes(model, bundle.model_path, *_managing(features), *expanding, *fusing)
+    return model
+
+
+def _managing(features: Features | None) -> list[ManageCachePass]:
+    return [] if features is None else [ManageCachePass(features)]
+
+
+def _in_both_arithmetics(model: ir.Model, bundle: Bundle) -> tuple[bytes, bytes]:
+    """Return a graph that rounds activations to int8, and one that does not; one and the same without such matmuls."""
+    path = bundle.model_path
     default = serialised(model, path)
     if bundle.precision not in BITS:
         return default, default
@@ -58,10 +103,3 @@ def graphs(bundle: Bundle, weights: Path, location: str, progress: Progress = si
         if node.op_type == "MatMulNBits":
             node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", _FLOAT32)
     return default, serialised(model, path)
-
-
-def graph_without_new_weights(bundle: Bundle) -> bytes:
-    """Return a graph that reads the bundle's weights as they are: for where no file can be written."""
-    model = load_graph(bundle.model_path, bundle.config)
-    run_passes(model, bundle.model_path, common.InlinePass(), ShareDimensionsPass(), FuseNormsPass())
-    return serialised(model, bundle.model_path)

@@ -9,11 +9,16 @@ is how a form is cached, and the CPU's; the one for GPUs is in ``cuda_lower``.
     engines/onnxruntime/weights.data              quantised weights and scales
     engines/onnxruntime/graph.json                what they were made from
 
+With a managed cache (``graph.manage_cache``) there are two graphs more for each set of features, and no more weights:
+
+    engines/onnxruntime-managed/mass-2-branches/    graphs alike, and their record
+
 They are artifacts (``formats.artifacts``): what another user or machine made, and what is damaged, is made anew.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +28,7 @@ from gta_edge.formats.artifacts import cached_artifact, origin
 from gta_edge.formats.bundle import Bundle
 from gta_edge.numerics.quantization import BITS
 from gta_edge.plan.host_memory import require_memory_for_lowering
+from gta_edge.plugins.attention.definition import Features
 from gta_edge.support.ownership import ARTIFACTS
 from gta_edge.support.progress import Progress, silent
 
@@ -71,23 +77,31 @@ class LoweredGraph:
     cached: bool
 
 
-def lower(bundle: Bundle, *, exact: bool = False, progress: Progress = silent) -> LoweredGraph:
+def lower(
+    bundle: Bundle, *, exact: bool = False, features: Features | None = None, progress: Progress = silent
+) -> LoweredGraph:
     """Return the graph for a bundle: the cached one, or a new one, which is cached if the bundle is writable.
 
     Args:
         bundle: the model.
         exact: multiply by integers in float32, instead of rounding activations to int8; four times slower.
+        features: of a managed cache; None for none.
         progress: told of weights that are repacked.
 
     Raises:
         BackendError: the bundle's graph cannot be read, or onnx-ir is missing to make a new one.
     """
     rounds = bundle.precision in BITS and not exact
-    graph = cached_graph(bundle, CPU, _EXACT if exact else GRAPH, progress)
-    return without_new_weights(bundle, exact=exact) if graph is None else LoweredGraph(graph, rounds, cached=True)
+    name = _EXACT if exact else GRAPH
+    graph = cached_graph(bundle, CPU, name if features is None else GRAPH, progress)
+    if graph is not None and features is not None:
+        graph = cached_graph(bundle, _managed(features, graph), name, progress)
+    if graph is None:
+        return without_new_weights(bundle, exact=exact, features=features)
+    return LoweredGraph(graph, rounds, cached=True)
 
 
-def without_new_weights(bundle: Bundle, *, exact: bool = False) -> LoweredGraph:
+def without_new_weights(bundle: Bundle, *, exact: bool = False, features: Features | None = None) -> LoweredGraph:
     """Return a graph that reads the bundle's own weights and nothing else: slower to load, and for that always right.
 
     Raises:
@@ -96,7 +110,23 @@ def without_new_weights(bundle: Bundle, *, exact: bool = False) -> LoweredGraph:
     require_memory_for_lowering()
     from gta_edge.runtime.onnxruntime.lower import graph_without_new_weights
 
-    return LoweredGraph(graph_without_new_weights(bundle), bundle.precision in BITS and not exact, cached=False)
+    graph = graph_without_new_weights(bundle, features)
+    return LoweredGraph(graph, bundle.precision in BITS and not exact, cached=False)
+
+
+def _managed(features: Features, plain: bytes) -> Form:
+    """Return the form of a managed cache, beside that of ``plain``, whose weights it reads."""
+
+    def make(bundle: Bundle, weights: Path, location: str, progress: Progress) -> dict[str, bytes]:
+        require_memory_for_lowering()
+        from gta_edge.runtime.onnxruntime.lower import managed_graphs
+
+        default, exact = managed_graphs(bundle, features, plain)
+        return {GRAPH: default, _EXACT: exact}
+
+    parts = [features.observe or "unobserved", str(features.bias_rows), *["branches"] * features.has_branches]
+    options = {"weights_of": hashlib.sha256(plain).hexdigest()}
+    return Form(f"{CPU.directory}-managed/{'-'.join(parts)}", make, options=options)
 
 
 def _for_cpu(bundle: Bundle, weights: Path, location: str, progress: Progress) -> dict[str, bytes]:

@@ -4,7 +4,7 @@ The meaning is what plain ONNX Runtime computes with none of its own rewriting, 
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -28,7 +28,7 @@ from gta_edge.runtime.onnxruntime.passes.fuse_matmuls import FuseMatMulsPass
 from gta_edge.runtime.onnxruntime.passes.fuse_norms import FuseNormsPass
 from tests.helpers import reference
 from tests.helpers.attention_models import Sizes, all_sizes, arrays, assert_cache, expected, model
-from tests.helpers.onnx_runs import bundled, run, runs, serialise
+from tests.helpers.onnx_runs import bundled, one_attention, run, runs, serialise
 from tests.helpers.small_models import (
     LAYERS,
     MODELS,
@@ -191,24 +191,6 @@ def test_fewer_nodes_than_the_function_has(name: str) -> None:
         common.InlinePass()(graph)
         counts.append(sum(count for kind, count in op_types(graph).items() if kind != "Constant"))
     assert counts[1] <= counts[0] - 10 * LAYERS
-
-
-def one_attention(
-    inputs: dict[str, np.ndarray], sizes: Sizes, behind: Iterable[str] = (), dtype: Any = np.float32
-) -> ir.Model:
-    """The op alone, its value decoder, where it has one, stored in a type, behind nodes of some kinds."""
-    proto = model(sizes)
-    graph = proto.graph
-    if not sizes.decoder:
-        return ir.from_proto(proto)
-    (declared,) = (value for value in graph.input if value.name == "value_decoder")
-    graph.input.remove(declared)
-    name = "value_decoder" if not behind else "stored"
-    graph.initializer.append(numpy_helper.from_array(inputs["value_decoder"].astype(dtype), name))
-    for i, kind in enumerate(behind):
-        options = {"to": TensorProto.FLOAT} if kind == "Cast" else {}
-        graph.node.insert(i, helper.make_node(kind, [name], ["value_decoder"], **options))
-    return ir.from_proto(proto)
 
 
 def assert_attends(graph: ir.Model, inputs: dict[str, np.ndarray], sizes: Sizes) -> np.ndarray:

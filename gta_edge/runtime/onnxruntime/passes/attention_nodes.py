@@ -14,12 +14,13 @@ if TYPE_CHECKING:
 else:
     ir = optional("onnx_ir", "ort")
 
-__all__ = ["CONTRIB", "Mask", "by_head", "positions"]
+__all__ = ["CONTRIB", "LOWEST", "Mask", "by_head", "positions"]
 
 CONTRIB = "com.microsoft"
 """Domain of ONNX Runtime's own operators."""
 
-_LOWEST = float(np.finfo(np.float32).min)
+LOWEST = float(np.finfo(np.float32).min)
+"""Score of a row that is not seen."""
 
 
 def positions(nodes: Nodes, tokens: ir.Value, length: ir.Value) -> ir.Value:
@@ -54,16 +55,19 @@ class Mask:
         n_q, n_k, n_c = heads
         rows = nodes("Range", nodes.scalar(0, np.int64), nodes("Squeeze", capacity), nodes.scalar(1, np.int64))
         visible = nodes("LessOrEqual", rows, nodes("Unsqueeze", seen, nodes.constant(-1)))  # [B, T, S]
-        zero, lowest = nodes.scalar(0, np.float32), nodes.scalar(_LOWEST, np.float32)
+        zero, lowest = nodes.scalar(0, np.float32), nodes.scalar(LOWEST, np.float32)
         mask = nodes("Unsqueeze", nodes("Where", visible, zero, lowest), nodes.constant(1))  # [B, 1, T, S]
+        self._mask = mask if n_k != n_c else nodes("Tile", mask, nodes.constant(1, 1, n_q // n_k, 1))
+        self._layouts(nodes, heads, tokens, capacity)
+
+    def _layouts(self, nodes: Nodes, heads: tuple[int, int, int], tokens: ir.Value, capacity: ir.Value) -> None:
+        """Make the shapes of scores and of weights, where the rows of one matmul are not those of the next."""
+        n_q, n_k, n_c = heads
         self._shapes: tuple[ir.Value, ir.Value] | None = None
-        if n_k == n_c:  # the rows of one matmul are those of the next
-            self._mask = nodes("Tile", mask, nodes.constant(1, 1, n_q // n_k, 1))
-            return
-        self._mask = mask
-        by_query = nodes("Concat", nodes.constant(0), nodes.constant(n_q), tokens, capacity, axis=0)
-        by_latent = nodes("Concat", nodes.constant(0), nodes.constant(n_c), nodes.constant(-1), capacity, axis=0)
-        self._shapes = by_query, by_latent
+        if n_k != n_c:
+            by_query = nodes("Concat", nodes.constant(0), nodes.constant(n_q), tokens, capacity, axis=0)
+            by_latent = nodes("Concat", nodes.constant(0), nodes.constant(n_c), nodes.constant(-1), capacity, axis=0)
+            self._shapes = by_query, by_latent
 
     def softmax(self, nodes: Nodes, scores: ir.Value) -> ir.Value:
         """Return weights [B, n_c, (n_q / n_c)·T, S] of scores [B, n_k, (n_q / n_k)·T, S]; nodes may be a branch's."""

@@ -11,7 +11,8 @@ from gta_edge.graph.builder import Nodes, lazy_initializer, static_size, take_pl
 from gta_edge.libraries.optional import optional
 from gta_edge.plugins.attention import definition as op
 from gta_edge.plugins.domain import DOMAIN
-from gta_edge.runtime.onnxruntime.passes.attention_nodes import CONTRIB, Mask, by_head, positions
+from gta_edge.runtime.onnxruntime.passes.attention_nodes import CONTRIB, by_head
+from gta_edge.runtime.onnxruntime.passes.managed_nodes import ManagedMask, mask_of, positions_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -78,7 +79,7 @@ def _stored(decoder: ir.Value) -> ir.Value | None:
 
 
 def _expanded(graph: ir.Graph, node: ir.Node) -> tuple[list[ir.Value], list[ir.Node]]:
-    """Return output, present_key and present_latent, and the nodes that make them."""
+    """Return the node's outputs, and the nodes that make them."""
     given = op.given_inputs(node.inputs)
     query, past_key, past_latent, length = (given[k] for k in ("query", "past_key", "past_latent", "past_length"))
     n_q, n_k, n_c = (node.attributes.get_int(name) for name in op.ATTRIBUTES[:3])
@@ -86,10 +87,10 @@ def _expanded(graph: ir.Graph, node: ir.Node) -> tuple[list[ir.Value], list[ir.N
     nodes = Nodes()
     tokens = nodes("Shape", query, start=1, end=2)
     capacity = nodes("Shape", past_key, start=2, end=3)
-    seen = positions(nodes, tokens, length)
+    places = positions_of(nodes, given, tokens)
 
     turned = nodes("Concat", query, given["key"], axis=-1)
-    turned = nodes("RotaryEmbedding", turned, given["cos"], given["sin"], seen, num_heads=n_q + n_k)
+    turned = nodes("RotaryEmbedding", turned, given["cos"], given["sin"], places, num_heads=n_q + n_k)
     turned = nodes("Reshape", turned, nodes.constant(0, 0, n_q + n_k, d_k))
     turned = nodes("Transpose", turned, perm=[0, 2, 1, 3])
     queries = nodes("Split", turned, nodes.constant(n_q, n_k), axis=1, outputs=2)  # [B, n_q, T, d_k]
@@ -101,7 +102,8 @@ def _expanded(graph: ir.Graph, node: ir.Node) -> tuple[list[ir.Value], list[ir.N
 
     scale = node.attributes.get_float("scale")
     scores = nodes("FusedMatMul", queries, present_key, domain=CONTRIB, transB=1, alpha=scale)
-    weights = Mask(nodes, (n_q, n_k, n_c), seen, tokens, capacity).softmax(nodes, scores)
+    mask = mask_of(nodes, node, (n_q, n_k, n_c), places, tokens, capacity)
+    weights = mask.softmax(nodes, scores)
     mix = nodes("MatMul", weights, present_latent)  # [B, n_c, (n_q / n_c)·T, d_l]
 
     width = d_l  # of a head's output
@@ -114,7 +116,10 @@ def _expanded(graph: ir.Graph, node: ir.Node) -> tuple[list[ir.Value], list[ir.N
     output = nodes("Reshape", values, nodes.constant(0, 0, n_q * width))
     if "gate" in given:
         output = nodes("Mul", nodes("Sigmoid", given["gate"]), output)
-    return [output, present_key, present_latent], nodes.made
+    outputs = [output, present_key, present_latent]
+    if isinstance(mask, ManagedMask) and mask.observe:
+        outputs.append(mask.received(nodes, weights))
+    return outputs, nodes.made
 
 
 def _decoder(graph: ir.Graph, given: ir.Value) -> ir.Value:
