@@ -38,6 +38,7 @@ VERBS = {
     "init": Verb("Make", "Write a checkpoint of random weights"),
     "export": Verb("Make", "Turn a checkpoint into a bundle (ONNX)"),
     "build": Verb("Make", "Build a TensorRT engine of a bundle"),
+    "calibrate-cache": Verb("Make", "Measure what rows each layer's cache needs", "calibrate_cache"),
     "generate": Verb("Run", "Continue a prompt"),
     "bench": Verb("Measure", "Time backends side by side"),
     "eval": Verb("Measure", "Loss and perplexity of a text", "evaluate"),
@@ -58,7 +59,7 @@ _USAGE_ERRORS: Any = typer.BadParameter.__mro__[2]
 
 def function_of(name: str) -> Callable[..., None]:
     """Return the function of a verb, loading its module."""
-    module = import_module(f"gta_edge.cli.{name}")
+    module = import_module(f"gta_edge.cli.{name.replace('-', '_')}")
     function: Callable[..., None] = getattr(module, VERBS[name].function or name)
     return function
 
@@ -103,7 +104,7 @@ class _Group(typer.core.TyperGroup):
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         for group in dict.fromkeys(verb.group for verb in VERBS.values()):
             with formatter.section(group):
-                formatter.write_dl([(f"{name:<9}", v.summary) for name, v in VERBS.items() if v.group == group])
+                formatter.write_dl([(f"{name:<15}", v.summary) for name, v in VERBS.items() if v.group == group])
         with formatter.section("Example"):
             formatter.write(_EXAMPLE)
 

@@ -17,7 +17,7 @@ from gta_edge.runtime.session import Session
 from gta_edge.support.progress import Progress, silent
 from gta_edge.support.text import brief, one_line, printable
 
-__all__ = ["Evaluation", "evaluate", "read_ids"]
+__all__ = ["Evaluation", "evaluate", "negative_log_likelihood", "read_ids"]
 
 _LOGIT_BYTES = 2**27  # logits of one call stay below this
 
@@ -78,7 +78,7 @@ def evaluate(
         for at in range(start, stop, step):
             end = min(at + step, stop)
             logits = claim.forward(ids[None, at:end], all_logits=True)[0]
-            total += _negative_log_likelihood(logits, ids[at + 1 : end + 1])
+            total += negative_log_likelihood(logits, ids[at + 1 : end + 1])
             if math.isnan(total):
                 raise BackendError(
                     "the model's logits hold NaN",
@@ -127,7 +127,7 @@ def _as_ids(ids: Any) -> npt.NDArray[np.integer]:
     return array
 
 
-def _negative_log_likelihood(logits: npt.NDArray[np.float32], targets: npt.NDArray[np.integer]) -> float:
+def negative_log_likelihood(logits: npt.NDArray[np.float32], targets: npt.NDArray[np.integer]) -> float:
     """Return the summed loss of ``targets`` [T] under ``logits`` [T, V]."""
     shifted = logits - logits.max(-1, keepdims=True)
     normaliser = np.log(np.exp(shifted).sum(-1, dtype=np.float64))

@@ -31,6 +31,7 @@ OPTIONS = {
     "inspect": ["PATH_OR_PRESET"],
     "verify": ["--checkpoint", "--backend"],
     "eval": ["--text", "--ids"],
+    "calibrate-cache": ["BUNDLE", "--text", "--share", "--rule", "--windows", "--tokens", "--backend", "--force"],
     "generate": [
         "--prompt",
         "--prompt-file",
@@ -136,7 +137,7 @@ def test_summaries_are_short_and_whole(command: Command) -> None:
     lines = command("--help").out.splitlines()
     for name, verb in COMMANDS.items():
         assert len(verb.summary) <= 45
-        assert f"  {name:<9}  {verb.summary}" in lines
+        assert f"  {name:<15}  {verb.summary}" in lines
         assert command(name, "-h").out == command(name, "--help").out
 
 
@@ -153,7 +154,7 @@ def test_help_and_version_load_little(option: str) -> None:
     )
     loaded = {name.partition(".")[0] for name in process.stderr.split()}
     assert loaded & {"numpy", "rich", "tomllib", "tomli", "safetensors", "jinja2", "torch", "onnx"} == set()
-    assert not any(f"gta_edge.cli.{verb}" in process.stderr.split() for verb in VERBS)
+    assert not any(f"gta_edge.cli.{verb.replace('-', '_')}" in process.stderr.split() for verb in VERBS)
 
 
 # --- inspect -------------------------------------------------------------------------------------------------------

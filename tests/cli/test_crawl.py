@@ -30,6 +30,18 @@ CALLS = {
     "init": ["gta1-160m", "{tmp}/new", "--layers", "1", "--max-length", "8"],
     "export": ["{checkpoint}", "{tmp}/new", "--no-verify"],
     "build": ["{bundle}", "--onnx-only", "--output", "{tmp}/new"],
+    "calibrate-cache": [
+        "{bundle}",
+        "--text",
+        "{text}",
+        "--windows",
+        "1",
+        "--tokens",
+        "96",
+        "--backend",
+        "torch",
+        "--force",
+    ],
     "inspect": ["{bundle}"],
     "plan": ["{bundle}", "--device", "orin-nano-8gb"],
     "verify": ["{bundle}", "--checkpoint", "{checkpoint}", "--backend", "onnxruntime"],
@@ -118,8 +130,9 @@ def places(tiny_bundle: Path, tiny_checkpoint: Path, tmp_path_factory: pytest.Te
     np.save(directory / "ids.npy", np.arange(5))
     (directory / "loop").symlink_to(directory / "loop")
     (directory / "bytes").write_bytes(bytes(range(256)))
+    (directory / "text").write_text("A text to measure with. " * 20)
     bundle = shutil.copytree(tiny_bundle, directory / "bundle")
-    found = {"bundle": bundle, "checkpoint": tiny_checkpoint, "ids": directory / "ids.npy"}
+    found = {"bundle": bundle, "checkpoint": tiny_checkpoint, "ids": directory / "ids.npy", "text": directory / "text"}
     return found | {"missing": directory / "missing", "loop": directory / "loop", "bytes": directory / "bytes"}
 
 

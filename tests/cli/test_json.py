@@ -88,6 +88,7 @@ CALLS = {
     "init": ["gta1-160m", "{tmp}/init", "--layers", "1", "--max-length", "8"],
     "export": ["{checkpoint}", "{tmp}/export"],
     "build": ["{bundle}", "--onnx-only", "--output", "{tmp}/build"],
+    "calibrate-cache": ["{copied}", "--text", "{text}", "--windows", "1", "--tokens", "96", "--backend", "torch"],
     "inspect": ["{bundle}"],
     "plan": ["{bundle}", "--device", "orin-nano-8gb"],
     "verify": ["{bundle}", "--checkpoint", "{checkpoint}"],
@@ -99,14 +100,22 @@ CALLS = {
 
 
 def test_every_command_is_on_the_page() -> None:
-    assert VERBS.keys() == CALLS.keys() == set(re.findall(r"^## (\w+)$", PAGE, re.MULTILINE))
+    assert VERBS.keys() == CALLS.keys() == set(re.findall(r"^## ([\w-]+)$", PAGE, re.MULTILINE))
 
 
 @pytest.mark.parametrize("verb", CALLS)
 def test_documents_are_as_documented(
-    command: Command, tiny_bundle: Path, tiny_checkpoint: Path, tmp_path: Path, ids: Path, verb: str
+    command: Command,
+    tiny_bundle: Path,
+    copied_bundle: Path,
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    ids: Path,
+    verb: str,
 ) -> None:
+    (tmp_path / "text").write_text("A text to measure with. " * 20)
     places = {"bundle": tiny_bundle, "checkpoint": tiny_checkpoint, "tmp": tmp_path, "ids": ids}
+    places |= {"copied": copied_bundle, "text": tmp_path / "text"}
     document = command(verb, "--json", *(word.format(**places) for word in CALLS[verb])).document
     assert document["schema_version"] == SCHEMA_VERSION == 1
     assert next(iter(document)) == "schema_version"

@@ -102,7 +102,7 @@ def alone(notes: Path, tmp_path: Path) -> Run:
 @pytest.fixture(scope="module")
 def places(tiny_checkpoint: Path, tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     directory = tmp_path_factory.mktemp("private")
-    (directory / "text").write_text("A text to evaluate.")
+    (directory / "text").write_text("A text to evaluate. " * 20)
     return {
         "checkpoint": tiny_checkpoint,
         "bundle": shutil.copytree(tiny_bundle, directory / "bundle"),
@@ -124,6 +124,7 @@ def places(tiny_checkpoint: Path, tiny_bundle: Path, tmp_path_factory: pytest.Te
         "plan {bundle} --plot {out}/plan.png",
         "doctor",
         "build {bundle} --onnx-only",
+        "calibrate-cache {bundle} --text {text} --windows 1 --tokens 96 --backend torch",
     ],
 )
 def test_a_command_keeps_to_itself(alone: Run, places: dict[str, Path], arguments: str) -> None:
@@ -133,7 +134,9 @@ def test_a_command_keeps_to_itself(alone: Run, places: dict[str, Path], argument
 def test_every_command_is_tried() -> None:
     from gta_edge.cli.app import VERBS
 
-    tried = {mark.args[1][i].split()[0] for mark in test_a_command_keeps_to_itself.pytestmark for i in range(10)}
+    tried = {
+        mark.args[1][i].split()[0] for mark in test_a_command_keeps_to_itself.pytestmark for i in range(len(VERBS))
+    }
     assert tried == set(VERBS)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,16 @@ from gta_edge.support.json_files import parse_json, read_json
 from gta_edge.support.ownership import ARTIFACTS
 from gta_edge.support.text import brief, one_line, printable
 
-__all__ = ["FILE", "PLACE", "LayerBudgets", "has_budgets", "read_budgets", "shared_out", "write_budgets"]
+__all__ = [
+    "FILE",
+    "PLACE",
+    "LayerBudgets",
+    "budgets_output",
+    "has_budgets",
+    "read_budgets",
+    "shared_out",
+    "write_budgets",
+]
 
 PLACE = f"{ARTIFACTS}/cache-budgets"
 FILE, _RECORD = "budgets.json", "cache_budgets.json"
@@ -81,11 +91,24 @@ def shared_out(total: int, shares: Sequence[float], least: int) -> npt.NDArray[n
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def write_budgets(bundle: Bundle, budgets: LayerBudgets, *, force: bool = False) -> Path:
-    """Keep a bundle's budgets with it, and return the file.
+def budgets_output(bundle: Bundle, *, force: bool = False) -> AbstractContextManager[Path]:
+    """Return a context manager of the directory to write a bundle's budgets into, as ``new_artifact`` does.
+
+    Budgets that cannot be used here are replaced in any case.
 
     Raises:
         OutputError: there are some already and not ``force``, or the bundle cannot be written to.
+    """
+    return new_artifact(bundle, PLACE, force=force or not has_budgets(bundle))
+
+
+def write_budgets(directory: Path, bundle: Bundle, budgets: LayerBudgets) -> None:
+    """Write a bundle's budgets and their record.
+
+    Args:
+        directory: as ``budgets_output`` yields it.
+        bundle: what they were measured on.
+        budgets: one number for each of its layers.
     """
     document = {
         "format": _FORMAT,
@@ -94,10 +117,8 @@ def write_budgets(bundle: Bundle, budgets: LayerBudgets, *, force: bool = False)
         "budgets": list(budgets.rows),
         "measured": dict(budgets.measured),
     }
-    with new_artifact(bundle, PLACE, force=force) as partial:
-        (partial / FILE).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-        write_record(partial, _RECORD, {"made_from": document["made_from"]})
-    return bundle.directory / PLACE / FILE
+    (directory / FILE).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    write_record(directory, _RECORD, {"made_from": document["made_from"]})
 
 
 def has_budgets(bundle: Bundle) -> bool:

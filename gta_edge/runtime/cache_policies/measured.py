@@ -15,11 +15,11 @@ from gta_edge.runtime.cache_policies.budgets import read_budgets, shared_out
 if TYPE_CHECKING:
     from gta_edge.formats.bundle import Bundle
 
-__all__ = ["LayerRows", "Measured"]
+__all__ = ["LayerRows", "Measured", "OverRule"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Over(CachePolicy):
+class OverRule(CachePolicy):
     """A policy that leaves to another one all but how many rows each layer has.
 
     Args:
@@ -55,7 +55,7 @@ class _Over(CachePolicy):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LayerRows(_Over):
+class LayerRows(OverRule):
     """A rule with a number of rows of its own for every layer.
 
     Args:
@@ -88,7 +88,7 @@ class LayerRows(_Over):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured(_Over):
+class Measured(OverRule):
     """Budgets for each layer, as ``gta-edge calibrate-cache`` found them for a bundle, over another policy's rule.
 
     The rule's ``rows`` is the mean over the layers. Layers differ by far more than rules do: on the shipped model the

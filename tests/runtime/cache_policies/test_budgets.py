@@ -16,6 +16,7 @@ from gta_edge.runtime.cache_policies.budgets import (
     FILE,
     PLACE,
     LayerBudgets,
+    budgets_output,
     has_budgets,
     read_budgets,
     shared_out,
@@ -32,6 +33,13 @@ def bundle(tmp_path: Path) -> Bundle:
     directory.mkdir()
     files = {name: {"sha256": 64 * digit} for name, digit in (("model.onnx", "a"), ("model.onnx.data", "b"))}
     return Bundle(directory, TINY, "fp32", {"files": files})
+
+
+def keep_budgets(bundle: Bundle, budgets: LayerBudgets, *, force: bool = False) -> Path:
+    """Write a bundle's budgets as the command does, and return the file."""
+    with budgets_output(bundle, force=force) as directory:
+        write_budgets(directory, bundle, budgets)
+    return bundle.directory / PLACE / FILE
 
 
 @given(
@@ -69,7 +77,7 @@ def test_rows_are_shared_out_in_proportion(total: int, shares: list[float], leas
 def test_a_measured_policy_is_its_rule_but_for_the_budgets(bundle: Bundle) -> None:
     layers = bundle.config.num_hidden_layers
     shares = tuple(range(1, layers + 1))
-    write_budgets(bundle, LayerBudgets(shares))
+    keep_budgets(bundle, LayerBudgets(shares))
     chosen = policy("measured", rows=40, interval=7, decay=0.9)
     rule = policy("zsmerge", rows=40, interval=7, decay=0.9)
     assert chosen == Measured(rule=rule)
@@ -88,7 +96,7 @@ def test_a_measured_policy_is_its_rule_but_for_the_budgets(bundle: Bundle) -> No
 def test_any_policy_takes_budgets(bundle: Bundle, tmp_path: Path) -> None:
     layers = bundle.config.num_hidden_layers
     copied = tmp_path / "copied.json"
-    copied.write_bytes(write_budgets(bundle, LayerBudgets((3,) + (1,) * (layers - 1))).read_bytes())
+    copied.write_bytes(keep_budgets(bundle, LayerBudgets((3,) + (1,) * (layers - 1))).read_bytes())
     fitted = policy("window", rows=10, sinks=0, budgets=str(copied)).for_bundle(bundle)
     budgets = fitted.budgets(layers)
     assert budgets is not None and budgets[0] > budgets[1] and budgets.sum() == 10 * layers
@@ -113,13 +121,12 @@ def test_budgets_come_back_as_they_were_written(bundle: Bundle) -> None:
     layers = bundle.config.num_hidden_layers
     assert not has_budgets(bundle)
     written = LayerBudgets(tuple(range(5, 5 + layers)), {"rule": "zsmerge", "tokens": 512})
-    path = write_budgets(bundle, written)
-    assert path == bundle.directory / PLACE / FILE
+    path = keep_budgets(bundle, written)
     assert has_budgets(bundle) and read_budgets(bundle) == read_budgets(bundle, path) == written
     with pytest.raises(OutputError):
-        write_budgets(bundle, written)
+        keep_budgets(bundle, written)
     newer = LayerBudgets((9,) * layers)
-    write_budgets(bundle, newer, force=True)
+    keep_budgets(bundle, newer, force=True)
     assert read_budgets(bundle) == newer
 
 
@@ -132,7 +139,7 @@ def test_a_bundle_without_budgets_says_how_to_get_them(bundle: Bundle) -> None:
 
 
 def test_budgets_that_were_changed_are_not_used(bundle: Bundle) -> None:
-    path = write_budgets(bundle, LayerBudgets((5,) * bundle.config.num_hidden_layers))
+    path = keep_budgets(bundle, LayerBudgets((5,) * bundle.config.num_hidden_layers))
     path.write_text(path.read_text().replace("5", "6"))
     with pytest.raises(InputError, match=r"the budgets are not used .*; run: gta-edge calibrate-cache"):
         read_budgets(bundle)
@@ -157,7 +164,7 @@ def test_budgets_that_were_changed_are_not_used(bundle: Bundle) -> None:
 def test_a_file_of_other_budgets_is_refused_in_one_line(
     bundle: Bundle, tmp_path: Path, change: dict[str, Any] | None, said: str
 ) -> None:
-    document = json.loads(write_budgets(bundle, LayerBudgets((3, 4))).read_text())
+    document = json.loads(keep_budgets(bundle, LayerBudgets((3, 4))).read_text())
     path = tmp_path / "budgets.json"
     path.write_text(json.dumps(["a list"] if change is None else document | change))
     with pytest.raises(InputError, match=said) as error:
@@ -176,7 +183,7 @@ def test_a_file_that_is_no_json_is_refused_in_one_line(bundle: Bundle, tmp_path:
 
 
 def test_budgets_of_another_model_of_the_same_size_are_refused(bundle: Bundle, tmp_path: Path) -> None:
-    path = write_budgets(bundle, LayerBudgets((3, 4)))
+    path = keep_budgets(bundle, LayerBudgets((3, 4)))
     files = {name: entry | {"sha256": "0" * 64} for name, entry in bundle.manifest["files"].items()}
     other = Bundle(tmp_path, TINY, "fp32", {"files": files})
     with pytest.raises(InputError, match="the budgets are of another model than"):
