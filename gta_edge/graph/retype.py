@@ -12,6 +12,7 @@ from gta_edge.graph.types import Types, input_kinds, title, types_of_outputs, va
 from gta_edge.libraries.optional import optional
 from gta_edge.model.kv_cache import PRESENT, is_scale
 from gta_edge.numerics.dtypes import DTYPES, FLOAT_TYPES
+from gta_edge.plugins.attention import definition as attention
 from gta_edge.plugins.domain import DOMAIN
 from gta_edge.plugins.matmul import definition as blockwise_matmul
 
@@ -31,10 +32,11 @@ class ConvertPrecisionPass(ir.passes.InPlacePass):
     their DequantizeLinear. They are converted when the model is written. The Casts behind which they were stored go.
     The scales of ``PackMatMulsPass`` stay float16, as the op takes them.
 
-    What stays float32: the softmax, which the graph marks by a Cast of what is float32 already; the norms' sums
-    (``stash_type`` 1); and the logits, by a Cast behind the head's product. That product stays in ``compute``: engines
-    read a matrix of 16 bits or of codes, and sum in float32; with its inputs cast the head, the largest matrix of a
-    small model, would be read at four bytes a weight. So logits have ``compute``'s resolution and float32's type.
+    What stays float32: what a managed cache is told and tells (biases of rows, weights of queries, what rows received);
+    the softmax, which the graph marks by a Cast of what is float32 already; the norms' sums (``stash_type`` 1); and the
+    logits, by a Cast behind the head's product. That product stays in ``compute``: engines read a matrix of 16 bits or
+    of codes, and sum in float32; with its inputs cast the head, the largest matrix of a small model, would be read at
+    four bytes a weight. So logits have ``compute``'s resolution and float32's type.
 
     Functions say CastLike where they mean the type of their input, and need no change.
 
@@ -42,9 +44,9 @@ class ConvertPrecisionPass(ir.passes.InPlacePass):
         compute: ``fp16`` or ``bf16``; with ``fp32`` nothing changes.
 
     Precondition: the graph computes in float32, as in a bundle; caches are not quantised yet (``QuantizeCachePass``).
-    Postcondition: inputs, outputs and initializers of floats have the type, but for outputs other than the caches,
-    which are float32, and packed scales. Inputs of one kind have one type at every node. A graph that is so already is
-    not modified.
+    Postcondition: inputs, outputs and initializers of floats have the type, but for those of a managed cache, outputs
+    other than the caches, and packed scales. Inputs of one kind have one type at every node. A graph that is so already
+    is not modified.
 
     Raises:
         EngineError: the graph computes in another type already, a value is beyond the type's range (when it is
@@ -60,20 +62,37 @@ class ConvertPrecisionPass(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Convert ``model``."""
         graph = model.graph
-        found = {value.dtype for value in (*graph.inputs, *graph.initializers.values())} & _floats()
+        narrowed = [value for value in graph.inputs if not _is_managed(value)]
+        found = {value.dtype for value in (*narrowed, *graph.initializers.values())} & _floats()
         if self.dtype == ir.DataType.FLOAT or found <= {self.dtype} or self._is_done(graph):
             return ir.passes.PassResult(model, modified=False)
         _Retyping(graph, self.dtype).run()
         return ir.passes.PassResult(model, modified=True)
 
     def _is_done(self, graph: ir.Graph) -> bool:
-        """Tell whether the inputs have the type, but for a quantised cache's scales, which are float32."""
+        """Tell whether the inputs have the type, but for those that are always float32."""
         scales = [value for value in graph.inputs if is_scale(str(value.name))]
-        found = {value.dtype for value in graph.inputs if value not in scales} & _floats()
+        others = [value for value in graph.inputs if value not in scales and not _is_managed(value)]
+        found = {value.dtype for value in others} & _floats()
         if not found <= {self.dtype, ir.DataType.FLOAT} or len(found) > 1:
             names = " and ".join(sorted(dtype.name.lower() for dtype in found if dtype is not None))
             raise EngineError(f"the graph's inputs are {names}, expected float32", "start from the bundle's own graph")
         return found == {self.dtype} or bool(scales and not found)
+
+
+def _is_managed(value: ir.Value) -> bool:
+    """Tell whether a graph's input is one of a managed cache: it has the name of the op's."""
+    return str(value.name).partition(".")[0] in attention.FEATURE_INPUTS
+
+
+def _narrow_inputs(node: ir.Node) -> list[ir.Value]:
+    """Return the inputs of a node of ours but for those that are float32 in every type."""
+    names = attention.INPUTS if node.op_type == attention.OP else ()
+    return [
+        value
+        for place, value in enumerate(node.inputs)
+        if value is not None and not (place < len(names) and names[place] in attention.FEATURE_INPUTS)
+    ]
 
 
 def _floats() -> set[ir.DataType | None]:
@@ -92,7 +111,8 @@ class _Retyping:
     def run(self) -> None:
         graph = self.graph
         for value in graph.inputs:
-            self._record(value, self.dtype if value.dtype == ir.DataType.FLOAT else self.before[value])
+            narrows = value.dtype == ir.DataType.FLOAT and not _is_managed(value)
+            self._record(value, self.dtype if narrows else self.before[value])
         kept = _packed_scales(graph)
         for value in graph.initializers.values():
             if value.dtype in _floats() - {self.dtype} and value not in kept:
@@ -114,7 +134,7 @@ class _Retyping:
             return
         if node.domain != DOMAIN:
             self._agree(node)
-        elif any(self.now[v] == ir.DataType.FLOAT for v in node.inputs if v is not None):
+        elif any(self.now[value] == ir.DataType.FLOAT for value in _narrow_inputs(node)):
             raise EngineError(
                 f"{title(node)} reads float32, expected {self.dtype.name.lower()}", "export the bundle again"
             )
@@ -132,6 +152,8 @@ class _Retyping:
         assert source is not None  # a Cast has one
         if node.attributes.get_int("to") != ir.DataType.FLOAT or self.before[source] == ir.DataType.FLOAT:
             return False  # float32 to float32: here float32 is meant
+        if source.is_graph_input():
+            return False  # positions, which are not stored, and of which 16 bits hold few
         if self.now[source] != self.dtype:
             node.attributes["to"] = ir.AttrInt64("to", int(self.dtype))
             return False

@@ -43,12 +43,10 @@ def value_types(graph: ir.Graph) -> Types:
 def types_of_outputs(node: ir.Node, types: Mapping[ir.Value, ir.DataType], opsets: Mapping[str, int]) -> list[Any]:
     """Return the element type of each output, given those of the inputs."""
     given = [None if value is None else types[value] for value in node.inputs]
-    if (node.domain, node.op_type) == (
-        DOMAIN,
-        op.OP,
-    ):  # the output is like the query, a present cache or scale like the past one
-        past = [given[op.MODEL_INPUTS.index(name)] for name in op.MODEL_INPUTS if name in ("past_key", "past_latent")]
-        return [given[0], *past, *given[len(op.MODEL_INPUTS) :]]
+    if (node.domain, node.op_type) == (DOMAIN, op.OP):  # the output is like the query, what is present like the past
+        past = [given[op.INPUTS.index(name)] for name in ("past_key", "past_latent")]
+        received = [ir.DataType.FLOAT] * ("past_received" in op.given_inputs(node.inputs))
+        return [given[0], *past, *received, *given[len(op.INPUTS) :]]
     if node.domain == DOMAIN and node.op_type in blockwise_matmul.OPS.values():  # all are like x
         return [given[0]] * len(node.outputs)
     if node.op_type == "Cast":

@@ -1,7 +1,8 @@
 """``gta::GroupedLatentAttention`` as a TensorRT plugin: between TensorRT's descriptors and ``kernels.py``.
 
-Past and present caches are meant to be one memory: whoever runs the engine binds both to one address. Where the
-addresses differ, as when the builder times the plugin, the past is copied to the present first.
+Past and present caches, and what rows have received of attention, are meant to be one memory: whoever runs the engine
+binds both to one address. Where the addresses differ, as when the builder times the plugin, the past is copied to the
+present first.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import numpy as np
 
 from gta_edge.cuda.gpu import Gpu
 from gta_edge.errors import BackendError
-from gta_edge.plugins.attention.kernels import AttentionKernels, Buffers, attention_kernels
+from gta_edge.plugins.attention.kernels import BUFFERS_OF, AttentionKernels, Buffers, attention_kernels
 from gta_edge.plugins.attention.launches import programs_for
 from gta_edge.plugins.attention.plugin_call import (
     FIELDS,
@@ -66,6 +67,9 @@ class AttentionPlugin(Plugin[Parameters, Call, AttentionKernels]):
                 _copy(run.outputs[present], run.inputs[past], run.input_desc[past], run.stream)
         given = dict(zip(self.parameters.inputs, run.inputs, strict=True))
         made = dict(zip(self.parameters.outputs, run.outputs, strict=True))
+        managed = {BUFFERS_OF[name]: given[name] for name in self.parameters.features.inputs}
+        if "present_received" in made:
+            managed["received"] = made["present_received"]
         kernels.launch(
             run.stream,
             Buffers(
@@ -83,12 +87,14 @@ class AttentionPlugin(Plugin[Parameters, Call, AttentionKernels]):
                 value_decoder=given.get("value_decoder", 0),
                 output=made["output"],
                 workspace=run.workspace,
+                **managed,
             ),
             batch=call.batch,
             tokens=call.tokens,
             capacity=call.capacity,
             positions=call.positions,
             scale=self.parameters.scale,
+            branch_rows=call.branch_rows,
         )
 
 

@@ -14,12 +14,26 @@ import numpy as np
 
 from gta_edge.errors import BackendError
 from gta_edge.numerics.dtypes import COMPUTE_TYPES, QUANTIZED_CACHE_TYPES
-from gta_edge.plugins.attention.definition import MODEL_INPUTS, MODEL_OPTIONAL_INPUTS, MODEL_OUTPUTS, OP, Sizes
+from gta_edge.plugins.attention.definition import (
+    FEATURE_INPUTS,
+    MAX_BIAS_ROWS,
+    MAX_BRANCH_TOKENS,
+    MODEL_INPUTS,
+    MODEL_OPTIONAL_INPUTS,
+    OBSERVATIONS,
+    OBSERVE,
+    OP,
+    Features,
+    Sizes,
+)
 from gta_edge.plugins.attention.launches import plan_attention, programs_for
 from gta_edge.plugins.attention.tiling import Variant
 from gta_edge.plugins.plugin_call_base import CALLS_CACHED, FieldTypes, ParametersBase, Value
+from gta_edge.support.text import brief
 
 __all__ = [
+    "BIAS_ROWS",
+    "FEATURE_FLAGS",
     "FIELDS",
     "INPUT_FLAGS",
     "PAST_SCALES",
@@ -38,8 +52,19 @@ PRESENT_SCALES = ("present_key_scale", "present_latent_scale")
 QUANTISED_CACHE = "quantised_cache"
 """Attribute, 0 or 1: the node has scales. A plugin says how many outputs it has before it sees its inputs."""
 
+UNOBSERVED = "none"
+"""The attribute ``observe`` of a node that observes nothing, where it is given: a field of no length is none."""
+
+_INTEGERS = ("past_length", "positions", "branch_start", "branches")
+
 INPUT_FLAGS = {name: f"has_{name}" for name in MODEL_OPTIONAL_INPUTS}
-"""Inputs that a node need not have, and the attribute, 0 or 1, that says so: a plugin's inputs have no gaps."""
+"""Inputs that a model need not have, and the attribute, 0 or 1, that says so: a plugin's inputs have no gaps."""
+
+FEATURE_FLAGS = {"positions": "has_positions", "branches": "has_branches"}
+"""Inputs of a managed cache, and the attribute, 0 or 1, that says that they are there."""
+
+BIAS_ROWS = "bias_rows"
+"""Attribute: rows of ``row_bias``; 0 where it is not there. Of ``past_received`` and its like ``observe`` says it."""
 
 FIELDS = FieldTypes(
     op=OP,
@@ -49,11 +74,12 @@ FIELDS = FieldTypes(
         "num_latent_heads": int,
         "scale": float,
         QUANTISED_CACHE: int,
-        **dict.fromkeys(INPUT_FLAGS.values(), int),
+        **dict.fromkeys((*INPUT_FLAGS.values(), *FEATURE_FLAGS.values(), BIAS_ROWS), int),
+        OBSERVE: str,
     },
     variant={"key_dim": int, "latent_dim": int, "hidden_size": int, "compute": str, "cache": str},
     made_by="export",
-    optional=(QUANTISED_CACHE, *INPUT_FLAGS.values()),
+    optional=(QUANTISED_CACHE, *INPUT_FLAGS.values(), *FEATURE_FLAGS.values(), BIAS_ROWS, OBSERVE),
 )
 """The plugin as its fields."""
 
@@ -73,8 +99,17 @@ class Parameters(ParametersBase[Variant]):
     quantised_cache: bool = False
     has_gate: bool = True
     has_value_decoder: bool = True
+    has_positions: bool = False
+    has_branches: bool = False
+    bias_rows: int = 0
+    observe: str = UNOBSERVED
 
     def __post_init__(self) -> None:
+        if self.observe not in (UNOBSERVED, *OBSERVATIONS):
+            expected = ", ".join((*OBSERVATIONS, UNOBSERVED))
+            raise BackendError(f"{OP} has observe = {brief(self.observe)}", f"expected one of {expected}")
+        if not 0 <= self.bias_rows <= MAX_BIAS_ROWS:
+            raise BackendError(f"{OP} has bias_rows = {self.bias_rows}", f"expected 0 to {MAX_BIAS_ROWS}")
         for name in ("num_query_heads", "num_key_heads", "num_latent_heads"):
             value = getattr(self, name)
             if value < 1 or self.num_query_heads % value:
@@ -95,12 +130,18 @@ class Parameters(ParametersBase[Variant]):
     def inputs(self) -> tuple[str, ...]:
         """Names of the inputs, in order."""
         given = tuple(name for name in MODEL_INPUTS if getattr(self, INPUT_FLAGS.get(name, ""), True))
-        return given + PAST_SCALES * self.quantised_cache
+        return given + self.features.inputs + PAST_SCALES * self.quantised_cache
+
+    @cached_property
+    def features(self) -> Features:
+        """Which inputs of a managed cache there are."""
+        observe = None if self.observe == UNOBSERVED else self.observe
+        return Features(observe, self.bias_rows, self.has_positions, self.has_branches)
 
     @cached_property
     def outputs(self) -> tuple[str, ...]:
         """Names of the outputs, in order."""
-        return MODEL_OUTPUTS + PRESENT_SCALES * self.quantised_cache
+        return self.features.outputs + PRESENT_SCALES * self.quantised_cache
 
     @cached_property
     def caches(self) -> tuple[tuple[int, int], ...]:
@@ -123,9 +164,12 @@ class Parameters(ParametersBase[Variant]):
 
     @property
     def _flags(self) -> str:
-        """The attributes that say which inputs there are, as errors have them; those of optional ones where 0."""
+        """The attributes that say which inputs there are, as errors have them; most only where not as in a bundle."""
         absent = [f"{name} = 0" for name in INPUT_FLAGS.values() if not getattr(self, name)]
-        return ", ".join((f"{QUANTISED_CACHE} = {int(self.quantised_cache)}", *absent))
+        given = [f"{name} = 1" for name in FEATURE_FLAGS.values() if getattr(self, name)]
+        given += [f"{BIAS_ROWS} = {self.bias_rows}"] * bool(self.bias_rows)
+        given += [f"{OBSERVE} = {self.observe}"] * (self.observe != UNOBSERVED)
+        return ", ".join((f"{QUANTISED_CACHE} = {int(self.quantised_cache)}", *absent, *given))
 
     def check_number(self, inputs: int) -> None:
         """Raise BackendError where the op has no such number of inputs."""
@@ -142,9 +186,9 @@ class Parameters(ParametersBase[Variant]):
         name = (self.inputs + self.outputs)[place]
         if name == "query":
             return COMPUTE_TYPES
-        if name == "past_length":
+        if name in _INTEGERS:
             return ("int64",)
-        if name.endswith("_scale"):
+        if name in FEATURE_INPUTS or name.endswith(("_scale", "_received")):
             return ("fp32",)
         if name == "past_key" and self.quantised_cache:
             return QUANTIZED_CACHE_TYPES
@@ -177,7 +221,7 @@ class Parameters(ParametersBase[Variant]):
             sizes = self.sizes(values["key_dim"], values["latent_dim"], values["hidden_size"])
         except ValueError as error:
             raise BackendError(f"{OP} in this engine is damaged ({error})", "build the engine again") from error
-        return Variant(sizes, values["compute"], values["cache"])
+        return Variant(sizes, values["compute"], values["cache"], self.features)
 
 
 def read_parameters(values: Mapping[str, Any]) -> Parameters:
@@ -187,7 +231,7 @@ def read_parameters(values: Mapping[str, Any]) -> Parameters:
         BackendError: one is missing or makes no sense.
     """
     given = FIELDS.attributes_among(values)
-    for name in set(FIELDS.optional) & set(given):
+    for name in (set(FIELDS.optional) - {OBSERVE, BIAS_ROWS}) & set(given):
         if given[name] not in (0, 1):
             raise BackendError(f"{OP} has {name} = {given[name]}", "expected 0 or 1")
         given[name] = bool(given[name])
@@ -203,6 +247,8 @@ class Call:
     tokens: int
     capacity: int
     positions: int
+    branch_rows: int = 0
+    """Words of ``branches`` for each sequence."""
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -227,7 +273,7 @@ def describe_call(
     """
     parameters.check_types(types)
     given = dict(zip(parameters.inputs, shapes, strict=True))
-    ranks = {"query": 3, "gate": 3, "past_key": 4, "past_latent": 4, "cos": 2, "value_decoder": 3}
+    ranks = {"query": 3, "gate": 3, "past_key": 4, "past_latent": 4, "cos": 2, "value_decoder": 3, "branches": 2}
     for name, shape in given.items():
         if len(shape) != ranks.get(name, len(shape)):
             raise BackendError(f"{OP} has {name} of shape {list(shape)}", f"expected {ranks[name]} axes")
@@ -249,10 +295,18 @@ def describe_call(
         "cos": ("P", d_k // 2),
         "sin": ("P", d_k // 2),
         "value_decoder": (n_q, d_l, hidden // n_q),
+        "positions": ("B", "T"),
+        "row_bias": ("B", parameters.bias_rows),
+        "branch_start": ("B",),
+        "branches": ("B", "W"),
+        "past_received": ("B", "S"),
+        "query_weight": ("B", "T"),
+        "decay": ("B",),
         "past_key_scale": ("B", n_k, "S"),
         "past_latent_scale": ("B", n_c, "S"),
     }
-    named = {"B": b, "T": t, "S": s, "P": given["cos"][0]}
+    words = given.get("branches", (0, 0))[1]
+    named = {"B": b, "T": t, "S": s, "P": given["cos"][0], "W": words}
     for name, shape in given.items():
         wanted = [named[size] if isinstance(size, str) else size for size in expected[name]]
         fixed = [exact or not isinstance(size, str) for size in expected[name]]
@@ -262,7 +316,10 @@ def describe_call(
             raise BackendError(f"{OP} has {name} of shape {list(shape)}", f"expected {wanted}")
     if t > s:
         raise BackendError(f"{OP} has {t} new tokens in caches for {s}", f"expected at most {s}: append smaller chunks")
-    return Call(Variant(sizes, types[0], types[parameters.inputs.index("past_key")]), b, t, s, named["P"])
+    if parameters.has_branches and t > MAX_BRANCH_TOKENS:
+        raise BackendError(f"{OP} has {t} new tokens with branches", f"expected at most {MAX_BRANCH_TOKENS}")
+    variant = Variant(sizes, types[0], types[parameters.inputs.index("past_key")], parameters.features)
+    return Call(variant, b, t, s, named["P"], words)
 
 
 @lru_cache(CALLS_CACHED)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from gta_edge import plugins
+from gta_edge.cuda.gpu import current_gpu
+from gta_edge.plugins.attention.kernels import attention_kernels
 from gta_edge.plugins.plugin_base import take_failures
+from tests.helpers.fake_cuda import FakeCuda
 
 
 @pytest.fixture(scope="module")
@@ -25,3 +29,22 @@ def no_failures() -> Iterator[None]:
     take_failures()
     yield
     take_failures()
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
+    """A driver that keeps the launches, and the copies that a plugin makes itself."""
+    for each in (current_gpu, attention_kernels):
+        each.cache_clear()
+    fake = FakeCuda().install(monkeypatch)
+    driver = sys.modules["cuda.bindings.driver"]
+    monkeypatch.setattr(driver, "cuCtxGetDevice", lambda: (0, 0), raising=False)
+    monkeypatch.setattr(
+        driver,
+        "cuMemcpyDtoDAsync",
+        lambda *arguments: (fake.launches.append(("copy", *arguments)), (int(fake.fails == "copy"),))[1],
+        raising=False,
+    )
+    yield fake
+    for each in (current_gpu, attention_kernels):
+        each.cache_clear()

@@ -126,6 +126,10 @@ def test_the_creator_declares_the_attributes_that_the_parser_shall_pass_on(creat
         "quantised_cache": KINDS.INT32,
         "has_gate": KINDS.INT32,
         "has_value_decoder": KINDS.INT32,
+        "has_positions": KINDS.INT32,
+        "has_branches": KINDS.INT32,
+        "bias_rows": KINDS.INT32,
+        "observe": KINDS.CHAR,
     }
 
 
@@ -203,7 +207,8 @@ def test_a_clone_is_another_plugin_of_the_same_kind(creator: Any) -> None:
         (
             {"nonsense": 1},
             "has no attribute nonsense; expected num_query_heads, num_key_heads, num_latent_heads, scale, "
-            "quantised_cache, has_gate, has_value_decoder, plugin_namespace, plugin_version",
+            "quantised_cache, has_gate, has_value_decoder, has_positions, has_branches, bias_rows, observe, "
+            "plugin_namespace, plugin_version",
         ),
         ({"scale": 1}, "has scale of type INT32; expected FLOAT32 or FLOAT64"),
         ({"num_key_heads": 1.0}, "has num_key_heads of type FLOAT32; expected INT32 or INT64"),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,7 +10,6 @@ import torch
 from gta_edge.cuda.gpu import current_gpu
 from gta_edge.plugins import plugin_base
 from gta_edge.plugins.attention import tiling
-from gta_edge.plugins.attention.kernels import attention_kernels
 from gta_edge.plugins.attention.launches import plan_attention, programs_for
 from gta_edge.plugins.attention.plugin_call import largest_workspace_bytes
 from gta_edge.plugins.attention.tiling import Variant
@@ -35,24 +32,6 @@ from tests.helpers.plugin_values import descs, trt
 from tests.helpers.refusals import message
 
 pytestmark = pytest.mark.usefixtures("no_failures")
-
-
-@pytest.fixture
-def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
-    for each in (current_gpu, attention_kernels):
-        each.cache_clear()
-    fake = FakeCuda().install(monkeypatch)
-    driver = sys.modules["cuda.bindings.driver"]
-    monkeypatch.setattr(driver, "cuCtxGetDevice", lambda: (0, 0), raising=False)
-    monkeypatch.setattr(
-        driver,
-        "cuMemcpyDtoDAsync",
-        lambda *arguments: (fake.launches.append(("copy", *arguments)), (int(fake.fails == "copy"),))[1],
-        raising=False,
-    )
-    yield fake
-    for each in (current_gpu, attention_kernels):
-        each.cache_clear()
 
 
 def configured(creator: Any, bound: list[Any], **attributes: Any) -> Any:

@@ -85,6 +85,10 @@ def test_the_parser_gives_the_creator_what_the_plugin_reads(
             "quantised_cache": cache is not None,
             "has_gate": True,
             "has_value_decoder": True,
+            "has_positions": False,
+            "has_branches": False,
+            "bias_rows": 0,
+            "observe": "none",
             "phase": "BUILD",
         }
     ]

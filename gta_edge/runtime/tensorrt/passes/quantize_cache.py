@@ -67,20 +67,20 @@ class QuantizeCachePass(ir.passes.InPlacePass):
         if {value.dtype for value in past if value is not None} == {self.dtype}:
             return False
         own = all(v is not None and v.is_graph_input() for v in past) and all(v.is_graph_output() for v in present)
-        if len(node.inputs) > len(op.MODEL_INPUTS) or not own:
+        if len(node.inputs) > len(op.INPUTS) or not own:
             raise EngineError(
                 f"{title(node)} has caches that are not the graph's own", "start from the bundle's own graph"
             )
         node.attributes[QUANTISED_CACHE] = ir.AttrInt64(QUANTISED_CACHE, 1)
         scales = [self._narrow(value) for value in past]
-        node.resize_inputs(
-            len(op.MODEL_INPUTS) + len(scales)
-        )  # with a gap where the last, which is optional, is absent
-        for index, value in enumerate(scales, len(op.MODEL_INPUTS)):
+        first = len(op.INPUTS)
+        node.resize_inputs(first + len(scales))  # with gaps where optional inputs are absent
+        for index, value in enumerate(scales, first):
             graph.inputs.append(value)
             node.replace_input_with(index, value)
-        node.resize_outputs(len(op.MODEL_OUTPUTS) + len(scales))
-        for value, new in zip(present, node.outputs[len(op.MODEL_OUTPUTS) :], strict=True):
+        others = len(node.outputs)
+        node.resize_outputs(others + len(scales))
+        for value, new in zip(present, node.outputs[others:], strict=True):
             scale = self._narrow(value)
             new.name, new.shape, new.type = scale.name, scale.shape, scale.type
             graph.outputs.append(new)

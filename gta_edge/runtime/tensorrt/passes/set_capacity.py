@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from gta_edge.errors import EngineError
@@ -22,17 +23,18 @@ class SetCapacityPass(ir.passes.InPlacePass):
     TensorRT's KVCacheUpdate wants it static; the kernels' tables of addresses are laid out for it.
 
     Args:
-        capacity: rows of each cache.
+        capacity: rows of each cache; of a graph whose layers have each a capacity of their own, one for each layer.
         batch: rows of a step; symbolic if None.
 
-    Inputs called ``past_*`` are caches [B, heads, S, width], or their scales [B, heads, S]. Equal names of symbolic
-    dimensions mean equal sizes, so no shape of a value of the graph names them afterwards.
+    Inputs called ``past_*.{i}`` are caches [B, heads, S, width] of layer i, their scales [B, heads, S], or what their
+    rows have received [B, S]. Equal names of symbolic dimensions mean equal sizes, so no shape of a value of the graph
+    names them afterwards.
 
     Raises:
-        EngineError: there are no caches, or they are of another size already.
+        EngineError: there are no caches, they are of another size already, or layers that share one are given several.
     """
 
-    def __init__(self, capacity: int, batch: int | None = None) -> None:
+    def __init__(self, capacity: int | Sequence[int], batch: int | None = None) -> None:
         super().__init__()
         self.capacity, self.batch = capacity, batch
 
@@ -46,7 +48,7 @@ class SetCapacityPass(ir.passes.InPlacePass):
         graph = model.graph
         sizes: dict[str, int] = {}
         for value in _caches(graph):
-            self._name(value, CAPACITY_AXIS, self.capacity, sizes)
+            self._name(value, CAPACITY_AXIS, self._rows(value), sizes)
             if self.batch is not None:
                 self._name(value, BATCH_AXIS, self.batch, sizes)
         values = [*graph.inputs, *(value for node in graph for value in node.outputs), *graph.outputs]
@@ -55,8 +57,18 @@ class SetCapacityPass(ir.passes.InPlacePass):
 
     def ensures(self, model: ir.Model) -> None:
         """Every cache has the capacity."""
-        if any(value.shape is None or value.shape[CAPACITY_AXIS] != self.capacity for value in _caches(model.graph)):
-            raise ir.passes.PostconditionError("a cache has another capacity")
+        for value in _caches(model.graph):
+            if value.shape is None or value.shape[CAPACITY_AXIS] != self._rows(value):
+                raise ir.passes.PostconditionError("a cache has another capacity")
+
+    def _rows(self, value: ir.Value) -> int:
+        """Return the capacity of a cache."""
+        if isinstance(self.capacity, int):
+            return self.capacity
+        layer = str(value.name).rpartition(".")[2]
+        if not layer.isdecimal() or int(layer) >= len(self.capacity):
+            raise EngineError(f"{value.name} is the cache of no layer", f"expected {len(self.capacity)} layers")
+        return self.capacity[int(layer)]
 
     @staticmethod
     def _name(value: ir.Value, axis: int, size: int, sizes: dict[str, int]) -> None:
@@ -68,8 +80,11 @@ class SetCapacityPass(ir.passes.InPlacePass):
                 raise EngineError(f"{value.name} is {value.shape}, fixed already", f"expected {size} at axis {axis}")
         elif found.value is None:
             raise EngineError(f"axis {axis} of {value.name} has no name", "export the bundle again")
-        else:
-            sizes[found.value] = size
+        elif sizes.setdefault(found.value, size) != size:
+            raise EngineError(
+                f"{value.name} has the capacity of other layers, {sizes[found.value]}, and {size} is asked for",
+                "start from the graph of a managed cache",
+            )
 
 
 def _caches(graph: ir.Graph) -> list[ir.Value]:
