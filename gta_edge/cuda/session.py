@@ -150,6 +150,10 @@ class Cuda:
         """Start the copy of the GPU's memory to a contiguous pinned array."""
         self._call("cuMemcpyDtoHAsync", array.ctypes.data, address, array.nbytes, self._stream)
 
+    def copy_within(self, destination: int, source: int, size_bytes: int) -> None:
+        """Start a copy within the GPU's memory."""
+        self._call("cuMemcpyDtoDAsync", destination, source, size_bytes, self._stream)
+
     def synchronize(self) -> None:
         """Wait for the stream."""
         self._call("cuStreamSynchronize", self._stream)

@@ -189,6 +189,9 @@ class Driver:
     def cuMemcpyDtoHAsync(self, to: int, source: int, size: int, stream: int) -> tuple[Any]:
         return self._copied(to, source, size, ("pinned", "device"))
 
+    def cuMemcpyDtoDAsync(self, to: int, source: int, size: int, stream: int) -> tuple[Any]:
+        return self._copied(to, source, size, ("device", "device"))
+
     def cuStreamSynchronize(self, stream: int) -> tuple[Any]:
         if self.captured is not None:
             return (_RESULT.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED,)
@@ -405,7 +408,9 @@ def _module(driver: Driver) -> Any:
 
 def build(bundle: Bundle, spec: EngineSpec, directory: Path, *, capturable: bool = True, captures: bool = True) -> None:
     """Put an engine for the simulation into a bundle, and the model that it stands for into a directory."""
-    model = lower(bundle, directory, form="function", compute=spec.compute, capacity=spec.max_length)
+    capacity = spec.managed.capacities if spec.managed else spec.max_length
+    features = spec.managed.features if spec.managed else None
+    model = lower(bundle, directory, form="function", compute=spec.compute, capacity=capacity, features=features)
     document = {"model": str(model), "profiles": profile_shapes(bundle, spec)}
     document |= {"capturable": capturable, "captures": captures}
     record = EngineManifest(spec, made_from(bundle), VERSION, ["8.7"])

@@ -27,6 +27,7 @@ class TensorRTBackend(Backend):
 
     device = "gpu"
     builds_engine = True
+    manages_cache = True
     writes_scores = False
 
     def __init__(self, kind: EngineKind, module: str) -> None:

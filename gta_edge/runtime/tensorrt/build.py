@@ -9,15 +9,18 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from gta_edge.cuda.session import free_gpu_bytes
 from gta_edge.errors import CapacityError, EngineError, InputError
 from gta_edge.formats.artifacts import artifacts_directory, made_from
 from gta_edge.formats.bundle import Bundle
 from gta_edge.model.config import ModelConfig
-from gta_edge.model.kv_cache import input_shapes
+from gta_edge.model.kv_cache import DECAY, PAST, QUERY_WEIGHT, ROW_BIAS, TOKEN_INPUTS
 from gta_edge.numerics.quantization import BITS
 from gta_edge.plan.cost import words_bytes
 from gta_edge.runtime.tensorrt.engine import (
@@ -51,6 +54,7 @@ __all__ = [
     "matmul_of",
     "profile_shapes",
     "requirement",
+    "step_inputs",
 ]
 
 CHUNK_SIZE = 512
@@ -66,7 +70,7 @@ _WEIGHT_COPIES = 4
 _LAYER_BYTES = 25e6
 _BUILDER_BYTES = 1e9
 _WRITTEN_COPIES = 3  # on the disk: the model as it goes to TensorRT, perhaps in a wider type, and the engine
-_ID_BYTES, _LOGIT_BYTES = 8, 4
+_LOGIT_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -111,9 +115,21 @@ def requirement(bundle: Bundle, spec: EngineSpec) -> Requirement:
 
 
 def buffer_bytes(config: ModelConfig, spec: EngineSpec) -> int:
-    """Return the bytes of a session's ids, lengths, positions and logits, which it has on the GPU and pinned."""
-    ids = spec.max_batch * (spec.chunk_size + 1 + LOGIT_POSITIONS)
-    return _ID_BYTES * ids + _LOGIT_BYTES * spec.max_batch * LOGIT_POSITIONS * config.vocab_size
+    """Return the bytes of a session's inputs beside the caches, and of logits, which it has on the GPU and pinned."""
+    inputs = sum(prod(shape) * np.dtype(dtype).itemsize for shape, dtype in step_inputs(config, spec).values())
+    return inputs + _LOGIT_BYTES * spec.max_batch * LOGIT_POSITIONS * config.vocab_size
+
+
+def step_inputs(config: ModelConfig, spec: EngineSpec) -> dict[str, tuple[tuple[int, ...], type]]:
+    """Return of each of an engine's inputs beside the caches its largest shape and its numpy type, by name."""
+    sizes = {"batch": spec.max_batch, "tokens": spec.chunk_size, "positions": LOGIT_POSITIONS}
+    shapes = spec.input_shapes(config, **sizes)
+    floats = (ROW_BIAS, QUERY_WEIGHT, DECAY)
+    return {
+        name: (shape, np.float32 if name in floats else np.int64)
+        for name, shape in shapes.items()
+        if name in TOKEN_INPUTS or not name.startswith(PAST)
+    }
 
 
 def build(
@@ -227,7 +243,7 @@ def profile_shapes(bundle: Bundle, spec: EngineSpec) -> list[dict[str, tuple[tup
     profiles: list[dict[str, tuple[tuple[int, ...], ...]]] = []
     for tokens, logits in (((1, 1, 1), (1, 1, 1)), (chunk, positions)):
         least, usual, largest = (
-            input_shapes(bundle.config, spec.cache_dtype, batch=b, tokens=t, positions=m, capacity=spec.max_length)
+            spec.input_shapes(bundle.config, batch=b, tokens=t, positions=m)
             for b, t, m in zip((1, 1, spec.max_batch), tokens, logits, strict=True)
         )
         profiles.append({name: (shape, usual[name], largest[name]) for name, shape in least.items()})
@@ -263,8 +279,9 @@ def check_spec(bundle: Bundle, spec: EngineSpec) -> None:
             f"--max-length is {brief(spec.max_length)}",
             f"the model has positions for 1 to {config.max_position_embeddings}",
         )
-    if not 1 <= spec.chunk_size <= spec.max_length:
-        raise InputError(f"a chunk has {spec.chunk_size} tokens", f"expected 1 to the {spec.max_length} of the cache")
+    room = min(spec.capacities(config))
+    if not 1 <= spec.chunk_size <= room:
+        raise InputError(f"a chunk has {spec.chunk_size} tokens", f"expected 1 to the {room} of the cache")
     if not 1 <= spec.max_batch <= 256:
         raise InputError(f"--max-batch is {brief(spec.max_batch)}", "expected 1 to 256")
 
@@ -276,7 +293,10 @@ def _check_memory(
     if free is not None and peak > free:
         help_ = "close other programs"
         if needed.cache > needed.weights:
-            help_ += f", or give less than --max-length {spec.max_length} --max-batch {spec.max_batch}"
+            length = (
+                f"--cache-rows {max(spec.managed.capacities)}" if spec.managed else f"--max-length {spec.max_length}"
+            )
+            help_ += f", or give less than {length} --max-batch {spec.max_batch}"
         elif precision != "int4":
             help_ += ", or export with --precision int4"
         raise CapacityError(
@@ -338,6 +358,8 @@ def _lowered(
 
     options: dict[str, Any] = {"compute": spec.compute, "capacity": spec.max_length, "newer_ops": newer_ops}
     options["matmul"] = matmul
+    if spec.managed is not None:
+        options |= {"capacity": spec.managed.capacities, "features": spec.managed.features}
     plugin = ENGINES[spec.engine].attends_by_plugin(bundle.config)
     if plugin and spec.cache_dtype != spec.compute:
         options["cache_dtype"] = spec.cache_dtype

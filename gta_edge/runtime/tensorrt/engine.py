@@ -31,8 +31,9 @@ from gta_edge.formats.artifacts import (
 )
 from gta_edge.formats.bundle import Bundle
 from gta_edge.model.config import ModelConfig
-from gta_edge.model.kv_cache import cache_bytes
+from gta_edge.model.kv_cache import INPUT_IDS, LOGIT_POSITIONS, PAST_LENGTH, cache_tensors, managed_shapes
 from gta_edge.numerics.dtypes import FLOAT_TYPES, cache_types
+from gta_edge.runtime.tensorrt.engine_cache import EngineCache
 from gta_edge.support.ownership import ARTIFACTS
 from gta_edge.support.text import one_line
 from gta_edge.version import __version__
@@ -56,6 +57,7 @@ IMPLEMENTATIONS = ("plugin", "native")
 CHOICES = ("auto", *IMPLEMENTATIONS)
 """What ``gta-edge build --matmul`` takes."""
 PLAN, RECORD = "engine.plan", "engine.json"
+_RECEIVED_BYTES = 4  # of what a row received, a float32
 
 
 @dataclass(frozen=True)
@@ -66,10 +68,11 @@ class EngineSpec:
         engine: ``tensorrt`` or ``tensorrt-rtx``.
         compute: type of activations, ``fp16``, ``bf16`` or ``fp32``.
         cache_dtype: type of the cache: the compute type, ``int8`` or ``fp8``.
-        max_length: tokens that a row's cache has room for.
+        max_length: tokens that a row may have: what its cache has room for, or with a managed one, positions.
         max_batch: rows at once.
         chunk_size: tokens of a prompt at once.
         matmul: who computes products with int4 and int8 matrices: ``plugin``, ``native``, or ``auto``, the faster.
+        managed: what the cache is managed with; None keeps every token.
     """
 
     engine: str
@@ -79,15 +82,49 @@ class EngineSpec:
     max_batch: int
     chunk_size: int
     matmul: str = "auto"
+    managed: EngineCache | None = None
+
+    def capacities(self, config: ModelConfig) -> tuple[int, ...]:
+        """Return the rows that each layer's cache has room for."""
+        return (self.max_length,) * config.num_hidden_layers if self.managed is None else self.managed.capacities
+
+    def input_shapes(
+        self, config: ModelConfig, *, batch: int, tokens: int, positions: int
+    ) -> dict[str, tuple[int, ...]]:
+        """Return the shape of every input of the engine by name.
+
+        Args:
+            config: the model's sizes.
+            batch: rows.
+            tokens: new ones per row.
+            positions: of each row, that logits are given for.
+        """
+        capacities = self.capacities(config)
+        shapes: dict[str, tuple[int, ...]] = {
+            INPUT_IDS: (batch, tokens),
+            PAST_LENGTH: (batch,),
+            LOGIT_POSITIONS: (batch, positions),
+        }
+        for tensor in cache_tensors(config, self.cache_dtype):
+            shapes[tensor.past] = tensor.shape(batch, capacities[tensor.layer])
+        if self.managed is not None:
+            shapes |= managed_shapes(self.managed.features, batch=batch, tokens=tokens, capacities=capacities)
+        return shapes
 
     def cache_bytes(self, config: ModelConfig) -> int:
-        """Return the bytes of the cache of all layers and rows at full length, scales included."""
-        return cache_bytes(config, self.cache_dtype, self.max_length, self.max_batch)
+        """Return the bytes of the cache of all layers and rows, scales and what rows received included."""
+        capacities = self.capacities(config)
+        tensors = cache_tensors(config, self.cache_dtype)
+        size = sum(tensor.nbytes(self.max_batch, capacities[tensor.layer]) for tensor in tensors)
+        if self.managed is not None and self.managed.observe is not None:
+            size += _RECEIVED_BYTES * self.max_batch * sum(capacities)
+        return size
 
     def command(self, bundle: Path) -> str:
         """Return the command that builds such an engine, replacing the one there is."""
         options = f"--engine {self.engine} --compute {self.compute} --cache-dtype {self.cache_dtype}"
         options += f" --max-length {self.max_length} --max-batch {self.max_batch}"
+        options += f" {self.managed.policy}" if self.managed else ""
         options += f" --matmul {self.matmul} --force" if self.matmul != "auto" else " --force"
         return f"gta-edge build {shlex.quote(str(bundle))} {options}"
 
@@ -234,8 +271,7 @@ def _open_engine(bundle: Bundle, engine: str) -> tuple[Artifact, EngineManifest]
             f"{directory}: the engine is not used ({refused})", f"run: {_build(bundle, engine)}"
         ) from refused
     try:
-        entries: Mapping[str, Any] = artifact.content
-        record = EngineManifest(**{**entries, "spec": EngineSpec(**entries["spec"])})
+        record = _read(artifact.content)
         _check_types(record)
         if PLAN not in artifact.mapped or record.spec.engine != engine:
             raise ValueError(f"it is of {record.spec.engine}, or lists no {PLAN}")
@@ -247,12 +283,24 @@ def _open_engine(bundle: Bundle, engine: str) -> tuple[Artifact, EngineManifest]
     return artifact, record
 
 
+def _read(entries: Mapping[str, Any]) -> EngineManifest:
+    """Return a record, whose values may be of any type."""
+    spec = dict(entries["spec"])
+    if spec.get("managed") is not None:
+        spec["managed"] = EngineCache(**spec["managed"])
+    return EngineManifest(**{**entries, "spec": EngineSpec(**spec)})
+
+
 def _check_types(record: EngineManifest) -> None:
     """Raise ValueError where a value is not of its type; dataclasses take anything."""
     spec, lists = record.spec, record.compute_capabilities
     texts = [record.tensorrt, record.gta_edge, record.gpu, spec.engine, spec.compute, spec.cache_dtype]
     texts += [*record.made_from, *record.made_from.values(), *lists, spec.matmul, record.matmul]
     numbers = [spec.max_length, spec.max_batch, spec.chunk_size]
+    if spec.managed is not None:
+        texts.append(spec.managed.policy)
+        numbers += spec.managed.capacities
+        _ = spec.managed.features  # which refuses what there is not
     if not (isinstance(lists, list) and isinstance(record.matmul_timings, list)):
         raise ValueError("a list is expected and something else found")
     if not all(isinstance(text, str) for text in texts):

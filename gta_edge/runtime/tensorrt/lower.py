@@ -8,6 +8,8 @@ computed once for all layers, which halves the time that TensorRT-RTX takes to b
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +17,13 @@ from gta_edge.errors import CapacityError, InputError, OutputError
 from gta_edge.formats.artifacts import origin
 from gta_edge.formats.bundle import MODEL, WEIGHTS, Bundle
 from gta_edge.graph.io import load_graph, run_passes, serialised, store_weights
+from gta_edge.graph.manage_cache import ManageCachePass
 from gta_edge.graph.pack_embedding import PackEmbeddingPass
 from gta_edge.graph.retype import ConvertPrecisionPass
 from gta_edge.graph.share_dimensions import ShareDimensionsPass
 from gta_edge.libraries.optional import optional
 from gta_edge.numerics.dtypes import COMPUTE_TYPES, FLOAT_TYPES, QUANTIZED_CACHE_TYPES, cache_types
+from gta_edge.plugins.attention.definition import MAX_BIAS_ROWS, Features
 from gta_edge.runtime.tensorrt.engine import IMPLEMENTATIONS
 from gta_edge.runtime.tensorrt.passes.fold_constants import FoldConstantsPass
 from gta_edge.runtime.tensorrt.passes.keep_plugin_nodes import KeepPluginNodesPass
@@ -53,10 +57,11 @@ def lower(
     form: str = "plugin",
     compute: str,
     cache_dtype: str | None = None,
-    capacity: int,
+    capacity: int | Sequence[int],
     batch: int | None = None,
     newer_ops: bool = True,
     matmul: str = "native",
+    features: Features | None = None,
     progress: Progress = silent,
 ) -> Path:
     """Write ``model.onnx``, its weights and a record into a directory, which then needs nothing of the bundle.
@@ -68,11 +73,12 @@ def lower(
         form: ``plugin`` or ``function``.
         compute: ``fp16`` or ``bf16``; in the function form also ``fp32``.
         cache_dtype: ``int8`` or ``fp8``, in the plugin form; otherwise what ``compute`` is.
-        capacity: rows of each cache.
+        capacity: rows of each cache; with features, of each layer's.
         batch: rows of a step; any number if None.
         newer_ops: whether the parser knows operators of opset 23 and 24 (TensorRT 10.15 and later).
         matmul: implementation of products with quantised matrices, ``plugin`` (in either form, and not in ``fp32``)
             or ``native``.
+        features: inputs of a managed cache that the graph has; None for the graph of a cache that keeps every token.
         progress: told of each tensor written.
 
     Returns:
@@ -86,14 +92,17 @@ def lower(
         EngineError: a weight is beyond float16's range, or an operator has no form that older parsers know.
         BackendError: onnx-ir is not installed.
     """
-    _check(bundle, form, compute, cache_dtype, capacity, batch)
+    capacities = [capacity] if isinstance(capacity, int) else list(capacity)
+    _check_capacities(bundle, capacities, features)
+    _check(bundle, form, compute, cache_dtype, batch)
     _check_matmul(matmul, compute)
     directory = Path(directory)
     if any((directory / name).exists() for name in (MODEL, WEIGHTS, RECORD)):
         raise OutputError(f"{directory}: holds a model already", "choose another directory, or an empty one")
     quantised = cache_dtype if cache_dtype in QUANTIZED_CACHE_TYPES else None
     model, packing = load_model(bundle), PackMatMulsPass()
-    passes: list[ir.passes.PassBase] = [PackEmbeddingPass()]
+    passes: list[ir.passes.PassBase] = [ManageCachePass(features)] if features else []
+    passes.append(PackEmbeddingPass())
     if form == "plugin":
         passes.append(KeepPluginNodesPass())
     else:
@@ -111,6 +120,7 @@ def lower(
     run_passes(model, bundle.model_path, *passes, common.RemoveUnusedOpsetsPass())
     record: dict[str, Any] = {"format": FORMAT, "form": form, "compute": compute, "cache_dtype": quantised or compute}
     record |= {"capacity": capacity, "batch": batch, "newer_ops": newer_ops}
+    record |= {"managed": asdict(features)} if features else {}
     record |= {"matmul": matmul, "packed": packing.matmuls, "not_packed": packing.left}
     record |= origin(bundle)
     try:
@@ -126,7 +136,7 @@ def lower(
     return directory / MODEL
 
 
-def _check(bundle: Bundle, form: str, compute: str, cache_dtype: str | None, capacity: int, batch: int | None) -> None:
+def _check(bundle: Bundle, form: str, compute: str, cache_dtype: str | None, batch: int | None) -> None:
     if form not in FORMS:
         raise InputError(f"the form is {form!r}", f"expected {' or '.join(FORMS)}")
     computes = FLOAT_TYPES if form == "function" else COMPUTE_TYPES
@@ -136,11 +146,21 @@ def _check(bundle: Bundle, form: str, compute: str, cache_dtype: str | None, cap
     if cache_dtype is not None and cache_dtype not in caches:
         whose = f"the {form} form of {bundle.config.architecture} in {compute}"
         raise InputError(f"{whose} has no cache of {cache_dtype!r}", f"expected {' or '.join(caches)}")
-    most = bundle.config.max_position_embeddings
-    if not 1 <= capacity <= most:
-        raise CapacityError(f"the capacity is {capacity} tokens", f"expected 1 to {most}, the model's positions")
     if batch is not None and batch < 1:
         raise InputError(f"the batch is {batch}", "expected at least 1")
+
+
+def _check_capacities(bundle: Bundle, capacities: Sequence[int], features: Features | None) -> None:
+    layers = bundle.config.num_hidden_layers
+    if features is None and len(capacities) > 1:
+        raise InputError("each layer has a capacity of its own", "give what the cache is managed with, or one capacity")
+    if len(capacities) not in (1, layers):
+        raise InputError(f"there are {len(capacities)} capacities", f"expected one for each of {layers} layers")
+    # a managed cache has a few rows more, where residual rows begin
+    most = bundle.config.max_position_embeddings + (MAX_BIAS_ROWS if features else 0)
+    for capacity in capacities:
+        if not 1 <= capacity <= most:
+            raise CapacityError(f"the capacity is {capacity} tokens", f"expected 1 to {most}, the model's positions")
 
 
 def _check_matmul(matmul: str, compute: str) -> None:

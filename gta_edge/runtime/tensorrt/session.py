@@ -16,22 +16,35 @@ from math import prod
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from gta_edge.cuda.gpu import Gpu, current_gpu
 from gta_edge.cuda.session import Cuda
-from gta_edge.errors import BackendError, CapacityError, InputError
+from gta_edge.errors import BackendError, CapacityError, EngineError, InputError
 from gta_edge.formats.bundle import Bundle
 from gta_edge.libraries.tensorrt import TensorRT, load
-from gta_edge.model.kv_cache import LOGITS, TOKEN_INPUTS, CacheTensor, input_shapes
+from gta_edge.model.kv_cache import INPUT_IDS, LOGITS
+from gta_edge.model.kv_cache import LOGIT_POSITIONS as LOGIT_POSITIONS_INPUT
 from gta_edge.plugins import register
-from gta_edge.runtime.cache_moves import ManagedStep
-from gta_edge.runtime.cache_state import CacheState
+from gta_edge.runtime.cache_moves import ManagedStep, Moves
+from gta_edge.runtime.cache_policies.base import CachePolicy
+from gta_edge.runtime.cache_state import CacheState, cache_state
+from gta_edge.runtime.managed_cache import OBSERVED_TOKENS
 from gta_edge.runtime.session import Ids, Logits, Session
-from gta_edge.runtime.tensorrt.build import LOGIT_POSITIONS, buffer_bytes
-from gta_edge.runtime.tensorrt.engine import compute_capability, load_engine, require_engine
-from gta_edge.runtime.tensorrt.engine_kind import TENSORRT
+from gta_edge.runtime.tensorrt.build import LOGIT_POSITIONS, buffer_bytes, step_inputs
+from gta_edge.runtime.tensorrt.engine import (
+    EngineSpec,
+    compute_capability,
+    engine_directory,
+    load_engine,
+    require_engine,
+)
+from gta_edge.runtime.tensorrt.engine_cache import EngineCache
+from gta_edge.runtime.tensorrt.engine_kind import ENGINES, TENSORRT
+from gta_edge.runtime.tensorrt.engine_memory import EngineMemory
 from gta_edge.runtime.tensorrt.log import first_reason, new_log, started
 from gta_edge.runtime.tensorrt.runtime_cache import RuntimeCache
+from gta_edge.runtime.tensorrt.step_inputs import StepInputs, Values, step_values
 
 __all__ = ["TensorRTSession"]
 
@@ -64,17 +77,25 @@ class TensorRTSession(Session):
         engine: ``tensorrt`` or ``tensorrt-rtx``.
         device_id: CUDA's number for the GPU.
         chunk_size: tokens of a prompt at once, at most the engine's.
+        cache: policy that says which rows of the cache stay, which the engine has to be built for; None for all.
 
     Raises:
         BackendError: TensorRT, the driver or the GPU is missing, or the engine cannot be loaded.
-        EngineError: there is no engine, or it was built from or for something else.
+        EngineError: there is no engine, or it was built from or for something else, another policy among it.
+        InputError: the policy makes no sense for the model.
         CapacityError: the GPU has no room for the engine and its cache.
     """
 
     device = "gpu"
 
     def __init__(
-        self, bundle: Bundle, *, engine: str = TENSORRT.name, device_id: int = 0, chunk_size: int | None = None
+        self,
+        bundle: Bundle,
+        *,
+        engine: str = TENSORRT.name,
+        device_id: int = 0,
+        chunk_size: int | None = None,
+        cache: CachePolicy | None = None,
     ) -> None:
         # First what costs nothing: TensorRT's libraries take seconds to load.
         require_engine(bundle, engine)
@@ -83,18 +104,11 @@ class TensorRTSession(Session):
         here = compute_capability(gpu.architecture)
         plan, record = load_engine(bundle, engine, tensorrt=trt.version_text, compute_capability=here, gpu=gpu.name)
         spec = record.spec
-        cache = CacheState(
-            bundle.config,
-            spec.cache_dtype,
-            chunk_size=spec.chunk_size if chunk_size is None else min(chunk_size, spec.chunk_size),
-            capacity_step=spec.max_length,
-            max_length=spec.max_length,
-            limit=f"the engine was built with --max-length {spec.max_length}",
-        )
-        super().__init__(bundle.config, cache)
+        chunk = spec.chunk_size if chunk_size is None else min(chunk_size, spec.chunk_size)
+        super().__init__(bundle.config, _state(bundle, spec, cache, chunk))
         self.backend = engine
         self.compute = spec.compute
-        self._record, self._directory = record, bundle.directory
+        self._record, self._spec, self._directory = record, spec, bundle.directory
         self._prefill: Any = None
         self._engine: Any = None
         self._runtime: Any = None
@@ -120,16 +134,13 @@ class TensorRTSession(Session):
             raise BackendError(f"TensorRT cannot load the engine ({self._reason()})", f"{self._rebuild()}")
         if trt.compiles_at_run_time:
             self._kernels = RuntimeCache(trt.module, gpu.name, self._record)
-        spec, vocab = self._record.spec, self.config.vocab_size
-        rows, chunk = spec.max_batch, spec.chunk_size
-        values = (rows * chunk, rows, rows * LOGIT_POSITIONS)
-        self._ids, self._past, self._positions = (
-            self._tensor(name, most, np.int64) for name, most in zip(TOKEN_INPUTS, values, strict=True)
-        )
-        self._logits = self._tensor(LOGITS, rows * LOGIT_POSITIONS * vocab, np.float32)
-        self._cache_bytes = 0
-        for cache in self._cache.tensors:
-            self._add_cache(cache, cache.nbytes(rows, spec.max_length))
+        spec = self._record.spec
+        self._inputs = StepInputs(self._cuda, step_inputs(self.config, spec))
+        self._addresses |= self._inputs.addresses
+        self._logits = self._tensor(LOGITS, spec.max_batch * LOGIT_POSITIONS * self.config.vocab_size, np.float32)
+        in_place = ENGINES[spec.engine].attends_by_plugin(self.config)
+        self._memory = EngineMemory(self._cuda, self.config, spec, in_place=in_place)
+        self._addresses |= self._memory.addresses
         sizes = [int(self._engine.get_device_memory_size_for_profile_v2(each)) for each in (_DECODE, _PREFILL)]
         self._scratch_bytes = max(*sizes, 1)
         self._scratch = self._cuda.allocate(self._scratch_bytes, "TensorRT's scratch memory")
@@ -152,6 +163,18 @@ class TensorRTSession(Session):
                 f"takes {needed / 1e9:.3f} GB and the GPU has {free / 1e9:.3f} GB free",
                 "close other programs, or build with a smaller --max-length or --max-batch",
             )
+
+    def _move(self, moves: Moves) -> None:
+        self._cuda.make_current()
+        self._memory.rows.move(moves)
+
+    def _received(self) -> list[npt.NDArray[np.float32]]:
+        self._cuda.make_current()
+        return self._memory.received(self._cache.batch)
+
+    def _rotate(self, shifts: Sequence[Ids]) -> None:
+        self._cuda.make_current()
+        self._memory.rows.rotate(shifts)
 
     def _context(self, profile: int) -> Any:
         """Return a new execution context for a profile, all its tensors bound."""
@@ -177,7 +200,7 @@ class TensorRTSession(Session):
 
     @property
     def cache_bytes(self) -> int:
-        return self._cache_bytes
+        return self._memory.nbytes
 
     @property
     def cuda_graph(self) -> bool | None:
@@ -187,12 +210,6 @@ class TensorRTSession(Session):
         host = self._cuda.host_array((values,), dtype, f"a buffer for {name}")
         self._addresses[name] = self._cuda.allocate(host.nbytes, name)
         return _Tensor(self._addresses[name], host)
-
-    def _add_cache(self, cache: CacheTensor, size_bytes: int) -> None:
-        """Give past input and present output one and the same memory."""
-        address = self._cuda.allocate(size_bytes, f"the cache of {self.max_length} tokens for {self.max_batch} rows")
-        self._cache_bytes += size_bytes
-        self._addresses |= {cache.past: address, cache.present: address}
 
     def _resize(self, batch: int, capacities: Sequence[int]) -> None:
         if batch > self.max_batch:
@@ -206,32 +223,34 @@ class TensorRTSession(Session):
     ) -> Logits:
         self._cuda.make_current()
         rows, wanted = logit_positions.shape
+        values = step_values(self._spec.managed, self.config, input_ids, past_length, logit_positions, managed)
         if input_ids.shape[1] == 1 and wanted == 1:
-            return self._step(input_ids, past_length)
-        # A run appends the same rows to the same places every time, so more logits are had by running again.
+            return self._step(values)
+        # A run appends the same rows to the same places every time, so more logits are had by running again. Only runs
+        # of fewer tokens observe, which must not be counted twice.
         parts = []
         for start in range(0, max(wanted, 1), LOGIT_POSITIONS):
             positions = logit_positions[:, start : start + LOGIT_POSITIONS]
             if not wanted:  # the engine gives logits for one position at least
                 positions = np.zeros((rows, 1), np.int64)
-            parts.append(self._chunk(input_ids, past_length, positions))
+            parts.append(self._chunk(values | {LOGIT_POSITIONS_INPUT: positions}))
         result: Logits = np.concatenate(parts, axis=1)[:, :wanted]
         return result
 
-    def _chunk(self, input_ids: Ids, past_length: Ids, positions: Ids) -> Logits:
-        shape = (*input_ids.shape, positions.shape[1])
+    def _chunk(self, values: Values) -> Logits:
+        shape = (*values[INPUT_IDS].shape, values[LOGIT_POSITIONS_INPUT].shape[1])
         if shape != self._prefill_shape:
             self._prefill_shape = (0, 0, 0)
             self._set_shapes(self._prefill, *shape)
             self._prefill_shape = shape
-        logits = self._fill(input_ids, past_length, positions)
-        self._enqueue(self._prefill, input_ids.size, len(past_length), positions.size, logits)
+        logits = self._fill(values)
+        self._enqueue(self._prefill, logits)
         self._cuda.synchronize()
         return logits.copy()
 
-    def _step(self, input_ids: Ids, past_length: Ids) -> Logits:
-        rows = len(past_length)
-        logits = self._fill(input_ids, past_length, np.zeros((rows, 1), np.int64))
+    def _step(self, values: Values) -> Logits:
+        rows = len(values[INPUT_IDS])
+        logits = self._fill(values | {LOGIT_POSITIONS_INPUT: np.zeros((rows, 1), np.int64)})
         decoder = self._decoders.get(rows)
         if decoder is None:
             result, decoder = self._first_step(rows, logits)
@@ -240,7 +259,7 @@ class TensorRTSession(Session):
             self._decoders[rows] = decoder
             return result
         if decoder.graph is None:
-            self._enqueue(decoder.context, rows, rows, rows, logits)
+            self._enqueue(decoder.context, logits)
         else:
             self._cuda.replay(decoder.graph)
         self._cuda.synchronize()
@@ -250,30 +269,28 @@ class TensorRTSession(Session):
         """Run a step, which TensorRT wants before it is captured, and capture the next one like it."""
         context = self._context(_DECODE)
         self._set_shapes(context, rows, 1, 1)
-        self._enqueue(context, rows, rows, rows, logits)
+        self._enqueue(context, logits)
         self._cuda.synchronize()
         decoder, result = _Decoder(context), logits.copy()
         if getattr(context, "is_stream_capturable", lambda _: True)(self._cuda.stream):
             try:
                 with self._cuda.capture() as made:
-                    self._enqueue(context, rows, rows, rows, logits)
+                    self._enqueue(context, logits)
                 decoder.graph = made[0]
             except BackendError:  # an engine may have what cannot be captured, and runs all the same
                 first_reason(self._log.errors)
                 self._log.errors.clear()
         return result, decoder
 
-    def _fill(self, input_ids: Ids, past_length: Ids, positions: Ids) -> Logits:
+    def _fill(self, values: Values) -> Logits:
         """Put inputs into pinned memory; return where the logits will be, float32 [B, M, V]."""
-        for tensor, values in ((self._ids, input_ids), (self._past, past_length), (self._positions, positions)):
-            tensor.host[: values.size] = values.reshape(-1)
-        shape = (*positions.shape, self.config.vocab_size)
+        self._inputs.fill(values)
+        shape = (*values[LOGIT_POSITIONS_INPUT].shape, self.config.vocab_size)
         result: Logits = self._logits.host[: prod(shape)].reshape(shape)
         return result
 
     def _set_shapes(self, context: Any, rows: int, tokens: int, logits: int) -> None:
-        sizes = {"batch": rows, "tokens": tokens, "positions": logits, "capacity": self.max_length}
-        shapes = input_shapes(self.config, self._cache.dtype, **sizes)
+        shapes = self._spec.input_shapes(self.config, batch=rows, tokens=tokens, positions=logits)
         self._log.errors.clear()
         for name, shape in shapes.items():
             if not context.set_input_shape(name, shape):
@@ -281,12 +298,12 @@ class TensorRTSession(Session):
                     f"TensorRT refuses {name} of shape {list(shape)} ({self._reason()})", f"{self._rebuild()}"
                 )
 
-    def _enqueue(self, context: Any, ids: int, rows: int, positions: int, logits: Logits) -> None:
-        for tensor, count in ((self._ids, ids), (self._past, rows), (self._positions, positions)):
-            self._cuda.copy_in(tensor.address, tensor.host[:count])
+    def _enqueue(self, context: Any, logits: Logits) -> None:
+        self._inputs.copy_in()
         self._log.errors.clear()
         if not context.execute_async_v3(self._cuda.stream):
             raise BackendError(f"TensorRT could not run the engine ({self._reason()})", "run `gta-edge doctor`")
+        self._memory.settle()
         self._cuda.copy_out(logits, self._logits.address)
 
     def _reason(self) -> str:
@@ -310,3 +327,29 @@ class TensorRTSession(Session):
             self._cuda.synchronize()
         self._decoders, self._prefill, self._engine, self._runtime, self._kernels = {}, None, None, None, None
         self._cuda.close()
+
+
+def _state(bundle: Bundle, spec: EngineSpec, policy: CachePolicy | None, chunk_size: int) -> CacheState:
+    """Return what an engine's cache holds: of a managed one rows, which without a policy are as many as tokens.
+
+    Raises:
+        EngineError: the engine was not built for the policy.
+        InputError: the policy makes no sense for the model.
+    """
+    config, managed = bundle.config, spec.managed
+    options: dict[str, Any] = {"chunk_size": chunk_size, "max_length": spec.max_length}
+    options["limit"] = f"the engine was built with --max-length {spec.max_length}"
+    if policy is None:
+        room = min(spec.capacities(config))
+        if room < spec.max_length:
+            options["limit"] = f"the engine has room for {room} rows, and without a cache policy every token keeps one"
+        options["max_length"] = options["capacity_step"] = min(room, spec.max_length)
+        return CacheState(config, spec.cache_dtype, **options)
+    needed = EngineCache.of(policy, config, spec.cache_dtype, **options)
+    lack = "was built without a cache policy" if managed is None else managed.lacks(needed)
+    if lack is not None:
+        raise EngineError(
+            f"{engine_directory(bundle, spec.engine)}: the engine {lack}",
+            f"run: {replace(spec, managed=needed).command(bundle.directory)}",
+        )
+    return cache_state(config, spec.cache_dtype, policy, observed_tokens=OBSERVED_TOKENS, **options)
