@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from gta_edge.cli.choices import BACKEND_NAMES, backend_list, completed_list
+from gta_edge.cli.choices import BACKEND_NAMES, CacheDtype, backend_list, completed_list, value_of
 from gta_edge.cli.output import FAILED, current
 from gta_edge.errors import InputError
 from gta_edge.support.text import brief, one_line, printable
@@ -40,6 +40,9 @@ def bench(
     ] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="A text to begin with; random tokens by default.")] = None,
     ids: Annotated[str | None, typer.Option(help="Token ids to begin with: 1,2,3.")] = None,
+    cache_dtype: Annotated[
+        CacheDtype | None, typer.Option(help="Type of the cache; the backend's own by default.")
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads on a CPU; one per core by default.")] = None,
     wide: Annotated[
         bool, typer.Option("--wide", help="Print all tables: floors, percentiles, ranks; wider than 80 columns.")
@@ -71,6 +74,7 @@ def bench(
         batch=batch,
         rounds=rounds,
         threads=threads,
+        cache_dtype=value_of(cache_dtype),
         prompt=_prompt(bundles, prompt_file, ids),
     )
     with output.progress() as progress:

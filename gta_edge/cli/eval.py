@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from gta_edge.cli.choices import Backend
+from gta_edge.cli.choices import Backend, CacheDtype, value_of
 from gta_edge.cli.output import current, key_value_table
 from gta_edge.errors import InputError
 from gta_edge.support.text import printable
@@ -24,6 +24,9 @@ def evaluate(
         int | None, typer.Option(help="Tokens attended at most; the model's max context by default.")
     ] = None,
     backend: Annotated[Backend, typer.Option(help="auto: the fastest that works.")] = Backend.AUTO,
+    cache_dtype: Annotated[
+        CacheDtype | None, typer.Option(help="Type of the cache; the backend's own by default.")
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads; one per core by default.")] = None,
     verify_hashes: Annotated[bool, typer.Option("--verify-hashes", help="Hash the weights first.")] = False,
 ) -> None:
@@ -42,7 +45,14 @@ def evaluate(
     tokens = None if ids is None else read_ids(ids)
     with (
         output.progress() as progress,
-        load(bundle, backend.value, threads=threads, verify_hashes=verify_hashes, progress=progress) as session,
+        load(
+            bundle,
+            backend.value,
+            threads=threads,
+            cache_dtype=value_of(cache_dtype),
+            verify_hashes=verify_hashes,
+            progress=progress,
+        ) as session,
     ):
         if content is not None:
             if session.tokenizer is None:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from gta_edge.cli.choices import Backend
+from gta_edge.cli.choices import Backend, CacheDtype, value_of
 from gta_edge.cli.output import Output, current
 from gta_edge.cli.signals import exit_status
 from gta_edge.errors import InputError
@@ -34,6 +34,9 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="Seed of the draws.")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after an end token.")] = False,
     backend: Annotated[Backend, typer.Option(help="auto: the fastest that works.")] = Backend.AUTO,
+    cache_dtype: Annotated[
+        CacheDtype | None, typer.Option(help="Type of the cache; the backend's own by default.")
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads; one per core by default.")] = None,
     verify_hashes: Annotated[bool, typer.Option("--verify-hashes", help="Hash the weights first.")] = False,
 ) -> None:
@@ -46,7 +49,14 @@ def generate(
     output = current()
     given = _prompt(prompt, prompt_file, ids)
     with output.progress() as progress:
-        session = gta_edge.load(bundle, backend.value, threads=threads, verify_hashes=verify_hashes, progress=progress)
+        session = gta_edge.load(
+            bundle,
+            backend.value,
+            threads=threads,
+            cache_dtype=value_of(cache_dtype),
+            verify_hashes=verify_hashes,
+            progress=progress,
+        )
     with session:
         generation = gta_edge.generate(
             session,

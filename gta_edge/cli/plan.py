@@ -49,7 +49,7 @@ def plan(
     precision: Annotated[Precision | None, typer.Option(help="How weights are stored; by default as they are.")] = None,
     block_size: Annotated[int | None, typer.Option(help="Weights that share a scale, for int8 and int4.")] = None,
     cache_dtype: Annotated[
-        CacheDtype | None, typer.Option(help="fp32 on a CPU; on a GPU the type to compute in, or int8 or fp8.")
+        CacheDtype | None, typer.Option(help="fp32 or int8 on a CPU; on a GPU the type to compute in, int8 or fp8.")
     ] = None,
     efficiency: Annotated[
         float | None, typer.Option(help="Share of bandwidth and FLOPs that kernels get; see docs/plan.md.")

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from gta_edge.cli.choices import BACKEND_NAMES, backend_list, completed_list
+from gta_edge.cli.choices import BACKEND_NAMES, CacheDtype, backend_list, completed_list, value_of
 from gta_edge.cli.export import changes
 from gta_edge.cli.output import FAILED, current
 
@@ -27,6 +27,9 @@ def verify(
             autocompletion=completed_list(BACKEND_NAMES),
         ),
     ] = None,
+    cache_dtype: Annotated[
+        CacheDtype | None, typer.Option(help="Type of the cache; the backend's own by default.")
+    ] = None,
     verify_hashes: Annotated[bool, typer.Option("--verify-hashes", help="Hash the weights first.")] = False,
 ) -> None:
     """Compare logits with the PyTorch model's; the exit status is 1 when a bound does not hold."""
@@ -37,7 +40,14 @@ def verify(
     output = current()
     names = [name.strip() for name in backend.split(",")] if backend else None
     with output.progress() as progress:
-        report = verification.verify(bundle, checkpoint, names, verify_hashes=verify_hashes, progress=progress)
+        report = verification.verify(
+            bundle,
+            checkpoint,
+            names,
+            cache_dtype=value_of(cache_dtype),
+            verify_hashes=verify_hashes,
+            progress=progress,
+        )
     if output.json:
         output.document(report.to_dict())
     else:

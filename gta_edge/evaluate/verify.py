@@ -31,6 +31,7 @@ def verify(
     checkpoint: str | Path,
     backends: Sequence[str] | None = None,
     *,
+    cache_dtype: str | None = None,
     verify_hashes: bool = False,
     progress: Progress = silent,
 ) -> Report:
@@ -41,6 +42,7 @@ def verify(
         checkpoint: what it was exported from.
         backends: names from ``BACKENDS``; None for every one that works here: what does not is in the report with its
             reason, and stops no other.
+        cache_dtype: type of the cache; each backend's own choice by default.
         verify_hashes: hash the bundle's weights first.
         progress: told of each backend.
 
@@ -71,7 +73,7 @@ def verify(
     names = list(backends or BACKENDS)
     for done, name in enumerate(names):
         progress("verifying backends", done, len(names))
-        reason = _verified(report, opened, name, judge, asked=bool(backends))
+        reason = _verified(report, opened, name, judge, cache_dtype, asked=bool(backends))
         if reason:
             gc.collect()  # what was loaded so far goes before the next one comes
             (report.unavailable if BACKENDS[name].is_here(opened) else report.absent)[name] = reason
@@ -111,7 +113,7 @@ class _Judge:
         return self._distances[key]
 
 
-def _verified(report: Report, bundle: Bundle, name: str, judge: _Judge, *, asked: bool) -> str:
+def _verified(report: Report, bundle: Bundle, name: str, judge: _Judge, cache_dtype: str | None, *, asked: bool) -> str:
     """Add what is found of one backend, all of it or nothing; return why nothing.
 
     Args:
@@ -119,13 +121,14 @@ def _verified(report: Report, bundle: Bundle, name: str, judge: _Judge, *, asked
         bundle: the model.
         name: of the backend.
         judge: that compares its answers.
+        cache_dtype: type of the cache.
         asked: whether it was asked for by name: then not having it is an error.
     """
     try:
-        with open_session(bundle, name) as session:
+        with open_session(bundle, name, cache_dtype=cache_dtype) as session:
             found = judge(session)
         if session.rounds_activations:
-            with open_session(bundle, name, exact=True) as exact:
+            with open_session(bundle, name, exact=True, cache_dtype=cache_dtype) as exact:
                 rounded, found = found, judge(exact)
             report.int8_activations[name] = rounded
     except OF_THE_MODEL:

@@ -9,6 +9,8 @@ same shape, ``present_…``; a session gives both the same memory.
     past_key_scale.{i}     [B, n_k, S]         float32, of a cache in int8 or fp8
     past_latent_scale.{i}  [B, n_c, S]         likewise
 
+On ONNX Runtime's CPU a cache of int8 has keys transposed, [B, n_k, d_k, S], and scales [B, n, 1, S].
+
 i is the layer, B the rows of a batch, S the capacity in tokens. Sizes are the config's (``ModelConfig.caches``).
 
 A managed cache, whose rows are evicted or merged, has a capacity S_i for each layer, and more inputs (``Features``):
@@ -27,7 +29,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from gta_edge.model.config import ModelConfig
@@ -94,12 +96,14 @@ class CacheTensor:
         heads: that are cached.
         width: values per head and token; None for scales, of which each has one and no axis for it.
         dtype: ``fp32`` or one of ``CACHE_TYPES``.
+        transposed: whether tokens are the last axis, behind the width.
     """
 
     name: str
     heads: int
     width: int | None
     dtype: str
+    transposed: bool = False
 
     @property
     def layer(self) -> int:
@@ -117,10 +121,21 @@ class CacheTensor:
         return PRESENT + self.name
 
     def shape(self, batch: Size, capacity: Size) -> tuple[Size | int, ...]:
-        """Return ``(batch, heads, capacity, width)``, or without the width for scales."""
+        """Return ``(batch, heads, capacity, width)``, without the width for scales, with both swapped if transposed."""
+        if self.transposed:
+            return batch, self.heads, self.width or 1, capacity
         if self.width is None:
             return batch, self.heads, capacity
         return batch, self.heads, capacity, self.width
+
+    @property
+    def capacity_axis(self) -> int:
+        """Axis of its tokens."""
+        return CAPACITY_AXIS + self.transposed
+
+    def parts(self, batch: int) -> int:
+        """Return how many times the rows of all tokens lie one behind the other in it."""
+        return math.prod(self.shape(batch, 1)[: self.capacity_axis])
 
     def nbytes(self, batch: int, capacity: int) -> int:
         """Return the bytes of this tensor."""
@@ -129,8 +144,8 @@ class CacheTensor:
 
 def scale_name(name: str) -> str:
     """Return what the scales of a cache are called: ``past_key_scale.0`` for ``past_key.0``."""
-    kind, _, layer = name.partition(".")
-    return f"{kind}{_SCALE}.{layer}"
+    kind, dot, layer = name.partition(".")
+    return f"{kind}{_SCALE}{dot}{layer}"
 
 
 def is_scale(name: str) -> bool:
@@ -169,14 +184,18 @@ def managed_shapes(
     return shapes
 
 
-def cache_tensors(config: ModelConfig, dtype: str = "fp32") -> list[CacheTensor]:
+def cache_tensors(config: ModelConfig, dtype: str = "fp32", *, transposed: bool = False) -> list[CacheTensor]:
     """Return the tensors of the whole cache in the graph's order: layer by layer, scales behind all caches.
 
     Args:
         config: the model's sizes.
         dtype: of cached values, ``fp32`` or one of ``CACHE_TYPES``; float32 is what a bundle's own graph has.
+        transposed: whether keys and scales lie as matmuls of integers take them on ONNX Runtime's CPU.
     """
     tensors = [tensor for i in range(config.num_hidden_layers) for tensor in _layer_tensors(config, dtype, i)]
+    if transposed:
+        first = config.caches[0].name  # the key's
+        tensors = [replace(t, transposed=t.width is None or t.name.startswith(f"{first}.")) for t in tensors]
     return sorted(tensors, key=lambda tensor: tensor.width is None)  # which keeps the order otherwise
 
 

@@ -53,12 +53,14 @@ class Asked:
         threads: threads for one operator; None for one for each core that this process may use.
         exact: whether to multiply by int8 and int4 weights in float32 where activations would be rounded to int8.
         compute: type to compute in; None for the backend's own choice.
+        cache_dtype: type of the cache; None for the backend's own choice.
         progress: told of what takes long.
     """
 
     threads: int | None
     exact: bool
     compute: str | None
+    cache_dtype: str | None
     progress: Progress
 
 
@@ -132,6 +134,22 @@ class Backend(ABC):
     def cache_types(self, config: ModelConfig, compute: str) -> tuple[str, ...]:
         """Return the types that the cache of a model may have beside activations in ``compute``, the default first."""
         return cache_types(compute, kernels=False)
+
+    def cache_for(self, cache_dtype: str | None, config: ModelConfig, compute: str) -> str:
+        """Return the type of the cache: the one asked for, or where that is None, the first of ``cache_types``.
+
+        Raises:
+            BackendError: it cannot have what was asked for; which it can.
+        """
+        allowed = self.cache_types(config, compute)
+        if cache_dtype is None:
+            return allowed[0]
+        if cache_dtype not in allowed:
+            raise BackendError(
+                f"{self.name} has no cache of {cache_dtype} for {config.architecture} in {compute}",
+                f"expected {' or '.join(allowed)}, or leave the type of the cache out",
+            )
+        return cache_dtype
 
     # --- what a plan asks --------------------------------------------------------------------------------------
 
@@ -214,6 +232,7 @@ class Backend(ABC):
         threads: int | None = None,
         exact: bool = False,
         compute: str | None = None,
+        cache_dtype: str | None = None,
         progress: Progress = silent,
         **options: Any,
     ) -> Session:
@@ -224,7 +243,7 @@ class Backend(ABC):
         """
         if options.get("cache") is not None and not self.manages_cache:
             raise BackendError(f"{self.name} cannot hold a cache with a policy", "leave the policy out, or take torch")
-        return self._open(bundle, Asked(threads, exact, compute, progress), **options)
+        return self._open(bundle, Asked(threads, exact, compute, cache_dtype, progress), **options)
 
     @abstractmethod
     def _open(self, bundle: Bundle, asked: Asked, **options: Any) -> Session:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from gta_edge.errors import CapacityError, InputError
 from gta_edge.model.config import ModelConfig
-from gta_edge.model.kv_cache import CacheTensor, cache_tensors
+from gta_edge.model.kv_cache import CacheTensor, cache_bytes, cache_tensors
 from gta_edge.plan.cost import Execution
 from gta_edge.plan.roofline import activation_bytes
 from gta_edge.support.memory import available_bytes
@@ -93,6 +93,8 @@ class CacheState:
     Args:
         config: the model's sizes.
         dtype: of cached values, ``fp32`` or one of ``CACHE_TYPES``.
+        compute: type of activations; that of the cache by default.
+        transposed: as ``kv_cache.cache_tensors`` has it.
         on_host: whether its memory is the host's, of which the system is asked before it is taken.
         chunk_size: largest number of tokens per row that is run at once.
         capacity_step: granularity in tokens of the cache's growth.
@@ -112,6 +114,8 @@ class CacheState:
         config: ModelConfig,
         dtype: str = "fp32",
         *,
+        compute: str | None = None,
+        transposed: bool = False,
         on_host: bool = False,
         chunk_size: int = CHUNK_SIZE,
         capacity_step: int = CAPACITY_STEP,
@@ -121,6 +125,7 @@ class CacheState:
         if chunk_size < 1 or capacity_step < 1:
             raise InputError(f"chunk_size {chunk_size} and capacity_step {capacity_step} must be at least 1")
         self.config, self.dtype = config, dtype
+        self._compute, self._transposed = compute or dtype, transposed
         self.chunk_size, self.capacity_step = chunk_size, capacity_step
         self.max_length = config.max_position_embeddings if max_length is None else max_length
         self.length: Lengths = np.zeros(1, np.int64)
@@ -152,7 +157,7 @@ class CacheState:
     @property
     def tensors(self) -> list[CacheTensor]:
         """What there has to be memory for."""
-        return cache_tensors(self.config, self.dtype)
+        return cache_tensors(self.config, self.dtype, transposed=self._transposed)
 
     def nbytes(self, batch: int, capacities: Sequence[int]) -> int:
         """Return the bytes of a cache of this size, over all layers; ``capacities`` are theirs."""
@@ -271,8 +276,10 @@ class CacheState:
             capacities = self.capacities_for(tokens) if grows else self.capacities
             needed += max(0, self.nbytes(batch, capacities) - self.nbytes(self.batch, self.capacities))
             if batch * width > self._step_size:
-                execution = Execution(self.dtype, self.dtype, width, writes_scores=True)
+                execution = Execution(self._compute, self.dtype, width, writes_scores=True)
                 needed += activation_bytes(self.config, execution, batch, width, max(capacities))
+                if self.dtype != self._compute:  # a layer's cache at a time, in the type that it is attended to in
+                    needed += cache_bytes(self.config, self._compute, max(capacities), batch) // len(capacities)
         available = available_bytes()
         if available is not None and needed > available:
             raise CapacityError(

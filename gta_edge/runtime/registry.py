@@ -72,6 +72,7 @@ def load(
     chunk_size: int | None = None,
     exact: bool = False,
     compute: str | None = None,
+    cache_dtype: str | None = None,
     cache: CachePolicy | None = None,
     verify_hashes: bool = False,
     progress: Progress = silent,
@@ -87,6 +88,8 @@ def load(
         exact: multiply by int8 and int4 weights in float32 where the backend would round activations to int8.
         compute: type that a GPU computes in, ``fp16``, ``bf16`` or ``fp32``; by default the bundle's own 16-bit type,
             or else bf16 (fp16 on ``onnxruntime-cuda``). A CPU computes in fp32.
+        cache_dtype: type that keys and latents are cached in; by default the type to compute in, or what an engine was
+            built with. ``onnxruntime`` takes ``int8`` too.
         cache: policy that says which rows of the KV cache stay (``gta_edge.runtime.cache_policies.policy``), so that it
             takes the same memory however long the text; by default every token stays.
         verify_hashes: hash the weights even if their size and time are as recorded.
@@ -101,6 +104,7 @@ def load(
     from gta_edge.formats.bundle import Bundle
 
     options: dict[str, Any] = {"threads": threads, "exact": exact, "compute": compute, "progress": progress}
+    options["cache_dtype"] = cache_dtype
     if chunk_size is not None:
         options["chunk_size"] = chunk_size
     if cache is not None:

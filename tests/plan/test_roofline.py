@@ -283,7 +283,7 @@ def test_a_number_that_is_out_of_range(options: dict[str, int], message: str) ->
 @pytest.mark.parametrize(
     ("name", "on", "precision", "cache_dtype", "allowed"),
     [
-        ("gta-1b", CPU, "int4", "fp16", "fp32"),
+        ("gta-1b", CPU, "int4", "fp16", "fp32 or int8"),
         ("gqa-1b", BOARD, "int4", "bf16", "fp16 or int8 or fp8"),
         ("gta-1b", BOARD, "bf16", "fp16", "bf16 or int8 or fp8"),
     ],

@@ -32,6 +32,7 @@ class Case:
         environment: variables of its process.
         directory: what its process runs in.
         threads: for one operator; None for the backend's own choice.
+        cache_dtype: type of the cache; None for the backend's own choice.
         exact: multiply by integers in float32.
         opened: what the process said of its session; None before it was open.
         failure: why it cannot be asked any more.
@@ -44,6 +45,7 @@ class Case:
     environment: dict[str, str]
     directory: Path
     threads: int | None = None
+    cache_dtype: str | None = None
     exact: bool = False
     opened: Document | None = None
     failure: str | None = None
@@ -137,6 +139,7 @@ class Case:
                 bundle=str(self.bundle.directory.resolve()),
                 backend=self.target.backend,
                 threads=self.threads,
+                cache_dtype=self.cache_dtype,
                 exact=self.exact,
             )
         except GtaEdgeError as error:

@@ -38,6 +38,7 @@ class Settings:
         batch: rows at once.
         rounds: repeats; by default at least 3, and up to 15 while they are short or lie far apart.
         threads: for one operator on a CPU; None for the backend's own choice.
+        cache_dtype: type of the cache; None for the backend's own choice.
         prompt: ids to begin with, the same in every row; random ones by default.
         compare: whether backends are asked for their answers to compare them.
         warm_up: whether each context is first run once untimed, in full; its first chunks are in any case. The rest of
@@ -49,6 +50,7 @@ class Settings:
     batch: int = 1
     rounds: int | None = None
     threads: int | None = None
+    cache_dtype: str | None = None
     prompt: tuple[int, ...] | None = None
     compare: bool = True
     warm_up: bool = True
@@ -125,7 +127,9 @@ class Needs:
     files: int
 
 
-def needs(bundle: Bundle, context: int, new_tokens: int, batch: int, *, answers: int) -> Needs:
+def needs(
+    bundle: Bundle, context: int, new_tokens: int, batch: int, *, answers: int, cache_dtype: str | None = None
+) -> Needs:
     """Return what one context takes, at the least.
 
     Args:
@@ -134,13 +138,14 @@ def needs(bundle: Bundle, context: int, new_tokens: int, batch: int, *, answers:
         new_tokens: steps after it.
         batch: rows.
         answers: how many backends' logits are held at once to compare them.
+        cache_dtype: type of the cache, float32 by default.
     """
     config = bundle.config
     logits = _FLOAT * batch * config.vocab_size
     checked = logits * (1 + min(CHECKED_STEPS, new_tokens))
     chunk = min(CHUNK_SIZE, context)
     per_token = 4 * config.hidden_size + 3 * config.intermediate_size + config.num_attention_heads * context
-    cache = cache_bytes(config, "fp32", context + new_tokens, batch)
+    cache = cache_bytes(config, cache_dtype or "fp32", context + new_tokens, batch)
     ids = _ID * batch * context
     return Needs(
         own=2 * ids + answers * checked,
@@ -174,7 +179,8 @@ def check_room(
     for name, bundle in bundles.items():
         context = max(contexts[name])
         new_tokens = settings.new_tokens_at(context, bundle)
-        found = needs(bundle, context, new_tokens, settings.batch, answers=2 * settings.compare * len(targets))
+        answers = 2 * settings.compare * len(targets)
+        found = needs(bundle, context, new_tokens, settings.batch, answers=answers, cache_dtype=settings.cache_dtype)
         files += len(contexts[name]) * found.files
         taken = found.own + (found.backend if on_cpu else 0)
         if free is not None and taken > free:

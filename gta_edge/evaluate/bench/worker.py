@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from gta_edge.errors import BackendError, GtaEdgeError, OutputError
 from gta_edge.formats.bundle import Bundle
+from gta_edge.model.kv_cache import bytes_per_token
 from gta_edge.runtime.registry import BACKENDS, open_session
 from gta_edge.runtime.session import Session
 from gta_edge.support.memory import available_bytes
@@ -78,7 +79,7 @@ class Measurer:
         self._gpu = BACKENDS[request["backend"]].device != "cpu"
         held = _status_bytes("VmRSS") or 0
         before = self._ask_gpu()
-        options = {"threads": request["threads"], "exact": request["exact"]}
+        options = {name: request[name] for name in ("threads", "exact", "cache_dtype")}
         cached = _records(bundle)
         start = time.perf_counter()
         session = self._session = open_session(bundle, request["backend"], **options)
@@ -177,10 +178,9 @@ class Measurer:
         Where CPU and GPU share memory, ``gpu_bytes`` is what this process has taken of it in all.
         """
         session = self._ready()
-        rows = getattr(session, "max_batch", len(session.length))
         return {
             "cache_bytes": session.cache_bytes,
-            "cache_bytes_per_token": session.cache_bytes // max(1, rows * session.capacity),
+            "cache_bytes_per_token": bytes_per_token(session.config, session.cache_dtype),
             "peak_host_bytes": _status_bytes("VmHWM"),
             "gpu_bytes": self._gpu_peak,
             "gpu_free_bytes": self._gpu_free_bytes,

@@ -12,6 +12,7 @@ from gta_edge.runtime.backend import Asked, Backend, Importing
 
 if TYPE_CHECKING:
     from gta_edge.formats.bundle import Bundle
+    from gta_edge.model.config import ModelConfig
     from gta_edge.runtime.session import Session
 
 __all__ = ["ONNXRUNTIME", "ONNXRUNTIME_CUDA"]
@@ -26,6 +27,9 @@ class _OnnxRuntime(Backend):
     compute_types = ("fp32",)
     cpu_kernels = True
 
+    def cache_types(self, config: ModelConfig, compute: str) -> tuple[str, ...]:
+        return compute, "int8"
+
     def _check(self, found: dict[str, Any], importing: Importing) -> None:
         from gta_edge.libraries.onnxruntime import load_onnxruntime
 
@@ -38,8 +42,15 @@ class _OnnxRuntime(Backend):
     def _open(self, bundle: Bundle, asked: Asked, **options: Any) -> Session:
         from gta_edge.runtime.onnxruntime.session import OnnxRuntimeSession
 
-        self.compute_for(asked.compute, bundle.precision)
-        return OnnxRuntimeSession(bundle, threads=asked.threads, exact=asked.exact, progress=asked.progress, **options)
+        compute = self.compute_for(asked.compute, bundle.precision)
+        return OnnxRuntimeSession(
+            bundle,
+            threads=asked.threads,
+            exact=asked.exact,
+            cache_dtype=self.cache_for(asked.cache_dtype, bundle.config, compute),
+            progress=asked.progress,
+            **options,
+        )
 
 
 class _OnnxRuntimeCuda(Backend):
@@ -72,6 +83,7 @@ class _OnnxRuntimeCuda(Backend):
         from gta_edge.runtime.onnxruntime.cuda_session import OnnxRuntimeCudaSession
 
         compute = self.compute_for(asked.compute, bundle.precision)
+        self.cache_for(asked.cache_dtype, bundle.config, compute)
         return OnnxRuntimeCudaSession(bundle, compute=compute, progress=asked.progress, **options)
 
 

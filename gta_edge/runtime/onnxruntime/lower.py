@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 else:
     ir, common = optional("onnx_ir", "ort"), optional("onnx_ir.passes.common", "ort")
 
-__all__ = ["graph_without_new_weights", "graphs", "managed_graphs"]
+__all__ = ["graph_without_new_weights", "graphs", "variant_graphs"]
 
 _INT8_ACTIVATIONS, _FLOAT32 = 4, 1  # MatMulNBits' accuracy levels
 
@@ -48,42 +48,47 @@ def graphs(bundle: Bundle, weights: Path, location: str, progress: Progress = si
         BackendError: onnx-ir is not installed.
     """
     path = bundle.model_path
-    model = _lowered(bundle, None)
+    model = _lowered(bundle, None, "fp32")
     workers = threads_to_use(2, asked=False)
     store_weights(model, path, weights, location, progress, everything=False, workers=workers)
     return _in_both_arithmetics(model, bundle)
 
 
-def managed_graphs(bundle: Bundle, features: Features, plain: bytes) -> tuple[bytes, bytes]:
-    """Return the graphs of a managed cache, likewise, which read the weights that were written for ``graphs``.
+def variant_graphs(bundle: Bundle, features: Features | None, cache_dtype: str, plain: bytes) -> tuple[bytes, bytes]:
+    """Return the graphs with another cache, likewise, which read the weights that were written for ``graphs``.
 
     Args:
         bundle: the model.
-        features: of the attention.
-        plain: the graph without them, as ``graphs`` gave it: it says where its weights are.
+        features: of the attention, with a managed cache.
+        cache_dtype: type of the cache, ``fp32`` or ``int8``.
+        plain: the graph without either, as ``graphs`` gave it: it says where its weights are.
 
     Raises:
         BundleError: as ``graphs``, and where a weight is not among those.
         CapacityError, BackendError: as ``graphs``.
     """
-    model = _lowered(bundle, features)
+    model = _lowered(bundle, features, cache_dtype)
     reuse_weights(model, bundle.model_path, plain)
     return _in_both_arithmetics(model, bundle)
 
 
-def graph_without_new_weights(bundle: Bundle, features: Features | None = None) -> bytes:
-    """Return a graph that reads the bundle's weights as they are: for where no file can be written."""
+def graph_without_new_weights(bundle: Bundle, features: Features | None = None, cache_dtype: str = "fp32") -> bytes:
+    """Return a graph that reads the bundle's weights as they are: for where no file can be written.
+
+    With a cache of int8, value decoders with the tile of the mix folded in are a part of it.
+    """
     model = load_graph(bundle.model_path, bundle.config)
-    run_passes(
-        model, bundle.model_path, *_managing(features), common.InlinePass(), ShareDimensionsPass(), FuseNormsPass()
-    )
+    expanding = [] if cache_dtype == "fp32" else [ExpandAttentionPass(int8=True)]
+    inlining = common.InlinePass(), ShareDimensionsPass(), FuseNormsPass()
+    run_passes(model, bundle.model_path, *_managing(features), *expanding, *inlining)
     return serialised(model, bundle.model_path)
 
 
-def _lowered(bundle: Bundle, features: Features | None) -> ir.Model:
+def _lowered(bundle: Bundle, features: Features | None, cache_dtype: str) -> ir.Model:
     """Return the graph with its new weights still to be made."""
     model = load_graph(bundle.model_path, bundle.config)
-    expanding = PackEmbeddingPass(), ExpandAttentionPass(), common.InlinePass(), ShareDimensionsPass()
+    attention = ExpandAttentionPass(int8=cache_dtype == "int8")
+    expanding = PackEmbeddingPass(), attention, common.InlinePass(), ShareDimensionsPass()
     fusing = FuseMatMulsPass(_INT8_ACTIVATIONS), FuseNormsPass()
     run_passes(model, bundle.model_path, *_managing(features), *expanding, *fusing)
     return model

@@ -9,9 +9,11 @@ is how a form is cached, and the CPU's; the one for GPUs is in ``cuda_lower``.
     engines/onnxruntime/weights.data              quantised weights and scales
     engines/onnxruntime/graph.json                what they were made from
 
-With a managed cache (``graph.manage_cache``) there are two graphs more for each set of features, and no more weights:
+With a cache of int8, and with a managed one (``graph.manage_cache``) for each set of features, there are two graphs
+more, and no more weights:
 
-    engines/onnxruntime-managed/mass-2-branches/    graphs alike, and their record
+    engines/onnxruntime-int8/                       graphs alike, and their record
+    engines/onnxruntime-managed/mass-2-branches/    likewise, and mass-2-branches-int8
 
 They are artifacts (``formats.artifacts``): what another user or machine made, and what is damaged, is made anew.
 """
@@ -78,7 +80,12 @@ class LoweredGraph:
 
 
 def lower(
-    bundle: Bundle, *, exact: bool = False, features: Features | None = None, progress: Progress = silent
+    bundle: Bundle,
+    *,
+    exact: bool = False,
+    features: Features | None = None,
+    cache_dtype: str = "fp32",
+    progress: Progress = silent,
 ) -> LoweredGraph:
     """Return the graph for a bundle: the cached one, or a new one, which is cached if the bundle is writable.
 
@@ -86,6 +93,7 @@ def lower(
         bundle: the model.
         exact: multiply by integers in float32, instead of rounding activations to int8; four times slower.
         features: of a managed cache; None for none.
+        cache_dtype: type of the cache, ``fp32`` or ``int8``.
         progress: told of weights that are repacked.
 
     Raises:
@@ -93,15 +101,18 @@ def lower(
     """
     rounds = bundle.precision in BITS and not exact
     name = _EXACT if exact else GRAPH
-    graph = cached_graph(bundle, CPU, name if features is None else GRAPH, progress)
-    if graph is not None and features is not None:
-        graph = cached_graph(bundle, _managed(features, graph), name, progress)
+    plain = features is None and cache_dtype == "fp32"
+    graph = cached_graph(bundle, CPU, name if plain else GRAPH, progress)
+    if graph is not None and not plain:
+        graph = cached_graph(bundle, _variant(features, cache_dtype, graph), name, progress)
     if graph is None:
-        return without_new_weights(bundle, exact=exact, features=features)
+        return without_new_weights(bundle, exact=exact, features=features, cache_dtype=cache_dtype)
     return LoweredGraph(graph, rounds, cached=True)
 
 
-def without_new_weights(bundle: Bundle, *, exact: bool = False, features: Features | None = None) -> LoweredGraph:
+def without_new_weights(
+    bundle: Bundle, *, exact: bool = False, features: Features | None = None, cache_dtype: str = "fp32"
+) -> LoweredGraph:
     """Return a graph that reads the bundle's own weights and nothing else: slower to load, and for that always right.
 
     Raises:
@@ -110,22 +121,25 @@ def without_new_weights(bundle: Bundle, *, exact: bool = False, features: Featur
     require_memory_for_lowering()
     from gta_edge.runtime.onnxruntime.lower import graph_without_new_weights
 
-    graph = graph_without_new_weights(bundle, features)
+    graph = graph_without_new_weights(bundle, features, cache_dtype)
     return LoweredGraph(graph, bundle.precision in BITS and not exact, cached=False)
 
 
-def _managed(features: Features, plain: bytes) -> Form:
-    """Return the form of a managed cache, beside that of ``plain``, whose weights it reads."""
+def _variant(features: Features | None, cache_dtype: str, plain: bytes) -> Form:
+    """Return the form of another cache, beside that of ``plain``, whose weights it reads."""
 
     def make(bundle: Bundle, weights: Path, location: str, progress: Progress) -> dict[str, bytes]:
         require_memory_for_lowering()
-        from gta_edge.runtime.onnxruntime.lower import managed_graphs
+        from gta_edge.runtime.onnxruntime.lower import variant_graphs
 
-        default, exact = managed_graphs(bundle, features, plain)
+        default, exact = variant_graphs(bundle, features, cache_dtype, plain)
         return {GRAPH: default, _EXACT: exact}
 
-    parts = [features.observe or "unobserved", str(features.bias_rows), *["branches"] * features.has_branches]
     options = {"weights_of": hashlib.sha256(plain).hexdigest()}
+    if features is None:
+        return Form(f"{CPU.directory}-{cache_dtype}", make, options=options)
+    parts = [features.observe or "unobserved", str(features.bias_rows), *["branches"] * features.has_branches]
+    parts += [cache_dtype] * (cache_dtype != "fp32")
     return Form(f"{CPU.directory}-managed/{'-'.join(parts)}", make, options=options)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -20,10 +21,13 @@ import numpy.typing as npt
 from gta_edge.errors import BackendError, CapacityError, GtaEdgeError
 from gta_edge.formats.bundle import Bundle
 from gta_edge.libraries.onnxruntime import EXACT_PRODUCTS, INT8_PRODUCTS, first_line, is_out_of_memory, load_onnxruntime
+from gta_edge.model.config import ModelConfig
 from gta_edge.model.kv_cache import LOGITS, PAST, PRESENT, TOKEN_INPUTS, interface_names
+from gta_edge.numerics.dtypes import DTYPES
 from gta_edge.plan.host_memory import require_memory_for_onnxruntime
 from gta_edge.runtime.cache_moves import ManagedStep
 from gta_edge.runtime.cache_state import CacheState
+from gta_edge.runtime.onnxruntime.int8_cache import MAX_ROWS, require_exact_products, rows_for
 from gta_edge.runtime.onnxruntime.lowered import CPU, LoweredGraph, lower, without_new_weights
 from gta_edge.runtime.onnxruntime.model import OpenModel, model_files, open_model
 from gta_edge.runtime.session import Ids, Logits, Session
@@ -54,11 +58,13 @@ class OnnxRuntimeSession(Session):
         bundle: the model.
         threads: threads for one operator; None for one on each core that this process may use.
         exact: multiply by int8 and int4 weights in float32, instead of rounding activations to int8.
+        cache_dtype: type of the cache, ``fp32`` or ``int8``.
         progress: told of weights that are repacked.
         options: as ``CacheState`` takes them.
 
     Raises:
-        BackendError: ONNX Runtime is missing, too old, or refuses the model.
+        BackendError: ONNX Runtime is missing, too old, or refuses the model; or the processor's products of integers
+            saturate, and the cache is to be of int8.
         InputError: more threads than could be of use.
         CapacityError: there is no memory for it, or the system lets fewer threads start than were asked for.
     """
@@ -71,13 +77,17 @@ class OnnxRuntimeSession(Session):
         *,
         threads: int | None = None,
         exact: bool = False,
+        cache_dtype: str = "fp32",
         progress: Progress = silent,
         **options: Any,
     ) -> None:
-        super().__init__(bundle.config, CacheState(bundle.config, on_host=True, **options))
+        super().__init__(bundle.config, _cache_state(bundle.config, cache_dtype, options))
         require_memory_for_onnxruntime(bundle.config, bundle.storage)
         self._onnxruntime = load_onnxruntime()
-        lowered = lower(bundle, exact=exact, progress=progress)
+        self._in_int8 = cache_dtype == "int8"
+        if self._in_int8:
+            require_exact_products(self._onnxruntime)
+        lowered = lower(bundle, exact=exact, cache_dtype=cache_dtype, progress=progress)
         self.rounds_activations = lowered.rounds_activations
         self._bundle, self._exact = bundle, exact
         self._threads = compute_threads(threads)  # its own default are all cores of the machine
@@ -88,14 +98,15 @@ class OnnxRuntimeSession(Session):
             if not lowered.cached:
                 raise
             # another process may have replaced what was cached, between our reading and ONNX Runtime's
-            self._model = self._open(without_new_weights(bundle, exact=exact))
-        if {value.name for value in self._model.session.get_inputs()} != set(interface_names(bundle.config)[0]):
+            self._model = self._open(without_new_weights(bundle, exact=exact, cache_dtype=cache_dtype))
+        if {value.name for value in self._model.session.get_inputs()} != set(self._interface()):
             self._model.close()
             raise BackendError(f"{bundle.model_path}: the graph is not that of config.json", "export the bundle again")
         self._run_options = self._onnxruntime.RunOptions()
         self._run_options.log_severity_level = _FATAL  # likewise
-        self._buffers: dict[str, npt.NDArray[np.float32]] = {}  # [B, n, capacity, d]
-        self._caches: dict[str, npt.NDArray[np.float32]] = {}  # [B, n, S, d] at their start, as steps see them
+        self._tensors = self._cache.tensors
+        self._buffers: dict[str, npt.NDArray[Any]] = {}  # with as many rows as there is memory for
+        self._caches: dict[str, npt.NDArray[Any]] = {}  # at their start, with S rows, as steps see them
         self._step: _Step | None = None
 
     def _open(self, lowered: LoweredGraph) -> OpenModel:
@@ -126,6 +137,9 @@ class OnnxRuntimeSession(Session):
                 "export the bundle again",
             ) from error
 
+    def _interface(self) -> list[str]:
+        return interface_names(self.config, self._cache.dtype)[0]
+
     @property
     def cache_bytes(self) -> int:
         return sum(buffer.nbytes for buffer in self._buffers.values())
@@ -142,37 +156,47 @@ class OnnxRuntimeSession(Session):
         self._step = None  # it holds addresses of the old buffers
         try:
             with self._cache.replacing(batch, self._clear):
-                for tensor in self._cache.tensors:  # one at a time: never twice the whole cache
+                for tensor in self._tensors:  # one at a time: never twice the whole cache
                     old = self._caches.pop(tensor.name, None)
                     self._buffers.pop(tensor.name, None)
                     # zeroed: rows that are not visible get weight zero, and zero times garbage could be NaN
-                    new = np.zeros(tensor.shape(batch, capacities[tensor.layer]), np.float32)
+                    shape = tensor.shape(batch, self._rows_for(capacities[tensor.layer]))
+                    new = np.zeros(shape, DTYPES[tensor.dtype].numpy)
                     if old is not None:
-                        new[:, :, : old.shape[2]] = old
+                        axis = tensor.capacity_axis
+                        new.swapaxes(0, axis)[: old.shape[axis]] = old.swapaxes(0, axis)
                     self._buffers[tensor.name] = self._caches[tensor.name] = new
         except MemoryError as error:
             raise self._cache.no_memory(batch, capacities) from error
 
-    def _show(self, capacity: int) -> None:
-        """Give steps ``[B, n, capacity, d]`` of every buffer, which holds that much, or more where that would cost.
+    def _rows_for(self, capacity: int) -> int:
+        return rows_for(capacity) if self._in_int8 else capacity
 
-        With one row and one head that is a prefix, whatever is in it. Several heads are moved apart as S grows, and
-        moved together only while nothing is in them. It takes no memory, so only Ctrl-C ends it halfway; the cache is
-        emptied then.
+    def _show(self, capacity: int) -> None:
+        """Give steps as many rows of every buffer as ``capacity`` takes, or more where that would cost.
+
+        Where rows are the first axis that is longer than 1, they are a prefix, whatever is in it. Otherwise parts are
+        moved apart as S grows, and moved together only while nothing is in them. It takes no memory, so only Ctrl-C
+        ends it halfway; the cache is emptied then.
         """
-        shape = next(iter(self._caches.values())).shape
-        filled = self._cache.filled
-        single = all(cache.shape[0] * cache.shape[1] == 1 for cache in self._caches.values())
-        if capacity == shape[2] or (capacity < shape[2] and filled and not single):
+        rows, filled = self._rows_for(capacity), self._cache.filled
+        first = self._caches[self._tensors[0].name]
+        before = first.shape[self._tensors[0].capacity_axis]
+        if rows == before:
+            return
+        batch = len(first)
+        single = all(tensor.parts(batch) == 1 for tensor in self._tensors)
+        if rows < before and filled and not single:
             return
         self._step = None
-        with self._cache.replacing(shape[0], self._clear):
-            for name, old in self._caches.items():
-                batch, heads, before, width = old.shape
-                values = self._buffers[name].reshape(-1)[: batch * heads * capacity * width]
+        with self._cache.replacing(batch, self._clear):
+            for tensor in self._tensors:
+                shape, parts = tensor.shape(batch, rows), tensor.parts(batch)
+                values = self._buffers[tensor.name].reshape(-1)[: prod(shape)]
                 if filled and not single:
-                    _move_apart(values, batch * heads, before * width, capacity * width, filled * width)
-                self._caches[name] = values.reshape(batch, heads, capacity, width)
+                    width = prod(shape) // (parts * rows)  # of a row in a part
+                    _move_apart(values, parts, before * width, rows * width, filled * width)
+                self._caches[tensor.name] = values.reshape(shape)
 
     def _run(
         self, input_ids: Ids, past_length: Ids, logit_positions: Ids, managed: ManagedStep | None = None
@@ -224,7 +248,16 @@ class OnnxRuntimeSession(Session):
         return step
 
 
-def _move_apart(values: npt.NDArray[np.float32], parts: int, before: int, after: int, filled: int) -> None:
+def _cache_state(config: ModelConfig, dtype: str, options: dict[str, Any]) -> CacheState:
+    """Return what a cache of a type holds, of which one in int8 has a limit of its own."""
+    if dtype == "int8":
+        options = {"compute": "fp32", "transposed": True} | options
+        if config.max_position_embeddings > MAX_ROWS:
+            options = {"max_length": MAX_ROWS, "limit": f"a cache of int8 holds at most {MAX_ROWS} tokens"} | options
+    return CacheState(config, dtype, on_host=True, **options)
+
+
+def _move_apart(values: npt.NDArray[Any], parts: int, before: int, after: int, filled: int) -> None:
     """Move the first ``filled`` values of each part from ``i * before`` to ``i * after``, which is not less.
 
     From the last to the first, so that none is overwritten before it has moved; numpy takes care of a part that

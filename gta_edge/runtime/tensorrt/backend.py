@@ -79,12 +79,15 @@ class TensorRTBackend(Backend):
         from gta_edge.runtime.tensorrt.session import TensorRTSession
 
         session = TensorRTSession(bundle, engine=self.name, **options)
-        if asked.compute not in (None, session.compute):
-            session.close()
-            raise BackendError(
-                f"the engine computes in {session.compute}, not in {asked.compute}",
-                f"build another with --compute {asked.compute}",
-            )
+        for wanted, found, what, option in (
+            (asked.compute, session.compute, "computes", "--compute"),
+            (asked.cache_dtype, session.cache_dtype, "caches", "--cache-dtype"),
+        ):
+            if wanted not in (None, found):
+                session.close()
+                raise BackendError(
+                    f"the engine {what} in {found}, not in {wanted}", f"build another with {option} {wanted}"
+                )
         return session
 
 

@@ -45,6 +45,7 @@ class _Torch(Backend):
 
         device = default_device()
         compute = self.compute_for(asked.compute, bundle.precision, device)
+        self.cache_for(asked.cache_dtype, bundle.config, compute)
         model = load_decoder(bundle, device, compute)
         session = TorchSession(model, device=device, compute=compute, threads=asked.threads, **options)
         session.weights_as_stored = multiplies_codes(bundle.precision, device, compute)

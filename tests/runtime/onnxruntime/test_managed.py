@@ -22,7 +22,7 @@ from gta_edge.libraries.onnxruntime import EXACT_PRODUCTS, INT8_PRODUCTS
 from gta_edge.plugins.attention.definition import Features
 from gta_edge.plugins.domain import DOMAIN
 from gta_edge.runtime.onnxruntime import lowered as lowered_module
-from gta_edge.runtime.onnxruntime.lower import managed_graphs
+from gta_edge.runtime.onnxruntime.lower import variant_graphs
 from gta_edge.runtime.onnxruntime.lowered import CPU, LoweredGraph, lower, without_new_weights
 from gta_edge.runtime.onnxruntime.model import model_files, open_model
 from gta_edge.runtime.onnxruntime.passes.expand_attention import ExpandAttentionPass
@@ -217,4 +217,4 @@ def test_a_weight_that_was_not_written_is_missed(bundle: Path) -> None:
     plain = onnx.ModelProto.FromString(lower(opened).graph)
     del plain.graph.initializer[:]
     with pytest.raises(BundleError, match="was not written for the graph beside it; export the bundle again"):
-        managed_graphs(opened, MASS, plain.SerializeToString())
+        variant_graphs(opened, MASS, "fp32", plain.SerializeToString())

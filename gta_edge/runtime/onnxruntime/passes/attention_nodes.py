@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 else:
     ir = optional("onnx_ir", "ort")
 
-__all__ = ["CONTRIB", "LOWEST", "Mask", "by_head", "positions"]
+__all__ = ["CONTRIB", "LOWEST", "Attended", "Layer", "Mask", "by_head", "positions"]
 
 CONTRIB = "com.microsoft"
 """Domain of ONNX Runtime's own operators."""
@@ -69,6 +70,10 @@ class Mask:
             by_latent = nodes("Concat", nodes.constant(0), nodes.constant(n_c), nodes.constant(-1), capacity, axis=0)
             self._shapes = by_query, by_latent
 
+    def received(self, nodes: Nodes, weights: ir.Value) -> ir.Value | None:
+        """Return present_received [B, S] of the weights where it is kept; nodes may be a branch's."""
+        return None
+
     def softmax(self, nodes: Nodes, scores: ir.Value) -> ir.Value:
         """Return weights [B, n_c, (n_q / n_c)·T, S] of scores [B, n_k, (n_q / n_k)·T, S]; nodes may be a branch's."""
         if self._shapes is None:
@@ -76,3 +81,47 @@ class Mask:
         by_query, by_latent = self._shapes
         weights = nodes("Softmax", nodes("Add", nodes("Reshape", scores, by_query), self._mask), axis=-1)
         return nodes("Reshape", weights, by_latent)
+
+
+@dataclass(frozen=True)
+class Attended:
+    """What attention adds to a graph.
+
+    Attributes:
+        mix: float32 [B, n_c, (n_q / n_c)·T, d_l].
+        present_key: the cache with the new rows.
+        present_latent: likewise.
+        received: present_received, where it is kept.
+    """
+
+    mix: ir.Value
+    present_key: ir.Value
+    present_latent: ir.Value
+    received: ir.Value | None
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A node's inputs and sizes.
+
+    Attributes:
+        rotated: queries and keys after RoPE, float32 [B, n_q + n_k, T, d_k].
+        latents: new ones, float32 [B, n_c, T, d_l].
+        past_key: the graph's input, float32 [B, n_k, S, d_k].
+        past_latent: likewise, [B, n_c, S, d_l].
+        length: past_length, int64 [B].
+        heads: n_q, n_k, n_c.
+        scale: factor of the scores.
+        tokens: T, int64 [1].
+        mask: which rows are seen.
+    """
+
+    rotated: ir.Value
+    latents: ir.Value
+    past_key: ir.Value
+    past_latent: ir.Value
+    length: ir.Value
+    heads: tuple[int, int, int]
+    scale: float
+    tokens: ir.Value
+    mask: Mask

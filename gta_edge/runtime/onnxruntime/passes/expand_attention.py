@@ -11,8 +11,9 @@ from gta_edge.graph.builder import Nodes, lazy_initializer, static_size, take_pl
 from gta_edge.libraries.optional import optional
 from gta_edge.plugins.attention import definition as op
 from gta_edge.plugins.domain import DOMAIN
-from gta_edge.runtime.onnxruntime.passes.attention_nodes import CONTRIB, by_head
-from gta_edge.runtime.onnxruntime.passes.managed_nodes import ManagedMask, mask_of, positions_of
+from gta_edge.runtime.onnxruntime.passes.attention_nodes import CONTRIB, Attended, Layer, by_head
+from gta_edge.runtime.onnxruntime.passes.int8_attention import attend_in_int8
+from gta_edge.runtime.onnxruntime.passes.managed_nodes import mask_of, positions_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -33,9 +34,16 @@ class ExpandAttentionPass(ir.passes.InPlacePass):
 
     The graph computes in float32. A value decoder may be stored in another type, behind a Cast.
 
+    Args:
+        int8: whether the cache is of int8, as ``int8_attention`` has it; otherwise it is the graph's own, of float32.
+
     Raises:
         BackendError: a value decoder is not stored.
     """
+
+    def __init__(self, *, int8: bool = False) -> None:
+        super().__init__()
+        self.int8 = int8
 
     def requires(self, model: ir.Model) -> None:
         """Every value decoder is an initializer, maybe behind a Cast."""
@@ -54,7 +62,7 @@ class ExpandAttentionPass(ir.passes.InPlacePass):
         graph = model.graph
         found = _attention(graph)
         for node in found:
-            outputs, made = _expanded(graph, node)
+            outputs, made = _expanded(graph, node, int8=self.int8)
             graph.insert_before(node, made)
             for old, new in zip(node.outputs, outputs, strict=True):
                 take_place(old, new)
@@ -78,7 +86,7 @@ def _stored(decoder: ir.Value) -> ir.Value | None:
     return stored if known else None
 
 
-def _expanded(graph: ir.Graph, node: ir.Node) -> tuple[list[ir.Value], list[ir.Node]]:
+def _expanded(graph: ir.Graph, node: ir.Node, *, int8: bool) -> tuple[list[ir.Value], list[ir.Node]]:
     """Return the node's outputs, and the nodes that make them."""
     given = op.given_inputs(node.inputs)
     query, past_key, past_latent, length = (given[k] for k in ("query", "past_key", "past_latent", "past_length"))
@@ -86,28 +94,30 @@ def _expanded(graph: ir.Graph, node: ir.Node) -> tuple[list[ir.Value], list[ir.N
     d_k, d_l = static_size(past_key, 3), static_size(past_latent, 3)
     nodes = Nodes()
     tokens = nodes("Shape", query, start=1, end=2)
-    capacity = nodes("Shape", past_key, start=2, end=3)
+    capacity = nodes("Shape", past_latent, start=2, end=3)
     places = positions_of(nodes, given, tokens)
 
     turned = nodes("Concat", query, given["key"], axis=-1)
     turned = nodes("RotaryEmbedding", turned, given["cos"], given["sin"], places, num_heads=n_q + n_k)
     turned = nodes("Reshape", turned, nodes.constant(0, 0, n_q + n_k, d_k))
-    turned = nodes("Transpose", turned, perm=[0, 2, 1, 3])
-    queries = nodes("Split", turned, nodes.constant(n_q, n_k), axis=1, outputs=2)  # [B, n_q, T, d_k]
-    keys = nodes.outputs[1]  # [B, n_k, T, d_k]
-    queries = nodes("Reshape", queries, nodes.constant(0, n_k, -1, d_k))  # [B, n_k, (n_q / n_k)·T, d_k]
-    present_key = nodes("TensorScatter", past_key, keys, length, axis=2)
-    latents = by_head(nodes, given["latent"], n_c)
-    present_latent = nodes("TensorScatter", past_latent, latents, length, axis=2)
-
-    scale = node.attributes.get_float("scale")
-    scores = nodes("FusedMatMul", queries, present_key, domain=CONTRIB, transB=1, alpha=scale)
-    mask = mask_of(nodes, node, (n_q, n_k, n_c), places, tokens, capacity)
-    weights = mask.softmax(nodes, scores)
-    mix = nodes("MatMul", weights, present_latent)  # [B, n_c, (n_q / n_c)·T, d_l]
+    layer = Layer(
+        rotated=nodes("Transpose", turned, perm=[0, 2, 1, 3]),
+        latents=by_head(nodes, given["latent"], n_c),
+        past_key=past_key,
+        past_latent=past_latent,
+        length=length,
+        heads=(n_q, n_k, n_c),
+        scale=node.attributes.get_float("scale"),
+        tokens=tokens,
+        mask=mask_of(nodes, node, (n_q, n_k, n_c), places, tokens, capacity),
+    )
+    if int8:
+        attended = attend_in_int8(nodes, graph, layer, (node.outputs[1], node.outputs[2]))
+    else:
+        attended = _attend(nodes, layer)
 
     width = d_l  # of a head's output
-    values = nodes("Reshape", mix, nodes.constant(0, n_q, -1, d_l))
+    values = nodes("Reshape", attended.mix, nodes.constant(0, n_q, -1, d_l))
     if "value_decoder" in given:
         decoder = _decoder(graph, given["value_decoder"])
         values = nodes("MatMul", values, decoder)  # [B, n_q, T, e·d_l]
@@ -116,10 +126,25 @@ def _expanded(graph: ir.Graph, node: ir.Node) -> tuple[list[ir.Value], list[ir.N
     output = nodes("Reshape", values, nodes.constant(0, 0, n_q * width))
     if "gate" in given:
         output = nodes("Mul", nodes("Sigmoid", given["gate"]), output)
-    outputs = [output, present_key, present_latent]
-    if isinstance(mask, ManagedMask) and mask.observe:
-        outputs.append(mask.received(nodes, weights))
+    outputs = [output, attended.present_key, attended.present_latent]
+    if attended.received is not None:
+        outputs.append(attended.received)
     return outputs, nodes.made
+
+
+def _attend(nodes: Nodes, layer: Layer) -> Attended:
+    """Append to a layer's cache and attend to it, in float32."""
+    n_q, n_k, _ = layer.heads
+    queries = nodes("Split", layer.rotated, nodes.constant(n_q, n_k), axis=1, outputs=2)  # [B, n_q, T, d_k]
+    keys = nodes.outputs[1]  # [B, n_k, T, d_k]
+    shape = nodes.constant(0, n_k, -1, static_size(layer.past_key, 3))
+    queries = nodes("Reshape", queries, shape)  # [B, n_k, (n_q / n_k)·T, d_k]
+    present_key = nodes("TensorScatter", layer.past_key, keys, layer.length, axis=2)
+    present_latent = nodes("TensorScatter", layer.past_latent, layer.latents, layer.length, axis=2)
+    scores = nodes("FusedMatMul", queries, present_key, domain=CONTRIB, transB=1, alpha=layer.scale)
+    weights = layer.mask.softmax(nodes, scores)
+    mix = nodes("MatMul", weights, present_latent)  # [B, n_c, (n_q / n_c)·T, d_l]
+    return Attended(mix, present_key, present_latent, layer.mask.received(nodes, weights))
 
 
 def _decoder(graph: ir.Graph, given: ir.Value) -> ir.Value:

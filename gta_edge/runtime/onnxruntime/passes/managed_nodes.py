@@ -106,8 +106,10 @@ class ManagedMask(Mask):
             weights = nodes("Where", self._visible, weights, nodes.scalar(0, np.float32))
         return weights if self._shapes is None else nodes("Reshape", weights, self._shapes[1])
 
-    def received(self, nodes: Nodes, weights: ir.Value) -> ir.Value:
-        """Return present_received [B, S] of the weights; nodes may be a branch's."""
+    def received(self, nodes: Nodes, weights: ir.Value) -> ir.Value | None:
+        """Return present_received [B, S] of the weights where it is kept; nodes may be a branch's."""
+        if not self.observe:
+            return None
         axes = nodes.constant(1, 2)
         if self.observe == "mass":
             new = nodes("ReduceSum", nodes("MatMul", self._query_weight, weights), axes, keepdims=0)
