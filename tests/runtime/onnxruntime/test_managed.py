@@ -103,7 +103,7 @@ def test_it_means_what_the_managed_graph_does(name: str, features: Features, tok
 
 
 @pytest.mark.parametrize(
-    ("features", "nodes"), [("positions", 6), ("mass", 21), ("last", 26), ("bias", 17), ("branches", 35)]
+    ("features", "nodes"), [("positions", 11), ("mass", 26), ("last", 33), ("bias", 20), ("branches", 39)]
 )
 def test_two_layers_have_few_nodes_more(features: str, nodes: int) -> None:
     """What can be computed for all layers at once is."""

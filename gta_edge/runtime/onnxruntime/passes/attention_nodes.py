@@ -58,17 +58,14 @@ class Mask:
         visible = nodes("LessOrEqual", rows, nodes("Unsqueeze", seen, nodes.constant(-1)))  # [B, T, S]
         zero, lowest = nodes.scalar(0, np.float32), nodes.scalar(LOWEST, np.float32)
         mask = nodes("Unsqueeze", nodes("Where", visible, zero, lowest), nodes.constant(1))  # [B, 1, T, S]
-        self._mask = mask if n_k != n_c else nodes("Tile", mask, nodes.constant(1, 1, n_q // n_k, 1))
-        self._layouts(nodes, heads, tokens, capacity)
-
-    def _layouts(self, nodes: Nodes, heads: tuple[int, int, int], tokens: ir.Value, capacity: ir.Value) -> None:
-        """Make the shapes of scores and of weights, where the rows of one matmul are not those of the next."""
-        n_q, n_k, n_c = heads
         self._shapes: tuple[ir.Value, ir.Value] | None = None
-        if n_k != n_c:
-            by_query = nodes("Concat", nodes.constant(0), nodes.constant(n_q), tokens, capacity, axis=0)
-            by_latent = nodes("Concat", nodes.constant(0), nodes.constant(n_c), nodes.constant(-1), capacity, axis=0)
-            self._shapes = by_query, by_latent
+        if n_k == n_c:  # the rows of one matmul are those of the next
+            self._mask = nodes("Tile", mask, nodes.constant(1, 1, n_q // n_k, 1))
+            return
+        self._mask = mask
+        by_query = nodes("Concat", nodes.constant(0), nodes.constant(n_q), tokens, capacity, axis=0)
+        by_latent = nodes("Concat", nodes.constant(0), nodes.constant(n_c), nodes.constant(-1), capacity, axis=0)
+        self._shapes = by_query, by_latent
 
     def received(self, nodes: Nodes, weights: ir.Value) -> ir.Value | None:
         """Return present_received [B, S] of the weights where it is kept; nodes may be a branch's."""

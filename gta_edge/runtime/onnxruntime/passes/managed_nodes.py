@@ -78,63 +78,61 @@ class ManagedMask(Mask):
         tokens: ir.Value,
         capacity: ir.Value,
     ) -> None:
-        n_q, n_k, n_c = heads
-        self._layouts(nodes, heads, tokens, capacity)
+        self._heads = heads
         self._given = given = op.given_inputs(node.inputs)
         self.observe = node.attributes.get_string(op.OBSERVE, "")
-        self._some_see_nothing = "branches" in given
-        # scores have a row for each token, or for each of the heads that share a key and each token
-        rows_of_scores = n_q // n_k if n_k == n_c else 1
-        rows = _count(nodes, capacity)
-        if "branches" in given:
-            self._visible = _in_branches(nodes, given, rows, rows_of_scores, tokens)
-        else:
-            self._visible = _causal(nodes, given["past_length"], rows, rows_of_scores, tokens)
-        self._bias = _bias(nodes, given["row_bias"], capacity) if "row_bias" in given else None
+        rows, no_bias = _count(nodes, capacity), nodes.scalar(0, np.float32)
+        branched = "branches" in given
+        visible = _in_branches(nodes, given, rows, tokens) if branched else _causal(nodes, given, rows, tokens)
+        self._visible = visible if branched else None  # where a query may see nothing
+        bias = _bias(nodes, given["row_bias"], capacity) if "row_bias" in given else no_bias
+        self._mask = nodes("Where", visible, bias, nodes.scalar(LOWEST, np.float32))  # [B, 1, T, S]
         if self.observe:
-            self._observing(nodes, n_q // n_c, places)
+            self._observing(nodes, places)
 
     def softmax(self, nodes: Nodes, scores: ir.Value) -> ir.Value:
         """Return weights [B, n_c, (n_q / n_c)·T, S] of scores [B, n_k, (n_q / n_k)·T, S]; nodes may be a branch's."""
-        if self._shapes is not None:
-            scores = nodes("Reshape", scores, self._shapes[0])
-        if self._bias is not None:
-            scores = nodes("Add", scores, self._bias)
-        masked = nodes("Where", self._visible, scores, nodes.scalar(LOWEST, np.float32))
-        weights = nodes("Softmax", masked, axis=-1)
-        if self._some_see_nothing:  # whose weights are all equal now
+        n_q, n_k, n_c = self._heads
+        weights = nodes("Softmax", nodes("Add", _by_heads(nodes, scores, n_k, n_q), self._mask), axis=-1)
+        if self._visible is not None:  # the weights of a query that sees nothing are all equal now
             weights = nodes("Where", self._visible, weights, nodes.scalar(0, np.float32))
-        return weights if self._shapes is None else nodes("Reshape", weights, self._shapes[1])
+        return _by_heads(nodes, weights, n_q, n_c)
 
     def received(self, nodes: Nodes, weights: ir.Value) -> ir.Value | None:
         """Return present_received [B, S] of the weights where it is kept; nodes may be a branch's."""
         if not self.observe:
             return None
-        axes = nodes.constant(1, 2)
+        n_q, _, n_c = self._heads
         if self.observe == "mass":
-            new = nodes("ReduceSum", nodes("MatMul", self._query_weight, weights), axes, keepdims=0)
-            return nodes("Add", nodes("Mul", self._old_received, self._decay), new)
-        important = nodes("GreaterOrEqual", weights, self._threshold)
+            new = nodes("MatMul", self._query_weight, _by_heads(nodes, weights, n_c, 1))  # [B, 1, 1, S]
+            decayed = nodes("Mul", self._old_received, self._decay)
+            return nodes("Add", decayed, nodes("Squeeze", new, nodes.constant(1, 2)))
+        largest = nodes("ReduceMax", _by_heads(nodes, weights, n_c, n_q), nodes.constant(1), keepdims=0)  # [B, T, S]
+        important = nodes("GreaterOrEqual", largest, self._threshold)
         marks = nodes("Where", important, self._positions, nodes.scalar(_NEVER, np.float32))
-        return nodes("Max", self._old_received, nodes("ReduceMax", marks, axes, keepdims=0))
+        return nodes("Max", self._old_received, nodes("ReduceMax", marks, nodes.constant(1), keepdims=0))
 
-    def _observing(self, nodes: Nodes, group: int, places: ir.Value) -> None:
-        """Make what ``received`` needs; ``group`` heads share a latent, and are rows of the weights."""
-        given, column = self._given, nodes.constant(1)
-        mass, repeats = self.observe == "mass", nodes.constant(1, group)
-        query_weight = nodes("Tile", given["query_weight"], repeats)  # [B, (n_q / n_c)·T]
-        # rows without a past have what they would have if nothing had looked at them
-        fresh = nodes("Expand", nodes.scalar(0 if mass else _NEVER, np.float32), nodes("Shape", given["query_weight"]))
+    def _observing(self, nodes: Nodes, places: ir.Value) -> None:
+        """Make what ``received`` needs."""
+        given, query_weight, last = self._given, self._given["query_weight"], nodes.constant(-1)
+        mass = self.observe == "mass"
+        # new rows have what they would have if nothing had looked at them
+        fresh = nodes("Expand", nodes.scalar(0 if mass else _NEVER, np.float32), nodes("Shape", query_weight))
         self._old_received = nodes("TensorScatter", given["past_received"], fresh, given["past_length"], axis=1)
         if mass:
-            self._query_weight = nodes("Unsqueeze", query_weight, nodes.constant(1, 2))
-            self._decay = nodes("Unsqueeze", given["decay"], column)
+            by_query = nodes("Tile", query_weight, nodes.constant(1, self._heads[0]))
+            self._query_weight = nodes("Unsqueeze", by_query, nodes.constant(1, 2))  # [B, 1, 1, n_q·T]
+            self._decay = nodes("Unsqueeze", given["decay"], last)
             return
         never, zero = nodes.scalar(np.inf, np.float32), nodes.scalar(0, np.float32)
         threshold = nodes("Where", nodes("Greater", query_weight, zero), nodes("Reciprocal", query_weight), never)
-        self._threshold = nodes("Unsqueeze", threshold, nodes.constant(1, 3))
-        tiled = nodes("Tile", nodes("Cast", places, to=int(ir.DataType.FLOAT)), repeats)
-        self._positions = nodes("Unsqueeze", tiled, nodes.constant(1, 3))
+        self._threshold = nodes("Unsqueeze", threshold, last)  # [B, T, 1]
+        self._positions = nodes("Unsqueeze", nodes("Cast", places, to=int(ir.DataType.FLOAT)), last)
+
+
+def _by_heads(nodes: Nodes, x: ir.Value, found: int, wanted: int) -> ir.Value:
+    """Return [B, wanted, (n_q / wanted)·T, S] of [B, found, (n_q / found)·T, S]."""
+    return x if found == wanted else nodes("Reshape", x, nodes.constant(0, wanted, -1, 0))
 
 
 def _count(nodes: Nodes, number: ir.Value) -> ir.Value:
@@ -154,15 +152,15 @@ def _for_all_layers(nodes: Nodes, compute: Callable[..., ir.Value], *values: ir.
     return nodes("Gather", compute(*stacked), indices[0], axis=0)
 
 
-def _causal(nodes: Nodes, past_length: ir.Value, rows: ir.Value, rows_of_scores: int, tokens: ir.Value) -> ir.Value:
-    """Return bool [B, 1, rows of scores, S]: rows up to the query's own."""
-    steps = nodes("Tile", _count(nodes, tokens), nodes.constant(rows_of_scores))
+def _causal(nodes: Nodes, given: Given, rows: ir.Value, tokens: ir.Value) -> ir.Value:
+    """Return bool [B, 1, T, S]: rows up to the query's own."""
+    steps = _count(nodes, tokens)
 
-    def limits(length: ir.Value) -> ir.Value:  # [B, 1, rows of scores, 1]
+    def limits(length: ir.Value) -> ir.Value:  # [B, 1, T, 1]
         own = nodes("Add", nodes("Unsqueeze", length, nodes.constant(-1)), steps)
         return nodes("Unsqueeze", own, nodes.constant(-3, -1))
 
-    return nodes("LessOrEqual", rows, _for_all_layers(nodes, limits, past_length))
+    return nodes("LessOrEqual", rows, _for_all_layers(nodes, limits, given["past_length"]))
 
 
 def _bias(nodes: Nodes, row_bias: ir.Value, capacity: ir.Value) -> ir.Value:
@@ -175,8 +173,8 @@ def _bias(nodes: Nodes, row_bias: ir.Value, capacity: ir.Value) -> ir.Value:
     return nodes("Pad", first, pads, None, nodes.constant(3))
 
 
-def _in_branches(nodes: Nodes, given: Given, rows: ir.Value, rows_of_scores: int, tokens: ir.Value) -> ir.Value:
-    """Return bool [B, 1, rows of scores, S]: rows before the branches, and those of the query's own.
+def _in_branches(nodes: Nodes, given: Given, rows: ir.Value, tokens: ir.Value) -> ir.Value:
+    """Return bool [B, 1, T, S]: rows before the branches, and those of the query's own.
 
     Every row has a word with a bit for each token: those of ``branches``, with a word of all bits in front of them, for
     all rows before, and one without any behind them, for all rows after.
@@ -207,5 +205,5 @@ def _in_branches(nodes: Nodes, given: Given, rows: ir.Value, rows_of_scores: int
     offset = nodes("Clip", offset, no_bit, nodes("Squeeze", last))
     word_of_row = nodes("GatherElements", kept, offset, axis=-1)  # [B, 1, 1, S]
     bits = nodes("Slice", nodes.constant(*_POWERS), nodes.constant(0), tokens)
-    bits = nodes("Unsqueeze", nodes("Tile", bits, nodes.constant(rows_of_scores)), nodes.constant(1))
-    return nodes("Cast", nodes("BitwiseAnd", word_of_row, bits), to=int(ir.DataType.BOOL))
+    bits = nodes("BitwiseAnd", word_of_row, nodes("Unsqueeze", bits, nodes.constant(1)))
+    return nodes("Cast", bits, to=int(ir.DataType.BOOL))
