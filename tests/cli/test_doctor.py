@@ -118,6 +118,18 @@ def test_a_library_that_is_needed_for_text(tmp_path: Path, monkeypatch: pytest.M
     assert doctor_checks.run(["torch"])["torch"]["reason"] == f"the Python module tokenizers {reason}"
 
 
+def test_torch_opens_no_bundle_with_a_library_that_is_too_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though torch itself works: onnx-ir reads the bundle's graph."""
+    fake(tmp_path, "torch", "__version__ = '99'")
+    fake(tmp_path, "onnx_ir", "__version__ = '1.0.0'")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert doctor_checks.run(["torch"])["torch"] == {
+        "works": False,
+        "reason": "the Python module onnx_ir is of onnx-ir 1.0.0, which is too old; expected 1.1 or later",
+        "remedy": "pip install 'onnx-ir>=1.1'",
+    }
+
+
 # --- GPUs that cannot be used ----------------------------------------------------------------------------------------
 
 
