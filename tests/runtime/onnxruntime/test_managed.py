@@ -218,3 +218,29 @@ def test_a_weight_that_was_not_written_is_missed(bundle: Path) -> None:
     del plain.graph.initializer[:]
     with pytest.raises(BundleError, match="was not written for the graph beside it; export the bundle again"):
         variant_graphs(opened, MASS, "fp32", plain.SerializeToString())
+
+
+@every_feature
+def test_past_and_present_may_be_one_memory(features: Features, bundle: Path) -> None:
+    """As sessions bind them."""
+    opened = Bundle.open(bundle)
+    feeds = managed_step("more keys", 3, features)
+    found = lower(opened, exact=True, features=features)
+    wanted = computed(found, opened, feeds)
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level = 3
+    settings.add_session_config_entry(*EXACT_PRODUCTS)
+    run_options = onnxruntime.RunOptions()
+    run_options.log_severity_level = 3
+    model = open_model(onnxruntime, found.graph, model_files(opened, CPU.directory), settings, ["CPUExecutionProvider"])
+    binding, memory = model.session.io_binding(), {name: array.copy() for name, array in feeds.items()}
+    for name, array in memory.items():
+        binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+    outputs = {name: memory[name.replace("present", "past")] for name in wanted if name != "logits"}
+    outputs["logits"] = np.zeros_like(wanted["logits"])
+    for name, array in outputs.items():
+        binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+    model.session.run_with_iobinding(binding, run_options)
+    for name, array in specified(outputs, feeds).items():
+        np.testing.assert_array_equal(array, wanted[name], err_msg=name)
+    model.close()
