@@ -48,13 +48,14 @@ def test_from_torch_it_is_what_torch_gives(compute: str, width: int) -> None:
     """Widths that the kernel does not take are torch's own operations."""
     norm, x, addend = norm_of(width, compute), *(cases.values(2, 3, width, compute=compute, seed=i) for i in (1, 2))
     x, addend = x.cuda(), addend.cuda()
+    roundings = 1 if width in (1280, 264) else 2  # torch may round before it multiplies by the weight
     total, normed = add_norm(x, addend, norm)
     assert torch.equal(total, x + addend)
     assert normed.shape == x.shape
-    assert_near(normed, cases.normed(total.cpu(), norm.weight.cpu(), 1e-6), compute)
+    assert_near(normed, cases.normed(total.cpu(), norm.weight.cpu(), 1e-6), compute, roundings=roundings)
     same, normed = add_norm(x, None, norm)
     assert same is x
-    assert_near(normed, cases.normed(x.cpu(), norm.weight.cpu(), 1e-6), compute)
+    assert_near(normed, cases.normed(x.cpu(), norm.weight.cpu(), 1e-6), compute, roundings=roundings)
     found = silu_multiply(4 * x, addend)
     exact = cases.silu_multiplied(4 * x, addend)
     assert_near(found, exact, compute, roundings=2, factor=addend.cpu())
