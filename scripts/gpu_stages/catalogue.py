@@ -167,6 +167,13 @@ STAGES: tuple[Stage, ...] = (
     _own("liveness", "a captured step after another prompt, and memory handed out anew", 45, _module("liveness")),
     _own("shipped", "the shipped model: export, verify, generate", 90, _module("shipped"), needs=_EXPORT),
     _tests("tests-attention", 120, "tests/plugins/attention/test_kernels_gpu.py", rehearsal=("-k", "zeros and bf16")),
+    _tests(
+        "tests-managed-attention",
+        120,
+        "tests/plugins/attention/test_managed_kernels_gpu.py",
+        rehearsal=("-k", "exact and gqa and last and int8 and 330"),
+    ),
+    _tests("tests-cache", 60, "tests/plugins/cache/test_kernels_gpu.py", rehearsal=("-k", "int8")),
     _tests("tests-matmul", 90, "tests/plugins/matmul/test_kernels_gpu.py", rehearsal=("-k", "multiple_of_128")),
     _tests(
         "tests-elementwise",

@@ -96,8 +96,13 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
 
 
 def rotated(x: Tensor, past: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn ``x`` [B, n, T, d] by the angles of its positions; those outside the tables are of no interest."""
-    positions = (past[:, None] + torch.arange(x.shape[2], device=x.device)).clamp(0, len(cos) - 1)  # [B, T]
+    """Turn ``x`` [B, n, T, d] by the angles of its positions, which follow on ``past`` tokens."""
+    return rotated_at(x, past[:, None] + torch.arange(x.shape[2], device=x.device), cos, sin)
+
+
+def rotated_at(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn ``x`` [B, n, T, d] by the angles of ``positions`` [B, T]; outside the tables they are of no interest."""
+    positions = positions.clamp(0, len(cos) - 1)
     c, s = cos.double()[positions][:, None], sin.double()[positions][:, None]  # [B, 1, T, d/2]
     first, second = x[..., : x.shape[3] // 2], x[..., x.shape[3] // 2 :]
     return torch.cat((first * c - second * s, second * c + first * s), dim=3)
@@ -124,16 +129,29 @@ def exact_output(
     past: Tensor,
     decoder: Tensor | None,
     scale: float,
+    *,
+    hidden: Tensor | None = None,
+    bias: Tensor | None = None,
+    observer: Callable[[Tensor], None] = lambda weights: None,
 ) -> Tensor:
-    """The output [B, T, H] for a rotated query [B, n_q, T, d_k] and caches that hold the new rows; all float64."""
+    """The output [B, T, H] for a rotated query [B, n_q, T, d_k] and caches that hold the new rows; all float64.
+
+    ``hidden`` [B, T, S] are the rows that a query does not see, if not those of later tokens; ``bias`` [B, 1, R] is
+    added to the scores of the first rows; ``observer`` is given each head's weights [B, T, S].
+    """
     n_q, tokens = query.shape[1:3]
-    positions = past[:, None] + torch.arange(tokens, device=query.device)  # [B, T]
-    hidden = torch.arange(key.shape[2], device=query.device) > positions[:, :, None]  # [B, T, S]
+    if hidden is None:
+        positions = past[:, None] + torch.arange(tokens, device=query.device)  # [B, T]
+        hidden = torch.arange(key.shape[2], device=query.device) > positions[:, :, None]
     heads = []
     for q in range(n_q):  # one by one: scores of a head in float64 fit small GPUs too
         keys, latents = key[:, q * key.shape[1] // n_q], latent[:, q * latent.shape[1] // n_q]
         scores = scale * query[:, q] @ keys.mT  # [B, T, S]
-        mix = scores.masked_fill(hidden, -torch.inf).softmax(2) @ latents  # [B, T, d_l]
+        if bias is not None:
+            scores[:, :, : bias.shape[2]] += bias
+        weights = scores.masked_fill(hidden, -torch.inf).softmax(2).masked_fill(hidden, 0)  # of no row, zeros
+        observer(weights)
+        mix = weights @ latents  # [B, T, d_l]
         if decoder is not None:
             mix = mix.repeat(1, 1, decoder.shape[2] // mix.shape[2]) + mix @ decoder[q]
         heads.append(mix)
