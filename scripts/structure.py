@@ -40,7 +40,7 @@ STRANGERS = {("export", "runtime")}
 """Floors of which the upper one has no business on the lower one."""
 
 SIBLINGS = {
-    "gta_edge.plugins": ("attention", "elementwise", "matmul"),
+    "gta_edge.plugins": ("attention", "cache", "elementwise", "matmul"),
     "gta_edge.runtime": ("onnxruntime", "tensorrt", "torch"),
 }
 """Folders that do not know each other: ops, and engines."""

@@ -19,7 +19,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-__all__ = ["LaunchSpec", "Pointer", "SimulationError", "Simulator", "available"]
+__all__ = ["LaunchSpec", "Pointer", "SimulationError", "Simulator", "Words", "available"]
 
 HERE = Path(__file__).parent / "simulation"
 WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
@@ -55,7 +55,14 @@ class Pointer:
     offset_bytes: int
 
 
-Value: TypeAlias = np.ndarray | Pointer | int | float | np.int32 | np.uint32 | np.int64 | np.float32 | None
+@dataclass(frozen=True, eq=False)
+class Words:
+    """Memory of 64-bit words, some of which are addresses: what a kernel reads further addresses from."""
+
+    words: "Sequence[np.ndarray | Pointer | int | np.int64]"
+
+
+Value: TypeAlias = np.ndarray | Pointer | Words | int | float | np.int32 | np.uint32 | np.int64 | np.float32 | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,6 +176,9 @@ def _argument(value: Value, buffers: _Buffers) -> bytes:
         return _numbers(1, buffers.index(value), 0)
     if isinstance(value, Pointer):
         return _numbers(1, buffers.index(value.array), value.offset_bytes)
+    if isinstance(value, Words):
+        words = (np.int64(word) if isinstance(word, int) else word for word in value.words)
+        return _numbers(5, len(value.words), 0) + b"".join(_argument(word, buffers) for word in words)
     if isinstance(value, np.int64):
         return _numbers(3, int(value), 0)
     if isinstance(value, float | np.float32):

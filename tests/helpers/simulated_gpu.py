@@ -20,11 +20,12 @@ import torch
 from gta_edge.cuda.architecture import resident_blocks
 from gta_edge.cuda.compiler import Compilable, Compiled
 from gta_edge.cuda.gpu import current_gpu
+from gta_edge.plugins.cache.launches import SIGNATURES as CACHE_SIGNATURES
 from gta_edge.plugins.domain import KERNELS
 from tests.helpers import gpu_calls
 from tests.helpers.fake_cuda import FakeCuda
 from tests.helpers.host_memory import memory
-from tests.helpers.kernel_simulator import LaunchSpec, Pointer, Simulator, Value
+from tests.helpers.kernel_simulator import LaunchSpec, Pointer, Simulator, Value, Words
 
 __all__ = ["SimulatedCuda", "install"]
 
@@ -54,6 +55,8 @@ class SimulatedCuda(FakeCuda):
         simulator = Simulator(KERNELS / program.source, program.kernels, program.defines(), [KERNELS])
         known: dict[int, np.ndarray] = {}
         values = [_value(argument, known) for argument in arguments]
+        if name in CACHE_SIGNATURES:
+            values[0] = _words(values[0], known)
         self.runs += 1
         simulator.run([LaunchSpec(name, grid, threads, shared_bytes, values)], self.runs)
 
@@ -75,6 +78,13 @@ def _value(argument: Any, known: dict[int, np.ndarray]) -> Value:
                 array = known.setdefault(start, memory(start, (tensor.nbytes,), np.uint8))
                 return Pointer(array, argument - start)
     raise LookupError(f"nothing that is known lies at address {argument:#x}")
+
+
+def _words(table: Value, known: dict[int, np.ndarray]) -> Words:
+    """A table of addresses, each of which is two words of five."""
+    assert isinstance(table, Pointer)
+    numbers = table.array.view(np.int64).reshape(-1, 5).tolist()
+    return Words([_value(n, known) or 0 if i < 2 else n for row in numbers for i, n in enumerate(row)])
 
 
 def install() -> SimulatedCuda:

@@ -1,7 +1,7 @@
 // Numbers of 8 bits: how a quantised cache is written and read.
 #pragma once
 
-#include "sizes.cuh"
+#include "cache_type.cuh"
 
 namespace gta {
 

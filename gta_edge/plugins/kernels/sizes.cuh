@@ -1,7 +1,7 @@
 // The model's sizes and types, from the macros that specialise a build (gta_edge/plugins/attention/tiling.py makes them).
 #pragma once
 
-#include "numbers.cuh"
+#include "cache_type.cuh"
 
 namespace gta {
 
@@ -21,20 +21,6 @@ static_assert(key_dim % 16 == 0 && key_dim >= 16 && key_dim <= 128);
 static_assert(latent_dim % 16 == 0 && latent_dim >= 16 && latent_dim <= 256);
 static_assert(query_heads % key_heads == 0 && query_heads % latent_heads == 0);
 static_assert(has_decoder || expansion == 1);
-
-constexpr bool int8_cache = GTA_CACHE_INT8 != 0;
-constexpr bool fp8_cache = GTA_CACHE_FP8 != 0;
-constexpr bool quantised = int8_cache || fp8_cache;
-
-template <bool narrow>
-struct CacheElementOf {
-    using type = Element;
-};
-template <>
-struct CacheElementOf<true> {
-    using type = u8;
-};
-using CacheElement = CacheElementOf<quantised>::type;
 
 constexpr int key_bytes = key_dim * int{sizeof(CacheElement)};
 constexpr int latent_bytes = latent_dim * int{sizeof(CacheElement)};

@@ -529,6 +529,17 @@ Argument read_argument(FILE* file, const std::vector<Buffer>& buffers) {
         const u32 bits = static_cast<u32>(first);
         std::memcpy(&argument.f32, &bits, 4);
     }
+    if (argument.kind == Argument::words) {  // memory of its own, as a table of addresses
+        const size_t count = static_cast<size_t>(first);
+        u8* const words = static_cast<u8*>(malloc(8 * count));
+        if (!words) fault("no memory for %zu words", count);
+        for (size_t i = 0; i < count; ++i) {
+            const Argument word = read_argument(file, buffers);
+            std::memcpy(words + 8 * i, &word.i64, 8);
+        }
+        argument.kind = Argument::pointer;
+        argument.address = words;
+    }
     return argument;
 }
 

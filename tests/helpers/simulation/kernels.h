@@ -2,7 +2,7 @@
 #pragma once
 
 struct Argument {
-    enum Kind : long long { null, pointer, int32, int64, float32 };
+    enum Kind : long long { null, pointer, int32, int64, float32, words };
     long long kind;
     union {
         void* address;
