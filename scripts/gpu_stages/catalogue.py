@@ -171,9 +171,9 @@ STAGES: tuple[Stage, ...] = (
         "tests-managed-attention",
         120,
         "tests/plugins/attention/test_managed_kernels_gpu.py",
-        rehearsal=("-k", "exact and gqa and last and int8 and 330"),
+        rehearsal=("-k", "exact and gqa and last and int8 and 333"),
     ),
-    _tests("tests-cache", 60, "tests/plugins/cache/test_kernels_gpu.py", rehearsal=("-k", "int8")),
+    _tests("tests-cache", 60, "tests/plugins/cache/test_kernels_gpu.py", rehearsal=("-k", "int8 and gqa")),
     _tests("tests-matmul", 90, "tests/plugins/matmul/test_kernels_gpu.py", rehearsal=("-k", "multiple_of_128")),
     _tests(
         "tests-elementwise",

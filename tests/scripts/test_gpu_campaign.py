@@ -196,7 +196,13 @@ def test_what_is_compared_with_peers_is_an_option_of_the_benchmarks(
 def test_the_simulators_choice_is_one_of_the_tests() -> None:
     """Stages that are not rehearsed would hide a renamed test; pytest's own status says that nothing was chosen."""
     rehearsed = {stage.name for stage in STAGES if stage.is_test and stage.rehearsal}
-    assert rehearsed == {"tests-attention", "tests-elementwise", "tests-matmul"}
+    assert rehearsed == {
+        "tests-attention",
+        "tests-cache",
+        "tests-elementwise",
+        "tests-managed-attention",
+        "tests-matmul",
+    }
 
 
 # --- stages that fail ------------------------------------------------------------------------------------------------

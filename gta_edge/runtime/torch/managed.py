@@ -12,7 +12,9 @@ from gta_edge.libraries.optional import optional
 from gta_edge.model.config import ModelConfig
 from gta_edge.model.decoder import Cache, ManagedInputs
 from gta_edge.model.tables import rotations
-from gta_edge.runtime.cache_moves import ManagedStep, Moves, by_layer
+from gta_edge.plugins.cache.launches import turned_rows
+from gta_edge.plugins.cache.torch import move_rows, rotate_keys
+from gta_edge.runtime.cache_moves import ManagedStep, Moves
 
 if TYPE_CHECKING:
     import torch
@@ -81,34 +83,11 @@ def managed_inputs(
 
 def move(caches: Sequence[Cache], received: Sequence[Tensor], moves: Moves) -> None:
     """Fold and copy rows of caches [B, n, S, d] and of what rows received [B, S]."""
-    device = caches[0][0].device
-    for layer, part in by_layer(moves.folds):
-        b, sources, targets = torch.tensor(moves.folds[part, 1:].T, dtype=torch.int64, device=device)
-        weights = torch.tensor(moves.fold_weights[part], device=device)[:, None, None]
-        first = torch.ones_like(b, dtype=torch.bool)
-        first[1:] = (b[1:] != b[:-1]) | (targets[1:] != targets[:-1])  # those of one target are neighbours
-        group = first.cumsum(0) - 1
-        for cache in caches[layer]:
-            weighted = weights * cache[b, :, sources].float()  # [F, n, d]
-            sums = weighted.new_zeros(int(group[-1]) + 1, *weighted.shape[1:]).index_add_(0, group, weighted)
-            cache[b[first], :, targets[first]] = sums.to(cache.dtype)
-    for layer, part in by_layer(moves.moves):
-        b, sources, targets = torch.tensor(moves.moves[part, 1:].T, dtype=torch.int64, device=device)
-        for cache in caches[layer]:
-            cache[b, :, targets] = cache[b, :, sources]
-        if received:
-            received[layer][b, targets] = received[layer][b, sources]
+    move_rows(caches, received, moves.moves, moves.folds, moves.fold_weights)
 
 
 def rotate(config: ModelConfig, caches: Sequence[Cache], shifts: Sequence[npt.NDArray[np.int64]]) -> None:
     """Rotate the keys of caches as if positions were larger by ``shifts``, [B, S] of each layer."""
-    for layer, ((key, _), shift) in enumerate(zip(caches, shifts, strict=True)):
-        b, rows = np.nonzero(shift)
-        if layer in config.unrotated_layers or not len(b):
-            continue
-        tables = rotations(config, shift[b, rows])
-        cos, sin = (torch.from_numpy(table).to(key.device)[:, None] for table in tables)  # [N, 1, d_k/2]
-        where = torch.from_numpy(b).to(key.device), torch.from_numpy(rows).to(key.device)
-        first, second = key[where[0], :, where[1]].float().chunk(2, -1)  # [N, n_k, d_k/2]
-        turned = torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
-        key[where[0], :, where[1]] = turned.to(key.dtype)
+    turned = [shift * (layer not in config.unrotated_layers) for layer, shift in enumerate(shifts)]
+    rows, distinct = turned_rows(turned)
+    rotate_keys(caches, rows, *rotations(config, distinct))
