@@ -59,7 +59,8 @@ class Ours:
     def __init__(self, spec: dict[str, Any]) -> None:
         import gta_edge
 
-        self._session = gta_edge.load(spec["model"], backend="onnxruntime", threads=spec["threads"])
+        options = {"threads": spec["threads"], "cache_dtype": spec.get("cache_dtype")}
+        self._session = gta_edge.load(spec["model"], backend="onnxruntime", **options)
         self._token = 0
 
     def warm_up(self, ids: Ids) -> None:

@@ -42,6 +42,9 @@ def export(
             metavar="PERCENT", help="How much larger int8 may make an int4 model's layers, where it gains most."
         ),
     ] = None,
+    rotate_values: Annotated[
+        bool, typer.Option("--rotate-values", help="Rotate cached values in the weights, for a cache of 8 bits.")
+    ] = False,
     verify: Annotated[bool, typer.Option(help="Check the result against PyTorch.")] = True,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
 ) -> None:
@@ -58,6 +61,7 @@ def export(
             embedding_precision=value_of(embedding_precision),
             calibrate=calibrate,
             mixed=mixed,
+            rotate_values=rotate_values,
             verify=verify,
             force=force,
             progress=progress,

@@ -17,6 +17,7 @@ from gta_edge.accuracy.tolerance import Difference, Expected, Report, allowance,
 from gta_edge.errors import BackendError, CheckpointError
 from gta_edge.formats.bundle import Bundle
 from gta_edge.formats.checkpoint import Checkpoint
+from gta_edge.formats.rotated_checkpoint import RotatedCheckpoint
 from gta_edge.numerics.dtypes import QUANTIZED_CACHE_TYPES
 from gta_edge.plan.host_memory import require_memory_for_reference
 from gta_edge.runtime.registry import BACKENDS, OF_THE_MODEL, check_backend, open_session, reason_of
@@ -54,6 +55,8 @@ def verify(
         check_backend(name)
     opened = Bundle.open(bundle, verify_hashes=verify_hashes, progress=progress)
     source = Checkpoint.open(checkpoint)
+    if opened.rotated_values:
+        source = RotatedCheckpoint.of(source)
     differences = config_differences(opened.config, source.config)
     if differences:
         raise CheckpointError(

@@ -18,6 +18,7 @@ from gta_edge.export.own_codes import OwnCodes, storage_of_own
 from gta_edge.export.quantizer import Quantizer
 from gta_edge.formats.bundle import CONFIG, FORMAT, MODEL, WEIGHTS, Bundle, write_manifest
 from gta_edge.formats.checkpoint import Checkpoint
+from gta_edge.formats.rotated_checkpoint import RotatedCheckpoint
 from gta_edge.formats.text_files import TextFiles, check_text_files
 from gta_edge.formats.weights import COLUMNS, EMBEDDING, TRANSPOSED
 from gta_edge.libraries.optional import optional
@@ -69,6 +70,7 @@ def export_model(
     embedding_precision: str | None = None,
     calibrate: str | Path | None = None,
     mixed: float | None = None,
+    rotate_values: bool = False,
     verify: bool = True,
     force: bool = False,
     progress: Progress = silent,
@@ -93,6 +95,8 @@ def export_model(
             model computes on that text.
         mixed: percent by which int8 may enlarge the matrices of an int4 model's layers; those that gain most for their
             bytes on the calibration text are stored in it.
+        rotate_values: rotate the values that are cached, in the weights around them: the same model, whose cache loses
+            less in 8 bits (``formats.rotated_checkpoint``).
         verify: check the result (a few hundred tokens, prefill and decode).
         force: replace an existing bundle.
         progress: told of each step.
@@ -108,6 +112,8 @@ def export_model(
         BackendError: an extra is not installed.
     """
     source = Checkpoint.open(checkpoint)
+    if rotate_values:
+        source = RotatedCheckpoint.of(source)
     check_table_size(source.config.key_width, source.config.max_position_embeddings)
     if precision is None:
         precision = source.own_precision
@@ -146,7 +152,7 @@ def export_model(
             shutil.copyfile(companion, directory / companion.name)
         made_with = {"gta-edge": __version__, "python": platform.python_version()}
         made_with |= {name: version(name) for name in _MADE_WITH}
-        write_manifest(directory, source.config, storage, made_with, progress)
+        write_manifest(directory, source.config, storage, made_with, progress, rotated_values=rotate_values)
         _check_text(directory, source, Path(bundle))
         report = _check(directory, source, Path(bundle), progress) if verify else None
     if report is not None:

@@ -46,6 +46,7 @@ _MAX_COMPANION_BYTES = 2**26
 _TRIES = 10  # a bundle may be replaced while it is opened
 _BYTES_PER_LAYER = 100  # far fewer than the nodes of one take in the graph's file
 _REMEDY = "export the bundle again, or copy it anew"
+_ROTATED = "rotated_values"  # in a manifest, where it holds
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,11 @@ class Bundle:
     def weight_bytes(self) -> int:
         """Bytes of the file that holds the weights."""
         return self.file_bytes.get(WEIGHTS, 0)
+
+    @property
+    def rotated_values(self) -> bool:
+        """Whether the weights are those of the checkpoint with its values rotated (``formats.rotated_checkpoint``)."""
+        return self.manifest.get(_ROTATED) is True
 
     @classmethod
     def open(cls, directory: str | Path, *, verify_hashes: bool = False, progress: Progress = silent) -> Bundle:
@@ -159,6 +165,8 @@ def write_manifest(
     storage: Storage,
     made_with: Mapping[str, str],
     progress: Progress = silent,
+    *,
+    rotated_values: bool = False,
 ) -> None:
     """Write the manifest of all files that lie in ``directory``, which makes it a bundle."""
     names = sorted(path.name for path in directory.iterdir() if path.name != MANIFEST)
@@ -173,6 +181,8 @@ def write_manifest(
         "made_with": dict(made_with),
         "files": {name: describe_file(directory / name, progress) for name in names},
     }
+    if rotated_values:
+        manifest[_ROTATED] = True
     text = json.dumps({**manifest, "sha256": _digest(manifest)}, indent=2) + "\n"
     (directory / MANIFEST).write_text(text, encoding="utf-8")
 
