@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from gta_edge.cli.cache_options import CacheChoice, policy_of, takes_cache_policy
 from gta_edge.cli.choices import BACKEND_NAMES, CacheDtype, backend_list, completed_list, value_of
 from gta_edge.cli.output import FAILED, current
 from gta_edge.errors import InputError
@@ -19,6 +20,7 @@ __all__ = ["bench"]
 _MAX_MESSAGE = 500
 
 
+@takes_cache_policy
 def bench(
     bundles: Annotated[list[Path], typer.Argument(metavar="BUNDLE", help="The bundles.")],
     backend: Annotated[
@@ -52,6 +54,7 @@ def bench(
         Path | None, typer.Option(help="Draw latency against context, a line per backend: a .png, .svg or .pdf.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a picture that is there.")] = False,
+    cache: CacheChoice | None = None,
 ) -> None:
     """Measure every backend at hand on the same bundles, in turns, and compare their answers."""
     from gta_edge.evaluate.bench.run import DEFAULT_NEW_TOKENS, Settings
@@ -67,6 +70,7 @@ def bench(
         from gta_edge.cli.plot import check
 
         check(plot, force=force, inputs=[*bundles, *([prompt_file] if prompt_file else [])])
+    policy_of(cache)  # what makes no sense is said before any process starts
     targets = parse_targets(backend or None)
     settings = Settings(
         contexts=None if contexts is None else _numbers("--contexts", contexts),
@@ -75,6 +79,8 @@ def bench(
         rounds=rounds,
         threads=threads,
         cache_dtype=value_of(cache_dtype),
+        cache=cache,
+        compare=cache is None,  # where a policy decides, backends that round otherwise may keep other rows
         prompt=_prompt(bundles, prompt_file, ids),
     )
     with output.progress() as progress:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from gta_edge.cli.cache_options import CacheChoice, policy_of, takes_cache_policy
 from gta_edge.cli.choices import Backend, CacheDtype, value_of
 from gta_edge.cli.output import current, key_value_table
 from gta_edge.errors import InputError
@@ -16,6 +17,7 @@ from gta_edge.support.text_files import read_text_or_stdin
 __all__ = ["evaluate"]
 
 
+@takes_cache_policy
 def evaluate(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The bundle.")],
     text: Annotated[Path | None, typer.Option(help="A text file, UTF-8; - is standard input.")] = None,
@@ -29,6 +31,7 @@ def evaluate(
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads; one per core by default.")] = None,
     verify_hashes: Annotated[bool, typer.Option("--verify-hashes", help="Hash the weights first.")] = False,
+    cache: CacheChoice | None = None,
 ) -> None:
     """Print the mean loss per token and the perplexity of a text."""
     import numpy as np
@@ -50,6 +53,7 @@ def evaluate(
             backend.value,
             threads=threads,
             cache_dtype=value_of(cache_dtype),
+            cache=policy_of(cache),
             verify_hashes=verify_hashes,
             progress=progress,
         ) as session,

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from gta_edge.cli.cache_options import CacheChoice, policy_of, takes_cache_policy
 from gta_edge.cli.choices import Backend, CacheDtype, value_of
 from gta_edge.cli.output import Output, current
 from gta_edge.cli.signals import exit_status
@@ -18,6 +19,7 @@ from gta_edge.support.text_files import STANDARD_INPUT, read_text_or_stdin
 __all__ = ["generate"]
 
 
+@takes_cache_policy
 def generate(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The bundle.")],
     prompt: Annotated[str | None, typer.Option(help="Text to continue; without one, standard input is read.")] = None,
@@ -39,6 +41,7 @@ def generate(
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads; one per core by default.")] = None,
     verify_hashes: Annotated[bool, typer.Option("--verify-hashes", help="Hash the weights first.")] = False,
+    cache: CacheChoice | None = None,
 ) -> None:
     """Continue a prompt.
 
@@ -54,6 +57,7 @@ def generate(
             backend.value,
             threads=threads,
             cache_dtype=value_of(cache_dtype),
+            cache=policy_of(cache),
             verify_hashes=verify_hashes,
             progress=progress,
         )

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gta_edge.cli.cache_options import CacheChoice, policy_of, takes_cache_policy
 from gta_edge.cli.choices import CacheDtype, Precision, checked, completed, value_of
 from gta_edge.cli.output import current
 from gta_edge.errors import InputError
@@ -19,9 +20,14 @@ from gta_edge.numerics.dtypes import CHECKPOINT_DTYPES, DTYPES
 from gta_edge.plan.roofline import Model, Plan, largest, make_plan
 from gta_edge.runtime.registry import fastest_on
 
+if TYPE_CHECKING:
+    from gta_edge.plan.cost import Execution
+    from gta_edge.runtime.cache_policies.base import CachePolicy
+
 __all__ = ["plan"]
 
 
+@takes_cache_policy
 def plan(
     targets: Annotated[
         list[str] | None,
@@ -61,6 +67,7 @@ def plan(
         Path | None, typer.Option(help="Draw memory and time against context, baselines beside it: a .png or .svg.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a picture that is there.")] = False,
+    cache: CacheChoice | None = None,
 ) -> None:
     """Say what a model takes on a device before anything is built: memory, longest context, and a bound on speed."""
     output = current()
@@ -75,16 +82,17 @@ def plan(
         check(plot, force=force, inputs=[Path(target) for target in targets])
     models = [_model(target, value_of(precision), block_size) for target in targets]
     machine = _device(device, efficiency)
-    kind = value_of(cache_dtype)
-    plans = [_plan(model, machine, kind, context=context, batch=batch, prompt=prompt) for model in models]
+    kind, policy = value_of(cache_dtype), policy_of(cache)
+    plans = [_plan(model, machine, kind, policy, context=context, batch=batch, prompt=prompt) for model in models]
     if plot is not None:
         from gta_edge.cli.plan_plot import draw
 
         peers = [_model(name, plans[0].model.precision, block_size) for name in _baselines(plans[0], targets)]
-        draw(plot, [*plans, *(_plan(peer, machine, None, context=context, batch=batch) for peer in peers)], force=force)
+        others = [_plan(peer, machine, None, policy, context=context, batch=batch) for peer in peers]
+        draw(plot, [*plans, *others], force=force)
     documents = [_document(entry) for entry in plans]
     if len(plans) == 1 and not plans[0].fits:
-        documents[0]["advice"] = _advice(plans[0], targets[0], block_size)
+        documents[0]["advice"] = _advice(plans[0], targets[0], block_size, policy)
     if output.json:
         both = {"device": machine.name, "plans": documents}
         output.document(documents[0] if len(documents) == 1 else both)
@@ -154,10 +162,26 @@ def _model(target: str, precision: str | None, block_size: int | None) -> Model:
     return Model.of(target, checkpoint.config, precision or checkpoint.own_precision, block_size, checkpoint.names)
 
 
-def _plan(model: Model, machine: Device, cache_dtype: str | None, **options: int | None) -> Plan:
+def _plan(
+    model: Model, machine: Device, cache_dtype: str | None, policy: CachePolicy | None, **options: int | None
+) -> Plan:
     execution = fastest_on(machine.kind).execution(model.config, model.precision, cache_dtype)
+    if policy is not None:
+        execution = _managed(execution, model, machine, policy)
     given = {name: value for name, value in options.items() if value is not None}
     return make_plan(model, machine, execution, **given)
+
+
+def _managed(execution: Execution, model: Model, machine: Device, policy: CachePolicy) -> Execution:
+    """Return how a model runs whose cache a policy keeps small."""
+    from gta_edge.runtime.managed_cache import GPU_CHUNK_SIZE, ManagedCache
+
+    path = Path(model.name)
+    if (path / MANIFEST).exists():
+        policy = policy.for_bundle(Bundle.open(path))
+    chunk_size = execution.chunk_size if machine.kind == "cpu" else min(execution.chunk_size, GPU_CHUNK_SIZE)
+    cache = ManagedCache(model.config, policy, execution.cache_dtype, chunk_size=chunk_size)
+    return replace(execution, chunk_size=chunk_size, rows=cache.plan_rows)
 
 
 def _baselines(first: Plan, targets: list[str]) -> list[str]:
@@ -173,7 +197,7 @@ def _baselines(first: Plan, targets: list[str]) -> list[str]:
     return [name for name in same if name not in targets]
 
 
-def _advice(plan: Plan, target: str, block_size: int | None) -> list[str]:
+def _advice(plan: Plan, target: str, block_size: int | None, policy: CachePolicy | None) -> list[str]:
     """Return changes of the options that make a model fit which does not, the smallest first."""
     possible = fastest_on(plan.device.kind).cache_types(plan.model.config, plan.execution.compute)
     caches = [None, *[name for name in possible if DTYPES[name].needs_scale][:1]]
@@ -186,7 +210,7 @@ def _advice(plan: Plan, target: str, block_size: int | None) -> list[str]:
             if words:
                 model = _model(target, precision, block_size) if precision else plan.model
                 options = {"context": plan.context, "batch": plan.batch, "prompt": plan.prompt}
-                last = _plan(model, plan.device, cache_dtype, **options)
+                last = _plan(model, plan.device, cache_dtype, policy, **options)
                 ways += [" ".join(words)] if last.fits else []
             if not ways and last.max_context:
                 ways.append(" ".join([*words, f"--context {last.max_context}"]))
@@ -198,7 +222,7 @@ def _advice(plan: Plan, target: str, block_size: int | None) -> list[str]:
 def _build_peak(plan: Plan, max_length: int) -> int | None:
     """Return what building an engine for so many tokens takes in memory; None where nothing is built."""
     backend = fastest_on(plan.device.kind)
-    if not backend.builds_engine:
+    if not backend.builds_engine or plan.execution.rows is not None:
         return None
     from gta_edge.runtime.tensorrt.build import requirement
     from gta_edge.runtime.tensorrt.engine import EngineSpec
@@ -233,6 +257,7 @@ def _document(plan: Plan) -> dict[str, Any]:
         "block_size": model.block_size,
         "compute": plan.execution.compute,
         "cache_dtype": plan.execution.cache_dtype,
+        "cache_rows": None if plan.execution.rows is None else list(plan.execution.rows.budgets),
         "context": plan.context,
         "batch": plan.batch,
         "prompt_tokens": plan.prompt,

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 
 from gta_edge.formats.weights import EMBEDDING, HEAD, Storage, stored_dtype
 from gta_edge.model.config import ModelConfig
-from gta_edge.model.kv_cache import cache_bytes
+from gta_edge.model.kv_cache import bytes_per_token, cache_bytes
 from gta_edge.numerics.dtypes import DTYPES
 from gta_edge.numerics.quantization import BITS
 
 __all__ = [
     "PARTS",
+    "CacheRows",
     "Execution",
     "Operator",
     "Step",
@@ -38,7 +39,7 @@ PARTS = ("embedding", "attention", "mlp", "norms", "head", "tables")
 _PARTS_BY_WORD = {".self_attn.": "attention", ".mlp.": "mlp"}
 
 _SCALE_BYTES = 2  # float16, as stored
-_FLOAT_BYTES = 4
+_FLOAT_BYTES = _RECEIVED_BYTES = 4
 _INLINE_BYTES = 1024  # tensors up to this lie in the graph's own file
 _CPU_BLOCK_BYTES = 8  # ONNX Runtime's kernel keeps a float32 scale and a float32 sum for every block
 # Set so that times agree with those measured (docs/plan.md): what unpacking a code costs, at the matmuls' rate, and
@@ -46,6 +47,28 @@ _CPU_BLOCK_BYTES = 8  # ONNX Runtime's kernel keeps a float32 scale and a float3
 _CPU_UNPACK_FLOPS = 4
 _CPU_CACHE_READS = 2
 _CPU_CHANNEL_BLOCK = 256  # how many weights share a scale there where the bundle has one for a whole channel
+
+
+@dataclass(frozen=True)
+class CacheRows:
+    """The rows of a cache that a policy keeps small; tokens beyond them are evicted.
+
+    Attributes:
+        budgets: that stay, of each layer.
+        capacities: that there is memory for, of each layer, from the start.
+        interval: tokens between evictions while single ones come.
+        observes: whether what each row receives of attention is held too, a float32 number.
+    """
+
+    budgets: tuple[int, ...]
+    capacities: tuple[int, ...]
+    interval: int
+    observes: bool
+
+    def in_use(self, past: int, tokens: int) -> list[int]:
+        """Return the rows of each layer before a step of ``tokens``, when ``past`` were seen: a mean in decoding."""
+        more = self.interval // 2 if tokens == 1 else 0
+        return [min(past, budget + more) for budget in self.budgets]
 
 
 @dataclass(frozen=True)
@@ -59,6 +82,7 @@ class Execution:
         logit_positions: for how many positions of a step there is room for logits.
         writes_scores: whether attention scores go through memory; a fused kernel keeps them on the chip.
         cpu_kernels: whether ONNX Runtime's CPU kernels run it, which hold quantised weights in a form of their own.
+        rows: of a cache that a policy keeps small; None where every token stays.
     """
 
     compute: str
@@ -67,6 +91,22 @@ class Execution:
     logit_positions: int = 1
     writes_scores: bool = False
     cpu_kernels: bool = False
+    rows: CacheRows | None = None
+
+    def past_rows(self, past: int, tokens: int, layers: int) -> int:
+        """Return the rows of all layers before a step of ``tokens``, when ``past`` have been seen."""
+        return layers * past if self.rows is None else sum(self.rows.in_use(past, tokens))
+
+    def held_bytes(self, config: ModelConfig, tokens: int, batch: int) -> int:
+        """Return the bytes of a cache for so many tokens in each of ``batch`` rows."""
+        if self.rows is None:
+            return cache_bytes(config, self.cache_dtype, tokens, batch)
+        width = bytes_per_token(config, self.cache_dtype) // config.num_hidden_layers
+        return batch * sum(self.rows.capacities) * (width + _RECEIVED_BYTES * self.rows.observes)
+
+    def longest(self, tokens: int) -> int:
+        """Return the rows of the longest layer's cache when so many tokens have been seen."""
+        return tokens if self.rows is None else min(tokens, max(self.rows.capacities))
 
 
 @dataclass(frozen=True)
@@ -259,18 +299,22 @@ def _row_bytes(config: ModelConfig, storage: Storage, execution: Execution, rows
 
 def _attention(config: ModelConfig, execution: Execution, step: Step) -> Operator:
     queries, layers = step.batch * step.tokens, config.num_hidden_layers
-    pairs = step.batch * (step.tokens * step.past + step.tokens * (step.tokens + 1) // 2)
+    past = execution.past_rows(step.past, step.tokens, layers)  # of all layers
+    pairs = step.batch * (step.tokens * past + layers * (step.tokens * (step.tokens + 1) // 2))
     heads, mixed = config.attention.num_query_heads, config.attention.latent_dim
     activations = DTYPES[execution.compute].bytes * queries * heads * (config.key_width + mixed)
     if execution.writes_scores:  # written and read by the matmul, the mask, the softmax, and read by the mix
-        scores = step.batch * heads * step.tokens * (step.past + step.tokens)
+        scores = step.batch * heads * step.tokens * (past // layers + step.tokens)
         activations += _SCORE_PASSES * DTYPES[execution.compute].bytes * scores
     reads = _CPU_CACHE_READS if execution.cpu_kernels else 1
-    tokens = reads * (step.past + step.tokens) + step.tokens
-    cache = cache_bytes(config, execution.cache_dtype, tokens, step.batch)
+    seen = past + layers * step.tokens
+    width = bytes_per_token(config, execution.cache_dtype) // layers
+    cache = step.batch * (reads * seen + layers * step.tokens) * width
+    if execution.rows is not None and execution.rows.observes:  # read and written
+        cache += 2 * _RECEIVED_BYTES * step.batch * seen
     return Operator(
         "attention",
-        flops=layers * config.attention_flops_per_pair * pairs,
+        flops=config.attention_flops_per_pair * pairs,
         cache_bytes=cache,
         activation_bytes=layers * activations,
     )

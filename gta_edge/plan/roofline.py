@@ -16,7 +16,6 @@ from gta_edge.errors import InputError
 from gta_edge.formats.weights import EMBEDDING, Storage, storage_for
 from gta_edge.machine.devices import Device
 from gta_edge.model.config import ModelConfig
-from gta_edge.model.kv_cache import cache_bytes
 from gta_edge.numerics.dtypes import COMPUTE_TYPES, DTYPES
 from gta_edge.numerics.quantization import BITS
 from gta_edge.plan import cost
@@ -221,8 +220,10 @@ class Plan:
         weights, loading = _weights(self.model, self.execution, context * batch)
         return Memory(
             weights=weights,
-            cache=cache_bytes(self.model.config, self.execution.cache_dtype, context, batch),
-            activations=activation_bytes(self.model.config, self.execution, batch, tokens, context),
+            cache=self.execution.held_bytes(self.model.config, context, batch),
+            activations=activation_bytes(
+                self.model.config, self.execution, batch, tokens, self.execution.longest(context)
+            ),
             runtime=self.device.runtime_bytes,
             loading=loading,
         )

@@ -24,10 +24,10 @@ from gta_edge.plan.roofline import activation_bytes
 from gta_edge.support.memory import available_bytes
 
 if TYPE_CHECKING:
+    from gta_edge.plugins.attention.definition import Features
     from gta_edge.runtime.cache_moves import CacheMemory, ManagedStep
-    from gta_edge.runtime.cache_policies.base import CachePolicy
 
-__all__ = ["CAPACITY_STEP", "CHUNK_SIZE", "CacheState", "Lengths", "Part", "cache_state"]
+__all__ = ["CAPACITY_STEP", "CHUNK_SIZE", "CacheState", "Lengths", "Part"]
 
 Lengths = npt.NDArray[np.int64]
 
@@ -133,6 +133,11 @@ class CacheState:
         self._on_host = on_host
         self._limit = limit or f"the model has {self.max_length} positions"
         self._step_size = 0  # rows times tokens of the largest chunk that there was room for
+
+    @property
+    def features(self) -> Features | None:
+        """Inputs that a managed cache needs of the graph; None of a cache that holds every token."""
+        return None
 
     @property
     def batch(self) -> int:
@@ -347,24 +352,3 @@ class CacheState:
             f"no memory for a cache of {size / 2**20:.0f} MiB ({batch} rows of {max(capacities)} tokens){detail}",
             "the cache was emptied: use a shorter context or fewer rows",
         )
-
-
-def cache_state(
-    config: ModelConfig, dtype: str = "fp32", policy: CachePolicy | None = None, **options: Any
-) -> CacheState:
-    """Return the state of a session's cache.
-
-    Args:
-        config: the model's sizes.
-        dtype: of cached values, ``fp32`` or one of ``CACHE_TYPES``.
-        policy: which rows stay; None for all.
-        options: as ``CacheState`` takes them, and where there is a policy, ``ManagedCache``.
-
-    Raises:
-        InputError: an option, or a policy, that makes no sense for this model.
-    """
-    if policy is None:
-        return CacheState(config, dtype, **options)
-    from gta_edge.runtime.managed_cache import ManagedCache
-
-    return ManagedCache(config, policy, dtype, **options)

@@ -19,12 +19,16 @@ import numpy.typing as npt
 
 from gta_edge.errors import InputError
 from gta_edge.model.config import ModelConfig
+from gta_edge.plan.cost import CacheRows
 from gta_edge.plugins.attention.definition import Features
 from gta_edge.runtime.cache_moves import CacheMemory, Layout, ManagedStep, lay_out, merged
 from gta_edge.runtime.cache_policies.base import CachePolicy, Rows
 from gta_edge.runtime.cache_state import CacheState, Lengths, Part
 
-__all__ = ["OBSERVED_TOKENS", "SHORT_CALL", "ManagedCache"]
+__all__ = ["GPU_CHUNK_SIZE", "OBSERVED_TOKENS", "SHORT_CALL", "ManagedCache", "cache_state"]
+
+GPU_CHUNK_SIZE = 512
+"""Tokens of a prompt at once, at most: a cache has room for so many more than its policy keeps."""
 
 SHORT_CALL = OBSERVED_TOKENS = 16
 """Tokens of a call that is no prompt; and of calls that observe, where a backend has kernels of its own for them."""
@@ -62,7 +66,6 @@ class ManagedCache(CacheState):
     ) -> None:
         super().__init__(config, dtype, **options)
         self.policy = policy
-        self.features = Features(policy.observe, policy.bias_rows, has_positions=True)
         self._observed_tokens = observed_tokens if policy.observe else None
         self._budgets, self._has_budgets = self._checked_budgets()
         self._full = tuple(self._capacity_of(int(budget)) for budget in self._budgets)
@@ -70,6 +73,10 @@ class ManagedCache(CacheState):
         if self._rotates:
             self._check_rotation()
         self._begin()
+
+    @property
+    def features(self) -> Features:
+        return Features(self.policy.observe, self.policy.bias_rows, has_positions=True)
 
     # --- sizes -----------------------------------------------------------------------------------------------------
 
@@ -95,6 +102,12 @@ class ManagedCache(CacheState):
         """Return the rows of a layer that there is memory for; spare ones, where residual rows begin, included."""
         rows = budget + self.policy.interval + self.chunk_size
         return min(-(-rows // _CAPACITY_STEP) * _CAPACITY_STEP, self.max_length) + self.policy.bias_rows
+
+    @property
+    def plan_rows(self) -> CacheRows:
+        """The rows that there are and that there is memory for, for a plan."""
+        observes = self.policy.observe is not None
+        return CacheRows(tuple(self._budgets.tolist()), self._full, self.policy.interval, observes)
 
     def _check_rotation(self) -> None:
         policy = self.policy
@@ -165,7 +178,7 @@ class ManagedCache(CacheState):
     def truncate(self, length: npt.NDArray[Any], given: Any, memory: CacheMemory | None = None) -> None:
         wanted = self._checked_truncation(length, given)
         self._match_batch()
-        lost = (wanted > 0) & (wanted < self.length) & (wanted <= self._newest_dropped)
+        lost = (wanted > 0) & (wanted < self.length) & (wanted <= self._newest_dropped + 1)
         if lost.any():
             row = int(lost.argmax())
             raise InputError(
@@ -221,7 +234,6 @@ class ManagedCache(CacheState):
         if self._rotates:
             beyond = self.length - self._ahead + part.width > self.max_length
             if beyond.any():
-                self._evict(beyond, memory)
                 self._renumber(beyond, memory)
         rows, steps = self.rows, np.arange(part.width)
         weight, decay = self._weights(part, rows) if self.policy.observe else (None, None)
@@ -378,3 +390,22 @@ class ManagedCache(CacheState):
             self.reset()
             raise
         self._ahead = np.where(which, self.length - tops, self._ahead)
+
+
+def cache_state(
+    config: ModelConfig, dtype: str = "fp32", policy: CachePolicy | None = None, **options: Any
+) -> CacheState:
+    """Return the state of a session's cache.
+
+    Args:
+        config: the model's sizes.
+        dtype: of cached values, ``fp32`` or one of ``CACHE_TYPES``.
+        policy: which rows stay; None for all.
+        options: as ``CacheState`` takes them, and where there is a policy, ``ManagedCache``.
+
+    Raises:
+        InputError: an option, or a policy, that makes no sense for this model.
+    """
+    if policy is None:
+        return CacheState(config, dtype, **options)
+    return ManagedCache(config, policy, dtype, **options)

@@ -5,7 +5,7 @@ Written from the formulas of the op and of the models; of the package it uses th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,18 +126,24 @@ class ManagedModel:
             never = -1.0 if observe == "last" else 0.0
             rows.append(Row(self.length + t, position, keys, latent.reshape(n_c, -1), never))
             mixed = []
+            shown = self.visible(layer, rows)
+            all_keys, all_latents = (np.stack([getattr(row, kind) for row in shown]) for kind in ("key", "latent"))
+            bias = np.log([row.count for row in shown])
             for q, head in enumerate(query.reshape(n_q, -1)):
                 turned, k, c = reference.rotate(head, *turn), q // (n_q // n_k), q // (n_q // n_c)
-                scores = np.array([turned @ row.key[k] / np.sqrt(self.d_k) + np.log(row.count) for row in rows])
-                attention = reference.softmax(scores)
-                mixed.append(sum(share * row.latent[c] for share, row in zip(attention, rows, strict=True)))
-                for share, row in zip(attention, rows, strict=True):
+                attention = reference.softmax(all_keys[:, k] @ turned / np.sqrt(self.d_k) + bias)
+                mixed.append(attention @ all_latents[:, c])
+                for share, row in zip(attention if observe else (), shown, strict=bool(observe)):
                     if observe == "mass":
                         row.received += query_weight[t] * share
-                    elif observe == "last" and query_weight[t] * share >= 1:
+                    elif query_weight[t] * share >= 1:
                         row.received = max(row.received, position)
             result.append(self.output(name, token, mixed))
         return result
+
+    def visible(self, layer: int, rows: list[Row]) -> list[Row]:
+        """Return the rows that the newest token sees."""
+        return rows
 
     def output(self, name: str, token: Array, mixed: list[Array]) -> Array:
         if self.is_gta:
@@ -192,3 +198,22 @@ def _folded(members: list[Row], new: list[Row], index: int) -> Row:
         count=count,
         residual=index,
     )
+
+
+class MaskedModel(ManagedModel):
+    """The same model with every token in the cache, of which a query is shown some.
+
+    Args:
+        entries: of config.json.
+        weights: of the checkpoint.
+        seen: takes a layer and the number of a query, and returns those of the tokens that it sees, itself included.
+    """
+
+    def __init__(
+        self, entries: Mapping[str, Any], weights: Mapping[str, Array], seen: Callable[[int, int], Sequence[int]]
+    ) -> None:
+        super().__init__(entries, weights)
+        self.seen = seen
+
+    def visible(self, layer: int, rows: list[Row]) -> list[Row]:
+        return [rows[token] for token in self.seen(layer, len(rows) - 1)]

@@ -28,7 +28,7 @@ MODELS = {
     "gta": reference.gta_entries(heads=4, n_q=4, n_k=2, n_c=1, d_k=16, d_l=8, e=2, **_SIZES),
     "gqa": reference.llama_entries(heads=4, n_kv=2, d_h=16, **_SIZES),
 }
-BACKENDS = ["torch"]
+BACKENDS = ["torch", "onnxruntime"]
 
 
 @functools.cache

@@ -6,11 +6,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gta_edge.errors import CapacityError, InputError
+from gta_edge.runtime.cache_moves import Moves
 from gta_edge.runtime.cache_policies import policy
+from gta_edge.runtime.cache_policies.measured import LayerRows
 from gta_edge.runtime.session import Session
 from tests.helpers import reference
-from tests.helpers.managed_model import ManagedModel
-from tests.helpers.managed_sessions import BACKENDS, MODELS, open_session, prompt, weights_of
+from tests.helpers.managed_model import ManagedModel, MaskedModel
+from tests.helpers.managed_sessions import BACKENDS, MODELS, POSITIONS, open_session, prompt, weights_of
 
 TOLERANCE = 1e-4
 
@@ -20,11 +23,12 @@ POLICIES = {
     "h2o": {"rows": 20},
     "tova": {"rows": 20},
     "snapkv": {"rows": 20, "window": 6},
-    "corm": {"window": 8},
+    "corm": {"window": 3},
     "zsmerge": {"rows": 20},
     "zsmerge, merged twice": {"rows": 20, "residual_rows": 3},
     "pyramid": {"rows": 20, "sinks": 1},
 }
+FEW = ["window", "zsmerge, merged twice"]
 
 
 def make(name: str, **changes: Any) -> Any:
@@ -55,23 +59,362 @@ def start(backend: str, model: str) -> Iterator[Callable[..., Session]]:
         session.close()
 
 
+Start = Callable[..., Session]
+one_model = pytest.mark.parametrize("model", ["gta"], indirect=True)
+
+
+def assert_close(found: np.ndarray, expected: np.ndarray) -> None:
+    assert reference.relative_error(found, expected) <= TOLERANCE
+
+
 # --- logits ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_logits_are_those_of_the_formula(start: Callable[..., Session], model: str, name: str) -> None:
+def test_logits_are_those_of_the_formula(start: Start, model: str, name: str) -> None:
     """A prompt in chunks, single tokens, a second prompt, and single tokens again."""
-    session, exact = (
-        start(cache=make(name), chunk_size=24),
-        ManagedModel(MODELS[model], weights_of(model), make(name), 24),
-    )
+    session = start(cache=make(name), chunk_size=24)
+    exact = ManagedModel(MODELS[model], weights_of(model), make(name), 24)
     ids, place = prompt(1, 100), 0
     for count in (60, *[1] * 13, 18, 3, *[1] * 6):
         part = ids[:, place : place + count]
         found, expected = session.forward(part, all_logits=True)[0], exact.forward(part[0])
-        assert np.abs(found - expected).max() <= TOLERANCE * expected.std()
+        assert_close(found, expected)
         place += count
         assert session.rows[:, 0].tolist() == [len(rows) for rows in exact.layers]
-    assert place == 100
-    assert session.length.tolist() == [100]
-    assert reference.relative_error(found, expected) <= TOLERANCE
+    assert session.length.tolist() == [place] == [100]
+    assert (session.rows < 100).all()
+
+
+@pytest.mark.parametrize("name", [*POLICIES, "none"])
+def test_a_budget_that_is_never_reached_changes_no_bit(start: Start, name: str) -> None:
+    cache = None if name == "none" else make(name, rows=100 if "rows" in POLICIES[name] else None, interval=200)
+    plain, managed = start(capacity_step=16), start(capacity_step=16, cache=cache)
+    ids, lengths = prompt(2, 80), [14, 11]
+    found = [each.forward(ids[:, :14], lengths=lengths, all_logits=True) for each in (plain, managed)]
+    np.testing.assert_array_equal(*found)
+    for t in range(14, 40):
+        np.testing.assert_array_equal(*(each.forward(ids[:, t : t + 1]) for each in (plain, managed)))
+    np.testing.assert_array_equal(managed.rows, np.broadcast_to([40, 37], (2, 2)))
+    np.testing.assert_array_equal(plain.rows, managed.rows)
+
+
+@pytest.mark.parametrize("rows", [[1, 1], [13, 13], [9, 30], [30, 9]])
+def test_a_window_is_a_mask_in_each_layer(start: Start, model: str, rows: list[int]) -> None:
+    """Evicted before every token: a query sees itself and as many before it as its layer has rows."""
+    rule = policy("window", rows=max(rows), sinks=0, interval=1)
+    session = start(cache=LayerRows(rule=rule, layer_rows=tuple(rows)))
+
+    def seen(layer: int, query: int) -> range:
+        return range(max(0, query - rows[layer]), query + 1)
+
+    exact, ids = MaskedModel(MODELS[model], weights_of(model), seen), prompt(1, 45)
+    expected = exact.call(ids[0])
+    found = [session.forward(ids[:, t : t + 1])[0] for t in range(45)]
+    assert_close(np.stack(found), expected)
+    assert session.rows[:, 0].tolist() == [count + 1 for count in rows]
+
+
+@pytest.mark.parametrize("name", ["h2o", "zsmerge, merged twice", "window", "corm"])
+def test_a_prompt_at_once_is_as_token_by_token(start: Start, name: str) -> None:
+    """Where eviction comes after as many tokens, what rows received by then is the same."""
+    cache = make(name, interval=40)
+    at_once, single = start(cache=cache, chunk_size=40), start(cache=cache)
+    ids = prompt(1, 60)
+    at_once.forward(ids[:, :40])
+    for t in range(40):
+        single.forward(ids[:, t : t + 1])
+    for t in range(40, 60):
+        assert_close(*(each.forward(ids[:, t : t + 1]) for each in (at_once, single)))
+    np.testing.assert_array_equal(at_once.rows, single.rows)
+
+
+@pytest.mark.parametrize("name", ["window, merged", "h2o", "snapkv", "corm", "zsmerge"])
+def test_rows_of_different_length_evict_as_if_alone(start: Start, name: str) -> None:
+    cache, ids = make(name), prompt(3, 70)
+    session, alone = start(cache=cache, chunk_size=24), [start(cache=cache, chunk_size=24) for _ in range(3)]
+    place = np.zeros(3, int)
+    for lengths in ([50, 3, 30], *[[1, 1, 1]] * 7, [2, 17, 1], *[[1, 1, 1]] * 6):
+        width = max(lengths)
+        given = np.zeros((3, width), int)
+        for b, length in enumerate(lengths):
+            given[b, :length] = ids[b, place[b] : place[b] + length]
+        found = session.forward(given, lengths=lengths)
+        expected = [alone[b].forward(given[b : b + 1, :length])[0] for b, length in enumerate(lengths)]
+        assert_close(found, np.stack(expected))
+        place += lengths
+    np.testing.assert_array_equal(session.rows, np.concatenate([each.rows for each in alone], axis=1))
+
+
+@one_model
+@pytest.mark.parametrize("backend", ["onnxruntime"], indirect=True)
+@pytest.mark.parametrize("name", FEW)
+def test_backends_decide_alike(start: Start, name: str) -> None:
+    session, other = start(cache=make(name)), open_session("torch", "gta", cache=make(name))
+    ids = prompt(1, 70)
+    for each in (session, other):
+        each.forward(ids[:, :50])
+        for t in range(50, 70):
+            each.forward(ids[:, t : t + 1])
+        each._cache._note()
+    for layer, count in enumerate(session.rows[:, 0]):
+        held = [each._cache._times[layer, 0, :count].tolist() for each in (session, other)]
+        assert held[0] == held[1]
+
+
+@one_model
+@pytest.mark.parametrize("backend", ["onnxruntime"], indirect=True)
+@pytest.mark.parametrize("name", ["window, merged", "h2o", "zsmerge"])
+def test_a_cache_of_int8_moves_its_scales_too(start: Start, model: str, name: str) -> None:
+    session = start(cache=make(name), cache_dtype="int8", chunk_size=24)
+    exact, ids = ManagedModel(MODELS[model], weights_of(model), make("window"), 24), prompt(1, 80)
+    if name == "h2o":  # decisions may differ by what rounds: only that it goes on is compared
+        session.forward(ids[:, :60])
+        assert np.isfinite(session.forward(ids[:, 60:])).all()
+        return
+    exact.policy = make(name)
+    found, expected = session.forward(ids, all_logits=True)[0], exact.forward(ids[0])
+    assert reference.relative_error(found, expected) < 0.2  # a row in another's place, or another's scale, is 1 or more
+
+
+# --- bounds, truncate, reset -----------------------------------------------------------------------------------------
+
+
+def test_memory_is_that_of_the_rows_that_stay(start: Start) -> None:
+    full = start(chunk_size=16)
+    full.forward(prompt(1, POSITIONS))
+    for cache in (make("window"), make("h2o"), make("zsmerge, merged twice")):
+        session = start(cache=cache, chunk_size=16)
+        session.forward(prompt(1, 10))
+        held = session.cache_bytes
+        session.forward(prompt(1, 140))
+        for _ in range(10):
+            session.forward(prompt(1, 1))
+        assert session.cache_bytes == held <= 0.35 * full.cache_bytes
+        assert session.rows.max() <= 20 + 5 <= session.capacity
+
+
+def test_layers_have_memory_for_their_own_budgets(start: Start) -> None:
+    rule = policy("window", rows=40, sinks=0, interval=8)
+    sizes = []
+    for rows in ((40, 40), (40, 8)):
+        session = start(cache=LayerRows(rule=rule, layer_rows=rows), chunk_size=8)
+        session.forward(prompt(1, 9))
+        sizes.append(session.cache_bytes)
+    assert sizes[1] <= 0.75 * sizes[0]
+
+
+@one_model
+def test_the_last_position_is_the_end_without_rotation(start: Start) -> None:
+    session = start(cache=make("window"))
+    session.forward(prompt(1, POSITIONS))
+    with pytest.raises(
+        CapacityError, match=rf"^row 0 holds {POSITIONS} tokens and would reach {POSITIONS + 1} [^\n]*$"
+    ):
+        session.forward(prompt(1, 1))
+    assert session.length.tolist() == [POSITIONS]
+    assert session.rows.max() <= 25
+
+
+@one_model
+@pytest.mark.parametrize("name", FEW)
+def test_what_a_short_call_appended_can_be_taken_back(start: Start, name: str) -> None:
+    cache, ids = make(name), prompt(1, 60)
+    session, other = start(cache=cache), start(cache=cache)
+    for each in (session, other):
+        each.forward(ids[:, :40])
+        for t in range(40, 44):
+            each.forward(ids[:, t : t + 1])
+    session.forward(prompt(1, 7, seed=5))  # passes the interval, and nothing is evicted before the next call
+    session.truncate(44)
+    np.testing.assert_array_equal(session.rows, other.rows)
+    if name == "window":  # the others have observed what was taken back
+        for t in range(44, 60):
+            assert_close(session.forward(ids[:, t : t + 1]), other.forward(ids[:, t : t + 1]))
+
+
+@one_model
+def test_rows_that_were_kept_can_be_taken_back_wherever_they_lie(start: Start, model: str) -> None:
+    """After an eviction rows lie in any order; those of the tokens that go are found."""
+    session, ids = start(cache=policy("window", rows=20, sinks=0, interval=5)), prompt(1, 60)
+    session.forward(ids[:, :40])
+    session.truncate(32)  # of 20 to 39, 20 to 31 are left
+    assert (session.length.tolist(), session.rows[:, 0].tolist()) == ([32], [12, 12])
+    first_seen = {**dict.fromkeys(range(40), 0), **dict.fromkeys(range(32, 60), 20)}
+    exact = MaskedModel(MODELS[model], weights_of(model), lambda layer, query: range(first_seen[query], query + 1))
+    expected = exact.call(ids[0, :39])
+    assert_close(session.forward(ids[:, 32:39], all_logits=True)[0], expected[32:])
+
+
+@one_model
+def test_tokens_that_were_evicted_cannot_be_gone_back_to(start: Start) -> None:
+    session = start(cache=make("window"))
+    ids = prompt(2, 60)
+    session.forward(ids, lengths=[60, 12])
+    message = (
+        r"^cannot truncate row 0 to 42 tokens: the policy has dropped some of them, up to number 42; truncate to more "
+        r"tokens than that or to 0, or run the text again$"
+    )
+    for wanted in (42, 1):
+        with pytest.raises(InputError, match=message.replace("to 42 tok", f"to {wanted} tok")):
+            session.truncate([wanted, 3])
+    assert session.length.tolist() == [60, 12]
+    session.truncate([43, 3])
+    assert session.length.tolist() == [43, 3]
+    session.truncate([0, 3])
+    assert (session.length.tolist(), session.rows.tolist()) == ([0, 3], [[0, 3], [0, 3]])
+    other = start(cache=make("window"))
+    found = session.forward(ids[:, :30], lengths=[30, 1])
+    assert_close(found[0], other.forward(ids[:1, :30])[0])
+
+
+@one_model
+@pytest.mark.parametrize("name", FEW)
+def test_after_a_reset_it_is_as_new(start: Start, name: str) -> None:
+    session, ids = start(cache=make(name)), prompt(1, 70)
+    before = session.forward(ids)
+    held = session.cache_bytes
+    session.reset()
+    assert (session.length.tolist(), session.rows.tolist()) == ([0], [[0], [0]])
+    np.testing.assert_array_equal(session.forward(ids), before)
+    session.truncate(0)
+    np.testing.assert_array_equal(session.forward(ids), before)
+    session.reset()
+    session.forward(prompt(3, 30))
+    assert session.rows.shape == (2, 3)
+    assert 2.9 * held <= session.cache_bytes <= 3 * held
+    session.reset()
+    np.testing.assert_array_equal(session.forward(ids), before)
+
+
+# --- past the last position ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_window_goes_on_past_the_last_position(start: Start, model: str, batch: int) -> None:
+    """Its positions move together, so it is the same window of a model with more of them."""
+    cache = policy("window", rows=20, sinks=0, interval=5, rotate=True)
+    session = start(cache=cache, chunk_size=24)
+    ids = prompt(batch, 420)
+    found = (
+        session.forward(ids[:, :200], all_logits=True),
+        *(session.forward(ids[:, t : t + 1]) for t in range(200, 420)),
+    )
+    entries = MODELS[model] | {"max_position_embeddings": 500}
+    assert session.length.tolist() == [420] * batch
+    assert session.rows.max() <= 25
+    for b in range(batch):
+        exact = ManagedModel(entries, weights_of(model), cache, 24)
+        assert_close(found[0][b], exact.forward(ids[b, :200]))
+        expected = [exact.forward(ids[b, t : t + 1])[0] for t in range(200, 420)]
+        assert_close(np.stack([each[b] for each in found[1:]]), np.stack(expected))
+
+
+@one_model
+def test_sinks_come_closer_as_positions_are_renumbered(start: Start) -> None:
+    session = start(cache=policy("window", rows=20, sinks=2, interval=5, rotate=True), chunk_size=24)
+    for _ in range(5):
+        session.forward(prompt(1, 100))
+    state = session._cache
+    count = int(session.rows[0, 0])
+    times = state._times[0, 0, :count]
+    assert sorted(times)[:3] == [0, 1, 500 - 18]
+    assert state._positions[0, 0, :count].max() < POSITIONS
+    assert np.isfinite(session.forward(prompt(1, 1))).all()
+
+
+@one_model
+@pytest.mark.parametrize("name", ["zsmerge", "h2o"])
+def test_scattered_rows_go_on_too(start: Start, name: str) -> None:
+    session = start(cache=make(name, rotate=True), chunk_size=24)
+    for _ in range(4):
+        assert np.isfinite(session.forward(prompt(2, 100), lengths=[100, 61])).all()
+    assert session.length.tolist() == [400, 244]
+    assert session.rows.max() <= 25
+
+
+# --- failures --------------------------------------------------------------------------------------------------------
+
+
+@one_model
+@pytest.mark.parametrize("error", [MemoryError(), KeyboardInterrupt()], ids=repr)
+@pytest.mark.parametrize("after", [0, 1])
+def test_what_fails_while_rows_move_leaves_an_empty_session(
+    start: Start, backend: str, monkeypatch: pytest.MonkeyPatch, error: BaseException, after: int
+) -> None:
+    session, ids = start(cache=make("window, merged")), prompt(1, 60)
+    before = session.forward(ids)
+    session.reset()
+    move, calls = session._move, []
+
+    def fail(moves: Moves) -> None:
+        calls.append(moves)
+        if len(calls) > after:
+            raise error
+        move(moves)
+
+    monkeypatch.setattr(session, "_move", fail)
+    with pytest.raises(type(error)):
+        session.forward(ids)
+    monkeypatch.undo()
+    assert (session.length.tolist(), session.rows.tolist()) == ([0], [[0], [0]])
+    np.testing.assert_array_equal(session.forward(ids), before)
+
+
+@one_model
+def test_no_memory_to_move_rows_is_said_in_one_line(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = start(cache=make("window"))
+
+    def no_memory(*arguments: Any, **options: Any) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr("gta_edge.runtime.torch.managed.move", no_memory)
+    monkeypatch.setattr("gta_edge.runtime.onnxruntime.cache_rows.CacheRows.move", no_memory)
+    with pytest.raises(CapacityError, match=r"^[^\n]*to move rows of the cache, which was emptied; give [^\n]*$"):
+        session.forward(prompt(1, 60))
+    assert session.length.tolist() == [0]
+
+
+@one_model
+@pytest.mark.parametrize("error", [CapacityError("full", "give less"), KeyboardInterrupt()], ids=repr)
+def test_a_step_that_fails_leaves_what_was_there(
+    start: Start, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    session, other, ids = start(cache=make("window")), start(cache=make("window")), prompt(1, 60)
+    for each in (session, other):
+        each.forward(ids[:, :50])
+
+    def fail(*arguments: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(session, "_run", fail)
+    with pytest.raises(type(error)):
+        session.forward(ids[:, 50:51])
+    monkeypatch.undo()
+    assert session.length.tolist() == [50]
+    for t in range(50, 60):
+        assert_close(session.forward(ids[:, t : t + 1]), other.forward(ids[:, t : t + 1]))
+
+
+# --- options that make no sense --------------------------------------------------------------------------------------
+
+
+@one_model
+@pytest.mark.parametrize(
+    ("cache", "message"),
+    [
+        (
+            lambda: policy("window", rows=POSITIONS + 1),
+            rf"keeps {POSITIONS + 1} rows, and the model has {POSITIONS} posi",
+        ),
+        (lambda: LayerRows(rule=make("h2o"), layer_rows=(20,) * 3), "there are rows for 3 layers, and the model has 2"),
+        (lambda: policy("corm", rotate=True), "cache policy corm cannot rotate"),
+        (lambda: policy("window", rows=140, rotate=True), r"rows, interval and a chunk \(460 together\) have to fit"),
+    ],
+    ids=["rows", "layers", "observes positions", "no room to rotate"],
+)
+def test_a_policy_that_does_not_fit_the_model_is_refused(start: Start, cache: Callable[[], Any], message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        start(cache=cache())
+    assert "\n" not in str(caught.value)
+    assert caught.value.remedy

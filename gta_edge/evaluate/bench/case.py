@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +34,7 @@ class Case:
         directory: what its process runs in.
         threads: for one operator; None for the backend's own choice.
         cache_dtype: type of the cache; None for the backend's own choice.
+        cache: policy that says which rows of the cache stay, as ``Settings`` has it.
         exact: multiply by integers in float32.
         opened: what the process said of its session; None before it was open.
         failure: why it cannot be asked any more.
@@ -46,6 +48,7 @@ class Case:
     directory: Path
     threads: int | None = None
     cache_dtype: str | None = None
+    cache: Mapping[str, Any] | None = None
     exact: bool = False
     opened: Document | None = None
     failure: str | None = None
@@ -140,6 +143,7 @@ class Case:
                 backend=self.target.backend,
                 threads=self.threads,
                 cache_dtype=self.cache_dtype,
+                cache=None if self.cache is None else dict(self.cache),
                 exact=self.exact,
             )
         except GtaEdgeError as error:

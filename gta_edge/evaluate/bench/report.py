@@ -169,7 +169,9 @@ def _row(case: Case, static: Document, context: int, batch: int, new_tokens: int
     if row["others_busy_cores"] is None:
         notes["others_busy_cores"] = "the system does not say (no /proc/stat)"
     row |= _memory(rounds, static["device"], notes)
-    row |= _floor(row, static, context, batch, notes, described)
+    # a policy leaves fewer rows than there were tokens; another interpreter's worker may be of a version without any
+    rows = min(context, rounds[-1].get("cache_rows", context))
+    row |= _floor(row, static, int(rows), batch, notes, described)
     for name, value in row["spread"].items():
         if value is None:
             notes[f"spread.{name}"] = "one round has no spread"
@@ -214,10 +216,10 @@ def _memory(rounds: Sequence[Document], device: str, notes: dict[str, str]) -> D
 
 
 def _floor(
-    row: Document, static: Document, context: int, batch: int, notes: dict[str, str], described: Document
+    row: Document, static: Document, rows: int, batch: int, notes: dict[str, str], described: Document
 ) -> Document:
-    """Return the time that memory sets for a step, and how far from it the median is."""
-    cache, rate = batch * context * static["cache_bytes_per_token"], static["bandwidth_bytes_per_s"]
+    """Return the time that memory sets for a step over so many rows of cache, and how far from it the median is."""
+    cache, rate = batch * rows * static["cache_bytes_per_token"], static["bandwidth_bytes_per_s"]
     if rate is None:
         reason = static["notes"]["bandwidth_bytes_per_s"]
         notes |= dict.fromkeys(("floor_ms", "times_floor", "bandwidth_fraction"), reason)

@@ -138,7 +138,7 @@ def _open_all(run: _Run, bundles: dict[str, Bundle], targets: Sequence[Target]) 
         if isinstance(environment, GtaEdgeError):
             run.absent.append(_absence(name, target, environment, bundles[name]))
         else:
-            asked = run.settings.threads, run.settings.cache_dtype
+            asked = run.settings.threads, run.settings.cache_dtype, run.settings.cache
             case = Case(name, bundles[name], target, environment, run.new_directory(), *asked)
             run.cases.append(case)
     for done, case in enumerate([*run.cases]):
@@ -164,7 +164,8 @@ def _absence(name: str, target: Target, error: GtaEdgeError, bundle: Bundle) -> 
 def _twin(run: _Run, of: Case) -> Case:
     """Return an case in exact arithmetic: where rounding hides what is wrong, it shows there."""
     directory = run.new_directory()
-    return Case(of.name, of.bundle, of.target, of.environment, directory, of.threads, of.cache_dtype, exact=True)
+    asked = of.threads, of.cache_dtype, of.cache
+    return Case(of.name, of.bundle, of.target, of.environment, directory, *asked, exact=True)
 
 
 # --- turns -----------------------------------------------------------------------------------------------------------

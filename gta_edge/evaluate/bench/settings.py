@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from gta_edge.errors import CapacityError, InputError
 from gta_edge.evaluate.bench.targets import Target
@@ -39,6 +40,7 @@ class Settings:
         rounds: repeats; by default at least 3, and up to 15 while they are short or lie far apart.
         threads: for one operator on a CPU; None for the backend's own choice.
         cache_dtype: type of the cache; None for the backend's own choice.
+        cache: policy that says which rows of the cache stay, as its ``name`` and options; None for all.
         prompt: ids to begin with, the same in every row; random ones by default.
         compare: whether backends are asked for their answers to compare them.
         warm_up: whether each context is first run once untimed, in full; its first chunks are in any case. The rest of
@@ -51,6 +53,7 @@ class Settings:
     rounds: int | None = None
     threads: int | None = None
     cache_dtype: str | None = None
+    cache: Mapping[str, Any] | None = None
     prompt: tuple[int, ...] | None = None
     compare: bool = True
     warm_up: bool = True

@@ -22,9 +22,10 @@ from typing import Any, BinaryIO, TextIO
 import numpy as np
 import numpy.typing as npt
 
-from gta_edge.errors import BackendError, GtaEdgeError, OutputError
+from gta_edge.errors import BackendError, GtaEdgeError, InputError, OutputError
 from gta_edge.formats.bundle import Bundle
 from gta_edge.model.kv_cache import bytes_per_token
+from gta_edge.runtime.cache_policies import policy
 from gta_edge.runtime.registry import BACKENDS, open_session
 from gta_edge.runtime.session import Session
 from gta_edge.support.memory import available_bytes
@@ -80,6 +81,8 @@ class Measurer:
         held = _status_bytes("VmRSS") or 0
         before = self._ask_gpu()
         options = {name: request[name] for name in ("threads", "exact", "cache_dtype")}
+        if request.get("cache") is not None:
+            options["cache"] = policy(**request["cache"])
         cached = _records(bundle)
         start = time.perf_counter()
         session = self._session = open_session(bundle, request["backend"], **options)
@@ -163,9 +166,18 @@ class Measurer:
         logits, steps = session.forward(part), 0
         while steps < _WARM_UP_STEPS or time.perf_counter() - begin < _WARM_UP_S:
             if steps % new_tokens == 0:
-                session.truncate(part.shape[1])
+                self._back_to(part)
             logits = session.forward(logits.argmax(-1)[:, None])
             steps += 1
+
+    def _back_to(self, ids: Ids) -> None:
+        """Forget what came after a prompt; where rows of it have been evicted since, run it again."""
+        session = self._ready()
+        try:
+            session.truncate(ids.shape[1])
+        except InputError:
+            session.reset()
+            session.forward(ids)
 
     def _ready(self) -> Session:
         if self._session is None:
@@ -181,6 +193,7 @@ class Measurer:
         return {
             "cache_bytes": session.cache_bytes,
             "cache_bytes_per_token": bytes_per_token(session.config, session.cache_dtype),
+            "cache_rows": float(session.rows.mean()),
             "peak_host_bytes": _status_bytes("VmHWM"),
             "gpu_bytes": self._gpu_peak,
             "gpu_free_bytes": self._gpu_free_bytes,

@@ -25,6 +25,7 @@ class _OnnxRuntime(Backend):
     modules = ("onnxruntime", "onnx_ir", "tokenizers")
     device = "cpu"
     compute_types = ("fp32",)
+    manages_cache = True
     cpu_kernels = True
 
     def cache_types(self, config: ModelConfig, compute: str) -> tuple[str, ...]:

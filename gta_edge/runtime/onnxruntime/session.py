@@ -10,7 +10,8 @@ Attention costs as the capacity S that a step is given, so a step is given as mu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -22,11 +23,29 @@ from gta_edge.errors import BackendError, CapacityError, GtaEdgeError
 from gta_edge.formats.bundle import Bundle
 from gta_edge.libraries.onnxruntime import EXACT_PRODUCTS, INT8_PRODUCTS, first_line, is_out_of_memory, load_onnxruntime
 from gta_edge.model.config import ModelConfig
-from gta_edge.model.kv_cache import LOGITS, PAST, PRESENT, TOKEN_INPUTS, interface_names
+from gta_edge.model.kv_cache import (
+    DECAY,
+    LOGIT_POSITIONS,
+    LOGITS,
+    PAST,
+    PAST_LENGTH,
+    POSITIONS,
+    PRESENT,
+    QUERY_WEIGHT,
+    ROW_BIAS,
+    TOKEN_INPUTS,
+    CacheTensor,
+    interface_names,
+    managed_shapes,
+    received_name,
+)
 from gta_edge.numerics.dtypes import DTYPES
 from gta_edge.plan.host_memory import require_memory_for_onnxruntime
-from gta_edge.runtime.cache_moves import ManagedStep
+from gta_edge.runtime.cache_moves import ManagedStep, Moves
+from gta_edge.runtime.cache_policies.base import CachePolicy
 from gta_edge.runtime.cache_state import CacheState
+from gta_edge.runtime.managed_cache import cache_state
+from gta_edge.runtime.onnxruntime.cache_rows import CacheRows
 from gta_edge.runtime.onnxruntime.int8_cache import MAX_ROWS, require_exact_products, rows_for
 from gta_edge.runtime.onnxruntime.lowered import CPU, LoweredGraph, lower, without_new_weights
 from gta_edge.runtime.onnxruntime.model import OpenModel, model_files, open_model
@@ -38,6 +57,8 @@ __all__ = ["OnnxRuntimeSession"]
 
 _DEVICE = ("cpu", 0)
 _FATAL = 4
+_RECEIVED_DTYPE = "fp32"
+_RECEIVED = received_name(0).partition(".")[0]
 
 
 @dataclass(frozen=True)
@@ -45,9 +66,7 @@ class _Step:
     """Buffers bound for one shape of step; decode binds once and then only fills them."""
 
     binding: Any
-    input_ids: Ids
-    past_length: Ids
-    logit_positions: Ids
+    inputs: dict[str, npt.NDArray[Any]]  # by name
     logits: Logits
 
 
@@ -59,13 +78,14 @@ class OnnxRuntimeSession(Session):
         threads: threads for one operator; None for one on each core that this process may use.
         exact: multiply by int8 and int4 weights in float32, instead of rounding activations to int8.
         cache_dtype: type of the cache, ``fp32`` or ``int8``.
+        cache: policy that says which rows of the cache stay; None for all.
         progress: told of weights that are repacked.
         options: as ``CacheState`` takes them.
 
     Raises:
         BackendError: ONNX Runtime is missing, too old, or refuses the model; or the processor's products of integers
             saturate, and the cache is to be of int8.
-        InputError: more threads than could be of use.
+        InputError: more threads than could be of use, or a policy that makes no sense for the model.
         CapacityError: there is no memory for it, or the system lets fewer threads start than were asked for.
     """
 
@@ -78,16 +98,19 @@ class OnnxRuntimeSession(Session):
         threads: int | None = None,
         exact: bool = False,
         cache_dtype: str = "fp32",
+        cache: CachePolicy | None = None,
         progress: Progress = silent,
         **options: Any,
     ) -> None:
-        super().__init__(bundle.config, _cache_state(bundle.config, cache_dtype, options))
+        super().__init__(bundle.config, _cache_state(bundle.config, cache_dtype, cache, options))
+        self._features = self._cache.features
         require_memory_for_onnxruntime(bundle.config, bundle.storage)
         self._onnxruntime = load_onnxruntime()
         self._in_int8 = cache_dtype == "int8"
         if self._in_int8:
             require_exact_products(self._onnxruntime)
-        lowered = lower(bundle, exact=exact, cache_dtype=cache_dtype, progress=progress)
+        form: dict[str, Any] = {"exact": exact, "cache_dtype": cache_dtype, "features": self._features}
+        lowered = lower(bundle, **form, progress=progress)
         self.rounds_activations = lowered.rounds_activations
         self._bundle, self._exact = bundle, exact
         self._threads = compute_threads(threads)  # its own default are all cores of the machine
@@ -98,15 +121,19 @@ class OnnxRuntimeSession(Session):
             if not lowered.cached:
                 raise
             # another process may have replaced what was cached, between our reading and ONNX Runtime's
-            self._model = self._open(without_new_weights(bundle, exact=exact, cache_dtype=cache_dtype))
+            self._model = self._open(without_new_weights(bundle, **form))
         if {value.name for value in self._model.session.get_inputs()} != set(self._interface()):
             self._model.close()
             raise BackendError(f"{bundle.model_path}: the graph is not that of config.json", "export the bundle again")
         self._run_options = self._onnxruntime.RunOptions()
         self._run_options.log_severity_level = _FATAL  # likewise
         self._tensors = self._cache.tensors
+        if self._features is not None and self._features.observe:
+            layers = range(self.config.num_hidden_layers)
+            self._tensors += [CacheTensor(received_name(layer), 1, None, _RECEIVED_DTYPE) for layer in layers]
         self._buffers: dict[str, npt.NDArray[Any]] = {}  # with as many rows as there is memory for
         self._caches: dict[str, npt.NDArray[Any]] = {}  # at their start, with S rows, as steps see them
+        self._shown: tuple[int, ...] | None = None  # tokens of each layer that they were last to show
         self._step: _Step | None = None
 
     def _open(self, lowered: LoweredGraph) -> OpenModel:
@@ -138,7 +165,11 @@ class OnnxRuntimeSession(Session):
             ) from error
 
     def _interface(self) -> list[str]:
-        return interface_names(self.config, self._cache.dtype)[0]
+        names = interface_names(self.config, self._cache.dtype)[0]
+        if self._features is None:
+            return names
+        sizes = {"batch": 1, "tokens": 1}
+        return names + list(managed_shapes(self._features, **sizes, capacities=[1] * self.config.num_hidden_layers))
 
     @property
     def cache_bytes(self) -> int:
@@ -150,10 +181,10 @@ class OnnxRuntimeSession(Session):
             self._model.close()
 
     def _clear(self) -> None:
-        self._step, self._buffers, self._caches = None, {}, {}
+        self._step, self._shown, self._buffers, self._caches = None, None, {}, {}
 
     def _resize(self, batch: int, capacities: Sequence[int]) -> None:
-        self._step = None  # it holds addresses of the old buffers
+        self._step = self._shown = None  # it holds addresses of the old buffers
         try:
             with self._cache.replacing(batch, self._clear):
                 for tensor in self._tensors:  # one at a time: never twice the whole cache
@@ -172,46 +203,53 @@ class OnnxRuntimeSession(Session):
     def _rows_for(self, capacity: int) -> int:
         return rows_for(capacity) if self._in_int8 else capacity
 
-    def _show(self, capacity: int) -> None:
-        """Give steps as many rows of every buffer as ``capacity`` takes, or more where that would cost.
+    def _show(self, capacities: tuple[int, ...]) -> None:
+        """Give steps as many rows of every layer's buffers as it is to have, or more where that would cost.
 
         Where rows are the first axis that is longer than 1, they are a prefix, whatever is in it. Otherwise parts are
         moved apart as S grows, and moved together only while nothing is in them. It takes no memory, so only Ctrl-C
         ends it halfway; the cache is emptied then.
         """
-        rows, filled = self._rows_for(capacity), self._cache.filled
-        first = self._caches[self._tensors[0].name]
-        before = first.shape[self._tensors[0].capacity_axis]
-        if rows == before:
+        if capacities == self._shown:
             return
-        batch = len(first)
-        single = all(tensor.parts(batch) == 1 for tensor in self._tensors)
-        if rows < before and filled and not single:
-            return
-        self._step = None
+        batch, single = self._cache.batch, all(tensor.parts(self._cache.batch) == 1 for tensor in self._tensors)
+        in_use = self._cache.rows.max(1).tolist()
         with self._cache.replacing(batch, self._clear):
             for tensor in self._tensors:
+                rows, filled = self._rows_for(capacities[tensor.layer]), in_use[tensor.layer]
+                before = self._caches[tensor.name].shape[tensor.capacity_axis]
+                if rows == before or (rows < before and filled and not single):
+                    continue
+                self._step = None
                 shape, parts = tensor.shape(batch, rows), tensor.parts(batch)
                 values = self._buffers[tensor.name].reshape(-1)[: prod(shape)]
                 if filled and not single:
                     width = prod(shape) // (parts * rows)  # of a row in a part
                     _move_apart(values, parts, before * width, rows * width, filled * width)
                 self._caches[tensor.name] = values.reshape(shape)
+            self._shown = capacities
+
+    def _capacities_of_step(self, in_use: Ids, tokens: int) -> tuple[int, ...]:
+        """Return the tokens that each layer is to show for a step, from the rows in use, int64 [L, B] or [1, B]."""
+        ends = (in_use.max(1) + tokens).tolist()
+        sizes = {end: self._cache.capacity_for(end) for end in set(ends)}
+        shown = [sizes[end] for end in ends] if len(ends) > 1 else [sizes[ends[0]]] * len(self._cache.capacities)
+        return tuple(map(min, shown, self._cache.capacities))
 
     def _run(
         self, input_ids: Ids, past_length: Ids, logit_positions: Ids, managed: ManagedStep | None = None
     ) -> Logits:
         assert self._model is not None  # it is open
         self._model.check()
-        shapes = input_ids.shape, logit_positions.shape
-        self._show(min(self._cache.capacity_for(int(past_length.max()) + input_ids.shape[1]), self._cache.capacity))
+        inputs = _inputs(input_ids, past_length, logit_positions, managed)
+        in_use = past_length[None] if managed is None else managed.past_length
+        self._show(self._capacities_of_step(in_use, input_ids.shape[1]))
         try:
             step = self._step
-            if step is None or (step.input_ids.shape, step.logit_positions.shape) != shapes:
-                step = self._step = self._bind(input_ids.shape, logit_positions.shape[1])
-            step.input_ids[...] = input_ids
-            step.past_length[...] = past_length
-            step.logit_positions[...] = logit_positions
+            if step is None or any(step.inputs[name].shape != inputs[name].shape for name in TOKEN_INPUTS):
+                step = self._step = self._bind(inputs)
+            for name, array in inputs.items():
+                step.inputs[name][...] = array
             self._model.session.run_with_iobinding(step.binding, self._run_options)
             return step.logits.copy()
         except Exception as error:  # likewise
@@ -225,36 +263,71 @@ class OnnxRuntimeSession(Session):
                 f"ONNX Runtime failed in a step ({first_line(error)})", "export the bundle again"
             ) from error
 
-    def _bind(self, shape: tuple[int, ...], positions: int) -> _Step:
-        """Bind buffers for steps of ``shape`` [B, T] with logits for ``positions`` of them."""
+    def _bind(self, inputs: dict[str, npt.NDArray[Any]]) -> _Step:
+        """Bind buffers for steps with inputs of these shapes."""
         assert self._model is not None  # it is open
-        batch = shape[0]
+        batch, positions = inputs[LOGIT_POSITIONS].shape
         step = _Step(
             binding=self._model.session.io_binding(),
-            input_ids=np.zeros(shape, np.int64),
-            past_length=np.zeros(batch, np.int64),
-            logit_positions=np.zeros((batch, positions), np.int64),
+            inputs={name: np.zeros_like(array) for name, array in inputs.items()},
             logits=np.zeros((batch, positions, self.config.vocab_size), np.float32),
         )
-        for name in TOKEN_INPUTS:
-            _bind(step.binding.bind_input, name, getattr(step, name))
+        for name, buffer in step.inputs.items():
+            _bind(step.binding.bind_input, name, buffer)
         if positions:
             _bind(step.binding.bind_output, LOGITS, step.logits)
         else:
             step.binding.bind_output(LOGITS, *_DEVICE)
         for name, cache in self._caches.items():
-            _bind(step.binding.bind_input, PAST + name, cache)
-            _bind(step.binding.bind_output, PRESENT + name, cache)
+            seen = cache[:, 0] if name.startswith(_RECEIVED) else cache  # which has no heads
+            _bind(step.binding.bind_input, PAST + name, seen)
+            _bind(step.binding.bind_output, PRESENT + name, seen)
         return step
 
+    # --- a managed cache -------------------------------------------------------------------------------------------
 
-def _cache_state(config: ModelConfig, dtype: str, options: dict[str, Any]) -> CacheState:
+    def _move(self, moves: Moves) -> None:
+        with self._changing() as rows:
+            rows.move(moves)
+
+    def _received(self) -> list[npt.NDArray[np.float32]]:
+        return [self._caches[received_name(layer)][:, 0] for layer in range(self.config.num_hidden_layers)]
+
+    def _rotate(self, shifts: Sequence[Ids]) -> None:
+        with self._changing() as rows:
+            rows.rotate(shifts)
+
+    @contextmanager
+    def _changing(self) -> Iterator[CacheRows]:
+        """Yield the rows of the cache, and say what a lack of memory means while they change."""
+        try:
+            yield CacheRows(self.config, self._tensors, self._caches)
+        except MemoryError as error:
+            raise CapacityError(
+                "no memory to move rows of the cache, which was emptied", "give fewer rows, or close other programs"
+            ) from error
+
+
+def _inputs(
+    input_ids: Ids, past_length: Ids, logit_positions: Ids, managed: ManagedStep | None
+) -> dict[str, npt.NDArray[Any]]:
+    """Return the inputs of a step by name, but for caches."""
+    inputs: dict[str, npt.NDArray[Any]] = dict(
+        zip(TOKEN_INPUTS, (input_ids, past_length, logit_positions), strict=True)
+    )
+    if managed is not None:
+        names = PAST_LENGTH, POSITIONS, ROW_BIAS, QUERY_WEIGHT, DECAY
+        inputs |= {name: array for name in names if (array := getattr(managed, name)) is not None}
+    return inputs
+
+
+def _cache_state(config: ModelConfig, dtype: str, policy: CachePolicy | None, options: dict[str, Any]) -> CacheState:
     """Return what a cache of a type holds, of which one in int8 has a limit of its own."""
     if dtype == "int8":
         options = {"compute": "fp32", "transposed": True} | options
         if config.max_position_embeddings > MAX_ROWS:
             options = {"max_length": MAX_ROWS, "limit": f"a cache of int8 holds at most {MAX_ROWS} tokens"} | options
-    return CacheState(config, dtype, on_host=True, **options)
+    return cache_state(config, dtype, policy, on_host=True, **options)
 
 
 def _move_apart(values: npt.NDArray[Any], parts: int, before: int, after: int, filled: int) -> None:

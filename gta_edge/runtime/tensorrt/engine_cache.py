@@ -61,7 +61,7 @@ class EngineCache:
         Raises:
             InputError: the policy makes no sense for this model.
         """
-        from gta_edge.runtime.cache_state import cache_state
+        from gta_edge.runtime.managed_cache import cache_state
 
         capacities = cache_state(config, cache_dtype, policy, **options).capacities_for(0)
         return cls(policy_options(policy), capacities, policy.observe, policy.bias_rows)

@@ -28,8 +28,8 @@ from gta_edge.model.kv_cache import LOGIT_POSITIONS as LOGIT_POSITIONS_INPUT
 from gta_edge.plugins import register
 from gta_edge.runtime.cache_moves import ManagedStep, Moves
 from gta_edge.runtime.cache_policies.base import CachePolicy
-from gta_edge.runtime.cache_state import CacheState, cache_state
-from gta_edge.runtime.managed_cache import OBSERVED_TOKENS
+from gta_edge.runtime.cache_state import CacheState
+from gta_edge.runtime.managed_cache import OBSERVED_TOKENS, cache_state
 from gta_edge.runtime.session import Ids, Logits, Session
 from gta_edge.runtime.tensorrt.build import LOGIT_POSITIONS, buffer_bytes, step_inputs
 from gta_edge.runtime.tensorrt.engine import (

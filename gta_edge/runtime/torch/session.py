@@ -30,8 +30,7 @@ from gta_edge.plugins.attention import torch as torch_ops
 from gta_edge.plugins.attention.tiling import has_kernels
 from gta_edge.runtime.cache_moves import ManagedStep, Moves
 from gta_edge.runtime.cache_policies.base import CachePolicy
-from gta_edge.runtime.cache_state import cache_state
-from gta_edge.runtime.managed_cache import OBSERVED_TOKENS, ManagedCache
+from gta_edge.runtime.managed_cache import GPU_CHUNK_SIZE, OBSERVED_TOKENS, cache_state
 from gta_edge.runtime.session import Ids, Logits, Session
 from gta_edge.runtime.torch import managed as memory
 from gta_edge.runtime.torch.cuda_graph import CaptureError, DecodeGraph
@@ -149,6 +148,7 @@ class TorchSession(Session):
             options = {"capacity_step": _GPU_CAPACITY_STEP, "chunk_size": chunk_size} | options
             if cache is not None:
                 options["observed_tokens"] = OBSERVED_TOKENS
+                options["chunk_size"] = min(options["chunk_size"], GPU_CHUNK_SIZE)
         super().__init__(model.config, cache_state(model.config, compute, cache, on_host=not on_gpu, **options))
         use_startable_threads(threads)
         for module in model.modules():
@@ -255,7 +255,7 @@ class TorchSession(Session):
 
     @property
     def _observe(self) -> str | None:
-        return self._cache.features.observe if isinstance(self._cache, ManagedCache) else None
+        return self._cache.features.observe if self._cache.features else None
 
     def _move(self, moves: Moves) -> None:
         with self._changing(), torch.inference_mode():
@@ -281,8 +281,8 @@ class TorchSession(Session):
         if self._graph is None:
             try:
                 received = self._observed.layers if self._observed else []
-                features = self._cache.features if isinstance(self._cache, ManagedCache) else None
-                self._graph = DecodeGraph(DecodeStep(self._model), self._caches, batch, features, received)
+                step = DecodeStep(self._model)
+                self._graph = DecodeGraph(step, self._caches, batch, self._cache.features, received)
             except CaptureError as error:
                 self.graph_refused = error.problem
         return self._graph
