@@ -1,4 +1,7 @@
-"""Rows moved, folded and rotated in the memory of a GPU that is simulated, against loops over numpy arrays."""
+"""Rows moved, folded and rotated in the memory of a GPU that is simulated, against loops over numpy arrays.
+
+By the driver's copies, and for engines with plugins by the kernels, whose sources run on the host.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +21,12 @@ from gta_edge.model.kv_cache import CacheTensor, cache_tensors, received_name
 from gta_edge.numerics.dtypes import DTYPES
 from gta_edge.runtime.cache_moves import Moves
 from gta_edge.runtime.cuda_cache import CudaCache, DeviceTensor
+from gta_edge.runtime.tensorrt import kernel_rows
+from gta_edge.runtime.tensorrt.kernel_rows import KernelRows
 from tests.helpers import reference
-from tests.helpers.tensorrt_simulator import Driver
+from tests.helpers.cache_kernels import SimulatedCacheKernels
+from tests.helpers.kernel_simulator import available
+from tests.helpers.tensorrt_simulator import GPU, Driver
 
 BATCH, CAPACITIES = 2, (11, 7)
 CONFIG = parse_config(reference.gta_entries(heads=4, n_q=4, n_k=2, n_c=1, d_k=16, d_l=8, e=2, num_hidden_layers=2))
@@ -37,7 +44,17 @@ def cuda() -> Iterator[Cuda]:
     made.close()
 
 
-def filled(cuda: Cuda, dtype: str) -> tuple[CudaCache, Memory]:
+COPIES = [("copies", dtype) for dtype in ("fp32", "fp16", "bf16", "int8", "fp8")]
+KERNELS = [
+    pytest.param(
+        ("kernels", dtype), marks=pytest.mark.skipif(not available(), reason="no C++ compiler with sanitizers")
+    )
+    for dtype in ("fp16", "bf16", "int8", "fp8")
+]
+every_way = pytest.mark.parametrize("way", [*COPIES, *KERNELS], ids=lambda way: "-".join(way))
+
+
+def filled(cuda: Cuda, dtype: str, by: str = "copies") -> tuple[CudaCache | KernelRows, Memory]:
     """A cache of random values, and views of its memory by name, [B, heads, S(, d)] or [B, S]."""
     rng, tensors, memory = np.random.default_rng(0), [], {}
     caches = cache_tensors(CONFIG, dtype)
@@ -53,7 +70,10 @@ def filled(cuda: Cuda, dtype: str) -> tuple[CudaCache, Memory]:
         view[...] = (rng.uniform(0.5, 2, shape) if small else rng.standard_normal(shape) * 40).astype(kind)
         tensors.append(DeviceTensor(tensor, address, capacity))
         memory[tensor.name] = view
-    return CudaCache(cuda, CONFIG, tensors), memory
+    if by == "copies":
+        return CudaCache(cuda, CONFIG, tensors), memory
+    with patch.object(kernel_rows, "cache_kernels", lambda program, gpu: SimulatedCacheKernels(cuda._driver, program)):
+        return KernelRows(cuda, GPU, CONFIG, dtype if dtype in ("fp16", "bf16") else "fp16", BATCH, tensors), memory
 
 
 def values(memory: Memory, name: str, dtype: str) -> np.ndarray:
@@ -73,12 +93,10 @@ def rounding(dtype: str, exact: np.ndarray) -> np.ndarray:
     return np.maximum(np.abs(exact), np.abs(exact).max(-1, keepdims=True) * 2.0**-8) * steps[dtype]
 
 
-every_dtype = pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16", "int8", "fp8"])
-
-
-@every_dtype
-def test_rows_are_copied_in_every_tensor_of_their_layer(cuda: Cuda, dtype: str) -> None:
-    cache, memory = filled(cuda, dtype)
+@every_way
+def test_rows_are_copied_in_every_tensor_of_their_layer(cuda: Cuda, way: tuple[str, str]) -> None:
+    by, dtype = way
+    cache, memory = filled(cuda, dtype, by)
     pairs = [(0, 0, 8, 1), (0, 0, 9, 2), (0, 0, 10, 5), (0, 1, 7, 0), (1, 1, 6, 3), (1, 1, 5, 0)]
     before = {name: view.copy() for name, view in memory.items()}
     cache.move(Moves(np.array(pairs, np.int32), *NOTHING))
@@ -101,9 +119,10 @@ def test_rows_that_move_together_are_one_copy(cuda: Cuda) -> None:
     assert calls[before:] == ["copy device to device"] * 4  # two heads of keys, a latent, what was received
 
 
-@every_dtype
-def test_a_fold_is_the_weighted_mean_and_comes_before_moves(cuda: Cuda, dtype: str) -> None:
-    cache, memory = filled(cuda, dtype)
+@every_way
+def test_a_fold_is_the_weighted_mean_and_comes_before_moves(cuda: Cuda, way: tuple[str, str]) -> None:
+    by, dtype = way
+    cache, memory = filled(cuda, dtype, by)
     before = {name: values(memory, name, dtype) for name in ("key.0", "latent.0", "key.1", "latent.1")}
     received = {name: memory[name].copy() for name in ("received.0", "received.1")}
     folds = [(0, 1, 0, 0), (0, 1, 4, 0), (0, 1, 6, 0), (0, 1, 1, 1), (0, 1, 5, 1), (1, 0, 2, 0), (1, 0, 0, 0)]
@@ -139,9 +158,10 @@ def test_an_8_bit_row_that_is_all_zero_stays_so(cuda: Cuda) -> None:
     assert not values(memory, "key.0", "int8")[0, :, 2].any()
 
 
-@every_dtype
-def test_keys_are_rotated_and_nothing_else(cuda: Cuda, dtype: str) -> None:
-    cache, memory = filled(cuda, dtype)
+@every_way
+def test_keys_are_rotated_and_nothing_else(cuda: Cuda, way: tuple[str, str]) -> None:
+    by, dtype = way
+    cache, memory = filled(cuda, dtype, by)
     before = {name: values(memory, name, dtype) for name in ("key.0", "latent.0", "key.1", "latent.1")}
     shifts = [np.zeros((BATCH, capacity - 1), np.int64) for capacity in CAPACITIES]  # of fewer rows than there are
     shifts[0][1, [0, 4]], shifts[1][0, 2] = (-3, 200), 17

@@ -10,11 +10,13 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from gta_edge.cuda.gpu import Gpu
 from gta_edge.cuda.session import Cuda
 from gta_edge.model.config import ModelConfig
 from gta_edge.model.kv_cache import PAST, PRESENT, CacheTensor, cache_tensors, received_name
 from gta_edge.runtime.cuda_cache import CudaCache, DeviceTensor
 from gta_edge.runtime.tensorrt.engine import EngineSpec
+from gta_edge.runtime.tensorrt.kernel_rows import KernelRows
 
 __all__ = ["EngineMemory"]
 
@@ -30,10 +32,11 @@ class EngineMemory:
         cuda: where.
         config: the model's sizes.
         spec: the engine's.
-        in_place: whether the engine updates what rows received where it lies.
+        gpu: the GPU that the engine's plugins run on, which update what rows received where it lies, and whose kernels
+            move rows; None of an engine without the attention's plugin.
 
     Attributes:
-        rows: the same memory by rows, to be moved.
+        rows: the same memory by rows, to be moved; None of an engine without a policy.
         addresses: of each input and output of the engine by name.
         nbytes: of all of it.
 
@@ -41,7 +44,7 @@ class EngineMemory:
         CapacityError: there is not as much.
     """
 
-    def __init__(self, cuda: Cuda, config: ModelConfig, spec: EngineSpec, *, in_place: bool) -> None:
+    def __init__(self, cuda: Cuda, config: ModelConfig, spec: EngineSpec, gpu: Gpu | None) -> None:
         self._cuda, self._spec = cuda, spec
         self.capacities = spec.capacities(config)
         self.addresses: dict[str, int] = {}
@@ -56,14 +59,18 @@ class EngineMemory:
             placed.append(DeviceTensor(tensor, address, capacity))
         self._received_bytes = 0
         if spec.managed is not None and spec.managed.observe is not None:
-            placed += self._add_received(in_place)
-        self.rows = CudaCache(cuda, config, placed)
+            placed += self._add_received(in_place=gpu is not None)
+        self.rows: CudaCache | KernelRows | None = None
+        if spec.managed is not None and gpu is not None:
+            self.rows = KernelRows(cuda, gpu, config, spec.compute, spec.max_batch, placed)
+        elif spec.managed is not None:
+            self.rows = CudaCache(cuda, config, placed)
 
     def _allocate(self, size_bytes: int) -> int:
         self.nbytes += size_bytes
         return self._cuda.allocate(size_bytes, self._what)
 
-    def _add_received(self, in_place: bool) -> list[DeviceTensor]:
+    def _add_received(self, *, in_place: bool) -> list[DeviceTensor]:
         """Make the block, or both, and an array for it on the host; return the layers' parts."""
         self._places: list[int] = []  # of each layer in the block, bytes
         size = 0

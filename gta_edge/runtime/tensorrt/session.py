@@ -138,8 +138,8 @@ class TensorRTSession(Session):
         self._inputs = StepInputs(self._cuda, step_inputs(self.config, spec))
         self._addresses |= self._inputs.addresses
         self._logits = self._tensor(LOGITS, spec.max_batch * LOGIT_POSITIONS * self.config.vocab_size, np.float32)
-        in_place = ENGINES[spec.engine].attends_by_plugin(self.config)
-        self._memory = EngineMemory(self._cuda, self.config, spec, in_place=in_place)
+        attends_by_plugin = ENGINES[spec.engine].attends_by_plugin(self.config)
+        self._memory = EngineMemory(self._cuda, self.config, spec, gpu if attends_by_plugin else None)
         self._addresses |= self._memory.addresses
         sizes = [int(self._engine.get_device_memory_size_for_profile_v2(each)) for each in (_DECODE, _PREFILL)]
         self._scratch_bytes = max(*sizes, 1)
@@ -165,6 +165,7 @@ class TensorRTSession(Session):
             )
 
     def _move(self, moves: Moves) -> None:
+        assert self._memory.rows is not None  # the engine is for a policy
         self._cuda.make_current()
         self._memory.rows.move(moves)
 
@@ -173,6 +174,7 @@ class TensorRTSession(Session):
         return self._memory.received(self._cache.batch)
 
     def _rotate(self, shifts: Sequence[Ids]) -> None:
+        assert self._memory.rows is not None  # likewise
         self._cuda.make_current()
         self._memory.rows.rotate(shifts)
 

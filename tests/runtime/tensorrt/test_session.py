@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,11 +21,15 @@ from gta_edge.formats.bundle import Bundle
 from gta_edge.graph.weights import read_weights
 from gta_edge.libraries.tensorrt import load
 from gta_edge.numerics.quantization import BITS
+from gta_edge.runtime.cache_policies import policy
+from gta_edge.runtime.cache_policies.base import CachePolicy
 from gta_edge.runtime.registry import open_session
 from gta_edge.runtime.session import Session
 from gta_edge.runtime.tensorrt.build import LOGIT_POSITIONS, build
 from gta_edge.runtime.tensorrt.engine import EngineSpec
+from gta_edge.runtime.tensorrt.engine_cache import EngineCache
 from tests.helpers.engine_bundles import COMPUTE, MODEL, prepared, write
+from tests.helpers.managed_model import ManagedModel
 from tests.helpers.reference import gta_logits
 
 Logits = Callable[[np.ndarray], np.ndarray]
@@ -174,6 +179,71 @@ def test_two_sessions_of_one_engine(bundle: tuple[Bundle, str], spec: EngineSpec
     with open_session(bundle[0], spec.engine) as other:
         for i in range(20):
             assert np.array_equal(session.forward(given[:, i : i + 1]), other.forward(given[:, i : i + 1]))
+
+
+# --- with a cache policy ----------------------------------------------------------------------------------------------
+
+POLICIES = {
+    "window": {"rows": 40, "sinks": 2},
+    "window, merged": {"rows": 40, "sinks": 2, "residual_rows": 2},
+}
+"""Which rows stay follows from their positions alone: rounding decides nothing, so logits can be compared."""
+
+
+def make(name: str) -> CachePolicy:
+    return policy(name.partition(",")[0], interval=8, **POLICIES[name])
+
+
+@pytest.fixture(scope="module", params=[available("tensorrt"), ENGINES[3], ENGINES[4], available("tensorrt-rtx")])
+def managed(
+    request: pytest.FixtureRequest, bundle: tuple[Bundle, str], tmp_path_factory: pytest.TempPathFactory
+) -> Any:
+    """A bundle of its own, and a function that builds an engine for a policy in it and opens a session."""
+    engine, options = request.param
+    directory = tmp_path_factory.mktemp("managed") / "bundle"
+    opened = Bundle.open(shutil.copytree(bundle[0].directory, directory, ignore=shutil.ignore_patterns("engines")))
+    spec = EngineSpec(engine, bundle[1], bundle[1], max_length=256, max_batch=ROWS, chunk_size=CHUNK)
+    spec = replace(spec, **options)
+
+    def start(of: CachePolicy) -> Session:
+        sizes = {"chunk_size": spec.chunk_size, "max_length": spec.max_length}
+        needed = EngineCache.of(of, opened.config, spec.cache_dtype, **sizes)
+        build(opened, replace(spec, managed=needed), force=True)
+        return open_session(opened, engine, cache=of)
+
+    return opened, spec, start
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_rows_are_evicted_and_merged(managed: Any, name: str) -> None:
+    opened, spec, start = managed
+    config = json.loads((opened.directory / "config.json").read_text(encoding="utf-8"))
+    weights = dict(read_weights(opened.model_path, opened.config))
+    exact = ManagedModel(config, weights, make(name), CHUNK, observed=16)
+    given, place = ids(1, 130), 0
+    bound = CACHE_BOUNDS.get(spec.cache_dtype, COMPUTE_BOUNDS[spec.compute])
+    with start(make(name)) as session:
+        for tokens in (90, *[1] * 20, 20):
+            part = given[:, place : place + tokens]
+            found, expected = session.forward(part, all_logits=True)[0], exact.forward(part[0])
+            assert difference(found, expected).max_rel_error <= bound
+            place += tokens
+            assert session.rows[:, 0].tolist() == [len(rows) for rows in exact.layers]
+        assert session.cuda_graph
+
+
+def test_what_rows_receive_adds_up(managed: Any) -> None:
+    """Every head of every query that observes shares out 1; of a prompt's chunk those are the last 16."""
+    opened, _, start = managed
+    with start(policy("h2o", rows=100, interval=100)) as session:
+        session.forward(ids(2, CHUNK))
+        for i in range(4):
+            session.forward(ids(2, 1, seed=i))
+        for received in session._received():
+            held = received[:, : CHUNK + 4]
+            heads = opened.config.attention.num_query_heads
+            np.testing.assert_allclose(held.sum(1), heads * (16 + 4), rtol=1e-2)
+            assert (held >= 0).all()
 
 
 # --- without a GPU ----------------------------------------------------------------------------------------------------
