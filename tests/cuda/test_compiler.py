@@ -22,9 +22,10 @@ from gta_edge.libraries.cuda import cuda_extra, driver_cuda_version
 from gta_edge.libraries.install import install_command
 from gta_edge.model.config import GTAConfig
 from gta_edge.model.presets import PRESETS, preset
-from gta_edge.plugins.attention.definition import Sizes
+from gta_edge.plugins.attention.definition import Features, Sizes
 from gta_edge.plugins.attention.launches import Programs, decode_launches, prefill_launches, programs_for
 from gta_edge.plugins.attention.tiling import DECODE_TOKENS, Program, Variant
+from gta_edge.plugins.cache.launches import Program as CacheProgram
 from gta_edge.plugins.domain import KERNELS
 from tests.helpers.nvrtc import ALL_COMPILES, BUILT_FOR, REGISTERS, needs_nvrtc
 
@@ -497,6 +498,45 @@ def test_without_a_gate_or_a_value_decoder_nothing_spills(
     check_kernels(programs_for(variant, architecture), architecture)
 
 
+FEATURES = {
+    "tree": Features("mass", 8, True, True),
+    "policy": Features("last", 8, True, False),
+    "window": Features(None, 0, True, False),
+}
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("architecture", BUILT_FOR)
+@pytest.mark.parametrize("compute", ["fp16", "bf16"])
+@pytest.mark.parametrize("cache", ["as computed", "int8", "fp8"])
+@pytest.mark.parametrize("sizes", [SIZES, WITHOUT[GQA_64], WITHOUT[GQA_128]], ids=["gta-1b", GQA_64, GQA_128])
+@pytest.mark.parametrize("features", FEATURES)
+def test_the_kernels_of_a_managed_cache_do_not_spill(
+    features: str, sizes: Sizes, cache: str, compute: str, architecture: str
+) -> None:
+    is_default = (features, cache, compute, architecture) in (
+        ("tree", "as computed", "bf16", "sm_87"),
+        ("policy", "int8", "fp16", "sm_87"),
+    )
+    if not (ALL_COMPILES or (is_default and sizes is SIZES)):
+        pytest.skip("GTA_EDGE_ALL_COMPILES=1 compiles it")
+    variant = Variant(sizes, compute, compute if cache == "as computed" else cache, FEATURES[features])
+    check_kernels(programs_for(variant, architecture), architecture)
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("architecture", BUILT_FOR)
+@pytest.mark.parametrize("cache", ["as computed", "int8", "fp8"])
+def test_the_kernels_for_rows_of_caches_do_not_spill(cache: str, architecture: str) -> None:
+    if not (ALL_COMPILES or architecture == "sm_87"):
+        pytest.skip("GTA_EDGE_ALL_COMPILES=1 compiles it")
+    for compute in ("fp16", "bf16"):
+        program = CacheProgram(compute, compute if cache == "as computed" else cache)
+        resources = compile_program(program, architecture, KERNELS).resources
+        assert set(resources) == set(program.kernels)
+        assert not any(each.spill_bytes or each.stack_bytes for each in resources.values()), resources
+
+
 EXTREMES = {
     "smallest": Sizes(1, 1, 1, 16, 16, 16),
     "widest": Sizes(8, 4, 2, 128, 256, 8 * 256),
@@ -516,7 +556,7 @@ def test_other_sizes_compile(sizes: Sizes, cache: str, architecture: str) -> Non
 
 def check_kernels(programs: Programs, architecture: str, *, may_spill: bool = False) -> None:
     """Compile, and compare what each kernel takes with what a launch and the GPU allow."""
-    launches = {programs.decode: decode_launches(programs.decode, 8, 1, 1, DECODE_TOKENS)}
+    launches = {program: decode_launches(program, 8, 1, 1, DECODE_TOKENS) for program in programs.decodes}
     launches |= {program: prefill_launches(program, 1, 300) for program in programs.prefill}
     _, block_kib = ARCHITECTURES[architecture]
     too_much = []

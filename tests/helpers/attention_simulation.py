@@ -42,8 +42,12 @@ def simulate(
     sources: Path = KERNELS,
     prefill: int | None = None,
     min_tokens: int | None = 64,
-) -> None:
-    """Run the op's launches on the case's arrays; ``prefill`` takes that program whatever the number of tokens."""
+) -> int:
+    """Run the op's launches on the case's arrays; ``prefill`` takes that program whatever the number of tokens.
+
+    Returns:
+        Bytes of caches that were read (of a prompt, of the value decoder too).
+    """
     programs = programs_of(case.variant, min_tokens)
     sizes = {"batch": case.batch, "tokens": case.tokens}
     if prefill is None:
@@ -68,7 +72,7 @@ def simulate(
         specs.append(LaunchSpec(launch.kernel, grid.grid, grid.threads, grid.shared_bytes, arguments))
     programme = simulator(launches[0].program, sources)
     programme.compile(builds)
-    programme.run(specs, seed)
+    return programme.run(specs, seed)
 
 
 def check(case: cases.Case, builds: Path, **options: Any) -> None:

@@ -113,8 +113,12 @@ class Simulator:
         include = [HERE, *(path.resolve() for path in self.include)]
         return _build(directory, HERE / "kernels.cpp", flags, include, *map(str, driver), depends=[self.source.parent])
 
-    def run(self, launches: Sequence[LaunchSpec], seed: int) -> None:
-        """Run the launches one after the other and update the arrays that they have as arguments."""
+    def run(self, launches: Sequence[LaunchSpec], seed: int) -> int:
+        """Run the launches one after the other and update the arrays that they have as arguments.
+
+        Returns:
+            Bytes of global memory that asynchronous copies have read.
+        """
         program = self.compile(_own_directory())  # if nobody has before
         buffers = _Buffers()
         rest = b"".join(_launch(launch, buffers, seed * 1_000_003 + i) for i, launch in enumerate(launches))
@@ -129,7 +133,9 @@ class Simulator:
                 raise SimulationError(f"the kernels still run after {self.timeout_s} s") from None
             if done.returncode:
                 raise SimulationError(_report(done.stderr.decode(errors="replace")) or f"exit {done.returncode}")
-            buffers.update(result.read_bytes())
+            content = result.read_bytes()
+            buffers.update(content)
+            return int.from_bytes(content[-8:], "little")
 
 
 class _Buffers:

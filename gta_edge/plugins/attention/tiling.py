@@ -266,7 +266,9 @@ def decode_splits(program: Program, processors: int, batch: int, tokens: int, ca
     blocks share out the true length by themselves, so the number depends on nothing that changes from step to step.
     """
     others = batch * program.tile("GTA_DECODE_GROUPS") * row_blocks(program, tokens)
-    resident = processors * min(program.resident_blocks, 2)
+    # 8 warps of a managed cache's kernel have more than half of the registers
+    alone = program.variant.features != NO_FEATURES and program.threads >= MAX_ROW_TILES * WARP
+    resident = processors * min(program.resident_blocks, 1 if alone else 2)
     fewest, most = -(-capacity // MAX_SPLIT_TOKENS), -(-capacity // program.tile("GTA_DECODE_MIN_TOKENS"))
     return min(max(resident // others, fewest), most)
 

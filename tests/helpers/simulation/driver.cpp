@@ -415,11 +415,14 @@ void perform(Copy& copy) {
     }
 }
 
+long long copied_bytes = 0;  // by asynchronous copies, from global memory
+
 void copy_async(const char* name, void* shared, const void* global, int bytes, bool valid, void* place) {
     const auto size = static_cast<size_t>(bytes);
     check_shared(name, shared, size);
     if (reinterpret_cast<uintptr_t>(global) % size) fault("%s: misaligned source %p", name, global);
     if (valid) {
+        copied_bytes += bytes;
         if (in_shared_memory(global, 1)) fault("%s: the source is in shared memory", name);
         const auto* stack = fibers[current].stack;
         if (global >= stack && global < stack + stack_bytes) fault("%s: the source is a local variable", name);
@@ -811,6 +814,7 @@ int main(int count, char** values) {
     if (!result) fault("%s cannot be written", values[2]);
     for (const Buffer& buffer : buffers)
         if (buffer.size && fwrite(buffer.bytes, buffer.size, 1, result) != 1) fault("the result cannot be written");
+    if (fwrite(&copied_bytes, sizeof copied_bytes, 1, result) != 1) fault("the result cannot be written");
     if (fclose(result)) fault("the result cannot be written");
     return 0;
 }

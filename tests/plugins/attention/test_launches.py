@@ -129,6 +129,7 @@ def test_rows_of_a_tree_share_one_reading_of_the_cache() -> None:
     for tokens, program, blocks in ((3, narrow, 1), (4, wide, 1), (25, wide, 1), (64, wide, 3)):
         launch = plan_attention(of, 8, batch=1, tokens=tokens, capacity=1000).launches[0]
         assert (launch.program, launch.launch.grid[1]) == (program, blocks)
+    assert plan_attention(of, 8, batch=1, tokens=20, capacity=4096).numbers["splits"] == 8  # one a multiprocessor
     assert of.prefill == ()
     with pytest.raises(BackendError, match="a tree has 65 new tokens; expected at most 64"):
         plan_attention(of, 8, batch=1, tokens=65, capacity=1000)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from gta_edge.plugins.attention import launches as plan
+from gta_edge.plugins.attention.tiling import Variant
 from gta_edge.plugins.domain import KERNELS
 from tests.helpers import attention_cases as cases
 from tests.helpers.attention_simulation import ARCHITECTURE, simulate
@@ -278,6 +279,37 @@ def test_a_ragged_batch_is_its_sequences_one_at_a_time(builds, tokens):
         assert cases.error(arrays["output"], expected) <= 2 * cases.TOLERANCE["bf16"]
         used = batch.lengths[i] + tokens
         np.testing.assert_allclose(arrays["received"][0, :used], batch.arrays["received"][i, :used], rtol=1e-4)
+
+
+# --- bytes ------------------------------------------------------------------------------------------------------------
+
+
+def row_bytes(of: Variant) -> int:
+    """Bytes of all heads of a cached row."""
+    sizes, scales = of.sizes, 4 * of.quantised
+    keys = sizes.num_key_heads * (sizes.key_dim * of.cache_itemsize + scales)
+    return keys + sizes.num_latent_heads * (sizes.latent_dim * of.cache_itemsize + scales)
+
+
+@pytest.mark.parametrize("cache", ["bf16", "int8"])
+@pytest.mark.parametrize("model", ["gta-1b", "gqa-1b"])
+def test_a_tree_of_20_branches_reads_the_prompt_once(builds, model, cache):
+    """Branches of 4 tokens and a new one each, over a prompt of 1,024: of all of it, each row is read once."""
+    of = cases.variant(*GTA_1B, "bf16", cache) if model == "gta-1b" else cases.grouped_query(20, 5, 64, "bf16", cache)
+    past, leaves = 1024 + 20 * 4, np.arange(20)
+    case = make(managed(of, None, 0, True, True), (past,), 20, past + 20)
+    case.arrays["branch_start"][:] = 1024
+    case.arrays["branches"] = (np.int64(1) << np.concatenate([leaves.repeat(4), leaves]))[None]
+    read = simulate(case, builds, processors=8, min_tokens=None)
+    assert read == (past + 20) * row_bytes(of)
+    once_each = sum(cases.visible(case, 0).sum(-1)) * row_bytes(of)  # as 20 sequences of their own read it
+    assert read < once_each / 15
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 16])
+def test_who_observes_reads_the_cache_once(builds, tokens):
+    case = make(VARIANTS["last, int8"], (500,), tokens, 600)
+    assert simulate(case, builds, processors=8) == (500 + tokens) * row_bytes(case.variant)
 
 
 # --- faults are seen --------------------------------------------------------------------------------------------------
