@@ -58,8 +58,10 @@ class Ours:
 
     def __init__(self, spec: dict[str, Any]) -> None:
         import gta_edge
+        from gta_edge.runtime.cache_policies import policy
 
-        options = {"threads": spec["threads"], "cache_dtype": spec.get("cache_dtype")}
+        cache = policy(**spec["cache"]) if spec.get("cache") else None
+        options = {"threads": spec["threads"], "cache_dtype": spec.get("cache_dtype"), "cache": cache}
         self._session = gta_edge.load(spec["model"], backend="onnxruntime", **options)
         self._token = 0
 
@@ -191,7 +193,8 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         spec: ``engine`` (of ``ENGINES``), ``model`` (directory or file), ``context``, ``new_tokens``, ``vocab_size``;
-            ``threads`` and ``chunk_size``, which the peer may lack: then it runs as it comes.
+            ``threads`` and ``chunk_size``, which the peer may lack: then it runs as it comes; ``cache``, name and
+            options of our cache policy, or none.
 
     Returns:
         seconds, milliseconds per token, tokens/s, bytes.

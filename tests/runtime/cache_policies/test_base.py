@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from gta_edge.errors import InputError
 from gta_edge.runtime.cache_policies import COMMON, OPTIONS, POLICIES, policy
 from gta_edge.runtime.cache_policies.base import DROPPED, CachePolicy, Rows
-from tests.helpers.cache_rows import kept, permuted
+from tests.helpers.policy_rows import kept, permuted
 
 NAMES = sorted(POLICIES)
 OWN = [name for name in NAMES if name != "measured"]  # which decides nothing itself

@@ -11,7 +11,7 @@ import pytest
 
 from gta_edge.runtime.cache_policies import policy
 from gta_edge.runtime.cache_policies.base import CachePolicy, Rows
-from tests.helpers.cache_rows import Array, attention, kept, prompt_rows
+from tests.helpers.policy_rows import Array, attention, kept, prompt_rows
 
 T, HEADS = 60, 3
 
