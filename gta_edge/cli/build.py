@@ -7,12 +7,14 @@ from typing import Annotated
 
 import typer
 
+from gta_edge.cli.cache_options import CacheChoice, policy_of, takes_cache_policy
 from gta_edge.cli.choices import CacheDtype, Compute, Engine, Matmul, value_of
 from gta_edge.cli.output import current
 
 __all__ = ["build"]
 
 
+@takes_cache_policy
 def build(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The bundle.")],
     engine: Annotated[
@@ -33,7 +35,11 @@ def build(
     ] = Matmul.AUTO,
     max_length: Annotated[
         int | None,
-        typer.Option(min=1, help="Tokens that the cache holds; by default 4096, or the model's max context."),
+        typer.Option(
+            min=1,
+            help="Tokens that the cache holds; by default 4096, or the model's max context. With --cache-policy, which "
+            "holds rows, positions: the max context.",
+        ),
     ] = None,
     max_batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 1,
     compute_capability: Annotated[
@@ -51,6 +57,7 @@ def build(
     ] = None,
     verify_hashes: Annotated[bool, typer.Option("--verify-hashes", help="Hash the weights first.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an engine that is there.")] = False,
+    cache: CacheChoice | None = None,
 ) -> None:
     """Build a TensorRT engine of a bundle, or write the model for other tools."""
     from gta_edge.formats.bundle import Bundle
@@ -65,7 +72,9 @@ def build(
     out = current()
     with out.progress() as progress:
         opened = Bundle.open(bundle, verify_hashes=verify_hashes, progress=progress)
-        length = max_length or min(4096, opened.config.max_position_embeddings)
+        policy = policy_of(cache)
+        positions = opened.config.max_position_embeddings
+        length = max_length or (min(4096, positions) if policy is None else positions)
         computes = value_of(compute) or BACKENDS[engine.value].default_compute(opened.precision)
         spec = EngineSpec(
             engine=engine.value,
@@ -76,6 +85,8 @@ def build(
             chunk_size=min(builder.CHUNK_SIZE, length),
             matmul=matmul.value,
         )
+        if policy is not None:
+            spec = builder.managed_spec(opened, spec, policy)
         builder.check_spec(opened, spec)
         needed = builder.requirement(opened, spec)
         if onnx_only:
@@ -87,11 +98,15 @@ def build(
             written = builder.build(opened, spec, compute_capabilities=capabilities, force=force, progress=progress)
     multiplied_by = builder.matmul_of(written) if opened.precision in ("int4", "int8") else None
     document = {"written": str(written), **vars(spec), "estimated_peak_bytes": None if onnx_only else needed.peak}
+    managed = document.pop("managed")
+    if managed is not None:
+        document |= {"cache_policy": managed.policy, "cache_rows": list(managed.capacities)}
     # two keys that the first documents had stay
     document |= {"int4": spec.matmul, "matmul": multiplied_by, "products": multiplied_by}
     if out.json:
         out.document(document)
     else:
-        cache = f"a cache of {spec.max_length} tokens in {spec.cache_dtype}"
+        held = f"{spec.max_length} tokens" if spec.managed is None else f"{max(spec.managed.capacities)} rows"
+        kept = f"a cache of {held} in {spec.cache_dtype}"
         matmuls = f", {multiplied_by} matmuls" if multiplied_by else ""
-        print(f"{written}: {spec.engine}, {spec.compute}, {cache}{matmuls}")
+        print(f"{written}: {spec.engine}, {spec.compute}, {kept}{matmuls}")

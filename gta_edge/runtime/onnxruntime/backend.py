@@ -61,6 +61,7 @@ class _OnnxRuntimeCuda(Backend):
     modules = ("onnxruntime", "onnx", "onnx_ir", "tokenizers")
     device = "gpu"
     compute_types = FLOAT_TYPES
+    manages_cache = True
 
     def _step_sizes(self) -> tuple[int, int]:
         from gta_edge.runtime.onnxruntime.cuda_session import CHUNK_SIZE

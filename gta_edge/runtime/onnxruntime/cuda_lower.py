@@ -16,15 +16,18 @@ import numpy as np
 from gta_edge.errors import BundleError
 from gta_edge.formats.bundle import Bundle
 from gta_edge.graph.builder import Nodes, take_place
-from gta_edge.graph.io import load_graph, rewriting, run_passes, serialised, store_weights
+from gta_edge.graph.io import load_graph, reuse_weights, rewriting, run_passes, serialised, store_weights
+from gta_edge.graph.manage_cache import ManageCachePass
 from gta_edge.graph.pack_embedding import PackEmbeddingPass
 from gta_edge.graph.retype import ConvertPrecisionPass
 from gta_edge.graph.share_dimensions import ShareDimensionsPass
 from gta_edge.libraries.optional import optional
 from gta_edge.numerics.dtypes import DTYPES
+from gta_edge.plugins.attention.definition import Features
 from gta_edge.runtime.onnxruntime.passes.fuse_matmuls import FuseMatMulsPass
 from gta_edge.runtime.onnxruntime.passes.fuse_norms import FuseNormsPass
 from gta_edge.runtime.onnxruntime.passes.multiply_by_head import MultiplyByHeadPass
+from gta_edge.runtime.onnxruntime.passes.spell_for_cuda import SpellForCudaPass
 from gta_edge.support.progress import Progress, silent
 from gta_edge.support.text import brief
 from gta_edge.support.threads import threads_to_use
@@ -35,7 +38,7 @@ if TYPE_CHECKING:
 else:
     ir, common = optional("onnx_ir", "ort-gpu"), optional("onnx_ir.passes.common", "ort-gpu")
 
-__all__ = ["cuda_graph", "cuda_model"]
+__all__ = ["cuda_graph", "cuda_model", "managed_cuda_graph"]
 
 _FLOAT32_PRODUCTS = 1  # MatMulNBits' accuracy level on a CPU; CUDA's kernel multiplies in its input's type anyway
 _SCALE, _BIAS = 2, 5  # inputs of MatMulNBits
@@ -49,6 +52,7 @@ def cuda_graph(
     progress: Progress = silent,
     *,
     everything: bool = False,
+    features: Features | None = None,
 ) -> bytes:
     """Return the graph, serialised, and write its weights.
 
@@ -59,6 +63,7 @@ def cuda_graph(
         location: what the graph calls that file; all other weights stay in the bundle's own.
         progress: told of each.
         everything: write all weights, so that the graph needs nothing of the bundle.
+        features: of a managed cache; None for none.
 
     Raises:
         BundleError: the bundle's graph cannot be read or is none that export writes, or its weights cannot be read.
@@ -66,18 +71,37 @@ def cuda_graph(
         BackendError: onnx-ir is not installed.
         EngineError: a weight is beyond float16's range.
     """
-    path, model = bundle.model_path, cuda_model(bundle, compute)
+    path, model = bundle.model_path, cuda_model(bundle, compute, features)
     workers = threads_to_use(2, asked=False)
     store_weights(model, path, weights, location, progress, everything=everything, workers=workers)
     return serialised(model, path)
 
 
-def cuda_model(bundle: Bundle, compute: str) -> ir.Model:
+def managed_cuda_graph(bundle: Bundle, compute: str, features: Features, plain: bytes) -> bytes:
+    """Return the graph of a managed cache, serialised, which reads the weights that were written for another.
+
+    Args:
+        bundle: the model.
+        compute: ``fp16``, ``bf16`` or ``fp32``.
+        features: of the attention.
+        plain: the graph without them, as ``cuda_graph`` gave it: it says where its weights are.
+
+    Raises:
+        BundleError: as ``cuda_graph``, and where a weight is not among those.
+        CapacityError, BackendError, EngineError: as ``cuda_graph``.
+    """
+    model = cuda_model(bundle, compute, features)
+    reuse_weights(model, bundle.model_path, plain)
+    return serialised(model, bundle.model_path)
+
+
+def cuda_model(bundle: Bundle, compute: str, features: Features | None = None) -> ir.Model:
     """Return the graph with its weights still to be written; otherwise as ``cuda_graph``."""
     model = load_graph(bundle.model_path, bundle.config, "ort-gpu")
     run_passes(
         model,
         bundle.model_path,
+        *([] if features is None else [ManageCachePass(features)]),
         PackEmbeddingPass(),
         common.InlinePass(),
         ShareDimensionsPass(),
@@ -85,6 +109,7 @@ def cuda_model(bundle: Bundle, compute: str) -> ir.Model:
         FuseMatMulsPass(_FLOAT32_PRODUCTS),
         FuseNormsPass(),
         MultiplyByHeadPass(),
+        SpellForCudaPass(),
     )
     with rewriting(bundle.model_path):
         _convert_matmuls(model, ir.DataType[DTYPES[compute].onnx])

@@ -7,12 +7,14 @@ logits have memory of their own that stays where it is.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from gta_edge.cuda.session import free_gpu_bytes
 from gta_edge.errors import BackendError, CapacityError, GtaEdgeError, OutputError
@@ -26,10 +28,27 @@ from gta_edge.libraries.onnxruntime import (
     quiet,
     why_no_gpu,
 )
-from gta_edge.model.kv_cache import LOGITS, PAST, PRESENT, TOKEN_INPUTS, interface_names
+from gta_edge.model.kv_cache import (
+    DECAY,
+    INPUT_IDS,
+    LOGIT_POSITIONS,
+    LOGITS,
+    PAST_LENGTH,
+    POSITIONS,
+    QUERY_WEIGHT,
+    ROW_BIAS,
+    TOKEN_INPUTS,
+    CacheTensor,
+    interface_names,
+    managed_shapes,
+    received_name,
+)
 from gta_edge.numerics.dtypes import DTYPES
-from gta_edge.runtime.cache_moves import ManagedStep
-from gta_edge.runtime.cache_state import CacheState
+from gta_edge.plugins.attention.definition import Features
+from gta_edge.runtime.cache_moves import ManagedStep, Moves
+from gta_edge.runtime.cache_policies.base import CachePolicy
+from gta_edge.runtime.managed_cache import OBSERVED_TOKENS, cache_state
+from gta_edge.runtime.onnxruntime.cache_rows import CacheRows
 from gta_edge.runtime.onnxruntime.lowered import GRAPH, PACKED, Form, cached_graph
 from gta_edge.runtime.onnxruntime.model import OpenModel, model_files, open_model
 from gta_edge.runtime.session import Ids, Logits, Session
@@ -47,8 +66,13 @@ _CAPACITY_STEP = 2048
 """Every growth copies the cache through the host's memory and captures the step anew."""
 
 _REVISION = 1  # of what cuda_lower does
+_RECEIVED_DTYPE = "fp32"
 _FATAL = 4
 _NO_GRAPH = -1  # as gpu_graph_id: run without one
+
+
+Inputs = dict[str, npt.NDArray[Any]]
+"""Inputs of a step by name, but for caches."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +85,7 @@ class _Step:
 
     shape: tuple[int, int, int]  # B, T, M
     binding: Any
-    input_ids: Any
-    past_length: Any
-    logit_positions: Any
+    inputs: dict[str, Any]  # by name
     logits: Any
     graph_id: int
 
@@ -77,6 +99,7 @@ class OnnxRuntimeCudaSession(Session):
         device: ``cuda``, or ``cpu`` for the same session on ONNX Runtime's CPU provider, which lacks bf16 and CUDA
             graphs: it is for tests.
         device_id: CUDA's number for the GPU.
+        cache: policy that says which rows of the cache stay; None for all.
         progress: told of weights that are converted or repacked.
         options: as ``CacheState`` takes them; ``capacity_step`` as large as the longest context avoids all growth.
 
@@ -84,6 +107,7 @@ class OnnxRuntimeCudaSession(Session):
         BackendError: ONNX Runtime or its CUDA provider is missing, there is no GPU, or the model is refused.
         EngineError: a weight is beyond float16's range.
         CapacityError: the GPU has no room for the weights.
+        InputError: the policy makes no sense for the model.
     """
 
     backend = "onnxruntime-cuda"
@@ -96,12 +120,21 @@ class OnnxRuntimeCudaSession(Session):
         compute: str,
         device: str = "cuda",
         device_id: int = 0,
+        cache: CachePolicy | None = None,
         progress: Progress = silent,
         **options: Any,
     ) -> None:
         self.compute = compute
         options = {"chunk_size": CHUNK_SIZE, "capacity_step": _CAPACITY_STEP} | options
-        super().__init__(bundle.config, CacheState(bundle.config, compute, **options))
+        if cache is not None:
+            options["observed_tokens"] = OBSERVED_TOKENS
+        state = cache_state(bundle.config, compute, cache, **options)
+        super().__init__(bundle.config, state)
+        self._features = state.features
+        self._tensors = state.tensors
+        if self._features is not None and self._features.observe:
+            layers = range(bundle.config.num_hidden_layers)
+            self._tensors += [CacheTensor(received_name(layer), 1, None, _RECEIVED_DTYPE) for layer in layers]
         on_gpu = device == "cuda"
         self.device = "gpu" if on_gpu else "cpu"
         self._onnxruntime = load_onnxruntime_cuda(device_id) if on_gpu else load_onnxruntime("ort-gpu")
@@ -130,10 +163,13 @@ class OnnxRuntimeCudaSession(Session):
     def _open(self) -> OpenModel:
         """Return the model in ONNX Runtime: of the graph that is cached in the bundle, or of one made for now."""
         bundle, compute = self._bundle, self.compute
-        graph = cached_graph(bundle, _form(compute), progress=self._progress)
+        form = _form(compute)
+        graph = cached_graph(bundle, form, progress=self._progress)
+        if graph is not None and self._features is not None:
+            graph = cached_graph(bundle, _managed_form(compute, self._features, graph), progress=self._progress)
         if graph is not None:
             try:
-                return self._created(graph, model_files(bundle, _form(compute).directory))
+                return self._created(graph, model_files(bundle, form.directory))
             except CapacityError:
                 raise
             except BackendError:  # another process may have replaced what was cached, while ONNX Runtime read it
@@ -143,7 +179,8 @@ class OnnxRuntimeCudaSession(Session):
         try:
             with scratch_directory() as temporary:
                 weights = temporary.resolve() / PACKED
-                graph = cuda_graph(bundle, compute, weights, weights.name, self._progress, everything=True)
+                options: dict[str, Any] = {"everything": True, "features": self._features}
+                graph = cuda_graph(bundle, compute, weights, weights.name, self._progress, **options)
                 return self._created(graph, {weights.name: weights})
         except (OSError, OutputError) as error:
             reason = (error.strerror or error) if isinstance(error, OSError) else error
@@ -204,10 +241,17 @@ class OnnxRuntimeCudaSession(Session):
             ) from error
         if device == "cuda" and CUDA_PROVIDER not in opened.session.get_providers():
             raise BackendError(f"ONNX Runtime {module.__version__} left the GPU unused", "run `gta-edge doctor`")
-        if {value.name for value in opened.session.get_inputs()} != set(interface_names(self.config)[0]):
+        if {value.name for value in opened.session.get_inputs()} != self._interface():
             opened.close()
             raise BackendError(f"{model}: the graph is not that of config.json", "export the bundle again")
         return opened
+
+    def _interface(self) -> set[str]:
+        names = set(interface_names(self.config)[0])
+        if self._features is None:
+            return names
+        sizes = {"batch": 1, "tokens": 1}
+        return names | set(managed_shapes(self._features, **sizes, capacities=[1] * self.config.num_hidden_layers))
 
     def _release(self) -> None:
         self._clear()
@@ -230,13 +274,12 @@ class OnnxRuntimeCudaSession(Session):
     def _resize(self, batch: int, capacities: Sequence[int]) -> None:
         self._forget_steps()  # they hold addresses of the old buffers
         # zeroed: rows that are not visible get weight zero, and zero times garbage could be NaN
-        dtype = np.float32 if self.compute == "fp32" else np.float16  # 16 bits of bf16 are carried as such
         try:
             with self._cache.replacing(batch, self._clear):
                 filled = self._cache.filled
-                for tensor in self._cache.tensors:  # one at a time: never twice the whole cache
+                for tensor in self._tensors:  # one at a time: never twice the whole cache
                     old = self._caches.pop(tensor.name, None)
-                    content = np.zeros(tensor.shape(batch, capacities[tensor.layer]), dtype)
+                    content = np.zeros(tensor.shape(batch, capacities[tensor.layer]), _carried(tensor))
                     if old is not None:
                         content[:, :, :filled] = old.numpy()[:, :, :filled]
                     del old
@@ -262,8 +305,12 @@ class OnnxRuntimeCudaSession(Session):
             self._model.check()
         if not wanted:  # logits for one position at least: not every kernel takes none
             logit_positions = np.zeros((len(input_ids), 1), np.int64)
+        inputs: Inputs = dict(zip(TOKEN_INPUTS, (input_ids, past_length, logit_positions), strict=True))
+        if managed is not None:
+            names = PAST_LENGTH, POSITIONS, ROW_BIAS, QUERY_WEIGHT, DECAY
+            inputs |= {name: array for name in names if (array := getattr(managed, name)) is not None}
         try:
-            return self._appended(input_ids, past_length, logit_positions)[:, :wanted]
+            return self._appended(inputs)[:, :wanted]
         except Exception as error:  # ONNX Runtime's errors have no common base
             self._reject(error, input_ids)
             self.graph_refused = first_line(error)
@@ -272,7 +319,7 @@ class OnnxRuntimeCudaSession(Session):
         self._forget_steps()
         self._close_model()
         self._model = self._open()
-        return self._run(input_ids, past_length, logit_positions)[:, :wanted]
+        return self._run(input_ids, past_length, logit_positions, managed)[:, :wanted]
 
     def _reject(self, error: Exception, input_ids: Ids) -> None:
         """Raise our error for one of ONNX Runtime's, unless a CUDA graph may be what failed."""
@@ -287,12 +334,11 @@ class OnnxRuntimeCudaSession(Session):
                 f"ONNX Runtime failed in a step ({first_line(error)})", "export the bundle again"
             ) from error
 
-    def _appended(self, input_ids: Ids, past_length: Ids, logit_positions: Ids) -> Logits:
-        step = self._step((*input_ids.shape, logit_positions.shape[1]))
-        step.input_ids.update_inplace(input_ids)
-        step.past_length.update_inplace(past_length)
-        if step.graph_id == _NO_GRAPH:  # of a single token the position is known
-            step.logit_positions.update_inplace(np.ascontiguousarray(logit_positions))
+    def _appended(self, inputs: Inputs) -> Logits:
+        step = self._step(inputs)
+        for name, buffer in step.inputs.items():
+            if name != LOGIT_POSITIONS or step.graph_id == _NO_GRAPH:  # of a single token the position is known
+                buffer.update_inplace(np.ascontiguousarray(inputs[name]))
         self._launch(step)
         logits: Logits = step.logits.numpy()
         return logits.copy() if self._device[0] == "cpu" else logits  # a GPU's are copied as they are brought here
@@ -309,35 +355,88 @@ class OnnxRuntimeCudaSession(Session):
                 self._session.release_captured_graph(step.graph_id)
         self._steps = {}
 
-    def _step(self, shape: tuple[int, int, int]) -> _Step:
-        single = shape[1:] == (1, 1)
+    def _step(self, inputs: Inputs) -> _Step:
+        (batch, tokens), positions = inputs[INPUT_IDS].shape, inputs[LOGIT_POSITIONS].shape[1]
+        single, shape = (tokens, positions) == (1, 1), (batch, tokens, positions)
         step = self._steps.get(single)
         if step is None or step.shape != shape:
-            step = self._steps[single] = self._bound(shape, single and self.graph_refused is None)
+            step = self._steps[single] = self._bound(shape, inputs, single and self.graph_refused is None)
         return step
 
-    def _bound(self, shape: tuple[int, int, int], with_graph: bool) -> _Step:
-        batch, tokens, positions = shape
+    def _bound(self, shape: tuple[int, int, int], inputs: Inputs, with_graph: bool) -> _Step:
+        batch, _, positions = shape
         if with_graph:
             self._graph_ids += 1  # never one that was used: ONNX Runtime would replay the old graph
         step = _Step(
             shape=shape,
             binding=self._session.io_binding(),
-            input_ids=self._buffer(np.zeros((batch, tokens), np.int64)),
-            past_length=self._buffer(np.zeros(batch, np.int64)),
-            logit_positions=self._buffer(np.zeros((batch, positions), np.int64)),
+            inputs={name: self._buffer(np.zeros(array.shape, array.dtype)) for name, array in inputs.items()},
             logits=self._buffer(np.zeros((batch, positions, self.config.vocab_size), np.float32)),
             graph_id=self._graph_ids if with_graph else _NO_GRAPH,
         )
-        for name in TOKEN_INPUTS:
-            step.binding.bind_ortvalue_input(name, getattr(step, name))
+        for name, buffer in step.inputs.items():
+            step.binding.bind_ortvalue_input(name, buffer)
         step.binding.bind_ortvalue_output(LOGITS, step.logits)
-        kind = DTYPES[self.compute].onnx_number
-        for name, cache in self._caches.items():
-            place = *self._device, kind, cache.shape(), cache.data_ptr()
-            step.binding.bind_input(PAST + name, *place)
-            step.binding.bind_output(PRESENT + name, *place)
+        for tensor in self._tensors:
+            cache = self._caches[tensor.name]
+            seen = cache.shape() if tensor.name not in self._received_names else [batch, cache.shape()[2]]
+            place = *self._device, DTYPES[tensor.dtype].onnx_number, seen, cache.data_ptr()
+            step.binding.bind_input(tensor.past, *place)
+            step.binding.bind_output(tensor.present, *place)
         return step
+
+    # --- a managed cache -------------------------------------------------------------------------------------------
+
+    @property
+    def _received_names(self) -> list[str]:
+        observe = self._features is not None and self._features.observe
+        return [received_name(layer) for layer in range(self.config.num_hidden_layers)] if observe else []
+
+    def _received(self) -> list[npt.NDArray[np.float32]]:
+        return [self._caches[name].numpy()[:, 0] for name in self._received_names]
+
+    def _move(self, moves: Moves) -> None:
+        self._change({*moves.moves[:, 0].tolist(), *moves.folds[:, 0].tolist()}, lambda rows: rows.move(moves))
+
+    def _rotate(self, shifts: Sequence[Ids]) -> None:
+        for layer, shift in enumerate(shifts):
+            if shift.any():
+                alone = [each if i == layer else np.zeros_like(each) for i, each in enumerate(shifts)]
+                self._change({layer}, lambda rows, alone=alone: rows.rotate(alone))  # type: ignore[misc]
+
+    def _change(self, layers: set[int], change: Callable[[CacheRows], None]) -> None:
+        """Change rows of some layers: what is theirs comes to the host's memory, one layer after the other, and goes
+        back.
+        """
+        try:
+            tensors = [tensor for tensor in self._tensors if tensor.layer in layers]
+            arrays = {tensor.name: np.array(self._caches[tensor.name].numpy()) for tensor in tensors}
+            values = {each.name: arrays[each.name].view(DTYPES[each.dtype].numpy) for each in tensors}
+            change(CacheRows(self.config, tensors, values))
+            for name, array in arrays.items():
+                self._caches[name].update_inplace(array)
+        except MemoryError as error:
+            raise CapacityError(
+                "no memory to move rows of the cache, which was emptied", "give fewer rows, or close other programs"
+            ) from error
+
+
+def _carried(tensor: CacheTensor) -> npt.DTypeLike:
+    """Return the type of arrays that carry a tensor's values: the 16 bits of bf16 as float16."""
+    return np.float32 if tensor.dtype == "fp32" else np.float16
+
+
+def _managed_form(compute: str, features: Features, plain: bytes) -> Form:
+    """Return the form of a managed cache, beside that of ``plain``, whose weights it reads."""
+
+    def make(bundle: Bundle, weights: Path, location: str, progress: Progress) -> dict[str, bytes]:
+        from gta_edge.runtime.onnxruntime.cuda_lower import managed_cuda_graph
+
+        return {GRAPH: managed_cuda_graph(bundle, compute, features, plain)}
+
+    name = f"{_form(compute).directory}-{features.observe or 'unobserved'}-{features.bias_rows}"
+    options = {"compute": compute, "weights_of": hashlib.sha256(plain).hexdigest()}
+    return Form(name, make, _REVISION, options)
 
 
 def _form(compute: str) -> Form:

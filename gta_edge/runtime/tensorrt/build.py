@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,7 @@ from gta_edge.runtime.tensorrt.engine import (
     has_engine,
     write_engine,
 )
+from gta_edge.runtime.tensorrt.engine_cache import EngineCache
 from gta_edge.runtime.tensorrt.engine_kind import ENGINES
 from gta_edge.support.choices import unknown
 from gta_edge.support.files import new_directory, scratch_directory
@@ -41,6 +42,7 @@ from gta_edge.support.progress import Progress, silent
 from gta_edge.support.text import brief
 
 if TYPE_CHECKING:
+    from gta_edge.runtime.cache_policies.base import CachePolicy
     from gta_edge.runtime.tensorrt.builder import Target
 
 __all__ = [
@@ -51,6 +53,7 @@ __all__ = [
     "build",
     "check_spec",
     "lower_only",
+    "managed_spec",
     "matmul_of",
     "profile_shapes",
     "requirement",
@@ -250,6 +253,27 @@ def profile_shapes(bundle: Bundle, spec: EngineSpec) -> list[dict[str, tuple[tup
     return profiles
 
 
+def managed_spec(bundle: Bundle, spec: EngineSpec, policy: CachePolicy) -> EngineSpec:
+    """Return what an engine for a cache policy is built for.
+
+    Args:
+        bundle: the model, perhaps with measured budgets.
+        spec: what it would be built for without; of its chunk so much stays as suits the policy.
+        policy: which rows of the cache stay.
+
+    Raises:
+        InputError: the policy makes no sense for this model.
+    """
+    from gta_edge.runtime.managed_cache import GPU_CHUNK_SIZE
+
+    _check_length(bundle.config, spec)
+    chunk = min(spec.chunk_size, GPU_CHUNK_SIZE)
+    options: dict[str, Any] = {"chunk_size": chunk, "max_length": spec.max_length}
+    options["limit"] = f"--max-length is {spec.max_length}"
+    managed = EngineCache.of(policy.for_bundle(bundle), bundle.config, spec.cache_dtype, **options)
+    return replace(spec, chunk_size=chunk, managed=managed)
+
+
 def check_spec(bundle: Bundle, spec: EngineSpec) -> None:
     """Refuse what no engine of this model can be built for, before anything is worked out from it.
 
@@ -274,16 +298,20 @@ def check_spec(bundle: Bundle, spec: EngineSpec) -> None:
             )
         )
     _check_matmul_choice(bundle, spec)
-    if not 1 <= spec.max_length <= config.max_position_embeddings:
-        raise InputError(
-            f"--max-length is {brief(spec.max_length)}",
-            f"the model has positions for 1 to {config.max_position_embeddings}",
-        )
+    _check_length(config, spec)
     room = min(spec.capacities(config))
     if not 1 <= spec.chunk_size <= room:
         raise InputError(f"a chunk has {spec.chunk_size} tokens", f"expected 1 to the {room} of the cache")
     if not 1 <= spec.max_batch <= 256:
         raise InputError(f"--max-batch is {brief(spec.max_batch)}", "expected 1 to 256")
+
+
+def _check_length(config: ModelConfig, spec: EngineSpec) -> None:
+    if not 1 <= spec.max_length <= config.max_position_embeddings:
+        raise InputError(
+            f"--max-length is {brief(spec.max_length)}",
+            f"the model has positions for 1 to {config.max_position_embeddings}",
+        )
 
 
 def _check_memory(

@@ -31,6 +31,7 @@ from gta_edge.libraries.install import install_command
 from gta_edge.model.config import parse_config
 from gta_edge.model.kv_cache import cache_bytes
 from gta_edge.numerics.dtypes import FLOAT_TYPES
+from gta_edge.plugins.attention.definition import Features
 from gta_edge.runtime.onnxruntime import cuda_session as backend
 from gta_edge.runtime.onnxruntime.backend import ONNXRUNTIME_CUDA
 from gta_edge.runtime.onnxruntime.cuda_lower import cuda_graph, cuda_model
@@ -166,6 +167,20 @@ def used(model: ir.Model) -> set[tuple[str, str]]:
     return found
 
 
+MANAGED = [Features("mass", 2, has_positions=True), Features("last", has_positions=True)]
+"""What a cache policy may ask of a graph."""
+
+
+@pytest.mark.parametrize("features", MANAGED, ids=lambda of: of.observe)
+@pytest.mark.parametrize("compute", FLOAT_TYPES)
+@pytest.mark.parametrize("name", ["more keys", "baseline"])
+def test_every_operator_of_a_managed_cache_has_a_kernel_on_the_gpu(name: str, compute: str, features: Features) -> None:
+    table = documented()
+    found = used(cuda_model(bundle_of(name, "int4"), compute, features))
+    assert {operator for operator, kind in found if kind not in table.get(operator, set())} == set()
+    assert ("ReduceSum", "float") in found
+
+
 @every_model
 @every_precision
 @pytest.mark.parametrize("compute", FLOAT_TYPES)
@@ -182,6 +197,8 @@ def test_the_table_has_nothing_that_is_not_used() -> None:
         for precision in PRECISIONS:
             for compute in FLOAT_TYPES:
                 found |= used(cuda_model(bundle_of(name, precision), compute))
+    for features in MANAGED:
+        found |= used(cuda_model(bundle_of("more keys", "int4"), "fp16", features))
     assert documented().keys() == {operator for operator, _ in found}
 
 
