@@ -1,6 +1,6 @@
 """Compiles the CUDA kernels ahead of time, into the cache that the package reads: no board waits for its first compile.
 
-    python scripts/compile_kernels.py ARCH [--models NAME,...] [--ops attention,matmul,elementwise]
+    python scripts/compile_kernels.py ARCH [--models NAME,...] [--ops attention,matmul,elementwise,cache]
         [--compute fp16,bf16] [--cache-dtypes fp16,bf16,int8,fp8] [--output DIR]
 
 ARCH is ``sm_87`` for Orin, ``sm_110`` for Thor, ``sm_90`` for an H100; no GPU is needed, NVRTC is (the extra cuda12 or
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from gta_edge.cuda.compiler import Compilable, Compiled
     from gta_edge.model.config import ModelConfig
 
-OPS = ("attention", "matmul", "elementwise")
+OPS = ("attention", "matmul", "elementwise", "cache")
 _ELSEWHERE = "name another directory in --output"
 
 
@@ -56,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--models", default="", metavar="NAME,...", help="presets or directories; all presets if not given"
     )
-    parser.add_argument("--ops", default=",".join(OPS), help="some of attention, matmul, elementwise")
+    parser.add_argument("--ops", default=",".join(OPS), help="some of attention, matmul, elementwise, cache")
     parser.add_argument("--compute", default="fp16,bf16", help="types that are computed in")
     parser.add_argument("--cache-dtypes", default="fp16,bf16,int8,fp8", help="types of the KV cache")
     parser.add_argument("--output", type=Path, metavar="DIR", help="instead of this machine's cache")
@@ -119,6 +119,11 @@ def _programs(options: argparse.Namespace) -> Iterator[Compilable]:
         from gta_edge.plugins.elementwise.launches import Program
 
         yield from map(Program, computes)
+    if "cache" in ops:
+        from gta_edge.plugins.cache import launches
+
+        for compute in computes:
+            yield from (launches.Program(compute, each) for each in caches if each in (compute, "int8", "fp8"))
 
 
 def _attention(
