@@ -9,6 +9,7 @@ import rich.text
 
 from gta_edge.cli.output import fill
 from gta_edge.machine.devices import MEASURED, Device
+from gta_edge.model.kv_cache import bytes_per_token
 from gta_edge.plan.roofline import LARGEST_BATCH, Phase, Plan
 
 __all__ = ["comparison", "device_table", "operator_table", "single"]
@@ -25,7 +26,7 @@ def single(console: rich.console.Console, plan: Plan, document: dict[str, Any], 
     _print(console, f"context {plan.context:,}, batch {plan.batch}\n")
     rows = {
         "weights": f"{_gb(memory.weights)}   {_gb(model.weight_bytes)} stored",
-        "cache": f"{_gb(memory.cache)}   {plan.execution.cache_dtype}, {_per_token(plan):,} bytes a token and sequence",
+        "cache": f"{_gb(memory.cache)}   {plan.execution.cache_dtype}, {_cached(plan)}",
         "activations": _gb(memory.activations),
         "runtime": f"{_gb(memory.runtime)}   libraries, context",
         "peak": f"{_gb(memory.peak)}   of {_gb(device.available_bytes)} beside the system's {_gb(device.system_bytes)}",
@@ -206,7 +207,17 @@ def _roofline(plan: Plan) -> str:
 
 
 def _per_token(plan: Plan) -> int:
-    return plan.memory.cache // (plan.context * plan.batch)
+    return bytes_per_token(plan.model.config, plan.execution.cache_dtype)
+
+
+def _cached(plan: Plan) -> str:
+    """Return what of each sequence is cached."""
+    rows = plan.execution.rows
+    if rows is None:
+        return f"{_per_token(plan):,} bytes a token and sequence"
+    least, most = min(rows.budgets), max(rows.budgets)
+    stay = f"{most:,}" if least == most else f"{least:,} to {most:,}"
+    return f"{stay} rows stay in a layer, {max(rows.capacities):,} fit"
 
 
 def _ms(phase: Phase) -> str:

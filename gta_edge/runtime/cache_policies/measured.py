@@ -118,4 +118,4 @@ class Measured(OverRule):
         return LayerRows(rule=self.rule, layer_rows=tuple(rows.tolist()))
 
     def budgets(self, layers: int) -> Integers:
-        raise InputError("the budgets of cache policy measured are a bundle's", "call for_bundle first")
+        raise InputError("the budgets of cache policy measured are a bundle's", "give a bundle that was calibrated")

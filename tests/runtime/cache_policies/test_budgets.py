@@ -103,7 +103,9 @@ def test_any_policy_takes_budgets(bundle: Bundle, tmp_path: Path) -> None:
 
 
 def test_budgets_are_known_with_the_bundle_alone(bundle: Bundle) -> None:
-    with pytest.raises(InputError, match="budgets of cache policy measured are a bundle's; call for_bundle first"):
+    with pytest.raises(
+        InputError, match="budgets of cache policy measured are a bundle's; give a bundle that was calibrated"
+    ):
         policy("measured", rows=10).budgets(2)
 
 
