@@ -84,8 +84,10 @@ class FakeCuda:
             CUfunction_attribute=SimpleNamespace(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES="shared"),
             cuCtxGetCurrent=lambda: (0, self.contexts[-1]),
             cuCtxSetCurrent=lambda context: (self.contexts.append(context), (0,))[1],
+            cuCtxGetDevice=lambda: (0, 0),
             cuDeviceGet=lambda number: (0, f"device {number}"),
             cuKernelSetAttribute=self.set_attribute,
+            cuMemcpyDtoDAsync=self.copy,
             cuKernelGetFunction=lambda handle: (0, handle),
             cuFuncLoad=lambda function: (self.loaded.append(function), (0,))[1],
         )
@@ -120,6 +122,10 @@ class FakeCuda:
         assert (attribute, device) == ("shared", "device 0")
         self.attributes[kernel] = max(value, self.attributes.get(kernel, 0))
         return (Status(200) if self.fails == "load" else 0,)
+
+    def copy(self, *arguments: int) -> tuple[int]:
+        self.launches.append(("copy", *arguments))
+        return (int(self.fails == "copy"),)
 
     def launch(self, stream: Any, config: Any, kernel: Any, *arguments: Any) -> None:
         if self.fails == "launch":

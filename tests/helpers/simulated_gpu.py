@@ -9,6 +9,7 @@ What lies at an address is known of the memory in ``gpu_calls.py`` alone.
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -49,6 +50,11 @@ class SimulatedCuda(FakeCuda):
     def kernel(self, name: Any) -> SimpleNamespace:
         occupancy = SimpleNamespace(max_active_blocks_per_multiprocessor=_resident)
         return SimpleNamespace(handle=super().kernel(name).handle, occupancy=occupancy)
+
+    def copy(self, *arguments: int) -> tuple[int]:
+        destination, source, size, _ = arguments
+        ctypes.memmove(destination, source, size)
+        return (0,)
 
     def launch(self, stream: Any, config: Any, kernel: Any, *arguments: Any) -> None:
         (grid, threads, shared_bytes), (program, name) = config, kernel.handle

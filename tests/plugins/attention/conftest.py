@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -37,14 +36,6 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
     for each in (current_gpu, attention_kernels):
         each.cache_clear()
     fake = FakeCuda().install(monkeypatch)
-    driver = sys.modules["cuda.bindings.driver"]
-    monkeypatch.setattr(driver, "cuCtxGetDevice", lambda: (0, 0), raising=False)
-    monkeypatch.setattr(
-        driver,
-        "cuMemcpyDtoDAsync",
-        lambda *arguments: (fake.launches.append(("copy", *arguments)), (int(fake.fails == "copy"),))[1],
-        raising=False,
-    )
     yield fake
     for each in (current_gpu, attention_kernels):
         each.cache_clear()

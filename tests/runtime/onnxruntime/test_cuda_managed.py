@@ -14,10 +14,11 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from gta_edge.errors import BundleError
+from gta_edge.errors import BackendError, BundleError
 from gta_edge.formats.bundle import Bundle
 from gta_edge.graph.builder import Nodes
 from gta_edge.graph.io import run_passes
+from gta_edge.libraries import onnxruntime as ort
 from gta_edge.runtime.cache_policies import policy
 from gta_edge.runtime.cache_policies.base import CachePolicy
 from gta_edge.runtime.cache_policies.measured import LayerRows
@@ -128,6 +129,41 @@ def test_a_bundle_that_cannot_be_written_to(monkeypatch: pytest.MonkeyPatch) -> 
     exact = ManagedModel(MODELS["gta"], weights_of("gta"), make("h2o"), CHUNK, observed=16)
     with opened(bundle_of("gta"), cache=make("h2o")) as session:
         check(session, exact, TOLERANCE["fp32"])
+
+
+# --- on a GPU --------------------------------------------------------------------------------------------------------
+
+
+def why_not() -> str:
+    try:
+        ort.load_onnxruntime_cuda()
+    except BackendError as error:
+        return str(error)
+    return ""
+
+
+NO_GPU = why_not()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(bool(NO_GPU), reason=NO_GPU or "there is one")
+@pytest.mark.parametrize(
+    ("model", "name", "compute"),
+    [
+        ("gta", "window", "fp32"),
+        ("gta", "window", "bf16"),
+        ("gqa", "h2o", "fp32"),
+        ("gta", "corm", "fp32"),
+        ("gta", "zsmerge", "fp32"),
+    ],
+)
+def test_on_a_gpu_logits_are_those_of_the_formula(model: str, name: str, compute: str) -> None:
+    """In float32, where rounding decides nothing; of a window it does so in no type."""
+    exact = ManagedModel(MODELS[model], weights_of(model), make(name), CHUNK, observed=16)
+    bundle = Bundle.open(bundle_of(model))
+    with OnnxRuntimeCudaSession(bundle, compute=compute, cache=make(name), chunk_size=CHUNK) as session:
+        check(session, exact, 0.3 if compute == "bf16" else 1e-3)
+        assert session.cuda_graph is True, session.graph_refused
 
 
 # --- the pass --------------------------------------------------------------------------------------------------------
