@@ -201,7 +201,13 @@ STAGES: tuple[Stage, ...] = (
         60,
         _module("profile", "{program:ncu}", "{output}/ncu.csv"),
     ),
-    _tests("tests-attention-plugin", 60, "tests/plugins/attention/test_plugin.py", needs=(*_EXPORT, _LEAN)),
+    _tests(
+        "tests-attention-plugin",
+        60,
+        "tests/plugins/attention/test_plugin.py",
+        "tests/plugins/attention/test_plugin_managed_gpu.py",
+        needs=(*_EXPORT, _LEAN),
+    ),
     _tests("tests-matmul-plugin", 60, "tests/plugins/matmul/test_plugin.py", needs=(*_EXPORT, _LEAN)),
     Stage(
         "attention",
@@ -218,6 +224,7 @@ STAGES: tuple[Stage, ...] = (
         "tests-onnxruntime-cuda",
         120,
         "tests/runtime/onnxruntime/test_cuda_session.py",
+        "tests/runtime/onnxruntime/test_cuda_managed.py",
         needs=(*_EXPORT, "distribution:onnxruntime-gpu"),
     ),
 )
