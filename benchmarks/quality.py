@@ -113,7 +113,7 @@ def measure(checkpoint: Path, variant: Variant, ids: Ids, calibration: Path, dir
         block_size=variant.block_size,
         embedding_precision=variant.embedding_precision,
         mixed=variant.mixed,
-        calibrate=calibration if variant.calibrated else None,
+        calibrate=calibration if variant.calibrated else "none",
         verify=False,  # takes longer than the export, and perplexity finds damage too
         progress=lines(),
     )

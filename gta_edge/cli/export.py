@@ -34,7 +34,12 @@ def export(
         typer.Option(help="How int4 stores the embedding and the head: int8 by default."),
     ] = None,
     calibrate: Annotated[
-        Path | None, typer.Option(help="A text that int4 and int8 weights are rounded for (GPTQ), UTF-8.")
+        str | None,
+        typer.Option(
+            metavar="FILE|self|none",
+            help="A text that int4 and int8 weights are rounded for (GPTQ), or one that the model writes itself: the "
+            "default in int4.",
+        ),
     ] = None,
     mixed: Annotated[
         float | None,

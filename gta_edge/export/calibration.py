@@ -7,22 +7,30 @@ memory at a time, besides its inputs for the text.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from gta_edge.errors import ExportError, InputError
+from gta_edge.errors import InputError
 from gta_edge.export.gptq import Moments, corrected
+from gta_edge.export.layers import (
+    Tables,
+    head_of,
+    normalised,
+    quantised_linears,
+    read_layer,
+    reporting_not_finite,
+    rotation_tables,
+    run_layer,
+)
 from gta_edge.formats.checkpoint import Checkpoint
 from gta_edge.formats.tokenizer import Tokenizer
-from gta_edge.formats.weights import EMBEDDING, HEAD, Storage, is_kept
+from gta_edge.formats.weights import EMBEDDING, Storage
 from gta_edge.libraries.optional import optional
 from gta_edge.model.config import ModelConfig
 from gta_edge.model.decoder import Layer
-from gta_edge.model.tables import layer_tables, model_tables
 from gta_edge.numerics.quantization import BITS, QuantizedMatrix, quantize
 from gta_edge.support.progress import Progress, silent
 from gta_edge.support.text_files import read_text
@@ -57,46 +65,31 @@ def calibrated(
         ExportError: the weights, or what they make of the text, are not finite.
     """
     config = source.config
-    with _not_finite():
+    layers = config.num_hidden_layers
+    with reporting_not_finite():
         table = quantize(source.read(EMBEDDING), *_format(storage, EMBEDDING)).values
     x = torch.from_numpy(table[ids])  # [rows, T, H]
     del table
-    rotations = {name: torch.from_numpy(table) for name, table in model_tables(config, ids.shape[1]).items()}
     result: dict[str, QuantizedMatrix] = {}
-    with torch.inference_mode(), _not_finite():
-        for i in range(config.num_hidden_layers):
-            progress("calibrating", i, config.num_hidden_layers)
-            prefix = f"model.layers.{i}."
-            cos, sin = (rotations[name] for name in layer_tables(config, i))
-            layer, tables = _layer(source, prefix), (cos, sin)
-            result |= _quantized(layer, config, x, tables, storage, prefix)
+    with torch.inference_mode(), reporting_not_finite():
+        for i, tables in enumerate(rotation_tables(config, ids.shape[1])):
+            progress("calibrating", i, layers)
+            layer = read_layer(source, i)
+            result |= _quantized(layer, config, x, tables, storage, f"model.layers.{i}.")
             for start in range(len(x)):
-                x[start : start + 1] = _forward(layer, config, x[start : start + 1], tables)
-        head = EMBEDDING if config.tie_word_embeddings else HEAD
-        norm = torch.from_numpy(source.read("model.norm.weight").astype(np.float32))
-        x = nn.functional.rms_norm(x, norm.shape, norm, config.rms_norm_eps).flatten(0, 1)
+                x[start : start + 1] = run_layer(layer, config, x[start : start + 1], tables)
+        head = head_of(config)
+        x = normalised(source, x).flatten(0, 1)
         moments = Moments(x.T @ x)
         weight = torch.from_numpy(source.read(head).astype(np.float32))
         result[head] = corrected(weight, moments, *_format(storage, head))
-    progress("calibrating", config.num_hidden_layers, config.num_hidden_layers)
+    progress("calibrating", layers, layers)
     return result
 
 
 def _format(storage: Storage, name: str) -> tuple[int, int | None]:
     precision, block_size = storage.of(name)
     return BITS[precision], block_size
-
-
-@contextmanager
-def _not_finite() -> Iterator[None]:
-    """Say so where weights, or what they make of a text, are no numbers that can be rounded."""
-    try:
-        yield
-    except (OverflowError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]  # it is documented
-        raise ExportError(
-            "calibrating met values that are not finite, or beyond float16's range",
-            "check the weights, or export in fp32 or bf16",
-        ) from error
 
 
 def calibration_ids(source: Checkpoint, text: Path) -> Any:
@@ -121,49 +114,35 @@ def calibration_ids(source: Checkpoint, text: Path) -> Any:
     return np.stack([ids[start : start + tokens] for start in starts])
 
 
-def _layer(source: Checkpoint, prefix: str) -> Layer:
-    """Return one layer of a checkpoint, in float32."""
-    names = [name.removeprefix(prefix) for name in source.names if name.startswith(prefix)]
-    biases = {name.partition(".")[2] for name in names if name.endswith(".bias")}
-    with torch.device("meta"):
-        layer = Layer(source.config, biases, None)
-    weights = {name: torch.from_numpy(source.read(prefix + name).astype(np.float32)) for name in names}
-    layer.load_state_dict(weights, assign=True)
-    return layer.eval().requires_grad_(False)
-
-
-def _forward(layer: Layer, config: ModelConfig, x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-    rows, tokens, _ = x.shape
-    key, mixed = (torch.zeros(rows, cache.heads, tokens, cache.width) for cache in config.caches)
-    output, _ = layer(x, (key, mixed), torch.zeros(rows, dtype=torch.int64), *tables)
-    return output  # type: ignore[no-any-return]  # nn.Module's call is untyped
-
-
 def _quantized(
     layer: Layer,
     config: ModelConfig,
     x: Tensor,
-    tables: tuple[Tensor, Tensor],
+    tables: Tables,
     storage: Storage,
     prefix: str,
 ) -> Iterator[tuple[str, QuantizedMatrix]]:
     """Yield the layer's matrices in codes, by their full names, and put their values into the layer."""
-    modules = layer.named_modules()
-    linears = {name: m for name, m in modules if isinstance(m, nn.Linear) and not is_kept(f"{name}.weight")}
-    moments = _moments(layer, config, linears, x, tables)
+    linears = quantised_linears(layer)
+    gathered = _moments(layer, config, linears, x, tables)
+    together: dict[tuple[int, int, int | None], list[str]] = {}  # of the same inputs and format: one larger matrix
+    for name in linears:
+        together.setdefault((id(gathered[name]), *_format(storage, f"{prefix}{name}.weight")), []).append(name)
     shared: dict[int, Moments] = {}
-    for name, linear in linears.items():
-        gathered = moments[name]
-        if id(gathered) not in shared:  # projections of one input share them
-            shared[id(gathered)] = Moments(gathered)
-        parameter = f"{prefix}{name}.weight"
-        codes = corrected(linear.weight, shared[id(gathered)], *_format(storage, parameter))
-        linear.weight.copy_(torch.from_numpy(codes.values))
-        yield parameter, codes
+    for (key, bits, block_size), names in together.items():
+        if key not in shared:  # projections of one input share them
+            shared[key] = Moments(gathered[names[0]])
+        codes = corrected(torch.cat([linears[name].weight for name in names]), shared[key], bits, block_size)
+        start = 0
+        for name in names:
+            part = codes.rows(start, start + linears[name].out_features)
+            start += linears[name].out_features
+            linears[name].weight.copy_(torch.from_numpy(part.values))
+            yield f"{prefix}{name}.weight", part
 
 
 def _moments(
-    layer: Layer, config: ModelConfig, linears: dict[str, nn.Linear], x: Tensor, tables: tuple[Tensor, Tensor]
+    layer: Layer, config: ModelConfig, linears: dict[str, nn.Linear], x: Tensor, tables: Tables
 ) -> dict[str, Tensor]:
     """Return X^T X [in, in] of every matrix's inputs over all rows; matrices of the same input share one."""
     found: dict[str, Tensor] = {}
@@ -181,7 +160,7 @@ def _moments(
 
         hooks.append(linear.register_forward_pre_hook(gather))
     for start in range(len(x)):
-        _forward(layer, config, x[start : start + 1], tables)
+        run_layer(layer, config, x[start : start + 1], tables)
     for hook in hooks:
         hook.remove()
     for name in linears:

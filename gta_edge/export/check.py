@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -17,8 +17,10 @@ from gta_edge.accuracy.tolerance import FACTORS, FLOAT32_BOUND, Expected, Report
 from gta_edge.errors import ExportError
 from gta_edge.formats.bundle import Bundle
 from gta_edge.formats.checkpoint import Checkpoint
+from gta_edge.graph.weights import StoredWeights
 from gta_edge.libraries.onnxruntime import EXACT_PRODUCTS, first_line, load_onnxruntime
 from gta_edge.model.kv_cache import INPUT_IDS, LOGIT_POSITIONS, LOGITS, PAST_LENGTH, cache_tensors
+from gta_edge.numerics.quantization import QuantizedMatrix
 from gta_edge.support.progress import Progress, silent
 from gta_edge.support.threads import compute_threads
 
@@ -35,10 +37,22 @@ class _Answer:
     caches: list[Floats]
 
 
-def check_export(bundle: Bundle, checkpoint: Checkpoint, progress: Progress = silent) -> Report:
+def check_export(
+    bundle: Bundle,
+    checkpoint: Checkpoint,
+    progress: Progress = silent,
+    calibrated: Mapping[str, QuantizedMatrix] | None = None,
+) -> Report:
     """Run prefill and decode in ONNX Runtime, none of our code between, and compare with PyTorch.
 
     The two models are held one after the other, not together.
+
+    Args:
+        bundle: what was exported.
+        checkpoint: what it was exported from.
+        progress: told of each step.
+        calibrated: matrices as calibration has rounded them, which must be stored so to the last bit: what it may do
+            to a matrix is less than what the checkpoint's values tell of it.
 
     Raises:
         ExportError: ONNX Runtime cannot load or run the file.
@@ -55,8 +69,26 @@ def check_export(bundle: Bundle, checkpoint: Checkpoint, progress: Progress = si
         reference.quantisation,
         bundle.precision,
         weights=reference.weights.counts,
-        problems=(*config_differences(bundle.config, checkpoint.config), *reference.problems),
+        problems=(
+            *config_differences(bundle.config, checkpoint.config),
+            *_miswritten(bundle, calibrated or {}),
+            *reference.problems,
+        ),
     )
+
+
+def _miswritten(bundle: Bundle, calibrated: Mapping[str, QuantizedMatrix]) -> Iterator[str]:
+    """Yield what is wrong with the first matrix that is not stored as calibration has rounded it."""
+    weights = StoredWeights(bundle.model_path, bundle.config)
+    for name, expected in calibrated.items():
+        for place in weights.places(name):
+            stored = weights.read(name, place)
+            same = isinstance(stored, QuantizedMatrix) and (
+                np.array_equal(stored.codes, expected.codes) and np.array_equal(stored.scales, expected.scales)
+            )
+            if not same:
+                yield f"{name} is not stored as it was calibrated"
+                return
 
 
 def _answers(bundle: Bundle, asked: Sequence[Probe], progress: Progress) -> list[_Answer]:

@@ -51,12 +51,12 @@ class Moments:
         if not torch.isfinite(diagonal).all():
             raise OverflowError("the moments are not finite")
         diagonal += _DAMPING * diagonal.mean().clamp(min=torch.finfo(torch.float32).tiny)  # an input may never be used
-        self._damped = damped
+        self._damped = damped / diagonal.mean()  # only their proportions matter; float32 has room around 1
         self._eliminations: dict[int, tuple[Tensor, Tensor]] = {}
 
     @property
     def matrix(self) -> Tensor:
-        """Float32 [in, in], damped."""
+        """Float32 [in, in], damped, with a mean of 1 on the diagonal."""
         return self._damped.float()
 
     def elimination(self, size: int) -> tuple[Tensor, Tensor]:
@@ -103,74 +103,77 @@ def corrected(
 def _rows(weight: Tensor, moments: Moments, bits: int, size: int, sweeps: int) -> tuple[Tensor, Tensor]:
     """Return codes [out, in] and scales [out, in / size], both in float32."""
     order, factor = moments.elimination(size)
-    codes, scales = _eliminated(weight[:, order], factor, bits, size)
-    back = order.argsort()
-    codes = codes[:, back]
-    scales = scales[:, order[::size].div(size, rounding_mode="floor").argsort()]
+    inputs = weight.T.contiguous()  # [in, out]: one input after the other is worked on, so each lies in one piece
+    codes, scales = _eliminated(inputs[order], factor, bits, size)
+    codes = codes[order.argsort()]
+    scales = scales[order[::size].div(size, rounding_mode="floor").argsort()]
     matrix = moments.matrix
-    plain = quantize(weight.numpy(), bits, size)
-    worse = _loss(weight, codes, scales, matrix) > (_loss(weight, *_tensors(plain), matrix))
+    plain = _tensors(quantize(weight.numpy(), bits, size))
+    worse = _loss(inputs, codes, scales, matrix) > _loss(inputs, *plain, matrix)
     if worse.any():  # greedy as it is, it may lose a row's bet
-        codes[worse], scales[worse] = (each[worse] for each in _tensors(plain))
+        codes[:, worse], scales[:, worse] = (each[:, worse] for each in plain)
+    error = inputs - codes * scales.repeat_interleave(size, dim=0)
     for _ in range(sweeps):
-        _descend(weight, codes, scales, matrix, bits, size)
-    return codes, scales
+        _descend(inputs, error, codes, scales, matrix, bits, size)
+    return codes.T, scales.T
 
 
 def _tensors(quantized: QuantizedMatrix) -> tuple[Tensor, Tensor]:
-    return torch.from_numpy(quantized.codes).float(), torch.from_numpy(quantized.scales).float()
+    """Return codes [in, out] and scales [in / size, out] in float32."""
+    return torch.from_numpy(quantized.codes.T).float(), torch.from_numpy(quantized.scales.T).float()
 
 
 def _loss(weight: Tensor, codes: Tensor, scales: Tensor, matrix: Tensor) -> Tensor:
-    """Return the error of each row's outputs [out]."""
-    error = weight - codes * scales.repeat_interleave(weight.shape[1] // scales.shape[1], dim=1)
-    return ((error @ matrix) * error).sum(1)
+    """Return the error of each row's outputs [out]; ``weight`` and ``codes`` are [in, out]."""
+    error = weight - codes * scales.repeat_interleave(len(weight) // len(scales), dim=0)
+    return ((matrix @ error) * error).sum(0)
 
 
 def _eliminated(weight: Tensor, factor: Tensor, bits: int, size: int) -> tuple[Tensor, Tensor]:
-    """Round ``weight`` [out, in], which is overwritten, one input after the other."""
-    outputs, inputs = weight.shape
-    codes, scales = torch.empty(outputs, inputs), torch.empty(outputs, inputs // size)
+    """Round ``weight`` [in, out], which is overwritten, one input after the other."""
+    inputs, outputs = weight.shape
+    codes, scales = torch.empty(inputs, outputs), torch.empty(inputs // size, outputs)
     lowest, highest = code_range(bits)
     left = factor.diagonal().reciprocal()  # what is left of an error of 1 when all others have made up for it
     for start in range(0, inputs, _COLUMNS):
         stop = min(start + _COLUMNS, inputs)
-        errors = torch.empty(outputs, stop - start)
+        errors = torch.empty(stop - start, outputs)
         for j in range(start, stop):
             if j % size == 0:
-                block = weight[:, j : j + size].contiguous().numpy()
+                block = weight[j : j + size].T.contiguous().numpy()
                 importance = (left[j : j + size] / left[j : j + size].max()).square()[None].numpy()
-                scales[:, j // size] = torch.from_numpy(best_scales(block, bits, importance).astype(np.float32))
-            scale = scales[:, j // size]
-            column = torch.clamp(torch.round(weight[:, j] / scale), lowest, highest)
-            codes[:, j] = column
-            error = (weight[:, j] - column * scale) / factor[j, j]
-            weight[:, j + 1 : stop] -= error[:, None] * factor[j, j + 1 : stop]
-            errors[:, j - start] = error
-        weight[:, stop:] -= errors @ factor[start:stop, stop:]
+                scales[j // size] = torch.from_numpy(best_scales(block, bits, importance).astype(np.float32))
+            scale = scales[j // size]
+            torch.clamp(torch.round(weight[j] / scale), lowest, highest, out=codes[j])
+            error = torch.addcmul(weight[j], codes[j], scale, value=-1).mul_(left[j])
+            weight[j + 1 : stop].addr_(factor[j, j + 1 : stop], error, alpha=-1)
+            errors[j - start] = error
+        weight[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
     return codes, scales
 
 
-def _descend(weight: Tensor, codes: Tensor, scales: Tensor, matrix: Tensor, bits: int, size: int) -> None:
-    """Improve codes [out, in] and scales [out, in / size] of ``weight`` one by one, in place; no row's error rises.
+def _descend(
+    weight: Tensor, error: Tensor, codes: Tensor, scales: Tensor, matrix: Tensor, bits: int, size: int
+) -> None:
+    """Improve codes [in, out] and scales [in / size, out] of ``weight`` one by one, in place; no row's error rises.
 
-    With the others held, the error is a parabola of a scale, and of a weight. Half its slope is ``pull``.
+    With the others held, the error is a parabola of a scale, and of a weight. Half its slope is ``pull``. ``error``
+    [in, out] is what the codes leave of the weights, before and afterwards.
     """
     lowest, highest = code_range(bits)
-    error = weight - codes * scales.repeat_interleave(size, dim=1)
-    for start in range(0, weight.shape[1], size):
+    for start in range(0, len(weight), size):
         part = slice(start, start + size)
-        within, q, scale = matrix[part, part], codes[:, part], scales[:, start // size]
-        pull = error @ matrix[:, part]
-        along = q @ within
-        step = (pull * q).sum(1) / (along * q).sum(1)  # not a number where all codes are 0
+        within, q, scale = matrix[part, part], codes[part], scales[start // size]
+        pull = matrix[part] @ error
+        along = within @ q
+        step = (pull * q).sum(0) / (along * q).sum(0)  # not a number where all codes are 0
         best = (scale + step).half().float()  # the nearest float16 of the best is no worse than another
         best = torch.where((best > 0) & torch.isfinite(best), best, scale)
-        pull -= (best - scale)[:, None] * along
+        pull.addcmul_(along, best - scale, value=-1)
+        rates = torch.outer(within.diagonal().reciprocal(), best.reciprocal())
         for j in range(size):
-            column = q[:, j]
-            moved = torch.clamp(torch.round(column + pull[:, j] / (best * within[j, j])), lowest, highest)
-            pull -= ((moved - column) * best)[:, None] * within[j]
-            q[:, j] = moved
-        scales[:, start // size] = best
-        error[:, part] = weight[:, part] - q * best[:, None]
+            moved = torch.addcmul(q[j], pull[j], rates[j]).round_().clamp_(lowest, highest)
+            pull.addr_(within[j], (moved - q[j]).mul_(best), alpha=-1)
+            q[j] = moved
+        scales[start // size] = best
+        error[part] = weight[part] - q * best

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from gta_edge.accuracy.tolerance import Report
 from gta_edge.errors import BundleError, ExportError, GtaEdgeError, InputError, OutputError
+from gta_edge.export.calibration_choice import Calibration, choose_calibration
 from gta_edge.export.own_codes import OwnCodes, storage_of_own
 from gta_edge.export.quantizer import Quantizer
 from gta_edge.formats.bundle import CONFIG, FORMAT, MODEL, WEIGHTS, Bundle, write_manifest
@@ -91,8 +92,10 @@ def export_model(
             for int8 the same or None, which is one scale per output channel; of matrices that are in integers already
             their own by default.
         embedding_precision: of the embedding and the head in int4: ``int8``, the default, or ``int4``.
-        calibrate: a UTF-8 text file; with it the rounding of int4 and int8 weights is corrected (GPTQ) for what the
-            model computes on that text.
+        calibrate: a UTF-8 text file, for which the rounding of int4 and int8 weights is corrected (GPTQ); ``"self"``
+            for a text that the model writes itself, ``"none"`` for plain rounding. By default ``"self"`` in int4, for a
+            model with a tokenizer and at most 2 billion parameters, if there is memory for all of it in float32 and its
+            weights are not those of ``gta-edge init``.
         mixed: percent by which int8 may enlarge the matrices of an int4 model's layers; those that gain most for their
             bytes on the calibration text are stored in it.
         rotate_values: rotate the values that are cached, in the weights around them: the same model, whose cache loses
@@ -119,27 +122,23 @@ def export_model(
         precision = source.own_precision
     storage = storage_of_own(source, precision, block_size, embedding_precision)
     own = OwnCodes(source, storage)
-    if calibrate is not None and precision not in BITS:
-        raise InputError(f"precision is {precision}, which is not calibrated", "calibrate int8 or int4")
+    calibration = choose_calibration(source, precision, calibrate, in_integers=bool(own))
     if mixed is not None:
-        _check_mixed(mixed, precision, calibrate)
-    if calibrate is not None and own:
-        raise InputError(
-            f"{source.directory} is in integers already, which are not rounded again", "leave the calibration out"
-        )
+        _check_mixed(mixed, precision, calibration)
     text = check_text_files(source.directory, source.config)
-    require_memory_for_export(source, precision, calibrated=calibrate is not None, verify=verify)
-    inputs = [source.directory] if calibrate is None else [source.directory, Path(calibrate)]
+    require_memory_for_export(source, precision, calibrated=bool(calibration), verify=verify)
+    inputs = [source.directory, *([calibration.text] if isinstance(calibration.text, Path) else [])]
     size = int(stored_bytes(source.config, storage, source.names) * (1 + (mixed or 0) / 100))
     notes = text.notes if text.tokenizer else (_no_tokenizer(source.directory),)
+    notes += (calibration.note,) if calibration.note else ()
     with new_directory(bundle, force=force, inputs=inputs, needed_bytes=size, kind=FORMAT) as directory:
         quantizer = None
+        ready: Mapping[str, QuantizedMatrix] = own
         if precision in BITS:
-            ready: Mapping[str, QuantizedMatrix] = own
-            if calibrate:
-                from gta_edge.export.calibration import calibrated, calibration_ids  # and with it torch, as below
+            if calibration:
+                from gta_edge.export.calibration import calibrated  # and with it torch, as below
 
-                ids = calibration_ids(source, Path(calibrate))
+                ids = calibration.ids(source, progress)
                 if mixed is not None:
                     from gta_edge.export.mixed import mixture
 
@@ -154,17 +153,20 @@ def export_model(
         made_with |= {name: version(name) for name in _MADE_WITH}
         write_manifest(directory, source.config, storage, made_with, progress, rotated_values=rotate_values)
         _check_text(directory, source, Path(bundle))
-        report = _check(directory, source, Path(bundle), progress) if verify else None
+        calibrated_matrices = ready if calibration else {}
+        report = _check(directory, source, Path(bundle), progress, calibrated_matrices) if verify else None
     if report is not None:
         notes += _remove_failed(Path(bundle))
     return Export(Bundle.open(bundle), report, notes)
 
 
-def _check_mixed(percent: float, precision: str, calibrate: str | Path | None) -> None:
+def _check_mixed(percent: float, precision: str, calibration: Calibration) -> None:
     if precision != "int4":
         raise InputError(f"precision is {precision}", "int4 is mixed with int8, and nothing else")
-    if calibrate is None:
-        raise InputError("there is no text to measure on which matrices are worth int8", "give --calibrate TEXT")
+    if not calibration:
+        raise InputError(
+            "there is no text to measure on which matrices are worth int8", "give --calibrate FILE or --calibrate self"
+        )
     if not 0 <= percent <= 100:
         raise InputError(f"mixed is {percent}", "expected 0 to 100 percent of the int4 matrices' bytes")
 
@@ -238,12 +240,14 @@ def _no_tokenizer(directory: Path) -> str:
     return "no tokenizer.json: the bundle takes token ids only; for text, put one into the checkpoint and export again"
 
 
-def _check(directory: Path, source: Checkpoint, bundle: Path, progress: Progress) -> Report:
+def _check(
+    directory: Path, source: Checkpoint, bundle: Path, progress: Progress, calibrated: Mapping[str, QuantizedMatrix]
+) -> Report:
     """Check what was written; where it fails, keep it beside the place that it was meant for."""
     from gta_edge.export.check import check_export
 
     try:
-        report = check_export(Bundle.open(directory), source, progress)
+        report = check_export(Bundle.open(directory), source, progress, calibrated)
     except BundleError as error:
         raise ExportError(f"{bundle}: the result cannot be read back ({error})") from error
     if report.passed:

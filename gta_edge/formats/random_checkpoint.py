@@ -74,7 +74,7 @@ def initialise(
         if with_tokenizer:
             _write_tokenizer(config, partial)
         _write_weights(config, partial, seed, shards, progress)
-        write_record(partial)
+        write_record(partial, random_weights=True)
 
 
 # --- weights -------------------------------------------------------------------------------------------------------

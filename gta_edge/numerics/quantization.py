@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -73,6 +73,10 @@ class QuantizedMatrix:
         with np.errstate(all="ignore"):  # of damaged scales, which are as they are
             split = self.codes.reshape(rows, blocks, -1) * self.scales.astype(np.float32)[:, :, None]
         return np.ascontiguousarray(split.reshape(self.codes.shape))
+
+    def rows(self, start: int, stop: int) -> QuantizedMatrix:
+        """The outputs from ``start`` to ``stop``, as a matrix of their own; its arrays are views."""
+        return replace(self, codes=self.codes[start:stop], scales=self.scales[start:stop])
 
     @property
     def stored_codes(self) -> npt.NDArray[np.int8]:

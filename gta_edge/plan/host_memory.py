@@ -23,6 +23,7 @@ __all__ = [
     "require_memory_for_export",
     "require_memory_for_lowering",
     "require_memory_for_onnxruntime",
+    "require_memory_for_own_text",
     "require_memory_for_reference",
     "require_memory_for_torch",
 ]
@@ -55,11 +56,22 @@ def require_memory_for_export(source: Checkpoint, precision: str, *, calibrated:
     base = _unless_loaded("torch", _TORCH + _TRACING)
     require_bytes(base + _tensor(source, precision), "the export", _MORE)
     if calibrated:
-        require_bytes(base + _calibration(source.config), "calibrating", f"leave out --calibrate, or {_MORE}")
+        require_bytes(base + _calibration(source.config), "calibrating", f"give --calibrate none, or {_MORE}")
     if verify:
         loaded = 0 if precision in BITS else _decoder(source.config, source.names, precision)  # in ONNX Runtime
         needed = base + _unless_loaded("torch", _CHECKING) + max(loaded, _reference(source.config))
         require_bytes(needed, "checking the export against PyTorch", f"give --no-verify, or {_MORE}")
+
+
+def require_memory_for_own_text(source: Checkpoint) -> None:
+    """Refuse to hold a checkpoint's whole model in float32, as it is for the text that the model itself writes.
+
+    Raises:
+        CapacityError: there is no room for it.
+    """
+    needed = _unless_loaded("torch", _TORCH) + _FLOAT_BYTES * source.config.parameters
+    remedy = f"give --calibrate FILE, which takes a layer at a time, or --calibrate none, or {_MORE}"
+    require_bytes(needed, "writing a text to calibrate with", remedy)
 
 
 def require_memory_for_torch(config: ModelConfig, precision: str, what: str) -> None:

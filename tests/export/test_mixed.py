@@ -1,4 +1,4 @@
-"""Which matrices of an int4 model are stored in int8: measured against the formula, chosen within the bytes allowed."""
+"""Which matrices of an int4 model are stored in int8: estimates beside the formula, chosen within the bytes allowed."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gta_edge.errors import InputError
-from gta_edge.export.mixed import Group, choose, measured
+from gta_edge.errors import ExportError, InputError
+from gta_edge.export.mixed import Group, choose, estimated
 from gta_edge.export.pipeline import export_model
 from gta_edge.formats.checkpoint import Checkpoint
 from gta_edge.formats.weights import EMBEDDING, Storage
@@ -27,7 +27,7 @@ MODELS = {
     "gta": reference.gta_entries(heads=4, n_q=2, d_l=32, e=1, **SIZES),
     "gqa": reference.llama_entries(**SIZES),
 }
-IDS = np.random.default_rng(3).integers(0, 61, (4, 10))
+IDS = np.random.default_rng(3).integers(0, 61, (16, 24))
 LAYER = {
     "gta": [{"q_proj", "k_proj", "v_proj", "g_proj"}, {"o_proj"}, {"gate_proj", "up_proj"}, {"down_proj"}],
     "gqa": [{"q_proj", "k_proj", "v_proj"}, {"o_proj"}, {"gate_proj", "up_proj"}, {"down_proj"}],
@@ -43,12 +43,13 @@ def log_probabilities(entries: dict[str, Any], weights: dict[str, np.ndarray]) -
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_what_int4_costs_is_the_divergence(name: str, tmp_path: Path) -> None:
+def test_what_int4_costs_is_near_the_divergence(name: str, tmp_path: Path) -> None:
     entries = MODELS[name]
-    large = {key: 4 * value if value.ndim == 2 else value for key, value in reference.random_weights(entries).items()}
+    large = {key: 2 * value if value.ndim == 2 else value for key, value in reference.random_weights(entries).items()}
     weights = write_checkpoint(tmp_path / "checkpoint", entries, large)  # or rounding would change next to nothing
     source = Checkpoint.open(tmp_path / "checkpoint")
-    groups = measured(source, INT4, IDS)
+    groups = estimated(source, INT4, IDS)
+    assert groups == estimated(source, INT4, IDS)
     found = [{parameter.split(".")[4] for parameter in group.names} for group in groups]
     assert found == LAYER[name] * 2
     assert [{parameter.split(".")[2] for parameter in group.names} for group in groups] == [{"0"}] * 4 + [{"1"}] * 4
@@ -57,11 +58,22 @@ def test_what_int4_costs_is_the_divergence(name: str, tmp_path: Path) -> None:
         rounded = {parameter: quantize(weights[parameter], 4, 32).values for parameter in group.names}
         other = log_probabilities(entries, {**weights, **rounded})
         divergence = (np.exp(own) * (own - other)).sum(-1).mean()
-        assert group.divergence == pytest.approx(divergence, rel=0.02, abs=1e-6)
-        assert divergence > 1e-5
+        assert divergence > 1e-6
+        assert 0.4 < group.divergence / divergence < 2, (group.names, group.divergence, divergence)
         wide = replace(INT4, int8=INT4.int8.union(group.names))
         more = stored_bytes(source.config, wide) - stored_bytes(source.config, INT4)
         assert group.extra_bytes == more > 0
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.mlp.up_proj.weight", "model.norm.weight"])
+def test_a_model_whose_numbers_overflow_is_refused(name: str, tmp_path: Path) -> None:
+    entries = MODELS["gqa"]
+    weights = reference.random_weights(entries)
+    weights[name] = np.full_like(weights[name], 3e38)
+    write_checkpoint(tmp_path / "checkpoint", entries, weights)
+    with pytest.raises(ExportError, match=r"cannot be quantised|is not finite") as caught:
+        estimated(Checkpoint.open(tmp_path / "checkpoint"), INT4, IDS)
+    assert "\n" not in str(caught.value)
 
 
 groups_of = st.lists(st.tuples(st.floats(0, 1), st.integers(1, 1000)), min_size=1, max_size=12).map(
@@ -112,7 +124,10 @@ def test_a_mixed_bundle(tiny_checkpoint: Path, tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"precision": "int8", "mixed": 10}, "precision is int8; int4 is mixed with int8, and nothing else"),
-        ({"precision": "int4", "mixed": 10}, "there is no text to measure on which matrices are worth int8; give"),
+        (
+            {"precision": "int4", "mixed": 10},
+            "there is no text to measure on which matrices are worth int8; give --calibrate FILE or",
+        ),
         ({"precision": "int4", "mixed": -1, "calibrate": "text"}, "mixed is -1; expected 0 to 100 percent"),
         ({"precision": "int4", "mixed": float("nan"), "calibrate": "text"}, "mixed is nan; expected 0 to 100"),
     ],

@@ -100,7 +100,7 @@ def test_what_fits_without_the_check_is_said(tmp_path: Path, leaves: Callable[[i
     with pytest.raises(CapacityError, match=r"^the export takes at least 0 MB"):
         host_memory.require_memory_for_export(source, "bf16", calibrated=False, verify=False)
     leaves(100_000)
-    with pytest.raises(CapacityError, match=r"^calibrating .*; leave out --calibrate, or"):
+    with pytest.raises(CapacityError, match=r"^calibrating .*; give --calibrate none, or"):
         host_memory.require_memory_for_export(source, "int4", calibrated=True, verify=False)
     leaves(None)  # a system that does not say
     host_memory.require_memory_for_export(source, "int4", calibrated=True, verify=True)

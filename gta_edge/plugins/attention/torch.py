@@ -36,7 +36,7 @@ else:
     torch = optional("torch", "export")
     Tensor, functional = torch.Tensor, torch.nn.functional
 
-__all__ = ["grouped_latent_attention", "grouped_latent_attention_"]
+__all__ = ["differentiable_attention", "grouped_latent_attention", "grouped_latent_attention_"]
 
 _FEATURES_AT = len(MODEL_INPUTS) + 4
 """Place of the first of ``FEATURE_INPUTS`` among the arguments of the op in place: behind the heads and the scale."""
@@ -201,6 +201,13 @@ def _latent_attention(
         values = values.repeat(1, 1, 1, expansion) + values @ value_decoder  # [B, n_q, T, e·d_l]
     joined = values.transpose(1, 2).reshape(b, t, -1)
     return joined if gate is None else torch.sigmoid(gate) * joined
+
+
+def differentiable_attention(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """``grouped_latent_attention`` in operations that torch differentiates, which it does not do with the op."""
+    given = list(arguments)
+    given[4:6] = caches = [cache.clone() for cache in arguments[4:6]]
+    return _latent_attention(*given), caches[0], caches[1]
 
 
 # --- on the kernels --------------------------------------------------------------------------------------------------
