@@ -73,6 +73,7 @@ FAULTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "1% too large": lambda w: w * 1.01,
     "1% too small": lambda w: w * 0.99,
     "scale off by 2%": lambda w: w * 1.02,
+    "scale off by 5%": lambda w: w * 1.05,
     "times 1.3": lambda w: w * 1.3,
     "two heads swapped": lambda w: np.concatenate([w[HEAD : 2 * HEAD], w[:HEAD], w[2 * HEAD :]]),
     "two rows swapped": lambda w: w[[1, 0, *range(2, OUT)]],
@@ -95,7 +96,7 @@ def test_what_rounding_does_not_explain_is_found(how: tuple[int, int | None], fa
     assert "as a whole" in found or fault not in ("1% too large", "1% too small", "scale off by 2%")
 
 
-@pytest.mark.parametrize("fault", ["scale off by 2%", "two heads swapped", "one row negated", "another layer's"])
+@pytest.mark.parametrize("fault", ["scale off by 5%", "two heads swapped", "one row negated", "another layer's"])
 def test_a_fault_behind_a_calibration_is_found(fault: str) -> None:
     weight = weights(2)
     changed = np.ascontiguousarray(FAULTS[fault](weight).astype(np.float32))
