@@ -1,21 +1,22 @@
 """Rows moved, folded and rotated in the memory of a GPU that is simulated, against loops over numpy arrays.
 
-By the driver's copies, and for engines with plugins by the kernels, whose sources run on the host.
+By the driver's copies, and for engines with plugins by the kernels, whose sources run on the host. Where there is a GPU
+the same is asked of it.
 """
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterator
-from math import prod
-from typing import Any
+from dataclasses import dataclass, field
 from unittest.mock import patch
 
 import numpy as np
 import pytest
 
 from gta_edge.cuda import session as cuda_session
+from gta_edge.cuda.gpu import current_gpu
 from gta_edge.cuda.session import Cuda
+from gta_edge.errors import BackendError
 from gta_edge.model.config import parse_config
 from gta_edge.model.kv_cache import CacheTensor, cache_tensors, received_name
 from gta_edge.numerics.dtypes import DTYPES
@@ -33,13 +34,48 @@ CONFIG = parse_config(reference.gta_entries(heads=4, n_q=4, n_k=2, n_c=1, d_k=16
 LARGEST = {"int8": 127.0, "fp8": 448.0}
 NOTHING = np.zeros((0, 4), np.int32), np.zeros(0, np.float32)
 
-Memory = dict[str, np.ndarray]
+
+@dataclass
+class Memory:
+    """Tensors by name, [B, heads, S(, d)] or [B, S]: pinned arrays, and where they lie in the GPU's memory."""
+
+    cuda: Cuda
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)
+    addresses: dict[str, int] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.arrays[name]
+
+    def upload(self) -> None:
+        for name, array in self.arrays.items():
+            self.cuda.copy_in(self.addresses[name], array)
+        self.cuda.synchronize()
+
+    def download(self) -> None:
+        for name, array in self.arrays.items():
+            self.cuda.copy_out(array, self.addresses[name])
+        self.cuda.synchronize()
 
 
-@pytest.fixture
-def cuda() -> Iterator[Cuda]:
-    with patch.object(cuda_session, "optional", lambda *_: Driver()):
+def why_not() -> str:
+    try:
+        current_gpu()
+    except BackendError as error:
+        return str(error)
+    return ""
+
+
+NO_GPU = why_not()
+ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(bool(NO_GPU), reason=NO_GPU or "there is one")]
+
+
+@pytest.fixture(params=["simulated", pytest.param("gpu", marks=ON_GPU)])
+def cuda(request: pytest.FixtureRequest) -> Iterator[Cuda]:
+    if request.param == "gpu":
         made = Cuda()
+    else:
+        with patch.object(cuda_session, "optional", lambda *_: Driver()):
+            made = Cuda()
     yield made
     made.close()
 
@@ -55,25 +91,27 @@ every_way = pytest.mark.parametrize("way", [*COPIES, *KERNELS], ids=lambda way: 
 
 
 def filled(cuda: Cuda, dtype: str, by: str = "copies") -> tuple[CudaCache | KernelRows, Memory]:
-    """A cache of random values, and views of its memory by name, [B, heads, S(, d)] or [B, S]."""
-    rng, tensors, memory = np.random.default_rng(0), [], {}
+    """A cache of random values, and its memory."""
+    rng, tensors, memory = np.random.default_rng(0), [], Memory(cuda)
     caches = cache_tensors(CONFIG, dtype)
     caches += [CacheTensor(received_name(i), 1, None, "fp32") for i in range(2)]
     for tensor in caches:
         capacity = CAPACITIES[tensor.layer]
         shape, kind = tensor.shape(BATCH, capacity), DTYPES[tensor.dtype].numpy
-        address = cuda.allocate(tensor.nbytes(BATCH, capacity), tensor.name)
-        cuda.synchronize()
-        buffer: Any = (ctypes.c_ubyte * (prod(shape) * kind.itemsize)).from_address(address)
-        view = np.frombuffer(buffer, kind).reshape(shape)
-        small = tensor.width is None
-        view[...] = (rng.uniform(0.5, 2, shape) if small else rng.standard_normal(shape) * 40).astype(kind)
+        array = memory.arrays[tensor.name] = cuda.host_array(shape, kind)
+        drawn = rng.uniform(0.5, 2, shape) if tensor.width is None else rng.standard_normal(shape) * 40
+        array[...] = drawn.astype(kind)
+        address = memory.addresses[tensor.name] = cuda.allocate(array.nbytes, tensor.name)
         tensors.append(DeviceTensor(tensor, address, capacity))
-        memory[tensor.name] = view
+    cuda.synchronize()
+    memory.upload()
     if by == "copies":
         return CudaCache(cuda, CONFIG, tensors), memory
+    compute = dtype if dtype in ("fp16", "bf16") else "fp16"
+    if not isinstance(cuda._driver, Driver):
+        return KernelRows(cuda, current_gpu(), CONFIG, compute, BATCH, tensors), memory
     with patch.object(kernel_rows, "cache_kernels", lambda program, gpu: SimulatedCacheKernels(cuda._driver, program)):
-        return KernelRows(cuda, GPU, CONFIG, dtype if dtype in ("fp16", "bf16") else "fp16", BATCH, tensors), memory
+        return KernelRows(cuda, GPU, CONFIG, compute, BATCH, tensors), memory
 
 
 def values(memory: Memory, name: str, dtype: str) -> np.ndarray:
@@ -98,10 +136,10 @@ def test_rows_are_copied_in_every_tensor_of_their_layer(cuda: Cuda, way: tuple[s
     by, dtype = way
     cache, memory = filled(cuda, dtype, by)
     pairs = [(0, 0, 8, 1), (0, 0, 9, 2), (0, 0, 10, 5), (0, 1, 7, 0), (1, 1, 6, 3), (1, 1, 5, 0)]
-    before = {name: view.copy() for name, view in memory.items()}
+    before = {name: view.copy() for name, view in memory.arrays.items()}
     cache.move(Moves(np.array(pairs, np.int32), *NOTHING))
-    cuda.synchronize()
-    for name, view in memory.items():
+    memory.download()
+    for name, view in memory.arrays.items():
         expected = before[name].copy()
         for layer, sequence, source, target in pairs:
             if name.endswith(f".{layer}"):
@@ -111,6 +149,8 @@ def test_rows_are_copied_in_every_tensor_of_their_layer(cuda: Cuda, way: tuple[s
 
 
 def test_rows_that_move_together_are_one_copy(cuda: Cuda) -> None:
+    if not isinstance(cuda._driver, Driver):
+        pytest.skip("calls are counted by the simulation")
     cache, _ = filled(cuda, "fp16")
     calls = cuda._driver.calls
     before = len(calls)
@@ -129,7 +169,7 @@ def test_a_fold_is_the_weighted_mean_and_comes_before_moves(cuda: Cuda, way: tup
     weights = np.array([0.5, 0.25, 0.25, 0.75, 0.25, 1.0, 0.0], np.float32)
     moves = np.array([(0, 1, 10, 4), (0, 1, 0, 9)], np.int32)  # of a row that was folded into, too
     cache.move(Moves(moves, np.array(folds, np.int32), weights))
-    cuda.synchronize()
+    memory.download()
     expected = {name: array.copy() for name, array in before.items()}
     for name, array in expected.items():
         for layer, sequence, target in {(layer, b, target) for layer, b, _, target in folds}:
@@ -153,8 +193,9 @@ def test_a_fold_is_the_weighted_mean_and_comes_before_moves(cuda: Cuda, way: tup
 def test_an_8_bit_row_that_is_all_zero_stays_so(cuda: Cuda) -> None:
     cache, memory = filled(cuda, "int8")
     memory["key.0"][0, :, [2, 3]] = 0
+    memory.upload()
     cache.move(Moves(NOTHING[0], np.array([(0, 0, 2, 2), (0, 0, 3, 2)], np.int32), np.array([0.5, 0.5], np.float32)))
-    cuda.synchronize()
+    memory.download()
     assert not values(memory, "key.0", "int8")[0, :, 2].any()
 
 
@@ -166,7 +207,7 @@ def test_keys_are_rotated_and_nothing_else(cuda: Cuda, way: tuple[str, str]) -> 
     shifts = [np.zeros((BATCH, capacity - 1), np.int64) for capacity in CAPACITIES]  # of fewer rows than there are
     shifts[0][1, [0, 4]], shifts[1][0, 2] = (-3, 200), 17
     cache.rotate(shifts)
-    cuda.synchronize()
+    memory.download()
     half = CONFIG.key_width // 2
     frequencies = CONFIG.rope_theta ** (-np.arange(half) / half)
     for layer, shift in enumerate(shifts):
