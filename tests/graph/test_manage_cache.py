@@ -11,7 +11,7 @@ from gta_edge.graph.io import add_attention_function
 from gta_edge.graph.manage_cache import ManageCachePass
 from gta_edge.model.config import parse_config
 from gta_edge.model.decoder import Decoder, ManagedInputs
-from gta_edge.model.kv_cache import interface_names, managed_shapes
+from gta_edge.model.kv_cache import cache_tensors, interface_names, managed_shapes
 from gta_edge.plugins.attention.definition import Features
 from tests.helpers import reference
 from tests.helpers.managed_steps import FEATURES, Feeds, as_unmanaged, managed_step, specified
@@ -68,6 +68,8 @@ def test_the_interface_is_that_of_a_managed_cache(name: str, features: Features)
     assert [x.name for x in graph.graph.outputs] == [*outputs, *(f"present_{key}" for key in received)]
     for key, value in ((x.name, x) for x in graph.graph.outputs if x.name != "logits"):
         assert [getattr(size, "value", size) for size in value.shape] == shapes[key.replace("present", "past")]
+    for tensor in cache_tensors(config):
+        assert shapes[tensor.past] == list(tensor.shape("batch", f"capacity.{tensor.layer}"))
     assert all(node_features(node) == features for node in attention_nodes(graph.graph))
     onnx.checker.check_model(ir.to_proto(graph), full_check=True)
 

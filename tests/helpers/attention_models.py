@@ -107,7 +107,7 @@ def _managed(sizes: Sizes, rng: np.random.Generator) -> dict[str, np.ndarray]:
     return {
         "positions": rng.integers(0, sizes.positions, (batch, tokens)),
         "row_bias": rng.normal(0, 2, (batch, sizes.features.bias_rows)).astype(np.float32),
-        "branch_start": rng.integers(0, np.array(sizes.past) + 1),
+        "branch_start": rng.integers(0, np.array(sizes.past) + tokens + 3),
         "branches": rng.integers(-(2**63), 2**63, (batch, sizes.words), endpoint=False),
         "past_received": past_received,
         "query_weight": (rng.uniform(0, 1 if mass else sizes.capacity, (batch, tokens))).astype(np.float32),

@@ -212,10 +212,17 @@ def test_a_bundle_that_cannot_be_written_has_a_graph_too(bundle: Path) -> None:
     assert not (bundle / "engines").exists()
 
 
-def test_a_weight_that_was_not_written_is_missed(bundle: Path) -> None:
+@pytest.mark.parametrize("change", ["absent", "another shape", "another type"])
+def test_a_weight_that_was_not_written_is_missed(bundle: Path, change: str) -> None:
     opened = Bundle.open(bundle)
     plain = onnx.ModelProto.FromString(lower(opened).graph)
-    del plain.graph.initializer[:]
+    for tensor in [each for each in plain.graph.initializer if each.external_data]:
+        if change == "absent":
+            plain.graph.initializer.remove(tensor)
+        elif change == "another shape":
+            tensor.dims[0] += 1
+        else:
+            tensor.data_type = onnx.TensorProto.INT8
     with pytest.raises(BundleError, match="was not written for the graph beside it; export the bundle again"):
         variant_graphs(opened, MASS, "fp32", plain.SerializeToString())
 
