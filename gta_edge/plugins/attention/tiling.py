@@ -219,6 +219,12 @@ def decode_program(variant: Variant, architecture: str, row_tiles: int = 1) -> P
     stages = fitting[0][1]
     shared_bytes = max(stages * stage + query, merge)
     columns = next((c for c in (64, 32, 16) if sizes.latent_dim % c == 0 and sizes.has_value_decoder), sizes.latent_dim)
+    combine_bytes = _combine_shared_bytes(variant, columns)
+    if combine_bytes > per_block:
+        raise BackendError(
+            f"observing attention of {n_q} query heads takes {combine_bytes} bytes of shared memory",
+            f"expected at most {per_block}: choose another backend",
+        )
     tiles = {
         "GTA_DECODE_GROUPS": groups,
         "GTA_DECODE_WARPS_M": warps_m,
@@ -228,7 +234,7 @@ def decode_program(variant: Variant, architecture: str, row_tiles: int = 1) -> P
         "GTA_DECODE_SHARED_BYTES": shared_bytes,
         "GTA_COMBINE_COLUMNS": columns,
         "GTA_COMBINE_THREADS": COMBINE_THREADS,
-        "GTA_COMBINE_SHARED_BYTES": _combine_shared_bytes(variant, columns),
+        "GTA_COMBINE_SHARED_BYTES": combine_bytes,
     }
     return Program(
         source="decode.cu",

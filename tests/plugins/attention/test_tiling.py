@@ -10,7 +10,7 @@ from gta_edge.cuda.architecture import ARCHITECTURES, KIB
 from gta_edge.errors import BackendError
 from gta_edge.numerics.dtypes import CACHE_TYPES, COMPUTE_TYPES
 from gta_edge.plugins.attention import tiling
-from gta_edge.plugins.attention.definition import Sizes
+from gta_edge.plugins.attention.definition import Features, Sizes
 from gta_edge.plugins.attention.tiling import DECODE_TOKENS, ROWS, Program, Variant
 from tests.helpers.shared_memory import BLOCK_RESERVE, shared_limits
 
@@ -176,6 +176,16 @@ def test_the_workspace_holds_a_mix_and_two_numbers_per_row_and_split(
     rows = batch * tokens * sizes.num_query_heads
     floats = rows * splits * sizes.latent_dim + rows * splits * 2
     assert sum(tiling.workspace_parts(program, splits, batch, tokens, 64).values()) == 4 * floats
+
+
+def test_more_heads_than_shared_memory_can_observe_are_refused() -> None:
+    sizes, features = Sizes(256, 1, 1, 16, 16, 256 * 16), Features("mass", 0, False, True)
+    with pytest.raises(BackendError) as error:
+        tiling.decode_program(Variant(sizes, "fp16", "fp16", features), "sm_86")
+    assert str(error.value) == (
+        "observing attention of 256 query heads takes 131072 bytes of shared memory; "
+        "expected at most 101376: choose another backend"
+    )
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
