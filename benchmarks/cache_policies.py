@@ -15,6 +15,7 @@ Budgets per layer are measured on text that is not in the windows. Every session
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import platform
 import tempfile
@@ -43,6 +44,7 @@ from gta_edge.runtime.session import Session
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 PROMPT, FOLLOWING = 512, 256
+POSITIONS = 1024
 PASSAGE = 48
 """Tokens of a passage that comes twice."""
 
@@ -202,18 +204,20 @@ def cases(shares: list[float], chosen: list[str] | None) -> Iterator[tuple[Case,
 def run(arguments: argparse.Namespace) -> Document:
     """Export, measure the budgets of layers, then every policy; return what was found."""
     with tempfile.TemporaryDirectory(prefix="gta-edge-cache-") as work:
-        exported = gta_edge.export_model(arguments.checkpoint, Path(work) / "bundle", verify=False)
-        bundle = exported.bundle
+        checkpoint = shortened(arguments.checkpoint, Path(work) / "checkpoint")
+        bundle = gta_edge.export_model(checkpoint, Path(work) / "bundle", verify=False).bundle
         read, kept_apart = text_of(arguments.text)
         tokenizer = Tokenizer.load(bundle.directory)
         if tokenizer is None:
             raise InputError(f"{arguments.checkpoint} has no tokenizer", NO_TOKENIZER)
         ids = np.asarray(tokenizer.encode(read), np.int64)
-        say("budgets of the layers")
         runs_on: dict[str, Any] = {"backend": arguments.backend, "threads": arguments.threads}
-        budgets = calibrate(bundle, kept_apart, windows=arguments.calibration_windows, **runs_on)
-        with budgets_output(bundle, force=True) as directory:
-            write_budgets(directory, bundle, budgets)
+        budgets = None
+        if arguments.policies is None or "measured" in arguments.policies:
+            say("budgets of the layers")
+            budgets = calibrate(bundle, kept_apart, windows=arguments.calibration_windows, **runs_on)
+            with budgets_output(bundle, force=True) as directory:
+                write_budgets(directory, bundle, budgets)
         source = material(bundle.directory, ids, arguments.windows, **runs_on)
         base = without(source)
         say(f"all rows: perplexity {base['perplexity']:.3f}; none of the prompt's: {base['perplexity_forgotten']:.3f}")
@@ -234,11 +238,24 @@ def run(arguments: argparse.Namespace) -> Document:
         "prompt": PROMPT,
         "following": FOLLOWING,
         "passage": PASSAGE,
-        "budgets": {"rows": list(budgets.rows), **budgets.measured},
+        "budgets": None if budgets is None else {**budgets.measured, "budgets": list(budgets.rows)},
         "base": base,
         "shares": arguments.shares,
         "results": rows,
     }
+
+
+def shortened(checkpoint: Path, place: Path) -> Path:
+    """Return the checkpoint with no more positions than are measured, since attention costs as the capacity."""
+    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    if config["max_position_embeddings"] <= POSITIONS or config.get("rope_scaling"):
+        return checkpoint
+    place.mkdir()
+    for path in checkpoint.iterdir():
+        if path.name not in ("config.json", "gta_edge_checkpoint.json"):
+            (place / path.name).symlink_to(path.resolve())
+    (place / "config.json").write_text(json.dumps(config | {"max_position_embeddings": POSITIONS}), encoding="utf-8")
+    return place
 
 
 def text_of(name: str) -> tuple[str, str]:

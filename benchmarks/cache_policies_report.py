@@ -43,16 +43,22 @@ def markdown(document: Document) -> str:
 
 def conditions(document: Document) -> str:
     """Say what was measured, with which command, on which machine, when."""
-    base, budgets = document["base"], document["budgets"]
+    base = document["base"]
     gain = base["passage_loss_unseen"] - base["passage_loss"]
     return (
         f"{document['windows']} windows: a prompt of {document['prompt']} tokens, evicted from once, then the "
         f"perplexity of {document['following'] - 1}. All rows: {base['perplexity']:.3f}; nothing of the prompt: "
         f"{base['perplexity_forgotten']:.3f}. Retrieved is of what a passage of {document['passage']} tokens gains by "
-        f"an earlier copy of it in the prompt, {gain:.3f} nats per token. Measured budgets, at "
-        f"{budgets['share']:.0%} of {budgets['prompt']} rows: {', '.join(map(str, budgets['rows']))}. "
+        f"an earlier copy of it in the prompt, {gain:.3f} nats per token. {_budgets(document['budgets'])}"
         f"{place(document)}."
     )
+
+
+def _budgets(found: Document | None) -> str:
+    if found is None:
+        return ""
+    rows = ", ".join(map(str, found["budgets"]))
+    return f"Measured budgets, at {found['share']:.0%} of {found['prompt']} rows: {rows}. "
 
 
 def _values(row: Document) -> dict[str, str]:

@@ -80,6 +80,10 @@ class Tables(Comparison):
         cells = [self._line(row, key, figures) for row in rows for key, figures in row["systems"].items() if figures]
         return "\n\n".join([conditions, *([table(cells)] if cells else []), *self._failures(rows)]) + "\n"
 
+    def plot(self, rows: list[Document], path: Path) -> None:
+        measured = {key: label for key, label in self.labels.items() if all(key in row["systems"] for row in rows)}
+        Comparison(measured, {}).plot(rows, path)
+
     def _line(self, row: Document, key: str, figures: Document) -> dict[str, str]:
         ratios = row["ratios"].get(key)
         return {

@@ -67,7 +67,7 @@ def found(quality: ModuleType) -> dict[str, Any]:
         "prompt": 512,
         "following": 256,
         "passage": 48,
-        "budgets": {"rows": [90, 12], "share": 0.2, "prompt": 512},
+        "budgets": {"budgets": [90, 12], "share": 0.2, "prompt": 512},
         "base": base,
         "shares": [0.5, 0.2],
         "results": results,
@@ -101,11 +101,21 @@ def test_tables_and_picture(quality: ModuleType, found: dict[str, Any], tmp_path
     assert "| CORM, 16 | 50.0% | 10.500 | +5.00% | 50% |" in page
     assert "All rows: 10.000; nothing of the prompt: 12.000" in page and "2.000 nats per token" in page
     assert "90, 12" in page and "2026-01-02" in page
+    assert "Measured budgets" not in quality.markdown(found | {"budgets": None})
     quality.plot(found, tmp_path / "picture.svg")
     drawn = (tmp_path / "picture.svg").read_text()
     assert "CORM" in drawn and "ZSMerge" in drawn
     json.dumps(found)
     quality.show(found)
+
+
+def test_fewer_positions_of_the_same_model(quality: ModuleType, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    assert quality.shortened(tiny_checkpoint, tmp_path / "short") == tiny_checkpoint
+    quality.POSITIONS = 64
+    short = quality.shortened(tiny_checkpoint, tmp_path / "short")
+    config = json.loads((short / "config.json").read_text())
+    assert config == json.loads((tiny_checkpoint / "config.json").read_text()) | {"max_position_embeddings": 64}
+    assert (short / "model.safetensors").read_bytes() == (tiny_checkpoint / "model.safetensors").read_bytes()
 
 
 def test_the_command_has_what_the_figures_depend_on(quality: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
@@ -131,7 +141,16 @@ def test_a_policy_is_divided_by_its_own_model(speed: ModuleType) -> None:
     assert speed.cache_options(speed.System("gta-1b", "window"), 64) == {"name": "window", "rows": 64}
 
 
-def test_the_table_of_speeds(speed: ModuleType) -> None:
+def test_the_worker_runs_a_policy(script: Callable[[str], ModuleType], tiny_bundle: Path) -> None:
+    worker = script("cpu_peer_worker")
+    worker._SPECIAL_IDS = 0
+    spec = {"engine": "ours", "model": str(tiny_bundle), "threads": 1, "context": 60, "new_tokens": 3}
+    spec |= {"vocab_size": 250, "cache": {"name": "window", "rows": 16, "interval": 4}}
+    figures = worker.measure(spec)
+    assert len(figures["steps_ms"]) == 3 and figures["cache_bytes"] > 0
+
+
+def test_the_table_of_speeds(speed: ModuleType, tmp_path: Path) -> None:
     figures = {"decode_ms": 20.0, "decode_tokens_per_s": 50.0, "decode_max_ms": 30.0, "prefill_tokens_per_s": 100.0}
     metrics = dict.fromkeys(sys.modules["comparison"].METRICS, 1.0) | figures
     rows = []
@@ -139,6 +158,9 @@ def test_the_table_of_speeds(speed: ModuleType) -> None:
         own = metrics | ({"decode_ms": 10.0, "decode_tokens_per_s": 100.0} if key.endswith("window") else {})
         rows.append({"context": 8192, "round": 1, "system": key, "figures": own, "reason": None})
     static = {row["system"]: {"token_bytes": 900, "cache_bytes_per_token": 1} for row in rows}
-    page = speed.COMPARISON.markdown(speed.COMPARISON.summarise(rows, static, 1e6), "Said.")
+    summary = speed.COMPARISON.summarise(rows, static, 1e6)
+    speed.COMPARISON.plot(summary, tmp_path / "picture.svg")  # some of the systems
+    assert "GTA-1B, window" in (tmp_path / "picture.svg").read_text()
+    page = speed.COMPARISON.markdown(summary, "Said.")
     assert "| 8,192 | GTA-1B, window | 10.0 (10.0..10.0) |" in page and "| 2.00 (2.00..2.00) |" in page
     assert "| 8,192 | GTA-1B, every token | 20.0 (20.0..20.0) |" in page and page.startswith("Said.")

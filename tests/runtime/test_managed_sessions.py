@@ -86,6 +86,18 @@ def test_logits_are_those_of_the_formula(start: Start, model: str, name: str) ->
     assert (session.rows < 100).all()
 
 
+@one_model
+def test_rows_are_set_aside_for_residual_rows_where_a_prompt_fills_a_step(start: Start, model: str) -> None:
+    """To the last row that a capacity in steps has for it; the first rows are sinks, and lie in the way."""
+    cache = make("window, merged")
+    session = start(cache=cache, chunk_size=32, capacity_step=32)
+    exact, ids = ManagedModel(MODELS[model], weights_of(model), cache, 32), prompt(1, 40)
+    for start_, stop in ((0, 32), *((t, t + 1) for t in range(32, 40))):
+        part = ids[:, start_:stop]
+        assert_close(session.forward(part, all_logits=True)[0], exact.forward(part[0]))
+    assert (session.rows < 40).all()
+
+
 @pytest.mark.parametrize("name", [*POLICIES, "none"])
 def test_a_budget_that_is_never_reached_changes_no_bit(start: Start, name: str) -> None:
     cache = None if name == "none" else make(name, rows=100 if "rows" in POLICIES[name] else None, interval=200)

@@ -230,8 +230,12 @@ class OnnxRuntimeSession(Session):
             self._shown = capacities
 
     def _capacities_of_step(self, in_use: Ids, tokens: int) -> tuple[int, ...]:
-        """Return the tokens that each layer is to show for a step, from the rows in use, int64 [L, B] or [1, B]."""
-        ends = (in_use.max(1) + tokens).tolist()
+        """Return the tokens that each layer is to show for a step, from the rows in use, int64 [L, B] or [1, B].
+
+        Behind a step's rows there is one for each residual row: what lies in its place is set aside before it begins.
+        """
+        spare = 0 if self._features is None else self._features.bias_rows
+        ends = (in_use.max(1) + tokens + spare).tolist()
         sizes = {end: self._cache.capacity_for(end) for end in set(ends)}
         shown = [sizes[end] for end in ends] if len(ends) > 1 else [sizes[ends[0]]] * len(self._cache.capacities)
         return tuple(map(min, shown, self._cache.capacities))
