@@ -13,6 +13,8 @@ import torch
 from gta_edge.errors import CapacityError
 from gta_edge.model.config import parse_config
 from gta_edge.model.decoder import Decoder
+from gta_edge.plugins.attention.definition import Features
+from gta_edge.runtime.cache_moves import ManagedStep
 from gta_edge.runtime.torch import session as backend
 from gta_edge.runtime.torch.cuda_graph import CHECKED, CaptureError, DecodeGraph
 from gta_edge.runtime.torch.session import TorchSession
@@ -216,3 +218,40 @@ def test_ids_that_may_only_be_read_are_read(monkeypatch: pytest.MonkeyPatch) -> 
     past.flags.writeable = False
     assert graph.replay(ids, past).shape == (2, 1, 8)
     assert (seen["ids"].tolist(), seen["past"].tolist()) == ([[4], [9]], [1, 2])
+
+
+@pytest.mark.usefixtures("no_gpu")
+@pytest.mark.parametrize("features", [Features(None, 0, True), Features("mass", 2, True), Features("last", 0, True)])
+def test_a_managed_step_reads_its_inputs_and_leaves_what_rows_received(
+    features: Features, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Addresses stay the same from step to step: positions, rows in use, weights and biases lie behind them."""
+    seen: list[Any] = []
+
+    def model(ids: torch.Tensor, past: torch.Tensor, positions: torch.Tensor, caches: Any, managed: Any) -> Any:
+        seen[:] = [ids, past, managed]
+        for received in managed.past_received or ():
+            received.fill_(9.0)
+        return torch.ones(2, 1, 8), caches
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
+    caches = [(torch.ones(2, 1, 4, 4), torch.ones(2, 1, 4, 4)) for _ in range(3)]
+    received = [torch.full((2, 4), 0.5) for _ in range(3)] if features.observe else []
+    graph = DecodeGraph(model, caches, 2, features, received)
+    assert all((each == 0.5).all() for each in received)
+    for step in range(2):
+        given = ManagedStep(
+            past_length=np.arange(6).reshape(3, 2) + step,
+            positions=np.array([[7], [8]]) + step,
+            row_bias=np.full((3, 2, 2), 0.25 + step, np.float32) if features.bias_rows else None,
+            query_weight=np.array([[1], [2]], np.float32) if features.observe else None,
+            decay=np.array([0.5, 0.25], np.float32) if features.observe else None,
+        )
+        graph.replay(np.array([[4], [9]]), np.array([100, 200]), given)
+        ids, past, managed = seen
+        assert (ids.tolist(), past.tolist()) == ([[4], [9]], given.past_length.tolist())
+        for name in ("positions", "row_bias", "query_weight", "decay"):
+            found, expected = getattr(managed, name), getattr(given, name)
+            assert (found is None) == (expected is None)
+            assert expected is None or found.tolist() == expected.tolist()
+        assert managed.observe == (features.observe or "")
