@@ -5,8 +5,8 @@
 
 Our int4 is compared with llama.cpp's Q4_0 and our int8 with its Q8_0, which it quantizes itself from the same bf16
 weights; both run with the same threads. llama.cpp is built from PyPI's ``llama-cpp-python`` for this machine, once, in
-an environment of its own, and runs with its own defaults: prompts in batches of 512, cache in fp16. Ours is in float32.
-``llama_cpp_quality.py`` compares what the same files predict.
+an environment of its own, and runs with its own defaults: prompts in batches of 512, cache in fp16. Ours is in float32,
+and in int8. ``llama_cpp_quality.py`` compares what the same files predict.
 """
 
 from __future__ import annotations
@@ -49,23 +49,31 @@ CHECKPOINT = Path("build/smollm2")
 
 @dataclass(frozen=True)
 class System:
-    """An engine with the same model; ``weights`` are our precision or a type of GGUF."""
+    """An engine with the same model; ``weights`` are our precision or a type of GGUF, ``cache`` the cache's type."""
 
     key: str
     label: str
     ours: bool
     weights: str
+    cache: str
 
 
 SYSTEMS = (
-    System("q4_0", "llama.cpp Q4_0", False, "Q4_0"),
-    System("int4", "gta-edge int4", True, "int4"),
-    System("q8_0", "llama.cpp Q8_0", False, "Q8_0"),
-    System("int8", "gta-edge int8", True, "int8"),
+    System("q4_0", "llama.cpp Q4_0", False, "Q4_0", "fp16"),
+    System("int4", "gta-edge int4", True, "int4", "fp32"),
+    System("int4-int8", "gta-edge int4, int8 cache", True, "int4", "int8"),
+    System("q8_0", "llama.cpp Q8_0", False, "Q8_0", "fp16"),
+    System("int8", "gta-edge int8", True, "int8", "fp32"),
+    System("int8-int8", "gta-edge int8, int8 cache", True, "int8", "int8"),
 )
 COMPARISON = Comparison(
     {system.key: system.label for system in SYSTEMS},
-    {"int4/q4_0": ("int4", "q4_0"), "int8/q8_0": ("int8", "q8_0")},
+    {
+        "int4/q4_0": ("int4", "q4_0"),
+        "int4-int8/q4_0": ("int4-int8", "q4_0"),
+        "int8/q8_0": ("int8", "q8_0"),
+        "int8-int8/q8_0": ("int8-int8", "q8_0"),
+    },
 )
 
 
@@ -105,19 +113,21 @@ def _made(
     system: System, checkpoint: Checkpoint, peer: LlamaCpp, arguments: argparse.Namespace
 ) -> tuple[Document, Document]:
     """Make a system's model; return its part of the worker's spec, and its bytes."""
-    per_token = bytes_per_token(checkpoint.config)
+    per_token = bytes_per_token(checkpoint.config, system.cache)
     if system.ours:
         path = arguments.work / f"{checkpoint.directory.resolve().name}-{system.weights}"
-        say(f"{path}: is being made")  # always: an older one would be measured for the code of today
-        # verify=False: the check takes longer than the export, and each precision has tests of its own
-        options = {"precision": system.weights, "calibrate": "none"}  # which changes no time
-        gta_edge.export_model(checkpoint.directory, path, **options, verify=False, force=True)
+        if system.key == system.weights:  # the first of those with these weights
+            say(f"{path}: is being made")  # always: an older one would be measured for the code of today
+            # verify=False: the check takes longer than the export, and each precision has tests of its own
+            options = {"precision": system.weights, "calibrate": "none"}  # which changes no time
+            gta_edge.export_model(checkpoint.directory, path, **options, verify=False, force=True)
         read, engine = token_bytes(Bundle.open(path)), "ours"
     else:
         path = peer.model(checkpoint, system.weights, arguments.work, threads=arguments.threads, fresh=arguments.fresh)
-        read, engine, per_token = path.stat().st_size, "llama.cpp", per_token // 2  # fp16, ours is float32
+        read, engine = path.stat().st_size, "llama.cpp"
     static = {"label": system.label, "token_bytes": read, "cache_bytes_per_token": per_token}
-    return {"engine": engine, "model": str(path.resolve())}, static
+    spec = {"engine": engine, "model": str(path.resolve())} | ({"cache_dtype": system.cache} if system.ours else {})
+    return spec, static
 
 
 def _check_contexts(arguments: argparse.Namespace, checkpoint: Checkpoint) -> None:
