@@ -1,5 +1,6 @@
 """Attention on a cache of int8, in a graph of one layer: against a reference in float64 that rounds the same way."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -10,8 +11,8 @@ from hypothesis import strategies as st
 from onnx import numpy_helper
 
 from gta_edge.runtime.onnxruntime.int8_cache import MAX_ROWS, rows_for
+from gta_edge.runtime.onnxruntime.passes import int8_attention
 from gta_edge.runtime.onnxruntime.passes.expand_attention import ExpandAttentionPass
-from gta_edge.runtime.onnxruntime.passes.int8_attention import MAX_FEW_TOKENS
 from tests.helpers import reference
 from tests.helpers.attention_models import Sizes, all_sizes, arrays, model
 from tests.helpers.int8_reference import Attended, Cache, attend
@@ -21,6 +22,16 @@ TOLERANCE = (
     1e-4  # largest error over the standard deviation of the exact result: a weight may be one level of 65535 off
 )
 SETTINGS = settings(max_examples=40, deadline=None, derandomize=True)
+FEW = 4
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_limits() -> Iterator[None]:
+    """A short cache is read as it is too, and a few more tokens are many: so small models take both ways."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(int8_attention, "MIN_ROWS", 0)
+        patch.setattr(int8_attention, "MAX_FEW_TOKENS", FEW)
+        yield
 
 
 def graph_of(inputs: dict[str, np.ndarray], sizes: Sizes) -> ir.Model:
@@ -66,7 +77,7 @@ def attended(inputs: dict[str, np.ndarray], past: tuple[Cache, Cache], sizes: Si
 def assert_attends(inputs: dict[str, np.ndarray], sizes: Sizes) -> Attended:
     past = caches_of(inputs)
     found = attended(inputs, past, sizes)
-    exact = attend(inputs, past, sizes, in_place=sizes.tokens <= MAX_FEW_TOKENS)
+    exact = attend(inputs, past, sizes, in_place=sizes.tokens <= FEW)
     assert reference.relative_error(found.output, exact.output) <= TOLERANCE
     for cache, expected, before in ((found.key, exact.key, past[0]), (found.latent, exact.latent, past[1])):
         np.testing.assert_array_equal(cache.codes, expected.codes)
@@ -84,7 +95,7 @@ def test_against_a_reference_that_rounds_the_same_way(sizes: Sizes) -> None:
     assert_attends(arrays(replace(sizes, garbage=0.0)), sizes)
 
 
-@pytest.mark.parametrize("tokens", [1, MAX_FEW_TOKENS, MAX_FEW_TOKENS + 1])
+@pytest.mark.parametrize("tokens", [1, FEW, FEW + 1])
 def test_rounding_is_all_that_it_costs(tokens: int) -> None:
     sizes = Sizes(tokens=tokens, past=(40, 3), capacity=50, positions=50)
     inputs = arrays(sizes)
@@ -94,7 +105,7 @@ def test_rounding_is_all_that_it_costs(tokens: int) -> None:
     assert 1e-3 < error < 0.1
 
 
-@pytest.mark.parametrize("tokens", [1, MAX_FEW_TOKENS + 1])
+@pytest.mark.parametrize("tokens", [1, FEW + 1])
 @pytest.mark.parametrize("heads", [(4, 2, 1), (4, 2, 2), (6, 2, 3)], ids=str)
 def test_what_stands_beyond_the_visible_rows_does_not_matter(heads: tuple[int, int, int], tokens: int) -> None:
     sizes = Sizes(*heads, past=(3, 0, 5), tokens=tokens, capacity=12)
@@ -110,7 +121,7 @@ def test_what_stands_beyond_the_visible_rows_does_not_matter(heads: tuple[int, i
     np.testing.assert_array_equal(*outputs)
 
 
-@pytest.mark.parametrize("tokens", [1, MAX_FEW_TOKENS + 1])
+@pytest.mark.parametrize("tokens", [1, FEW + 1])
 @pytest.mark.parametrize("name", ["query", "key", "latent", "all"])
 def test_rows_of_zeros(name: str, tokens: int) -> None:
     """Their largest magnitude is zero, and nothing is divided by it."""
@@ -125,7 +136,7 @@ def test_rows_of_zeros(name: str, tokens: int) -> None:
     assert np.isfinite(found.output).all()
 
 
-@pytest.mark.parametrize("tokens", [1, MAX_FEW_TOKENS + 1])
+@pytest.mark.parametrize("tokens", [1, FEW + 1])
 def test_magnitudes_far_apart(tokens: int) -> None:
     """A row's scale is its own: one of large values does not round another's to nothing."""
     sizes = Sizes(tokens=tokens, past=(6, 0), capacity=12)
@@ -137,15 +148,19 @@ def test_magnitudes_far_apart(tokens: int) -> None:
     assert_attends(inputs, sizes)
 
 
-@pytest.mark.parametrize("tokens", [1, MAX_FEW_TOKENS + 1])
+@pytest.mark.parametrize("tokens", [1, FEW + 1])
 @pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
-@pytest.mark.parametrize("name", ["query", "key", "latent"])
+@pytest.mark.parametrize("name", ["query", "key", "all"])
 def test_what_is_no_number_is_not_made_one(name: str, value: float, tokens: int) -> None:
-    """The output of the sequence that it is in is none either, and the other sequence's is as it was."""
+    """The output of the sequence that it is in is none either, and the other sequence's is as it was.
+
+    A hidden state that is none makes all three so.
+    """
     sizes = Sizes(n_q=2, n_k=1, n_c=1, tokens=tokens, past=(2, 3), capacity=9)
     clean = arrays(sizes)
     inputs = {key: array.copy() for key, array in clean.items()}
-    inputs[name][0, 0] = value
+    for each in ("query", "key", "latent") if name == "all" else (name,):
+        inputs[each][0, 0] = value
     past = caches_of(clean)
     found, expected = attended(inputs, past, sizes), attended(clean, past, sizes)
     assert not np.isfinite(found.output[0, 0]).any()

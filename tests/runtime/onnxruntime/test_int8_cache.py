@@ -17,6 +17,7 @@ from gta_edge.formats.bundle import Bundle
 from gta_edge.model.kv_cache import bytes_per_token, cache_tensors
 from gta_edge.runtime.onnxruntime import int8_cache
 from gta_edge.runtime.onnxruntime.int8_cache import MAX_ROWS, require_exact_products, rows_for
+from gta_edge.runtime.onnxruntime.passes import int8_attention
 from gta_edge.runtime.onnxruntime.session import OnnxRuntimeSession
 from gta_edge.runtime.registry import load
 from tests.helpers import reference
@@ -27,8 +28,19 @@ from tests.helpers.small_models import MODELS, write_bundle
 COPIED = "in-place optimization not activated"  # what ONNX Runtime logs when it copies a cache
 WARNINGS = 2  # the severity from which on it does
 VOCAB, P = 61, 64
+FEW = 4
 ROUNDED = 0.1  # bound on what rounding the cache changes, over the standard deviation of the logits
 SAME = 2e-3  # where the same values are rounded: a value that lies between two codes may fall on either side
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_limits() -> Iterator[None]:
+    """A short cache is read as it is too, and a few more tokens are many: so small models take both ways."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(int8_attention, "MIN_ROWS", 0)
+        patch.setattr(int8_attention, "MAX_FEW_TOKENS", FEW)
+        yield
+
 
 ENTRIES = {
     "gta": reference.gta_entries(heads=4, n_q=4, n_k=2, n_c=1, vocab_size=VOCAB, max_position_embeddings=P),
@@ -219,7 +231,7 @@ def test_what_all_layers_share_is_there_once(tmp_path: Path) -> None:
     graph = onnx.load(bundle / f"{KEPT}-int8" / GRAPH, load_external_data=False).graph
     counts = [node.op_type for node in graph.node]
     assert counts.count("If") == 2  # layers
-    for shared, most in {"LessOrEqual": 2, "Range": 2, "Tile": 1, "Where": 4}.items():
+    for shared, most in {"LessOrEqual": 2, "GreaterOrEqual": 1, "Range": 2, "Tile": 1, "Where": 2}.items():
         assert 0 < counts.count(shared) <= most
 
 
@@ -272,3 +284,16 @@ def test_verified_within_the_bound_for_8_bits(name: str) -> None:
     report = verify(bundle, checkpoint, ["onnxruntime"], cache_dtype="int8")
     assert report.passed, report.failures
     assert report.backends["onnxruntime"].max_rel_error > 1e-3
+
+
+def test_where_the_ways_of_reading_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A text that grows past the limits, in steps of few and of many tokens."""
+    monkeypatch.setattr(int8_attention, "MIN_ROWS", 32)
+    write_checkpoint(tmp_path / "checkpoint", ENTRIES["gqa"], reference.random_weights(ENTRIES["gqa"]))
+    export_model(tmp_path / "checkpoint", tmp_path / "bundle", verify=False)
+    tokens, found = ids(2, 60), []
+    for cache_dtype in ("fp32", "int8"):
+        options: dict[str, Any] = {"cache_dtype": cache_dtype, "capacity_step": 8, "threads": 1}
+        with OnnxRuntimeSession(Bundle.open(tmp_path / "bundle"), **options) as session:
+            found.append(in_steps(session, tokens, 1, 4, 20, 21, 22, 26, *range(27, 36), 41, 50, 51))
+    assert 1e-4 < reference.relative_error(found[1], found[0]) < ROUNDED
