@@ -309,7 +309,7 @@ def test_weights_beyond_half_precision_are_refused(checkpoint: Path, tmp_path: P
 def test_a_wrong_graph_fails_the_check(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = function().replace("open_gate = Sigmoid (gate)", "open_gate = Identity (gate)")
     assert wrong != function()
-    monkeypatch.setattr(op, "function", lambda *form: wrong)
+    monkeypatch.setattr("gta_edge.graph.io.function", lambda *form: wrong)
     with pytest.raises(ExportError, match="max_rel_error"):
         export_model(checkpoint, tmp_path / "bundle")
     assert not (tmp_path / "bundle").exists()
