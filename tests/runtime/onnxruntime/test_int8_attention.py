@@ -14,7 +14,8 @@ from gta_edge.runtime.onnxruntime.int8_cache import MAX_ROWS, rows_for
 from gta_edge.runtime.onnxruntime.passes import int8_attention
 from gta_edge.runtime.onnxruntime.passes.expand_attention import ExpandAttentionPass
 from tests.helpers import reference
-from tests.helpers.attention_models import Sizes, all_sizes, arrays, model
+from tests.helpers.attention_models import Sizes, all_sizes, arrays, managed_sizes, model
+from tests.helpers.attention_models import attended as formula
 from tests.helpers.int8_reference import Attended, Cache, attend
 from tests.helpers.onnx_runs import run
 
@@ -188,3 +189,45 @@ def test_sums_stay_within_32_bits() -> None:
 def test_channels_of_a_key_do_not_lie_a_multiple_of_512_bytes_apart(capacity: int) -> None:
     assert 0 <= rows_for(capacity) - capacity <= 64
     assert rows_for(capacity) % 512
+
+
+# --- a managed cache ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(sizes=managed_sizes())
+def test_with_a_managed_cache_it_is_near_the_formula(in_place: bool, sizes: Sizes) -> None:
+    """Off by what rounding costs; what observes is off by as little, and a query that sees no row gives zeros."""
+    sizes = replace(sizes, garbage=0.0, tokens=min(sizes.tokens, FEW))
+    inputs = arrays(sizes)
+    past = caches_of(inputs)
+    rounded = inputs | {"past_key": past[0].values, "past_latent": past[1].values}
+    exact = formula(rounded, sizes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(int8_attention, "MAX_FEW_TOKENS", FEW if in_place else 0)
+        found = run(graph_of(inputs, sizes), feeds_of(inputs, past))
+    nothing = ~(exact.weights > 0).any(axis=-1)  # [B, T, n_q]
+    by_head = found["output"].reshape(*nothing.shape, -1)
+    assert (by_head[nothing] == 0).all()
+    spread = max(float(exact.output.std()), 0.1)
+    assert np.abs(found["output"] - exact.output).max() <= 0.15 * spread
+    if sizes.features.observe == "mass":
+        for row, length in enumerate(sizes.past):
+            in_use = slice(length + sizes.tokens)
+            difference = np.abs(found["present_received"][row, in_use] - exact.received[row, in_use])
+            assert difference.max() <= 0.05 * max(1.0, float(np.abs(exact.received[row, in_use]).max()))
+            got = found["present_received"][row, in_use].sum()
+            assert abs(got - exact.received[row, in_use].sum()) <= 1e-3 * max(1.0, abs(got))
+    elif sizes.features.observe == "last":
+        assert set(np.unique(found["present_received"])) <= {
+            *np.unique(inputs["past_received"]),
+            -1.0,
+            *_places(inputs),
+        }
+
+
+def _places(inputs: dict[str, np.ndarray]) -> set[float]:
+    tokens = inputs["query"].shape[1]
+    rows = inputs["past_length"][:, None] + np.arange(tokens)
+    return {float(place) for place in np.ravel(inputs.get("positions", rows))}
