@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
-import torch
-
-from gta_edge.model.decoder import Decoder
+from gta_edge.runtime.torch.cuda_graph import DecodeGraph, Step
 
 
-class WithoutGraph:
-    """In the place of ``DecodeGraph``: the same step, launched operator by operator."""
+class WithoutGraph(DecodeGraph):
+    """The same step on the same buffers, launched operator by operator."""
 
-    def __init__(self, model: Decoder, caches: Any, batch: int) -> None:
-        self._model, self._caches = model, caches
-
-    def replay(self, ids: np.ndarray, past_length: np.ndarray) -> torch.Tensor:
-        inputs = [torch.tensor(x, device="cuda") for x in (ids, past_length, np.zeros_like(ids))]
-        return self._model(*inputs, self._caches)[0].cpu()
+    def _captured(self, model: Step, arguments: Sequence[Any]) -> Any:
+        self._device_logits, _ = model(*arguments)
+        return SimpleNamespace(replay=lambda: self._device_logits.copy_(model(*arguments)[0]))
