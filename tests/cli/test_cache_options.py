@@ -8,6 +8,8 @@ import pytest
 import typer.main
 
 from gta_edge.cli.app import app
+from gta_edge.evaluate.bench.settings import needs
+from gta_edge.formats.bundle import Bundle
 from gta_edge.runtime.cache_policies import OPTIONS, POLICIES
 from gta_edge.runtime.registry import BACKENDS
 from tests.helpers.commands import Result
@@ -111,3 +113,10 @@ def test_a_plan_counts_the_rows_that_stay(command: Command) -> None:
     assert (shorter["cache_bytes"], shorter["decode_ms"]) == (few["cache_bytes"], few["decode_ms"])
     text = command(*common[:-1], *h2o).out
     assert "fp16, 2,048 rows stay in a layer, 2,624 fit" in text
+
+
+def test_a_benchmark_needs_room_for_the_rows_that_stay(tiny_bundle: Path) -> None:
+    bundle = Bundle.open(tiny_bundle)
+    few = {"name": "h2o", "rows": 8, "interval": 8}
+    sizes = [needs(bundle, 10**5, 10, 2, answers=0, cache=cache).backend for cache in (None, few)]
+    assert sizes[1] < 0.1 * sizes[0]

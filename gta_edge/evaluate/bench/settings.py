@@ -11,7 +11,9 @@ from gta_edge.errors import CapacityError, InputError
 from gta_edge.evaluate.bench.targets import Target
 from gta_edge.formats.bundle import Bundle
 from gta_edge.model.kv_cache import cache_bytes
+from gta_edge.runtime.cache_policies import policy
 from gta_edge.runtime.cache_state import CHUNK_SIZE
+from gta_edge.runtime.managed_cache import ManagedCache
 from gta_edge.runtime.registry import BACKENDS
 from gta_edge.support.cores import check_threads
 from gta_edge.support.memory import available_bytes
@@ -131,7 +133,14 @@ class Needs:
 
 
 def needs(
-    bundle: Bundle, context: int, new_tokens: int, batch: int, *, answers: int, cache_dtype: str | None = None
+    bundle: Bundle,
+    context: int,
+    new_tokens: int,
+    batch: int,
+    *,
+    answers: int,
+    cache_dtype: str | None = None,
+    cache: Mapping[str, Any] | None = None,
 ) -> Needs:
     """Return what one context takes, at the least.
 
@@ -142,17 +151,22 @@ def needs(
         batch: rows.
         answers: how many backends' logits are held at once to compare them.
         cache_dtype: type of the cache, float32 by default.
+        cache: policy that says which rows of it stay, as ``Settings`` has it.
     """
     config = bundle.config
     logits = _FLOAT * batch * config.vocab_size
     checked = logits * (1 + min(CHECKED_STEPS, new_tokens))
     chunk = min(CHUNK_SIZE, context)
-    per_token = 4 * config.hidden_size + 3 * config.intermediate_size + config.num_attention_heads * context
-    cache = cache_bytes(config, cache_dtype or "fp32", context + new_tokens, batch)
+    held, rows = cache_bytes(config, cache_dtype or "fp32", context + new_tokens, batch), context
+    if cache is not None:
+        managed = ManagedCache(config, policy(**cache).for_bundle(bundle), cache_dtype or "fp32")
+        capacities = managed.capacities_for(context)
+        held, rows = min(held, managed.nbytes(batch, capacities)), min(context, max(capacities))
+    per_token = 4 * config.hidden_size + 3 * config.intermediate_size + config.num_attention_heads * rows
     ids = _ID * batch * context
     return Needs(
         own=2 * ids + answers * checked,
-        backend=cache + _FLOAT * batch * chunk * per_token + 2 * logits + ids,
+        backend=held + _FLOAT * batch * chunk * per_token + 2 * logits + ids,
         files=ids + (checked if answers else 0),
     )
 
@@ -183,7 +197,8 @@ def check_room(
         context = max(contexts[name])
         new_tokens = settings.new_tokens_at(context, bundle)
         answers = 2 * settings.compare * len(targets)
-        found = needs(bundle, context, new_tokens, settings.batch, answers=answers, cache_dtype=settings.cache_dtype)
+        kind: dict[str, Any] = {"cache_dtype": settings.cache_dtype, "cache": settings.cache}
+        found = needs(bundle, context, new_tokens, settings.batch, answers=answers, **kind)
         files += len(contexts[name]) * found.files
         taken = found.own + (found.backend if on_cpu else 0)
         if free is not None and taken > free:
