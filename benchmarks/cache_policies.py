@@ -81,6 +81,7 @@ CASES = (
     Case("TOVA", "tova"),
     Case("SnapKV", "snapkv"),
     Case("PyramidInfer", "pyramid"),
+    Case("its scores, the same rows in every layer", "pyramid", {"shrink": 1.0}),
     Case("ZSMerge, nothing merged", "zsmerge", {"residual_rows": 0}),
     Case("ZSMerge", "zsmerge"),
     Case("measured budgets, nothing merged", "measured", {"residual_rows": 0}),
