@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from gta_edge.errors import BackendError, InputError
+from gta_edge.errors import BackendError, GtaEdgeError, InputError
 from gta_edge.evaluate.perplexity import negative_log_likelihood
 from gta_edge.formats.bundle import Bundle
 from gta_edge.formats.tokenizer import NO_TOKENIZER
@@ -25,7 +25,7 @@ from gta_edge.runtime.cache_policies import policy
 from gta_edge.runtime.cache_policies.base import Decision, Rows
 from gta_edge.runtime.cache_policies.budgets import LayerBudgets
 from gta_edge.runtime.cache_policies.measured import OverRule
-from gta_edge.runtime.registry import open_session
+from gta_edge.runtime.registry import BACKENDS, check_backend, open_session
 from gta_edge.runtime.session import Session
 from gta_edge.support.progress import Progress, silent
 from gta_edge.support.text import printable
@@ -204,6 +204,7 @@ def calibrate(
 
     Raises:
         InputError: an option that makes no sense, a text that is too short, or a bundle without a tokenizer.
+        BackendError: the backend does not work here, or runs engines, each of which was built for one policy.
     """
     positions = bundle.config.max_position_embeddings
     tokens = min(TOKENS, positions) if tokens is None else tokens
@@ -211,8 +212,9 @@ def calibrate(
     prompt = tokens * 2 // 3
     probe = LayerProbe(rule=policy(rule, rows=prompt))
     rows = [max(round(part * prompt), probe.least_rows) for part in SHARES]
-    options: dict[str, Any] = {"cache": probe, "chunk_size": prompt, "threads": threads, "progress": progress}
-    with open_session(bundle, backend, **options) as session:
+    # no more positions than are read, since memory and attention cost as the capacity
+    sizes = {"chunk_size": prompt, "max_length": tokens}
+    with _opened(bundle, backend, cache=probe, threads=threads, progress=progress, **sizes) as session:
         if session.tokenizer is None:
             raise InputError(f"{printable(str(bundle.directory))} has no tokenizer", NO_TOKENIZER)
         ids = cut_windows(np.asarray(session.tokenizer.encode(text), np.int64), windows, tokens)
@@ -230,6 +232,25 @@ def calibrate(
         "costs": costs.round(6).tolist(),
     }
     return LayerBudgets(cheapest(costs, rows, prompt, total), measured)
+
+
+def _opened(bundle: Bundle, backend: str, **options: Any) -> Session:
+    """Return a session on a backend that evicts as it is told; an engine does as it was built for."""
+    check_backend(backend, ("auto",))
+    fit = [each for each in BACKENDS.values() if each.manages_cache and not each.builds_engine]
+    names = [each.name for each in fit]
+    if backend != "auto":
+        if backend not in names:
+            raise BackendError(f"{backend} evicts as its engine was built for", f"take one of {', '.join(names)}")
+        return open_session(bundle, backend, **options)
+    refused: GtaEdgeError = BackendError("no backend works here that evicts as it is told", "run `gta-edge doctor`")
+    for each in fit:
+        if each.is_here(bundle):
+            try:
+                return open_session(bundle, each.name, **options)
+            except GtaEdgeError as error:
+                refused = error
+    raise refused
 
 
 def _check(rule: str, share: float, windows: int, tokens: int, positions: int) -> None:

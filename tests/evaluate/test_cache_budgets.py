@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gta_edge.errors import InputError
+from gta_edge.errors import BackendError, InputError
 from gta_edge.evaluate.cache_budgets import SHARES, LayerProbe, calibrate, cheapest, cut_windows, measure_costs
 from gta_edge.formats.bundle import Bundle
 from gta_edge.runtime.cache_policies import policy
@@ -141,6 +141,23 @@ def test_what_makes_no_sense_is_refused_in_one_line(tiny_bundle: Path, options: 
     with pytest.raises(InputError, match=said) as error:
         calibrate(Bundle.open(tiny_bundle), text, backend="torch", **options)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("backend", "said"),
+    [
+        ("tensorrt", r"tensorrt evicts as its engine was built for; take one of .*torch"),
+        ("tpu", "no backend is called"),
+    ],
+)
+def test_a_backend_that_cannot_be_told_is_refused(tiny_bundle: Path, backend: str, said: str) -> None:
+    with pytest.raises(BackendError, match=said):
+        calibrate(Bundle.open(tiny_bundle), "some text " * 200, backend=backend)
+
+
+def test_a_backend_is_found(tiny_bundle: Path) -> None:
+    found = calibrate(Bundle.open(tiny_bundle), "some text " * 200, rule="window", windows=1, tokens=96)
+    assert found.measured["backend"] in ("onnxruntime", "torch")
 
 
 def test_a_text_that_is_too_short_is_refused(tiny_bundle: Path) -> None:
