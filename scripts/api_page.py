@@ -20,6 +20,8 @@ from gta_edge import errors
 from gta_edge.export.pipeline import Export
 from gta_edge.model.model_config import CacheSpec, ModelConfig
 from gta_edge.plugins import register
+from gta_edge.runtime.cache_policies import policy
+from gta_edge.runtime.cache_policies.base import CachePolicy, Decision, Rows
 from gta_edge.runtime.generation.loop import Generation
 from gta_edge.runtime.generation.sampling import Sampling
 
@@ -56,10 +58,19 @@ SECTIONS: tuple[tuple[str, tuple[tuple[str, Any], ...]], ...] = (
             ("gta_edge.load", gta_edge.load),
             ("gta_edge.generate", gta_edge.generate),
             ("gta_edge.preset", gta_edge.preset),
+            ("gta_edge.runtime.cache_policies.policy", policy),
             ("gta_edge.plugins.register", register),
         ),
     ),
     ("Sessions", (("gta_edge.Session", gta_edge.Session),)),
+    (
+        "Cache policies of one's own",
+        (
+            ("gta_edge.runtime.cache_policies.base.CachePolicy", CachePolicy),
+            ("gta_edge.runtime.cache_policies.base.Rows", Rows),
+            ("gta_edge.runtime.cache_policies.base.Decision", Decision),
+        ),
+    ),
     (
         "What the functions take and return",
         (
