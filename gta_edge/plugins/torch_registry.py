@@ -1,16 +1,21 @@
-"""What the ops share in torch: how they are registered, and memory as kernels take it.
+"""What the ops share in torch: how they are registered, and memory and streams as kernels take them.
 
 An op that is called for every layer of every token is registered with ``torch.library.Library`` itself:
-``torch.library.custom_op`` wraps each call in Python of its own, which costs more than the launch.
+``torch.library.custom_op`` wraps each call in Python of its own, which costs more than the launch. For the same reason
+what follows from shapes and types alone is computed once, and kept by each tensor's ``Kind``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from typing import TYPE_CHECKING, Any, TypeAlias
 
+from gta_edge.cuda.gpu import OLDEST
 from gta_edge.errors import BackendError
 from gta_edge.libraries.optional import installed, optional
+from gta_edge.numerics.dtypes import COMPUTE_TYPES, DTYPES
 from gta_edge.plugins.domain import DOMAIN
 
 if TYPE_CHECKING:
@@ -20,10 +25,30 @@ else:
     torch = optional("torch", "export")
     Tensor = torch.Tensor
 
-__all__ = ["ALIGNMENT_BYTES", "aligned", "register_op", "require_aligned"]
+__all__ = [
+    "ALIGNMENT_BYTES",
+    "CALLS_CACHED",
+    "Kind",
+    "aligned",
+    "compute_type",
+    "kind",
+    "making_current",
+    "register_op",
+    "require_aligned",
+    "runs_kernels",
+    "stream_handle",
+]
 
 ALIGNMENT_BYTES = 16
 """What the kernels read and write at once begins at a multiple of this."""
+
+CALLS_CACHED = 1024
+"""Calls of an op, different in shapes or types, of which it is kept what they launch."""
+
+Kind: TypeAlias = "tuple[torch.Size, torch.dtype]"
+"""A tensor's shape and type. Caches hold these and no tensors, whose memory they would keep."""
+
+_NOTHING = nullcontext()
 
 _library: Any = None
 if installed(torch):
@@ -77,6 +102,33 @@ def register_op(
         torch.library.register_autograd(f"{DOMAIN}::{name}", backward, lib=_library)
     torch.library.register_fake(f"{DOMAIN}::{name}", fake, lib=_library)
     return op
+
+
+def kind(tensor: Tensor | None) -> Kind | None:
+    """Return a tensor's shape and type, None of none."""
+    return None if tensor is None else (tensor.shape, tensor.dtype)
+
+
+@cache
+def compute_type(dtype: torch.dtype) -> str | None:
+    """Return our name of a type that the kernels compute in, ``fp16`` or ``bf16``; None of another."""
+    return {getattr(torch, DTYPES[name].array): name for name in COMPUTE_TYPES}.get(dtype)
+
+
+@cache
+def runs_kernels(device: torch.device) -> bool:
+    """Tell whether the kernels run on a GPU, which is not older than Ampere."""
+    return torch.cuda.get_device_capability(device) >= OLDEST
+
+
+def making_current(index: int) -> AbstractContextManager[Any]:
+    """Return a context in which a GPU is the current one, as the meaning of the default stream's handle requires."""
+    return _NOTHING if torch.cuda.current_device() == index else torch.cuda.device(index)
+
+
+def stream_handle(index: int) -> int:
+    """Return the handle of a GPU's current stream, without the object that ``torch.cuda.current_stream`` makes."""
+    return torch._C._cuda_getCurrentRawStream(index)
 
 
 def aligned(tensor: Tensor) -> Tensor:

@@ -9,15 +9,16 @@ widths that are no multiple of 16, caches that are views, GPUs older than Ampere
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from gta_edge.cuda.gpu import OLDEST, current_gpu
+from gta_edge.cuda.gpu import current_gpu
 from gta_edge.errors import BackendError
 from gta_edge.libraries.optional import installed, optional
-from gta_edge.numerics.dtypes import COMPUTE_TYPES, DTYPES
 from gta_edge.plugins.attention.definition import (
     FEATURE_INPUTS,
+    INT64_INPUTS,
     MAX_BRANCH_TOKENS,
     MODEL_INPUTS,
     Sizes,
@@ -26,7 +27,18 @@ from gta_edge.plugins.attention.definition import (
 )
 from gta_edge.plugins.attention.kernels import BUFFERS_OF, Buffers, attention_kernels
 from gta_edge.plugins.attention.tiling import Variant
-from gta_edge.plugins.torch_registry import aligned, register_op, require_aligned
+from gta_edge.plugins.torch_registry import (
+    CALLS_CACHED,
+    Kind,
+    aligned,
+    compute_type,
+    kind,
+    making_current,
+    register_op,
+    require_aligned,
+    runs_kernels,
+    stream_handle,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -131,23 +143,21 @@ def _receive(
     past_received.copy_(received)
 
 
-def _check_features(given: Mapping[str, Tensor], tokens: int, capacity: int, observe: str) -> None:
-    """Refuse inputs of a managed cache that do not go together.
+def _check_features(shapes: Mapping[str, Sequence[int]], tokens: int, capacity: int, observe: str) -> None:
+    """Refuse inputs of a managed cache, of these shapes, that do not go together.
 
     Raises:
         BackendError: there is one without another, or a size is not possible.
     """
     try:
-        given_features({name: tensor.shape for name, tensor in given.items()}, observe)
+        given_features(shapes, observe)
     except ValueError as error:
         problem, _, remedy = str(error).partition("; ")
         raise BackendError(problem, remedy) from error
-    if "branches" in given and tokens > MAX_BRANCH_TOKENS:
+    if "branches" in shapes and tokens > MAX_BRANCH_TOKENS:
         raise BackendError(f"there are {tokens} new tokens in branches", f"expected at most {MAX_BRANCH_TOKENS}")
-    if "row_bias" in given and given["row_bias"].shape[1] > capacity:
-        raise BackendError(
-            f"row_bias has {given['row_bias'].shape[1]} rows", f"expected at most the capacity {capacity}"
-        )
+    if "row_bias" in shapes and shapes["row_bias"][1] > capacity:
+        raise BackendError(f"row_bias has {shapes['row_bias'][1]} rows", f"expected at most the capacity {capacity}")
 
 
 def _latent_attention(
@@ -179,8 +189,8 @@ def _latent_attention(
     s = past_key.shape[2]
     features = (positions, row_bias, branch_start, branches, past_received, query_weight, decay)
     if observe or any(feature is not None for feature in features):
-        given = {name: x for name, x in zip(FEATURE_INPUTS, features, strict=True) if x is not None}
-        _check_features(given, t, s, observe)
+        shapes = {name: x.shape for name, x in zip(FEATURE_INPUTS, features, strict=True) if x is not None}
+        _check_features(shapes, t, s, observe)
     rows = past_length[:, None] + torch.arange(t, device=query.device)  # [B, T]
     if positions is None:
         positions = rows
@@ -220,26 +230,28 @@ def _latent_attention_on_gpu(*arguments: Any) -> Tensor:
     observe = str(arguments[-1]) if len(arguments) > _FEATURES_AT + len(FEATURE_INPUTS) else ""
     query, key, latent, gate, past_key, past_latent, past_length, cos, sin, value_decoder = inputs
     given = {name: tensor for name, tensor in zip(FEATURE_INPUTS, managed, strict=False) if tensor is not None}
-    if given or observe:
-        _check_features(given, query.shape[1], past_key.shape[2], observe)
-    variant, device = _variant(inputs, tuple(heads), given, observe), query.device
-    if variant is None or torch.cuda.get_device_capability(device) < OLDEST or not scale > 0:
+    contiguous = past_key.is_contiguous() and past_latent.is_contiguous()
+    if "past_received" in given:
+        contiguous = contiguous and given["past_received"].is_contiguous()
+    call = _kernel_call((*map(kind, inputs), *map(kind, managed)), tuple(heads), observe, contiguous)
+    device = query.device
+    if call is None or not runs_kernels(device) or not scale > 0:
         return _latent_attention(*arguments)
+    variant, sizes, numbers = call
     require_aligned("past_key", past_key)
     require_aligned("past_latent", past_latent)
     index = torch.cuda.current_device() if device.index is None else device.index
     kernels = attention_kernels(variant, current_gpu(index))
-    sizes = {"batch": query.shape[0], "tokens": query.shape[1], "capacity": past_key.shape[2]}
-    output: Tensor = query.new_empty(*query.shape[:2], variant.sizes.hidden_size)
+    output: Tensor = query.new_empty(sizes["batch"], sizes["tokens"], variant.sizes.hidden_size)
     workspace = torch.empty(kernels.workspace_bytes(**sizes), dtype=torch.uint8, device=device)
     # held until the launches are queued: then the allocator may give their memory only to what follows them
     read = (query, key, latent, gate, past_length, cos, sin, value_decoder)
     whole = [None if tensor is None else aligned(tensor) for tensor in read]
     addresses = [0 if tensor is None else tensor.data_ptr() for tensor in whole]
     managed_whole = {name: tensor if name == "past_received" else aligned(tensor) for name, tensor in given.items()}
-    with torch.cuda.device(device):  # whose default stream has the handle of every other GPU's
+    with making_current(index):  # whose default stream has the handle of every other GPU's
         kernels.launch(
-            torch.cuda.current_stream(device).cuda_stream,
+            stream_handle(index),
             Buffers(
                 query=addresses[0],
                 key=addresses[1],
@@ -258,43 +270,55 @@ def _latent_attention_on_gpu(*arguments: Any) -> Tensor:
                 **{BUFFERS_OF[name]: tensor.data_ptr() for name, tensor in managed_whole.items()},
             ),
             **sizes,
-            positions=cos.shape[0],
+            **numbers,
             scale=scale,
-            branch_rows=given["branches"].shape[1] if "branches" in given else 0,
         )
     return output
 
 
-def _variant(
-    inputs: tuple[Tensor | None, ...], heads: tuple[int, int, int], managed: Mapping[str, Tensor], observe: str
-) -> Variant | None:
-    """Return what the kernels would be compiled for, or None if they are not made for these tensors."""
+@lru_cache(CALLS_CACHED)
+def _kernel_call(
+    inputs: tuple[Kind | None, ...], heads: tuple[int, int, int], observe: str, contiguous: bool
+) -> tuple[Variant, Mapping[str, int], Mapping[str, int]] | None:
+    """Return what the kernels would be compiled for and launched with; None if they are not made for such tensors.
+
+    Args:
+        inputs: as in ``definition.INPUTS``.
+        heads: n_q, n_k, n_c.
+        observe: the attribute, empty if there is none.
+        contiguous: whether all that is written in place is.
+
+    Returns:
+        the variant, the sizes that the workspace goes by, and the launches' other numbers.
+
+    Raises:
+        BackendError: inputs of a managed cache do not go together.
+    """
     given = given_inputs(inputs)
-    past_key, past_latent = given["past_key"], given["past_latent"]
-    compute, past_length = given["query"].dtype, given.pop("past_length")
-    types = {getattr(torch, DTYPES[name].array): name for name in COMPUTE_TYPES}
-    if compute not in types or any(tensor.dtype != compute for tensor in given.values()):
+    shapes = {name: shape for name, (shape, _) in given.items()}
+    managed = {name: shapes[name] for name in FEATURE_INPUTS if name in shapes}
+    sizes = {"batch": shapes["query"][0], "tokens": shapes["query"][1], "capacity": shapes["past_key"][2]}
+    if managed or observe:
+        _check_features(managed, sizes["tokens"], sizes["capacity"], observe)
+    dtype = given["query"][1]
+    compute, types = compute_type(dtype), dict.fromkeys(MODEL_INPUTS, dtype) | dict.fromkeys(managed, torch.float32)
+    types |= dict.fromkeys(INT64_INPUTS, torch.int64)
+    if compute is None or not contiguous or any(of != types[name] for name, (_, of) in given.items()):
         return None
-    if past_length.dtype != torch.int64 or not (past_key.is_contiguous() and past_latent.is_contiguous()):
-        return None
-    integers = ("positions", "branch_start", "branches")
-    if any(x.dtype != (torch.int64 if name in integers else torch.float32) for name, x in managed.items()):
-        return None
-    if "past_received" in managed and not managed["past_received"].is_contiguous():
-        return None
-    sizes = _sizes(given, heads)
-    features = given_features({name: tensor.shape for name, tensor in managed.items()}, observe)
+    model, features = _sizes(shapes, heads), given_features(managed, observe)
     try:
-        return Variant(sizes, types[compute], types[compute], features)
+        variant = Variant(model, compute, compute, features)
     except BackendError:
         return None
+    branch_rows = shapes["branches"][1] if "branches" in shapes else 0
+    return variant, sizes, {"positions": shapes["cos"][0], "branch_rows": branch_rows}
 
 
-def _sizes(given: Mapping[str, Tensor], heads: tuple[int, int, int]) -> Sizes:
-    gate, decoder, d_l = given.get("gate"), given.get("value_decoder"), given["past_latent"].shape[-1]
-    width = heads[0] * (d_l if decoder is None else decoder.shape[-1])
-    hidden = width if gate is None else gate.shape[-1]
-    return Sizes(*heads, given["past_key"].shape[-1], d_l, hidden, gate is not None, decoder is not None)
+def _sizes(shapes: Mapping[str, Sequence[int]], heads: tuple[int, int, int]) -> Sizes:
+    gate, decoder, d_l = shapes.get("gate"), shapes.get("value_decoder"), shapes["past_latent"][-1]
+    width = heads[0] * (d_l if decoder is None else decoder[-1])
+    hidden = width if gate is None else gate[-1]
+    return Sizes(*heads, shapes["past_key"][-1], d_l, hidden, gate is not None, decoder is not None)
 
 
 # --- torch's registry ------------------------------------------------------------------------------------------------

@@ -5,8 +5,8 @@ Knows of no framework. A launch allocates nothing and waits for nothing, so that
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Any
+from functools import cache, lru_cache
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -24,6 +24,10 @@ from gta_edge.plugins.elementwise.launches import (
 )
 
 __all__ = ["ElementwiseKernels", "elementwise_kernels"]
+
+_LAUNCHES_CACHED = 256
+_Prepared: TypeAlias = tuple[Any, Any, tuple[Any, ...]]
+"""A launch's config, its kernel, and its numbers."""
 
 
 @cache
@@ -48,11 +52,14 @@ class ElementwiseKernels:
     """
 
     def __init__(self, compute: str, gpu: Gpu) -> None:
+        self.gpu = gpu
         program = Program(compute)
         self._launcher = Launcher(gpu, "elementwise", KERNELS)
         shared_bytes = {ADD_NORM: add_norm_launch(1, MAX_WIDTH).shared_bytes, SILU_MULTIPLY: 0}
         loaded = self._launcher.load({program: shared_bytes})
         self._kernels = {name: loaded[program, name] for name in program.kernels}
+        self._add_norm = lru_cache(_LAUNCHES_CACHED)(self._prepare_add_norm)
+        self._silu_multiply = lru_cache(_LAUNCHES_CACHED)(self._prepare_silu_multiply)
 
     def add_norm(
         self,
@@ -85,9 +92,8 @@ class ElementwiseKernels:
         Raises:
             BackendError: a size or an address that the kernel cannot take, or the launch failed.
         """
-        launch = add_norm_launch(rows, width)
-        absent = () if addend else ("addend", "sum")
-        self._launch(ADD_NORM, stream, launch, (x, addend, weight, sum, normed), absent, width, epsilon)
+        prepared = self._add_norm(rows, width, epsilon)
+        self._launch(ADD_NORM, stream, prepared, (x, addend, weight, sum, normed), () if addend else ("addend", "sum"))
 
     def silu_multiply(self, stream: Any, *, gate: int, up: int, output: int, values: int) -> None:
         """Launch output = SiLU(gate) · up, SiLU's result rounded before it is multiplied.
@@ -102,19 +108,21 @@ class ElementwiseKernels:
         Raises:
             BackendError: a size or an address that the kernel cannot take, or the launch failed.
         """
-        self._launch(SILU_MULTIPLY, stream, silu_launch(values), (gate, up, output), (), values // VECTOR)
+        self._launch(SILU_MULTIPLY, stream, self._silu_multiply(values), (gate, up, output))
 
     def _launch(
-        self,
-        kernel: str,
-        stream: Any,
-        launch: Any,
-        addresses: tuple[int, ...],
-        absent: tuple[str, ...],
-        number: int,
-        *fractions: float,
+        self, kernel: str, stream: Any, prepared: _Prepared, addresses: tuple[int, ...], absent: tuple[str, ...] = ()
     ) -> None:
         check_addresses(zip(SIGNATURES[kernel].addresses, addresses, strict=True), {}, absent)
-        # An int of Python would be passed as 8 bytes.
-        arguments = (*addresses, np.int32(number), *map(np.float32, fractions))
-        self._launcher.launch(stream, [(self._launcher.config(launch), self._kernels[kernel], *arguments)])
+        config, loaded, numbers = prepared
+        self._launcher.launch(stream, [(config, loaded, *addresses, *numbers)])
+
+    # All of a launch that does not depend on addresses; an int of Python would be passed as 8 bytes.
+
+    def _prepare_add_norm(self, rows: int, width: int, epsilon: float) -> _Prepared:
+        config = self._launcher.config(add_norm_launch(rows, width))
+        return config, self._kernels[ADD_NORM], (np.int32(width), np.float32(epsilon))
+
+    def _prepare_silu_multiply(self, values: int) -> _Prepared:
+        config = self._launcher.config(silu_launch(values))
+        return config, self._kernels[SILU_MULTIPLY], (np.int32(values // VECTOR),)

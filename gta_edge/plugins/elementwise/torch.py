@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from gta_edge.cuda.gpu import OLDEST, current_gpu
+from gta_edge.cuda.gpu import current_gpu
 from gta_edge.libraries.optional import optional
-from gta_edge.numerics.dtypes import COMPUTE_TYPES, DTYPES
 from gta_edge.plugins.elementwise.kernels import ElementwiseKernels, elementwise_kernels
 from gta_edge.plugins.elementwise.launches import MAX_WIDTH, VECTOR
-from gta_edge.plugins.torch_registry import aligned
+from gta_edge.plugins.torch_registry import aligned, compute_type, making_current, runs_kernels, stream_handle
 
 if TYPE_CHECKING:
     import torch
@@ -45,9 +44,10 @@ def add_norm(x: Tensor, addend: Tensor | None, norm: nn.RMSNorm) -> tuple[Tensor
     whole = [aligned(tensor) for tensor in (x, norm.weight, *([] if addend is None else [addend]))]
     total = x if addend is None else torch.empty_like(whole[0])
     normed = torch.empty_like(whole[0])
-    with torch.cuda.device(x.device):
+    index = kernels.gpu.device_id
+    with making_current(index):
         kernels.add_norm(
-            torch.cuda.current_stream(x.device).cuda_stream,
+            stream_handle(index),
             x=whole[0].data_ptr(),
             weight=whole[1].data_ptr(),
             addend=0 if addend is None else whole[2].data_ptr(),
@@ -67,9 +67,10 @@ def silu_multiply(gate: Tensor, up: Tensor) -> Tensor:
         return functional.silu(gate) * up
     whole = [aligned(tensor) for tensor in (gate, up)]
     output = torch.empty_like(whole[0])
-    with torch.cuda.device(gate.device):
+    index = kernels.gpu.device_id
+    with making_current(index):
         kernels.silu_multiply(
-            torch.cuda.current_stream(gate.device).cuda_stream,
+            stream_handle(index),
             gate=whole[0].data_ptr(),
             up=whole[1].data_ptr(),
             output=output.data_ptr(),
@@ -82,8 +83,8 @@ def _kernels_for(x: Tensor, *others: Tensor) -> ElementwiseKernels | None:
     """Return the kernels for these tensors, None where they are not made for them."""
     if not x.is_cuda or not x.numel() or any(tensor.dtype != x.dtype or not tensor.is_cuda for tensor in others):
         return None
-    compute = {getattr(torch, DTYPES[name].array): name for name in COMPUTE_TYPES}.get(x.dtype)
-    if compute is None or torch.cuda.get_device_capability(x.device) < OLDEST:
+    compute = compute_type(x.dtype)
+    if compute is None or not runs_kernels(x.device):
         return None
     index = torch.cuda.current_device() if x.device.index is None else x.device.index
     return elementwise_kernels(compute, current_gpu(index))

@@ -11,15 +11,24 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from gta_edge.cuda.gpu import OLDEST, current_gpu
+from gta_edge.cuda.gpu import current_gpu
 from gta_edge.errors import BackendError
 from gta_edge.libraries.optional import installed, optional
-from gta_edge.numerics.dtypes import COMPUTE_TYPES, DTYPES
 from gta_edge.plugins.matmul.definition import Sizes
 from gta_edge.plugins.matmul.kernels import matmul_kernels
 from gta_edge.plugins.matmul.packing import OUTPUTS_MULTIPLE
 from gta_edge.plugins.matmul.tiling import Variant
-from gta_edge.plugins.torch_registry import aligned, register_op
+from gta_edge.plugins.torch_registry import (
+    CALLS_CACHED,
+    Kind,
+    aligned,
+    compute_type,
+    kind,
+    making_current,
+    register_op,
+    runs_kernels,
+    stream_handle,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -66,7 +75,7 @@ def blockwise_matmul(
     Raises:
         ValueError: types or shapes do not fit together.
     """
-    sizes = _checked_sizes(x, (weight, scale, bias), bits, block_size, output_sizes)
+    sizes = _checked_sizes(tuple(map(kind, (x, weight, scale, bias))), bits, block_size, tuple(output_sizes))
     step = max(1, _SLICE_VALUES // (weight.shape[1] * (512 * 8 // bits)))
     rows = x.float()
     parts = []
@@ -136,33 +145,30 @@ def _dequantised(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
     return (codes.float() - (1 << bits - 1)).mul_(factors).flatten(0, 1)
 
 
-def _checked_sizes(
-    x: Tensor, parts: tuple[Tensor, Tensor, Tensor | None], bits: int, block_size: int, output_sizes: Sequence[int]
-) -> Sizes:
-    """Return the call's sizes, of which x and ``parts`` (weight, scale and bias) are."""
-    if not x.is_floating_point() or x.dim() < 1:
+@lru_cache(CALLS_CACHED)
+def _checked_sizes(inputs: tuple[Kind | None, ...], bits: int, block_size: int, output_sizes: tuple[int, ...]) -> Sizes:
+    """Return the call's sizes, of which ``inputs`` (x, weight, scale and bias) are."""
+    x, *parts = inputs
+    assert x is not None  # the op's schema has it
+    if not x[1].is_floating_point or not x[0]:
         raise ValueError(f"x is {_described(x)}; expected floating point [..., K]")
-    sizes = _sizes(x.shape[-1], tuple(output_sizes), bits, block_size)
-    dtypes, shapes = (
-        (torch.int32, torch.float16, x.dtype),
-        (sizes.weight_shape, sizes.scale_shape, (sizes.out_features,)),
+    sizes = Sizes(x[0][-1], output_sizes, bits, block_size)
+    expected = (
+        (sizes.weight_shape, torch.int32),
+        (sizes.scale_shape, torch.float16),
+        ((sizes.out_features,), x[1]),
     )
-    for name, tensor, dtype, shape in zip(("weight", "scale", "bias"), parts, dtypes, shapes, strict=True):
-        if tensor is not None and (tensor.dtype != dtype or tensor.shape != shape):
+    for name, found, wanted in zip(("weight", "scale", "bias"), parts, expected, strict=True):
+        if found is not None and found != wanted:
             raise ValueError(
-                f"{name} is {_described(tensor)}; expected {dtype} {list(shape)} for {sizes.in_features} inputs and "
-                f"{sizes.out_features} outputs, int{bits} in blocks of {block_size}"
+                f"{name} is {_described(found)}; expected {wanted[1]} {list(wanted[0])} for {sizes.in_features} inputs "
+                f"and {sizes.out_features} outputs, int{bits} in blocks of {block_size}"
             )
     return sizes
 
 
-@lru_cache(1024)
-def _sizes(in_features: int, output_sizes: tuple[int, ...], bits: int, block_size: int) -> Sizes:
-    return Sizes(in_features, output_sizes, bits, block_size)
-
-
-def _described(tensor: Tensor) -> str:
-    return f"{tensor.dtype} {list(tensor.shape)}"
+def _described(of: Kind) -> str:
+    return f"{of[1]} {list(of[0])}"
 
 
 # --- on the kernels --------------------------------------------------------------------------------------------------
@@ -170,12 +176,13 @@ def _described(tensor: Tensor) -> str:
 
 def _on_gpu(*arguments: Any) -> list[Tensor]:
     """The same on CUDA tensors: the kernels, where they are made for the call."""
-    x, *parts, bits, block_size, output_sizes = arguments
-    compute, device = {getattr(torch, DTYPES[name].array): name for name in COMPUTE_TYPES}.get(x.dtype), x.device
-    if compute is None or x.shape[-1] % ALIGNED_INPUTS or torch.cuda.get_device_capability(device) < OLDEST:
+    *tensors, bits, block_size, output_sizes = arguments
+    x, device = tensors[0], tensors[0].device
+    compute = compute_type(x.dtype)
+    if compute is None or x.shape[-1] % ALIGNED_INPUTS or not runs_kernels(device):
         return blockwise_matmul(*arguments)
-    sizes = _checked_sizes(x, tuple(parts), bits, block_size, output_sizes)
-    if any(tensor.device != device for tensor in parts if tensor is not None):
+    sizes = _checked_sizes(tuple(map(kind, tensors)), bits, block_size, tuple(output_sizes))
+    if any(tensor is not None and tensor.device != device for tensor in tensors):
         raise BackendError(f"x is on {device}, and weight, scale or bias elsewhere", "move them to one device")
     outputs = [x.new_empty(shape) for shape in sizes.output_shapes(x.shape)]
     rows = x.numel() // sizes.in_features
@@ -184,11 +191,11 @@ def _on_gpu(*arguments: Any) -> list[Tensor]:
     index = torch.cuda.current_device() if device.index is None else device.index
     kernels = matmul_kernels(Variant(bits, block_size, compute), current_gpu(index))
     # held until the launch is queued: then the allocator may give their memory only to what follows it
-    whole = [None if tensor is None else aligned(tensor) for tensor in (x, *parts)]
+    whole = [None if tensor is None else aligned(tensor) for tensor in tensors]
     addresses = [0 if tensor is None else tensor.data_ptr() for tensor in whole]
-    with torch.cuda.device(device):  # whose default stream has the handle of every other GPU's
+    with making_current(index):  # whose default stream has the handle of every other GPU's
         kernels.launch(
-            torch.cuda.current_stream(device).cuda_stream,
+            stream_handle(index),
             x=addresses[0],
             weight=addresses[1],
             scale=addresses[2],
