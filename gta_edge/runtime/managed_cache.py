@@ -253,18 +253,31 @@ class ManagedCache(CacheState):
         return self.length
 
     def _weights(self, part: Part, rows: Lengths) -> tuple[Floats, Floats]:
-        """Return ``query_weight`` [B, T] and ``decay`` [B]: each sequence's for its own tokens, padding left out."""
-        batch, real = self.batch, part.real
-        times = self.length[:, None] + np.arange(part.width)
-        visible = np.rint(rows.mean(0)).astype(np.int64)[:, None] + np.arange(1, part.width + 1)
-        if self._observed_tokens is not None:
-            real = np.where(part.at_end(self._observed_tokens), real, 0)
-        if (real == part.width).all():
-            return self.policy.weights(times, visible)
-        weight, decay = np.zeros((batch, part.width), np.float32), np.ones(batch, np.float32)
+        """Return ``query_weight`` [B, T] and ``decay`` [B]: each sequence's for its own tokens, padding left out.
+
+        Where only the last tokens of a chunk observe, they count as in the whole chunk, and what was received before it
+        decays by all of it, once.
+        """
+        batch, real, begin, observed = self.batch, part.real, part.start, self._observed_tokens
+        if observed is not None:
+            begin = part.chunk[0]
+            ends = np.minimum(part.counts, part.chunk[1])
+            real = np.where(part.at_end(observed), ends - begin, 0)
+        before, width = part.start - begin, part.width  # tokens of the chunk that have run
+        steps = np.arange(-before, max(width, int(real.max()) - before))
+        times = self.length[:, None] + steps
+        visible = np.maximum(np.rint(rows.mean(0)).astype(np.int64)[:, None] + steps + 1, 1)
+        if (real == len(steps)).all() and not before:
+            weight, decay = self.policy.weights(times, visible)
+            return np.ascontiguousarray(weight[:, :width]), decay
+        weight, decay = np.zeros((batch, width), np.float32), np.ones(batch, np.float32)
         for tokens in np.unique(real[real > 0]).tolist():
             which = np.flatnonzero(real == tokens)
-            weight[which, :tokens], decay[which] = self.policy.weights(times[which, :tokens], visible[which, :tokens])
+            weights, decays = self.policy.weights(times[which, :tokens], visible[which, :tokens])
+            shown = weights[:, before : before + width]
+            weight[which, : shown.shape[1]] = shown
+            if observed is None or part.start == max(begin, begin + tokens - observed):
+                decay[which] = decays
         return weight, decay
 
     # --- eviction --------------------------------------------------------------------------------------------------
@@ -289,7 +302,7 @@ class ManagedCache(CacheState):
             if layout is not None:
                 layouts.append((layer, b, layout))
                 dropped = np.ones(count, np.bool_)
-                dropped[layout.origin] = False
+                dropped[layout.origin[layout.counts == 1]] = False  # what is merged cannot be told apart again
                 newest[b] = max(newest[b], seen.positions[dropped].max(initial=-1))
         self._apply(layouts, memory)
         self._newest_dropped = newest

@@ -278,7 +278,13 @@ class Session(ABC):
 
     def _truncate(self, length: Any, owner: Claim | None) -> None:
         self._check_owner(owner)
-        self._cache.truncate(_as_array(length, "a length for truncate"), length, self)
+        try:
+            self._cache.truncate(_as_array(length, "a length for truncate"), length, self)
+        except InputError:  # nothing has changed
+            raise
+        except BaseException:
+            self._changed(None, "a truncate() that failed")
+            raise
         self._changed(owner, "truncate()")
 
     def _check_ids(self, ids: Any) -> Ids:

@@ -77,24 +77,24 @@ class ManagedModel:
             first = max(0, len(chunk) - self.observed) if self.observed is not None else 0
             if first:
                 found.append(self.call(chunk[:first], observes=False))
-            found.append(self.call(chunk[first:]))
+            found.append(self.call(chunk[first:], before=first))
             if self.policy and is_prompt:
                 self.evict()
         return np.concatenate(found)
 
     # --- the model -------------------------------------------------------------------------------------------------
 
-    def call(self, ids: Sequence[int] | Array, observes: bool = True) -> Array:
-        """Run tokens at once; returns logits [T, V]."""
+    def call(self, ids: Sequence[int] | Array, observes: bool = True, before: int = 0) -> Array:
+        """Run tokens at once, behind so many of the same chunk that did not observe; returns logits [T, V]."""
         x = [self.weights["model.embed_tokens.weight"][int(token)] for token in ids]
         eps = self.entries["rms_norm_eps"]
         times = np.arange(self.length, self.length + len(ids))
         rows_before = round(float(np.mean([len(rows) for rows in self.layers])))
         query_weight, decay = np.zeros(len(ids)), 1.0
         if self.policy and self.policy.observe and observes:
-            visible = rows_before + np.arange(1, len(ids) + 1)
-            weight, decays = self.policy.weights(times[None], visible[None])
-            query_weight, decay = double(weight[0]), float(decays[0])
+            chunk = np.arange(-before, len(ids))
+            weight, decays = self.policy.weights(self.length + chunk[None], rows_before + 1 + chunk[None])
+            query_weight, decay = double(weight[0, before:]), float(decays[0])
         for layer in range(len(self.layers)):
             name = f"model.layers.{layer}"
             norm = self.weights[f"{name}.input_layernorm.weight"]

@@ -38,6 +38,17 @@ def make(name: str, **changes: Any) -> Any:
     return policy(name.partition(",")[0], **{"interval": 5, **POLICIES[name], **changes})
 
 
+@dataclass(frozen=True, kw_only=True)
+class Told(Window):
+    """A policy that says what it is told to say."""
+
+    keeps: Callable[[int], Any]
+    folds: Callable[[int], Any] = field(default=lambda count: None)
+
+    def keep(self, rows: Rows) -> Decision:
+        return Decision(self.keeps(len(rows)), self.folds(len(rows)))
+
+
 @pytest.fixture(params=MODELS)
 def model(request: pytest.FixtureRequest) -> str:
     return request.param
@@ -192,6 +203,28 @@ def test_a_cache_of_int8_moves_its_scales_too(start: Start, model: str, name: st
     np.testing.assert_array_equal(session.rows, exact.rows)
 
 
+@one_model
+@pytest.mark.parametrize("name", ["h2o", "snapkv", "corm", "zsmerge", "pyramid"])
+def test_the_last_tokens_of_a_chunk_observe_for_all_of_it(start: Start, model: str, name: str) -> None:
+    """As on a GPU: what was received before fades by the whole chunk, and a batch's sequences evict as if alone."""
+    own = {"snapkv": {"window": 20}, "corm": {"residual_rows": 0}, "zsmerge": {"residual_rows": 0}}
+    cache = make(name, **own.get(name, {}))
+    session, ids, lengths = start(cache=cache, chunk_size=40, observed_tokens=16), prompt(3, 110), [100, 5, 67]
+    exact = [ManagedModel(MODELS[model], weights_of(model), cache, 40, observed=16) for _ in lengths]
+    found = session.forward(ids[:, :100], lengths=lengths)
+    expected = [each.forward(row[:count])[-1] for each, row, count in zip(exact, ids, lengths, strict=True)]
+    assert_close(found, np.stack(expected))
+    for layer, received in enumerate(session._received()):
+        for b, each in enumerate(exact):
+            held = [row.received for row in each.layers[layer]]
+            np.testing.assert_allclose(
+                np.sort(received[b, : len(held)]), np.sort(held), rtol=1e-3, atol=1e-5, err_msg=f"{layer}, {b}"
+            )
+    for t in range(100, 110):
+        expected = [each.forward(row[t : t + 1])[0] for each, row in zip(exact, ids, strict=True)]
+        assert_close(session.forward(ids[:, t : t + 1]), np.stack(expected))
+
+
 # --- bounds, truncate, reset -----------------------------------------------------------------------------------------
 
 
@@ -281,6 +314,49 @@ def test_tokens_that_were_evicted_cannot_be_gone_back_to(start: Start) -> None:
     other = start(cache=make("window"))
     found = session.forward(ids[:, :30], lengths=[30, 1])
     assert_close(found[0], other.forward(ids[:1, :30])[0])
+
+
+@one_model
+def test_a_residual_row_is_not_cut_in_two(start: Start) -> None:
+    """Tokens 2, 3, 5 and 9 are one row: taking back 9 would take back the others with it."""
+    folded = np.array([2, 3, 5, 9])
+    session = start(
+        cache=Told(
+            rows=20,
+            sinks=0,
+            residual_rows=1,
+            keeps=lambda n: ~np.isin(np.arange(n), folded),
+            folds=lambda n: np.zeros(n, np.int64),
+        )
+    )
+    session.forward(prompt(1, 23))
+    assert session.rows[:, 0].tolist() == [20, 20]
+    for wanted in (6, 9, 10):
+        with pytest.raises(InputError, match=f"^cannot truncate row 0 to {wanted} tokens: the policy has dropped some"):
+            session.truncate(wanted)
+    session.truncate(11)  # 0, 1, 4, 6, 7, 8, 10 and the residual row
+    assert session.rows[:, 0].tolist() == [8, 8]
+
+
+@one_model
+def test_a_claim_ends_with_a_truncation_that_fails(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    session, ids = start(cache=policy("window", rows=20, sinks=10, interval=5)), prompt(1, 60)
+    claim = session.claim()
+    claim.forward(ids[:, :40])
+    with pytest.raises(InputError, match="cannot truncate"):
+        claim.truncate(20)
+    for t in range(40, 47):  # nothing has changed; then rows move into holes
+        claim.forward(ids[:, t : t + 1])
+
+    def fail(moves: Moves) -> None:
+        raise CapacityError("no memory", "close other programs")
+
+    monkeypatch.setattr(session, "_move", fail)
+    with pytest.raises(CapacityError):
+        claim.truncate(42)
+    assert session.length.tolist() == [0]
+    with pytest.raises(InputError, match=r"a truncate\(\) that failed"):
+        claim.forward(ids[:, 40:41])
 
 
 @one_model
@@ -433,17 +509,6 @@ def test_a_policy_that_does_not_fit_the_model_is_refused(start: Start, cache: Ca
         start(cache=cache())
     assert "\n" not in str(caught.value)
     assert caught.value.remedy
-
-
-@dataclass(frozen=True, kw_only=True)
-class Told(Window):
-    """A policy that says what it is told to say."""
-
-    keeps: Callable[[int], Any]
-    folds: Callable[[int], Any] = field(default=lambda count: None)
-
-    def keep(self, rows: Rows) -> Decision:
-        return Decision(self.keeps(len(rows)), self.folds(len(rows)))
 
 
 @one_model

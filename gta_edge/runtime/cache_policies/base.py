@@ -204,10 +204,12 @@ class CachePolicy(ABC):
         """
         if not self.residual_rows:
             return None
-        evicted = np.flatnonzero(~keep)
+        evicted, runs = np.flatnonzero(~keep), self.residual_rows
+        if rows.budget is None:  # as few rows may stay as the method likes, and every residual row needs a place
+            runs = min(runs, int(keep.sum()))
         into = np.full(len(rows), DROPPED, np.int64)
         by_age = evicted[np.argsort(rows.positions[evicted])]
-        into[by_age] = np.arange(len(evicted)) * self.residual_rows // len(evicted)
+        into[by_age] = np.arange(len(evicted)) * runs // len(evicted)
         return into
 
 

@@ -182,6 +182,26 @@ def test_corm_takes_a_bound() -> None:
         assert max((last[token] for token in important - stay if token < T - 4), default=-1) <= min(older, default=T)
 
 
+@pytest.mark.parametrize("count", range(2, 12))
+def test_corm_has_a_place_for_every_residual_row(count: int) -> None:
+    """Where few rows stay, no index of one is beyond them."""
+    cache = policy("corm", window=1, residual_rows=8)
+    positions = np.arange(count)
+    rows = Rows(
+        layer=0,
+        budget=None,
+        length=count,
+        positions=positions,
+        received=np.full(count, -1, np.float32),
+        counts=np.ones(count, np.float32),
+    )
+    decision = cache.keep(rows)
+    assert decision.residual is not None
+    used = np.unique(decision.residual[~decision.keep])
+    assert used.min() >= 0
+    assert used.max() < decision.keep.sum() + len(used)
+
+
 def test_the_share_of_a_query_is_of_the_rows_that_it_sees() -> None:
     """Not of the tokens before it: after an eviction there are fewer rows."""
     weight, decay = policy("corm").weights(np.array([[100, 101]]), np.array([[31, 32]]))
