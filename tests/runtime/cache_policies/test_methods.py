@@ -148,6 +148,24 @@ def test_queries_of_short_calls_count_by_their_age(name: str, window: int) -> No
     np.testing.assert_allclose(after, fading[5], rtol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["snapkv", "tova"])
+def test_a_call_of_a_window_forgets_what_was_before(name: str) -> None:
+    """One of as many tokens, too."""
+    window = 5 if name == "snapkv" else 1
+    chosen = policy(name, rows=20, **({"window": 5} if name == "snapkv" else {}))
+    for tokens in (window, window + 1):
+        weights, decay = chosen.weights(np.zeros((1, tokens), np.int64), np.ones((1, tokens), np.int64))
+        assert weights[0].tolist() == [0.0] * (tokens - window) + [1.0] * window and decay.tolist() == [0]
+
+
+def test_rows_share_no_score_with_the_window_that_stays_anyway() -> None:
+    """Nor does a row beside it get the score of one of its."""
+    received = np.array([1, 3, 1, 2, 0, 0, 9, 9], np.float32)
+    rows = Rows(0, 5, 8, np.arange(8), received, np.ones(8, np.float32))
+    stay = kept(rows, policy("snapkv", rows=5, window=2, pooling=3).keep(rows))
+    assert stay == {0, 1, 2, 6, 7}
+
+
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("tokens", [1, 7, 16, 40])
 def test_a_ragged_batch_counts_as_each_sequence_alone(name: str, tokens: int) -> None:
