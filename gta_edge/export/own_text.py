@@ -6,7 +6,7 @@ as the model predicts, at temperature 1. It runs in PyTorch, in float32, all seq
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,7 @@ from gta_edge.formats.checkpoint import Checkpoint
 from gta_edge.libraries.optional import optional
 from gta_edge.model.config import ModelConfig
 from gta_edge.model.decoder import SelfAttention, empty_cache
-from gta_edge.plugins.attention import torch as torch_ops
+from gta_edge.plugins.attention.torch import attention_in_place
 from gta_edge.support.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def own_text(source: Checkpoint, progress: Progress = silent) -> npt.NDArray[np.
     model = build_decoder(config, ((name, source.read(name)) for name in source.names))
     for module in model.modules():
         if isinstance(module, SelfAttention):
-            module.attention = _in_place
+            module.attention = attention_in_place
     random = np.random.Generator(np.random.PCG64(_SEED))
     ids = np.empty((rows, tokens), np.int64)
     ids[:, 0] = random.choice(_beginnings(config), rows)
@@ -92,7 +92,3 @@ def _drawn(logits: Tensor, uniform: npt.NDArray[np.float64]) -> npt.NDArray[np.i
     found = torch.searchsorted(summed, (torch.from_numpy(uniform) * total)[:, None], right=True)[:, 0]
     result: npt.NDArray[np.int64] = found.clamp(max=logits.shape[1] - 1).numpy()
     return result
-
-
-def _in_place(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return torch_ops.grouped_latent_attention_(*arguments), arguments[4], arguments[5]

@@ -61,6 +61,7 @@ __all__ = [
     "is_scale",
     "managed_shapes",
     "received_name",
+    "received_tensors",
     "scale_name",
 ]
 
@@ -156,6 +157,11 @@ def is_scale(name: str) -> bool:
 def received_name(layer: int) -> str:
     """Return what a layer's received attention is called, without ``past_`` or ``present_``."""
     return f"received.{layer}"
+
+
+def received_tensors(layers: int) -> list[CacheTensor]:
+    """Return the tensors of what each layer's rows have received of attention, [B, S], as caches of one head."""
+    return [CacheTensor(received_name(layer), 1, None, "fp32") for layer in range(layers)]
 
 
 def managed_shapes(

@@ -11,8 +11,8 @@ behind the rows in use first, for which a cache has as many spare rows.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, fields
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -43,6 +43,11 @@ class ManagedStep:
     query_weight: Floats | None = None
     decay: Floats | None = None
 
+    def given(self) -> dict[str, npt.NDArray[Any]]:
+        """Return those that there are, by the names of the graph's inputs, which are these."""
+        values = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return {name: array for name, array in values if array is not None}
+
 
 @dataclass(frozen=True)
 class Moves:
@@ -64,6 +69,11 @@ class Moves:
 
     def __bool__(self) -> bool:
         return bool(len(self.moves) or len(self.folds))
+
+    def of_layer(self, layer: int) -> Moves:
+        """Return those of one layer."""
+        moves, folds = (rows[:, 0] == layer for rows in (self.moves, self.folds))
+        return Moves(self.moves[moves], self.folds[folds], self.fold_weights[folds])
 
 
 def by_layer(rows: npt.NDArray[np.int32]) -> Iterator[tuple[int, slice]]:

@@ -48,7 +48,7 @@ else:
     torch = optional("torch", "export")
     Tensor, functional = torch.Tensor, torch.nn.functional
 
-__all__ = ["differentiable_attention", "grouped_latent_attention", "grouped_latent_attention_"]
+__all__ = ["attention_in_place", "differentiable_attention", "grouped_latent_attention", "grouped_latent_attention_"]
 
 _FEATURES_AT = len(MODEL_INPUTS) + 4
 """Place of the first of ``FEATURE_INPUTS`` among the arguments of the op in place: behind the heads and the scale."""
@@ -211,6 +211,11 @@ def _latent_attention(
         values = values.repeat(1, 1, 1, expansion) + values @ value_decoder  # [B, n_q, T, e·d_l]
     joined = values.transpose(1, 2).reshape(b, t, -1)
     return joined if gate is None else torch.sigmoid(gate) * joined
+
+
+def attention_in_place(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """``grouped_latent_attention``, whose new caches are the ones that it was given, updated in place."""
+    return grouped_latent_attention_(*arguments), arguments[4], arguments[5]
 
 
 def differentiable_attention(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,19 +30,15 @@ from gta_edge.libraries.onnxruntime import (
     why_no_gpu,
 )
 from gta_edge.model.kv_cache import (
-    DECAY,
     INPUT_IDS,
     LOGIT_POSITIONS,
     LOGITS,
-    PAST_LENGTH,
-    POSITIONS,
-    QUERY_WEIGHT,
-    ROW_BIAS,
     TOKEN_INPUTS,
     CacheTensor,
     interface_names,
     managed_shapes,
     received_name,
+    received_tensors,
 )
 from gta_edge.numerics.dtypes import DTYPES
 from gta_edge.plugins.attention.definition import Features
@@ -66,7 +63,6 @@ _CAPACITY_STEP = 2048
 """Every growth copies the cache through the host's memory and captures the step anew."""
 
 _REVISION = 1  # of what cuda_lower does
-_RECEIVED_DTYPE = "fp32"
 _FATAL = 4
 _NO_GRAPH = -1  # as gpu_graph_id: run without one
 
@@ -133,8 +129,7 @@ class OnnxRuntimeCudaSession(Session):
         self._features = state.features
         self._tensors = state.tensors
         if self._features is not None and self._features.observe:
-            layers = range(bundle.config.num_hidden_layers)
-            self._tensors += [CacheTensor(received_name(layer), 1, None, _RECEIVED_DTYPE) for layer in layers]
+            self._tensors += received_tensors(bundle.config.num_hidden_layers)
         on_gpu = device == "cuda"
         self.device = "gpu" if on_gpu else "cpu"
         self._onnxruntime = load_onnxruntime_cuda(device_id) if on_gpu else load_onnxruntime("ort-gpu")
@@ -307,8 +302,7 @@ class OnnxRuntimeCudaSession(Session):
             logit_positions = np.zeros((len(input_ids), 1), np.int64)
         inputs: Inputs = dict(zip(TOKEN_INPUTS, (input_ids, past_length, logit_positions), strict=True))
         if managed is not None:
-            names = PAST_LENGTH, POSITIONS, ROW_BIAS, QUERY_WEIGHT, DECAY
-            inputs |= {name: array for name in names if (array := getattr(managed, name)) is not None}
+            inputs |= managed.given()
         try:
             return self._appended(inputs)[:, :wanted]
         except Exception as error:  # ONNX Runtime's errors have no common base
@@ -396,20 +390,19 @@ class OnnxRuntimeCudaSession(Session):
         return [self._caches[name].numpy()[:, 0] for name in self._received_names]
 
     def _move(self, moves: Moves) -> None:
-        self._change({*moves.moves[:, 0].tolist(), *moves.folds[:, 0].tolist()}, lambda rows: rows.move(moves))
+        for layer in sorted({*moves.moves[:, 0].tolist(), *moves.folds[:, 0].tolist()}):
+            self._change(layer, partial(CacheRows.move, moves=moves.of_layer(layer)))
 
     def _rotate(self, shifts: Sequence[Ids]) -> None:
         for layer, shift in enumerate(shifts):
             if shift.any():
                 alone = [each if i == layer else np.zeros_like(each) for i, each in enumerate(shifts)]
-                self._change({layer}, lambda rows, alone=alone: rows.rotate(alone))  # type: ignore[misc]
+                self._change(layer, partial(CacheRows.rotate, shifts=alone))
 
-    def _change(self, layers: set[int], change: Callable[[CacheRows], None]) -> None:
-        """Change rows of some layers: what is theirs comes to the host's memory, one layer after the other, and goes
-        back.
-        """
+    def _change(self, layer: int, change: Callable[[CacheRows], None]) -> None:
+        """Change rows of a layer: what is its own comes to the host's memory, and goes back."""
         try:
-            tensors = [tensor for tensor in self._tensors if tensor.layer in layers]
+            tensors = [tensor for tensor in self._tensors if tensor.layer == layer]
             arrays = {tensor.name: np.array(self._caches[tensor.name].numpy()) for tensor in tensors}
             values = {each.name: arrays[each.name].view(DTYPES[each.dtype].numpy) for each in tensors}
             change(CacheRows(self.config, tensors, values))

@@ -24,20 +24,15 @@ from gta_edge.formats.bundle import Bundle
 from gta_edge.libraries.onnxruntime import EXACT_PRODUCTS, INT8_PRODUCTS, first_line, is_out_of_memory, load_onnxruntime
 from gta_edge.model.config import ModelConfig
 from gta_edge.model.kv_cache import (
-    DECAY,
     LOGIT_POSITIONS,
     LOGITS,
     PAST,
-    PAST_LENGTH,
-    POSITIONS,
     PRESENT,
-    QUERY_WEIGHT,
-    ROW_BIAS,
     TOKEN_INPUTS,
-    CacheTensor,
     interface_names,
     managed_shapes,
     received_name,
+    received_tensors,
 )
 from gta_edge.numerics.dtypes import DTYPES
 from gta_edge.plan.host_memory import require_memory_for_onnxruntime
@@ -57,7 +52,6 @@ __all__ = ["OnnxRuntimeSession"]
 
 _DEVICE = ("cpu", 0)
 _FATAL = 4
-_RECEIVED_DTYPE = "fp32"
 _RECEIVED = received_name(0).partition(".")[0]
 
 
@@ -129,8 +123,7 @@ class OnnxRuntimeSession(Session):
         self._run_options.log_severity_level = _FATAL  # likewise
         self._tensors = self._cache.tensors
         if self._features is not None and self._features.observe:
-            layers = range(self.config.num_hidden_layers)
-            self._tensors += [CacheTensor(received_name(layer), 1, None, _RECEIVED_DTYPE) for layer in layers]
+            self._tensors += received_tensors(self.config.num_hidden_layers)
         self._buffers: dict[str, npt.NDArray[Any]] = {}  # with as many rows as there is memory for
         self._caches: dict[str, npt.NDArray[Any]] = {}  # at their start, with S rows, as steps see them
         self._shown: tuple[int, ...] | None = None  # tokens of each layer that they were last to show
@@ -319,10 +312,7 @@ def _inputs(
     inputs: dict[str, npt.NDArray[Any]] = dict(
         zip(TOKEN_INPUTS, (input_ids, past_length, logit_positions), strict=True)
     )
-    if managed is not None:
-        names = PAST_LENGTH, POSITIONS, ROW_BIAS, QUERY_WEIGHT, DECAY
-        inputs |= {name: array for name in names if (array := getattr(managed, name)) is not None}
-    return inputs
+    return inputs if managed is None else inputs | managed.given()
 
 
 def _cache_state(config: ModelConfig, dtype: str, policy: CachePolicy | None, options: dict[str, Any]) -> CacheState:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from gta_edge.cuda.gpu import Gpu
 from gta_edge.cuda.session import Cuda
 from gta_edge.model.config import ModelConfig
-from gta_edge.model.kv_cache import PAST, PRESENT, CacheTensor, cache_tensors, received_name
+from gta_edge.model.kv_cache import cache_tensors, received_tensors
 from gta_edge.runtime.cuda_cache import CudaCache, DeviceTensor
 from gta_edge.runtime.tensorrt.engine import EngineSpec
 from gta_edge.runtime.tensorrt.kernel_rows import KernelRows
@@ -84,10 +84,11 @@ class EngineMemory:
             (size // _FLOAT_BYTES,), np.float32, "a buffer for what rows received"
         )
         placed = []
-        for layer, place in enumerate(self._places):
-            name = received_name(layer)
-            self.addresses |= {PAST + name: self._past + place, PRESENT + name: self._present + place}
-            placed.append(DeviceTensor(CacheTensor(name, 1, None, "fp32"), self._past + place, self.capacities[layer]))
+        for tensor, place, capacity in zip(
+            received_tensors(len(self.capacities)), self._places, self.capacities, strict=True
+        ):
+            self.addresses |= {tensor.past: self._past + place, tensor.present: self._present + place}
+            placed.append(DeviceTensor(tensor, self._past + place, capacity))
         return placed
 
     def settle(self) -> None:

@@ -26,8 +26,8 @@ from gta_edge.model.quantized_decoder import build_packed_decoder
 from gta_edge.numerics.dtypes import COMPUTE_TYPES, DTYPES
 from gta_edge.numerics.quantization import BITS
 from gta_edge.plan.host_memory import require_memory_for_torch
-from gta_edge.plugins.attention import torch as torch_ops
 from gta_edge.plugins.attention.tiling import has_kernels
+from gta_edge.plugins.attention.torch import attention_in_place
 from gta_edge.runtime.cache_moves import ManagedStep, Moves
 from gta_edge.runtime.cache_policies.base import CachePolicy
 from gta_edge.runtime.managed_cache import GPU_CHUNK_SIZE, OBSERVED_TOKENS, cache_state
@@ -104,10 +104,6 @@ def _within_memory(
         raise CapacityError(f"{problem}", remedy) from error
 
 
-def _in_place(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return torch_ops.grouped_latent_attention_(*arguments), arguments[4], arguments[5]
-
-
 class TorchSession(Session):
     """A ``Decoder`` behind the session's interface.
 
@@ -153,7 +149,7 @@ class TorchSession(Session):
         use_startable_threads(threads)
         for module in model.modules():
             if isinstance(module, SelfAttention):
-                module.attention = _in_place
+                module.attention = attention_in_place
         self.compute, self.device = compute, "gpu" if on_gpu else "cpu"
         self._options = {"device": torch.device(device), "dtype": getattr(torch, DTYPES[compute].array)}
         with _within_memory(f"there is no memory for the model in {compute}"):
