@@ -87,14 +87,23 @@ class JoinedLinears(nn.Module):
         ]
         some = any(layer.bias is not None for layer in layers)
         self.register_buffer("bias", torch.cat(biases) if some else None)
+        self._divide()
+
+    def _divide(self) -> None:
+        biases = [None] * len(self.sizes) if self.bias is None else torch.split(self.bias, self.sizes)
+        self._parts = list(zip(torch.split(self.weight, self.sizes), biases, strict=True))
+
+    def _apply(self, *arguments: Any, **options: Any) -> JoinedLinears:
+        """Move or retype the layers, as ``nn.Module`` does, and divide what there is then."""
+        super()._apply(*arguments, **options)  # type: ignore[no-untyped-call]  # as torch has it
+        self._divide()
+        return self
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Return each layer's output for x [..., K], in order."""
         if x.is_cuda and x.numel() == x.shape[-1]:
             return list(torch.split(functional.linear(x, self.weight, self.bias), self.sizes, -1))
-        weights = torch.split(self.weight, self.sizes)
-        biases = [None] * len(weights) if self.bias is None else torch.split(self.bias, self.sizes)
-        return [functional.linear(x, *each) for each in zip(weights, biases, strict=True)]
+        return [functional.linear(x, *part) for part in self._parts]
 
 
 def join_linears(model: Decoder) -> None:

@@ -109,6 +109,19 @@ def test_matrices_in_codes_stay_as_they_are():
         assert layer.mlp.multiply is silu_multiply
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@torch.inference_mode()
+def test_joined_layers_that_are_moved_and_changed_are_what_they_are_then(bias):
+    layers = [torch.nn.Linear(8, outputs, bias=bias) for outputs in (5, 3)]
+    found = JoinedLinears(layers).double()
+    changed = {name: torch.randn_like(tensor) for name, tensor in found.state_dict().items()}
+    for part in (lambda: None, lambda: found.load_state_dict(changed)):
+        part()
+        x = torch.randn(2, 3, 8).double()
+        whole = torch.nn.functional.linear(x, found.weight, found.bias)
+        torch.testing.assert_close(torch.cat(found(x), -1), whole)
+
+
 def test_biases_that_only_some_layers_have():
     layers = [torch.nn.Linear(8, 5), torch.nn.Linear(8, 3, bias=False)]
     found = JoinedLinears(layers)
