@@ -21,6 +21,7 @@ from gta_edge.errors import InputError
 from gta_edge.model.config import ModelConfig
 from gta_edge.plan.cost import CacheRows
 from gta_edge.plugins.attention.definition import Features
+from gta_edge.plugins.attention.tiling import DECODE_TOKENS
 from gta_edge.runtime.cache_moves import CacheMemory, Layout, ManagedStep, lay_out, merged
 from gta_edge.runtime.cache_policies.base import CachePolicy, Rows
 from gta_edge.runtime.cache_state import CacheState, Lengths, Part
@@ -30,8 +31,11 @@ __all__ = ["GPU_CHUNK_SIZE", "OBSERVED_TOKENS", "SHORT_CALL", "ManagedCache", "c
 GPU_CHUNK_SIZE = 512
 """Tokens of a prompt at once, at most: a cache has room for so many more than its policy keeps."""
 
-SHORT_CALL = OBSERVED_TOKENS = 16
-"""Tokens of a call that is no prompt; and of calls that observe, where a backend has kernels of its own for them."""
+SHORT_CALL = 16
+"""Tokens of a call that is no prompt, at most."""
+
+OBSERVED_TOKENS = DECODE_TOKENS
+"""Tokens of a call that observes, at most, where a backend has kernels of its own for it."""
 
 _CAPACITY_STEP = 16
 
@@ -375,7 +379,7 @@ class ManagedCache(CacheState):
                 )
                 rows[layer, b] = stay
             self._noted = rows, self._noted[1]
-        except BaseException:
+        except BaseException:  # some rows have been moved
             self.reset()
             raise
 
@@ -399,7 +403,7 @@ class ManagedCache(CacheState):
                 self._positions[layer, b, :count] = renumbered
         try:
             memory._rotate(shifts)
-        except BaseException:
+        except BaseException:  # some keys have been rotated
             self.reset()
             raise
         self._ahead = np.where(which, self.length - tops, self._ahead)

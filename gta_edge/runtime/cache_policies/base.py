@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gta_edge.errors import InputError
+from gta_edge.plugins.attention.definition import MAX_BIAS_ROWS
 from gta_edge.support.text import brief
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ __all__ = [
     "check_whole",
 ]
 
-MAX_RESIDUAL_ROWS = 8
+MAX_RESIDUAL_ROWS = MAX_BIAS_ROWS
 """As many biases as the op takes (its input ``row_bias``)."""
 
 DROPPED = -1
