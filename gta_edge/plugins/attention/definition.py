@@ -90,7 +90,7 @@ FEATURE_INPUTS = (
 INT64_INPUTS = ("past_length", "positions", "branch_start", "branches")
 INPUTS = MODEL_INPUTS + FEATURE_INPUTS
 MODEL_OPTIONAL_INPUTS = ("gate", "value_decoder")
-"""Those that its model may lack, as a node may any of ``FEATURE_INPUTS``: that input is empty, or left off at the end."""
+"""Those that its model may lack, as a node may any of ``FEATURE_INPUTS``: they are empty, or left off at the end."""
 MODEL_OUTPUTS = ("output", "present_key", "present_latent")
 OUTPUTS = (*MODEL_OUTPUTS, "present_received")
 """The last, float32 [B, S], only with ``past_received``; its rows from past_length + T on are unspecified."""
