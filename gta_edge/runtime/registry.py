@@ -29,7 +29,7 @@ from gta_edge.runtime.tensorrt.backend import TENSORRT, TENSORRT_RTX
 from gta_edge.runtime.torch.backend import TORCH
 from gta_edge.support.choices import unknown
 from gta_edge.support.progress import Progress, silent
-from gta_edge.support.text import one_line
+from gta_edge.support.text import brief, one_line
 
 if TYPE_CHECKING:
     from gta_edge.formats.bundle import Bundle
@@ -125,7 +125,7 @@ def open_session(bundle: Bundle, backend: str = "auto", **options: Any) -> Sessi
     check_threads(options.get("threads"))  # also where a backend has no use for them
     text = TextFiles.load(bundle.directory, bundle.config)  # small files first: a model may take a minute
     if options.get("cache") is not None:
-        options["cache"] = options["cache"].for_bundle(bundle)
+        options["cache"] = _policy(options["cache"]).for_bundle(bundle)
     if backend == "auto":
         session = _first_that_works(bundle, options)
     else:
@@ -136,6 +136,18 @@ def open_session(bundle: Bundle, backend: str = "auto", **options: Any) -> Sessi
     session.chat_end_token_ids = text.generation.chat_end_token_ids
     session.chat_sampling = text.generation.sampling
     return session
+
+
+def _policy(cache: object) -> CachePolicy:
+    """Return what was given as a cache policy, if it is one."""
+    from gta_edge.runtime.cache_policies.base import CachePolicy
+
+    if not isinstance(cache, CachePolicy):
+        raise InputError(
+            f"cache is {brief(cache)}; expected a cache policy",
+            'make one: gta_edge.runtime.cache_policies.policy("window", rows=1024)',
+        )
+    return cache
 
 
 def check_backend(name: str, more: tuple[str, ...] = ()) -> None:

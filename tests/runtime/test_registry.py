@@ -16,7 +16,8 @@ from gta_edge.evaluate.verify import verify
 from gta_edge.formats.bundle import Bundle
 from gta_edge.model.presets import preset
 from gta_edge.runtime import registry
-from gta_edge.runtime.registry import BACKENDS, open_session
+from gta_edge.runtime.cache_policies.window import Window
+from gta_edge.runtime.registry import BACKENDS, load, open_session
 from gta_edge.support.choices import unknown
 from tests.helpers.commands import Result
 
@@ -103,6 +104,14 @@ def test_what_no_other_backend_helps_against_is_raised(tiny_bundle: Path, failin
     with pytest.raises(error[0], match=error[1]):
         open_session(Bundle.open(tiny_bundle))
     gc.collect()
+
+
+@pytest.mark.parametrize("cache", ["window", 64, {"rows": 64}, Window])
+@pytest.mark.parametrize("backend", ["auto", "onnxruntime", "torch"])
+def test_a_cache_policy_that_is_none_is_refused(tiny_bundle: Path, backend: str, cache: Any) -> None:
+    with pytest.raises(InputError, match=r"^cache is .*; expected a cache policy; make one: .*policy\(") as error:
+        load(tiny_bundle, backend, cache=cache)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("length", [10, 250, 5000])

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gta_edge.errors import InputError
 from gta_edge.support.choices import unknown
+from gta_edge.support.text import brief
 
 if TYPE_CHECKING:
     from gta_edge.runtime.cache_policies.base import CachePolicy
@@ -98,6 +100,10 @@ def policy(name: str, **options: Any) -> CachePolicy:
         _check_name(rule)
         if rule == name:
             raise InputError("cache policy measured: rule is 'measured'", "give the policy that decides in its budgets")
+        if "rows" not in given:
+            from gta_edge.runtime.cache_policies.base import no_rows
+
+            raise no_rows(name)  # not in the name of a rule that nobody may have asked for
         return _measured(_made(rule, given), given)
     _check_name(name)
     made = _made(name, given)
@@ -115,7 +121,10 @@ def _made(name: str, given: dict[str, Any]) -> CachePolicy:
 
 
 def _measured(rule: CachePolicy, given: dict[str, Any]) -> CachePolicy:
-    made: CachePolicy = _class("measured")(rule=rule, budgets_file=given.get("budgets"))
+    file = given.get("budgets")
+    if file is not None and not isinstance(file, str | Path):
+        raise InputError(f"cache policy {rule.name}: budgets is {brief(file)}", "give the path of a file of budgets")
+    made: CachePolicy = _class("measured")(rule=rule, budgets_file=file)
     return made
 
 
@@ -125,5 +134,5 @@ def _class(name: str) -> Any:
 
 
 def _check_name(name: object) -> None:
-    if name not in POLICIES:
+    if not isinstance(name, str) or name not in POLICIES:
         raise InputError(*unknown("no cache policy is called {}; there are {}", name, POLICIES))

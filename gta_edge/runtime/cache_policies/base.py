@@ -128,10 +128,12 @@ class CachePolicy(ABC):
     def __post_init__(self) -> None:
         check_whole(self, "interval", least=1)
         check_whole(self, "residual_rows", least=0, most=MAX_RESIDUAL_ROWS)
+        if not isinstance(self.rotate, bool | np.bool_):
+            raise InputError(f"cache policy {self.name}: rotate is {brief(self.rotate)}", "give True or False")
         if self.rows is None and not self.needs_rows:
             return
         if self.rows is None:
-            raise InputError(f"cache policy {self.name} needs rows", "say how many of each layer stay (--cache-rows)")
+            raise no_rows(self.name)
         check_whole(self, "rows", least=self.least_rows)
 
     def for_bundle(self, bundle: Bundle) -> CachePolicy:
@@ -215,6 +217,11 @@ class CachePolicy(ABC):
 
 
 # --- checking options ----------------------------------------------------------------------------------------------
+
+
+def no_rows(name: str) -> InputError:
+    """Return the error of a policy that needs ``rows`` and was given none."""
+    return InputError(f"cache policy {name} needs rows", "say how many of each layer stay (--cache-rows)")
 
 
 def check_whole(policy: CachePolicy, option: str, *, least: int, most: int | None = None, odd: bool = False) -> None:

@@ -140,8 +140,9 @@ def read_budgets(bundle: Bundle, path: str | Path | None = None) -> LayerBudgets
     Raises:
         InputError: there are none, they are of another model, or the file is none of budgets.
     """
-    command = f"gta-edge calibrate-cache {shlex.quote(str(bundle.directory))} --text FILE --force"
+    command = f"gta-edge calibrate-cache {shlex.quote(str(bundle.directory))} --text FILE"  # replaces what is unusable
     if path is not None:
+        command += " --force"  # the bundle may have budgets of its own
         name = printable(str(path))
         document = read_json(Path(path), InputError, "give a file that calibrate-cache wrote", max_bytes=_MAX_BYTES)
     else:

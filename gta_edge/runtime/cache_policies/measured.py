@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import numpy as np
 
 from gta_edge.errors import InputError
-from gta_edge.runtime.cache_policies.base import CachePolicy, Decision, Floats, Integers, Rows
+from gta_edge.runtime.cache_policies.base import CachePolicy, Decision, Floats, Integers, Rows, no_rows
 from gta_edge.runtime.cache_policies.budgets import read_budgets, shared_out
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ class Measured(OverRule):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.rows is None:
-            raise InputError("cache policy measured needs rows", "say how many of each layer stay (--cache-rows)")
+            raise no_rows(self.name)
 
     def for_bundle(self, bundle: Bundle) -> LayerRows:
         assert self.rows is not None

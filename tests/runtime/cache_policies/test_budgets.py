@@ -134,7 +134,7 @@ def test_budgets_come_back_as_they_were_written(bundle: Bundle) -> None:
 
 def test_a_bundle_without_budgets_says_how_to_get_them(bundle: Bundle) -> None:
     with pytest.raises(
-        InputError, match=r"there are no budgets; run: gta-edge calibrate-cache .* --text FILE"
+        InputError, match=r"there are no budgets; run: gta-edge calibrate-cache .* --text FILE$"
     ) as error:
         policy("measured", rows=10).for_bundle(bundle)
     assert "\n" not in str(error.value)
