@@ -174,6 +174,7 @@ STAGES: tuple[Stage, ...] = (
         rehearsal=("-k", "exact and gqa and last and int8 and 333"),
     ),
     _tests("tests-cache", 60, "tests/plugins/cache/test_kernels_gpu.py", rehearsal=("-k", "int8 and gqa")),
+    _tests("tests-cache-rows", 60, "tests/runtime/test_cuda_cache.py"),
     _tests("tests-matmul", 90, "tests/plugins/matmul/test_kernels_gpu.py", rehearsal=("-k", "multiple_of_128")),
     _tests(
         "tests-elementwise",

@@ -612,7 +612,7 @@ def test_a_long_prompt_is_warmed_up_in_full_only_if_that_is_asked_for(
     monkeypatch.setattr(Session, "forward", note)
     np.save(tmp_path / "prompt.npy", np.arange(30, dtype=np.int64)[None] % TINY.vocab_size)
     measurer = worker.Measurer()
-    options = {"bundle": str(tiny_bundle), "backend": "torch", "threads": None, "exact": False}
+    options = {"bundle": str(tiny_bundle), "backend": "torch", "threads": None, "exact": False, "cache_dtype": None}
     measurer.answer({"do": "open", **options})
     measurer._session._cache.chunk_size = 4
     for _ in range(2):

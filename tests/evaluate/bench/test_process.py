@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -175,7 +176,8 @@ def test_the_first_load_of_a_bundle_is_in_no_figure(tiny_bundle: Path, tmp_path:
     bundle = shutil.copytree(tiny_bundle, tmp_path / "bundle", ignore=shutil.ignore_patterns("engines"))
     target = Target("onnxruntime")
     variables = environment_for(target, tmp_path)
-    request = {"do": "open", "bundle": str(bundle), "backend": "onnxruntime", "threads": 1, "exact": False}
+    request: dict[str, Any] = {"do": "open", "bundle": str(bundle), "backend": "onnxruntime"}
+    request |= {"threads": 1, "exact": False, "cache_dtype": None}
     with Worker(target.python, variables, tmp_path, target.arguments) as worker:
         assert worker.ask(**request)["lowered"]
     shutil.rmtree(bundle / "engines")
