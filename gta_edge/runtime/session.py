@@ -100,6 +100,9 @@ class Session(ABC):
             managed: inputs of a managed cache, whose ``past_length`` counts; None of a session without a policy.
         """
 
+    # Not abstract: a backend that takes no cache policy has nothing to do in these, and is never asked. The errors are
+    # for a subclass that is given a ManagedCache and leaves one out.
+
     def _move(self, moves: Moves) -> None:
         """Fold and copy rows of the cache, of every tensor of their layers; see ``Moves``."""
         raise NotImplementedError(f"{self.backend} manages no cache")
