@@ -1,7 +1,8 @@
 """From logits to one token: greedy, or a draw after temperature, top-k, top-p and min-p.
 
 What each option means, and their order, is that of transformers' logits processors: repetition penalty, temperature,
-top_k, top_p, min_p, then a draw from the softmax of what is left.
+top_k, top_p, min_p, then a draw from the softmax of what is left. OpenAI's three of its API come before the temperature:
+biases are added first, frequency and presence penalties subtracted after the repetition penalty.
 
 It happens on the CPU, whatever computed the logits: copying them there takes less than a kernel of a sampler would.
 Exponentials are float32, whose rounding is far below that of any logits, and sums float64; in float64 throughout, a
@@ -12,8 +13,8 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any
 
@@ -45,6 +46,10 @@ class Sampling:
         min_p: keep tokens at least this fraction as probable as the most probable one (arXiv 2407.01082).
         repetition_penalty: divides positive and multiplies negative logits of the tokens seen so far, prompt included
             (arXiv 1909.05858); greedy too.
+        presence_penalty: is subtracted from the logit of each token that was generated before, from -2 to 2; greedy
+            too.
+        frequency_penalty: is subtracted for each time that it was; the same.
+        logit_bias: is added to the logits of these tokens, from -100 to 100; the same.
         seed: of the draws; None takes a new one.
 
     Raises:
@@ -57,6 +62,9 @@ class Sampling:
     min_p: float | None = None
     repetition_penalty: float = 1.0
     seed: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         number, whole = (Real, "a number"), (Integral, "a whole number")
@@ -69,6 +77,11 @@ class Sampling:
         if self.min_p is not None:
             _check("min_p", self.min_p, number, "from 0 to 1", lambda x: 0 <= x <= 1)
         _check("repetition_penalty", self.repetition_penalty, number, "above 0", lambda x: 0 < x < math.inf)
+        for name in ("presence_penalty", "frequency_penalty"):
+            _check(name, getattr(self, name), number, "from -2 to 2", lambda x: -2 <= x <= 2)
+        for token, bias in self.logit_bias.items():
+            _check("a token of logit_bias", token, whole, "from 0 up", lambda x: x >= 0)
+            _check(f"logit_bias of token {token}", bias, number, "from -100 to 100", lambda x: -100 <= x <= 100)
         if self.seed is not None:
             _check("seed", self.seed, whole, f"from 0 to {_LARGEST_SEED}", lambda x: 0 <= x <= _LARGEST_SEED)
 
@@ -99,13 +112,20 @@ def _check(name: str, value: Any, kind: tuple[type, str], allowed: str, is_allow
 class Sampler:
     """Chooses tokens as ``sampling`` says, with a random generator (PCG64) of its own.
 
+    Args:
+        sampling: the options.
+        prompt_tokens: how many of the ids are the prompt, which presence and frequency penalties pass over.
+
     Attributes:
         sampling: the options.
         seed: the seed in use, also where the options left it open: the same seed and logits give the same tokens.
     """
 
-    def __init__(self, sampling: Sampling) -> None:
+    def __init__(self, sampling: Sampling, prompt_tokens: int = 0) -> None:
         self.sampling = sampling
+        self._prompt_tokens = prompt_tokens
+        self._biased = np.array(list(sampling.logit_bias), np.int64)  # [K]
+        self._biases = np.array(list(sampling.logit_bias.values()), np.float64)
         self.seed: int = secrets.randbits(63) if sampling.seed is None else int(sampling.seed)
         self._random = np.random.Generator(np.random.PCG64(self.seed))
 
@@ -137,7 +157,7 @@ class Sampler:
         return result
 
     def _scores(self, logits: Logits, ids: Ids) -> tuple[npt.NDArray[Any], int]:
-        """Check the logits and apply the repetition penalty: [V], a new array where anything changes; and their top."""
+        """Check the logits, apply biases and penalties: [V], a new array where anything changes; and their top."""
         top = int(logits.argmax())  # NaN counts as the largest
         if not math.isfinite(logits[top]):
             found = "NaN" if math.isnan(logits[top]) else str(float(logits[top]))
@@ -146,14 +166,19 @@ class Sampler:
                 "the weights are damaged, or too large for the type they are computed in",
                 "try another backend",
             )
-        penalty = float(self.sampling.repetition_penalty)
-        if penalty == 1:
+        penalty, options = float(self.sampling.repetition_penalty), self.sampling
+        if penalty == 1 and not (options.presence_penalty or options.frequency_penalty or options.logit_bias):
             return logits, top
         scores = logits.astype(np.float64)
-        seen = scores[ids]
-        with np.errstate(over="ignore"):
-            seen = np.where(seen < 0, seen * penalty, seen / penalty)
-        scores[ids] = np.clip(seen, -_LARGEST_FLOAT, _LARGEST_FLOAT)
+        scores[self._biased] += self._biases
+        if penalty != 1:
+            seen = scores[ids]
+            with np.errstate(over="ignore"):
+                seen = np.where(seen < 0, seen * penalty, seen / penalty)
+            scores[ids] = np.clip(seen, -_LARGEST_FLOAT, _LARGEST_FLOAT)
+        if options.presence_penalty or options.frequency_penalty:
+            new, counts = np.unique(ids[self._prompt_tokens :], return_counts=True)
+            scores[new] -= options.presence_penalty + options.frequency_penalty * counts
         return scores, top
 
     def _candidates(self, scores: npt.NDArray[Any]) -> tuple[Ids, Weights]:

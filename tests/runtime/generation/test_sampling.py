@@ -116,6 +116,43 @@ def test_greedy_takes_the_first_of_the_largest(options):
     assert sampler.probabilities(logits, NO_IDS).tolist() == [0, 1, 0, 0]
 
 
+@settings(deadline=None, max_examples=60)
+@given(
+    logits=logit_lists,
+    prompt=st.lists(st.integers(0, 10**6), max_size=4),
+    answer=st.lists(st.integers(0, 10**6), max_size=8),
+    biases=st.dictionaries(st.integers(0, 10**6), st.integers(-100, 100), max_size=4),
+    presence=st.sampled_from([0.0, 0.5, -2.0]),
+    frequency=st.sampled_from([0.0, 0.25, -1.0]),
+    repetition=st.sampled_from([1.0, 1.3]),
+)
+def test_biases_and_penalties_are_those_of_openai(logits, prompt, answer, biases, presence, frequency, repetition):
+    size = len(logits)
+    prompt, answer = [p % size for p in prompt], [a % size for a in answer]
+    biases = {token % size: bias / 2 for token, bias in biases.items()}
+    scores = [x + biases.get(token, 0) for token, x in enumerate(logits)]
+    for token in set(prompt + answer):
+        scores[token] = scores[token] * repetition if scores[token] < 0 else scores[token] / repetition
+    for token in set(answer):
+        scores[token] -= presence + frequency * answer.count(token)
+    options = {"presence_penalty": presence, "frequency_penalty": frequency, "repetition_penalty": repetition}
+    sampler = Sampler(Sampling(temperature=1, logit_bias=biases, **options), prompt_tokens=len(prompt))
+    ours = sampler.probabilities(np.array(logits, np.float32), np.array(prompt + answer, np.int64))
+    expected = torch.tensor(scores, dtype=torch.float64).softmax(-1).numpy()
+    np.testing.assert_allclose(ours, expected, rtol=2e-5, atol=1e-12)
+
+
+def test_greedy_heeds_a_bias():
+    sampler = Sampler(Sampling(logit_bias={0: 4.5}))
+    assert sampler.sample(np.array([1, 5, 5, 4], np.float32), NO_IDS) == 0
+
+
+@pytest.mark.parametrize("bias", [{-1: 1}, {True: 1}, {1: 101}, {1: float("nan")}, {1: "1"}])
+def test_biases_out_of_range_are_refused(bias):
+    with pytest.raises(InputError, match="logit_bias"):
+        Sampling(logit_bias=bias)
+
+
 def test_greedy_heeds_the_repetition_penalty():
     sampler = Sampler(Sampling(repetition_penalty=2))
     assert sampler.sample(np.array([-1, -3, -1.5], np.float32), np.array([0, 0])) == 2
@@ -161,6 +198,8 @@ def test_broken_logits_yield_no_token(options, value, named):
     + [{"top_p": value} for value in (0, 1.01, float("nan"), True)]
     + [{"min_p": value} for value in (-0.1, 1.01, float("nan"), False)]
     + [{"repetition_penalty": value} for value in (0, -1, float("nan"), float("inf"), True, None)]
+    + [{"presence_penalty": value} for value in (-2.1, 2.1, float("nan"), None)]
+    + [{"frequency_penalty": value} for value in (2.1, "1")]
     + [{"seed": value} for value in (-1, 2**63, 0.5, True)],
 )  # fmt: skip
 def test_options_out_of_range_are_refused(option):
