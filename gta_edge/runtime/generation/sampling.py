@@ -1,7 +1,7 @@
 """From logits to one token: greedy, or a draw after temperature, top-k, top-p and min-p.
 
 What each option means, and their order, is that of transformers' logits processors: repetition penalty, temperature,
-top_k, top_p, min_p, then a draw from the softmax of what is left. OpenAI's three of its API come before the temperature:
+top_k, top_p, min_p, then a draw from the softmax of what is left. Three of OpenAI's API come before the temperature:
 biases are added first, frequency and presence penalties subtracted after the repetition penalty.
 
 It happens on the CPU, whatever computed the logits: copying them there takes less than a kernel of a sampler would.
