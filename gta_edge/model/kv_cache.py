@@ -9,6 +9,16 @@ same shape, ``present_…``; a session gives both the same memory.
     past_key_scale.{i}     [B, n_k, S]         float32, of a cache in int8 or fp8
     past_latent_scale.{i}  [B, n_c, S]         likewise
 
+A cache of 4 bits (``int4``; in ``int4v2`` values have 2) holds codes of whole blocks of 32 tokens, so that S is a
+multiple of 32, and the tokens of the last block, which is not full, as they are:
+
+    past_key.{i}           uint8 [B, n_k, S / 32, d_k, 16]    a channel's 32 tokens together (numerics.cache_codes)
+    past_latent.{i}        uint8 [B, n_c, S, d_l / 2], or d_l / 4
+    past_key_scale.{i}     float16 [B, n_k, S / 32, 2, d_k]   scale and minimum
+    past_latent_scale.{i}  float16 [B, n_c, S, 2]             likewise
+    past_key_open.{i}      [B, n_k, 32, d_k]                  of the type of activations; position mod 32 is the row
+    past_latent_open.{i}   [B, n_c, 32, d_l]                  likewise
+
 On ONNX Runtime's CPU a cache of int8 has keys transposed, [B, n_k, d_k, S], and scales [B, n, 1, S].
 
 i is the layer, B the rows of a batch, S the capacity in tokens. Sizes are the config's (``ModelConfig.caches``).
@@ -33,7 +43,8 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from gta_edge.model.config import ModelConfig
-from gta_edge.numerics.dtypes import DTYPES
+from gta_edge.numerics.cache_codes import BLOCK
+from gta_edge.numerics.dtypes import CACHES, DTYPES
 from gta_edge.plugins.attention.definition import Features
 
 __all__ = [
@@ -56,10 +67,13 @@ __all__ = [
     "bytes_per_token",
     "cache_bytes",
     "cache_tensors",
+    "capacity_of",
     "input_shapes",
     "interface_names",
+    "is_open",
     "is_scale",
     "managed_shapes",
+    "open_name",
     "received_name",
     "received_tensors",
     "scale_name",
@@ -81,8 +95,7 @@ LOGITS = "logits"
 BATCH_AXIS, CAPACITY_AXIS = 0, 2
 """Of a cache [B, heads, S, width], and of its scales [B, heads, S]."""
 
-_SCALE_DTYPE = "fp32"
-_SCALE = "_scale"
+_SCALE, _OPEN = "_scale", "_open"
 
 Size = TypeVar("Size", int, str)
 """A number, or the name of a symbolic dimension."""
@@ -95,9 +108,11 @@ class CacheTensor:
     Attributes:
         name: without ``past_`` or ``present_``: ``key.0``, ``latent_scale.53``.
         heads: that are cached.
-        width: values per head and token; None for scales, of which each has one and no axis for it.
-        dtype: ``fp32`` or one of ``CACHE_TYPES``.
+        width: values per head and token; None for scales.
+        dtype: of its elements, one of ``DTYPES``.
         transposed: whether tokens are the last axis, behind the width.
+        row: what it holds for each head, and token or block of tokens.
+        block: tokens that share a row: 32 in a block's; 0 of an open block, which is of 32 rows whatever the capacity.
     """
 
     name: str
@@ -105,6 +120,8 @@ class CacheTensor:
     width: int | None
     dtype: str
     transposed: bool = False
+    row: tuple[int, ...] = ()
+    block: int = 1
 
     @property
     def layer(self) -> int:
@@ -122,12 +139,21 @@ class CacheTensor:
         return PRESENT + self.name
 
     def shape(self, batch: Size, capacity: Size) -> tuple[Size | int, ...]:
-        """Return ``(batch, heads, capacity, width)``, without the width for scales, with both swapped if transposed."""
+        """Return ``(batch, heads, rows, *row)``, with the last two swapped if transposed.
+
+        There are as many rows as ``capacity``, or blocks in it, rounded up. Of a symbol, blocks are ``capacity/32``.
+        """
+        rows = self._rows(capacity)
         if self.transposed:
-            return batch, self.heads, self.width or 1, capacity
-        if self.width is None:
-            return batch, self.heads, capacity
-        return batch, self.heads, capacity, self.width
+            return batch, self.heads, *(self.row or (1,)), rows
+        return batch, self.heads, rows, *self.row
+
+    def _rows(self, capacity: Size) -> Size | int:
+        if not self.block:
+            return BLOCK
+        if self.block == 1:
+            return capacity
+        return f"{capacity}/{self.block}" if isinstance(capacity, str) else -(-capacity // self.block)
 
     @property
     def capacity_axis(self) -> int:
@@ -152,6 +178,17 @@ def scale_name(name: str) -> str:
 def is_scale(name: str) -> bool:
     """Tell whether an input or output of a graph is a cache's scales."""
     return name.partition(".")[0].endswith(_SCALE)
+
+
+def open_name(name: str) -> str:
+    """Return what the open block of a cache is called: ``past_key_open.0`` for ``past_key.0``."""
+    kind, dot, layer = name.partition(".")
+    return f"{kind}{_OPEN}{dot}{layer}"
+
+
+def is_open(name: str) -> bool:
+    """Tell whether an input or output of a graph is a cache's open block."""
+    return name.partition(".")[0].endswith(_OPEN)
 
 
 def received_name(layer: int) -> str:
@@ -190,53 +227,93 @@ def managed_shapes(
     return shapes
 
 
-def cache_tensors(config: ModelConfig, dtype: str = "fp32", *, transposed: bool = False) -> list[CacheTensor]:
-    """Return the tensors of the whole cache in the graph's order: layer by layer, scales behind all caches.
+def cache_tensors(
+    config: ModelConfig, dtype: str = "fp32", *, compute: str = "fp16", transposed: bool = False
+) -> list[CacheTensor]:
+    """Return the tensors of the whole cache in the graph's order.
+
+    That is layer by layer, scales behind all keys and values, and open blocks behind those.
 
     Args:
         config: the model's sizes.
-        dtype: of cached values, ``fp32`` or one of ``CACHE_TYPES``; float32 is what a bundle's own graph has.
+        dtype: how values are stored, one of ``CACHES``; float32 is what a bundle's own graph has.
+        compute: type of activations, in which a cache in blocks has its open block.
         transposed: whether keys and scales lie as matmuls of integers take them on ONNX Runtime's CPU.
     """
-    tensors = [tensor for i in range(config.num_hidden_layers) for tensor in _layer_tensors(config, dtype, i)]
+    layers = [_layer_tensors(config, dtype, compute, i) for i in range(config.num_hidden_layers)]
+    tensors = [tensor for kinds in zip(*layers, strict=True) for tensors in kinds for tensor in tensors]
     if transposed:
         first = config.caches[0].name  # the key's
         tensors = [replace(t, transposed=t.width is None or t.name.startswith(f"{first}.")) for t in tensors]
-    return sorted(tensors, key=lambda tensor: tensor.width is None)  # which keeps the order otherwise
+    return tensors
 
 
-def _layer_tensors(config: ModelConfig, dtype: str, layer: int) -> list[CacheTensor]:
-    values = [CacheTensor(f"{cache.name}.{layer}", cache.heads, cache.width, dtype) for cache in config.caches]
-    if not DTYPES[dtype].needs_scale:
-        return values
-    return values + [CacheTensor(scale_name(value.name), value.heads, None, _SCALE_DTYPE) for value in values]
+def _layer_tensors(config: ModelConfig, dtype: str, compute: str, layer: int) -> list[list[CacheTensor]]:
+    """Return a layer's keys and values, the scales of both if there are any, and likewise the open blocks."""
+    cache = CACHES[dtype]
+    both = [(f"{each.name}.{layer}", each.heads, each.width) for each in config.caches]
+    if not cache.in_blocks:
+        values = [CacheTensor(name, heads, width, cache.dtype, row=(width,)) for name, heads, width in both]
+        if cache.scale is None:
+            return [values]
+        return [values, [CacheTensor(scale_name(name), heads, None, cache.scale) for name, heads, _ in both]]
+    opened = [CacheTensor(open_name(name), heads, width, compute, row=(width,), block=0) for name, heads, width in both]
+    (key, key_heads, key_width), (value, heads, width) = both
+    assert cache.scale is not None  # a table's entry in blocks has one
+    codes = [
+        CacheTensor(key, key_heads, key_width, cache.dtype, row=(key_width, BLOCK * cache.key_bits // 8), block=BLOCK),
+        CacheTensor(value, heads, width, cache.dtype, row=(width * cache.value_bits // 8,)),
+    ]
+    scales = [
+        CacheTensor(scale_name(key), key_heads, None, cache.scale, row=(2, key_width), block=BLOCK),
+        CacheTensor(scale_name(value), heads, None, cache.scale, row=(2,)),
+    ]
+    return [codes, scales, opened]
 
 
 def bytes_per_token(config: ModelConfig, dtype: str = "fp32") -> int:
-    """Return the bytes that one token adds to the cache of all layers, scales included."""
-    return config.num_hidden_layers * sum(tensor.nbytes(1, 1) for tensor in _layer_tensors(config, dtype, 0))
+    """Return the bytes that one token adds to the cache of all layers, scales included; an open block is none's."""
+    tensors = (tensor for tensor in cache_tensors(config, dtype) if tensor.block)
+    return -(-sum(tensor.nbytes(1, BLOCK) for tensor in tensors) // BLOCK)
 
 
-def cache_bytes(config: ModelConfig, dtype: str, tokens: int, batch: int = 1) -> int:
-    """Return the bytes of the cache of all layers for ``tokens`` in each of ``batch`` rows, scales included."""
-    return batch * tokens * bytes_per_token(config, dtype)
+def cache_bytes(config: ModelConfig, dtype: str, tokens: int, batch: int = 1, *, compute: str = "fp16") -> int:
+    """Return the bytes of the cache of all layers for ``tokens`` in each of ``batch`` rows.
+
+    Scales are included, and open blocks, which are of the type ``compute``; blocks are whole.
+    """
+    room = capacity_of(dtype, tokens)
+    return sum(tensor.nbytes(batch, room) for tensor in cache_tensors(config, dtype, compute=compute))
+
+
+def capacity_of(dtype: str, tokens: int) -> int:
+    """Return the smallest capacity that a cache may have which holds ``tokens``: whole blocks, where there are any."""
+    return -(-tokens // BLOCK) * BLOCK if CACHES[dtype].in_blocks else tokens
 
 
 def input_shapes(
-    config: ModelConfig, dtype: str = "fp32", *, batch: Size, tokens: Size, positions: Size, capacity: Size
+    config: ModelConfig,
+    dtype: str = "fp32",
+    *,
+    batch: Size,
+    tokens: Size,
+    positions: Size,
+    capacity: Size,
+    compute: str = "fp16",
 ) -> dict[str, tuple[Size | int, ...]]:
     """Return the shape of every input of the graph by name, in its order.
 
     Args:
         config: the model's sizes.
-        dtype: of cached values, ``fp32`` or one of ``CACHE_TYPES``.
+        dtype: how cached values are stored, one of ``CACHES``.
         batch: B, a number or a symbol's name; so are the others.
         tokens: T, new ones per row.
         positions: M, of each row, that logits are given for.
         capacity: S, tokens per row that the cache has room for.
+        compute: type of activations.
     """
     of_tokens: tuple[tuple[Size | int, ...], ...] = ((batch, tokens), (batch,), (batch, positions))
-    caches = {tensor.past: tensor.shape(batch, capacity) for tensor in cache_tensors(config, dtype)}
+    caches = {tensor.past: tensor.shape(batch, capacity) for tensor in cache_tensors(config, dtype, compute=compute)}
     return dict(zip(TOKEN_INPUTS, of_tokens, strict=True)) | caches
 
 

@@ -1,8 +1,9 @@
 """The one table of number formats: widths, and what each library calls them.
 
-Weights are stored, activations computed and caches held in these types. Other modules look names and sizes up here
-instead of spelling them. Which of these a backend computes in and caches, its descriptor says
-(``gta_edge.runtime.backend``).
+Weights are stored and activations computed in these types. Other modules look names and sizes up here instead of
+spelling them. How a KV cache stores its values is a table of its own, ``CACHES``, since keys and values may differ in
+it: ``int4`` of a cache has little to do with ``int4`` of a matrix. Which of all these a backend computes in and caches,
+its descriptor says (``gta_edge.runtime.backend``).
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     import numpy as np
 
 __all__ = [
+    "BLOCK_CACHE_TYPES",
+    "CACHES",
     "CACHE_TYPES",
     "CHECKPOINT_DTYPES",
     "COMPUTE_TYPES",
@@ -21,6 +24,8 @@ __all__ = [
     "FLOAT_TYPES",
     "PRECISIONS",
     "QUANTIZED_CACHE_TYPES",
+    "ROW_CACHE_TYPES",
+    "CacheType",
     "DType",
     "cache_types",
     "integer_of",
@@ -78,6 +83,7 @@ _TABLE = (
     DType("int8", 8, "int8", "INT8", 3, "INT8", needs_scale=True),
     DType("fp8", 8, "float8_e4m3fn", "FLOAT8E4M3FN", 17, "FP8", needs_scale=True),
     DType("int4", 4, "int4", "INT4", 22, "INT4", needs_scale=True),
+    DType("uint8", 8, "uint8", "UINT8", 2, "INT8", needs_scale=True),  # codes of a cache, several in a byte
 )
 
 DTYPES = {dtype.name: dtype for dtype in _TABLE}
@@ -89,13 +95,49 @@ FLOAT_TYPES = tuple(dtype.name for dtype in _TABLE if not dtype.needs_scale)
 COMPUTE_TYPES = tuple(name for name in FLOAT_TYPES if DTYPES[name].bits == 16)
 """Types that the CUDA kernels of this package compute in."""
 
-PRECISIONS = tuple(name for name in DTYPES if name != "fp8")
+PRECISIONS = tuple(name for name in DTYPES if name not in ("fp8", "uint8"))
 """Types that a bundle's weights may be stored in; what ``--precision`` takes."""
 
-QUANTIZED_CACHE_TYPES = tuple(dtype.name for dtype in _TABLE if dtype.needs_scale and dtype.bits == 8)
-"""Types of a cache that has a float32 scale per head and token beside it."""
 
-CACHE_TYPES = (*COMPUTE_TYPES, *QUANTIZED_CACHE_TYPES)
+@dataclass(frozen=True)
+class CacheType:
+    """How a KV cache stores its values; what it consists of then, ``gta_edge.model.kv_cache`` says.
+
+    Attributes:
+        name: as ``--cache-dtype`` takes it.
+        dtype: type of the arrays that hold keys and values, one of ``DTYPES``.
+        key_bits: width of a key's value, or of its code.
+        value_bits: the same of a value, or of what takes its place.
+        scale: type of the scales beside them, one of ``DTYPES``; None without any.
+        in_blocks: whether tokens are quantised in blocks (``gta_edge.numerics.cache_codes``), and not each by itself.
+    """
+
+    name: str
+    dtype: str
+    key_bits: int
+    value_bits: int
+    scale: str | None = None
+    in_blocks: bool = False
+
+
+CACHES = {
+    **{name: CacheType(name, name, DTYPES[name].bits, DTYPES[name].bits) for name in FLOAT_TYPES},
+    **{name: CacheType(name, name, 8, 8, scale="fp32") for name in ("int8", "fp8")},
+    "int4": CacheType("int4", "uint8", 4, 4, scale="fp16", in_blocks=True),
+    "int4v2": CacheType("int4v2", "uint8", 4, 2, scale="fp16", in_blocks=True),
+}
+"""Ways to store a KV cache, by name."""
+
+ROW_CACHE_TYPES = tuple(name for name, cache in CACHES.items() if cache.scale and not cache.in_blocks)
+"""Types of a cache of 8 bits, which has a float32 scale per head and token beside it."""
+
+BLOCK_CACHE_TYPES = tuple(name for name, cache in CACHES.items() if cache.in_blocks)
+"""Types of a cache of 4 bits, or of 4 and 2, whose tokens are quantised in blocks."""
+
+QUANTIZED_CACHE_TYPES = (*ROW_CACHE_TYPES, *BLOCK_CACHE_TYPES)
+"""All of these."""
+
+CACHE_TYPES = (*COMPUTE_TYPES, *ROW_CACHE_TYPES)
 """Types of the caches that the attention kernels of this package read and write."""
 
 CHECKPOINT_DTYPES = {DTYPES[name].array: DTYPES[name] for name in FLOAT_TYPES}
@@ -109,7 +151,7 @@ def cache_types(compute: str, *, kernels: bool) -> tuple[str, ...]:
         compute: type of activations.
         kernels: whether the attention kernels of this package keep the cache: they alone quantise it.
     """
-    return (compute, *QUANTIZED_CACHE_TYPES) if kernels else (compute,)
+    return (compute, *ROW_CACHE_TYPES) if kernels else (compute,)
 
 
 def integer_of(bits: int) -> DType:

@@ -9,14 +9,17 @@ from gta_edge.model.kv_cache import (
     bytes_per_token,
     cache_bytes,
     cache_tensors,
+    capacity_of,
     input_shapes,
     interface_names,
+    is_open,
     is_scale,
     managed_shapes,
+    open_name,
     scale_name,
 )
 from gta_edge.model.presets import preset
-from gta_edge.numerics.dtypes import CACHE_TYPES
+from gta_edge.numerics.dtypes import CACHES
 from gta_edge.plugins.attention.definition import Features
 from tests.helpers import reference
 
@@ -54,6 +57,28 @@ def test_scales_are_float32_and_behind_all_caches(dtype: str) -> None:
     inputs, outputs = interface_names(GTA, dtype)
     assert inputs[3:] == [f"past_{tensor.name}" for tensor in tensors]
     assert outputs == ["logits", *(f"present_{tensor.name}" for tensor in tensors)]
+
+
+@pytest.mark.parametrize(("dtype", "latent", "value"), [("int4", 4, 8), ("int4v2", 2, 4)])
+def test_a_cache_in_blocks_has_codes_scales_and_open_blocks(dtype: str, latent: int, value: int) -> None:
+    layer = {"num_hidden_layers": 1}
+    for config, name, heads, width in ((GTA, "latent", 1, latent), (GQA, "value", 2, value)):
+        tensors = cache_tensors(config.replace(**layer), dtype, compute="bf16")
+        d_v = config.attention.latent_dim
+        assert [(t.name, t.dtype, t.shape(3, 40)) for t in tensors] == [
+            ("key.0", "uint8", (3, 2, 2, 16, 16)),
+            (f"{name}.0", "uint8", (3, heads, 40, width)),
+            ("key_scale.0", "fp16", (3, 2, 2, 2, 16)),
+            (f"{name}_scale.0", "fp16", (3, heads, 40, 2)),
+            ("key_open.0", "bf16", (3, 2, 32, 16)),
+            (f"{name}_open.0", "bf16", (3, heads, 32, d_v)),
+        ]
+        assert [t.shape("b", "s")[2] for t in tensors] == ["s/32", "s", "s/32", "s", 32, 32]
+    names = [tensor.name for tensor in cache_tensors(GTA, dtype)]
+    assert names[:4] == ["key.0", "latent.0", "key.1", "latent.1"]
+    assert list(filter(is_scale, names)) == names[4:8]
+    assert list(filter(is_open, names)) == names[8:] == [open_name(name) for name in names[:4]]
+    assert (capacity_of(dtype, 33), capacity_of(dtype, 64), capacity_of("int8", 33)) == (64, 64, 33)
 
 
 def test_shapes_of_inputs_are_numbers_or_symbols() -> None:
@@ -95,13 +120,23 @@ def test_a_cache_of_8_bits_has_scales() -> None:
     assert cache_bytes(preset("gta-1b"), "int8", 1) == cache_bytes(preset("gta-1b"), "fp8", 1) == 54 * (192 + 8)
 
 
+def test_a_cache_in_blocks_has_an_open_block_beside_what_tokens_take() -> None:
+    gta, gqa = preset("gta-1b"), preset("gqa-1b")
+    # half a byte or a quarter per value; of keys a scale and a minimum per channel and block, of values per token
+    assert bytes_per_token(gta, "int4") == 54 * ((64 * 20) // 32 + 128 // 2 + 4)
+    assert bytes_per_token(gqa, "int4v2") == 54 * 5 * ((64 * 20) // 32 + 64 // 4 + 4)
+    assert cache_bytes(gta, "int4", 40) == 64 * bytes_per_token(gta, "int4") + 32 * bytes_per_token(gta, "fp16")
+    wide = cache_bytes(gta, "int4", 40, 2, compute="fp32")
+    assert wide == 2 * (64 * bytes_per_token(gta, "int4") + 32 * bytes_per_token(gta, "fp32"))
+
+
 @pytest.mark.parametrize("config", [GTA, GQA], ids=["gta", "gqa"])
-@pytest.mark.parametrize("dtype", ["fp32", *CACHE_TYPES])
+@pytest.mark.parametrize("dtype", CACHES)
 def test_bytes_are_those_of_all_tensors(config: ModelConfig, dtype: str) -> None:
-    tensors = cache_tensors(config, dtype)
-    width = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}
-    expected = sum(math.prod(tensor.shape(3, 40)) * width[tensor.dtype] for tensor in tensors)
-    assert sum(tensor.nbytes(3, 40) for tensor in tensors) == cache_bytes(config, dtype, 40, batch=3) == expected
+    tensors, room = cache_tensors(config, dtype), capacity_of(dtype, 40)
+    width = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1, "uint8": 1}
+    expected = sum(math.prod(tensor.shape(3, room)) * width[tensor.dtype] for tensor in tensors)
+    assert sum(tensor.nbytes(3, room) for tensor in tensors) == cache_bytes(config, dtype, 40, batch=3) == expected
 
 
 def test_shapes_of_a_managed_cache() -> None:

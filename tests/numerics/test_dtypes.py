@@ -7,8 +7,12 @@ import torch
 from safetensors.torch import save
 
 from gta_edge.numerics.dtypes import (
+    BLOCK_CACHE_TYPES,
+    CACHES,
     CHECKPOINT_DTYPES,
     DTYPES,
+    PRECISIONS,
+    ROW_CACHE_TYPES,
     DType,
     cache_types,
     integer_of,
@@ -56,3 +60,18 @@ def test_what_a_cache_may_hold(compute: str) -> None:
 
 def test_integers_by_their_width() -> None:
     assert [integer_of(bits).name for bits in (4, 8)] == ["int4", "int8"]
+
+
+def test_an_int4_of_a_cache_is_none_of_a_matrix() -> None:
+    assert {name: (c.dtype, c.key_bits, c.value_bits, c.scale) for name, c in CACHES.items()} == {
+        "fp32": ("fp32", 32, 32, None),
+        "fp16": ("fp16", 16, 16, None),
+        "bf16": ("bf16", 16, 16, None),
+        "int8": ("int8", 8, 8, "fp32"),
+        "fp8": ("fp8", 8, 8, "fp32"),
+        "int4": ("uint8", 4, 4, "fp16"),
+        "int4v2": ("uint8", 4, 2, "fp16"),
+    }
+    assert (ROW_CACHE_TYPES, BLOCK_CACHE_TYPES) == (("int8", "fp8"), ("int4", "int4v2"))
+    assert PRECISIONS == ("fp32", "fp16", "bf16", "int8", "int4")
+    assert DTYPES["int4"].array == "int4"

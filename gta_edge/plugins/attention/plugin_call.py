@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from gta_edge.errors import BackendError
-from gta_edge.numerics.dtypes import COMPUTE_TYPES, QUANTIZED_CACHE_TYPES
+from gta_edge.numerics.dtypes import COMPUTE_TYPES, ROW_CACHE_TYPES
 from gta_edge.plugins.attention.definition import (
     FEATURE_INPUTS,
     MAX_BIAS_ROWS,
@@ -191,7 +191,7 @@ class Parameters(ParametersBase[Variant]):
         if name in FEATURE_INPUTS or name.endswith(("_scale", "_received")):
             return ("fp32",)
         if name == "past_key" and self.quantised_cache:
-            return QUANTIZED_CACHE_TYPES
+            return ROW_CACHE_TYPES
         if name in ("past_latent", "present_key", "present_latent"):
             return (types[self.inputs.index("past_key")],)
         return (types[0],)

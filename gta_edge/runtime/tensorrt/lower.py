@@ -22,7 +22,7 @@ from gta_edge.graph.pack_embedding import PackEmbeddingPass
 from gta_edge.graph.retype import ConvertPrecisionPass
 from gta_edge.graph.share_dimensions import ShareDimensionsPass
 from gta_edge.libraries.optional import optional
-from gta_edge.numerics.dtypes import COMPUTE_TYPES, FLOAT_TYPES, QUANTIZED_CACHE_TYPES, cache_types
+from gta_edge.numerics.dtypes import COMPUTE_TYPES, FLOAT_TYPES, ROW_CACHE_TYPES, cache_types
 from gta_edge.plugins.attention.definition import MAX_BIAS_ROWS, Features
 from gta_edge.runtime.tensorrt.engine import IMPLEMENTATIONS
 from gta_edge.runtime.tensorrt.passes.fold_constants import FoldConstantsPass
@@ -99,7 +99,7 @@ def lower(
     directory = Path(directory)
     if any((directory / name).exists() for name in (MODEL, WEIGHTS, RECORD)):
         raise OutputError(f"{directory}: holds a model already", "choose another directory, or an empty one")
-    quantised = cache_dtype if cache_dtype in QUANTIZED_CACHE_TYPES else None
+    quantised = cache_dtype if cache_dtype in ROW_CACHE_TYPES else None
     model, packing = load_model(bundle), PackMatMulsPass()
     passes: list[ir.passes.PassBase] = [ManageCachePass(features)] if features else []
     passes.append(PackEmbeddingPass())

@@ -8,7 +8,7 @@ from gta_edge.errors import EngineError
 from gta_edge.graph.types import title
 from gta_edge.libraries.optional import optional
 from gta_edge.model.kv_cache import scale_name
-from gta_edge.numerics.dtypes import DTYPES, QUANTIZED_CACHE_TYPES
+from gta_edge.numerics.dtypes import DTYPES, ROW_CACHE_TYPES
 from gta_edge.plugins.attention import definition as op
 from gta_edge.plugins.attention.plugin_call import QUANTISED_CACHE
 from gta_edge.plugins.domain import DOMAIN
@@ -40,8 +40,8 @@ class QuantizeCachePass(ir.passes.InPlacePass):
 
     def __init__(self, cache: str) -> None:
         super().__init__()
-        if cache not in QUANTIZED_CACHE_TYPES:
-            raise EngineError(f"the cache type is {cache!r}", f"expected one of {', '.join(QUANTIZED_CACHE_TYPES)}")
+        if cache not in ROW_CACHE_TYPES:
+            raise EngineError(f"the cache type is {cache!r}", f"expected one of {', '.join(ROW_CACHE_TYPES)}")
         self.dtype = ir.DataType[DTYPES[cache].onnx]
 
     def requires(self, model: ir.Model) -> None:
