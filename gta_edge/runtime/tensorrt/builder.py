@@ -180,10 +180,10 @@ def _plan(
 
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        remedy = "if memory is short, give a smaller --max-length or --max-batch"
-        if spec.managed is not None and target.trt.compiles_at_run_time:
-            remedy = "build without --cache-policy, which TensorRT-RTX does not take for every model"
-        raise EngineError(f"TensorRT {target.tensorrt} cannot build the engine ({first_reason(log.errors)})", remedy)
+        raise EngineError(
+            f"TensorRT {target.tensorrt} cannot build the engine ({first_reason(log.errors)})",
+            "if memory is short, give a smaller --max-length or --max-batch",
+        )
     kept = config.get_timing_cache() if timings else None
     if timings and kept is not None:
         write_cached(timings, memoryview(kept.serialize()))

@@ -32,6 +32,7 @@ from gta_edge.runtime.tensorrt.passes.omit_absent_inputs import OmitAbsentInputs
 from gta_edge.runtime.tensorrt.passes.pack_matmuls import PackMatMulsPass
 from gta_edge.runtime.tensorrt.passes.quantize_cache import QuantizeCachePass
 from gta_edge.runtime.tensorrt.passes.set_capacity import SetCapacityPass
+from gta_edge.runtime.tensorrt.passes.write_out_key_rotations import WriteOutKeyRotationsPass
 from gta_edge.support.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -115,6 +116,8 @@ def lower(
     passes.append(SetCapacityPass(capacity, batch))
     if not newer_ops:
         passes += [LowerOpsetPass(), FoldConstantsPass()]
+    elif features:
+        passes.append(WriteOutKeyRotationsPass())
     if form == "plugin":
         passes.append(OmitAbsentInputsPass())
     run_passes(model, bundle.model_path, *passes, common.RemoveUnusedOpsetsPass())

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 else:
     ir = optional("onnx_ir", "tensorrt")
 
-__all__ = ["NEWEST_OPSET", "OPSET", "LowerOpsetPass"]
+__all__ = ["NEWEST_OPSET", "OPSET", "LowerOpsetPass", "written_rotation"]
 
 OPSET = 20
 """What TensorRT 10.0 to 10.13 support in whole (their parser's docs/operators.md)."""
@@ -97,7 +97,12 @@ def _norm(nodes: Nodes, node: ir.Node, types: Types) -> ir.Value:
     return nodes("Mul", normed if dtype == wide else nodes("Cast", normed, to=dtype), weight)
 
 
-def _rotation(nodes: Nodes, node: ir.Node, types: Types) -> ir.Value:
+def written_rotation(nodes: Nodes, node: ir.Node, types: Types) -> ir.Value:
+    """Return what a ``RotaryEmbedding`` of whole heads, in halves, gives, by operators of opset 20.
+
+    Raises:
+        EngineError: it rotates otherwise.
+    """
     x, cos, sin, positions = (*node.inputs, None)[:4]
     heads = node.attributes.get_int("num_heads", 0)
     partial = node.attributes.get_int("rotary_embedding_dim", 0) or node.attributes.get_int("interleaved", 0)
@@ -136,6 +141,6 @@ def _scatter(nodes: Nodes, node: ir.Node, types: Types) -> ir.Value:
 
 _WRITERS: dict[str, Callable[[Nodes, ir.Node, Types], ir.Value]] = {
     "RMSNormalization": _norm,
-    "RotaryEmbedding": _rotation,
+    "RotaryEmbedding": written_rotation,
     "TensorScatter": _scatter,
 }
