@@ -23,6 +23,9 @@ Integers = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
 
+_BY_LAYER = frozenset({"past_length", "row_bias", "branch_start"})
+"""Inputs of a step whose first axis is the layer, and whose second is the row of the batch."""
+
 
 @dataclass(frozen=True)
 class ManagedStep:
@@ -47,6 +50,11 @@ class ManagedStep:
         """Return those that there are, by the names of the graph's inputs, which are these."""
         values = ((field.name, getattr(self, field.name)) for field in fields(self))
         return {name: array for name, array in values if array is not None}
+
+    def of_rows(self, rows: slice) -> ManagedStep:
+        """Return the inputs of some rows of the batch."""
+        given = {name: array[:, rows] if name in _BY_LAYER else array[rows] for name, array in self.given().items()}
+        return ManagedStep(**given)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -50,12 +50,14 @@ class Part:
         stop: behind the last.
         counts: real tokens of the whole call, int64 [B].
         chunk: start and stop of the chunk that they are of.
+        rows: rows of the batch that are computed.
     """
 
     start: int
     stop: int
     counts: Lengths
     chunk: tuple[int, int]
+    rows: slice = field(default_factory=lambda: slice(None))
 
     @property
     def width(self) -> int:
@@ -80,6 +82,16 @@ class Part:
     def split(self, start: int, stop: int) -> Part:
         """Return some of these tokens, counted from the first."""
         return Part(self.start + start, self.start + stop, self.counts, self.chunk)
+
+    def computing(self, choose: Callable[[int, int, int], slice]) -> Part:
+        """Return this part with the rows that it computes: as a session chooses, who is told the fewest that do.
+
+        Args:
+            choose: takes the first row that has tokens, the one behind the last, and the tokens per row.
+        """
+        takes = np.flatnonzero(self.real)
+        first, stop = (int(takes[0]), int(takes[-1]) + 1) if len(takes) else (0, len(self.counts))
+        return replace(self, rows=choose(first, stop, self.width))
 
     def at_end(self, tokens: int) -> npt.NDArray[np.bool_]:
         """Return for which rows they are among the last ``tokens`` that this chunk has of the row, bool [B]."""
@@ -214,9 +226,21 @@ class CacheState:
         """Forget all tokens; the memory stays."""
         self.length = np.zeros_like(self.length)
 
+    def put(self, row: int, tokens: int) -> None:
+        """Note that a row of the batch now holds so many tokens, whatever it held before."""
+        self.length = self.length.copy()
+        self.length[row] = tokens
+
     # --- room for more ---------------------------------------------------------------------------------------------
 
-    def plan(self, past: Lengths, counts: Lengths, tokens: int, logits_bytes: int) -> list[Part]:
+    def plan(
+        self,
+        past: Lengths,
+        counts: Lengths,
+        tokens: int,
+        logits_bytes: int,
+        choose: Callable[[int, int, int], slice] = lambda first, stop, width: slice(None),
+    ) -> list[Part]:
         """Cut T tokens per row into parts, for all of which there is room, padding included; none has run yet.
 
         Args:
@@ -224,17 +248,21 @@ class CacheState:
             counts: how many of the new ones are real, int64 [B].
             tokens: new ones per row (T).
             logits_bytes: that are returned.
+            choose: the rows that a part computes, as ``Part.computing`` has it; all by default.
 
         Raises:
             CapacityError: one of them would pass the last position, or it takes more memory than is available.
         """
-        longest = 0
-        parts = self._parts(counts, tokens)
+        longest = together = 0
+        parts = [part.computing(choose) for part in self._parts(counts, tokens)]
         for part in parts:
-            ends = past + np.minimum(counts, part.start) + part.width
+            there = past + np.minimum(counts, part.start)
+            ends = there.copy()
+            ends[part.rows] += part.width
             self._check_end(past, ends)
             longest = max(longest, int(ends.max()))
-        self.check_memory(len(past), longest, min(tokens, self.chunk_size), logits_bytes)
+            together = max(together, len(ends[part.rows]))
+        self.check_memory(len(past), longest, min(tokens, self.chunk_size), logits_bytes, together)
         return parts
 
     def _parts(self, counts: Lengths, tokens: int) -> list[Part]:
@@ -261,7 +289,7 @@ class CacheState:
         self.length = self.length + part.real
         return self.length
 
-    def check_memory(self, batch: int, tokens: int, width: int, logits_bytes: int) -> None:
+    def check_memory(self, batch: int, tokens: int, width: int, logits_bytes: int, together: int | None = None) -> None:
         """Refuse what the system would end halfway, without a word, for want of memory.
 
         Args:
@@ -269,22 +297,24 @@ class CacheState:
             tokens: that each row's cache has to hold.
             width: tokens of a row that are run at once, at most.
             logits_bytes: that are returned.
+            together: rows that are computed at once; all by default.
 
         Raises:
             CapacityError: it takes more than is available.
         """
+        computed = batch if together is None else together
         grows = self._grows(batch, tokens)
-        if not grows and batch * width <= self._step_size and logits_bytes < _FEW_BYTES:
+        if not grows and computed * width <= self._step_size and logits_bytes < _FEW_BYTES:
             return
         needed = logits_bytes
         if self._on_host:
             capacities = self.capacities_for(tokens) if grows else self.capacities
             needed += max(0, self.nbytes(batch, capacities) - self.nbytes(self.batch, self.capacities))
-            if batch * width > self._step_size:
+            if computed * width > self._step_size:
                 execution = Execution(self._compute, self.dtype, width, writes_scores=True)
-                needed += activation_bytes(self.config, execution, batch, width, max(capacities))
+                needed += activation_bytes(self.config, execution, computed, width, max(capacities))
                 if self.dtype != self._compute:  # a layer's cache at a time, in the type that it is attended to in
-                    needed += cache_bytes(self.config, self._compute, max(capacities), batch) // len(capacities)
+                    needed += cache_bytes(self.config, self._compute, max(capacities), computed) // len(capacities)
         available = available_bytes()
         if available is not None and needed > available:
             raise CapacityError(
@@ -292,7 +322,7 @@ class CacheState:
                 f"{available / 1e9:.2f} GB are available",
                 "give fewer rows or shorter prompts, or close other programs",
             )
-        self._step_size = max(self._step_size, batch * width)
+        self._step_size = max(self._step_size, computed * width)
 
     def _grows(self, batch: int, tokens: int) -> bool:
         return batch != self.batch or tokens > self.capacity

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from gta_edge.errors import BackendError, InputError
+from gta_edge.errors import BackendError, CapacityError, InputError
 from gta_edge.model.config import ModelConfig
 from gta_edge.runtime.cache_moves import ManagedStep, Moves
 from gta_edge.runtime.cache_state import CacheState
+from gta_edge.runtime.saved_cache import SavedCache
 from gta_edge.support.exclusive import Exclusive
 
 if TYPE_CHECKING:
@@ -62,6 +63,9 @@ class Session(ABC):
     weights_as_stored: bool = True
     """Whether quantised weights stay so in memory; otherwise they were dequantised when they were loaded."""
 
+    reads_rows: bool = False
+    """Whether the backend has ``_read_row`` and ``_write_row``."""
+
     def __init__(self, config: ModelConfig, cache: CacheState | None = None) -> None:
         self.config = config
         # for text in and out; who loads a bundle sets them from its files
@@ -73,10 +77,24 @@ class Session(ABC):
         self._cache = cache or CacheState(config)
         self._closed = False
         self._calls = Exclusive("the session", "load the bundle once for each thread, or let them take turns")
+        self._first_row = 0  # of the batch, that a step computes
         self._owner: Claim | None = None  # the claim that the cache is of; None after anybody else changed it
         self._changed_by = "nothing"
 
     # --- what a backend adds -----------------------------------------------------------------------------------
+
+    def _rows_of_step(self, first: int, stop: int, tokens: int) -> slice:
+        """Return the rows of the batch that a step computes where only rows ``first`` to ``stop - 1`` take tokens.
+
+        All of them here. A backend that can run a part of the batch returns fewer; ``_run`` then gets as many, and
+        ``_first_row`` says which of the batch their first one is.
+
+        Args:
+            first: the first row that takes tokens.
+            stop: the row behind the last.
+            tokens: T of the step.
+        """
+        return slice(None)
 
     @abstractmethod
     def _resize(self, batch: int, capacities: Sequence[int]) -> None:
@@ -115,6 +133,17 @@ class Session(ABC):
         """Rotate keys as if their tokens' positions were larger by ``shifts[i]``, int64 [B, S], in layer i."""
         raise NotImplementedError(f"{self.backend} manages no cache")
 
+    def _read_row(self, row: int, tokens: int) -> dict[str, npt.NDArray[Any]]:
+        """Return the first tokens of a row of the batch: by ``CacheTensor.name`` an array of its own in host memory.
+
+        Each has the extents ``CacheTensor.shape(1, tokens)``.
+        """
+        raise NotImplementedError(f"{self.backend} exports no cache")
+
+    def _write_row(self, row: int, tokens: int, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Put what ``_read_row`` returned in its place in a row of the batch, for which there is room."""
+        raise NotImplementedError(f"{self.backend} exports no cache")
+
     @property
     @abstractmethod
     def cache_bytes(self) -> int:
@@ -137,11 +166,21 @@ class Session(ABC):
                 self._closed = True
                 self._release()
 
-    def claim(self) -> Claim:
-        """Empty the cache and return the right to it, which lasts until something else changes it."""
+    def claim(self, batch: int | None = None) -> Claim:
+        """Empty the cache and return the right to it, which lasts until something else changes it.
+
+        Args:
+            batch: rows that the cache is to have from now on; by default the first ``forward`` says how many.
+
+        Raises:
+            CapacityError: there is no memory for so many.
+        """
         claim = Claim(self)
         with self._calls.held():
             self._empty(claim)
+            if batch is not None and batch != self._cache.batch:
+                self._cache.check_memory(batch, 1, 1, 0)
+                self._cache.reserve(batch, 1, self._resize)
         return claim
 
     @property
@@ -182,15 +221,17 @@ class Session(ABC):
 
         Args:
             ids: integers [B, T]; with ``lengths`` the rows are right-padded to T (padding must be valid ids too).
-            lengths: integers [B], 1 to T: how many tokens of each row are real; all by default.
+            lengths: integers [B], 0 to T: how many tokens of each row are real; all by default. A row without any
+                stays as it is; rows before the first and behind the last that has some need not be computed.
             all_logits: give logits for every position instead of each row's last real one.
 
         Returns:
-            float32 [B, V], or [B, T, V] with ``all_logits``, where padded positions are zero.
+            float32 [B, V], or [B, T, V] with ``all_logits``, where padded positions are zero. Those of a row without
+            tokens are zero too.
 
         Raises:
-            InputError: ids that are no integers, of another shape or outside the vocabulary; lengths outside 1 to T;
-                another number of rows than the cache holds.
+            InputError: ids that are no integers, of another shape or outside the vocabulary; lengths outside 0 to T,
+                or all 0; another number of rows than the cache holds.
             CapacityError: a row, padding included, would pass the model's last position, or there is not as much memory
                 as it would take. The cache is unchanged.
             BackendError: the session is closed, or the backend failed.
@@ -211,6 +252,44 @@ class Session(ABC):
         """Empty the cache; its memory stays for the next prompt."""
         with self._calls.held():
             self._empty(None)
+
+    @property
+    def exports_cache(self) -> bool:
+        """Whether ``export_cache`` and ``import_cache`` work: on this backend, and without a cache policy."""
+        return self.reads_rows and self._cache.features is None
+
+    def export_cache(self, row: int = 0, tokens: int | None = None) -> SavedCache:
+        """Return a copy of what the cache holds of one sequence, in the host's memory.
+
+        Args:
+            row: of the batch.
+            tokens: only so many, the first; all by default.
+
+        Raises:
+            InputError: no such row, no or not so many tokens in it, or a policy manages the cache.
+            BackendError: the backend cannot.
+        """
+        with self._calls.held():
+            return self._export(row, tokens, None)
+
+    def import_cache(self, saved: SavedCache, row: int = 0, tokens: int | None = None) -> None:
+        """Put a sequence in place of what a row of the batch holds, as if its tokens had been run here.
+
+        The bits are those that ``export_cache`` found, so what follows is what would have followed there: on the same
+        bundle, backend and types.
+
+        Args:
+            saved: what a session of the same model exported.
+            row: of the batch.
+            tokens: only so many, the first; all by default.
+
+        Raises:
+            InputError: no such row, the tensors are not those of this session's cache, or a policy manages the cache.
+            CapacityError: it holds more tokens than the cache can, or there is no memory for them.
+            BackendError: the backend cannot.
+        """
+        with self._calls.held():
+            self._import(saved, row, tokens, None)
 
     def __enter__(self) -> Self:
         return self
@@ -250,31 +329,34 @@ class Session(ABC):
         cache = self._cache
         past = cache.past_for(batch)
         shape = (batch, tokens, self.config.vocab_size) if all_logits else (batch, self.config.vocab_size)
-        parts = cache.plan(past, counts, tokens, 4 * math.prod(shape))
+        parts = cache.plan(past, counts, tokens, 4 * math.prod(shape), self._rows_of_step)
 
         # where one step gives all logits, as for every token of a generation, they are handed on and not copied
         at_once = len(parts) == 1 or (not all_logits and bool((counts == counts[0]).all()))
-        logits: Logits = np.empty(0 if at_once else shape, np.float32)
+        at_once = at_once and bool(counts.all())
+        logits: Logits = np.zeros(0 if at_once else shape, np.float32)
         self._changed(None, "a forward() that failed")  # what it leaves is nobody's
         for part in parts:
-            real, ends_here = part.real, part.ends_here
+            rows = part.rows
+            real, ends_here, before = part.real[rows], part.ends_here[rows], past[rows]
             if all_logits:
-                positions = np.broadcast_to(np.arange(part.width), (batch, part.width))
+                positions = np.broadcast_to(np.arange(part.width), (len(real), part.width))
             else:
-                positions = np.maximum(real - 1, 0)[:, None] if ends_here.any() else np.zeros((batch, 0), np.int64)
-            cache.reserve(batch, int(past.max()) + part.width, self._resize)
+                positions = np.maximum(real - 1, 0)[:, None] if ends_here.any() else np.zeros((len(real), 0), np.int64)
+            cache.reserve(batch, int(before.max()) + part.width, self._resize)
             managed = cache.prepare(part, self)
-            given = ids[:, part.start : part.stop], past, np.ascontiguousarray(positions, np.int64)
-            found = self._run(*given) if managed is None else self._run(*given, managed)
+            given = ids[rows, part.start : part.stop], before, np.ascontiguousarray(positions, np.int64)
+            self._first_row = rows.start or 0
+            found = self._run(*given) if managed is None else self._run(*given, managed.of_rows(rows))
             if all_logits:
                 found[positions >= real[:, None]] = 0
             if at_once:
                 if all_logits or found.shape[1]:
                     logits = found if all_logits else found[:, 0]
             elif all_logits:
-                logits[:, part.start : part.stop] = found
+                logits[rows, part.start : part.stop] = found
             elif found.shape[1]:
-                logits[ends_here] = found[ends_here, 0]
+                logits[rows][ends_here] = found[ends_here, 0]
             past = cache.append(part, self)
         self._changed(owner, "forward()")
         return logits
@@ -289,6 +371,44 @@ class Session(ABC):
             self._changed(None, "a truncate() that failed")
             raise
         self._changed(owner, "truncate()")
+
+    def _export(self, row: int, tokens: int | None, owner: Claim | None) -> SavedCache:
+        self._check_exports(row, owner)
+        there = int(self._cache.length[row])
+        count = there if tokens is None else tokens
+        if not 0 < count <= there:
+            raise InputError(
+                f"{count} tokens of row {row} were asked for", f"expected 1 to the {there} that the cache holds of it"
+            )
+        return SavedCache(count, self.cache_dtype, self._read_row(row, count))
+
+    def _import(self, saved: SavedCache, row: int, tokens: int | None, owner: Claim | None) -> None:
+        self._check_exports(row, owner)
+        cache, count = self._cache, saved.length if tokens is None else tokens
+        arrays = saved.checked(cache.tensors, self.cache_dtype, count)
+        if count > self.max_length:
+            raise CapacityError(
+                f"the saved cache has {count} tokens, and the session has room for {self.max_length}",
+                "take back fewer of them",
+            )
+        cache.check_memory(cache.batch, count, 1, 0)
+        self._changed(None, "an import_cache() that failed")
+        cache.reserve(cache.batch, count, self._resize)
+        self._write_row(row, count, arrays)
+        cache.put(row, count)
+        self._changed(owner, "import_cache()")
+
+    def _check_exports(self, row: int, owner: Claim | None) -> None:
+        """Raise unless rows of the cache can be read and written."""
+        if self._closed:
+            raise BackendError("the session is closed", "load the bundle again")
+        self._check_owner(owner)
+        if not self.reads_rows:
+            raise BackendError(f"the backend {self.backend} cannot export its cache", "take another backend")
+        if self._cache.features is not None:
+            raise InputError("a cache that a policy manages cannot be exported", "load without a cache policy")
+        if not 0 <= row < self._cache.batch:
+            raise InputError(f"the cache has no row {row}", f"expected 0 to {self._cache.batch - 1}")
 
     def _check_ids(self, ids: Any) -> Ids:
         array = _as_array(ids, "ids")
@@ -309,8 +429,10 @@ class Session(ABC):
         array = _as_array(lengths, "lengths")
         if array.shape != (batch,) or array.dtype.kind not in "iu":
             raise InputError(f"lengths are {lengths!r}", f"expected {batch} whole numbers, one per row")
-        if (array < 1).any() or (array > tokens).any():
-            raise InputError(f"lengths are {array.tolist()}", f"expected 1 to {tokens}, the width of the ids")
+        if (array < 0).any() or (array > tokens).any():
+            raise InputError(f"lengths are {array.tolist()}", f"expected 0 to {tokens}, the width of the ids")
+        if not array.any():
+            raise InputError(f"lengths are {array.tolist()}", "expected at least one row with a token")
         return array.astype(np.int64)
 
 
@@ -333,6 +455,16 @@ class Claim:
         """Forget all but the first tokens; see ``Session.truncate``."""
         with self._session._calls.held():
             self._session._truncate(length, self)
+
+    def export_cache(self, row: int = 0, tokens: int | None = None) -> SavedCache:
+        """Return a copy of one sequence's cache; see ``Session.export_cache``."""
+        with self._session._calls.held():
+            return self._session._export(row, tokens, self)
+
+    def import_cache(self, saved: SavedCache, row: int = 0, tokens: int | None = None) -> None:
+        """Put a sequence into the cache; see ``Session.import_cache``."""
+        with self._session._calls.held():
+            self._session._import(saved, row, tokens, self)
 
     def reset(self) -> None:
         """Empty the cache; see ``Session.reset``."""

@@ -10,7 +10,7 @@ Attention costs as the capacity S that a step is given, so a step is given as mu
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -44,6 +44,7 @@ from gta_edge.runtime.onnxruntime.cache_rows import CacheRows
 from gta_edge.runtime.onnxruntime.int8_cache import MAX_ROWS, require_exact_products, rows_for
 from gta_edge.runtime.onnxruntime.lowered import CPU, LoweredGraph, lower, without_new_weights
 from gta_edge.runtime.onnxruntime.model import OpenModel, model_files, open_model
+from gta_edge.runtime.saved_cache import place_in
 from gta_edge.runtime.session import Ids, Logits, Session
 from gta_edge.support.progress import Progress, silent
 from gta_edge.support.threads import compute_threads
@@ -62,6 +63,7 @@ class _Step:
     binding: Any
     inputs: dict[str, npt.NDArray[Any]]  # by name
     logits: Logits
+    first_row: int  # of the batch
 
 
 class OnnxRuntimeSession(Session):
@@ -84,6 +86,7 @@ class OnnxRuntimeSession(Session):
     """
 
     backend = "onnxruntime"
+    reads_rows = True
 
     def __init__(
         self,
@@ -193,6 +196,17 @@ class OnnxRuntimeSession(Session):
         except MemoryError as error:
             raise self._cache.no_memory(batch, capacities) from error
 
+    def _rows_of_step(self, first: int, stop: int, tokens: int) -> slice:
+        return slice(first, stop)  # which lie together in every buffer
+
+    def _read_row(self, row: int, tokens: int) -> dict[str, npt.NDArray[Any]]:
+        return {each.name: self._caches[each.name][place_in(each, row, tokens)].copy() for each in self._tensors}
+
+    def _write_row(self, row: int, tokens: int, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+        self._show(self._capacities_of_step(np.array([[tokens]]), 0))
+        for tensor in self._tensors:
+            self._caches[tensor.name][place_in(tensor, row, tokens)] = arrays[tensor.name]
+
     def _rows_for(self, capacity: int) -> int:
         return rows_for(capacity) if self._in_int8 else capacity
 
@@ -200,8 +214,8 @@ class OnnxRuntimeSession(Session):
         """Give steps as many rows of every layer's buffers as it is to have, or more where that would cost.
 
         Where rows are the first axis that is longer than 1, they are a prefix, whatever is in it. Otherwise parts are
-        moved apart as S grows, and moved together only while nothing is in them. It takes no memory, so only Ctrl-C
-        ends it halfway; the cache is emptied then.
+        moved apart as S grows, and moved together where it at least halves. It takes no memory, so only Ctrl-C ends it
+        halfway; the cache is emptied then.
         """
         if capacities == self._shown:
             return
@@ -211,15 +225,17 @@ class OnnxRuntimeSession(Session):
             for tensor in self._tensors:
                 rows, filled = self._rows_for(capacities[tensor.layer]), in_use[tensor.layer]
                 before = self._caches[tensor.name].shape[tensor.capacity_axis]
-                if rows == before or (rows < before and filled and not single):
+                worth_it = 2 * rows <= before and rows >= filled and self._features is None
+                if rows == before or (rows < before and filled and not single and not worth_it):
                     continue
                 self._step = None
                 shape, parts = tensor.shape(batch, rows), tensor.parts(batch)
-                values = self._buffers[tensor.name].reshape(-1)[: prod(shape)]
+                values = self._buffers[tensor.name].reshape(-1)
                 if filled and not single:
                     width = prod(shape) // (parts * rows)  # of a row in a part
-                    _move_apart(values, parts, before * width, rows * width, filled * width)
-                self._caches[tensor.name] = values.reshape(shape)
+                    move = _move_apart if rows > before else _move_together
+                    move(values, parts, before * width, rows * width, filled * width)
+                self._caches[tensor.name] = values[: prod(shape)].reshape(shape)
             self._shown = capacities
 
     def _capacities_of_step(self, in_use: Ids, tokens: int) -> tuple[int, ...]:
@@ -243,7 +259,8 @@ class OnnxRuntimeSession(Session):
         self._show(self._capacities_of_step(in_use, input_ids.shape[1]))
         try:
             step = self._step
-            if step is None or any(step.inputs[name].shape != inputs[name].shape for name in TOKEN_INPUTS):
+            stale = step is not None and step.first_row != self._first_row
+            if step is None or stale or any(step.inputs[name].shape != inputs[name].shape for name in TOKEN_INPUTS):
                 step = self._step = self._bind(inputs)
             for name, array in inputs.items():
                 step.inputs[name][...] = array
@@ -268,6 +285,7 @@ class OnnxRuntimeSession(Session):
             binding=self._model.session.io_binding(),
             inputs={name: np.zeros_like(array) for name, array in inputs.items()},
             logits=np.zeros((batch, positions, self.config.vocab_size), np.float32),
+            first_row=self._first_row,
         )
         for name, buffer in step.inputs.items():
             _bind(step.binding.bind_input, name, buffer)
@@ -275,7 +293,8 @@ class OnnxRuntimeSession(Session):
             _bind(step.binding.bind_output, LOGITS, step.logits)
         else:
             step.binding.bind_output(LOGITS, *_DEVICE)
-        for name, cache in self._caches.items():
+        for name, whole in self._caches.items():
+            cache = whole[self._first_row : self._first_row + batch]
             seen = cache[:, 0] if name.startswith(_RECEIVED) else cache  # which has no heads
             _bind(step.binding.bind_input, PAST + name, seen)
             _bind(step.binding.bind_output, PRESENT + name, seen)
@@ -331,6 +350,12 @@ def _move_apart(values: npt.NDArray[Any], parts: int, before: int, after: int, f
     overlaps its own new place, in one dimension without a copy. What then lies between the parts is what was there.
     """
     for i in reversed(range(1, parts)):
+        values[i * after : i * after + filled] = values[i * before : i * before + filled]
+
+
+def _move_together(values: npt.NDArray[Any], parts: int, before: int, after: int, filled: int) -> None:
+    """Move the first ``filled`` values of each part from ``i * before`` to ``i * after``, which is not more."""
+    for i in range(1, parts):  # from the first to the last, likewise
         values[i * after : i * after + filled] = values[i * before : i * before + filled]
 
 

@@ -7,7 +7,7 @@ stay in codes. Logits of a head in codes are rounded to fp16.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from gta_edge.graph.weights import read_stored, read_weights
 from gta_edge.libraries.optional import optional
 from gta_edge.libraries.torch import is_out_of_memory
 from gta_edge.model.decoder import Cache, Decoder, SelfAttention, empty_cache
+from gta_edge.model.kv_cache import CacheTensor
 from gta_edge.model.quantized_decoder import build_packed_decoder
 from gta_edge.numerics.dtypes import COMPUTE_TYPES, DTYPES
 from gta_edge.numerics.quantization import BITS
@@ -31,6 +32,7 @@ from gta_edge.plugins.attention.torch import attention_in_place
 from gta_edge.runtime.cache_moves import ManagedStep, Moves
 from gta_edge.runtime.cache_policies.base import CachePolicy
 from gta_edge.runtime.managed_cache import GPU_CHUNK_SIZE, OBSERVED_TOKENS, cache_state
+from gta_edge.runtime.saved_cache import place_in
 from gta_edge.runtime.session import Ids, Logits, Session
 from gta_edge.runtime.torch import managed as memory
 from gta_edge.runtime.torch.cuda_graph import CaptureError, DecodeGraph
@@ -124,6 +126,7 @@ class TorchSession(Session):
     """
 
     backend = "torch"
+    reads_rows = True
 
     def __init__(
         self,
@@ -201,6 +204,22 @@ class TorchSession(Session):
                 "the session is now empty: give shorter prompts or fewer rows",
             ) from error
 
+    def _rows_of_step(self, first: int, stop: int, tokens: int) -> slice:
+        # a GPU replays single tokens from one graph, of all rows, and idle ones cost it little
+        return slice(None) if self.device == "gpu" and tokens == 1 else slice(first, stop)
+
+    def _read_row(self, row: int, tokens: int) -> dict[str, npt.NDArray[Any]]:
+        return {each.name: _to_numpy(cache[place_in(each, row, tokens)]) for each, cache in self._by_name()}
+
+    def _write_row(self, row: int, tokens: int, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+        with torch.inference_mode():
+            for each, cache in self._by_name():
+                cache[place_in(each, row, tokens)] = _from_numpy(arrays[each.name], cache)
+
+    def _by_name(self) -> Iterator[tuple[CacheTensor, Tensor]]:
+        """Yield every tensor of the cache with what it is."""
+        return zip(self._cache.tensors, (cache for layer in self._caches for cache in layer), strict=True)
+
     def _run(
         self, input_ids: Ids, past_length: Ids, logit_positions: Ids, managed: ManagedStep | None = None
     ) -> Logits:
@@ -215,6 +234,7 @@ class TorchSession(Session):
     def _appended(self, input_ids: Ids, past_length: Ids, logit_positions: Ids, managed: ManagedStep | None) -> Logits:
         with torch.inference_mode():
             single = input_ids.shape[1] == 1 and logit_positions.shape[1] == 1
+            single = single and len(input_ids) == self._cache.batch
             graph = self._step(len(input_ids)) if single and self.graph_refused is None else None
             if graph is not None:
                 logits = graph.replay(input_ids, past_length, managed)
@@ -229,12 +249,23 @@ class TorchSession(Session):
         device = self._options["device"]
         ids, past, positions = (torch.tensor(x, device=device) for x in (input_ids, past_length, logit_positions))
         if managed is None:
-            logits: Tensor = self._model(ids, past, positions, self._caches)[0]
+            logits: Tensor = self._model(ids, past, positions, self._of_step(self._caches, len(ids)))[0]
             return logits.cpu()
         caches, received = self._shown(managed, ids.shape[1])
+        caches, received = self._of_step(caches, len(ids)), [each[self._step_rows(len(ids))] for each in received]
         past, inputs = memory.managed_inputs(managed, received, self._observe, device)
         logits = self._model(ids, past, positions, caches, inputs)[0]
         return logits.cpu()
+
+    def _step_rows(self, batch: int) -> slice:
+        return slice(self._first_row, self._first_row + batch)
+
+    def _of_step(self, caches: list[Cache], batch: int) -> list[Cache]:
+        """Return the rows of the batch that a step computes."""
+        if batch == self._cache.batch:
+            return caches
+        rows = self._step_rows(batch)
+        return [(key[rows], value[rows]) for key, value in caches]
 
     def _shown(self, managed: ManagedStep, tokens: int) -> tuple[list[Cache], list[Tensor]]:
         """Return what a step is given of caches [B, n, S, d] and of what rows received [B, S].
@@ -286,6 +317,22 @@ class TorchSession(Session):
     def _release(self) -> None:
         self._graph = None
         self._caches, self._observed = [], None
+
+
+def _to_numpy(values: Tensor) -> npt.NDArray[Any]:
+    """Return a copy in the host's memory; numpy has no bfloat16 of its own, ml_dtypes has."""
+    dense = values.detach().cpu().contiguous().clone()
+    if dense.dtype is torch.bfloat16:
+        return dense.view(torch.int16).numpy().view(DTYPES["bf16"].numpy)
+    result: npt.NDArray[Any] = dense.numpy()
+    return result
+
+
+def _from_numpy(array: npt.NDArray[Any], like: Tensor) -> Tensor:
+    """Return what ``_to_numpy`` made of a tensor of the type of ``like``."""
+    if like.dtype is torch.bfloat16:
+        return torch.tensor(array.view(np.int16)).view(torch.bfloat16)
+    return torch.tensor(array)
 
 
 def _grown(cache: Tensor, capacity: int) -> Tensor:
