@@ -22,6 +22,7 @@ __all__ = [
     "Engine",
     "Matmul",
     "Precision",
+    "Speculate",
     "backend_list",
     "checked",
     "completed",
@@ -97,6 +98,14 @@ class Matmul(str, Enum):
     PLUGIN = "plugin"
     NATIVE = "native"
     AUTO = "auto"
+
+
+class Speculate(str, Enum):
+    """What guesses tokens to come."""
+
+    LOOKUP = "lookup"
+    DRAFT = "draft"
+    OFF = "off"
 
 
 BACKEND_NAMES = tuple(each.value for each in Backend if each is not Backend.AUTO)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from gta_edge.cli.cache_options import CacheChoice, policy_of, takes_cache_policy
-from gta_edge.cli.choices import Backend, CacheDtype, value_of
+from gta_edge.cli.choices import Backend, CacheDtype, Speculate, value_of
 from gta_edge.cli.output import Output, current
 from gta_edge.cli.signals import exit_status
 from gta_edge.errors import InputError
@@ -35,6 +36,12 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End before this text; repeatable.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the draws.")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after an end token.")] = False,
+    speculate: Annotated[
+        Speculate | None, typer.Option(help="Guess tokens: from the text so far, or by --draft; off by default.")
+    ] = None,
+    draft: Annotated[
+        Path | None, typer.Option(metavar="BUNDLE", help="A smaller model with the same tokenizer, to guess tokens.")
+    ] = None,
     backend: Annotated[Backend, typer.Option(help="auto: the fastest that works.")] = Backend.AUTO,
     cache_dtype: Annotated[
         CacheDtype | None, typer.Option(help="Type of the cache; the backend's own by default.")
@@ -51,17 +58,21 @@ def generate(
 
     output = current()
     given = _prompt(prompt, prompt_file, ids)
-    with output.progress() as progress:
-        session = gta_edge.load(
-            bundle,
-            backend.value,
-            threads=threads,
-            cache_dtype=value_of(cache_dtype),
-            cache=policy_of(cache),
-            verify_hashes=verify_hashes,
-            progress=progress,
-        )
-    with session:
+    if (draft is None) == (speculate is Speculate.DRAFT):
+        if draft is None:
+            raise typer.BadParameter("--speculate draft needs a model: give --draft BUNDLE")
+        if speculate is not None:
+            raise typer.BadParameter("--draft is for --speculate draft")
+    with ExitStack() as opened:
+        with output.progress() as progress:
+            common: dict[str, Any] = {
+                "threads": threads,
+                "cache_dtype": value_of(cache_dtype),
+                "verify_hashes": verify_hashes,
+                "progress": progress,
+            }
+            session = opened.enter_context(gta_edge.load(bundle, backend.value, cache=policy_of(cache), **common))
+            small = None if draft is None else opened.enter_context(gta_edge.load(draft, backend.value, **common))
         generation = gta_edge.generate(
             session,
             given,
@@ -75,6 +86,8 @@ def generate(
             seed=seed,
             chat=chat,
             ignore_eos=ignore_eos,
+            speculate=None if speculate is None else speculate.value,
+            draft=small,
         )
         if generation.defaults:
             taken = ", ".join(f"{name} {value:g}" for name, value in generation.defaults.items())
@@ -148,8 +161,11 @@ def _finish(output: Output, generation: Any, backend: str) -> None:
         return
     sys.stdout.write("\n")
     sys.stdout.flush()
-    rate = timings["decode_tokens_per_s"]
+    rate, steps = timings["decode_tokens_per_s"], timings["tokens_per_step"]
+    pace = f" at {rate:.1f}/s" if rate else ""
+    if steps:
+        pace += f" ({steps:.1f} a step)"
     output.note(
         f"[{backend}] {generation.prompt_tokens} prompt tokens, first token after {timings['ttft_ms'] or 0:.0f} ms; "
-        f"{len(generation.ids)} tokens{f' at {rate:.1f}/s' if rate else ''}; ended by {generation.finish_reason}"
+        f"{len(generation.ids)} tokens{pace}; ended by {generation.finish_reason}"
     )

@@ -108,6 +108,12 @@ class Tokenizer:
             text: str = self._library.decode([int(token) for token in ids], skip_special_tokens=True)
         return text
 
+    def has_ids_of(self, other: Tokenizer) -> bool:
+        """Tell whether every token of both has the same id in the other, which makes their ids mean the same."""
+        own: dict[str, int] = self._library.get_vocab()
+        its: dict[str, int] = other._library.get_vocab()
+        return own == its
+
     def is_silent(self, token: int) -> bool:
         """Tell whether an id has no text: a special token, or one the tokenizer does not know."""
         return token in self._special or self._library.id_to_token(token) is None

@@ -209,6 +209,10 @@ class CacheState:
         """
         self.length = self._checked_truncation(length, given)
 
+    def revocable(self) -> int | None:
+        """Return how many tokens beyond its first the next call may take for ``truncate`` to undo them: any, here."""
+        return None
+
     def _checked_truncation(self, length: npt.NDArray[Any], given: Any) -> Lengths:
         """Return the tokens that are to stay, int64 [B]."""
         if length.dtype.kind not in "iu" or length.shape not in ((), self.length.shape):

@@ -213,6 +213,25 @@ class ManagedCache(CacheState):
         self._apply(layouts, memory)
         self._noted = self._noted[0], np.minimum(self.length, wanted)
 
+    def revocable(self) -> int | None:
+        """Return how many tokens beyond its first a call may take so that rows go when they would go one by one.
+
+        Raises:
+            InputError: the policy observes attention, of which that of tokens that are taken back would stay.
+        """
+        if self.policy.observe:
+            raise InputError(
+                f"cache policy {self.policy.name} observes attention, and that of guessed tokens would count too",
+                "leave speculation out, or take the policy window",
+            )
+        self._match_batch()
+        since = self.length - self._evicted_at
+        since = np.where(since >= self.policy.interval, 0, since)  # then rows go before the call
+        room = self.policy.interval - 1 - int(since.max(initial=0))
+        if self._rotates:  # likewise for a new numbering
+            room = min(room, self.max_length - 1 - int((self.length - self._ahead).max(initial=0)))
+        return max(0, room)
+
     # --- a step ----------------------------------------------------------------------------------------------------
 
     def _parts(self, counts: Lengths, tokens: int) -> list[Part]:

@@ -21,6 +21,7 @@ from gta_edge.model.config import ModelConfig
 from gta_edge.runtime.cache_moves import ManagedStep, Moves
 from gta_edge.runtime.cache_state import CacheState
 from gta_edge.runtime.saved_cache import SavedCache
+from gta_edge.runtime.step_costs import StepCosts
 from gta_edge.support.exclusive import Exclusive
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ class Session(ABC):
         self.chat_end_token_ids: frozenset[int] = frozenset()  # besides those
         self.chat_sampling: Mapping[str, float] = {}  # options of ``generate`` where a chat leaves them open
         self.skipped: dict[str, str] = {}  # by name, why ``auto`` passed over a backend that is there
+        self.step_costs = StepCosts()  # of calls that continue a text, as speculation measures them
         self._cache = cache or CacheState(config)
         self._closed = False
         self._calls = Exclusive("the session", "load the bundle once for each thread, or let them take turns")
@@ -200,6 +202,16 @@ class Session(ABC):
     def capacity(self) -> int:
         """Tokens per row that the cache has memory for now."""
         return self._cache.capacity
+
+    def revocable(self) -> int | None:
+        """Return how many tokens beyond its first the next call may take for ``truncate`` to undo them entirely.
+
+        None is any number. As many at most may a call guess that is to leave what token after token would.
+
+        Raises:
+            InputError: a policy manages the cache that would count what was taken back.
+        """
+        return self._cache.revocable()
 
     @property
     def cache_dtype(self) -> str:

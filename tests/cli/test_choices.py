@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from enum import Enum
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import typer.main
@@ -13,6 +13,7 @@ from gta_edge.machine.devices import device_names
 from gta_edge.model.presets import PRESETS
 from gta_edge.numerics.dtypes import CACHE_TYPES, CHECKPOINT_DTYPES, FLOAT_TYPES, PRECISIONS
 from gta_edge.numerics.quantization import BITS
+from gta_edge.runtime.generation.speculating import Speculate
 from gta_edge.runtime.registry import BACKENDS
 from gta_edge.runtime.tensorrt.engine import CHOICES
 from gta_edge.runtime.tensorrt.engine_kind import ENGINES
@@ -32,6 +33,7 @@ Command = Callable[..., Result]
         (choices.Backend, ("auto", *BACKENDS)),
         (choices.Engine, ENGINES),
         (choices.Matmul, CHOICES),
+        (choices.Speculate, get_args(Speculate)),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

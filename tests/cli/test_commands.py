@@ -95,6 +95,7 @@ INSPECT = {
 DIFFERENCE = {"max_abs_error", "max_rel_error", "top1_agreement"}
 OF_A_BACKEND = DIFFERENCE | {"bound_fraction", "place"}
 TIMINGS = {"ttft_ms", "tpot_ms", "prompt_tokens_per_s", "decode_tokens_per_s", "total_ms"}
+TIMINGS |= {"drafted", "accepted", "tokens_per_step"}
 GENERATE = {"text", "ids", "finish_reason", "prompt_tokens", "timings", "seed", "backend"}
 
 Command = Callable[..., Result]
@@ -425,6 +426,27 @@ def test_options_that_leave_no_choice(command: Command, tiny_bundle: Path, optio
 def test_a_repetition_penalty_forbids_repetition(command: Command, tiny_bundle: Path) -> None:
     ids = generate(command, tiny_bundle, "--ids", "1,2,3", "--repetition-penalty", 1e6)["ids"]
     assert len({*ids, 1, 2, 3}) == 23
+
+
+def test_speculation(command: Command, tiny_bundle: Path) -> None:
+    plain = generate(command, tiny_bundle, "--ids", "1,2,3,1,2,3,1,2")
+    assert {plain["timings"][key] for key in ("drafted", "accepted", "tokens_per_step")} == {None}
+    for options in (
+        ["--speculate", "lookup"],
+        ["--draft", tiny_bundle],
+        ["--speculate", "draft", "--draft", tiny_bundle],
+    ):
+        document = generate(command, tiny_bundle, "--ids", "1,2,3,1,2,3,1,2", *options)
+        assert document["ids"] == plain["ids"]
+        assert document["timings"]["tokens_per_step"] >= 1
+    shown = command("generate", tiny_bundle, "--ids", "1,2,3", "--speculate", "lookup")
+    assert re.search(r" tokens at .*/s \(\d\.\d a step\); ended by", shown.err)
+    for options, message in (
+        (["--speculate", "draft"], "--speculate draft needs a model: give --draft BUNDLE"),
+        (["--speculate", "lookup", "--draft", tiny_bundle], "--draft is for --speculate draft"),
+        (["--speculate", "guess"], "guess"),
+    ):
+        assert message in command("generate", tiny_bundle, "--ids", "1", *options).usage
 
 
 def test_stop_strings(command: Command, tiny_bundle: Path) -> None:

@@ -97,3 +97,34 @@ class ScriptedSession(Session):
         logits = np.zeros((1, logit_positions.shape[1], self.config.vocab_size), np.float32)
         logits[:, :, said] = 1
         return logits
+
+
+class TableSession(Session):
+    """A model of which every probability is known: the next token depends on the last two, by a table of logits.
+
+    Args:
+        table: float32 [V, V, V]: the last token but one (0 before the first), the last, and logits of the next.
+    """
+
+    backend = "table"
+
+    def __init__(self, table, tokenizer=None, positions=4096):
+        super().__init__(CONFIG.replace(vocab_size=len(table), max_position_embeddings=positions, eos_token_ids=()))
+        self.table, self.tokenizer = table, tokenizer
+        self.cached = np.zeros(positions, np.int64)
+        self.widths = []  # of each call
+
+    @property
+    def cache_bytes(self):
+        return 0
+
+    def _resize(self, batch, capacity):
+        pass
+
+    def _run(self, input_ids, past_length, logit_positions):
+        past, width = int(past_length[0]), input_ids.shape[1]
+        self.widths.append(width)
+        self.cached[past : past + width] = input_ids[0]
+        places = past + logit_positions[0]
+        before = np.where(places > 0, self.cached[places - 1], 0)
+        return self.table[before, self.cached[places]][None].copy()

@@ -13,8 +13,10 @@ from gta_edge.errors import CapacityError, InputError
 from gta_edge.formats.tokenizer import NO_TOKENIZER, Tokenizer
 from gta_edge.runtime.generation.incremental_decoder import IncrementalDecoder
 from gta_edge.runtime.generation.sampling import Sampler, Sampling
+from gta_edge.runtime.generation.speculating import Speculate, steps_for
+from gta_edge.runtime.generation.steps import Steps
 from gta_edge.runtime.generation.stopping import StopStrings
-from gta_edge.runtime.session import Claim, Ids, Session
+from gta_edge.runtime.session import Ids, Session
 from gta_edge.support.exclusive import Exclusive
 from gta_edge.support.text import brief, one_line
 
@@ -40,10 +42,16 @@ def generate(
     seed: int | None = None,
     chat: bool = False,
     ignore_eos: bool = False,
+    speculate: Speculate | None = None,
+    draft: Session | None = None,
 ) -> Generation:
     """Continue a prompt; iterate over the result for the text, piece by piece.
 
     The session is reset first. Nothing is run before the first piece is asked for.
+
+    With speculation tokens that are likely to come are run together with the one before them, which gives several
+    tokens at a time where they do come. Up to rounding of calls of other widths, greedy text stays the same; so does
+    drawn text with the same seed, of ``lookup``, and with ``draft`` each token keeps its probability.
 
     A chat (messages, or ``chat``) also ends at the tokenizer's end token, and takes what it is not told of temperature,
     top_k, top_p, min_p and repetition_penalty from the model's ``generation_config.json``.
@@ -62,6 +70,9 @@ def generate(
         seed: of the draws; the same seed on the same backend gives the same text.
         chat: wrap a prompt of text as one message of the user in the model's chat template.
         ignore_eos: treat end tokens as any other.
+        speculate: ``lookup`` guesses what followed the last tokens earlier in prompt or answer, ``draft`` asks another
+            model, ``off`` guesses nothing. By default ``draft`` where there is one, and else ``off``.
+        draft: a smaller model with the same tokenizer, which is reset too.
 
     Raises:
         InputError: options or a prompt that make no sense for this model.
@@ -72,7 +83,7 @@ def generate(
     given["repetition_penalty"] = repetition_penalty
     options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     defaults = _open_options(session.chat_sampling, options) if is_chat else {}
-    sampler = Sampler(Sampling(**defaults, **options, seed=seed))
+    sampling = Sampling(**defaults, **options, seed=seed)
     limit: Any = max_new_tokens
     if isinstance(limit, bool) or not isinstance(limit, Integral) or int(limit) < 1:
         raise InputError(f"max_new_tokens is {brief(max_new_tokens)}", "expected a whole number from 1 up")
@@ -85,9 +96,12 @@ def generate(
     ends: frozenset[int] = frozenset()
     if not ignore_eos:
         ends = session.end_token_ids | session.chat_end_token_ids if is_chat else session.end_token_ids
+    checked = _check_ids(session, ids)
+    sampler = Sampler(sampling, len(checked))
     return Generation(
         session,
-        _check_ids(session, ids),
+        checked,
+        steps_for(session, speculate, draft, sampler, len(checked), int(limit)),
         sampler,
         stops,
         max_new_tokens=int(limit),
@@ -126,6 +140,7 @@ class Generation(Iterator[str]):
         self,
         session: Session,
         prompt: Ids,  # [N]
+        steps: Steps,
         sampler: Sampler,
         stops: StopStrings,
         *,
@@ -138,8 +153,7 @@ class Generation(Iterator[str]):
         self.prompt_tokens = len(prompt)
         self.seed = sampler.seed
         self.defaults = dict(defaults or {})
-        self._session = session
-        self._claim: Claim | None = None
+        self._steps = steps
         self._calls = Exclusive("the generation", "ask one generation for its pieces from one place")
         self._sampler = sampler
         self._stops = stops
@@ -162,15 +176,20 @@ class Generation(Iterator[str]):
         """Figures of the time spent here, not in the caller between two pieces; None where nothing was measured yet.
 
         ``ttft_ms`` until the first token, ``tpot_ms`` per token after it (the end token counts), ``total_ms`` of both;
-        ``prompt_tokens_per_s`` over the first and ``decode_tokens_per_s`` over the second.
+        ``prompt_tokens_per_s`` over the first and ``decode_tokens_per_s`` over the second. With speculation
+        ``drafted`` and ``accepted`` tokens, and ``tokens_per_step``, tokens after the first per call of the model.
         """
         first, rest = self._step_seconds[:1], self._step_seconds[1:]
+        counts = self._steps.counts
         return {
             "ttft_ms": 1e3 * first[0] if first else None,
             "tpot_ms": 1e3 * sum(rest) / len(rest) if rest else None,
             "prompt_tokens_per_s": self.prompt_tokens / first[0] if first else None,
             "decode_tokens_per_s": len(rest) / sum(rest) if rest else None,
             "total_ms": 1e3 * (sum(first) + sum(rest)),
+            "drafted": counts.drafted if counts else None,
+            "accepted": counts.accepted if counts else None,
+            "tokens_per_step": len(rest) / counts.calls if counts and counts.calls else None,
         }
 
     def close(self) -> None:
@@ -202,7 +221,8 @@ class Generation(Iterator[str]):
             return None
         started = time.perf_counter()
         try:
-            token = self._sampler.sample(self._forward(), self._all_ids[: self.prompt_tokens + len(self.ids)])
+            ids = self._all_ids[: self.prompt_tokens + len(self.ids)]
+            token = self._sampler.sample(self._steps.after(ids), ids, self._steps.guess)
             piece = None if self.finish_reason else self._take(token)  # a signal handler may have closed it
         except BaseException as error:
             self._finish("interrupted" if isinstance(error, KeyboardInterrupt) else "error")
@@ -210,28 +230,26 @@ class Generation(Iterator[str]):
         self._step_seconds.append(time.perf_counter() - started)
         return piece
 
-    def _forward(self) -> Any:
-        """Run what the model has not seen yet, the prompt or the newest token, and return logits [V]."""
-        if self._claim is None:
-            self._claim = self._session.claim()
-        seen = self.prompt_tokens + len(self.ids) - 1 if self.ids else 0
-        return self._claim.forward(self._all_ids[None, seen : self.prompt_tokens + len(self.ids)])[0]
-
     def _take(self, token: int) -> str | None:
         """Note a new token and return its piece; None for an end token that leaves nothing to say."""
         if token in self._end_token_ids:
             piece = self._stops.feed("", token)  # a stop string may end with it
             self._pieces.append(piece)
-            return piece + self._finish("stop") or None
+            return piece + self._complete("stop") or None
         self._all_ids[self.prompt_tokens + len(self.ids)] = token
         self.ids.append(token)
         piece = self._stops.feed(self._decoder.push(token), token) if self._decoder else ""
         self._pieces.append(piece)
         if self._stops.found is not None:
-            return piece + self._finish("stop")
+            return piece + self._complete("stop")
         if len(self.ids) == self._most:
-            return piece + self._finish(self._full)
+            return piece + self._complete(self._full)
         return piece
+
+    def _complete(self, reason: FinishReason) -> str:
+        """Finish where the text ends by itself, with the cache as it is without speculation."""
+        self._steps.settle()
+        return self._finish(reason)
 
     def _finish(self, reason: FinishReason) -> str:
         """Set the reason, unless there is one, and return what was held back, which is now part of the text."""

@@ -24,7 +24,7 @@ import numpy.typing as npt
 from gta_edge.errors import BackendError, InputError
 from gta_edge.support.text import brief
 
-__all__ = ["Sampler", "Sampling", "draw"]
+__all__ = ["Guess", "Sampler", "Sampling", "draw"]
 
 Ids = npt.NDArray[np.int64]
 Logits = npt.NDArray[np.float32]
@@ -109,6 +109,19 @@ def _check(name: str, value: Any, kind: tuple[type, str], allowed: str, is_allow
         raise InputError(f"{name} is {brief(value)}", f"expected {kind[1]} {allowed}")
 
 
+@dataclass(frozen=True)
+class Guess:
+    """What a draft model expects the next token to be.
+
+    Attributes:
+        token: drawn from ``probabilities``.
+        probabilities: the draft model's distribution, float64 [V].
+    """
+
+    token: int
+    probabilities: Floats
+
+
 class Sampler:
     """Chooses tokens as ``sampling`` says, with a random generator (PCG64) of its own.
 
@@ -129,21 +142,41 @@ class Sampler:
         self.seed: int = secrets.randbits(63) if sampling.seed is None else int(sampling.seed)
         self._random = np.random.Generator(np.random.PCG64(self.seed))
 
-    def sample(self, logits: Logits, ids: Ids) -> int:
+    def sample(self, logits: Logits, ids: Ids, guess: Guess | None = None) -> int:
         """Choose the next token.
+
+        A guess g that was drawn from q is taken with probability min(1, p(g) / q(g)), where p is what is drawn from
+        without one; otherwise the draw is from max(0, p - q), scaled to 1. So each token has probability p
+        (arXiv 2211.17192, theorem 1), and where q is close to p the guess is mostly taken.
 
         Args:
             logits: float32 [V] of the last position; -inf rules a token out.
             ids: int64 [N], every token so far, prompt included.
+            guess: of a draft model, drawn at random.
 
         Raises:
             BackendError: the logits hold NaN or +inf, or -inf only.
         """
+        if guess is not None:
+            return self._sample_by(guess, self.probabilities(logits, ids))
         scores, top = self._scores(logits, ids)
         if self.sampling.greedy:
             return top if scores is logits else int(scores.argmax())
         tokens, weights = self._candidates(scores)
         return int(tokens[draw(weights, self._random.random())])
+
+    def draw_from(self, probabilities: Floats) -> int:
+        """Draw from a distribution, float64 [V]."""
+        return draw(probabilities, self._random.random())
+
+    def _sample_by(self, guess: Guess, wanted: Floats) -> int:
+        """Choose from a distribution [V], the guess where that keeps it."""
+        drafted = guess.probabilities
+        if self._random.random() * drafted[guess.token] < wanted[guess.token]:
+            return guess.token
+        rest = np.maximum(wanted - drafted, 0)
+        # nothing is left where both are equal but for rounding
+        return self.draw_from(rest if rest.any() else wanted)
 
     def probabilities(self, logits: Logits, ids: Ids) -> Floats:
         """Return the distribution that ``sample`` draws from, float64 [V]; arguments and errors as there."""
@@ -202,7 +235,7 @@ class Sampler:
         return np.arange(len(scores)) if tokens is None else tokens, weights
 
 
-def draw(weights: Weights, uniform: float) -> int:
+def draw(weights: Weights | Floats, uniform: float) -> int:
     """Return which of ``weights`` [K], not all 0, a number in [0, 1) falls to, by their running sums.
 
     Sums of blocks come first, so that running sums are needed of the blocks and of one block only.
