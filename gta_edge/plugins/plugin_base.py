@@ -27,7 +27,8 @@ from gta_edge.plugins.plugin_call_base import Built, Call, Fields, ParametersBas
 __all__ = ["Plugin", "Run", "cuda_driver", "reported", "take_failures"]
 
 _MAX_FAILURES = 16
-_DATA_TYPES = {dtype.tensorrt: dtype.name for dtype in DTYPES.values()} | {"INT32": "int32", "INT64": "int64"}
+_DATA_TYPES = {dtype.tensorrt: name for name, dtype in DTYPES.items() if name != "uint8"}  # whose bytes are INT8 here
+_DATA_TYPES |= {"INT32": "int32", "INT64": "int64"}
 
 
 # --- what went wrong -------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from gta_edge.plugins.attention.definition import Features, Sizes
-from tests.helpers.attention_plugins import FLOAT, INT64, SIZES, TYPES, shapes
+from tests.helpers.attention_plugins import FLOAT, INT64, SIZES, shapes, types_beside
 from tests.helpers.attention_plugins import input_types as model_types
 
 FEATURES = [
@@ -48,13 +48,13 @@ def feature_shapes(of: Features, b: int, t: int, s: int) -> list[tuple[int, ...]
 
 def input_types(of: Features, compute: str = "fp16", cache: str = "fp16") -> list[Any]:
     """Types of all inputs: the model's, the features', the scales."""
-    quantised = cache != compute
-    model = model_types(TYPES[compute], TYPES[cache], False)
-    return [*model, *feature_types(of), *[FLOAT, FLOAT] * quantised]
+    beside = types_beside(compute, cache)
+    model = model_types(compute, cache)
+    return [*model[: len(model) - len(beside)], *feature_types(of), *beside]
 
 
 def input_shapes(
-    of: Features, b: int, t: int, s: int, p: int, quantised: bool = False, sizes: Sizes = SIZES
+    of: Features, b: int, t: int, s: int, p: int, cache: str = "", sizes: Sizes = SIZES
 ) -> list[tuple[int, ...]]:
-    model, all_ = shapes(b, t, s, p, sizes), shapes(b, t, s, p, sizes, quantised)
+    model, all_ = shapes(b, t, s, p, sizes), shapes(b, t, s, p, sizes, cache)
     return [*model, *feature_shapes(of, b, t, s), *all_[len(model) :]]

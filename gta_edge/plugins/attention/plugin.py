@@ -30,6 +30,9 @@ from gta_edge.plugins.plugin_registry import OpPlugin
 
 __all__ = ["ATTENTION_PLUGINS", "AttentionPlugin"]
 
+_UPDATED = {"present_received": "received", "present_key_open": "key_open", "present_latent_open": "latent_open"}
+"""Outputs that not every node has, and the field of ``Buffers`` that each is; scales have none by default."""
+
 
 class AttentionPlugin(Plugin[Parameters, Call, AttentionKernels]):
     """The attention."""
@@ -43,7 +46,7 @@ class AttentionPlugin(Plugin[Parameters, Call, AttentionKernels]):
         if self.parameters.has_gate:
             return [given["gate"], *presents]
         queries = expr_builder.constant(self.parameters.num_query_heads)
-        decoded, query = given.get("value_decoder", given["past_latent"]), given["query"]
+        decoded, query = given.get("value_decoder", given[self.parameters.as_computed]), given["query"]
         width = expr_builder.operation(self.trt.DimensionOperation.PROD, queries, decoded[len(decoded) - 1])
         return [self.trt.DimsExprs([query[0], query[1], width]), *presents]
 
@@ -58,8 +61,8 @@ class AttentionPlugin(Plugin[Parameters, Call, AttentionKernels]):
         return attention_kernels(variant, gpu)
 
     def _fits(self, call: Call, descs: Sequence[Any]) -> bool:
-        query, past_key = descs[0].dims, descs[self.parameters.caches[0][0]].dims
-        return (query[0], query[1], past_key[2]) == (call.batch, call.tokens, call.capacity)
+        query, latent = descs[0].dims, descs[self.parameters.caches[1][0]].dims
+        return (query[0], query[1], latent[2]) == (call.batch, call.tokens, call.capacity)
 
     def _launch(self, call: Call, kernels: AttentionKernels, run: Run) -> None:
         for past, present in self.parameters.caches:
@@ -67,9 +70,8 @@ class AttentionPlugin(Plugin[Parameters, Call, AttentionKernels]):
                 _copy(run.outputs[present], run.inputs[past], run.input_desc[past], run.stream)
         given = dict(zip(self.parameters.inputs, run.inputs, strict=True))
         made = dict(zip(self.parameters.outputs, run.outputs, strict=True))
-        managed = {BUFFERS_OF[name]: given[name] for name in self.parameters.features.inputs}
-        if "present_received" in made:
-            managed["received"] = made["present_received"]
+        others = {BUFFERS_OF[name]: given[name] for name in self.parameters.features.inputs}
+        others |= {field: made[name] for name, field in _UPDATED.items() if name in made}
         kernels.launch(
             run.stream,
             Buffers(
@@ -87,7 +89,7 @@ class AttentionPlugin(Plugin[Parameters, Call, AttentionKernels]):
                 value_decoder=given.get("value_decoder", 0),
                 output=made["output"],
                 workspace=run.workspace,
-                **managed,
+                **others,
             ),
             batch=call.batch,
             tokens=call.tokens,

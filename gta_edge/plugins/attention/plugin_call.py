@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from gta_edge.errors import BackendError
-from gta_edge.numerics.dtypes import COMPUTE_TYPES, ROW_CACHE_TYPES
+from gta_edge.numerics.cache_codes import BLOCK
+from gta_edge.numerics.dtypes import CACHES, COMPUTE_TYPES, QUANTIZED_CACHE_TYPES, CacheType
 from gta_edge.plugins.attention.definition import (
     FEATURE_INPUTS,
     MAX_BIAS_ROWS,
@@ -33,12 +34,12 @@ from gta_edge.support.text import brief
 
 __all__ = [
     "BIAS_ROWS",
+    "CACHE_DTYPE",
     "FEATURE_FLAGS",
     "FIELDS",
     "INPUT_FLAGS",
-    "PAST_SCALES",
-    "PRESENT_SCALES",
-    "QUANTISED_CACHE",
+    "OPEN_BLOCKS",
+    "SCALES",
     "Call",
     "Parameters",
     "describe_call",
@@ -46,11 +47,21 @@ __all__ = [
     "read_parameters",
 ]
 
-PAST_SCALES = ("past_key_scale", "past_latent_scale")  # float32 [B, n_k, S], [B, n_c, S]
-PRESENT_SCALES = ("present_key_scale", "present_latent_scale")
+SCALES = ("past_key_scale", "past_latent_scale")
+"""Inputs that a quantised cache has beside it: float32 [B, n_k, S] and [B, n_c, S], or, of one in blocks, float16
+[B, n_k, S/32, 2, d_k] and [B, n_c, S, 2], scale and minimum."""
 
-QUANTISED_CACHE = "quantised_cache"
-"""Attribute, 0 or 1: the node has scales. A plugin says how many outputs it has before it sees its inputs."""
+OPEN_BLOCKS = ("past_key_open", "past_latent_open")
+"""And a cache in blocks behind those: tokens of the block that is not full, [B, n_k, 32, d_k] and [B, n_c, 32, d_l]."""
+
+CACHE_DTYPE = "cache_dtype"
+"""Attribute: how a quantised cache is stored, one of ``QUANTIZED_CACHE_TYPES``; it says which of these inputs there
+are, before a plugin sees any. Not there, or ``none``: caches are of the query's type."""
+
+_PLAIN = "none"
+
+_BYTES = "int8"
+"""Type of codes that share bytes: TensorRT gives plugins none without a sign."""
 
 UNOBSERVED = "none"
 """The attribute ``observe`` of a node that observes nothing, where it is given: a field of no length is none."""
@@ -73,13 +84,13 @@ FIELDS = FieldTypes(
         "num_key_heads": int,
         "num_latent_heads": int,
         "scale": float,
-        QUANTISED_CACHE: int,
+        CACHE_DTYPE: str,
         **dict.fromkeys((*INPUT_FLAGS.values(), *FEATURE_FLAGS.values(), BIAS_ROWS), int),
         OBSERVE: str,
     },
-    variant={"key_dim": int, "latent_dim": int, "hidden_size": int, "compute": str, "cache": str},
+    variant={"key_dim": int, "latent_dim": int, "hidden_size": int, "compute": str},
     made_by="export",
-    optional=(QUANTISED_CACHE, *INPUT_FLAGS.values(), *FEATURE_FLAGS.values(), BIAS_ROWS, OBSERVE),
+    optional=(CACHE_DTYPE, *INPUT_FLAGS.values(), *FEATURE_FLAGS.values(), BIAS_ROWS, OBSERVE),
 )
 """The plugin as its fields."""
 
@@ -96,7 +107,7 @@ class Parameters(ParametersBase[Variant]):
     num_key_heads: int
     num_latent_heads: int
     scale: float
-    quantised_cache: bool = False
+    cache_dtype: str = _PLAIN
     has_gate: bool = True
     has_value_decoder: bool = True
     has_positions: bool = False
@@ -105,6 +116,9 @@ class Parameters(ParametersBase[Variant]):
     observe: str = UNOBSERVED
 
     def __post_init__(self) -> None:
+        if self.cache_dtype not in (_PLAIN, *QUANTIZED_CACHE_TYPES):
+            expected = ", ".join((*QUANTIZED_CACHE_TYPES, _PLAIN))
+            raise BackendError(f"{OP} has {CACHE_DTYPE} = {brief(self.cache_dtype)}", f"expected one of {expected}")
         if self.observe not in (UNOBSERVED, *OBSERVATIONS):
             expected = ", ".join((*OBSERVATIONS, UNOBSERVED))
             raise BackendError(f"{OP} has observe = {brief(self.observe)}", f"expected one of {expected}")
@@ -130,7 +144,18 @@ class Parameters(ParametersBase[Variant]):
     def inputs(self) -> tuple[str, ...]:
         """Names of the inputs, in order."""
         given = tuple(name for name in MODEL_INPUTS if getattr(self, INPUT_FLAGS.get(name, ""), True))
-        return given + self.features.inputs + PAST_SCALES * self.quantised_cache
+        return given + self.features.inputs + self._beside
+
+    @property
+    def quantised(self) -> CacheType | None:
+        """How the cache is stored; None where it is of the query's type."""
+        return CACHES.get(self.cache_dtype)
+
+    @property
+    def _beside(self) -> tuple[str, ...]:
+        """Names of the inputs that a quantised cache has beside it."""
+        cache = self.quantised
+        return SCALES * (cache is not None) + OPEN_BLOCKS * (cache is not None and cache.in_blocks)
 
     @cached_property
     def features(self) -> Features:
@@ -141,7 +166,7 @@ class Parameters(ParametersBase[Variant]):
     @cached_property
     def outputs(self) -> tuple[str, ...]:
         """Names of the outputs, in order."""
-        return self.features.outputs + PRESENT_SCALES * self.quantised_cache
+        return self.features.outputs + tuple(name.replace("past", "present") for name in self._beside)
 
     @cached_property
     def caches(self) -> tuple[tuple[int, int], ...]:
@@ -151,6 +176,11 @@ class Parameters(ParametersBase[Variant]):
             for place, name in enumerate(self.outputs)
             if name.startswith("present")
         )
+
+    @property
+    def as_computed(self) -> str:
+        """Name of the input that holds latents as wide as they are computed with, [B, n_c, rows, d_l]."""
+        return OPEN_BLOCKS[1] if OPEN_BLOCKS[1] in self.inputs else "past_latent"
 
     @property
     def typed_like(self) -> tuple[int, ...]:
@@ -169,7 +199,7 @@ class Parameters(ParametersBase[Variant]):
         given = [f"{name} = 1" for name in FEATURE_FLAGS.values() if getattr(self, name)]
         given += [f"{BIAS_ROWS} = {self.bias_rows}"] * bool(self.bias_rows)
         given += [f"{OBSERVE} = {self.observe}"] * (self.observe != UNOBSERVED)
-        return ", ".join((f"{QUANTISED_CACHE} = {int(self.quantised_cache)}", *absent, *given))
+        return ", ".join((f"{CACHE_DTYPE} = {self.cache_dtype}", *absent, *given))
 
     def check_number(self, inputs: int) -> None:
         """Raise BackendError where the op has no such number of inputs."""
@@ -188,12 +218,13 @@ class Parameters(ParametersBase[Variant]):
             return COMPUTE_TYPES
         if name in _INTEGERS:
             return ("int64",)
-        if name in FEATURE_INPUTS or name.endswith(("_scale", "_received")):
+        cache = self.quantised
+        if name in FEATURE_INPUTS or name == "present_received":
             return ("fp32",)
-        if name == "past_key" and self.quantised_cache:
-            return ROW_CACHE_TYPES
-        if name in ("past_latent", "present_key", "present_latent"):
-            return (types[self.inputs.index("past_key")],)
+        if cache is not None and name.endswith("_scale"):
+            return (str(cache.scale),)
+        if cache is not None and name in ("past_key", "past_latent", "present_key", "present_latent"):
+            return (_BYTES if cache.in_blocks else cache.dtype,)
         return (types[0],)
 
     def sizes(self, key_dim: int, latent_dim: int, hidden_size: int) -> Sizes:
@@ -209,7 +240,7 @@ class Parameters(ParametersBase[Variant]):
         """Return the values of the fields that say what kernels are compiled for."""
         sizes = variant.sizes
         numbers = (sizes.key_dim, sizes.latent_dim, sizes.hidden_size)
-        return dict(zip(FIELDS.variant, (*numbers, variant.compute, variant.cache), strict=True))
+        return dict(zip(FIELDS.variant, (*numbers, variant.compute), strict=True))
 
     def read_variant(self, values: Mapping[str, Any]) -> Variant:
         """Return what kernels are compiled for, given those fields' values.
@@ -221,7 +252,16 @@ class Parameters(ParametersBase[Variant]):
             sizes = self.sizes(values["key_dim"], values["latent_dim"], values["hidden_size"])
         except ValueError as error:
             raise BackendError(f"{OP} in this engine is damaged ({error})", "build the engine again") from error
-        return Variant(sizes, values["compute"], values["cache"], self.features)
+        return self.variant(sizes, values["compute"])
+
+    def variant(self, sizes: Sizes, compute: str) -> Variant:
+        """Return what kernels are compiled for.
+
+        Raises:
+            BackendError: there are no such kernels.
+        """
+        cache = compute if self.quantised is None else self.quantised.name
+        return Variant(sizes, compute, cache, self.features)
 
 
 def read_parameters(values: Mapping[str, Any]) -> Parameters:
@@ -231,7 +271,7 @@ def read_parameters(values: Mapping[str, Any]) -> Parameters:
         BackendError: one is missing or makes no sense.
     """
     given = FIELDS.attributes_among(values)
-    for name in (set(FIELDS.optional) - {OBSERVE, BIAS_ROWS}) & set(given):
+    for name in (set(FIELDS.optional) - {CACHE_DTYPE, OBSERVE, BIAS_ROWS}) & set(given):
         if given[name] not in (0, 1):
             raise BackendError(f"{OP} has {name} = {given[name]}", "expected 0 or 1")
         given[name] = bool(given[name])
@@ -273,12 +313,15 @@ def describe_call(
     """
     parameters.check_types(types)
     given = dict(zip(parameters.inputs, shapes, strict=True))
-    ranks = {"query": 3, "gate": 3, "past_key": 4, "past_latent": 4, "cos": 2, "value_decoder": 3, "branches": 2}
+    ranks = {"query": 3, "gate": 3, "past_latent": 4, "cos": 2, "value_decoder": 3, "branches": 2}
+    in_blocks = parameters.quantised is not None and parameters.quantised.in_blocks
+    ranks |= {"past_key": 5, "past_latent_open": 4} if in_blocks else {"past_key": 4}
     for name, shape in given.items():
         if len(shape) != ranks.get(name, len(shape)):
             raise BackendError(f"{OP} has {name} of shape {list(shape)}", f"expected {ranks[name]} axes")
     n_q, n_k, n_c = parameters.num_query_heads, parameters.num_key_heads, parameters.num_latent_heads
-    (_, _, s, d_k), d_l = given["past_key"], given["past_latent"][3]
+    d_k, d_l = given["past_key"][3], given[parameters.as_computed][3]
+    s = given["past_latent" if in_blocks else "past_key"][2]
     b, t, hidden = given.get("gate", (*given["query"][:2], n_q * given.get("value_decoder", (d_l,))[-1]))
     try:
         sizes = parameters.sizes(d_k, d_l, hidden)
@@ -289,8 +332,6 @@ def describe_call(
         "key": ("B", "T", n_k * d_k),
         "latent": ("B", "T", n_c * d_l),
         "gate": ("B", "T", hidden),
-        "past_key": ("B", n_k, "S", d_k),
-        "past_latent": ("B", n_c, "S", d_l),
         "past_length": ("B",),
         "cos": ("P", d_k // 2),
         "sin": ("P", d_k // 2),
@@ -302,11 +343,10 @@ def describe_call(
         "past_received": ("B", "S"),
         "query_weight": ("B", "T"),
         "decay": ("B",),
-        "past_key_scale": ("B", n_k, "S"),
-        "past_latent_scale": ("B", n_c, "S"),
+        **_cache_shapes(parameters, d_k, d_l),
     }
     words = given.get("branches", (0, 0))[1]
-    named = {"B": b, "T": t, "S": s, "P": given["cos"][0], "W": words}
+    named = {"B": b, "T": t, "S": s, "S/32": -(-s // BLOCK), "P": given["cos"][0], "W": words}
     for name, shape in given.items():
         wanted = [named[size] if isinstance(size, str) else size for size in expected[name]]
         fixed = [exact or not isinstance(size, str) for size in expected[name]]
@@ -318,8 +358,27 @@ def describe_call(
         raise BackendError(f"{OP} has {t} new tokens in caches for {s}", f"expected at most {s}: append smaller chunks")
     if parameters.has_branches and t > MAX_BRANCH_TOKENS:
         raise BackendError(f"{OP} has {t} new tokens with branches", f"expected at most {MAX_BRANCH_TOKENS}")
-    variant = Variant(sizes, types[0], types[parameters.inputs.index("past_key")], parameters.features)
-    return Call(variant, b, t, s, named["P"], words)
+    return Call(parameters.variant(sizes, types[0]), b, t, s, named["P"], words)
+
+
+def _cache_shapes(parameters: Parameters, d_k: int, d_l: int) -> dict[str, tuple[int | str, ...]]:
+    """Return the shapes of a layer's caches and of what is beside them, by the input's name."""
+    n_k, n_c, cache = parameters.num_key_heads, parameters.num_latent_heads, parameters.quantised
+    if cache is None or not cache.in_blocks:
+        return {
+            "past_key": ("B", n_k, "S", d_k),
+            "past_latent": ("B", n_c, "S", d_l),
+            "past_key_scale": ("B", n_k, "S"),
+            "past_latent_scale": ("B", n_c, "S"),
+        }
+    return {
+        "past_key": ("B", n_k, "S/32", d_k, BLOCK * cache.key_bits // 8),
+        "past_latent": ("B", n_c, "S", d_l * cache.value_bits // 8),
+        "past_key_scale": ("B", n_k, "S/32", 2, d_k),
+        "past_latent_scale": ("B", n_c, "S", 2),
+        "past_key_open": ("B", n_k, BLOCK, d_k),
+        "past_latent_open": ("B", n_c, BLOCK, d_l),
+    }
 
 
 @lru_cache(CALLS_CACHED)

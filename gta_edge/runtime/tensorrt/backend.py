@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from gta_edge.errors import BackendError, EngineError
+from gta_edge.errors import EngineError
 from gta_edge.runtime.backend import Asked, Backend, Importing
 from gta_edge.runtime.tensorrt import engine_kind
 from gta_edge.runtime.tensorrt.engine_kind import EngineKind
@@ -78,17 +78,8 @@ class TensorRTBackend(Backend):
     def _open(self, bundle: Bundle, asked: Asked, **options: Any) -> Session:
         from gta_edge.runtime.tensorrt.session import TensorRTSession
 
-        session = TensorRTSession(bundle, engine=self.name, **options)
-        for wanted, found, what, option in (
-            (asked.compute, session.compute, "computes", "--compute"),
-            (asked.cache_dtype, session.cache_dtype, "caches", "--cache-dtype"),
-        ):
-            if wanted not in (None, found):
-                session.close()
-                raise BackendError(
-                    f"the engine {what} in {found}, not in {wanted}", f"build another with {option} {wanted}"
-                )
-        return session
+        options |= {"compute": asked.compute, "cache_dtype": asked.cache_dtype}
+        return TensorRTSession(bundle, engine=self.name, **options)
 
 
 TENSORRT: Backend = TensorRTBackend(engine_kind.TENSORRT, "tensorrt")

@@ -31,7 +31,15 @@ from gta_edge.formats.artifacts import (
 )
 from gta_edge.formats.bundle import Bundle
 from gta_edge.model.config import ModelConfig
-from gta_edge.model.kv_cache import INPUT_IDS, LOGIT_POSITIONS, PAST_LENGTH, cache_tensors, managed_shapes
+from gta_edge.model.kv_cache import (
+    INPUT_IDS,
+    LOGIT_POSITIONS,
+    PAST_LENGTH,
+    CacheTensor,
+    cache_tensors,
+    capacity_of,
+    managed_shapes,
+)
 from gta_edge.numerics.dtypes import FLOAT_TYPES, cache_types
 from gta_edge.runtime.tensorrt.engine_cache import EngineCache
 from gta_edge.support.ownership import ARTIFACTS
@@ -43,6 +51,7 @@ __all__ = [
     "IMPLEMENTATIONS",
     "EngineManifest",
     "EngineSpec",
+    "Wanted",
     "compute_capability",
     "engine_directory",
     "engine_output",
@@ -61,13 +70,50 @@ _RECEIVED_BYTES = 4  # of what a row received, a float32
 
 
 @dataclass(frozen=True)
+class Wanted:
+    """What a session wants of an engine.
+
+    Attributes:
+        compute: type of activations; None for any.
+        cache_dtype: how the cache is stored; None for any.
+        policy: options of ``gta-edge build`` for a cache policy; empty for none.
+    """
+
+    compute: str | None = None
+    cache_dtype: str | None = None
+    policy: str = ""
+
+    def command(self, bundle: Path, engine: str) -> str:
+        """Return the command that builds such an engine, where nothing else is known of it."""
+        options = f" --compute {self.compute}" if self.compute else ""
+        options += f" --cache-dtype {self.cache_dtype}" if self.cache_dtype else ""
+        options += f" {self.policy}" if self.policy else ""
+        return f"gta-edge build {shlex.quote(str(bundle))} --engine {engine}{options}"
+
+    def check(self, spec: EngineSpec, bundle: Bundle) -> None:
+        """Raise EngineError where an engine has other types; with the command that builds it with these."""
+        for expected, found, what in (
+            (self.compute, spec.compute, "computes"),
+            (self.cache_dtype, spec.cache_dtype, "caches"),
+        ):
+            if expected not in (None, found):
+                raise EngineError(
+                    f"{engine_directory(bundle, spec.engine)}: the engine {what} in {found}, not in {expected}",
+                    f"run: {spec.command(bundle.directory, self)}",
+                )
+
+
+ANY = Wanted()
+
+
+@dataclass(frozen=True)
 class EngineSpec:
     """What an engine is built for, as the options of ``gta-edge build`` say it.
 
     Attributes:
         engine: ``tensorrt`` or ``tensorrt-rtx``.
         compute: type of activations, ``fp16``, ``bf16`` or ``fp32``.
-        cache_dtype: type of the cache: the compute type, ``int8`` or ``fp8``.
+        cache_dtype: how the cache is stored: the compute type, or one of ``QUANTIZED_CACHE_TYPES``.
         max_length: tokens that a row may have: what its cache has room for, or with a managed one, positions.
         max_batch: rows at once.
         chunk_size: tokens of a prompt at once.
@@ -85,8 +131,14 @@ class EngineSpec:
     managed: EngineCache | None = None
 
     def capacities(self, config: ModelConfig) -> tuple[int, ...]:
-        """Return the rows that each layer's cache has room for."""
-        return (self.max_length,) * config.num_hidden_layers if self.managed is None else self.managed.capacities
+        """Return the rows that each layer's cache has room for: whole blocks, of a cache in blocks."""
+        if self.managed is not None:
+            return self.managed.capacities
+        return (capacity_of(self.cache_dtype, self.max_length),) * config.num_hidden_layers
+
+    def cache_tensors(self, config: ModelConfig) -> list[CacheTensor]:
+        """Return what the cache consists of."""
+        return cache_tensors(config, self.cache_dtype, compute=self.compute)
 
     def input_shapes(
         self, config: ModelConfig, *, batch: int, tokens: int, positions: int
@@ -105,26 +157,34 @@ class EngineSpec:
             PAST_LENGTH: (batch,),
             LOGIT_POSITIONS: (batch, positions),
         }
-        for tensor in cache_tensors(config, self.cache_dtype):
+        for tensor in self.cache_tensors(config):
             shapes[tensor.past] = tensor.shape(batch, capacities[tensor.layer])
         if self.managed is not None:
             shapes |= managed_shapes(self.managed.features, batch=batch, tokens=tokens, capacities=capacities)
         return shapes
 
     def cache_bytes(self, config: ModelConfig) -> int:
-        """Return the bytes of the cache of all layers and rows, scales and what rows received included."""
+        """Return the bytes of the cache of all layers and rows, with scales, open blocks and what rows received."""
         capacities = self.capacities(config)
-        tensors = cache_tensors(config, self.cache_dtype)
-        size = sum(tensor.nbytes(self.max_batch, capacities[tensor.layer]) for tensor in tensors)
+        size = sum(each.nbytes(self.max_batch, capacities[each.layer]) for each in self.cache_tensors(config))
         if self.managed is not None and self.managed.observe is not None:
             size += _RECEIVED_BYTES * self.max_batch * sum(capacities)
         return size
 
-    def command(self, bundle: Path) -> str:
-        """Return the command that builds such an engine, replacing the one there is."""
-        options = f"--engine {self.engine} --compute {self.compute} --cache-dtype {self.cache_dtype}"
+    def command(self, bundle: Path, wanted: Wanted | None = None) -> str:
+        """Return the command that builds such an engine, replacing the one there is.
+
+        Args:
+            bundle: the model's directory.
+            wanted: what such an engine is to have other than this.
+        """
+        wanted = wanted or ANY
+        compute = wanted.compute or self.compute
+        cache_dtype = wanted.cache_dtype or (compute if self.cache_dtype == self.compute else self.cache_dtype)
+        options = f"--engine {self.engine} --compute {compute} --cache-dtype {cache_dtype}"
         options += f" --max-length {self.max_length} --max-batch {self.max_batch}"
-        options += f" {self.managed.policy}" if self.managed else ""
+        policy = wanted.policy or (self.managed.policy if self.managed else "")
+        options += f" {policy}" if policy else ""
         options += f" --matmul {self.matmul} --force" if self.matmul != "auto" else " --force"
         return f"gta-edge build {shlex.quote(str(bundle))} {options}"
 
@@ -198,7 +258,13 @@ def compute_capability(architecture: str) -> str:
 
 
 def load_engine(
-    bundle: Bundle, engine: str, *, tensorrt: str, compute_capability: str, gpu: str = ""
+    bundle: Bundle,
+    engine: str,
+    *,
+    tensorrt: str,
+    compute_capability: str,
+    gpu: str = "",
+    wanted: Wanted = ANY,
 ) -> tuple[memoryview, EngineManifest]:
     """Return a bundle's engine, mapped from its file, and its record, if it fits what is here.
 
@@ -210,21 +276,23 @@ def load_engine(
         tensorrt: version of TensorRT that will load it.
         compute_capability: of the GPU that will run it.
         gpu: that GPU's name; boards of one compute capability differ, and kernels were timed on one of them.
+        wanted: types and policy that are wanted of it.
 
     Raises:
-        EngineError: there is none, it is damaged or of another machine, or it was made from or for something else;
-            which, and the command that builds it anew.
+        EngineError: there is none, it is damaged or of another machine, or it was made from or for something else, or
+            with other types; which, and the command that builds it anew.
     """
     directory = engine_directory(bundle, engine)
-    artifact, record = _open_engine(bundle, engine)
+    artifact, record = _open_engine(bundle, engine, wanted)
     names = "the bundle's files", "gta-edge", "TensorRT", "the GPU's compute capability", "the GPU"
     now = made_from(bundle), __version__, tensorrt, compute_capability, gpu or record.gpu
     built_for = _built_for(record, compute_capability)
     then = record.made_from, record.gta_edge, record.tensorrt, built_for, record.gpu or gpu
     found = difference(dict(zip(names, now, strict=True)), dict(zip(names, then, strict=True)))
     if found is not None:
-        remedy = record.spec.command(bundle.directory)
+        remedy = record.spec.command(bundle.directory, wanted)
         raise EngineError(f"{directory}: {found} when the engine was built", f"run: {remedy}")
+    wanted.check(record.spec, bundle)
     return artifact.mapped[PLAN], record
 
 
@@ -234,8 +302,14 @@ def _built_for(record: EngineManifest, compute_capability: str) -> str:
     return compute_capability if compute_capability in known else ", ".join(known)
 
 
-def require_engine(bundle: Bundle, engine: str) -> None:
-    """Raise EngineError where a bundle has no engine of this kind; what there is may still not fit."""
+def require_engine(bundle: Bundle, engine: str, wanted: Wanted = ANY) -> None:
+    """Raise EngineError where a bundle has no engine of this kind; what there is may still not fit.
+
+    Args:
+        bundle: the model.
+        engine: ``tensorrt`` or ``tensorrt-rtx``.
+        wanted: types and policy that are wanted of it, for the command that builds it.
+    """
     directory = engine_directory(bundle, engine)
     try:
         for link in (directory.parent, directory):
@@ -247,29 +321,19 @@ def require_engine(bundle: Bundle, engine: str) -> None:
             f"{directory}: cannot be read ({error.strerror})", "give yourself access, or choose another backend"
         ) from error
     if not there:
-        raise _no_engine(bundle, engine)
+        raise EngineError(f"{directory}: there is no engine", f"run: {wanted.command(bundle.directory, engine)}")
 
 
-def _build(bundle: Bundle, engine: str) -> str:
-    return f"gta-edge build {shlex.quote(str(bundle.directory))} --engine {engine}"
-
-
-def _no_engine(bundle: Bundle, engine: str) -> EngineError:
-    return EngineError(f"{engine_directory(bundle, engine)}: there is no engine", f"run: {_build(bundle, engine)}")
-
-
-def _open_engine(bundle: Bundle, engine: str) -> tuple[Artifact, EngineManifest]:
+def _open_engine(bundle: Bundle, engine: str, wanted: Wanted = ANY) -> tuple[Artifact, EngineManifest]:
     """Return a bundle's engine and its record, if it is this machine's and as it was written."""
-    require_engine(bundle, engine)
-    directory = engine_directory(bundle, engine)
+    require_engine(bundle, engine, wanted)
+    directory, remedy = engine_directory(bundle, engine), f"run: {wanted.command(bundle.directory, engine)}"
     try:
         artifact = open_artifact(
             bundle.directory, f"{ARTIFACTS}/{engine}", RECORD, mapped=(PLAN,), verify_hashes=bundle.verified
         )
     except RefusedError as refused:
-        raise EngineError(
-            f"{directory}: the engine is not used ({refused})", f"run: {_build(bundle, engine)}"
-        ) from refused
+        raise EngineError(f"{directory}: the engine is not used ({refused})", remedy) from refused
     try:
         record = _read(artifact.content)
         _check_types(record)
@@ -277,8 +341,7 @@ def _open_engine(bundle: Bundle, engine: str) -> tuple[Artifact, EngineManifest]
             raise ValueError(f"it is of {record.spec.engine}, or lists no {PLAN}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:  # of another version of this package
         raise EngineError(
-            f"{directory / RECORD}: is not the record of an engine ({one_line(error)})",
-            f"run: {_build(bundle, engine)}",
+            f"{directory / RECORD}: is not the record of an engine ({one_line(error)})", remedy
         ) from error
     return artifact, record
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from gta_edge.cuda.gpu import Gpu
 from gta_edge.cuda.session import Cuda
 from gta_edge.model.config import ModelConfig
-from gta_edge.model.kv_cache import cache_tensors, received_tensors
+from gta_edge.model.kv_cache import received_tensors
 from gta_edge.runtime.cuda_cache import CudaCache, DeviceTensor
 from gta_edge.runtime.tensorrt.engine import EngineSpec
 from gta_edge.runtime.tensorrt.kernel_rows import KernelRows
@@ -52,7 +52,7 @@ class EngineMemory:
         most = max(self.capacities)
         self._what = f"the cache of {most} tokens for {spec.max_batch} rows"
         placed = []
-        for tensor in cache_tensors(config, spec.cache_dtype):
+        for tensor in spec.cache_tensors(config):
             capacity = self.capacities[tensor.layer]
             address = self._allocate(tensor.nbytes(spec.max_batch, capacity))
             self.addresses |= {tensor.past: address, tensor.present: address}

@@ -22,7 +22,9 @@ from gta_edge.graph.pack_embedding import PackEmbeddingPass
 from gta_edge.graph.retype import ConvertPrecisionPass
 from gta_edge.graph.share_dimensions import ShareDimensionsPass
 from gta_edge.libraries.optional import optional
-from gta_edge.numerics.dtypes import COMPUTE_TYPES, FLOAT_TYPES, ROW_CACHE_TYPES, cache_types
+from gta_edge.model.kv_cache import cache_tensors, capacity_of
+from gta_edge.numerics.cache_codes import BLOCK
+from gta_edge.numerics.dtypes import CACHES, COMPUTE_TYPES, FLOAT_TYPES, QUANTIZED_CACHE_TYPES
 from gta_edge.plugins.attention.definition import MAX_BIAS_ROWS, Features
 from gta_edge.runtime.tensorrt.engine import IMPLEMENTATIONS
 from gta_edge.runtime.tensorrt.passes.fold_constants import FoldConstantsPass
@@ -73,8 +75,8 @@ def lower(
             when this returns.
         form: ``plugin`` or ``function``.
         compute: ``fp16`` or ``bf16``; in the function form also ``fp32``.
-        cache_dtype: ``int8`` or ``fp8``, in the plugin form; otherwise what ``compute`` is.
-        capacity: rows of each cache; with features, of each layer's.
+        cache_dtype: one of ``QUANTIZED_CACHE_TYPES``, in the plugin form; otherwise what ``compute`` is.
+        capacity: rows of each cache; with features, of each layer's. Whole blocks, of a cache in blocks.
         batch: rows of a step; any number if None.
         newer_ops: whether the parser knows operators of opset 23 and 24 (TensorRT 10.15 and later).
         matmul: implementation of products with quantised matrices, ``plugin`` (in either form, and not in ``fp32``)
@@ -94,13 +96,13 @@ def lower(
         BackendError: onnx-ir is not installed.
     """
     capacities = [capacity] if isinstance(capacity, int) else list(capacity)
-    _check_capacities(bundle, capacities, features)
     _check(bundle, form, compute, cache_dtype, batch)
+    _check_capacities(bundle, capacities, features, cache_dtype or compute)
     _check_matmul(matmul, compute)
     directory = Path(directory)
     if any((directory / name).exists() for name in (MODEL, WEIGHTS, RECORD)):
         raise OutputError(f"{directory}: holds a model already", "choose another directory, or an empty one")
-    quantised = cache_dtype if cache_dtype in ROW_CACHE_TYPES else None
+    quantised = cache_dtype if cache_dtype in QUANTIZED_CACHE_TYPES else None
     model, packing = load_model(bundle), PackMatMulsPass()
     passes: list[ir.passes.PassBase] = [ManageCachePass(features)] if features else []
     passes.append(PackEmbeddingPass())
@@ -111,9 +113,9 @@ def lower(
     if matmul == "plugin":
         passes.append(packing)
     passes.append(ConvertPrecisionPass(compute))
-    if quantised:
-        passes.append(QuantizeCachePass(quantised))
     passes.append(SetCapacityPass(capacity, batch))
+    if quantised:
+        passes.append(QuantizeCachePass(quantised, cache_tensors(bundle.config, quantised, compute=compute)))
     if not newer_ops:
         passes += [LowerOpsetPass(), FoldConstantsPass()]
     elif features:
@@ -145,7 +147,7 @@ def _check(bundle: Bundle, form: str, compute: str, cache_dtype: str | None, bat
     computes = FLOAT_TYPES if form == "function" else COMPUTE_TYPES
     if compute not in computes:
         raise InputError(f"the {form} form computes in {', '.join(computes)}, not in {compute!r}", "choose one of them")
-    caches = cache_types(compute, kernels=form == "plugin")
+    caches = (compute, *QUANTIZED_CACHE_TYPES) if form == "plugin" else (compute,)
     if cache_dtype is not None and cache_dtype not in caches:
         whose = f"the {form} form of {bundle.config.architecture} in {compute}"
         raise InputError(f"{whose} has no cache of {cache_dtype!r}", f"expected {' or '.join(caches)}")
@@ -153,17 +155,23 @@ def _check(bundle: Bundle, form: str, compute: str, cache_dtype: str | None, bat
         raise InputError(f"the batch is {batch}", "expected at least 1")
 
 
-def _check_capacities(bundle: Bundle, capacities: Sequence[int], features: Features | None) -> None:
+def _check_capacities(bundle: Bundle, capacities: Sequence[int], features: Features | None, cache: str) -> None:
     layers = bundle.config.num_hidden_layers
     if features is None and len(capacities) > 1:
         raise InputError("each layer has a capacity of its own", "give what the cache is managed with, or one capacity")
     if len(capacities) not in (1, layers):
         raise InputError(f"there are {len(capacities)} capacities", f"expected one for each of {layers} layers")
     # a managed cache has a few rows more, where residual rows begin
-    most = bundle.config.max_position_embeddings + (MAX_BIAS_ROWS if features else 0)
+    most = capacity_of(cache, bundle.config.max_position_embeddings) + (MAX_BIAS_ROWS if features else 0)
     for capacity in capacities:
         if not 1 <= capacity <= most:
             raise CapacityError(f"the capacity is {capacity} tokens", f"expected 1 to {most}, the model's positions")
+        if capacity != capacity_of(cache, capacity):
+            raise CapacityError(f"the capacity is {capacity} tokens", f"expected whole blocks of {BLOCK} in {cache}")
+    if features and CACHES[cache].in_blocks:
+        raise InputError(
+            f"a cache in {cache} is not managed: its rows do not move alone", "leave out one of both, or take int8"
+        )
 
 
 def _check_matmul(matmul: str, compute: str) -> None:

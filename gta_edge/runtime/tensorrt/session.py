@@ -34,12 +34,13 @@ from gta_edge.runtime.session import Ids, Logits, Session
 from gta_edge.runtime.tensorrt.build import LOGIT_POSITIONS, buffer_bytes, step_inputs
 from gta_edge.runtime.tensorrt.engine import (
     EngineSpec,
+    Wanted,
     compute_capability,
     engine_directory,
     load_engine,
     require_engine,
 )
-from gta_edge.runtime.tensorrt.engine_cache import EngineCache
+from gta_edge.runtime.tensorrt.engine_cache import EngineCache, policy_options
 from gta_edge.runtime.tensorrt.engine_kind import ENGINES, TENSORRT
 from gta_edge.runtime.tensorrt.engine_memory import EngineMemory
 from gta_edge.runtime.tensorrt.log import first_reason, new_log, started
@@ -75,13 +76,15 @@ class TensorRTSession(Session):
     Args:
         bundle: the model; its engine lies in it.
         engine: ``tensorrt`` or ``tensorrt-rtx``.
+        compute: type that the engine has to compute in; None for any.
+        cache_dtype: how it has to store its cache; None for any.
         device_id: CUDA's number for the GPU.
         chunk_size: tokens of a prompt at once, at most the engine's.
         cache: policy that says which rows of the cache stay, which the engine has to be built for; None for all.
 
     Raises:
         BackendError: TensorRT, the driver or the GPU is missing, or the engine cannot be loaded.
-        EngineError: there is no engine, or it was built from or for something else, another policy among it.
+        EngineError: there is no engine, or it was built from or for something else, another policy or type among it.
         InputError: the policy makes no sense for the model.
         CapacityError: the GPU has no room for the engine and its cache.
     """
@@ -93,16 +96,20 @@ class TensorRTSession(Session):
         bundle: Bundle,
         *,
         engine: str = TENSORRT.name,
+        compute: str | None = None,
+        cache_dtype: str | None = None,
         device_id: int = 0,
         chunk_size: int | None = None,
         cache: CachePolicy | None = None,
     ) -> None:
         # First what costs nothing: TensorRT's libraries take seconds to load.
-        require_engine(bundle, engine)
+        wanted = Wanted(compute, cache_dtype, policy_options(cache) if cache is not None else "")
+        require_engine(bundle, engine, wanted)
         gpu = current_gpu(device_id)
         trt = load(engine)
         here = compute_capability(gpu.architecture)
-        plan, record = load_engine(bundle, engine, tensorrt=trt.version_text, compute_capability=here, gpu=gpu.name)
+        found = {"tensorrt": trt.version_text, "compute_capability": here, "gpu": gpu.name}
+        plan, record = load_engine(bundle, engine, **found, wanted=wanted)
         spec = record.spec
         chunk = spec.chunk_size if chunk_size is None else min(chunk_size, spec.chunk_size)
         super().__init__(bundle.config, _state(bundle, spec, cache, chunk))

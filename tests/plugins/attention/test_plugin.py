@@ -41,6 +41,7 @@ from tests.helpers.attention_plugins import (
     RUNTIME,
     SIZES,
     make,
+    stored_as,
 )
 from tests.helpers.gpu_calls import GQA as GQA_9_3
 from tests.helpers.gpu_calls import GTA_1B, TOLERANCE, VARIANTS, Call, bits, on_gpu
@@ -123,7 +124,7 @@ def test_the_creator_declares_the_attributes_that_the_parser_shall_pass_on(creat
         "num_key_heads": KINDS.INT32,
         "num_latent_heads": KINDS.INT32,
         "scale": KINDS.FLOAT32,
-        "quantised_cache": KINDS.INT32,
+        "cache_dtype": KINDS.CHAR,
         "has_gate": KINDS.INT32,
         "has_value_decoder": KINDS.INT32,
         "has_positions": KINDS.INT32,
@@ -139,7 +140,12 @@ def test_a_plugin_is_made_from_attributes(creator: Any) -> None:
     assert made.built is None
     assert (made.plugin_name, made.plugin_version, made.plugin_namespace) == (OP, "1", "gta")
     assert made.num_outputs == 3
-    assert make(creator, quantised_cache=1).num_outputs == 5
+    assert [make(creator, cache_dtype=cache).num_outputs for cache in ("none", "int8", "int4", "int4v2")] == [
+        3,
+        5,
+        7,
+        7,
+    ]
     assert make(creator, **GQA_ATTRIBUTES).parameters == GQA_PARAMETERS
     for kind in trt.PluginCapabilityType.__members__.values():
         assert made.get_capability_interface(kind) is made
@@ -158,10 +164,10 @@ def test_numbers_of_64_bits_are_taken_too(creator: Any) -> None:
     assert make(creator, **wide, scale=(np.array([0.125]), KINDS.FLOAT64)).parameters == PARAMETERS
 
 
-@pytest.mark.parametrize("quantised", [0, 1])
+@pytest.mark.parametrize("cache", ["none", "int8", "int4v2"])
 @pytest.mark.parametrize(("gate", "decoder"), FORMS)
-def test_what_is_serialised_makes_the_same_plugin(creator: Any, quantised: int, gate: int, decoder: int) -> None:
-    made = make(creator, scale=0.1, quantised_cache=quantised, has_gate=gate, has_value_decoder=decoder)
+def test_what_is_serialised_makes_the_same_plugin(creator: Any, cache: str, gate: int, decoder: int) -> None:
+    made = make(creator, scale=0.1, cache_dtype=cache, has_gate=gate, has_value_decoder=decoder)
     again = creator.create_plugin("layer", made.get_fields_to_serialize(), RUNTIME)
     assert again is not made
     assert (again.parameters, again.built, again.num_outputs) == (made.parameters, None, made.num_outputs)
@@ -170,11 +176,11 @@ def test_what_is_serialised_makes_the_same_plugin(creator: Any, quantised: int, 
 
 @pytest.mark.parametrize(("compute", "cache"), VARIANTS)
 def test_what_a_build_settled_is_serialised_too(creator: Any, compute: str, cache: str) -> None:
-    made = make(creator, quantised_cache=int(cache != compute))
+    made = make(creator, **stored_as(compute, cache))
     made.built = Built(Variant(SIZES, compute, cache), "sm_87", 8)
     again = creator.create_plugin("layer", made.get_fields_to_serialize(), RUNTIME)
     assert (again.parameters, again.built) == (made.parameters, made.built)
-    plain = make(creator, **GQA_ATTRIBUTES, quantised_cache=int(cache != compute))
+    plain = make(creator, **GQA_ATTRIBUTES, **stored_as(compute, cache))
     plain.built = Built(Variant(GQA, compute, cache), "sm_87", 8)
     again = creator.create_plugin("layer", plain.get_fields_to_serialize(), RUNTIME)
     assert (again.parameters, again.built) == (plain.parameters, plain.built)
@@ -190,7 +196,7 @@ def test_serialised_fields_outlive_other_work(creator: Any) -> None:
 
 
 def test_a_clone_is_another_plugin_of_the_same_kind(creator: Any) -> None:
-    made = make(creator, quantised_cache=1)
+    made = make(creator, cache_dtype="int8")
     made.built = Built(Variant(SIZES, "fp16", "int8"), "sm_87", 8)
     cloned = made.clone()
     assert type(cloned) is type(made)
@@ -207,7 +213,7 @@ def test_a_clone_is_another_plugin_of_the_same_kind(creator: Any) -> None:
         (
             {"nonsense": 1},
             "has no attribute nonsense; expected num_query_heads, num_key_heads, num_latent_heads, scale, "
-            "quantised_cache, has_gate, has_value_decoder, has_positions, has_branches, bias_rows, observe, "
+            "cache_dtype, has_gate, has_value_decoder, has_positions, has_branches, bias_rows, observe, "
             "plugin_namespace, plugin_version",
         ),
         ({"scale": 1}, "has scale of type INT32; expected FLOAT32 or FLOAT64"),
@@ -234,13 +240,13 @@ def test_a_clone_is_another_plugin_of_the_same_kind(creator: Any) -> None:
         ({"scale": 0.0}, "has scale = 0.0; expected more than 0"),
         ({"scale": float("nan")}, "has scale = nan; expected more than 0"),
         ({"scale": float("inf")}, "has scale = inf; expected more than 0"),
-        ({"quantised_cache": 2}, "has quantised_cache = 2; expected 0 or 1"),
+        ({"cache_dtype": "int2"}, "has cache_dtype = 'int2'; expected one of int8, fp8, int4, int4v2, none"),
+        ({"cache_dtype": 1}, "has cache_dtype of type INT32; expected CHAR"),
         ({"has_gate": -1}, "has has_gate = -1; expected 0 or 1"),
         ({"has_value_decoder": 3}, "has has_value_decoder = 3; expected 0 or 1"),
         (
             {"compute": "fp16"},
-            "in this engine lacks key_dim, latent_dim, hidden_size, cache, architecture, processors; "
-            "build the engine again",
+            "in this engine lacks key_dim, latent_dim, hidden_size, architecture, processors; build the engine again",
         ),
     ],
 )
@@ -253,7 +259,6 @@ def test_attributes_that_are_refused(creator: Any, attributes: dict[str, Any], t
 @pytest.mark.parametrize(
     ("built", "text"),
     [
-        ({"cache": "bf16"}, "a cache of type bf16 does not go with fp16; expected one of fp16, int8, fp8"),
         ({"compute": "\x00\x00"}, "the kernels compute in fp16 or bf16, not in "),
         (
             {"hidden_size": 7},
@@ -268,7 +273,7 @@ def test_attributes_that_are_refused(creator: Any, attributes: dict[str, Any], t
     ],
 )
 def test_engines_that_are_damaged(creator: Any, built: dict[str, Any], text: str) -> None:
-    whole = {"key_dim": 64, "latent_dim": 128, "hidden_size": 1280, "compute": "fp16", "cache": "fp16"}
+    whole = {"key_dim": 64, "latent_dim": 128, "hidden_size": 1280, "compute": "fp16"}
     whole |= {"architecture": "sm_87", "processors": 8}
     assert make(creator, RUNTIME, **whole).built == Built(Variant(SIZES, "fp16", "fp16"), "sm_87", 8)
     assert message(make, creator, RUNTIME, **(whole | built)) == text
@@ -313,9 +318,9 @@ class PluginCall(Call):
             num_key_heads=sizes.num_key_heads,
             num_latent_heads=sizes.num_latent_heads,
             scale=self.scale,
-            quantised_cache=int(variant.quantised),
             has_gate=int(sizes.has_gate),
             has_value_decoder=int(sizes.has_value_decoder),
+            **stored_as(variant.compute, variant.cache),
         )
         self.plugin = made.attach_to_context(None)
         self.scale = made.parameters.scale

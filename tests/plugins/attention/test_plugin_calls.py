@@ -35,6 +35,8 @@ from tests.helpers.attention_plugins import (
     input_types,
     make,
     shapes,
+    stored_as,
+    types_beside,
 )
 from tests.helpers.gpu_calls import VARIANTS
 from tests.helpers.plugin_values import trt
@@ -48,65 +50,67 @@ pytestmark = pytest.mark.usefixtures("no_failures")
 
 @pytest.mark.parametrize(("compute", "cache"), VARIANTS)
 def test_types_of_the_outputs(creator: Any, compute: str, cache: str) -> None:
-    quantised = cache != compute
-    c, s = TYPES[compute], TYPES[cache]
-    found = make(creator, quantised_cache=int(quantised)).get_output_data_types(input_types(c, s, quantised))
-    assert found == [c, s, s] + [FLOAT, FLOAT] * quantised
+    types = input_types(compute, cache)
+    found = make(creator, **stored_as(compute, cache)).get_output_data_types(types)
+    assert found == [TYPES[compute], *[TYPES[cache]] * 2, *types_beside(compute, cache)]
 
 
 @pytest.mark.parametrize(
-    ("quantised", "changes", "text"),
+    ("cache", "changes", "text"),
     [
-        (0, {0: FLOAT}, "query of type fp32 with query of fp32 and quantised_cache = 0; expected fp16 or bf16"),
-        (0, {1: BF16}, "key of type bf16 with query of fp16 and quantised_cache = 0; expected fp16"),
-        (0, {4: INT8}, "past_key of type int8 with query of fp16 and quantised_cache = 0; expected fp16"),
-        (1, {4: HALF}, "past_key of type fp16 with query of fp16 and quantised_cache = 1; expected int8 or fp8"),
-        (1, {5: FP8}, "past_latent of type fp8 with query of fp16 and quantised_cache = 1; expected int8"),
-        (0, {6: FLOAT}, "past_length of type fp32 with query of fp16 and quantised_cache = 0; expected int64"),
-        (0, {9: FLOAT}, "value_decoder of type fp32 with query of fp16 and quantised_cache = 0; expected fp16"),
-        (1, {11: HALF}, "past_latent_scale of type fp16 with query of fp16 and quantised_cache = 1; expected fp32"),
-        (0, {8: trt.DataType.INT32}, "sin of type int32 with query of fp16 and quantised_cache = 0; expected fp16"),
+        ("fp16", {0: FLOAT}, "query of type fp32 with query of fp32 and {}; expected fp16 or bf16"),
+        ("fp16", {1: BF16}, "key of type bf16 with query of fp16 and {}; expected fp16"),
+        ("fp16", {4: INT8}, "past_key of type int8 with query of fp16 and {}; expected fp16"),
+        ("int8", {4: HALF}, "past_key of type fp16 with query of fp16 and {}; expected int8"),
+        ("fp8", {4: INT8}, "past_key of type int8 with query of fp16 and {}; expected fp8"),
+        ("int4", {4: trt.DataType.UINT8}, "past_key of type UINT8 with query of fp16 and {}; expected int8"),
+        ("int8", {5: FP8}, "past_latent of type fp8 with query of fp16 and {}; expected int8"),
+        ("fp16", {6: FLOAT}, "past_length of type fp32 with query of fp16 and {}; expected int64"),
+        ("fp16", {9: FLOAT}, "value_decoder of type fp32 with query of fp16 and {}; expected fp16"),
+        ("int8", {11: HALF}, "past_latent_scale of type fp16 with query of fp16 and {}; expected fp32"),
+        ("int4", {11: FLOAT}, "past_latent_scale of type fp32 with query of fp16 and {}; expected fp16"),
+        ("int4v2", {12: BF16}, "past_key_open of type bf16 with query of fp16 and {}; expected fp16"),
+        ("fp16", {8: trt.DataType.INT32}, "sin of type int32 with query of fp16 and {}; expected fp16"),
     ],
 )
-def test_types_that_are_refused(creator: Any, quantised: int, changes: dict[int, Any], text: str) -> None:
-    types = input_types(HALF, INT8 if quantised else HALF, bool(quantised))
+def test_types_that_are_refused(creator: Any, cache: str, changes: dict[int, Any], text: str) -> None:
+    types = input_types("fp16", cache)
     for place, changed in changes.items():
         types[place] = changed
-    made = make(creator, quantised_cache=quantised)
+    made = make(creator, **stored_as("fp16", cache))
+    named = text.format(f"cache_dtype = {'none' if cache == 'fp16' else cache}")
     assert message(made.get_output_data_types, types) == (
-        f"{OP} has {text}: retype the model, and build a strongly typed network"
+        f"{OP} has {named}: retype the model, and build a strongly typed network"
     )
 
 
 def test_a_node_with_scales_that_does_not_say_so(creator: Any) -> None:
-    text = message(make(creator).get_output_data_types, input_types(HALF, INT8, True))
-    assert text.startswith(f"{OP} has 12 inputs; with quantised_cache = 0 it has 10: query, key, latent, gate, ")
+    text = message(make(creator).get_output_data_types, input_types("fp16", "int8"))
+    assert text.startswith(f"{OP} has 12 inputs; with cache_dtype = none it has 10: query, key, latent, gate, ")
 
 
 def test_a_node_without_a_gate_that_does_not_say_so(creator: Any) -> None:
-    types = input_types(HALF, HALF, False, 0, 0)
+    types = input_types(gate=0, decoder=0)
     text = message(make(creator).get_output_data_types, types)
-    assert text.startswith(f"{OP} has 8 inputs; with quantised_cache = 0 it has 10: query, key, latent, gate, ")
+    assert text.startswith(f"{OP} has 8 inputs; with cache_dtype = none it has 10: query, key, latent, gate, ")
     assert make(creator, **GQA_ATTRIBUTES).get_output_data_types(types) == [HALF] * 3
     text = message(make(creator, **GQA_ATTRIBUTES).get_output_data_types, [*types, HALF])
     assert text == (
-        f"{OP} has 9 inputs; with quantised_cache = 0, has_gate = 0, has_value_decoder = 0 it has 8: query, key, "
+        f"{OP} has 9 inputs; with cache_dtype = none, has_gate = 0, has_value_decoder = 0 it has 8: query, key, "
         "latent, past_key, past_latent, past_length, cos, sin"
     )
 
 
-@pytest.mark.parametrize("quantised", [0, 1])
-def test_shapes_are_those_of_the_gate_and_the_caches(creator: Any, quantised: int) -> None:
+@pytest.mark.parametrize(("cache", "beside"), [("none", 0), ("int8", 2), ("int4", 4)])
+def test_shapes_are_those_of_the_gate_and_the_caches(creator: Any, cache: str, beside: int) -> None:
     """The very expressions: nothing is computed, so nothing is lost of what TensorRT knows of them."""
-    ranks = [3, 3, 3, 3, 4, 4, 1, 2, 2, 3] + [3, 3] * quantised
-    inputs = [trt.DimsExprs(rank) for rank in ranks]
-    made = make(creator, quantised_cache=quantised)
+    inputs = [trt.DimsExprs(len(shape)) for shape in shapes(2, 3, 64, 64, cache=cache)]
+    made = make(creator, cache_dtype=cache)
     found = made.get_output_shapes(inputs, [], None)
-    assert [id(each) for each in found] == [id(inputs[place]) for place in [3, 4, 5] + [10, 11] * quantised]
+    places = [3, 4, 5, 10, 11, 12, 13][: 3 + beside]
+    assert [id(each) for each in found] == [id(inputs[place]) for place in places]
     text = message(made.get_output_shapes, inputs[1:], [], None)
-    assert text.startswith(
-        f"{OP} has {len(inputs) - 1} inputs; with quantised_cache = {quantised} it has {len(inputs)}: "
-    )
+    assert text.startswith(f"{OP} has {len(inputs) - 1} inputs; with cache_dtype = {cache} it has {len(inputs)}: ")
 
 
 class Builder(SimpleNamespace):
@@ -119,19 +123,20 @@ class Builder(SimpleNamespace):
         return (operation, *operands)
 
 
-@pytest.mark.parametrize("quantised", [0, 1])
+@pytest.mark.parametrize("cache", ["none", "int8", "int4"])
 @pytest.mark.parametrize("decoder", [0, 1])
 def test_without_a_gate_the_width_is_that_of_all_heads(
-    creator: Any, monkeypatch: pytest.MonkeyPatch, quantised: int, decoder: int
+    creator: Any, monkeypatch: pytest.MonkeyPatch, cache: str, decoder: int
 ) -> None:
     """The values are as wide as the latents, or as what the value decoder makes of them."""
-    made = make(creator, quantised_cache=quantised, has_gate=0, has_value_decoder=decoder)
+    made = make(creator, cache_dtype=cache, has_gate=0, has_value_decoder=decoder)
     monkeypatch.setattr(trt, "DimsExprs", list)  # the binding's own holds only what a builder in C++ has made
     shapes = {name: [f"{name}.{axis}" for axis in range(4)] for name in made.parameters.inputs}
     output, *presents = made.get_output_shapes(list(shapes.values()), [], Builder())
-    last = shapes["value_decoder" if decoder else "past_latent"][-1]
+    wide = "past_latent_open" if cache == "int4" else "past_latent"  # as many as there are channels
+    last = shapes["value_decoder" if decoder else wide][-1]
     assert output == ["query.0", "query.1", (trt.DimensionOperation.PROD, 5, last)]
-    pasts = ["past_key", "past_latent", *["past_key_scale", "past_latent_scale"] * quantised]
+    pasts = [name for name in shapes if name.startswith("past_") and name != "past_length"]
     assert [id(each) for each in presents] == [id(shapes[name]) for name in pasts]
 
 
@@ -140,18 +145,17 @@ class Format(Enum):
     CHW32 = 5
 
 
-@pytest.mark.parametrize(("quantised", "given"), [(False, 1), (True, 1), (True, 0)])
+@pytest.mark.parametrize(("cache", "given"), [("none", 1), ("int8", 1), ("fp8", 0), ("int4", 1)])
 def test_every_combination_of_types_and_formats(
-    creator: Any, monkeypatch: pytest.MonkeyPatch, quantised: bool, given: int
+    creator: Any, monkeypatch: pytest.MonkeyPatch, cache: str, given: int
 ) -> None:
     """Each tensor of each good combination, with every other type and format in its place."""
     monkeypatch.setattr(trt, "TensorFormat", Format, raising=False)
-    made = make(creator, quantised_cache=int(quantised), has_gate=given, has_value_decoder=given)
+    made = make(creator, cache_dtype=cache, has_gate=given, has_value_decoder=given)
     inputs = len(made.parameters.inputs)
-    caches = [INT8, FP8] if quantised else [None]
     good = []
-    for compute, cache in itertools.product((HALF, BF16), caches):
-        types = input_types(compute, cache or compute, quantised, given, given)
+    for compute in ("fp16", "bf16"):
+        types = input_types(compute, compute if cache == "none" else cache, given, given)
         good.append(types + made.get_output_data_types(types))
     accepted = {tuple(types[: place + 1]) for types in good for place in range(len(types))}
     for types in good:
@@ -193,7 +197,7 @@ def test_shapes_that_are_refused(place: int, shape: tuple[int, ...], text: str) 
 @pytest.mark.parametrize(("gate", "decoder"), FORMS[:3])
 def test_calls_without_a_gate_or_a_value_decoder(gate: int, decoder: int) -> None:
     heads, width = (8, 2, 2), 512 * (1 + decoder)
-    parameters = Parameters(*heads, 0.125, False, bool(gate), bool(decoder))
+    parameters = Parameters(*heads, 0.125, has_gate=bool(gate), has_value_decoder=bool(decoder))
     sizes = Sizes(*heads, 64, 64, width, bool(gate), bool(decoder))
     types, good = ("fp16",) * (5 + gate) + ("int64",) + ("fp16",) * (2 + decoder), shapes(2, 3, 99, 99, sizes)
     call = describe_call(parameters, types, tuple(good))

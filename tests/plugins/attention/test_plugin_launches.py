@@ -17,15 +17,14 @@ from gta_edge.plugins.plugin_call_base import Built
 from tests.helpers.attention_plugins import (
     GQA,
     GQA_ATTRIBUTES,
-    HALF,
     OP,
     RUNTIME,
     SIZES,
-    TYPES,
     input_types,
     make,
     profile,
     shapes,
+    stored_as,
 )
 from tests.helpers.fake_cuda import FakeCuda
 from tests.helpers.plugin_values import descs, trt
@@ -41,7 +40,7 @@ def configured(creator: Any, bound: list[Any], **attributes: Any) -> Any:
 
 
 def test_a_build_settles_types_sizes_and_gpu(creator: Any, cuda: FakeCuda) -> None:
-    made = configured(creator, profile(4, 512, 2048, 4096, "bf16", "fp8"), quantised_cache=1)
+    made = configured(creator, profile(4, 512, 2048, 4096, "bf16", "fp8"), cache_dtype="fp8")
     assert made.built == Built(Variant(SIZES, "bf16", "fp8"), "sm_87", 8)
     cloned = made.clone()
     again = creator.create_plugin("layer", cloned.get_fields_to_serialize(), RUNTIME)
@@ -99,9 +98,9 @@ class Engine:
     def __init__(self, plugin: Any, compute: str = "fp16", cache: str = "fp16", **sizes: int) -> None:
         self.plugin = plugin.attach_to_context(None)
         parameters = self.plugin.parameters
-        quantised, has = parameters.quantised_cache, (int(parameters.has_gate), int(parameters.has_value_decoder))
-        types = input_types(TYPES[compute], TYPES[cache], quantised, *has)
-        self.descs = descs(types, shapes(**sizes, sizes=SIZES if any(has) else GQA, quantised=quantised))
+        has = int(parameters.has_gate), int(parameters.has_value_decoder)
+        types = input_types(compute, cache, *has)
+        self.descs = descs(types, shapes(**sizes, sizes=SIZES if any(has) else GQA, cache=cache))
         self.plugin.on_shape_change(self.descs, [])
 
     def enqueue(self, stream: int = 7, **moved: int) -> None:
@@ -138,7 +137,7 @@ def test_few_tokens_are_decoded(creator: Any, cuda: FakeCuda) -> None:
 
 
 def test_many_tokens_are_appended_and_attended(creator: Any, cuda: FakeCuda) -> None:
-    Engine(make(creator, quantised_cache=1), "bf16", "int8", b=2, t=300, s=512, p=1024).enqueue()
+    Engine(make(creator, cache_dtype="int8"), "bf16", "int8", b=2, t=300, s=512, p=1024).enqueue()
     append, prefill = cuda.launches
     caches = [0x5000, 0x6000, 0xD004, 0xE008, 0x7008, 0x8000, 0x9000]
     assert (append[2], prefill[2]) == ("gta_append", "gta_prefill")
@@ -150,9 +149,10 @@ def test_many_tokens_are_appended_and_attended(creator: Any, cuda: FakeCuda) -> 
 def test_grouped_query_attention_has_neither_gate_nor_value_decoder(
     creator: Any, cuda: FakeCuda, quantised: int
 ) -> None:
-    made = make(creator, **GQA_ATTRIBUTES, quantised_cache=quantised)
+    cache = "int8" if quantised else "bf16"
+    made = make(creator, **GQA_ATTRIBUTES, **stored_as("bf16", cache))
     for tokens in (3, 300):
-        engine = Engine(made, "bf16", "int8" if quantised else "bf16", b=2, t=tokens, s=512, p=1024)
+        engine = Engine(made, "bf16", cache, b=2, t=tokens, s=512, p=1024)
         engine.enqueue()
         engine.enqueue(present_key=0x50000)  # elsewhere: then the past is copied first
     launches = [each for each in cuda.launches if each[0] != "copy"]
@@ -182,12 +182,12 @@ def test_one_engine_goes_from_prefill_to_decode(creator: Any, cuda: FakeCuda) ->
 
 
 def test_nothing_is_copied_where_past_and_present_are_one(creator: Any, cuda: FakeCuda) -> None:
-    Engine(make(creator, quantised_cache=1), "fp16", "fp8", b=2, t=3, s=512, p=1024).enqueue()
+    Engine(make(creator, cache_dtype="fp8"), "fp16", "fp8", b=2, t=3, s=512, p=1024).enqueue()
     assert [each[0] for each in cuda.launches if each[0] == "copy"] == []
 
 
 def test_a_present_cache_elsewhere_gets_the_past_first(creator: Any, cuda: FakeCuda) -> None:
-    engine = Engine(make(creator, quantised_cache=1), "bf16", "int8", b=2, t=3, s=512, p=1024)
+    engine = Engine(make(creator, cache_dtype="int8"), "bf16", "int8", b=2, t=3, s=512, p=1024)
     engine.enqueue(present_key=0x50000, present_latent_scale=0xE0004)
     assert cuda.launches[:2] == [
         ("copy", 0x50000, 0x5000, 2 * 512 * 64, 7),
@@ -270,7 +270,7 @@ def test_shapes_are_checked_before_anything_is_launched(creator: Any, cuda: Fake
 
 def test_sizes_that_were_not_announced_are_taken(creator: Any, cuda: FakeCuda) -> None:
     engine = Engine(make(creator), b=2, t=3, s=512, p=1024)
-    engine.descs = descs(input_types(HALF, HALF, False), shapes(3, 40, 256, 1024))
+    engine.descs = descs(input_types(), shapes(3, 40, 256, 1024))
     engine.enqueue()
     assert cuda.launches[0][2] == "gta_append"
     assert numbers_of(cuda.launches[0]) == [40, 256, 1024]

@@ -14,7 +14,19 @@ from gta_edge.plugins.attention.launches import plan_attention, programs_for, si
 from gta_edge.plugins.attention.plugin_call import describe_call, largest_workspace_bytes, read_parameters
 from gta_edge.plugins.attention.tiling import Variant
 from gta_edge.plugins.plugin_call_base import Built
-from tests.helpers.attention_plugins import ATTRIBUTES, FLOAT, HALF, INT64, OP, PARAMETERS, RUNTIME, SIZES, TYPES, make
+from tests.helpers.attention_plugins import (
+    ATTRIBUTES,
+    FLOAT,
+    HALF,
+    INT64,
+    OP,
+    PARAMETERS,
+    RUNTIME,
+    SIZES,
+    TYPES,
+    make,
+    stored_as,
+)
 from tests.helpers.fake_cuda import FakeCuda
 from tests.helpers.managed_plugins import FEATURES, WORDS, attributes, input_shapes, input_types
 from tests.helpers.plugin_values import bounds, descs, trt
@@ -40,7 +52,7 @@ def described(features: Features, shapes: list[tuple[int, ...]], exact: bool = T
 @every_feature
 @pytest.mark.parametrize("cache", ["fp16", "int8"])
 def test_inputs_and_outputs_are_what_the_attributes_say(creator: Any, features: Features, cache: str) -> None:
-    made = make(creator, **attributes(features), quantised_cache=int(cache == "int8"))
+    made = make(creator, **attributes(features), **stored_as("fp16", cache))
     inputs, outputs = made.parameters.inputs, made.parameters.outputs
     given = [name for name in inputs if name in FEATURE_INPUTS]
     assert given == [name for name in FEATURE_INPUTS if name in features.inputs]
@@ -97,14 +109,14 @@ def test_types_that_are_refused(creator: Any, name: str) -> None:
     place = made.parameters.inputs.index(name)
     expected, types[place] = NAMES[types[place]], HALF
     assert message(made.get_output_data_types, types) == (
-        f"{OP} has {name} of type fp16 with query of fp16 and quantised_cache = 0, has_positions = 1, bias_rows = 2, "
+        f"{OP} has {name} of type fp16 with query of fp16 and cache_dtype = none, has_positions = 1, bias_rows = 2, "
         f"observe = mass; expected {expected}: retype the model, and build a strongly typed network"
     )
 
 
 def test_a_node_with_such_inputs_that_does_not_say_so(creator: Any) -> None:
     text = message(make(creator).get_output_data_types, input_types(MANAGED))
-    assert text.startswith(f"{OP} has 15 inputs; with quantised_cache = 0 it has 10: query, key, latent, gate, ")
+    assert text.startswith(f"{OP} has 15 inputs; with cache_dtype = none it has 10: query, key, latent, gate, ")
     text = message(make(creator, **attributes(MANAGED)).get_output_data_types, input_types(Features()))
     assert text.endswith("value_decoder, positions, row_bias, past_received, query_weight, decay")
 

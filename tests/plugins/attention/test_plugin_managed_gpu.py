@@ -9,7 +9,7 @@ import torch
 
 from gta_edge.plugins.attention.kernels import BUFFERS_OF
 from gta_edge.plugins.attention.tiling import Variant
-from tests.helpers.attention_plugins import BF16, FLOAT, FP8, HALF, INT8, INT64, make
+from tests.helpers.attention_plugins import BF16, FLOAT, FP8, HALF, INT8, INT64, make, stored_as
 from tests.helpers.gpu_calls import on_gpu
 from tests.helpers.managed_gpu_calls import VARIANTS, ManagedCall
 from tests.helpers.managed_plugins import attributes
@@ -46,9 +46,9 @@ class PluginCall(ManagedCall):
             num_key_heads=sizes.num_key_heads,
             num_latent_heads=sizes.num_latent_heads,
             scale=self.scale,
-            quantised_cache=int(variant.quantised),
             has_gate=int(sizes.has_gate),
             has_value_decoder=int(sizes.has_value_decoder),
+            **stored_as(variant.compute, variant.cache),
             **attributes(variant.features),
         )
         self.plugin = made.attach_to_context(None)

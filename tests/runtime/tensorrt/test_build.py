@@ -25,7 +25,7 @@ from gta_edge.libraries.cuda import driver_cuda_version
 from gta_edge.model.kv_cache import cache_bytes
 from gta_edge.runtime.tensorrt import build as building
 from gta_edge.runtime.tensorrt.build import LOGIT_POSITIONS, build, lower_only, profile_shapes, requirement
-from gta_edge.runtime.tensorrt.engine import EngineManifest, EngineSpec, engine_directory, load_engine
+from gta_edge.runtime.tensorrt.engine import EngineManifest, EngineSpec, Wanted, engine_directory, load_engine
 from gta_edge.runtime.tensorrt.log import new_log, started
 from gta_edge.support.memory import available_bytes
 from tests.helpers.commands import COMMAND, Result, environment
@@ -87,6 +87,29 @@ def test_what_does_not_fit_is_named_with_the_command_that_rebuilds(
         f"run: gta-edge build {bundle.directory} --engine tensorrt --compute fp16 --cache-dtype fp16 "
         "--max-length 64 --max-batch 2 --force"
     )
+
+
+@pytest.mark.parametrize(
+    ("wanted", "told", "types"),
+    [
+        (Wanted("bf16"), "computes in fp16, not in bf16", "--compute bf16 --cache-dtype bf16"),
+        (Wanted(None, "int8"), "caches in fp16, not in int8", "--compute fp16 --cache-dtype int8"),
+        (
+            Wanted("bf16", "int8", "--cache-policy h2o"),
+            "computes in fp16, not in bf16",
+            "--compute bf16 --cache-dtype int8",
+        ),
+    ],
+)
+def test_an_engine_of_other_types(bundle: Bundle, wanted: Wanted, told: str, types: str) -> None:
+    record = kept(bundle)
+    text = message(EngineError, load_engine, bundle, "tensorrt", **HERE, wanted=wanted)
+    policy = f" {wanted.policy}" if wanted.policy else ""
+    assert text == (
+        f"{bundle.directory}/engines/tensorrt: the engine {told}; run: gta-edge build {bundle.directory} "
+        f"--engine tensorrt {types} --max-length 64 --max-batch 2{policy} --force"
+    )
+    assert load_engine(bundle, "tensorrt", **HERE, wanted=Wanted("fp16", "fp16"))[1] == record
 
 
 def test_no_engine(bundle: Bundle) -> None:

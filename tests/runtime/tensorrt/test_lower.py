@@ -4,6 +4,7 @@ The meaning is checked by running what is written: float16 on ONNX Runtime's CPU
 Whether TensorRT takes it is asked of the parser and the builder of TensorRT-RTX, which need no GPU.
 """
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -25,9 +26,10 @@ from gta_edge.formats.bundle import Bundle
 from gta_edge.graph.io import run_passes
 from gta_edge.graph.retype import ConvertPrecisionPass
 from gta_edge.model.config import parse_config
-from gta_edge.model.kv_cache import input_shapes, interface_names
+from gta_edge.model.kv_cache import TOKEN_INPUTS, cache_tensors, input_shapes, interface_names
+from gta_edge.numerics.dtypes import BLOCK_CACHE_TYPES
 from gta_edge.plugins.attention import definition as op
-from gta_edge.plugins.attention.plugin_call import INPUT_FLAGS, QUANTISED_CACHE
+from gta_edge.plugins.attention.plugin_call import CACHE_DTYPE, INPUT_FLAGS
 from gta_edge.runtime.tensorrt.lower import lower
 from gta_edge.runtime.tensorrt.passes.fold_constants import FoldConstantsPass
 from gta_edge.runtime.tensorrt.passes.keep_plugin_nodes import KeepPluginNodesPass
@@ -49,6 +51,8 @@ from tests.helpers.tensorrt_graphs import (
     on_onnxruntime,
 )
 
+ROOM = 32
+"""Tokens that caches in blocks have room for: one block."""
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
 NUMPY = {"fp32": np.float32, "fp16": np.float16, "bf16": ml_dtypes.bfloat16}
 ONNX = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16, "int8": TensorProto.INT8}
@@ -100,7 +104,8 @@ def function_form(bundle: Bundle, directory: Path, **options: Any) -> Path:
 
 
 def plugin_form(bundle: Bundle, directory: Path, **options: Any) -> onnx.ModelProto:
-    return onnx.load(lower(bundle, directory, form="plugin", capacity=CAPACITY, **options))
+    options = {"capacity": CAPACITY, **options}
+    return onnx.load(lower(bundle, directory, form="plugin", **options))
 
 
 # --- types -----------------------------------------------------------------------------------------------------------
@@ -177,48 +182,62 @@ def test_a_value_beyond_float16_is_named(bundles: Bundles, tmp_path: Path) -> No
 
 
 @every_model
-@pytest.mark.parametrize("cache", [None, "bf16", "int8", "fp8"])
+@pytest.mark.parametrize("cache", [None, "bf16", "int8", "fp8", "int4", "int4v2"])
 @each_parser
 def test_the_plugins_nodes(bundles: Bundles, tmp_path: Path, name: str, cache: str | None, newer_ops: bool) -> None:
-    model = plugin_form(bundles(name, "int8"), tmp_path, compute="bf16", cache_dtype=cache, newer_ops=newer_ops)
+    room = ROOM if cache in BLOCK_CACHE_TYPES else CAPACITY
+    options: dict[str, Any] = {"compute": "bf16", "cache_dtype": cache, "newer_ops": newer_ops, "capacity": room}
+    model = plugin_form(bundles(name, "int8"), tmp_path, **options)
     onnx.checker.check_model(model, full_check=True)
     assert not model.functions
     nodes = [node for node in model.graph.node if node.domain == "gta"]
     assert [node.op_type for node in nodes] == ["GroupedLatentAttention"] * LAYERS
     kinds = ["past_key", "past_latent" if "gta" in name else "past_value"]
-    scaled, absent = cache in ("int8", "fp8"), [] if "gta" in name else list(INPUT_FLAGS.values())
+    in_blocks, absent = cache in BLOCK_CACHE_TYPES, [] if "gta" in name else list(INPUT_FLAGS.values())
+    scaled = in_blocks or cache in ("int8", "fp8")
     for i, node in enumerate(nodes):
         attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
-        assert set(attributes) == {*op.ATTRIBUTES, *([QUANTISED_CACHE] if scaled else []), *absent}
+        assert set(attributes) == {*op.ATTRIBUTES, *([CACHE_DTYPE] if scaled else []), *absent}
         assert all(attributes[flag] == 0 for flag in absent)
-        assert attributes.get(QUANTISED_CACHE, 0) == int(scaled)
+        assert attributes.get(CACHE_DTYPE, b"") == (str(cache).encode() if scaled else b"")
         assert (attributes["plugin_namespace"], attributes["plugin_version"]) == (b"gta", b"1")
         past = [f"{kind}.{i}" for kind in kinds]
-        scales = [f"{kind}_scale.{i}" for kind in kinds] if scaled else []
+        beside = [f"{kind}_scale.{i}" for kind in kinds] if scaled else []
+        beside += [f"{kind}_open.{i}" for kind in kinds] if in_blocks else []
         inputs = len(op.MODEL_INPUTS) - len(absent)
-        assert all(node.input) and len(node.input) == inputs + len(scales)
+        assert all(node.input) and len(node.input) == inputs + len(beside)
         first = 3 if absent else 4  # there is no gate before the caches
-        assert list(node.input[first : first + 2]) == past and list(node.input[inputs:]) == scales
-        assert list(node.output[1:]) == [name.replace("past", "present") for name in (*past, *scales)]
+        assert list(node.input[first : first + 2]) == past and list(node.input[inputs:]) == beside
+        assert list(node.output[1:]) == [name.replace("past", "present") for name in (*past, *beside)]
     config = parse_config(TABLE[name])
-    sizes = {"batch": "batch", "tokens": "tokens", "positions": "positions", "capacity": CAPACITY}
     found = {value.name: tuple(shape_and_type(value)[0]) for value in model.graph.input}
-    assert list(found.items()) == list(input_shapes(config, cache or "bf16", **sizes).items())
+    assert list(found) == list(input_shapes(config, cache or "bf16", batch=1, tokens=1, positions=1, capacity=room))
+    assert [found[key] for key in TOKEN_INPUTS] == [("batch", "tokens"), ("batch",), ("batch", "positions")]
     assert [value.name for value in model.graph.output] == interface_names(config, cache or "bf16")[1]
     values = {value.name: value for value in (*model.graph.input, *model.graph.output)}
     for i in range(LAYERS):
-        for kind, spec in zip(kinds, config.caches, strict=True):
-            for side in ("past", "present"):
-                label = kind.replace("past", side)
-                assert shape_and_type(values[f"{label}.{i}"]) == (
-                    ["batch", spec.heads, CAPACITY, spec.width],
-                    ONNX[cache or "bf16"],
-                )
-                assert (f"{label}_scale.{i}" in values) == scaled
-                if scaled:
-                    expected = ["batch", spec.heads, CAPACITY], TensorProto.FLOAT
-                    assert shape_and_type(values[f"{label}_scale.{i}"]) == expected
+        for tensor, spec in zip(("key", kinds[1].partition("_")[2]), config.caches, strict=True):
+            expected = stored(tensor, spec.heads, spec.width, cache or "bf16")
+            for side, (part, shape_and_kind) in itertools.product(("past", "present"), expected.items()):
+                assert shape_and_type(values[f"{side}_{tensor}{part}.{i}"]) == shape_and_kind
+            assert (f"past_{tensor}_scale.{i}" in values) == scaled
+            assert (f"past_{tensor}_open.{i}" in values) == in_blocks
     assert values["logits"].type.tensor_type.elem_type == TensorProto.FLOAT
+
+
+def stored(tensor: str, heads: int, width: int, cache: str) -> dict[str, tuple[list[Any], int]]:
+    """Shapes and types of what a layer's keys, or values, are stored in."""
+    if cache not in BLOCK_CACHE_TYPES:
+        found = {"": (["batch", heads, CAPACITY, width], ONNX[cache])}
+        scales = {"_scale": (["batch", heads, CAPACITY], TensorProto.FLOAT)}
+        return found | (scales if cache in ("int8", "fp8") else {})
+    half = TensorProto.FLOAT16
+    opened = {"_open": (["batch", heads, 32, width], TensorProto.BFLOAT16)}
+    if tensor == "key":
+        codes = ["batch", heads, 1, width, 16], TensorProto.INT8
+        return opened | {"": codes, "_scale": (["batch", heads, 1, 2, width], half)}
+    codes = ["batch", heads, ROOM, width // (2 if cache == "int4" else 4)], TensorProto.INT8
+    return opened | {"": codes, "_scale": (["batch", heads, ROOM, 2], half)}
 
 
 def shape_and_type(value: onnx.ValueInfoProto) -> tuple[list[Any], int]:
@@ -367,12 +386,16 @@ def test_a_second_run_changes_nothing(bundles: Bundles, cache: str | None) -> No
     passes: list[Any] = [KeepPluginNodesPass(), ConvertPrecisionPass("fp16"), SetCapacityPass(CAPACITY, BATCH)]
     passes += [LowerOpsetPass(), FoldConstantsPass()]
     if cache:
-        passes.insert(2, QuantizeCachePass(cache))
+        passes.insert(3, quantize("gta, tied", cache))
     assert not OmitAbsentInputsPass()(model).modified  # a GTA model's nodes lack nothing
     assert [change(model).modified for change in passes] == [True] * len(passes)
     before = ir.to_proto(model).SerializeToString(deterministic=True)
     assert [change(model).modified for change in passes] == [False] * len(passes)
     assert ir.to_proto(model).SerializeToString(deterministic=True) == before
+
+
+def quantize(name: str, cache: str) -> QuantizeCachePass:
+    return QuantizeCachePass(cache, cache_tensors(parse_config(TABLE[name]), cache))
 
 
 def test_float32_is_no_change(bundles: Bundles) -> None:
@@ -419,7 +442,7 @@ RELU = helper.make_node("Relu", ["x"], ["y"])
             foreign([helper.make_node("Other", ["x"], ["y"], domain="gta")]),
             "no plugin implements gta::Other",
         ),
-        (lambda: QuantizeCachePass("int8"), foreign([RELU]), "the graph has no GroupedLatentAttention"),
+        (lambda: quantize("gta, tied", "int8"), foreign([RELU]), "the graph has no GroupedLatentAttention"),
         (
             lambda: SetCapacityPass(5),
             foreign([RELU], past_x=(TensorProto.FLOAT, ["b", 1, 4, 6])),
@@ -442,12 +465,15 @@ def test_graphs_that_are_not_ours(change: Callable[[], Any], model: ir.Model, me
 def test_passes_in_the_wrong_order(bundles: Bundles) -> None:
     model = ir.load(bundles("gta, tied", "fp16").model_path)
     for change, message in (
-        (QuantizeCachePass("fp8"), "the model keeps its functions"),
+        (quantize("gta, tied", "fp8"), "the model keeps its functions"),
         (LowerOpsetPass(), "the model has functions"),
     ):
         with pytest.raises(EngineError) as caught:
             run_passes(model, "model.onnx", change)
         assert_one_line(caught.value, EngineError, message)
+    with pytest.raises(EngineError) as caught:
+        run_passes(model, "model.onnx", KeepPluginNodesPass(), quantize("gta, tied", "int4"))
+    assert_one_line(caught.value, EngineError, "has caches of the capacity capacity; expected a number: set it first")
     ConvertPrecisionPass("fp16")(model)
     with pytest.raises(EngineError) as caught:
         run_passes(model, "model.onnx", ConvertPrecisionPass("bf16"))

@@ -67,6 +67,7 @@ def parse(model: Path) -> dict[str, Any]:
         ("bf16", None, ("BF16", "BF16")),
         ("fp16", "int8", ("HALF", "INT8")),
         ("bf16", "fp8", ("BF16", "FP8")),
+        ("bf16", "int4", ("BF16", "INT8")),
     ],
 )
 def test_the_parser_gives_the_creator_what_the_plugin_reads(
@@ -82,7 +83,7 @@ def test_the_parser_gives_the_creator_what_the_plugin_reads(
             "num_key_heads": config.num_key_heads,
             "num_latent_heads": config.num_latent_heads,
             "scale": pytest.approx(config.scale),
-            "quantised_cache": cache is not None,
+            "cache_dtype": cache or "none",
             "has_gate": True,
             "has_value_decoder": True,
             "has_positions": False,
@@ -96,4 +97,5 @@ def test_the_parser_gives_the_creator_what_the_plugin_reads(
     assert any("Could not create the plugin" in message for message in result["errors"])
     assert result["inputs"]["past_key.0"] == names[1]
     assert result["inputs"]["past_length"] == "INT64"
-    assert ("past_key_scale.0" in result["inputs"]) == (cache is not None)
+    assert result["inputs"].get("past_key_scale.0") == {None: None, "int4": "HALF"}.get(cache, "FLOAT")
+    assert result["inputs"].get("past_latent_open.0") == (names[0] if cache == "int4" else None)
