@@ -19,6 +19,7 @@ PACKAGE = "gta_edge"
 # each is for.
 FLOORS = (
     "cli",
+    "serve",
     "evaluate",
     "export",
     "runtime",

@@ -458,6 +458,16 @@ class Claim:
     def __init__(self, session: Session) -> None:
         self._session = session
 
+    @property
+    def holds(self) -> bool:
+        """Whether the cache is still as this claim left it."""
+        return self._session._owner is self
+
+    def room(self, row: int) -> int:
+        """Return how many tokens one row of the batch can take in one step, padding of rows beside it included."""
+        beside = self._session._rows_of_step(row, row + 1, 2)
+        return self._session.max_length - int(self._session._cache.length[beside].max())
+
     def forward(self, ids: Any, *, lengths: Any = None, all_logits: bool = False) -> Logits:
         """Append tokens; see ``Session.forward``."""
         with self._session._calls.held():

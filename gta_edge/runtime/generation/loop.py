@@ -20,7 +20,7 @@ from gta_edge.runtime.session import Ids, Session
 from gta_edge.support.exclusive import Exclusive
 from gta_edge.support.text import brief, one_line
 
-__all__ = ["FinishReason", "Generation", "Prompt", "generate"]
+__all__ = ["FinishReason", "Generation", "Prompt", "check_prompt", "generate"]
 
 Prompt = str | Sequence[int] | Ids | Sequence[Mapping[str, Any]]
 """Text, token ids, or chat messages of ``role`` and ``content``."""
@@ -96,7 +96,7 @@ def generate(
     ends: frozenset[int] = frozenset()
     if not ignore_eos:
         ends = session.end_token_ids | session.chat_end_token_ids if is_chat else session.end_token_ids
-    checked = _check_ids(session, ids)
+    checked = check_prompt(session, ids)
     sampler = Sampler(sampling, len(checked))
     return Generation(
         session,
@@ -284,7 +284,7 @@ def _encode(tokenizer: Tokenizer | None, prompt: Any, chat: bool) -> tuple[Any, 
     return tokenizer.encode(tokenizer.apply_chat_template(messages), add_special_tokens=False), True
 
 
-def _check_ids(session: Session, ids: Any) -> Ids:
+def check_prompt(session: Session, ids: Any) -> Ids:
     """Return ids as int64 [N], checked as ``generate`` promises."""
     try:
         array = np.asarray(ids)

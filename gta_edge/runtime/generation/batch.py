@@ -1,0 +1,308 @@
+"""Several texts at once with one session: they join and leave between steps (continuous batching).
+
+Every text has a row of the batch. A step reads a part of one prompt, and gives one token to each text whose prompt has
+been read; how long the part is keeps what the others wait for it within bounds. What a text says is what it says alone.
+
+The rows of texts lie together at the start of the batch, since a row without a token costs a step as much as one that
+has: where one ends, the last one takes its row, which costs a copy of its cache, less than a step. What ends leaves its
+cache to ``KeptCaches``, from where it is copied into the row of a prompt that begins like it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+
+from gta_edge.errors import BackendError, GtaEdgeError, InputError
+from gta_edge.runtime.generation.answer import FinishReason
+from gta_edge.runtime.generation.kept_caches import KeptCaches, longest
+from gta_edge.runtime.generation.text import Text
+from gta_edge.runtime.saved_cache import SavedCache
+from gta_edge.runtime.session import Claim, Logits, Session
+from gta_edge.support.text import one_line
+
+__all__ = ["Batch", "BatchFigures"]
+
+MIN_REUSED_TOKENS = 16
+"""A prefix that is shorter is read again: that takes no longer than copying it."""
+
+_FIRST_PART = 32
+"""Tokens of a prompt that are read beside others before it is known how long that takes."""
+
+_LOGIT_BYTES = 2**26  # logits of one call stay below this where all are asked for
+
+
+@dataclass
+class BatchFigures:
+    """Counts since a batch began.
+
+    Attributes:
+        prompt_tokens: of all prompts that were begun.
+        cached_tokens: those of them that were not read, since their cache was there.
+        generated_tokens: new ones.
+        steps: calls of the model that gave tokens.
+        parts: calls of the model that read a part of a prompt.
+    """
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    steps: int = 0
+    parts: int = 0
+
+
+@dataclass
+class _Pace:
+    """How fast prompts are read, as it was last."""
+
+    tokens_per_second: float | None = None
+
+    def tokens_for(self, seconds: float) -> int:
+        return _FIRST_PART if self.tokens_per_second is None else int(self.tokens_per_second * seconds)
+
+    def note(self, tokens: int, seconds: float) -> None:
+        if seconds > 0 and (tokens >= _FIRST_PART or self.tokens_per_second is None):
+            self.tokens_per_second = tokens / seconds
+
+
+class Batch:
+    """The texts that a session works on, which is the batch's alone from the first step on.
+
+    Args:
+        session: runs the model.
+        rows: texts at once, at most; more wait.
+        stall_seconds: for how long a part of a prompt may keep the others waiting, about.
+        kept: where caches of texts that have ended go, and come from; None keeps none.
+
+    Attributes:
+        figures: counts.
+    """
+
+    def __init__(
+        self, session: Session, rows: int, *, stall_seconds: float = 0.1, kept: KeptCaches | None = None
+    ) -> None:
+        if rows < 1:
+            raise InputError(f"a batch of {rows} rows was asked for", "expected at least 1")
+        self._session, self._stall, self._pace = session, stall_seconds, _Pace()
+        self._kept = kept if session.exports_cache else None
+        self._claim: Claim | None = None
+        self._rows: list[Text | None] = [None] * rows
+        self._reading: Text | None = None  # the one whose prompt is being read
+        self._waiting: deque[Text] = deque()
+        self.figures = BatchFigures()
+
+    @property
+    def running(self) -> int:
+        """Texts that have a row."""
+        return len(self._taken)
+
+    @property
+    def _taken(self) -> list[tuple[int, Text]]:
+        return [(row, text) for row, text in enumerate(self._rows) if text is not None]
+
+    def _row_of(self, text: Text) -> int | None:
+        return next((row for row, each in self._taken if each is text), None)
+
+    @property
+    def waiting(self) -> int:
+        """Texts that have none yet."""
+        return len(self._waiting)
+
+    def add(self, text: Text) -> None:
+        """Let a text join as soon as there is a row for it."""
+        self._waiting.append(text)
+
+    def remove(self, text: Text, reason: FinishReason = "interrupted") -> None:
+        """End a text here; its row is free at once."""
+        text.end(reason)
+        if text in self._waiting:
+            self._waiting.remove(text)
+        else:
+            self._leave(text)
+
+    def step(self) -> bool:
+        """Read a part of a prompt, and give each other text a token; return whether there is more to do."""
+        if self._reading is None:
+            self._begin()
+        if self._reading is not None:
+            self._read(self._reading)
+        self._write()
+        return bool(self._waiting or self._taken)
+
+    def close(self, reason: FinishReason = "interrupted") -> None:
+        """End all texts."""
+        for text in [*self._waiting, *(text for _, text in self._taken)]:
+            self.remove(text, reason)
+
+    # --- prompts ---------------------------------------------------------------------------------------------------
+
+    def _begin(self) -> None:
+        """Give the text that has waited longest a row, and what is known of its prompt."""
+        if not self._waiting or None not in self._rows:
+            return
+        row, text = self._rows.index(None), self._waiting.popleft()
+        self._rows[row] = self._reading = text
+        text.restart()
+        try:
+            self._own().truncate([0 if each == row else n for each, n in enumerate(self._session.length.tolist())])
+            found = self._known(text)
+            if found is not None:
+                self._own().import_cache(found[0], row, found[1])
+                text.seen = found[1]
+        except GtaEdgeError as error:
+            self._failed(text, error)
+            return
+        if not text.completion_tokens:  # and not one that has to be read once more
+            text.cached_tokens = text.seen
+            self.figures.prompt_tokens += text.answer.prompt_tokens
+            self.figures.cached_tokens += text.seen
+
+    def _own(self) -> Claim:
+        """Return the claim to the session; where it was lost, a new one, and all rows are empty."""
+        if self._claim is None or not self._claim.holds:
+            self._claim = self._session.claim(len(self._rows))
+        return self._claim
+
+    def _known(self, text: Text) -> tuple[SavedCache, int] | None:
+        """Return the cache of what a text begins with, of another that runs or has ended, and how many tokens of it."""
+        if not self._session.exports_cache or text.reusable < MIN_REUSED_TOKENS:
+            return None
+        prompt = text.answer.all_ids[: text.reusable]
+        others = [(row, each) for row, each in self._taken if each is not text]
+        place, length = longest(prompt, [each.answer.all_ids[: each.seen] for _, each in others])
+        kept = None if self._kept is None else self._kept.find(prompt)
+        if kept is not None and kept[1] >= max(length, MIN_REUSED_TOKENS):
+            return kept
+        if length < MIN_REUSED_TOKENS:
+            return None
+        return self._own().export_cache(others[place][0], length), length
+
+    def _read(self, text: Text) -> None:
+        """Read a part of a prompt; with its last one comes the first new token."""
+        row, ids = self._rows.index(text), text.answer.all_ids
+        part = ids[text.seen : text.seen + self._part_size(row, text)]
+        all_logits = text.options.prompt_logprobs is not None and not text.completion_tokens
+        given = np.zeros((len(self._rows), len(part)), np.int64)
+        given[row] = part
+        lengths = np.zeros(len(given), np.int64)
+        lengths[row] = len(part)
+        last = text.seen + len(part) == len(ids)
+        started = time.perf_counter()
+        try:
+            if last and text.options.constraint is not None:
+                text.options.constraint.prepare()
+            logits = self._own().forward(given, lengths=lengths, all_logits=all_logits)[row]
+        except Exception as error:  # whatever a backend or a constraint raises: it is of this text alone
+            self._failed(text, error)
+            return
+        self._pace.note(len(part), time.perf_counter() - started)
+        self.figures.parts += 1
+        if all_logits:
+            following = ids[text.seen + 1 : text.seen + len(part) + 1]
+            text.note_prompt(logits[: len(following)], following)
+            logits = logits[-1]
+        text.seen += len(part)
+        if last:
+            self._reading = None
+            self._advance(text, logits)
+
+    def _part_size(self, row: int, text: Text) -> int:
+        """Return how many tokens of a prompt to read now."""
+        size = self._session.chunk_size
+        if len(self._taken) > 1:
+            size = min(size, max(1, self._pace.tokens_for(self._stall)))
+        if text.options.prompt_logprobs is not None:
+            size = min(size, max(1, _LOGIT_BYTES // (4 * self._session.config.vocab_size * len(self._rows))))
+        return max(1, min(size, self._own().room(row)))
+
+    # --- tokens ----------------------------------------------------------------------------------------------------
+
+    def _write(self) -> None:
+        """Give every text whose prompt has been read its next token."""
+        for text in self._writing:
+            try:
+                if text.options.constraint is not None:
+                    text.options.constraint.prepare()
+            except Exception as error:  # likewise
+                self._failed(text, error)
+        rows = {self._rows.index(text): text for text in self._writing}
+        if not rows:
+            return
+        ids = np.zeros((len(self._rows), 1), np.int64)
+        lengths = np.zeros(len(ids), np.int64)
+        for row, text in rows.items():
+            ids[row], lengths[row] = text.answer.all_ids[text.seen], 1
+        try:
+            logits = self._own().forward(ids, lengths=lengths)
+        except Exception as error:  # likewise; the longest is what most likely had no room
+            self._failed(max(rows.values(), key=lambda text: text.seen), error)
+            return
+        self.figures.steps += 1
+        for text in rows.values():
+            text.seen += 1
+        for row, text in rows.items():
+            self._advance(text, logits[row])
+
+    @property
+    def _writing(self) -> list[Text]:
+        return [text for _, text in self._taken if text is not self._reading]
+
+    def _advance(self, text: Text, logits: Logits) -> None:
+        before = text.completion_tokens
+        try:
+            text.advance(logits)
+        except Exception as error:  # likewise
+            self._failed(text, error)
+        self.figures.generated_tokens += text.completion_tokens - before
+        if text.finish_reason is not None:
+            self._leave(text)
+
+    # --- the end ---------------------------------------------------------------------------------------------------
+
+    def _failed(self, text: Text, error: Exception) -> None:
+        """End a text that failed. Where the cache went with it, the others read what they have once more."""
+        if not isinstance(error, GtaEdgeError):
+            problem = BackendError(
+                f"a step failed ({type(error).__name__}: {one_line(error)})", "send the request again"
+            )
+            problem.__cause__ = error
+            error = problem
+        text.end("error", error)
+        self._leave(text)
+        if self._claim is None or not self._claim.holds:
+            rest = [each for _, each in self._taken]
+            self._rows, self._reading = [None] * len(self._rows), None
+            self._waiting.extendleft(reversed(rest))
+
+    def _leave(self, text: Text) -> None:
+        """Free a text's row, if it has one: its cache is kept, and the last row moves into its place."""
+        row = self._row_of(text)
+        if row is None:
+            return
+        self._rows[row], self._reading = None, None if self._reading is text else self._reading
+        if self._claim is None or not self._claim.holds:
+            return
+        try:
+            if self._kept is not None and text.seen >= MIN_REUSED_TOKENS and text.error is None:
+                self._kept.put(text.answer.all_ids[: text.seen], self._claim.export_cache(row, text.seen))
+            self._close_gap(row)
+        except GtaEdgeError:  # for want of memory: then nothing is kept, and rows stay where they are
+            pass
+        if self._claim.holds:
+            lengths = [0 if self._rows[each] is None else n for each, n in enumerate(self._session.length.tolist())]
+            self._claim.truncate(lengths)
+
+    def _close_gap(self, row: int) -> None:
+        """Move the last text into a free row before it."""
+        if not self._session.exports_cache or self._claim is None:
+            return
+        last = max((each for each, _ in self._taken), default=-1)
+        if last > row:
+            moved = self._rows[last]
+            assert moved is not None  # it is taken
+            if moved.seen:
+                self._claim.import_cache(self._claim.export_cache(last, moved.seen), row)
+            self._rows[row], self._rows[last] = moved, None

@@ -1,0 +1,364 @@
+"""Texts that are generated at once: each is what it is alone, however they come and go."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gta_edge.errors import BackendError, InputError
+from gta_edge.model.decoder import Decoder
+from gta_edge.runtime.generation.batch import Batch
+from gta_edge.runtime.generation.kept_caches import KeptCaches
+from gta_edge.runtime.generation.loop import generate
+from gta_edge.runtime.generation.request import Event, RequestOptions
+from gta_edge.runtime.generation.sampling import Sampling
+from gta_edge.runtime.generation.text import Text
+from gta_edge.runtime.saved_cache import SavedCache
+from gta_edge.runtime.session import Session
+from gta_edge.runtime.torch.session import TorchSession
+from tests.helpers.generation import CONFIG, ScriptedSession, byte_level, save
+from tests.helpers.managed_sessions import VOCAB, open_session
+
+SAMPLING = {
+    "greedy": {},
+    "drawn": {"temperature": 1.3, "top_k": 20},
+    "penalties": {"temperature": 0.9, "repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.7},
+}
+
+
+class Heard:
+    """A text of a batch, and what was heard of it."""
+
+    def __init__(self, session: Session, ids: list[int], **options: Any) -> None:
+        self.events: list[Event] = []
+        given = RequestOptions(**options)
+        self.text = Text(session, np.array(ids, np.int64), given, self.events.append)
+
+    @property
+    def said(self) -> tuple[list[int], str, str | None]:
+        ids = [token for event in self.events for token in event.ids]
+        assert ids == self.text.answer.ids
+        assert [event.finish_reason for event in self.events[:-1]] == [None] * (len(self.events) - 1)
+        return ids, "".join(event.text for event in self.events), self.events[-1].finish_reason
+
+
+def run(batch: Batch, steps: int = 500) -> None:
+    for _ in range(steps):
+        if not batch.step():
+            return
+    raise AssertionError("the batch does not end")
+
+
+@pytest.fixture
+def talker(tmp_path) -> TorchSession:
+    """A random model with a tokenizer."""
+    torch.manual_seed(0)
+    session = TorchSession(Decoder(CONFIG.replace(tie_word_embeddings=False)).eval(), capacity_step=16)
+    session.tokenizer, session.end_token_ids = save(tmp_path, byte_level()), frozenset()
+    return session
+
+
+@pytest.mark.parametrize("backend", ["torch", "onnxruntime"])
+@settings(max_examples=6, deadline=None)
+@given(data=st.data())
+def test_texts_that_come_and_go_are_each_as_alone(backend: str, data: st.DataObject) -> None:
+    exact = {"exact": True} if backend == "onnxruntime" else {}
+    random = np.random.default_rng(data.draw(st.integers(0, 999)))
+    count, rows = data.draw(st.integers(2, 7)), data.draw(st.integers(1, 4))
+    asked = []
+    for _ in range(count):
+        name = data.draw(st.sampled_from(sorted(SAMPLING)))
+        begin = asked[int(random.integers(len(asked)))][0] if asked and random.random() < 0.5 else []
+        ids = [*begin[: random.integers(0, 60)], *random.integers(0, VOCAB, random.integers(1, 50)).tolist()]
+        sampling = {**SAMPLING[name], "seed": int(random.integers(99))}
+        asked.append((ids, sampling, int(random.integers(1, 40)), int(random.integers(0, 30))))
+    with open_session(backend, "gta", **exact, chunk_size=24, capacity_step=16) as session:
+        kept = KeptCaches(data.draw(st.sampled_from([0, 60_000, 10**8])))
+        batch = Batch(session, rows, stall_seconds=data.draw(st.sampled_from([0.0, 10.0])), kept=kept)
+        texts: list[Heard] = []
+        for step in range(400):
+            for ids, sampling, tokens, arrives in asked:
+                if arrives == step:
+                    texts.append(Heard(session, ids, sampling=Sampling(**sampling), max_new_tokens=tokens))
+                    batch.add(texts[-1].text)
+            if not batch.step() and len(texts) == count:
+                break
+        assert batch.running == batch.waiting == 0
+        assert batch.figures.generated_tokens == sum(len(text.said[0]) for text in texts)
+        assert batch.figures.prompt_tokens == sum(text.text.answer.prompt_tokens for text in texts)
+        assert batch.figures.cached_tokens == sum(text.text.cached_tokens for text in texts)
+        asked.sort(key=lambda each: each[3])
+        for text, (ids, sampling, tokens, _) in zip(texts, asked, strict=True):
+            sampling = dict(sampling)
+            penalties = {
+                name: sampling.pop(name) for name in list(sampling) if name in ("presence_penalty", "frequency_penalty")
+            }
+            if penalties:
+                alone = Heard(session, ids, sampling=Sampling(**sampling, **penalties), max_new_tokens=tokens)
+                own = Batch(session, 1)
+                own.add(alone.text)
+                run(own)
+                assert text.said == alone.said
+            else:
+                generation = generate(session, ids, max_new_tokens=tokens, **sampling)
+                list(generation)
+                assert text.said[0] == generation.ids
+                assert text.said[2] == generation.finish_reason
+
+
+def test_text_stop_strings_and_end_tokens_are_those_of_generate(talker) -> None:
+    prompts = [list(talker.tokenizer.encode(text)) for text in ("one", "two and more", "3", "four")]
+    alone = [generate(talker, ids, max_new_tokens=30) for ids in prompts]
+    whole = ["".join(each) for each in alone]
+    ends = frozenset({alone[0].ids[7]})
+    stop = (whole[1][5:8],)
+    expected = []
+    for ids in prompts:
+        talker.end_token_ids = ends
+        generation = generate(talker, ids, max_new_tokens=30, stop=stop)
+        expected.append(("".join(generation), generation.ids, generation.finish_reason))
+    batch = Batch(talker, 3, kept=KeptCaches(10**7))
+    texts = [Heard(talker, ids, max_new_tokens=30, stop=stop, end_token_ids=ends, logprobs=3) for ids in prompts]
+    for text in texts:
+        batch.add(text.text)
+    run(batch)
+    assert [(text.said[1], text.said[0], text.said[2]) for text in texts] == expected
+    assert "stop" in {text.said[2] for text in texts}
+    for text in texts:  # an end token has its probability, though it is none of the ids
+        ended = text.said[0] != [each.token for event in text.events for each in event.logprobs]
+        assert text.text.completion_tokens == len(text.said[0]) + ended
+
+
+def test_a_prompt_that_fills_the_context_ends_there(talker) -> None:
+    batch = Batch(talker, 2)
+    full, beside = Heard(talker, list(range(64))), Heard(talker, list(range(60)), max_new_tokens=3)
+    for text in (full, beside):
+        batch.add(text.text)
+    run(batch)
+    assert (len(full.said[0]), full.said[2]) == (1, "context")
+    assert (len(beside.said[0]), beside.said[2]) == (3, "length")
+
+
+def test_log_probabilities_are_those_of_the_models_own_distribution(talker) -> None:
+    prompt = list(range(20, 40))
+    drawn = Sampling(temperature=0.3, top_k=5, logit_bias={7: 100.0}, seed=1)
+    text = Heard(talker, prompt, sampling=drawn, max_new_tokens=4, logprobs=4, prompt_logprobs=2)
+    read = Heard(talker, prompt, max_new_tokens=0, prompt_logprobs=0)
+    batch = Batch(talker, 2)
+    for each in (text, read):
+        batch.add(each.text)
+    run(batch)
+    assert text.said[0] == [7] * 4
+    talker.reset()
+    logits = talker.forward([prompt + [7] * 3], all_logits=True)[0].astype(np.float64)
+    expected = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    assert text.events[0].prompt_logprobs[0] is None
+    assert len(text.events[0].prompt_logprobs) == 20
+    assert not any(event.prompt_logprobs for event in text.events[1:])
+    new = [each for event in text.events for each in event.logprobs]
+    for row, found in enumerate([*text.events[0].prompt_logprobs[1:], *new]):
+        assert found.token == (prompt + [7] * 4)[row + 1]
+        assert found.logprob == pytest.approx(expected[row, found.token], abs=1e-4)
+        top = np.argsort(-expected[row])[: len(found.top)]
+        assert [token for token, _ in found.top] == top.tolist()
+        assert [logprob for _, logprob in found.top] == pytest.approx(expected[row, top].tolist(), abs=1e-4)
+    assert {len(each.top) for each in new} == {4}
+    (only,) = read.events
+    assert (only.ids, only.text, only.finish_reason) == ((), "", "length")
+    assert [each and each.token for each in only.prompt_logprobs] == [None, *prompt[1:]]
+
+
+# --- what is not read again ------------------------------------------------------------------------------------------
+
+
+def test_a_turn_of_a_chat_costs_its_own_tokens(talker) -> None:
+    batch = Batch(talker, 2, kept=KeptCaches(10**7))
+    first = Heard(talker, list(range(30)), max_new_tokens=8)
+    batch.add(first.text)
+    run(batch)
+    turn = [*range(30), *first.said[0], 5, 6, 7]
+    second, other = Heard(talker, turn, max_new_tokens=6), Heard(talker, [9] * 40, max_new_tokens=6)
+    for each in (other, second):
+        batch.add(each.text)
+    run(batch)
+    assert second.text.cached_tokens == 30 + 7  # the last token of an answer has not been run
+    assert other.text.cached_tokens == 0
+    assert batch.figures.cached_tokens == 37
+    generation = generate(talker, turn, max_new_tokens=6)
+    list(generation)
+    assert second.said[0] == generation.ids
+
+
+def test_texts_with_one_prompt_share_what_is_read_of_it(talker) -> None:
+    prompt, batch = list(range(40)), Batch(talker, 3)
+    texts = [Heard(talker, prompt, sampling=Sampling(temperature=1.0, seed=i), max_new_tokens=5) for i in range(3)]
+    for text in texts:
+        batch.add(text.text)
+    run(batch)
+    assert [text.text.cached_tokens for text in texts] == [0, 39, 39]
+    for i, text in enumerate(texts):
+        generation = generate(talker, prompt, temperature=1.0, seed=i, max_new_tokens=5)
+        list(generation)
+        assert text.said[0] == generation.ids
+
+
+@given(st.lists(st.tuples(st.lists(st.integers(0, 1), min_size=1, max_size=6), st.integers(1, 4)), max_size=12))
+def test_kept_caches_stay_within_their_bytes_and_find_the_longest_prefix(texts) -> None:
+    kept, gone, most = KeptCaches(9), [], 9
+    for ids, size in texts:
+        saved = SavedCache(len(ids), "fp32", {"key.0": np.full(size, len(ids), np.uint8)})
+        gone += kept.put(np.array(ids), saved)
+        assert kept.nbytes <= most
+        if not gone:  # what was put is found, as long as all of it
+            found = kept.find(np.array([*ids, 2]))
+            assert found is not None
+            assert found[1] == len(ids)
+    assert kept.find(np.array([2, 2])) is None
+    left = kept.clear()
+    assert sum(saved.nbytes for _, saved in left) <= most
+    assert (len(kept), kept.nbytes) == (0, 0)
+    for i, (one, _) in enumerate(left):  # none begins with another
+        assert not any(one.tolist() == other[: len(one)].tolist() for j, (other, _) in enumerate(left) if i != j)
+
+
+# --- what goes wrong -------------------------------------------------------------------------------------------------
+
+
+class Grammar:
+    """A constraint that lets one token through, and may fail."""
+
+    def __init__(self, token: int, length: int, fails: str = "") -> None:
+        self.token, self.left, self.fails, self.calls = token, length, fails, []
+
+    def _called(self, name: str) -> None:
+        self.calls.append(name)
+        if name == self.fails and self.calls.count(name) == 2:
+            raise RuntimeError("planted")
+
+    def prepare(self) -> None:
+        self._called("prepare")
+
+    def apply(self, logits) -> None:
+        self._called("apply")
+        logits[np.arange(len(logits)) != self.token] = -np.inf
+
+    def accept(self, token: int) -> bool:
+        self._called("accept")
+        assert token == self.token
+        self.left -= 1
+        return not self.left
+
+
+def test_a_constraint_rules_tokens_out_and_ends_its_text_alone(talker) -> None:
+    batch, free, grammar = Batch(talker, 3), Heard(talker, [1, 2, 3], max_new_tokens=9), Grammar(65, 4)
+    bound = Heard(talker, [1, 2, 3], constraint=grammar, logprobs=0)
+    for each in (free, bound):
+        batch.add(each.text)
+    run(batch)
+    assert bound.said == ([65] * 4, "AAAA", "stop")
+    assert grammar.calls == ["prepare", "apply", "accept"] * 4
+    assert all(event.logprobs[0].logprob > -50 for event in bound.events)  # of the model, not of what is allowed
+    generation = generate(talker, [1, 2, 3], max_new_tokens=9)
+    list(generation)
+    assert free.said[0] == generation.ids
+
+
+@pytest.mark.parametrize("fails", ["prepare", "apply", "accept"])
+def test_one_that_fails_ends_alone(talker, fails) -> None:
+    batch = Batch(talker, 3, kept=KeptCaches(10**7))
+    good = [Heard(talker, [9, i], max_new_tokens=9) for i in range(2)]
+    bad = Heard(talker, [1, 2, 3], constraint=Grammar(65, 9, fails))
+    for each in (good[0], bad, good[1]):
+        batch.add(each.text)
+    run(batch)
+    assert bad.said[2] == "error"
+    assert "RuntimeError: planted" in str(bad.text.error)
+    assert bad.events[-1].error is bad.text.error
+    for i, each in enumerate(good):
+        generation = generate(talker, [9, i], max_new_tokens=9)
+        list(generation)
+        assert each.said[0] == generation.ids
+
+
+def test_when_the_cache_is_lost_the_others_go_on(talker, monkeypatch) -> None:
+    """A step that fails for good takes one text with it; the others read what they have once more."""
+    batch = Batch(talker, 3)
+    texts = [Heard(talker, [i] * (i + 2), max_new_tokens=12) for i in range(4)]
+    for each in texts:
+        batch.add(each.text)
+    for _ in range(6):
+        batch.step()
+    longest = max(texts[:3], key=lambda each: each.text.seen)
+    whole = talker._run
+    with monkeypatch.context() as patch:
+
+        def fail(*arguments: Any) -> Any:
+            raise BackendError("planted")
+
+        patch.setattr(talker, "_run", fail)
+        batch.step()
+    assert talker._run == whole
+    run(batch)
+    assert [each.said[2] for each in texts].count("error") == 1
+    assert longest.said[2] == "error"
+    for i, each in enumerate(texts):
+        generation = generate(talker, [i] * (i + 2), max_new_tokens=12)
+        list(generation)
+        assert each.said[0] == generation.ids[: len(each.said[0])]
+        if each is not longest:
+            assert each.said[0] == generation.ids
+
+
+@pytest.mark.parametrize("kept", [None, KeptCaches(10**7)])
+def test_what_is_removed_frees_its_row_at_once(talker, kept) -> None:
+    batch = Batch(talker, 2, kept=kept)
+    texts = [Heard(talker, [i] * 20, max_new_tokens=20) for i in range(4)]
+    for each in texts:
+        batch.add(each.text)
+    for _ in range(3):
+        batch.step()
+    assert (batch.running, batch.waiting) == (2, 2)
+    batch.remove(texts[0].text)
+    batch.remove(texts[3].text)
+    assert (batch.running, batch.waiting) == (1, 1)
+    assert texts[0].said[2] == texts[3].said[2] == "interrupted"
+    assert talker.length.tolist().count(0) == 1
+    run(batch)
+    for i in (1, 2):
+        generation = generate(talker, [i] * 20, max_new_tokens=20)
+        list(generation)
+        assert texts[i].said[0] == generation.ids
+
+
+def test_a_backend_that_exports_no_cache_runs_all_rows(talker, monkeypatch) -> None:
+    monkeypatch.setattr(talker, "reads_rows", False)
+    monkeypatch.setattr(talker, "_rows_of_step", lambda first, stop, tokens: slice(None))
+    batch = Batch(talker, 3, kept=KeptCaches(10**7))
+    lengths = [(58, 6), (3, 20), (30, 3), (40, 9), (8, 8)]
+    texts = [Heard(talker, [i] * n, max_new_tokens=tokens) for i, (n, tokens) in enumerate(lengths)]
+    for each in texts:
+        batch.add(each.text)
+    run(batch)
+    assert batch.figures.cached_tokens == 0
+    for i, (n, tokens) in enumerate(lengths):
+        generation = generate(talker, [i] * n, max_new_tokens=tokens)
+        list(generation)
+        assert texts[i].said[0] == generation.ids
+
+
+def test_options_that_make_no_sense_are_refused() -> None:
+    session = ScriptedSession([])
+    for options, message in [
+        ({"max_new_tokens": -1}, "max_new_tokens is -1; expected a whole number from 0"),
+        ({"logprobs": 21}, "logprobs is 21; expected 0 to 20"),
+        ({"prompt_logprobs": -1}, "prompt_logprobs is -1"),
+        ({"stop": ("x",)}, "stop strings need a tokenizer"),
+        ({"sampling": Sampling(logit_bias={300: 1.0})}, "logit_bias has token id 300; expected 0 to 299"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            Heard(session, [1], **options)
+    with pytest.raises(InputError, match="a batch of 0 rows"):
+        Batch(session, 0)
