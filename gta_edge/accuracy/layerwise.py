@@ -17,7 +17,7 @@ import numpy.typing as npt
 from gta_edge.accuracy.probes import Probe, random_cache
 from gta_edge.libraries.optional import optional
 from gta_edge.model.config import ModelConfig
-from gta_edge.model.decoder import Layer
+from gta_edge.model.decoder import Cache, Layer
 from gta_edge.model.tables import layer_tables, model_tables
 from gta_edge.numerics.dtypes import DTYPES
 
@@ -98,7 +98,7 @@ class Stream:
                     part, cache = layer(self.x[i][:, start : start + _TOKENS], cache, past, cos, sin)
                     parts.append(part)
                 self.x[i] = torch.cat(parts, dim=1)
-                added.append((cache[0][:, :, probe.past :], cache[1][:, :, probe.past :]))
+                added.append((cache.key[:, :, probe.past :], cache.latent[:, :, probe.past :]))
         return added
 
     def normed(self, probe: int, norm: npt.NDArray[np.float32]) -> Tensor:
@@ -115,7 +115,7 @@ class Stream:
             noise = torch.rand(x[1:].shape, generator=self._random, dtype=torch.float32).sub_(0.5)
             x[1:] *= 1 + torch.finfo(x.dtype).eps * noise.to(x.dtype)
 
-    def _cache(self, index: int, probe: Probe) -> tuple[Tensor, Tensor]:
+    def _cache(self, index: int, probe: Probe) -> Cache:
         caches = []
         for before in random_cache(self.config, index, probe.past):
             whole = torch.zeros(
@@ -127,7 +127,7 @@ class Stream:
             )
             whole[:, :, : probe.past] = torch.from_numpy(before)
             caches.append(whole)
-        return caches[0], caches[1]
+        return Cache.of(tuple(caches))
 
     @contextmanager
     def _rounding(self, layer: Layer, prefix: str) -> Iterator[None]:

@@ -42,7 +42,7 @@ def trace(config: ModelConfig, biases: Collection[str]) -> ir.Model:
     with torch.device("meta"):
         model = Decoder(config, biases).eval().to("meta")
         ids, lengths, positions = (torch.zeros(shape, dtype=torch.int64) for shape in ((2, 8), (2,), (2, 3)))
-        caches = empty_cache(config, 2, 16)
+        caches = [cache.tensors for cache in empty_cache(config, 2, 16)]  # dynamic_shapes knows no named tuples
     cache_axes = {BATCH_AXIS: "batch", CAPACITY_AXIS: "capacity"}
     axes = (
         {0: "batch", 1: "tokens"},

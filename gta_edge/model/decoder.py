@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from gta_edge.libraries.optional import optional
 from gta_edge.model.config import ModelConfig
 from gta_edge.model.kv_cache import cache_tensors
 from gta_edge.model.tables import layer_tables, model_tables
+from gta_edge.numerics.dtypes import DTYPES
 from gta_edge.plugins.attention import torch as torch_ops
+from gta_edge.plugins.attention.torch_cache import Cache
 
 if TYPE_CHECKING:
     import torch
@@ -25,9 +27,6 @@ else:
     Tensor, nn, functional = torch.Tensor, torch.nn, torch.nn.functional
 
 __all__ = ["MLP", "Attention", "Cache", "Decoder", "ManagedInputs", "SelfAttention", "empty_cache"]
-
-Cache: TypeAlias = "tuple[Tensor, Tensor]"
-"""One layer's ``[B, n, S, d]`` caches: the key's, and the latent's or the value's."""
 
 Attention: TypeAlias = "Callable[..., tuple[Tensor, Tensor, Tensor]]"
 """An attention op, which takes projections, caches and tables, and returns output and both present caches."""
@@ -101,19 +100,21 @@ class SelfAttention(nn.Module):
     def forward(
         self, x: Tensor, cache: Cache, past_length: Tensor, cos: Tensor, sin: Tensor, *managed: Tensor | str | None
     ) -> tuple[Tensor, Cache]:  # x [B, T, H]
-        sizes = self.sizes
+        sizes, cache = self.sizes, Cache(*cache)  # a plain pair is what is exported
         heads = sizes.num_query_heads, sizes.num_key_heads, sizes.num_latent_heads
         query, key, latent, *gate = self._projected(x)
         if self.q_norm is not None and self.k_norm is not None:
             query, key = _normed_heads(query, self.q_norm), _normed_heads(key, self.k_norm)
         arguments = (
-            query, key, latent, gate[0] if gate else None, *cache, past_length, cos, sin, self._value_decoder(),
-            *heads, self.scale,
+            query, key, latent, gate[0] if gate else None, cache.key, cache.latent, past_length, cos, sin,
+            self._value_decoder(), *heads, self.scale,
         )  # fmt: skip
-        if managed:
-            return self.o_proj(torch_ops.grouped_latent_attention_(*arguments, *managed)), cache
+        if managed or cache.scales:
+            others = managed or torch_ops.UNMANAGED
+            output = torch_ops.grouped_latent_attention_(*arguments, *others, *cache.scales, *cache.open)
+            return self.o_proj(output), cache
         output, present_key, present_latent = self.attention(*arguments)
-        return self.o_proj(output), (present_key, present_latent)
+        return self.o_proj(output), Cache(present_key, present_latent)
 
     def _value_decoder(self) -> Tensor | None:
         """Return W_P [n_q, d_l, e·d_l]: the row-major memory of v_b_proj seen so; no transpose, and no Linear call."""
@@ -269,8 +270,28 @@ class Decoder(nn.Module):
         return functional.linear(x.float(), weight.float())
 
 
-def empty_cache(config: ModelConfig, batch: int, capacity: int | Sequence[int], **options: Any) -> list[Cache]:
-    """Return zeroed caches for all layers, of one capacity or of their own; ``options`` go to ``torch.zeros``."""
+def empty_cache(
+    config: ModelConfig,
+    batch: int,
+    capacity: int | Sequence[int],
+    *,
+    compute: str = "fp32",
+    cache_dtype: str | None = None,
+    device: torch.device | None = None,
+) -> list[Cache]:
+    """Return zeroed caches for all layers.
+
+    Args:
+        config: the model's sizes.
+        batch: B.
+        capacity: S, of all layers or of each.
+        compute: type of activations.
+        cache_dtype: how cached values are stored, one of ``CACHES``; by default in ``compute``.
+        device: torch's default one by default.
+    """
     capacities = [capacity] * config.num_hidden_layers if isinstance(capacity, int) else capacity
-    tensors = (torch.zeros(cache.shape(batch, capacities[cache.layer]), **options) for cache in cache_tensors(config))
-    return list(zip(tensors, tensors, strict=True))  # a key, and what follows it
+    layers: list[list[Tensor]] = [[] for _ in capacities]
+    for tensor in cache_tensors(config, cache_dtype or compute, compute=compute):
+        shape, dtype = tensor.shape(batch, capacities[tensor.layer]), getattr(torch, DTYPES[tensor.dtype].array)
+        layers[tensor.layer].append(torch.zeros(shape, dtype=dtype, device=device))
+    return [Cache.of(tuple(tensors)) for tensors in layers]

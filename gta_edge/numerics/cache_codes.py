@@ -14,11 +14,14 @@ With x the group's values as the compute type holds them, all in float32, to nea
     value   = code · scale + minimum
 
 A group whose values are all equal has the smallest scale, so nothing is divided by zero, and a log of it is finite.
-Where a scale or minimum is not finite (a value is infinite or NaN, or too large for float16) the scale is NaN and the
-codes are 0, so that every value of the group reads as NaN.
+Where a value is NaN or infinite, or a scale or minimum too large for float16, both are NaN and the group's codes are 0,
+so that it reads as NaN.
 
-The i-th of the codes that share a byte is in its bits from i · width on, the lowest first. What is here takes arrays of
-NumPy as well as torch's tensors; who quantises, does so in its own library's operations.
+Codes lie as the kernels' matmuls take them. A unit is 8 words of 16 bits, little-endian; of W words that hold c codes
+each, word w has in its n-th bits, from the lowest on, the code W n + w of the unit's. A key channel's 32 tokens are a
+unit; a token's channels are as many units as there are, and what is left over is one of fewer words.
+
+Functions take arrays of NumPy and tensors of torch; who quantises, does so in its own library's operations.
 """
 
 from __future__ import annotations
@@ -28,7 +31,17 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["BLOCK", "MIN_SCALE", "dequantize_keys", "dequantize_values", "inverse_levels", "levels", "pack", "unpack"]
+__all__ = [
+    "BLOCK",
+    "MIN_SCALE",
+    "WORD_BITS",
+    "dequantize_keys",
+    "dequantize_values",
+    "inverse_levels",
+    "levels",
+    "pack",
+    "unpack",
+]
 
 BLOCK = 32
 """Tokens of a block."""
@@ -36,8 +49,16 @@ BLOCK = 32
 MIN_SCALE = 2.0**-24
 """The smallest scale, and float16's smallest positive number."""
 
+WORD_BITS = 16
+"""What the codes of a token have to fill a multiple of."""
+
+_UNIT_WORDS = 8
+
 Array = Any
 """An array of NumPy or a tensor of torch."""
+
+Join = Callable[..., Array]
+"""A library's own, which joins arrays along an axis: ``numpy.concatenate``, ``torch.cat``."""
 
 
 def levels(bits: int) -> int:
@@ -50,47 +71,63 @@ def inverse_levels(bits: int) -> float:
     return float(np.float32(1) / np.float32(levels(bits)))
 
 
-def pack(codes: Array, bits: int) -> Array:
-    """Return codes uint8 [..., N] in bytes, uint8 [..., N · bits / 8]."""
-    parts = codes.reshape(*codes.shape[:-1], -1, 8 // bits)
-    packed = parts[..., 0]
-    for i in range(1, 8 // bits):
-        packed = packed | parts[..., i] << bits * i
-    return packed
+def pack(codes: Array, bits: int, join: Join = np.concatenate) -> Array:
+    """Return codes uint8 [..., N] in bytes, uint8 [..., N · bits / 8]; N · bits is a multiple of 16."""
+    packed = []
+    for part, words in _units(codes, WORD_BITS // bits):
+        # [..., units, 2, codes per byte, words] -> [..., units, words, 2, codes per byte]
+        by_byte = part.reshape(*codes.shape[:-1], -1, 2, 8 // bits, words).swapaxes(-1, -2).swapaxes(-2, -3)
+        held = by_byte[..., 0]
+        for i in range(1, 8 // bits):
+            held = held | by_byte[..., i] << bits * i
+        packed.append(held.reshape(*codes.shape[:-1], -1))
+    return packed[0] if len(packed) == 1 else join(packed, -1)
 
 
-def unpack(packed: Array, bits: int, stack: Callable[..., Array] = np.stack) -> Array:
-    """Undo ``pack``; ``stack`` is the library's."""
-    parts = [packed >> bits * i & levels(bits) for i in range(8 // bits)]
-    return stack(parts, -1).reshape(*packed.shape[:-1], -1)
+def unpack(packed: Array, bits: int, join: Join = np.concatenate) -> Array:
+    """Undo ``pack``."""
+    codes = []
+    for part, words in _units(packed, WORD_BITS // 8):
+        held = part.reshape(*packed.shape[:-1], -1, words, 2)
+        by_byte = join([(held >> bits * i & levels(bits))[..., None] for i in range(8 // bits)], -1)
+        codes.append(by_byte.swapaxes(-2, -3).swapaxes(-1, -2).reshape(*packed.shape[:-1], -1))
+    return codes[0] if len(codes) == 1 else join(codes, -1)
 
 
-def dequantize_keys(codes: Array, scales: Array, stack: Callable[..., Array] = np.stack) -> Array:
+def _units(array: Array, per_word: int) -> list[tuple[Array, int]]:
+    """Return the part of ``array`` [..., N] that is whole units, and what is left over, with the words of each unit."""
+    count = array.shape[-1]
+    whole = count - count % (_UNIT_WORDS * per_word)
+    parts = [(array[..., :whole], _UNIT_WORDS), (array[..., whole:], (count - whole) // per_word)]
+    return [(part, words) for part, words in parts if part.shape[-1]]
+
+
+def dequantize_keys(codes: Array, scales: Array, join: Join = np.concatenate) -> Array:
     """Return keys in the scales' type.
 
     Args:
         codes: uint8 [..., S / 32, d_k, 16], a channel's 32 tokens together.
         scales: [..., S / 32, 2, d_k], scale and minimum of each channel.
-        stack: the library's.
+        join: the library's.
 
     Returns:
         [..., S, d_k]
     """
-    unpacked = unpack(codes, 4, stack).swapaxes(-1, -2)  # [..., S / 32, 32, d_k]
+    unpacked = unpack(codes, 4, join).swapaxes(-1, -2)  # [..., S / 32, 32, d_k]
     values = unpacked * scales[..., :1, :] + scales[..., 1:, :]
     return values.reshape(*codes.shape[:-3], -1, codes.shape[-2])
 
 
-def dequantize_values(codes: Array, scales: Array, bits: int, stack: Callable[..., Array] = np.stack) -> Array:
+def dequantize_values(codes: Array, scales: Array, bits: int, join: Join = np.concatenate) -> Array:
     """Return values or latents in the scales' type.
 
     Args:
         codes: uint8 [..., S, d · bits / 8].
         scales: [..., S, 2], scale and minimum of each token.
         bits: width of a code.
-        stack: the library's.
+        join: the library's.
 
     Returns:
         [..., S, d]
     """
-    return unpack(codes, bits, stack) * scales[..., :1] + scales[..., 1:]
+    return unpack(codes, bits, join) * scales[..., :1] + scales[..., 1:]

@@ -92,13 +92,15 @@ def by_layer(rows: npt.NDArray[np.int32]) -> Iterator[tuple[int, slice]]:
 
 
 class CacheMemory(Protocol):
-    """What a session adds to the bookkeeping of a managed cache; see ``Session``."""
+    """What a session adds to the bookkeeping of a managed cache, or of one in blocks; see ``Session``."""
 
     def _move(self, moves: Moves) -> None: ...
 
     def _received(self) -> list[Floats]: ...
 
     def _rotate(self, shifts: Sequence[Integers]) -> None: ...
+
+    def _reopen(self, sequence: int, block: int) -> None: ...
 
 
 # --- from decisions to moves -----------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from gta_edge.errors import CapacityError, InputError
 from gta_edge.model.config import ModelConfig
 from gta_edge.model.kv_cache import CacheTensor, cache_bytes, cache_tensors
+from gta_edge.numerics.dtypes import COMPUTE_TYPES, FLOAT_TYPES
 from gta_edge.plan.cost import Execution
 from gta_edge.plan.roofline import activation_bytes
 from gta_edge.support.memory import available_bytes
@@ -104,8 +105,8 @@ class CacheState:
 
     Args:
         config: the model's sizes.
-        dtype: of cached values, ``fp32`` or one of ``CACHE_TYPES``.
-        compute: type of activations; that of the cache by default.
+        dtype: how cached values are stored, one of ``CACHES``.
+        compute: type of activations; that of the cache by default, or of one that is quantised, ``fp16``.
         transposed: as ``kv_cache.cache_tensors`` has it.
         on_host: whether its memory is the host's, of which the system is asked before it is taken.
         chunk_size: largest number of tokens per row that is run at once.
@@ -137,7 +138,7 @@ class CacheState:
         if chunk_size < 1 or capacity_step < 1:
             raise InputError(f"chunk_size {chunk_size} and capacity_step {capacity_step} must be at least 1")
         self.config, self.dtype = config, dtype
-        self._compute, self._transposed = compute or dtype, transposed
+        self._compute, self._transposed = compute or (dtype if dtype in FLOAT_TYPES else COMPUTE_TYPES[0]), transposed
         self.chunk_size, self.capacity_step = chunk_size, capacity_step
         self.max_length = config.max_position_embeddings if max_length is None else max_length
         self.length: Lengths = np.zeros(1, np.int64)
@@ -174,7 +175,7 @@ class CacheState:
     @property
     def tensors(self) -> list[CacheTensor]:
         """What there has to be memory for."""
-        return cache_tensors(self.config, self.dtype, transposed=self._transposed)
+        return cache_tensors(self.config, self.dtype, compute=self._compute, transposed=self._transposed)
 
     def nbytes(self, batch: int, capacities: Sequence[int]) -> int:
         """Return the bytes of a cache of this size, over all layers; ``capacities`` are theirs."""
@@ -235,6 +236,10 @@ class CacheState:
         self.length = self.length.copy()
         self.length[row] = tokens
 
+    def cut(self, arrays: dict[str, npt.NDArray[Any]], held: int, tokens: int) -> dict[str, npt.NDArray[Any]]:
+        """Return a sequence's arrays, of its first ``tokens``, where it had ``held`` of them: here, as they are."""
+        return arrays
+
     # --- room for more ---------------------------------------------------------------------------------------------
 
     def plan(
@@ -287,6 +292,10 @@ class CacheState:
     def prepare(self, part: Part, memory: CacheMemory) -> ManagedStep | None:
         """Do before a step what it needs, and return its inputs for a managed cache: here, nothing and None."""
         return None
+
+    def past_of(self, part: Part, past: Lengths) -> Lengths:
+        """Return what a step is told of the tokens that are there, ``past`` of the rows that it computes: the same."""
+        return past
 
     def append(self, part: Part, memory: CacheMemory) -> Lengths:
         """Note a step that has run; return the tokens that there are now, int64 [B]."""

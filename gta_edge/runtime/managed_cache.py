@@ -19,9 +19,11 @@ import numpy.typing as npt
 
 from gta_edge.errors import InputError
 from gta_edge.model.config import ModelConfig
+from gta_edge.numerics.dtypes import BLOCK_CACHE_TYPES, ROW_CACHE_TYPES
 from gta_edge.plan.cost import CacheRows
 from gta_edge.plugins.attention.definition import Features
 from gta_edge.plugins.attention.tiling import DECODE_TOKENS
+from gta_edge.runtime.block_cache import BlockCache
 from gta_edge.runtime.cache_moves import CacheMemory, Layout, ManagedStep, lay_out, merged
 from gta_edge.runtime.cache_policies.base import CachePolicy, Rows
 from gta_edge.runtime.cache_state import CacheState, Lengths, Part
@@ -49,7 +51,7 @@ class ManagedCache(CacheState):
     Args:
         config: the model's sizes.
         policy: which rows stay.
-        dtype: of cached values, ``fp32`` or one of ``CACHE_TYPES``.
+        dtype: how cached values are stored, one of ``CACHES``.
         observed_tokens: tokens of the calls that can observe; then of each chunk of a prompt the last so many are calls
             of their own, and only they count. None where all calls observe.
         options: as ``CacheState`` takes them; the capacity follows from the policy.
@@ -435,7 +437,7 @@ def cache_state(
 
     Args:
         config: the model's sizes.
-        dtype: of cached values, ``fp32`` or one of ``CACHE_TYPES``.
+        dtype: how cached values are stored, one of ``CACHES``.
         policy: which rows stay; None for all.
         options: as ``CacheState`` takes them, and where there is a policy, ``ManagedCache``.
 
@@ -443,5 +445,10 @@ def cache_state(
         InputError: an option, or a policy, that makes no sense for this model.
     """
     if policy is None:
-        return CacheState(config, dtype, **options)
+        return (BlockCache if dtype in BLOCK_CACHE_TYPES else CacheState)(config, dtype, **options)
+    if dtype in BLOCK_CACHE_TYPES:
+        raise InputError(
+            f"cache policy {policy.name} moves rows one by one, and a cache of {dtype} is quantised in blocks",
+            f"take a cache of {ROW_CACHE_TYPES[0]}, or leave the policy out",
+        )
     return ManagedCache(config, policy, dtype, **options)

@@ -146,6 +146,10 @@ class Session(ABC):
         """Put what ``_read_row`` returned in its place in a row of the batch, for which there is room."""
         raise NotImplementedError(f"{self.backend} exports no cache")
 
+    def _reopen(self, sequence: int, block: int) -> None:
+        """Put what the codes of a block stand for into a sequence's open block, in every layer; see ``BlockCache``."""
+        raise NotImplementedError(f"{self.backend} has no cache in blocks")
+
     @property
     @abstractmethod
     def cache_bytes(self) -> int:
@@ -357,7 +361,8 @@ class Session(ABC):
                 positions = np.maximum(real - 1, 0)[:, None] if ends_here.any() else np.zeros((len(real), 0), np.int64)
             cache.reserve(batch, int(before.max()) + part.width, self._resize)
             managed = cache.prepare(part, self)
-            given = ids[rows, part.start : part.stop], before, np.ascontiguousarray(positions, np.int64)
+            past_of = cache.past_of(part, before)
+            given = ids[rows, part.start : part.stop], past_of, np.ascontiguousarray(positions, np.int64)
             self._first_row = rows.start or 0
             found = self._run(*given) if managed is None else self._run(*given, managed.of_rows(rows))
             if all_logits:
@@ -392,12 +397,13 @@ class Session(ABC):
             raise InputError(
                 f"{count} tokens of row {row} were asked for", f"expected 1 to the {there} that the cache holds of it"
             )
-        return SavedCache(count, self.cache_dtype, self._read_row(row, count))
+        arrays = self._cache.cut(self._read_row(row, count), there, count)
+        return SavedCache(count, self.cache_dtype, arrays)
 
     def _import(self, saved: SavedCache, row: int, tokens: int | None, owner: Claim | None) -> None:
         self._check_exports(row, owner)
         cache, count = self._cache, saved.length if tokens is None else tokens
-        arrays = saved.checked(cache.tensors, self.cache_dtype, count)
+        arrays = cache.cut(saved.checked(cache.tensors, self.cache_dtype, count), saved.length, count)
         if count > self.max_length:
             raise CapacityError(
                 f"the saved cache has {count} tokens, and the session has room for {self.max_length}",

@@ -233,10 +233,10 @@ def test_logits_are_given_for_the_positions_that_were_asked_for(entries):
 @models
 def test_empty_caches_have_the_layout_of_the_graph(entries):
     config = parse_config(entries)
-    caches = empty_cache(config, 2, 9, dtype=torch.float16)
+    caches = empty_cache(config, 2, 9, compute="fp16")
     second = (2, 2, 9, 32) if "num_query_heads" in entries else (2, 3, 9, 16)
-    assert [(tuple(a.shape), tuple(b.shape)) for a, b in caches] == [((2, 3, 9, 16), second)] * 2
-    assert all(not tensor.any() and tensor.dtype == torch.float16 for layer in caches for tensor in layer)
+    assert [tuple(tuple(x.shape) for x in cache.tensors) for cache in caches] == [((2, 3, 9, 16), second)] * 2
+    assert all(not tensor.any() and tensor.dtype == torch.float16 for layer in caches for tensor in layer.tensors)
 
 
 @models

@@ -54,7 +54,9 @@ __all__ = [
     "OBSERVATIONS",
     "OBSERVE",
     "OP",
+    "OPEN_INPUTS",
     "OUTPUTS",
+    "SCALE_INPUTS",
     "Features",
     "Sizes",
     "attributes",
@@ -87,6 +89,9 @@ FEATURE_INPUTS = (
     "decay",  # float32 [B]; there in "last" too, and of no effect
 )
 """Inputs of a managed cache (``Features``), all optional, float32 in every compute type."""
+SCALE_INPUTS = ("past_key_scale", "past_latent_scale")
+OPEN_INPUTS = ("past_key_open", "past_latent_open")
+"""Of a cache that is quantised, and of one in blocks (``model.kv_cache``); behind all others, and updated in place."""
 INT64_INPUTS = ("past_length", "positions", "branch_start", "branches")
 INPUTS = MODEL_INPUTS + FEATURE_INPUTS
 MODEL_OPTIONAL_INPUTS = ("gate", "value_decoder")

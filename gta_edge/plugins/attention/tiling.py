@@ -133,10 +133,10 @@ class Variant:
         }
 
 
-def has_kernels(sizes: Sizes, compute: str) -> bool:
-    """Tell whether there are kernels for a model that computes in a type and has its cache in it."""
+def has_kernels(sizes: Sizes, compute: str, cache: str | None = None) -> bool:
+    """Tell whether there are kernels for a model that computes in a type and has its cache in it, or as it is said."""
     try:
-        Variant(sizes, compute, compute)
+        Variant(sizes, compute, cache or compute)
     except BackendError:
         return False
     return True

@@ -3,6 +3,8 @@
 It exists twice, as torch's naming has it: the plain one returns new caches and can be exported; the one with a
 trailing underscore writes into the caches it is given and returns the output alone.
 
+The latter takes caches of fewer bits too (``torch_cache``), which nobody exports.
+
 On CUDA tensors of fp16 or bf16 it runs the CUDA kernels. What these are not made for (float32,
 widths that are no multiple of 16, caches that are views, GPUs older than Ampere) is computed in torch's own operations.
 """
@@ -21,12 +23,15 @@ from gta_edge.plugins.attention.definition import (
     INT64_INPUTS,
     MAX_BRANCH_TOKENS,
     MODEL_INPUTS,
+    OPEN_INPUTS,
+    SCALE_INPUTS,
     Sizes,
     given_features,
     given_inputs,
 )
 from gta_edge.plugins.attention.kernels import BUFFERS_OF, Buffers, attention_kernels
 from gta_edge.plugins.attention.tiling import Variant
+from gta_edge.plugins.attention.torch_cache import BlockStep, Cache, cache_name, dequantize_rows, quantize_rows
 from gta_edge.plugins.torch_registry import (
     CALLS_CACHED,
     Kind,
@@ -48,10 +53,25 @@ else:
     torch = optional("torch", "export")
     Tensor, functional = torch.Tensor, torch.nn.functional
 
-__all__ = ["attention_in_place", "differentiable_attention", "grouped_latent_attention", "grouped_latent_attention_"]
+__all__ = [
+    "UNMANAGED",
+    "attention_in_place",
+    "differentiable_attention",
+    "grouped_latent_attention",
+    "grouped_latent_attention_",
+]
 
 _FEATURES_AT = len(MODEL_INPUTS) + 4
 """Place of the first of ``FEATURE_INPUTS`` among the arguments of the op in place: behind the heads and the scale."""
+
+_STORED_INPUTS = SCALE_INPUTS + OPEN_INPUTS
+_STORED_AT = _FEATURES_AT + len(FEATURE_INPUTS) + 1
+"""Place of the first of these: behind those and ``observe``."""
+
+UNMANAGED = (*(None for _ in FEATURE_INPUTS), "")
+"""What the op in place takes for these inputs of a cache that nobody manages."""
+
+_NO_SCALES = dict.fromkeys((name.removeprefix("past_") for name in SCALE_INPUTS), 0)
 
 
 # --- in torch's own operations ---------------------------------------------------------------------------------------
@@ -70,8 +90,24 @@ def _heads(x: Tensor, heads: int) -> Tensor:
 
 
 def _append(cache: Tensor, new: Tensor, positions: Tensor) -> None:
-    """Write ``new`` [B, n, T, d] into ``cache`` [B, n, S, d] at the rows ``positions`` [B, T]."""
-    cache.scatter_(2, positions[:, None, :, None].expand_as(new), new)
+    """Write ``new`` [B, n, T, ...] into ``cache`` [B, n, S, ...] at the rows ``positions`` [B, T]."""
+    if cache.dtype == torch.float8_e4m3fn:  # of which torch scatters none
+        cache, new = cache.view(torch.uint8), new.view(torch.uint8)
+    cache.scatter_(2, positions[:, None].reshape(-1, 1, new.shape[2], *[1] * (new.ndim - 3)).expand_as(new), new)
+
+
+def _appended(cache: Cache, new: tuple[Tensor, Tensor], rows: Tensor) -> list[Tensor]:
+    """Write a new key and latent into a cache at ``rows`` [B, T]; return what both hold, of 8 bits in float32."""
+    both = cache.key, cache.latent
+    if not cache.scales:
+        for tensor, values in zip(both, new, strict=True):
+            _append(tensor, values, rows)
+        return list(both)
+    for tensor, scales, values in zip(both, cache.scales, new, strict=True):
+        codes, new_scales = quantize_rows(values, tensor.dtype)
+        _append(tensor, codes, rows)
+        _append(scales, new_scales, rows)
+    return [dequantize_rows(tensor, scales) for tensor, scales in zip(both, cache.scales, strict=True)]
 
 
 def _causal(past_length: Tensor, tokens: int, capacity: int) -> Tensor:
@@ -143,12 +179,19 @@ def _receive(
     past_received.copy_(received)
 
 
-def _check_features(shapes: Mapping[str, Sequence[int]], tokens: int, capacity: int, observe: str) -> None:
+def _check_features(
+    shapes: Mapping[str, Sequence[int]], tokens: int, capacity: int, observe: str, *, in_blocks: bool
+) -> None:
     """Refuse inputs of a managed cache, of these shapes, that do not go together.
 
     Raises:
-        BackendError: there is one without another, or a size is not possible.
+        BackendError: there is one without another, a size is not possible, or the cache is in blocks.
     """
+    if in_blocks:
+        raise BackendError(
+            f"{', '.join(shapes) or 'observe'} is given with a cache in blocks, whose rows are not moved one by one",
+            "take a cache of int8, or leave it out",
+        )
     try:
         given_features(shapes, observe)
     except ValueError as error:
@@ -183,27 +226,38 @@ def _latent_attention(
     query_weight: Tensor | None = None,
     decay: Tensor | None = None,
     observe: str = "",
+    past_key_scale: Tensor | None = None,
+    past_latent_scale: Tensor | None = None,
+    past_key_open: Tensor | None = None,
+    past_latent_open: Tensor | None = None,
 ) -> Tensor:
     """Grouped latent attention with its caches updated in place; shapes as in ``definition.INPUTS``."""
     b, t, _ = query.shape
-    s = past_key.shape[2]
+    s = past_latent.shape[2]
     features = (positions, row_bias, branch_start, branches, past_received, query_weight, decay)
     if observe or any(feature is not None for feature in features):
         shapes = {name: x.shape for name, x in zip(FEATURE_INPUTS, features, strict=True) if x is not None}
-        _check_features(shapes, t, s, observe)
+        _check_features(shapes, t, s, observe, in_blocks=past_key_open is not None)
     rows = past_length[:, None] + torch.arange(t, device=query.device)  # [B, T]
     if positions is None:
-        positions = rows
+        positions = rows if past_key_open is None else rows.clamp(max=len(cos) - 1)  # of who has no new tokens
     cos, sin = cos[positions][:, None], sin[positions][:, None]  # [B, 1, T, d_k/2]
     q = _rotate(_heads(query, num_query_heads), cos, sin)
     k = _rotate(_heads(key, num_key_heads), cos, sin)
-    _append(past_key, k, rows)
-    _append(past_latent, _heads(latent, num_latent_heads), rows)
-    if branch_start is not None and branches is not None:
-        visible = _in_branches(past_length, t, s, branch_start, branches)
+    new = k, _heads(latent, num_latent_heads)
+    tensors = (past_key, past_latent, past_key_scale, past_latent_scale, past_key_open, past_latent_open)
+    cache = Cache.of(tuple(tensor for tensor in tensors if tensor is not None))
+    if cache.open:
+        blocks = BlockStep(cache, past_length, *new)
+        keys, latents, visible = blocks.key, blocks.latent, blocks.visible()
     else:
-        visible = _causal(past_length, t, s)
-    values, weights = _attend(q, past_key, past_latent, visible, row_bias, branches is not None, scale)
+        keys, latents = _appended(cache, new, rows)
+        if branch_start is not None and branches is not None:
+            visible = _in_branches(past_length, t, s, branch_start, branches)
+        else:
+            visible = _causal(past_length, t, s)
+    values, weights = _attend(q.to(keys.dtype), keys, latents, visible, row_bias, branches is not None, scale)
+    values = values.to(query.dtype)
     if past_received is not None and query_weight is not None and decay is not None:
         _receive(past_received, weights, past_length, positions, query_weight, decay, observe)
     if value_decoder is not None:
@@ -232,19 +286,26 @@ def _latent_attention_on_gpu(*arguments: Any) -> Tensor:
     """The same on CUDA tensors: the kernels, where they are made for the call."""
     inputs, (*heads, scale) = arguments[: len(MODEL_INPUTS)], arguments[len(MODEL_INPUTS) : _FEATURES_AT]
     managed = arguments[_FEATURES_AT : _FEATURES_AT + len(FEATURE_INPUTS)]  # those at the end may be left off
-    observe = str(arguments[-1]) if len(arguments) > _FEATURES_AT + len(FEATURE_INPUTS) else ""
+    observe = str(arguments[_STORED_AT - 1]) if len(arguments) >= _STORED_AT else ""
     query, key, latent, gate, past_key, past_latent, past_length, cos, sin, value_decoder = inputs
     given = {name: tensor for name, tensor in zip(FEATURE_INPUTS, managed, strict=False) if tensor is not None}
-    contiguous = past_key.is_contiguous() and past_latent.is_contiguous()
-    if "past_received" in given:
-        contiguous = contiguous and given["past_received"].is_contiguous()
-    call = _kernel_call((*map(kind, inputs), *map(kind, managed)), tuple(heads), observe, contiguous)
+    stored = dict(zip(_STORED_INPUTS, arguments[_STORED_AT:], strict=False))
+    stored = {name: tensor for name, tensor in stored.items() if tensor is not None}
+    in_place = {"past_key": past_key, "past_latent": past_latent, **stored}
+    written = [*in_place.values(), *(given[name] for name in ("past_received",) if name in given)]
+    call = _kernel_call(
+        (*map(kind, inputs), *map(kind, managed)),
+        tuple((name, kind(tensor)) for name, tensor in stored.items()),
+        tuple(heads),
+        observe,
+        all(tensor.is_contiguous() for tensor in written),
+    )
     device = query.device
     if call is None or not runs_kernels(device) or not scale > 0:
         return _latent_attention(*arguments)
     variant, sizes, numbers = call
-    require_aligned("past_key", past_key)
-    require_aligned("past_latent", past_latent)
+    for name, tensor in in_place.items():
+        require_aligned(name, tensor)
     index = torch.cuda.current_device() if device.index is None else device.index
     kernels = attention_kernels(variant, current_gpu(index))
     output: Tensor = query.new_empty(sizes["batch"], sizes["tokens"], variant.sizes.hidden_size)
@@ -264,14 +325,13 @@ def _latent_attention_on_gpu(*arguments: Any) -> Tensor:
                 gate=addresses[3],
                 key_cache=past_key.data_ptr(),
                 latent_cache=past_latent.data_ptr(),
-                key_scale=0,
-                latent_scale=0,
                 past_length=addresses[4],
                 cos=addresses[5],
                 sin=addresses[6],
                 value_decoder=addresses[7],
                 output=output.data_ptr(),
                 workspace=workspace.data_ptr(),
+                **{**_NO_SCALES, **{name.removeprefix("past_"): x.data_ptr() for name, x in stored.items()}},
                 **{BUFFERS_OF[name]: tensor.data_ptr() for name, tensor in managed_whole.items()},
             ),
             **sizes,
@@ -283,12 +343,17 @@ def _latent_attention_on_gpu(*arguments: Any) -> Tensor:
 
 @lru_cache(CALLS_CACHED)
 def _kernel_call(
-    inputs: tuple[Kind | None, ...], heads: tuple[int, int, int], observe: str, contiguous: bool
+    inputs: tuple[Kind | None, ...],
+    stored: tuple[tuple[str, Kind], ...],
+    heads: tuple[int, int, int],
+    observe: str,
+    contiguous: bool,
 ) -> tuple[Variant, Mapping[str, int], Mapping[str, int]] | None:
     """Return what the kernels would be compiled for and launched with; None if they are not made for such tensors.
 
     Args:
         inputs: as in ``definition.INPUTS``.
+        stored: what a cache of fewer bits has besides, by name.
         heads: n_q, n_k, n_c.
         observe: the attribute, empty if there is none.
         contiguous: whether all that is written in place is.
@@ -302,17 +367,23 @@ def _kernel_call(
     given = given_inputs(inputs)
     shapes = {name: shape for name, (shape, _) in given.items()}
     managed = {name: shapes[name] for name in FEATURE_INPUTS if name in shapes}
-    sizes = {"batch": shapes["query"][0], "tokens": shapes["query"][1], "capacity": shapes["past_key"][2]}
+    sizes = {"batch": shapes["query"][0], "tokens": shapes["query"][1], "capacity": shapes["past_latent"][2]}
+    in_blocks = any(name in OPEN_INPUTS for name, _ in stored)
     if managed or observe:
-        _check_features(managed, sizes["tokens"], sizes["capacity"], observe)
+        _check_features(managed, sizes["tokens"], sizes["capacity"], observe, in_blocks=in_blocks)
     dtype = given["query"][1]
     compute, types = compute_type(dtype), dict.fromkeys(MODEL_INPUTS, dtype) | dict.fromkeys(managed, torch.float32)
     types |= dict.fromkeys(INT64_INPUTS, torch.int64)
+    model, features = _sizes(shapes, heads), given_features(managed, observe)
+    cache = compute or ""
+    if stored:
+        value_bits = 8 * shapes["past_latent"][-1] // model.latent_dim
+        cache = cache_name(given["past_key"][1], value_bits)
+        types |= dict.fromkeys(("past_key", "past_latent"), given["past_key"][1])
     if compute is None or not contiguous or any(of != types[name] for name, (_, of) in given.items()):
         return None
-    model, features = _sizes(shapes, heads), given_features(managed, observe)
     try:
-        variant = Variant(model, compute, compute, features)
+        variant = Variant(model, compute, cache, features)
     except BackendError:
         return None
     branch_rows = shapes["branches"][1] if "branches" in shapes else 0
@@ -320,10 +391,11 @@ def _kernel_call(
 
 
 def _sizes(shapes: Mapping[str, Sequence[int]], heads: tuple[int, int, int]) -> Sizes:
-    gate, decoder, d_l = shapes.get("gate"), shapes.get("value_decoder"), shapes["past_latent"][-1]
+    gate, decoder = shapes.get("gate"), shapes.get("value_decoder")
+    d_k, d_l = (shapes[name][-1] // n for name, n in zip(("key", "latent"), heads[1:], strict=True))
     width = heads[0] * (d_l if decoder is None else decoder[-1])
     hidden = width if gate is None else gate[-1]
-    return Sizes(*heads, shapes["past_key"][-1], d_l, hidden, gate is not None, decoder is not None)
+    return Sizes(*heads, d_k, d_l, hidden, gate is not None, decoder is not None)
 
 
 # --- torch's registry ------------------------------------------------------------------------------------------------
@@ -340,13 +412,16 @@ def _register() -> tuple[Any, Any]:
     caches, received = ("past_key", "past_latent"), "past_received"
     places = [MODEL_INPUTS.index(cache) for cache in caches]
     mutated = [*places, _FEATURES_AT + FEATURE_INPUTS.index(received)]
+    mutated += range(_STORED_AT, _STORED_AT + len(_STORED_INPUTS))
 
     def fake(*arguments: Any) -> Any:
         given, num_query_heads = given_inputs(arguments[: len(MODEL_INPUTS)]), arguments[len(MODEL_INPUTS)]
-        width = given["value_decoder" if "value_decoder" in given else "past_latent"].shape[-1]
-        return given["query"].new_empty(*given["query"].shape[:2], num_query_heads * width)
+        num_latent_heads = arguments[len(MODEL_INPUTS) + 2]
+        width = given["value_decoder"].shape[-1] if "value_decoder" in given else given["latent"].shape[-1]
+        heads = num_query_heads if "value_decoder" in given else num_query_heads // num_latent_heads
+        return given["query"].new_empty(*given["query"].shape[:2], heads * width)
 
-    mutating_schema = torch.library.infer_schema(in_place, mutates_args=(*caches, received))
+    mutating_schema = torch.library.infer_schema(in_place, mutates_args=(*caches, received, *_STORED_INPUTS))
     mutating = register_op(
         f"{name}_", mutating_schema, in_place, fake, mutates=mutated, on_gpu=_latent_attention_on_gpu
     )

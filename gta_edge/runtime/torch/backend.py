@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from gta_edge.numerics.dtypes import FLOAT_TYPES
+from gta_edge.numerics.cache_codes import WORD_BITS
+from gta_edge.numerics.dtypes import BLOCK_CACHE_TYPES, CACHES, FLOAT_TYPES, ROW_CACHE_TYPES
 from gta_edge.runtime.backend import Asked, Backend, Importing
 
 if TYPE_CHECKING:
     from gta_edge.formats.bundle import Bundle
+    from gta_edge.model.config import ModelConfig
     from gta_edge.runtime.session import Session
 
 __all__ = ["TORCH"]
@@ -24,6 +26,11 @@ class _Torch(Backend):
     fallback_compute = "bf16"
     manages_cache = True
     reference = True
+
+    def cache_types(self, config: ModelConfig, compute: str) -> tuple[str, ...]:
+        width = config.attention.latent_dim
+        blocks = [name for name in BLOCK_CACHE_TYPES if width * CACHES[name].value_bits % WORD_BITS == 0]
+        return (compute, *ROW_CACHE_TYPES, *blocks)
 
     def _check(self, found: dict[str, Any], importing: Importing) -> None:
         from gta_edge.libraries.optional import require_modules
@@ -45,7 +52,7 @@ class _Torch(Backend):
 
         device = default_device()
         compute = self.compute_for(asked.compute, bundle.precision, device)
-        self.cache_for(asked.cache_dtype, bundle.config, compute)
+        options["cache_dtype"] = self.cache_for(asked.cache_dtype, bundle.config, compute)
         model = load_decoder(bundle, device, compute)
         session = TorchSession(model, device=device, compute=compute, threads=asked.threads, **options)
         session.weights_as_stored = multiplies_codes(bundle.precision, device, compute)

@@ -137,7 +137,7 @@ class DecodeGraph:
         features: Features | None = None,
         received: Sequence[Tensor] = (),
     ) -> None:
-        device = caches[0][0].device
+        device = caches[0].key.device
         self._device = device
         integers, floats = _input_shapes(batch, len(caches), features)
         self._integers, self._floats = _Packed(integers, torch.int64, device), _Packed(floats, torch.float32, device)
@@ -149,7 +149,8 @@ class DecodeGraph:
         if features is not None:
             arguments.append(_managed_inputs(*inputs, features, received))
 
-        first = [(key[:, :, :1].clone(), value[:, :, :1].clone()) for key, value in caches]
+        tensors = [tensor for cache in caches for tensor in cache.tensors]
+        first = [tensor[:, :, :1].clone() for tensor in tensors]
         before = [each.clone() for each in received]
         self._stream.wait_stream(torch.cuda.current_stream(device))
         try:
@@ -158,9 +159,8 @@ class DecodeGraph:
             self._stream.synchronize()
             self._graph = self._captured(model, arguments)
         finally:
-            for (key, value), (first_key, first_value) in zip(caches, first, strict=True):
-                key[:, :, :1].copy_(first_key)
-                value[:, :, :1].copy_(first_value)
+            for tensor, old in zip(tensors, first, strict=True):
+                tensor[:, :, :1].copy_(old)
             for each, old in zip(received, before, strict=True):
                 each.copy_(old)
         torch.cuda.synchronize(device)

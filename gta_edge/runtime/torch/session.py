@@ -29,6 +29,7 @@ from gta_edge.numerics.quantization import BITS
 from gta_edge.plan.host_memory import require_memory_for_torch
 from gta_edge.plugins.attention.tiling import has_kernels
 from gta_edge.plugins.attention.torch import attention_in_place
+from gta_edge.plugins.attention.torch_cache import reopen
 from gta_edge.runtime.cache_moves import ManagedStep, Moves
 from gta_edge.runtime.cache_policies.base import CachePolicy
 from gta_edge.runtime.managed_cache import GPU_CHUNK_SIZE, OBSERVED_TOKENS, cache_state
@@ -116,6 +117,7 @@ class TorchSession(Session):
         compute: ``fp32``, ``fp16`` or ``bf16``.
         threads: threads for one operator, for the whole process; None leaves torch's own choice, as far as this process
             may use so many cores.
+        cache_dtype: how cached values are stored, one of ``CACHES``; None for ``compute``.
         cache: policy that says which rows of the cache stay; None for all.
         options: as ``CacheState`` takes them.
 
@@ -135,6 +137,7 @@ class TorchSession(Session):
         device: str = "cpu",
         compute: str = "fp32",
         threads: int | None = None,
+        cache_dtype: str | None = None,
         cache: CachePolicy | None = None,
         **options: Any,
     ) -> None:
@@ -142,13 +145,14 @@ class TorchSession(Session):
         if on_gpu and not torch.cuda.is_available():
             raise BackendError("torch finds no CUDA GPU here", "run `gta-edge doctor`, or take the device cpu")
         if on_gpu:
-            on_kernels = has_kernels(model.config.attention, compute)
+            on_kernels = has_kernels(model.config.attention, compute, cache_dtype or compute)
             chunk_size = _gpu_chunk_size(device) if on_kernels else _GPU_CHUNK_SIZE_WITHOUT_KERNELS
             options = {"capacity_step": _GPU_CAPACITY_STEP, "chunk_size": chunk_size} | options
             if cache is not None:
                 options["observed_tokens"] = OBSERVED_TOKENS
                 options["chunk_size"] = min(options["chunk_size"], GPU_CHUNK_SIZE)
-        super().__init__(model.config, cache_state(model.config, compute, cache, on_host=not on_gpu, **options))
+        options |= {"compute": compute, "on_host": not on_gpu}
+        super().__init__(model.config, cache_state(model.config, cache_dtype or compute, cache, **options))
         use_startable_threads(threads)
         for module in model.modules():
             if isinstance(module, SelfAttention):
@@ -167,7 +171,7 @@ class TorchSession(Session):
     @property
     def cache_bytes(self) -> int:
         received = self._observed.nbytes if self._observed else 0
-        return received + sum(tensor.nbytes for layer in self._caches for tensor in layer)
+        return received + sum(tensor.nbytes for layer in self._caches for tensor in layer.tensors)
 
     @property
     def cuda_graph(self) -> bool | None:
@@ -188,13 +192,17 @@ class TorchSession(Session):
         try:
             with self._cache.replacing(batch, self._release):
                 if not self._caches:
-                    self._caches = empty_cache(self.config, batch, capacities, **self._options)
+                    types = {"compute": self.compute, "cache_dtype": self.cache_dtype}
+                    device = self._options["device"]
+                    self._caches = empty_cache(self.config, batch, capacities, **types, device=device)
                     if self._observe:
-                        self._observed = memory.Received(batch, capacities, self._options["device"])
+                        self._observed = memory.Received(batch, capacities, device)
                     return
+                shapes: list[list[tuple[int, ...]]] = [[] for _ in self._caches]
+                for each in self._cache.tensors:
+                    shapes[each.layer].append(each.shape(batch, capacities[each.layer]))
                 for i, layer in enumerate(self._caches):  # a layer at a time: never twice the whole cache
-                    capacity = capacities[i]
-                    self._caches[i] = (_grown(layer[0], capacity), _grown(layer[1], capacity))
+                    self._caches[i] = Cache.of(tuple(map(_grown, layer.tensors, shapes[i])))
         except BaseException as error:
             if not is_out_of_memory(error):
                 raise
@@ -218,7 +226,8 @@ class TorchSession(Session):
 
     def _by_name(self) -> Iterator[tuple[CacheTensor, Tensor]]:
         """Yield every tensor of the cache with what it is."""
-        return zip(self._cache.tensors, (cache for layer in self._caches for cache in layer), strict=True)
+        layers = [iter(layer.tensors) for layer in self._caches]  # in the same order within a layer
+        return ((each, next(layers[each.layer])) for each in self._cache.tensors)
 
     def _run(
         self, input_ids: Ids, past_length: Ids, logit_positions: Ids, managed: ManagedStep | None = None
@@ -265,7 +274,7 @@ class TorchSession(Session):
         if batch == self._cache.batch:
             return caches
         rows = self._step_rows(batch)
-        return [(key[rows], value[rows]) for key, value in caches]
+        return [Cache.of(tuple(tensor[rows] for tensor in layer.tensors)) for layer in caches]
 
     def _shown(self, managed: ManagedStep, tokens: int) -> tuple[list[Cache], list[Tensor]]:
         """Return what a step is given of caches [B, n, S, d] and of what rows received [B, S].
@@ -277,7 +286,8 @@ class TorchSession(Session):
             return self._caches, received
         ends = (managed.past_length.max(1) + tokens).tolist()
         sizes = [self._cache.capacity_for(end) for end in ends]
-        caches = [(key[:, :, :s], value[:, :, :s]) for (key, value), s in zip(self._caches, sizes, strict=True)]
+        shown = zip(self._caches, sizes, strict=True)
+        caches = [Cache.of(tuple(tensor[:, :, :s] for tensor in layer.tensors)) for layer, s in shown]
         return caches, [each[:, :s] for each, s in zip(received, sizes, strict=False)]
 
     @property
@@ -314,29 +324,34 @@ class TorchSession(Session):
                 self.graph_refused = error.problem
         return self._graph
 
+    def _reopen(self, sequence: int, block: int) -> None:
+        with torch.inference_mode():
+            for layer in self._caches:
+                reopen(layer, sequence, block)
+
     def _release(self) -> None:
         self._graph = None
         self._caches, self._observed = [], None
 
 
 def _to_numpy(values: Tensor) -> npt.NDArray[Any]:
-    """Return a copy in the host's memory; numpy has no bfloat16 of its own, ml_dtypes has."""
+    """Return a copy in the host's memory; numpy has no bfloat16 and no 8-bit floats of its own, ml_dtypes has."""
     dense = values.detach().cpu().contiguous().clone()
-    if dense.dtype is torch.bfloat16:
-        return dense.view(torch.int16).numpy().view(DTYPES["bf16"].numpy)
-    result: npt.NDArray[Any] = dense.numpy()
+    name = next(each for each in DTYPES.values() if each.array == str(dense.dtype).removeprefix("torch."))
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[dense.element_size()]
+    result: npt.NDArray[Any] = dense.view(bits).numpy().view(name.numpy)
     return result
 
 
 def _from_numpy(array: npt.NDArray[Any], like: Tensor) -> Tensor:
     """Return what ``_to_numpy`` made of a tensor of the type of ``like``."""
-    if like.dtype is torch.bfloat16:
-        return torch.tensor(array.view(np.int16)).view(torch.bfloat16)
-    return torch.tensor(array)
+    bits = {1: np.uint8, 2: np.int16, 4: np.int32}[array.dtype.itemsize]
+    return torch.tensor(array.view(bits)).view(like.dtype)
 
 
-def _grown(cache: Tensor, capacity: int) -> Tensor:
-    b, n, s, d = cache.shape
-    grown = cache.new_zeros(b, n, capacity, d)
-    grown[:, :, :s] = cache
+def _grown(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    if tensor.shape == shape:
+        return tensor
+    grown = tensor.new_zeros(shape)
+    grown[:, :, : tensor.shape[2]] = tensor
     return grown

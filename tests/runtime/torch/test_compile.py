@@ -34,7 +34,7 @@ def test_a_step_compiles_whole(kind: str) -> None:
             for run in (step, compiled):
                 caches = empty_cache(model.config, 2, 8)
                 logits, _ = run(ids, past, last, caches)
-                results.append((logits, *(tensor for layer in caches for tensor in layer)))
+                results.append((logits, *(tensor for layer in caches for tensor in layer.tensors)))
     for found, wanted in zip(*results, strict=True):
         torch.testing.assert_close(found, wanted)
     assert all(tensor.any() for tensor in results[1])  # the compiled step wrote its caches

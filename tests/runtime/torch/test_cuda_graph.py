@@ -12,7 +12,7 @@ import torch
 
 from gta_edge.errors import CapacityError
 from gta_edge.model.config import parse_config
-from gta_edge.model.decoder import Decoder
+from gta_edge.model.decoder import Cache, Decoder
 from gta_edge.plugins.attention.definition import Features
 from gta_edge.runtime.cache_moves import ManagedStep
 from gta_edge.runtime.torch import session as backend
@@ -53,7 +53,7 @@ def test_what_a_graph_reads_lives_as_long_as_the_graph() -> None:
             read[name] = weakref.ref(tensor)
         return torch.ones(1, 1, 8), inputs[3]
 
-    graph = DecodeGraph(model, [(torch.ones(1, 1, 4, 4), torch.ones(1, 1, 4, 4))], 1)
+    graph = DecodeGraph(model, [Cache(torch.ones(1, 1, 4, 4), torch.ones(1, 1, 4, 4))], 1)
     gc.collect()
     assert {name: tensor() is not None for name, tensor in read.items()} == dict.fromkeys(read, True)
     assert len(read) == 3
@@ -65,15 +65,15 @@ def test_what_a_graph_reads_lives_as_long_as_the_graph() -> None:
 # --- a check of that at every replay ---------------------------------------------------------------------------------
 
 
-def cache() -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.full((1, 1, 4, 4), 3.0), torch.full((1, 1, 4, 4), 5.0)
+def cache() -> Cache:
+    return Cache(torch.full((1, 1, 4, 4), 3.0), torch.full((1, 1, 4, 4), 5.0))
 
 
 def step(*inputs: Any) -> tuple[torch.Tensor, Any]:
     """What a model does: it writes to its caches, at position 0 here."""
-    for key, latent in inputs[3]:
-        key[:, :, :1] = 7.0
-        latent[:, :, :1] = 7.0
+    for layer in inputs[3]:
+        layer.key[:, :, :1] = 7.0
+        layer.latent[:, :, :1] = 7.0
     return torch.ones(1, 1, 8), inputs[3]
 
 
@@ -125,9 +125,9 @@ def test_a_step_that_cannot_be_captured_leaves_the_caches_as_they_were(monkeypat
         CaptureError, match=r"cannot be captured as a CUDA graph .CUDA error: operation not permitted w"
     ):
         DecodeGraph(step, caches, 1)
-    for key, latent in caches:
-        assert (key == 3.0).all()
-        assert (latent == 5.0).all()
+    for layer in caches:
+        assert (layer.key == 3.0).all()
+        assert (layer.latent == 5.0).all()
 
 
 @pytest.mark.usefixtures("no_gpu")
@@ -213,7 +213,7 @@ def test_ids_that_may_only_be_read_are_read(monkeypatch: pytest.MonkeyPatch) -> 
         return torch.ones(2, 1, 8), inputs[3]
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
-    graph = DecodeGraph(model, [(torch.ones(2, 1, 4, 4), torch.ones(2, 1, 4, 4))], 2)
+    graph = DecodeGraph(model, [Cache(torch.ones(2, 1, 4, 4), torch.ones(2, 1, 4, 4))], 2)
     ids, past = np.frombuffer(np.array([4, 9]).tobytes(), np.int64).reshape(2, 1), np.array([1, 2])
     past.flags.writeable = False
     assert graph.replay(ids, past).shape == (2, 1, 8)
@@ -235,7 +235,7 @@ def test_a_managed_step_reads_its_inputs_and_leaves_what_rows_received(
         return torch.ones(2, 1, 8), caches
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
-    caches = [(torch.ones(2, 1, 4, 4), torch.ones(2, 1, 4, 4)) for _ in range(3)]
+    caches = [Cache(torch.ones(2, 1, 4, 4), torch.ones(2, 1, 4, 4)) for _ in range(3)]
     received = [torch.full((2, 4), 0.5) for _ in range(3)] if features.observe else []
     graph = DecodeGraph(model, caches, 2, features, received)
     assert all((each == 0.5).all() for each in received)

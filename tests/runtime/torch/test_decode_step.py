@@ -11,7 +11,7 @@ import torch
 from gta_edge.accuracy.reference import build_decoder
 from gta_edge.accuracy.tolerance import COMPUTE_BOUNDS, difference
 from gta_edge.model.config import parse_config
-from gta_edge.model.decoder import Decoder, ManagedInputs, empty_cache
+from gta_edge.model.decoder import Cache, Decoder, ManagedInputs, empty_cache
 from gta_edge.model.quantized_decoder import QuantizedLinears, build_packed_decoder
 from gta_edge.plugins.elementwise.torch import silu_multiply
 from gta_edge.runtime.torch.decode_step import DecodeStep, JoinedLinears, join_linears
@@ -51,7 +51,7 @@ def test_it_is_the_decoder_bit_for_bit(name, rows, joined):
         found, others = DecodeStep(step)(ids, lengths, zeros, others)
         assert torch.equal(found, wanted)
         for layer, other in zip(caches, others, strict=True):
-            assert all(torch.equal(*pair) for pair in zip(layer, other, strict=True))
+            assert all(torch.equal(*pair) for pair in zip(layer.tensors, other.tensors, strict=True))
         lengths = lengths + 1
 
 
@@ -65,7 +65,7 @@ def test_with_a_managed_cache_it_is_the_decoder_too(name):
     answers = []
     for step in (model, DecodeStep(model)):
         caches = [
-            tuple(torch.randn(x.shape, generator=torch.Generator().manual_seed(7)) for x in layer)
+            Cache(*(torch.randn(x.shape, generator=torch.Generator().manual_seed(7)) for x in layer.tensors))
             for layer in empty_cache(model.config, rows, 12)
         ]
         received = [torch.zeros(rows, 12) for _ in range(layers)]
@@ -78,7 +78,7 @@ def test_with_a_managed_cache_it_is_the_decoder_too(name):
             observe="mass",
         )
         logits, caches = step(tokens(rows, 1), used, zeros, caches, managed)
-        answers.append([logits, *received, *(tensor for layer in caches for tensor in layer)])
+        answers.append([logits, *received, *(tensor for layer in caches for tensor in layer.tensors)])
     assert all(torch.equal(*pair) for pair in zip(*answers, strict=True))
     assert answers[0][1].any()
 
