@@ -17,16 +17,20 @@ from gta_edge.plugins.domain import KERNELS
 ORIN = Gpu(0, "Orin", "sm_87", 8)
 
 
-def declared(features: Features = NO_FEATURES) -> dict[str, list[tuple[str, str]]]:
+def declared(features: Features = NO_FEATURES, in_blocks: bool = False) -> dict[str, list[tuple[str, str]]]:
     """Type and name of each parameter of each kernel of a build with these features, read off the sources."""
     conditions = {
         "POSITIONS": features.has_positions,
         "BIAS": features.bias_rows,
         "BRANCHES": features.has_branches,
         "OBSERVED": features.observe,
+        "BLOCKS": in_blocks,
     }
+    others = ("decode.cu", "prefill.cu") if in_blocks else ("decode_blocks.cu", "prefill_blocks.cu")
     found = {}
     for source in (*KERNELS.glob("*.cu"), *KERNELS.glob("*.cuh")):
+        if source.name in others:
+            continue
         text, before = re.sub(r"//.*|/\*.*?\*/|^#.*", "", source.read_text(), flags=re.MULTILINE), ""
         while text != before:  # the innermost first
             before = text

@@ -31,7 +31,7 @@ CONSTANT = {"cos", "sin", "value_decoder", "weight", "scale", "bias"}
 def parameters(kernel: str, program: Program) -> tuple[str, ...]:
     """The addresses that a kernel takes, in order."""
     if isinstance(program, attention.Program):
-        return attention.signature(kernel, program.variant.features).addresses
+        return attention.signature(kernel, program.variant).addresses
     if isinstance(program, elementwise.Program):
         return elementwise.SIGNATURES[kernel].addresses
     return matmul.SIGNATURE.addresses

@@ -16,20 +16,28 @@ from gta_edge.cuda.architecture import MAX_INT32
 from gta_edge.cuda.gpu import Gpu, Launcher, check_addresses
 from gta_edge.errors import BackendError
 from gta_edge.plugins.attention.definition import FEATURE_INPUTS
-from gta_edge.plugins.attention.launches import Plan, decode_launches, plan_attention, prefill_launches, programs_for
+from gta_edge.plugins.attention.launches import (
+    KernelLaunch,
+    Plan,
+    decode_launches,
+    plan_attention,
+    prefill_launches,
+    programs_for,
+)
 from gta_edge.plugins.attention.tiling import Variant
 from gta_edge.plugins.domain import KERNELS
 
 __all__ = ["BUFFERS_OF", "AttentionKernels", "Buffers", "attention_kernels"]
 
 _SCALES = ("key_scale", "latent_scale")
+_OPEN = ("key_open", "latent_open")
 _INTEGERS = ("token_positions", "branch_start", "branches")
 _FLOATS = ("row_bias", "received", "query_weight", "decay")
 _ALIGNMENTS = dict.fromkeys((*_SCALES, *_FLOATS), 4) | dict.fromkeys(("past_length", *_INTEGERS), 8)
 BUFFERS_OF = {name: name for name in FEATURE_INPUTS} | {"positions": "token_positions", "past_received": "received"}
 """Field of ``Buffers`` of each input of a managed cache: ``positions`` is P there."""
 _MAX_FLOAT32 = float(np.finfo(np.float32).max)
-_OPTIONAL = (*_SCALES, "gate", "value_decoder", "workspace", *_INTEGERS, *_FLOATS)
+_OPTIONAL = (*_SCALES, *_OPEN, "gate", "value_decoder", "workspace", *_INTEGERS, *_FLOATS)
 _LAUNCHES_CACHED = 256
 
 
@@ -53,13 +61,15 @@ class Buffers:
     gate: int
     """[B, T, H], before the sigmoid; 0 if there is none."""
     key_cache: int
-    """[B, n_k, S, d_k] of the variant's cache type, updated in place."""
+    """[B, n_k, S, d_k] of the variant's cache type, updated in place; in blocks, bytes [B, n_k, S/32, d_k, 16]."""
     latent_cache: int
-    """[B, n_c, S, d_l] of the variant's cache type, updated in place."""
+    """[B, n_c, S, d_l] likewise; in blocks, d_l/2 or d_l/4 bytes a row."""
     key_scale: int
-    """float32 [B, n_k, S], updated in place; 0 if the cache has none."""
+    """float32 [B, n_k, S], updated in place; in blocks float16 [B, n_k, S/32, 2, d_k], a multiple of 16; 0 if the cache
+    has none."""
     latent_scale: int
-    """float32 [B, n_c, S], updated in place; 0 if the cache has none."""
+    """float32 [B, n_c, S], updated in place; in blocks float16 [B, n_c, S, 2], a multiple of 16; 0 if the cache has
+    none."""
     past_length: int
     """int64 [B]"""
     cos: int
@@ -87,6 +97,10 @@ class Buffers:
     """float32 [B, T]"""
     decay: int = 0
     """float32 [B]"""
+    key_open: int = 0
+    """[B, n_k, 32, d_k], the open block of a cache in blocks, updated in place; 0 of others."""
+    latent_open: int = 0
+    """[B, n_c, 32, d_l]"""
 
     def __post_init__(self) -> None:
         check_addresses(vars(self).items(), _ALIGNMENTS, _OPTIONAL)
@@ -119,7 +133,8 @@ class AttentionKernels:
         self._presence = _presence(variant)
         self._launcher = Launcher(gpu, "attention", KERNELS)
         # Neither the kernels nor their shared memory depend on a call's sizes.
-        samples = [decode_launches(program, gpu.processors, 1, 1, 1) for program in self.programs.decodes]
+        samples: list[tuple[KernelLaunch, ...]] = []
+        samples += [decode_launches(program, gpu.processors, 1, 1, 1) for program in self.programs.decodes]
         samples += [prefill_launches(program, 1, 1) for program in self.programs.prefill]
         self._kernels = self._launcher.load(
             {launches[0].program: {each.kernel: each.launch.shared_bytes for each in launches} for launches in samples}
@@ -182,6 +197,11 @@ class AttentionKernels:
                 raise BackendError(f"{name} is {'missing' if expected else 'given'}", reason)
         if plan.workspace_bytes and not buffers.workspace:
             raise BackendError("there is no workspace", f"expected {plan.workspace_bytes} bytes of the GPU's memory")
+        if self.variant.in_blocks and (buffers.key_scale | buffers.latent_scale) % 16:
+            raise BackendError(
+                f"the scales are at addresses {buffers.key_scale:#x} and {buffers.latent_scale:#x}",
+                f"expected multiples of 16 for a cache of type {self.variant.cache}",
+            )
         addresses = dict(vars(buffers))
         for name, offset in plan.offsets.items():
             addresses[name] = buffers.workspace + offset
@@ -238,6 +258,14 @@ def _presence(variant: Variant) -> tuple[tuple[str, bool, str], ...]:
     }
     return (
         *((name, variant.quantised, scales) for name in _SCALES),
+        *(
+            (
+                name,
+                variant.in_blocks,
+                f"a cache of type {variant.cache} has {'an' if variant.in_blocks else 'no'} open block",
+            )
+            for name in _OPEN
+        ),
         *(
             (name, given, f"the kernels are compiled {'with' if given else 'without'} one")
             for name, given in has.items()

@@ -63,8 +63,31 @@ _SIGNATURES: Mapping[str, Signature] = {
 }
 
 
-def signature(kernel: str, features: Features) -> Signature:
-    """Return a kernel's parameters, as they stand in ``kernels/*.cu``, in a build that has these inputs."""
+_OPEN = ("key_open", "latent_open")
+_BLOCK_SIGNATURES: Mapping[str, Signature] = {
+    "gta_decode_split": Signature(
+        ("query", *_NEW, *_CACHES, *_OPEN, *_PLACES, *_WORKSPACE), ("tokens", "capacity", "positions", "scale")
+    ),
+    "gta_decode_combine": Signature(
+        (*_WORKSPACE, "gate", "value_decoder", "past_length", "output", *_NEW, *_OPEN, "cos", "sin"),
+        ("rows", "tokens", "capacity", "splits", "mix_blocks", "positions"),
+    ),
+    "gta_append": Signature((*_NEW, *_CACHES, *_OPEN, *_PLACES), ("tokens", "capacity", "positions")),
+    "gta_prefill": Signature(
+        ("query", *_NEW, "gate", "value_decoder", *_CACHES, *_OPEN, *_PLACES, "output"),
+        ("tokens", "capacity", "positions", "scale"),
+    ),
+    "gta_append_open": Signature((*_NEW, *_OPEN, *_PLACES), ("tokens", "capacity", "positions")),
+}
+"""The same of a cache in blocks."""
+
+
+def signature(kernel: str, variant: Variant) -> Signature:
+    """Return a kernel's parameters, as they stand in ``kernels/*.cu``, in the build for a variant."""
+    return _BLOCK_SIGNATURES[kernel] if variant.in_blocks else _signature(kernel, variant.features)
+
+
+def _signature(kernel: str, features: Features) -> Signature:
     absent = {
         "token_positions": not features.has_positions,
         "observed_positions": not (features.has_positions and features.observe),
@@ -77,8 +100,8 @@ def signature(kernel: str, features: Features) -> Signature:
     return Signature(tuple(addresses), tuple(name for name in of.numbers if not absent.get(name)))
 
 
-SIGNATURES: Mapping[str, Signature] = {kernel: signature(kernel, NO_FEATURES) for kernel in _SIGNATURES}
-"""The kernels' parameters without the inputs of a managed cache."""
+SIGNATURES: Mapping[str, Signature] = {kernel: _signature(kernel, NO_FEATURES) for kernel in _SIGNATURES}
+"""The kernels' parameters without the inputs of a managed cache, and of one that is not in blocks."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +136,7 @@ class KernelLaunch:
     @property
     def signature(self) -> Signature:
         """What the kernel takes, in order."""
-        return signature(self.kernel, self.program.variant.features)
+        return signature(self.kernel, self.program.variant)
 
 
 @dataclass(frozen=True)
@@ -171,18 +194,21 @@ def decode_launches(
     combine = tiling.combine_grid(program, processors, batch, tokens)
     if program.variant.features.observe:
         combine = tiling.with_observers(combine, processors, batch, capacity)
+    if program.variant.in_blocks:
+        combine = tiling.with_appending(combine, batch, tokens, program.variant)
     return (
         KernelLaunch(program, "gta_decode_split", tiling.decode_grid(program, splits, batch, tokens)),
         KernelLaunch(program, "gta_decode_combine", combine),
     )
 
 
-def prefill_launches(program: Program, batch: int, tokens: int) -> tuple[KernelLaunch, KernelLaunch]:
-    """Return the two launches for many new tokens."""
-    return (
-        KernelLaunch(program, "gta_append", tiling.append_grid(program, batch, tokens)),
-        KernelLaunch(program, "gta_prefill", tiling.prefill_grid(program, batch, tokens)),
-    )
+def prefill_launches(program: Program, batch: int, tokens: int) -> tuple[KernelLaunch, ...]:
+    """Return the launches for many new tokens: two, or, of a cache in blocks, whose open rows come last, three."""
+    append = KernelLaunch(program, "gta_append", tiling.append_grid(program, batch, tokens))
+    prefill = KernelLaunch(program, "gta_prefill", tiling.prefill_grid(program, batch, tokens))
+    if not program.variant.in_blocks:
+        return append, prefill
+    return append, prefill, KernelLaunch(program, "gta_append_open", tiling.append_open_grid(program, batch, tokens))
 
 
 def plan_attention(programs: Programs, processors: int, *, batch: int, tokens: int, capacity: int) -> Plan:
@@ -199,9 +225,15 @@ def plan_attention(programs: Programs, processors: int, *, batch: int, tokens: i
         BackendError: a size that the kernels cannot take.
     """
     _check(batch, tokens, capacity)
+    if programs.decode.variant.in_blocks and capacity % tiling.BLOCK_TOKENS:
+        raise BackendError(
+            f"capacity is {capacity}",
+            f"expected a multiple of {tiling.BLOCK_TOKENS} for a cache of type {programs.decode.variant.cache}",
+        )
     numbers = {"tokens": tokens, "capacity": capacity}
     offsets: dict[str, int] = {}
     size = 0
+    launches: tuple[KernelLaunch, ...]
     if tokens > programs.decode.variant.decode_tokens:
         if not programs.prefill:
             raise BackendError(f"a tree has {tokens} new tokens", f"expected at most {MAX_BRANCH_TOKENS}")
@@ -212,7 +244,7 @@ def plan_attention(programs: Programs, processors: int, *, batch: int, tokens: i
         splits = tiling.decode_splits(program, processors, batch, tokens, capacity)
         launches = decode_launches(program, processors, splits, batch, tokens, capacity)
         numbers |= {"rows": batch * tokens, "splits": splits}
-        if program.variant.features.observe:
+        if program.variant.features.observe or program.variant.in_blocks:
             numbers["mix_blocks"] = tiling.combine_grid(program, processors, batch, tokens).grid[0]
         for name, part_bytes in tiling.workspace_parts(program, splits, batch, tokens, capacity).items():
             offsets[name] = size

@@ -20,14 +20,24 @@ from math import gcd
 
 from gta_edge.cuda.architecture import BLOCK_RESERVE, WARP, Launch, pitch, resident_blocks, shared_limits
 from gta_edge.errors import BackendError
-from gta_edge.numerics.dtypes import COMPUTE_TYPES, DTYPES, cache_types
+from gta_edge.numerics.cache_codes import BLOCK
+from gta_edge.numerics.dtypes import (
+    BLOCK_CACHE_TYPES,
+    CACHES,
+    COMPUTE_TYPES,
+    DTYPES,
+    QUANTIZED_CACHE_TYPES,
+    ROW_CACHE_TYPES,
+)
 from gta_edge.plugins.attention.definition import MAX_BRANCH_TOKENS, NO_FEATURES, Features, Sizes
 
 __all__ = [
+    "BLOCK_TOKENS",
     "DECODE_TOKENS",
     "Program",
     "Variant",
     "append_grid",
+    "append_open_grid",
     "combine_grid",
     "decode_grid",
     "decode_program",
@@ -38,6 +48,7 @@ __all__ = [
     "prefill_program",
     "prefill_programs",
     "row_blocks",
+    "with_appending",
     "with_observers",
     "workspace_parts",
 ]
@@ -54,6 +65,15 @@ ROWS = 16
 MIN_SPLIT_TOKENS, MAX_SPLIT_TOKENS = 256, 2048
 """Tokens of a split: fewer make the combining kernel's work grow, more let one long sequence of a batch end last."""
 
+BLOCK_TOKENS = BLOCK
+"""Rows that a cache in blocks quantises together, and that its open block has room for."""
+
+UNIT_BITS = 128
+"""Bits of 16 bytes of codes: a channel's keys in a block, or 32 (64) values of a row."""
+
+RECENT_ROWS = BLOCK_TOKENS + DECODE_TOKENS
+"""Rows that the decode kernel of a cache in blocks has place for in 16 bits."""
+
 COMBINE_THREADS = 256
 APPEND_WARPS = 4
 """Cache rows that one block of the appending kernel writes, a warp each."""
@@ -66,7 +86,8 @@ class Variant:
     Args:
         sizes: the model's.
         compute: type of activations, value decoder and tables: ``fp16`` or ``bf16``.
-        cache: type of both caches: the compute type, ``int8`` or ``fp8`` (e4m3).
+        cache: how the cache is stored: in the compute type, in ``int8`` or ``fp8`` (e4m3), or in blocks: ``int4``,
+            ``int4v2``.
         features: which inputs of a managed cache there are. Without any, the kernels have no trace of them.
 
     Raises:
@@ -81,7 +102,7 @@ class Variant:
     def __post_init__(self) -> None:
         if self.compute not in COMPUTE_TYPES:
             raise BackendError(f"the kernels compute in {' or '.join(COMPUTE_TYPES)}, not in {self.compute}")
-        allowed = cache_types(self.compute, kernels=True)
+        allowed = (self.compute, *QUANTIZED_CACHE_TYPES)
         if self.cache not in allowed:
             raise BackendError(
                 f"a cache of type {self.cache} does not go with {self.compute}", f"expected one of {', '.join(allowed)}"
@@ -91,6 +112,21 @@ class Variant:
                 raise BackendError(
                     f"the kernels have no {name} width of {width}", f"expected a multiple of 16 from 16 to {most}"
                 )
+        if self.in_blocks:
+            self._check_blocks()
+
+    def _check_blocks(self) -> None:
+        """Raise BackendError where a cache in blocks is not possible."""
+        width, multiple = self.sizes.latent_dim, UNIT_BITS // self.value_bits
+        if width % multiple:
+            raise BackendError(
+                f"a cache of type {self.cache} has no latent width of {width}", f"expected a multiple of {multiple}"
+            )
+        if self.features != NO_FEATURES:
+            raise BackendError(
+                f"a cache of type {self.cache} takes no {', '.join(self.features.inputs)}: its rows cannot be managed",
+                f"choose one of {', '.join((self.compute, *ROW_CACHE_TYPES))}",
+            )
 
     @property
     def quantised(self) -> bool:
@@ -98,9 +134,24 @@ class Variant:
         return self.cache != self.compute
 
     @property
+    def in_blocks(self) -> bool:
+        """Whether the cache is quantised in blocks of ``BLOCK_TOKENS`` rows, the open one beside them."""
+        return self.cache in BLOCK_CACHE_TYPES
+
+    @property
+    def value_bits(self) -> int:
+        """Bits of a cached value or latent."""
+        return CACHES[self.cache].value_bits
+
+    @property
     def cache_itemsize(self) -> int:
-        """Bytes of one cached value."""
-        return DTYPES[self.cache].bytes
+        """Bytes of one cached value as tiles of rows have it: of a cache in blocks, of its open rows."""
+        return DTYPES[self.compute if self.in_blocks else self.cache].bytes
+
+    @property
+    def row_scales(self) -> bool:
+        """Whether each cached row has a scale."""
+        return self.quantised and not self.in_blocks
 
     @property
     def expansion(self) -> int:
@@ -126,6 +177,7 @@ class Variant:
             "GTA_COMPUTE_BF16": int(self.compute == "bf16"),
             "GTA_CACHE_INT8": int(self.cache == "int8"),
             "GTA_CACHE_FP8": int(self.cache == "fp8"),
+            "GTA_CACHE_VALUE_BITS": self.value_bits if self.in_blocks else 0,
             "GTA_HAS_POSITIONS": int(self.features.has_positions),
             "GTA_BIAS_ROWS": self.features.bias_rows,
             "GTA_HAS_BRANCHES": int(self.features.has_branches),
@@ -201,14 +253,19 @@ def decode_program(variant: Variant, architecture: str, row_tiles: int = 1) -> P
         keys, latents = max(1, n_k // groups), max(1, n_c // groups)
         row_bytes = keys * pitch(sizes.key_dim * variant.cache_itemsize)
         row_bytes += latents * pitch(sizes.latent_dim * variant.cache_itemsize)
-        row_bytes += 4 * (keys + latents) if variant.quantised else 0
-        stage = ROWS * warps_n * row_bytes
+        row_bytes += 4 * (keys + latents) if variant.row_scales else 0
+        slice_bytes, recent = ROWS * row_bytes, 0
+        if variant.in_blocks:
+            slice_bytes = keys * _key_block_bytes(sizes) + latents * _value_block_bytes(variant)
+            recent = RECENT_ROWS * row_bytes + slice_bytes
+        stage = warps_n * slice_bytes
         query = ROWS * warps_m * pitch(2 * sizes.key_dim)
         merge = ROWS * warps_m * warps_n * 4 * (sizes.latent_dim + 4) if warps_n > 1 else 0
         fitting = [
             (blocks, stages)
             for blocks, stages in product((2, 1), (4, 3, 2))
-            if max(stages * stage + query, merge) <= min(per_block, per_processor // blocks - BLOCK_RESERVE)
+            if max(max(stages * stage, recent) + query, merge)
+            <= min(per_block, per_processor // blocks - BLOCK_RESERVE)
         ]
         if fitting:
             break
@@ -217,7 +274,7 @@ def decode_program(variant: Variant, architecture: str, row_tiles: int = 1) -> P
             f"the decode kernel of {sizes} does not fit {per_block} bytes of shared memory", "choose another backend"
         )
     stages = fitting[0][1]
-    shared_bytes = max(stages * stage + query, merge)
+    shared_bytes = max(max(stages * stage, recent) + query, merge)
     columns = next((c for c in (64, 32, 16) if sizes.latent_dim % c == 0 and sizes.has_value_decoder), sizes.latent_dim)
     combine_bytes = _combine_shared_bytes(variant, columns)
     if combine_bytes > per_block:
@@ -237,7 +294,7 @@ def decode_program(variant: Variant, architecture: str, row_tiles: int = 1) -> P
         "GTA_COMBINE_SHARED_BYTES": combine_bytes,
     }
     return Program(
-        source="decode.cu",
+        source="decode_blocks.cu" if variant.in_blocks else "decode.cu",
         kernels=("gta_decode_split", "gta_decode_combine"),
         tiles=tuple(tiles.items()),
         threads=WARP * warps_m * warps_n,
@@ -245,6 +302,16 @@ def decode_program(variant: Variant, architecture: str, row_tiles: int = 1) -> P
         resident_blocks=resident_blocks(shared_bytes, architecture),
         variant=variant,
     )
+
+
+def _key_block_bytes(sizes: Sizes) -> int:
+    """Return the bytes of a block's keys: codes, scales and minima."""
+    return sizes.key_dim * (BLOCK_TOKENS // 2 + 4)
+
+
+def _value_block_bytes(variant: Variant) -> int:
+    """Return what a block's values take of shared memory: rows of codes, their scales and minima."""
+    return BLOCK_TOKENS * (pitch(variant.sizes.latent_dim * variant.value_bits // 8) + 4)
 
 
 def _combine_shared_bytes(variant: Variant, columns: int) -> int:
@@ -270,12 +337,15 @@ def decode_splits(program: Program, processors: int, batch: int, tokens: int, ca
 
     As many as are resident at once, within ``MIN_SPLIT_TOKENS`` and ``MAX_SPLIT_TOKENS`` for a full cache. The
     blocks share out the true length by themselves, so the number depends on nothing that changes from step to step.
+    Of a cache in blocks there is one more, for the rows that are not in codes.
     """
     others = batch * program.tile("GTA_DECODE_GROUPS") * row_blocks(program, tokens)
     # 8 warps of a managed cache's kernel have more than half of the registers
     alone = program.variant.features != NO_FEATURES and program.threads >= MAX_ROW_TILES * WARP
     resident = processors * min(program.resident_blocks, 1 if alone else 2)
     fewest, most = -(-capacity // MAX_SPLIT_TOKENS), -(-capacity // program.tile("GTA_DECODE_MIN_TOKENS"))
+    if program.variant.in_blocks:
+        fewest, most = fewest + 1, most + 1
     return min(max(resident // others, fewest), most)
 
 
@@ -308,6 +378,13 @@ def with_observers(combine: Launch, processors: int, batch: int, capacity: int) 
     return Launch((x + -(-blocks // (y * z)), y, z), combine.threads, combine.shared_bytes)
 
 
+def with_appending(combine: Launch, batch: int, tokens: int, variant: Variant) -> Launch:
+    """Return the launch of ``gta_decode_combine`` with blocks behind the others that write new rows, a warp each."""
+    x, y, z = combine.grid
+    rows = batch * tokens * (variant.sizes.num_key_heads + variant.sizes.num_latent_heads)
+    return Launch((x + -(-rows * WARP // (COMBINE_THREADS * y * z)), y, z), combine.threads, combine.shared_bytes)
+
+
 def workspace_parts(program: Program, splits: int, batch: int, tokens: int, capacity: int) -> dict[str, int]:
     """Return the sizes of the parts of the decode kernels' workspace, bytes.
 
@@ -333,14 +410,19 @@ def prefill_program(variant: Variant, architecture: str, row_tiles: int) -> Prog
     sizes, (_, per_block) = variant.sizes, shared_limits(architecture)
     warps = 4
     query = ROWS * row_tiles * warps * pitch(2 * sizes.key_dim)
-    token = pitch(sizes.key_dim * variant.cache_itemsize) + pitch(sizes.latent_dim * variant.cache_itemsize)
-    token += 8 if variant.quantised else 0
     # more keys, or columns with wide latents, would not fit the registers
     max_keys = 64 if row_tiles == 1 and sizes.latent_dim <= 128 else 32
     max_columns = 64 if sizes.latent_dim <= 128 else 32
     all_columns = (64, 32, 16) if sizes.has_value_decoder else (16,)  # of no use then, but the source wants some
     candidates = [
-        (keys, columns, query + 2 * max(keys * token, sizes.latent_dim * pitch(2 * columns) * sizes.has_value_decoder))
+        (
+            keys,
+            columns,
+            query
+            + max(
+                _prefill_cache_bytes(variant, keys), 2 * sizes.latent_dim * pitch(2 * columns) * sizes.has_value_decoder
+            ),
+        )
         for keys, columns in product((64, 32), all_columns)
         if keys <= max_keys and columns <= max_columns and sizes.latent_dim % columns == 0
     ]
@@ -359,15 +441,26 @@ def prefill_program(variant: Variant, architecture: str, row_tiles: int) -> Prog
         "GTA_PREFILL_SHARED_BYTES": shared_bytes,
         "GTA_APPEND_WARPS": APPEND_WARPS,
     }
+    blocks = variant.in_blocks
     return Program(
-        source="prefill.cu",
-        kernels=("gta_prefill", "gta_append"),
+        source="prefill_blocks.cu" if blocks else "prefill.cu",
+        kernels=("gta_prefill", "gta_append", "gta_append_open") if blocks else ("gta_prefill", "gta_append"),
         tiles=tuple(tiles.items()),
         threads=WARP * warps,
         shared_bytes=shared_bytes,
         resident_blocks=resident_blocks(shared_bytes, architecture),
         variant=variant,
     )
+
+
+def _prefill_cache_bytes(variant: Variant, keys: int) -> int:
+    """Return the bytes of tiles of ``keys`` rows: two, or, in blocks, two of codes and then, there, one of rows."""
+    sizes = variant.sizes
+    row = pitch(sizes.key_dim * variant.cache_itemsize) + pitch(sizes.latent_dim * variant.cache_itemsize)
+    if variant.in_blocks:
+        codes = keys // BLOCK_TOKENS * (_key_block_bytes(sizes) + _value_block_bytes(variant))
+        return max(2 * codes, keys * row)
+    return 2 * keys * (row + (8 if variant.row_scales else 0))
 
 
 def prefill_programs(variant: Variant, architecture: str) -> tuple[Program, ...]:
@@ -386,6 +479,13 @@ def prefill_grid(program: Program, batch: int, tokens: int) -> Launch:
 
 
 def append_grid(program: Program, batch: int, tokens: int) -> Launch:
-    """Return the launch of ``gta_append``: tokens, cached heads, sequences."""
+    """Return the launch of ``gta_append``: tokens, or blocks that they may fill, then cached heads, sequences."""
     heads = program.variant.sizes.num_key_heads + program.variant.sizes.num_latent_heads
-    return Launch((-(-tokens // APPEND_WARPS), heads, batch), WARP * APPEND_WARPS)
+    each = BLOCK_TOKENS if program.variant.in_blocks else APPEND_WARPS
+    return Launch((-(-tokens // each), heads, batch), WARP * APPEND_WARPS)
+
+
+def append_open_grid(program: Program, batch: int, tokens: int) -> Launch:
+    """Return the launch of ``gta_append_open``: the last rows, cached heads, sequences."""
+    heads = program.variant.sizes.num_key_heads + program.variant.sizes.num_latent_heads
+    return Launch((-(-min(tokens, BLOCK_TOKENS) // APPEND_WARPS), heads, batch), WARP * APPEND_WARPS)

@@ -79,6 +79,7 @@ class Program:
             "GTA_COMPUTE_BF16": int(self.compute == "bf16"),
             "GTA_CACHE_INT8": int(self.cache == "int8"),
             "GTA_CACHE_FP8": int(self.cache == "fp8"),
+            "GTA_CACHE_VALUE_BITS": 0,
             "GTA_ROW_WARPS": _WARPS,
         }
 

@@ -4,6 +4,9 @@
 
 #include "observe.cuh"
 #include "output.cuh"
+#if GTA_CACHE_VALUE_BITS
+#include "blocks.cuh"
+#endif
 
 namespace gta {
 
@@ -116,28 +119,43 @@ gta_decode_combine(const float* mixes, const float* sums,
                    GTA_IF_OBSERVED(const float* decay, )                                 // [B]
                    GTA_IF_OBSERVED(const float* scores, )                                // of the first kernel
                    GTA_IF_OBSERVED(float* received, )                                    // [B, S]
-                   int rows, int tokens, int capacity, int splits GTA_IF_OBSERVED(, int mix_blocks)) {
+                   GTA_IF_BLOCKS(const gta::Element* key, )                // [B, T, n_k d_k]
+                   GTA_IF_BLOCKS(const gta::Element* latent, )             // [B, T, n_c d_l]
+                   GTA_IF_BLOCKS(gta::Element* key_open, )                 // [B, n_k, 32, d_k]
+                   GTA_IF_BLOCKS(gta::Element* latent_open, )              // [B, n_c, 32, d_l]
+                   GTA_IF_BLOCKS(const gta::Element* __restrict__ cos, )   // [P, d_k/2]
+                   GTA_IF_BLOCKS(const gta::Element* __restrict__ sin, )
+                   int rows, int tokens, int capacity, int splits GTA_IF_OBSERVED(, int mix_blocks)
+                   GTA_IF_BLOCKS(, int mix_blocks, int positions)) {
     using namespace gta;
     const int thread = threadIdx.x, head = blockIdx.y, first_column = blockIdx.z * columns;
     float* const parts = reinterpret_cast<float*>(shared_memory());
     int row_blocks = gridDim.x;
-#if GTA_OBSERVE
+#if GTA_OBSERVE || GTA_CACHE_VALUE_BITS
     row_blocks = mix_blocks;
     if (static_cast<int>(blockIdx.x) >= mix_blocks) {
+        const int each = gridDim.y * gridDim.z;  // blocks that are side by side in x
+        const int block = (blockIdx.x - mix_blocks) * each + blockIdx.y * gridDim.z + blockIdx.z;
+        const int blocks = (gridDim.x - mix_blocks) * each;
+#if GTA_OBSERVE
         const i64* new_positions = nullptr;
         GTA_IF_POSITIONS(new_positions = token_positions;)
-        const int each = gridDim.y * gridDim.z;  // blocks that are side by side in x
         const Observation observation{sums,          scores,   query_weight,  decay,  past_length, new_positions,
                                       received,      rows / tokens, tokens, capacity, splits};
-        observation.run(parts, (blockIdx.x - mix_blocks) * each + blockIdx.y * gridDim.z + blockIdx.z,
-                        (gridDim.x - mix_blocks) * each);
+        observation.run(parts, block, blocks);
+#else
+        append_open_rows(key, latent, key_open, latent_open, past_length, cos, sin, rows, tokens, capacity, positions,
+                         block * (combine_threads / warp_size) + thread / warp_size,
+                         blocks * (combine_threads / warp_size));
+#endif
         return;
     }
 #endif
     const auto mix_of = [&](int row) {
         const int past = past_tokens(past_length, row / tokens, capacity);
         const int present = present_tokens(past, tokens, capacity);
-        const int active = ceil_div(present, split_tokens(present, splits));
+        int active = ceil_div(present, split_tokens(present, splits));
+        GTA_IF_BLOCKS(active = block_splits(past, splits);)
         return combined_mix(parts, mixes, sums, (i64{row} * query_heads + head) * splits, active);
     };
     const i64 first_place = head * head_dim + first_column;  // of the output, in its row

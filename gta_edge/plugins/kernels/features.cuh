@@ -26,6 +26,11 @@
 #else
 #define GTA_IF_OBSERVED(...)
 #endif
+#if GTA_CACHE_VALUE_BITS  // of a cache in blocks, of which there is none with the inputs above
+#define GTA_IF_BLOCKS(...) __VA_ARGS__
+#else
+#define GTA_IF_BLOCKS(...)
+#endif
 
 namespace gta {
 

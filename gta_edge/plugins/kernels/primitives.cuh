@@ -154,6 +154,13 @@ GTA_DEVICE float reciprocal(float x) {
     return y;
 }
 
+// Rounded to the nearest number.
+GTA_DEVICE float exact_reciprocal(float x) {
+    float y;
+    asm("rcp.rn.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 GTA_DEVICE float inverse_root(float x) {
     float y;
     asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

@@ -62,6 +62,23 @@ GTA_DEVICE int latent_place(int column) {
     return quantised ? column / 16 * 16 + column % 2 * 8 + column % 16 / 2 : column;
 }
 
+// What meets the cache in a matmul is of the compute type; fp16 with a cache in blocks, whose scales are.
+GTA_DEVICE u32 pack_cached(float low, float high) {
+    if constexpr (bf16 && !in_blocks) {
+        return pack_bf16(low, high);
+    } else {
+        return pack_f16(low, high);
+    }
+}
+
+GTA_DEVICE void mma_cached(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+    if constexpr (bf16 && !in_blocks) {
+        mma_bf16(c, a, b);
+    } else {
+        mma_f16(c, a, b);
+    }
+}
+
 // Rotates the query rows of one tile into shared memory. Row r belongs to `source(r)`; rows without one are zero.
 template <int rows, int threads, class Source>
 GTA_DEVICE void store_query(u8* tile, const Element* cos, const Element* sin, int positions, Source source) {
@@ -78,8 +95,8 @@ GTA_DEVICE void store_query(u8* tile, const Element* cos, const Element* sin, in
         u8* to = tile + row * query_pitch;
 #pragma unroll
         for (int j = 0; j < 8; j += 2) {
-            *reinterpret_cast<u32*>(to + 2 * query_place(8 * unit + j)) = pack(low[j], low[j + 1]);
-            *reinterpret_cast<u32*>(to + 2 * query_place(key_dim / 2 + 8 * unit + j)) = pack(high[j], high[j + 1]);
+            *reinterpret_cast<u32*>(to + 2 * query_place(8 * unit + j)) = pack_cached(low[j], low[j + 1]);
+            *reinterpret_cast<u32*>(to + 2 * query_place(key_dim / 2 + 8 * unit + j)) = pack_cached(high[j], high[j + 1]);
         }
     }
 }
@@ -125,6 +142,25 @@ GTA_DEVICE void latent_operands(u32 (&b)[2][2], const u8* tile, int block) {
         b[0][0] = pairs[0], b[0][1] = pairs[1], b[1][0] = pairs[2], b[1][1] = pairs[3];
     }
 }
+
+// Tokens as they are cached, in shared memory: their keys of each head, their latents of each head, and, of 8 bits, the
+// scales of both.
+template <int count, int latents_at, int scales_at = 0>
+struct CachedTile {
+    static constexpr int tokens = count;
+    const u8* memory;
+
+    // Operands of the tokens from 16 block or 16 step on.
+    GTA_DEVICE void keys(u32 (&b)[2][2], int head, int block, int step) const {
+        key_operands(b, memory + (head * count + 16 * block) * key_pitch, step);
+    }
+
+    GTA_DEVICE void latents(u32 (&b)[2][2], int head, int step, int block) const {
+        latent_operands(b, memory + latents_at + (head * count + 16 * step) * latent_pitch, block);
+    }
+
+    GTA_DEVICE const float* row_scales() const { return reinterpret_cast<const float*>(memory + scales_at); }
+};
 
 // Online softmax of two query rows of a thread (rows lane / 4 and lane / 4 + 8 of a tile): about the largest score so
 // far, and the sum of weights, of this thread's tokens only, relative to it. Scores are logarithms to base 2.

@@ -92,6 +92,8 @@ float logarithm_2(float x);
 
 float reciprocal(float x);
 
+GTA_DEVICE float exact_reciprocal(float x) { return 1.0f / x; }
+
 float inverse_root(float x);
 
 GTA_DEVICE float as_float(u32 bits) {

@@ -309,9 +309,9 @@ FAULTS: dict[str, Fault] = {
         "const int row =",
         1,
     ),
-    "no barrier before memory is used anew": ("decode.cu", "block_barrier();  // the slices'", "// the slices'", 1),
+    "no barrier before memory is used anew": ("attention.cuh", "block_barrier();  // the slices'", "// the slices'", 1),
     "no barrier between the warps' parts": (
-        "decode.cu",
+        "attention.cuh",
         "block_barrier();\n        constexpr int units",
         "constexpr int units",
         1,
@@ -347,9 +347,9 @@ FAULTS: dict[str, Fault] = {
         40,
     ),
     "no barrier before the next keys": ("prefill.cu", "block_barrier();\n        copy_keys", "copy_keys", 40),
-    "the decoder comes too early": ("prefill.cu", "block_barrier();  // the cache's", "// the cache's", 40),
-    "the decoder is not waited for": ("prefill.cu", "wait_for_copies<0>();\n                block_barrier();", "", 40),
-    "the diagonal is not masked": ("prefill.cu", "first + token > limit", "first + token > 1 + limit", 40),
+    "the decoder comes too early": ("rows.cuh", "block_barrier();  // the cache's", "// the cache's", 40),
+    "the decoder is not waited for": ("rows.cuh", "wait_for_copies<0>();\n                block_barrier();", "", 40),
+    "the diagonal is not masked": ("rows.cuh", "first + token > limit", "first + token > 1 + limit", 40),
     "a row past the capacity is written": ("prefill.cu", "|| token >= capacity - past", "", 40),
 }
 
@@ -359,10 +359,10 @@ PLAIN_FAULTS: dict[str, tuple[str, Fault]] = {
     "the next row is too early": (GQA, ("combine.cuh", "block_barrier();  // the next row", "// the next row", 1)),
     "all groups have the first keys": (GQA, ("decode.cu", "group * key_heads / groups", "0", 1)),
     "all groups have the first values": (GQA, ("prefill.cu", "{batch_row} * latent_heads + latent_head", "{0}", 40)),
-    "a row past the tokens is written": (GQA, ("prefill.cu", "if (token < tokens) {", "if (token <= tokens) {", 40)),
+    "a row past the tokens is written": (GQA, ("rows.cuh", "if (token < tokens) {", "if (token <= tokens) {", 40)),
     "columns of 8 bits stay as they are": (
         GQA_INT8,
-        ("prefill.cu", "block + 4 * pair, a[0], b[0]", "block + 4 * pair, a[0], a[1]", 40),
+        ("rows.cuh", "block + 4 * pair, a[0], b[0]", "block + 4 * pair, a[0], a[1]", 40),
     ),
     "the gate of one is forgotten": (GATED, ("output.cuh", "value *= opening", "value += 0 * opening", 1)),
     "the gates of two change places": (

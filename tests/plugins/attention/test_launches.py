@@ -28,6 +28,7 @@ from tests.helpers.refusals import message
 SETTINGS = settings(max_examples=200, deadline=None, derandomize=True)
 SIZES = Sizes(5, 1, 1, 64, 128, 1280)
 FP16, INT8 = Variant(SIZES, "fp16", "fp16"), Variant(SIZES, "bf16", "int8")
+INT4 = Variant(SIZES, "bf16", "int4")
 
 BUFFERS = Buffers(
     query=0x1000,
@@ -67,14 +68,24 @@ def test_the_parameters_stand_in_the_sources_as_they_are_passed(features: Featur
     numbers, found = {"scale": "float"}, declared(features)
     assert set(SIGNATURES) <= found.keys()
     for kernel in SIGNATURES:
-        expected = signature(kernel, features)
+        expected = signature(kernel, Variant(SIZES, "fp16", "fp16", features))
         assert found[kernel] == [("address", name) for name in expected.addresses] + [
             (numbers.get(name, "int"), name) for name in expected.numbers
         ]
 
 
+def test_the_parameters_of_a_cache_in_blocks_stand_in_the_sources_as_they_are_passed() -> None:
+    found, programs = declared(in_blocks=True), programs_for(INT4, "sm_87")
+    kernels = {kernel for program in programs.all for kernel in program.kernels}
+    assert len(kernels) == 5
+    for kernel in kernels:
+        expected = signature(kernel, INT4)
+        types = [("float" if name == "scale" else "int", name) for name in expected.numbers]
+        assert found[kernel] == [("address", name) for name in expected.addresses] + types
+
+
 def test_what_is_not_given_leaves_no_parameter() -> None:
-    assert {kernel: signature(kernel, Features()) for kernel in SIGNATURES} == SIGNATURES
+    assert {kernel: signature(kernel, FP16) for kernel in SIGNATURES} == SIGNATURES
     managed = {"token_positions", "row_bias", "branch_start", "branches", "query_weight", "decay", "received", "scores"}
     assert not managed & {name for each in SIGNATURES.values() for name in each.addresses}
 

@@ -319,9 +319,9 @@ FAULTS = {
     "the bias of another row": ("features.cuh", "bias_rows + first + i]", "bias_rows + first]", "all, mass", 1),
     "the bias of another sequence": ("features.cuh", "batch_row * bias_rows + first", "first", "all, mass", 1),
     "a bias too few": ("features.cuh", "first + i < bias_rows", "first + i < bias_rows - 1", "all, mass", 1),
-    "a bias in every slice": ("decode.cu", "score += n == 0 && first == 0 ?", "score += n == 0 ?", "last, int8", 1),
+    "a bias in every slice": ("attention.cuh", "score += n == 0 && first == 0 ?", "score += n == 0 ?", "last, int8", 1),
     "a bias in natural units": ("decode.cu", "batch_row, log2_e)", "batch_row, 1.0f)", "all, mass", 1),
-    "a bias in every tile of a prompt": ("prefill.cu", "first == 0 ? bias", "true ? bias", "bias alone", 30),
+    "a bias in every tile of a prompt": ("rows.cuh", "first == 0 ? bias", "true ? bias", "bias alone", 30),
     "the next query's bit": ("features.cuh", "word >> query[1] & 1", "word >> query[0] & 1", "all, mass", 3),
     "words that start a row early": ("features.cuh", "i - start;", "i - start + 1;", "all, mass", 3),
     "words that are not looked at in the first slice": (
@@ -376,14 +376,14 @@ FAULTS = {
         3,
     ),
     "scores with the latents' scales": (
-        "decode.cu",
+        "attention.cuh",
         "seen[n][i] = visible ? score : -infinity",
         "seen[n][i] = visible ? score + logarithm_2(scale) : -infinity",
         "last, int8",
         3,
     ),
     "scores of rows that are not seen": (
-        "decode.cu",
+        "attention.cuh",
         "visible ? scores[n][i] : -infinity;)",
         "scores[n][i];)",
         "all, mass",

@@ -231,7 +231,7 @@ def enqueue(plugin: Any, features: Features, tokens: int, cuda: FakeCuda, **move
     found = {}
     for each in cuda.launches:
         if each[0] != "copy":
-            of = signature(each[2], features)
+            of = signature(each[2], Variant(SIZES, "fp16", "fp16", features))
             found[each[2]] = dict(zip((*of.addresses, *of.numbers), each[3], strict=True))
     return found | {"addresses": addresses}
 
