@@ -154,6 +154,37 @@ class Tokenizer:
         tokens.pop(None, None)
         return tokens
 
+    def token_bytes(self, token: int) -> bytes:
+        """Return what a token adds to a text, in UTF-8; it may begin or end within a character.
+
+        Special tokens have their names, ids that the tokenizer does not know nothing.
+        """
+        if token in self._whole:
+            return str(self._whole[token]).encode()
+        if (byte := self.byte_value(token)) is not None:
+            return bytes([byte])
+        if (piece := self._library.id_to_token(token)) is None:
+            return b""
+        if self._byte_of_character:
+            return b"".join(self._byte_of_character.get(c, c.encode()) for c in piece)
+        before, anchor = self._anchor  # behind which a decoder drops nothing, as it may at the beginning of a text
+        return self.decode([anchor, token])[len(before) :].encode()
+
+    @cached_property
+    def _anchor(self) -> tuple[str, int]:
+        anchor = self.encode("a", add_special_tokens=False)[-1]
+        return self.decode([anchor]), anchor
+
+    @cached_property
+    def _byte_of_character(self) -> dict[str, bytes]:
+        """The bytes that a byte-level vocabulary writes as characters; none where the vocabulary holds text."""
+        space = self._library.token_to_id("\u0120")
+        if space is None or self.decode([space]) != " ":
+            return {}
+        others = iter(range(256, 512))
+        printable_bytes = (range(33, 127), range(161, 173), range(174, 256))
+        return {chr(b) if any(b in r for r in printable_bytes) else chr(next(others)): bytes([b]) for b in range(256)}
+
     def check_chat_template(self) -> str | None:
         """Render the chat template, if there is one, with one message of the user.
 
@@ -165,7 +196,13 @@ class Tokenizer:
         """
         return None if self._template is None else self._template.check(self._variables)
 
-    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]]) -> str:
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> str:
         """Return the text that asks the model for its answer to ``messages``.
 
         Encode it with ``add_special_tokens=False``: a template writes the special tokens itself.
@@ -173,6 +210,8 @@ class Tokenizer:
         Args:
             messages: each with a ``role``, and with ``content``: text, parts ``{"type": "text", "text": …}``, or none
                 beside ``tool_calls``. Other keys reach the template as they are.
+            tools: functions that the model may call, in the form of OpenAI's API.
+            options: more variables of the template, such as ``enable_thinking``.
 
         Raises:
             InputError: no template, messages of another form, or a template that is wrong, refuses them or takes too
@@ -183,7 +222,7 @@ class Tokenizer:
                 "the model has no chat template",
                 "give the prompt as plain text, or put a chat_template.jinja into the checkpoint and export it again",
             )
-        return self._template.render(messages, self._variables)
+        return self._template.render(messages, {**(options or {}), **self._variables, "tools": tools and list(tools)})
 
 
 def _refused(path: Path) -> Any:

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from functools import cache
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, files, version
+from pathlib import Path
 from threading import RLock
 from types import ModuleType
 from typing import Any
@@ -254,7 +255,8 @@ def _check_whole(name: str, module: ModuleType) -> None:
         return
     if getattr(top, "__file__", None) is None:
         raise _left_over(name, top)
-    if _distribution_of(name) and not (hasattr(top, "__path__") and isinstance(_version(top), str)):
+    distribution = _distribution_of(name)
+    if distribution and not (hasattr(top, "__path__") and _says_its_version(top, distribution)):
         raise _hidden(name, top)
 
 
@@ -311,6 +313,17 @@ def _top(name: str) -> str:
     distribution = _distribution_of(name)
     parts = name.split(".")
     return ".".join(parts[:2]) if distribution == "-".join(parts[:2]).replace("_", "-") else parts[0]
+
+
+def _says_its_version(module: ModuleType, distribution: str) -> bool:
+    """Tell whether a module has a version, as nearly all have, or else is what the installer wrote down."""
+    if isinstance(_version(module), str):
+        return True
+    try:
+        top = Path(str(module.__file__)).parent
+        return any(top / "__init__.py" == Path(str(file.locate())) for file in files(distribution) or [])
+    except PackageNotFoundError:
+        return False
 
 
 def _version(module: ModuleType | None) -> object:

@@ -1,0 +1,149 @@
+"""``gta-edge serve``: an OpenAI-compatible service with a web page."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from gta_edge.cli.cache_options import CacheChoice, policy_of, takes_cache_policy
+from gta_edge.cli.choices import Backend, CacheDtype, value_of
+from gta_edge.cli.output import current
+
+__all__ = ["serve"]
+
+_MODULES = ("starlette", "uvicorn", "prometheus_client")
+_MAX_SLOTS = 256
+
+
+@takes_cache_policy
+def serve(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The bundle.")],
+    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 for all of this machine.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen at; 0 takes a free one.")] = 8080,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="A file of API keys, one a line; GTA_EDGE_API_KEY holds one, too.")
+    ] = None,
+    alias: Annotated[str | None, typer.Option(help="The model's name for clients; the bundle's by default.")] = None,
+    parallel: Annotated[int, typer.Option(min=1, max=_MAX_SLOTS, help="Answers that are made at a time.")] = 4,
+    queue: Annotated[int, typer.Option(min=0, max=10000, help="Answers that may wait for one of those to end.")] = 64,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds after which an answer ends as it is.")] = 600,
+    drain_timeout: Annotated[float, typer.Option(min=0, help="Seconds that answers may take after SIGTERM.")] = 30,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of an answer at most.")] = None,
+    max_body: Annotated[int, typer.Option(min=1, max=1024, help="Size of a request at most, in MiB.")] = 4,
+    temperature: Annotated[float | None, typer.Option(help="Where a request leaves it open; 0 is greedy.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="The same: draw from the k likeliest tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="The same: from the likeliest tokens of this total.")] = None,
+    min_p: Annotated[float | None, typer.Option(help="The same: drop tokens below this fraction.")] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="The same: above 1 discourages repetition.")] = None,
+    unit: Annotated[bool, typer.Option("--unit", help="Print a systemd unit of this command, and end.")] = False,
+    backend: Annotated[Backend, typer.Option(help="auto: the fastest that works.")] = Backend.AUTO,
+    cache_dtype: Annotated[
+        CacheDtype | None, typer.Option(help="Type of the cache; the backend's own by default.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads; one per core by default.")] = None,
+    verify_hashes: Annotated[bool, typer.Option("--verify-hashes", help="Hash the weights first.")] = False,
+    cache: CacheChoice | None = None,
+) -> None:
+    """Serve a model to OpenAI's clients, and a chat page to browsers.
+
+    It listens at this machine alone unless --host says otherwise. SIGTERM ends it when it has answered what it had.
+    """
+    import gta_edge
+    from gta_edge.formats.bundle import Bundle
+    from gta_edge.libraries.optional import require_modules
+    from gta_edge.runtime.generation.sampling import Sampling
+    from gta_edge.serve.app import make_app
+    from gta_edge.serve.keys import read_keys
+    from gta_edge.serve.scheduler import Scheduler
+    from gta_edge.serve.server import listen, make_server, url_of
+    from gta_edge.serve.settings import Settings
+
+    output = current()
+    if unit:
+        Bundle.open(bundle)
+        _print_unit(bundle, api_key_file, drain_timeout)
+        return
+    require_modules(_MODULES, "serve", lambda name: None)
+    keys = read_keys(api_key_file, os.environ)
+    given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    given["repetition_penalty"] = repetition_penalty
+    sampling: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    Sampling(**sampling)  # what it refuses is told before the model is loaded
+    with listen(host, port) as listening:
+        local = listening.getsockname()[0] in ("127.0.0.1", "::1")
+        if not (local or keys):
+            output.note(f"note: anyone who reaches {host} can use this service: --api-key-file asks them for a key")
+        with output.progress() as progress:
+            session = gta_edge.load(
+                bundle,
+                backend.value,
+                threads=threads,
+                cache_dtype=value_of(cache_dtype),
+                cache=policy_of(cache),
+                verify_hashes=verify_hashes,
+                progress=progress,
+            )
+        with session:
+            name = alias or bundle.absolute().name
+            settings = Settings(
+                model=name,
+                api_keys=keys,
+                local=local,
+                sampling={**session.chat_sampling, **sampling},
+                max_tokens=max_tokens,
+                max_body_bytes=max_body * 2**20,
+                max_requests=parallel + queue + 16,
+                answer_seconds=timeout,
+            )
+            scheduler = Scheduler(session, slots=parallel, queue=queue)
+
+            def ready() -> None:
+                _tell_ready(url_of(listening), session, settings, parallel)
+
+            try:
+                server = make_server(make_app(session, scheduler, settings), drain_seconds=drain_timeout, ready=ready)
+                server.run(sockets=[listening])
+            finally:
+                scheduler.close(drain=False)
+
+
+def _tell_ready(url: str, session: Any, settings: Any, slots: int) -> None:
+    output = current()
+    found = {"url": url, "model": settings.model, "backend": session.backend, "slots": slots}
+    found |= {"max_length": session.max_length, "sampling": dict(settings.sampling), "pid": os.getpid()}
+    if output.json:
+        output.document(found)
+    else:
+        print(f"{settings.model} on {session.backend} at {url} (page) and {url}/v1 (API)")
+        if settings.sampling:
+            taken = ", ".join(f"{option} {value:g}" for option, value in settings.sampling.items())
+            output.note(f"where a request leaves it open: {taken}")
+        output.note(f"{slots} answers at a time, of up to {session.max_length:,} tokens each; Ctrl-C ends it")
+    sys.stdout.flush()
+
+
+def _print_unit(bundle: Path, api_key_file: Path | None, drain_timeout: float) -> None:
+    """Print the unit of this very command, with absolute paths: a unit has no directory that it is started in."""
+    from gta_edge.serve.unit import systemd_unit
+    from gta_edge.support.files import cache_directory
+
+    absolute = {str(path): str(path.absolute()) for path in (bundle, api_key_file) if path is not None}
+    absolute |= {f"--api-key-file={path}": f"--api-key-file={full}" for path, full in absolute.items()}
+    words = [absolute.get(word, word) for word in sys.argv[1:] if word != "--unit"]
+    text = systemd_unit(
+        [sys.executable, "-m", "gta_edge", *words],
+        user=getpass.getuser(),
+        description=f"gta-edge serve {bundle.absolute().name}",
+        writable=[bundle.absolute(), *([found] if (found := cache_directory()) else [])],
+        stop_seconds=drain_timeout + 10,
+    )
+    output = current()
+    if output.json:
+        output.document({"unit": text})
+    else:
+        print(text, end="")

@@ -1,0 +1,171 @@
+"""What answers look like on the wire: whole, or as chunks of a stream, in the two forms of OpenAI's API."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+from gta_edge.formats.tokenizer import Tokenizer
+from gta_edge.serve.scheduler import Event, Request, TokenLogprobs
+
+__all__ = ["Answers", "ChatAnswers", "CompletionAnswers", "usage"]
+
+_REASONS = {"stop": "stop", "length": "length", "context": "length", "interrupted": "length"}
+"""OpenAI's word for why an answer ended: of those that were cut it knows one."""
+
+_IMPOSSIBLE = -9999.0
+"""Logarithm of a probability that is told of zero, which JSON has no logarithm for; as in OpenAI's API."""
+
+
+def usage(requests: Sequence[Request], n: int) -> dict[str, Any]:
+    """Return the tokens of some answers; a prompt counts once, however many answers it has.
+
+    Args:
+        requests: in the order of prompts, ``n`` to each.
+        n: answers to each prompt.
+    """
+    prompt = sum(request.prompt_tokens for request in requests[::n])
+    completion = sum(request.completion_tokens for request in requests)
+    cached = sum(request.cached_tokens for request in requests[::n])
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }
+
+
+class Answers(ABC):
+    """The bodies of one response.
+
+    Args:
+        model: name of the model.
+        tokenizer: for the tokens that probabilities are told of; None where the model has none.
+        echoed: of each answer that begins with its prompt, the prompt's text and its first token.
+    """
+
+    _prefix: str
+    _object: str
+    _chunk_object: str
+
+    def __init__(self, model: str, tokenizer: Tokenizer | None, echoed: Sequence[tuple[str, int]] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._head = {"id": f"{self._prefix}{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
+        self._echoed = echoed
+        self._begun: set[int] = set()
+
+    def whole(self, events: Sequence[Sequence[Event]], used: dict[str, Any]) -> dict[str, Any]:
+        """Return the body that has all answers.
+
+        Args:
+            events: of each answer, the last with a reason.
+            used: what ``usage`` gives.
+        """
+        choices = [self._choice(index, each, whole=True) for index, each in enumerate(events)]
+        return {**self._head, "object": self._object, "choices": choices, "usage": used}
+
+    def chunk(self, index: int, event: Event) -> dict[str, Any]:
+        """Return the body of one event of an answer."""
+        choice = self._choice(index, [event], whole=False)
+        return {**self._head, "object": self._chunk_object, "choices": [choice]}
+
+    def last_chunk(self, used: dict[str, Any]) -> dict[str, Any]:
+        """Return the body that tells the usage behind all others."""
+        return {**self._head, "object": self._chunk_object, "choices": [], "usage": used}
+
+    def _choice(self, index: int, events: Sequence[Event], whole: bool) -> dict[str, Any]:
+        text = "".join(event.text for event in events)
+        reason = events[-1].finish_reason
+        first = index not in self._begun
+        self._begun.add(index)
+        content = self._content(index, text, first, whole)
+        return {
+            "index": index,
+            **content,
+            "logprobs": self._logprobs(index, events),
+            "finish_reason": None if reason is None else _REASONS[reason],
+        }
+
+    @abstractmethod
+    def _content(self, index: int, text: str, first: bool, whole: bool) -> dict[str, Any]:
+        """Return the part of a choice that holds its text, ``first`` where it is the first of this choice."""
+
+    @abstractmethod
+    def _logprobs(self, index: int, events: Sequence[Event]) -> dict[str, Any] | None:
+        """Return the part of a choice that tells probabilities; None where there are none."""
+
+    def _bytes(self, token: int) -> bytes:
+        return b"" if self._tokenizer is None else self._tokenizer.token_bytes(token)
+
+
+class ChatAnswers(Answers):
+    """Answers of ``/v1/chat/completions``."""
+
+    _prefix, _object, _chunk_object = "chatcmpl-", "chat.completion", "chat.completion.chunk"
+
+    def _content(self, index: int, text: str, first: bool, whole: bool) -> dict[str, Any]:
+        if whole:
+            return {"message": {"role": "assistant", "content": text, "refusal": None}}
+        return {"delta": ({"role": "assistant"} if first else {}) | {"content": text}}
+
+    def _logprobs(self, index: int, events: Sequence[Event]) -> dict[str, Any] | None:
+        # an end token has no part in the message
+        found = [each for event in events for each in event.logprobs[: len(event.ids)]]
+        return {"content": [self._entry(each) for each in found], "refusal": None} if found else None
+
+    def _entry(self, of: TokenLogprobs) -> dict[str, Any]:
+        top = [self._alternative(token, logprob) for token, logprob in of.top]
+        return {**self._alternative(of.token, of.logprob), "top_logprobs": top}
+
+    def _alternative(self, token: int, logprob: float) -> dict[str, Any]:
+        said = self._bytes(token)
+        return {"token": said.decode(errors="replace"), "logprob": max(logprob, _IMPOSSIBLE), "bytes": list(said)}
+
+
+class CompletionAnswers(Answers):
+    """Answers of ``/v1/completions``."""
+
+    _prefix, _object, _chunk_object = "cmpl-", "text_completion", "text_completion"
+
+    def __init__(self, model: str, tokenizer: Tokenizer | None, echoed: Sequence[tuple[str, int]] = ()) -> None:
+        super().__init__(model, tokenizer, echoed)
+        self._offsets: dict[int, int] = {}  # characters of each answer whose tokens were told of
+
+    def _content(self, index: int, text: str, first: bool, whole: bool) -> dict[str, Any]:
+        return {"text": f"{self._echoed[index][0]}{text}" if first and self._echoed else text}
+
+    def _logprobs(self, index: int, events: Sequence[Event]) -> dict[str, Any] | None:
+        found: list[TokenLogprobs | None] = []
+        for event in events:
+            found += [*event.prompt_logprobs, *event.logprobs]
+        if not found:
+            return None
+        # of a prompt's first token there is no probability, only the token
+        names = [self._name(self._echoed[index][1] if each is None else each.token) for each in found]
+        offsets, at = [], self._offsets.get(index, 0)
+        for name in names:
+            offsets.append(at)
+            at += len(name)
+        self._offsets[index] = at
+        return {
+            "tokens": names,
+            "token_logprobs": [None if each is None else max(each.logprob, _IMPOSSIBLE) for each in found],
+            "top_logprobs": [None if each is None else self._top(each) for each in found],
+            "text_offset": offsets,
+        }
+
+    def _top(self, of: TokenLogprobs) -> dict[str, float]:
+        return {
+            self._name(token): max(logprob, _IMPOSSIBLE) for token, logprob in reversed(of.top)
+        }  # of one name the likeliest
+
+    def _name(self, token: int) -> str:
+        """Return a token's text; of a part of a character its bytes, as OpenAI's API writes them."""
+        said = self._bytes(token)
+        try:
+            return said.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in said)
