@@ -185,6 +185,11 @@ class Tokenizer:
         printable_bytes = (range(33, 127), range(161, 173), range(174, 256))
         return {chr(b) if any(b in r for r in printable_bytes) else chr(next(others)): bytes([b]) for b in range(256)}
 
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the model's files have a chat template."""
+        return self._template is not None
+
     def check_chat_template(self) -> str | None:
         """Render the chat template, if there is one, with one message of the user.
 

@@ -212,7 +212,8 @@ class _Service:
 
     def _model(self) -> dict[str, Any]:
         about = {"id": self._settings.model, "object": "model", "created": self._created, "owned_by": "gta-edge"}
-        return {**about, "max_model_len": self._session.max_length}
+        chats = self._session.tokenizer is not None and self._session.tokenizer.has_chat_template
+        return {**about, "max_model_len": self._session.max_length, "chat": chats}
 
     def _figures(self) -> dict[str, float]:
         return {**self._scheduler.metrics(), "cache_bytes": self._session.cache_bytes}

@@ -192,6 +192,7 @@ def test_health_and_metrics(service: Service):
     service.openai.completions.create(model="tiny", prompt=PROMPT, max_tokens=3)
 
     def figures():
+        service.wait_until_idle()
         lines = service.http.get("/metrics").text.splitlines()
         return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if line[0] != "#"}
 
