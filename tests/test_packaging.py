@@ -19,8 +19,9 @@ import pytest
 import gta_edge
 from tests.helpers.commands import ROOT, Result
 
-EXTRAS = {"export", "ort", "ort-gpu", "tensorrt", "tensorrt-rtx", "cuda12", "cuda13", "serve", "plot", "test", "dev"}
-VERBS = ["init", "export", "build", "inspect", "plan", "verify", "eval", "generate", "doctor"]
+EXTRAS = {"export", "ort", "ort-gpu", "tensorrt", "tensorrt-rtx", "cuda12", "cuda13", "plot", "test", "dev"}
+EXTRAS |= {"serve", "chat", "grammar"}
+VERBS = ["init", "export", "build", "inspect", "plan", "verify", "eval", "generate", "serve", "doctor"]
 OPTIONAL = ["torch", "onnx", "onnxruntime", "onnx_ir", "onnxscript", "tensorrt", "transformers"]
 OFFLINE = re.compile(r"NewConnectionError|NameResolutionError|Temporary failure in name|ProxyError|ConnectTimeout")
 
@@ -87,7 +88,7 @@ def test_what_is_in_the_wheel(wheel: Path) -> None:
     assert package == {name for name in tree if "__pycache__" not in name}
     kernels = [name for name in package if name.startswith("gta_edge/plugins/kernels/")]
     assert {Path(name).suffix for name in kernels} == {".cu", ".cuh"}
-    assert {"py.typed", "machine/devices.toml", "machine/jetpack.toml"} <= {
+    assert {"py.typed", "machine/devices.toml", "machine/jetpack.toml", "serve/page.html"} <= {
         name.removeprefix("gta_edge/") for name in package
     }
     assert wheel.name == f"gta_edge-{gta_edge.__version__}-py3-none-any.whl"
@@ -204,6 +205,7 @@ def test_init_needs_no_extra(bare: Bare, tmp_path: Path) -> None:
         ("generate {bundle} --ids 1 --backend torch", ["export"]),
         ("verify {bundle} --checkpoint {checkpoint}", ["export"]),
         ("eval {bundle} --text {bundle}/config.json", ["ort", "export"]),
+        ("serve {bundle}", ["serve"]),
     ],
 )
 def test_what_is_missing_is_named_with_the_line_that_installs_it(

@@ -64,16 +64,17 @@ def serve(
     from gta_edge.serve.settings import Settings
 
     output = current()
-    if unit:
-        Bundle.open(bundle)
-        _print_unit(bundle, api_key_file, drain_timeout)
-        return
-    require_modules(_MODULES, "serve", lambda name: None)
     keys = read_keys(api_key_file, os.environ)
     given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     given["repetition_penalty"] = repetition_penalty
     sampling: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     Sampling(**sampling)  # what it refuses is told before the model is loaded
+    policy = policy_of(cache)
+    if unit:
+        Bundle.open(bundle)
+        _print_unit(bundle, api_key_file, drain_timeout)
+        return
+    require_modules(_MODULES, "serve", lambda name: None)
     with listen(host, port) as listening:
         local = listening.getsockname()[0] in ("127.0.0.1", "::1")
         if not (local or keys):
@@ -84,7 +85,7 @@ def serve(
                 backend.value,
                 threads=threads,
                 cache_dtype=value_of(cache_dtype),
-                cache=policy_of(cache),
+                cache=policy,
                 verify_hashes=verify_hashes,
                 progress=progress,
             )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 import socket
 from collections.abc import Callable
 from typing import Any
 
 from gta_edge.errors import InputError
 from gta_edge.libraries.optional import optional
+from gta_edge.support.text import brief, one_line
 
 __all__ = ["listen", "make_server", "url_of"]
 
@@ -32,13 +34,18 @@ def listen(host: str, port: int) -> socket.socket:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         listening = socket.create_server(address[:2], family=family, backlog=_BACKLOG)
     except (OSError, OverflowError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
         raise InputError(
-            f"the service cannot listen at {host} port {port} ({reason})", "choose another --port or --host"
+            f"the service cannot listen at {brief(host)} port {port} ({_reason(error)})",
+            "choose another --port or --host",
         ) from error
     if hasattr(socket, "TCP_USER_TIMEOUT"):  # of Linux: else a client that takes nothing would hold its answer for ever
         listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * _TAKEN_SECONDS)
     return listening
+
+
+def _reason(error: Exception) -> str:
+    number = getattr(error, "errno", None) or 0
+    return os.strerror(number) if number > 0 else one_line(getattr(error, "strerror", None) or error)
 
 
 def url_of(listening: socket.socket) -> str:

@@ -46,6 +46,7 @@ OPTIONS = {
         "--seed",
         "--backend",
     ],
+    "serve": ["BUNDLE", "--host", "--port", "--api-key-file", "--parallel", "--queue", "--timeout", "--unit"],
     "build": [
         "--engine",
         "--compute",

@@ -47,6 +47,7 @@ CALLS = {
     "verify": ["{bundle}", "--checkpoint", "{checkpoint}", "--backend", "onnxruntime"],
     "eval": ["{bundle}", "--ids", "{ids}"],
     "generate": ["{bundle}", "--ids", "1,2", "--max-new-tokens", "2"],
+    "serve": ["{bundle}", "--unit"],
     "bench": ["{bundle}", "--backend", "onnxruntime@{missing}/python", "--contexts", "8"],
     "doctor": [],
 }

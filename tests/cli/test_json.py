@@ -94,6 +94,7 @@ CALLS = {
     "verify": ["{bundle}", "--checkpoint", "{checkpoint}"],
     "eval": ["{bundle}", "--ids", "{ids}"],
     "generate": ["{bundle}", "--ids", "1,2", "--max-new-tokens", "3"],
+    "serve": ["{bundle}", "--unit"],
     "bench": ["{bundle}", "--backend", "onnxruntime,tensorrt", "--contexts", "8", "--rounds", "1"],
     "doctor": [],
 }

@@ -120,6 +120,7 @@ def places(tiny_checkpoint: Path, tiny_bundle: Path, tmp_path_factory: pytest.Te
         "verify {bundle} --checkpoint {checkpoint}",
         "eval {bundle} --text {text}",
         "generate {bundle} --prompt hello --max-new-tokens 2",
+        "serve {bundle} --unit",
         "bench {bundle} --contexts 4 --new-tokens 2 --rounds 1 --backend onnxruntime --plot {out}/bench.svg",
         "plan {bundle} --plot {out}/plan.png",
         "doctor",
