@@ -24,7 +24,7 @@ A cache whose rows are evicted, merged or branched needs more, each an optional 
     row_bias                 is added to the scaled scores of rows 0 ... R - 1: the log of how many rows each stands for
     branch_start, branches   row s >= branch_start is seen by query t iff bit t of branches[s - branch_start] is set
                              (no row past the last word); rows before it by all; none from past_length + T on. A query
-                             that sees no row mixes zeros
+                             that sees no row mixes zeros. With T > 64 there are no bits: what is seen is as without
     past_received            what each row has received of attention (arXiv 2306.14048, 2503.10714, 2404.15949):
         observe = "mass"     decay · past + sum over t of query_weight[t] · sum over q of A_q[t, s]
         observe = "last"     max of past and of positions[t] over all t, q with query_weight[t] · A_q[t, s] >= 1
@@ -105,7 +105,7 @@ OBSERVE = "observe"
 OBSERVATIONS = ("mass", "last")
 MAX_BIAS_ROWS = 8
 MAX_BRANCH_TOKENS = 64
-"""Of T, with ``branches``: a word has a bit for each new token."""
+"""Of T, for ``branches`` to be read: a word has a bit for each new token. A call of more is causal."""
 
 Given = TypeVar("Given")
 """An input: a value of a graph, a shape, a name."""

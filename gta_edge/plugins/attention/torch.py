@@ -179,9 +179,7 @@ def _receive(
     past_received.copy_(received)
 
 
-def _check_features(
-    shapes: Mapping[str, Sequence[int]], tokens: int, capacity: int, observe: str, *, in_blocks: bool
-) -> None:
+def _check_features(shapes: Mapping[str, Sequence[int]], capacity: int, observe: str, *, in_blocks: bool) -> None:
     """Refuse inputs of a managed cache, of these shapes, that do not go together.
 
     Raises:
@@ -197,8 +195,6 @@ def _check_features(
     except ValueError as error:
         problem, _, remedy = str(error).partition("; ")
         raise BackendError(problem, remedy) from error
-    if "branches" in shapes and tokens > MAX_BRANCH_TOKENS:
-        raise BackendError(f"there are {tokens} new tokens in branches", f"expected at most {MAX_BRANCH_TOKENS}")
     if "row_bias" in shapes and shapes["row_bias"][1] > capacity:
         raise BackendError(f"row_bias has {shapes['row_bias'][1]} rows", f"expected at most the capacity {capacity}")
 
@@ -237,7 +233,7 @@ def _latent_attention(
     features = (positions, row_bias, branch_start, branches, past_received, query_weight, decay)
     if observe or any(feature is not None for feature in features):
         shapes = {name: x.shape for name, x in zip(FEATURE_INPUTS, features, strict=True) if x is not None}
-        _check_features(shapes, t, s, observe, in_blocks=past_key_open is not None)
+        _check_features(shapes, s, observe, in_blocks=past_key_open is not None)
     rows = past_length[:, None] + torch.arange(t, device=query.device)  # [B, T]
     if positions is None:
         positions = rows if past_key_open is None else rows.clamp(max=len(cos) - 1)  # of who has no new tokens
@@ -247,16 +243,18 @@ def _latent_attention(
     new = k, _heads(latent, num_latent_heads)
     tensors = (past_key, past_latent, past_key_scale, past_latent_scale, past_key_open, past_latent_open)
     cache = Cache.of(tuple(tensor for tensor in tensors if tensor is not None))
+    some_see_nothing = False
     if cache.open:
         blocks = BlockStep(cache, past_length, *new)
         keys, latents, visible = blocks.key, blocks.latent, blocks.visible()
     else:
         keys, latents = _appended(cache, new, rows)
-        if branch_start is not None and branches is not None:
+        if branch_start is not None and branches is not None and t <= MAX_BRANCH_TOKENS:
+            some_see_nothing = True
             visible = _in_branches(past_length, t, s, branch_start, branches)
         else:
             visible = _causal(past_length, t, s)
-    values, weights = _attend(q.to(keys.dtype), keys, latents, visible, row_bias, branches is not None, scale)
+    values, weights = _attend(q.to(keys.dtype), keys, latents, visible, row_bias, some_see_nothing, scale)
     values = values.to(query.dtype)
     if past_received is not None and query_weight is not None and decay is not None:
         _receive(past_received, weights, past_length, positions, query_weight, decay, observe)
@@ -370,7 +368,7 @@ def _kernel_call(
     sizes = {"batch": shapes["query"][0], "tokens": shapes["query"][1], "capacity": shapes["past_latent"][2]}
     in_blocks = any(name in OPEN_INPUTS for name, _ in stored)
     if managed or observe:
-        _check_features(managed, sizes["tokens"], sizes["capacity"], observe, in_blocks=in_blocks)
+        _check_features(managed, sizes["capacity"], observe, in_blocks=in_blocks)
     dtype = given["query"][1]
     compute, types = compute_type(dtype), dict.fromkeys(MODEL_INPUTS, dtype) | dict.fromkeys(managed, torch.float32)
     types |= dict.fromkeys(INT64_INPUTS, torch.int64)
