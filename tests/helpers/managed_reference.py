@@ -28,7 +28,7 @@ def is_seen(
     row: int, query: int, past: int, tokens: int, branch_start: int | None = None, words: Array | None = None
 ) -> bool:
     """Whether a new token looks at a row of the cache."""
-    if branch_start is None or words is None:
+    if branch_start is None or words is None or tokens > 64:
         return row <= past + query
     if row >= past + tokens:
         return False

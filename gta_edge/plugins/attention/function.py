@@ -75,7 +75,8 @@ _CAUSAL = """\
 _POWERS = [1 << bit if bit < 63 else -(1 << 63) for bit in range(MAX_BRANCH_TOKENS)]
 """A word for each new token with its bit alone, as int64 has it."""
 
-# A word for each row of the cache: before those of branches one with all bits, behind them one with none.
+# A word for each row of the cache: before those of branches one with all bits, behind them one with none. In a prompt of
+# more tokens than a word has bits no row has one, and each token sees up to its own.
 _BRANCHES = f"""\
     every_bit = Constant <value_int = -1> ()
     one_before = Constant <value_ints = [0, 1, 0, 0]> ()
@@ -91,23 +92,25 @@ _BRANCHES = f"""\
     word_index = Clip (unbounded, zero, unseen)
     word_indices = Unsqueeze (word_index, last)
     row_words = GatherND <batch_dims = 1> (words_to_unseen, word_indices)
-    filled = Add (lengths, tokens)
-    in_use = Less (cache_rows, filled)
-    words = Where (in_use, row_words, zero)
     powers = Constant <value_ints = [{", ".join(map(str, _POWERS))}]> ()
     token_powers = Slice (powers, first, tokens)
     with_bits = Shape (token_powers)
     without_bits = Sub (tokens, with_bits)
-    behind_powers = Concat <axis = 0> (first, without_bits)
-    every_power = Pad (token_powers, behind_powers)
+    is_prompt = Greater (without_bits, first)
+    filled = Add (lengths, tokens)
+    branched = Where (is_prompt, first, filled)
+    in_use = Less (cache_rows, branched)
+    words = Where (in_use, row_words, zero)
+    no_powers = Concat <axis = 0> (first, without_bits)
+    every_power = Pad (token_powers, no_powers)
     token_bits = Unsqueeze (every_power, last)
     words_by_token = Unsqueeze (words, second)
     bits = BitwiseAnd (words_by_token, token_bits)
     in_branch = Cast <to = 9> (bits)
-    limits = Unsqueeze ({{rows}}, last)
-    up_to_own = LessOrEqual (cache_rows, limits)
-    no_bits_left = Greater (without_bits, first)
-    visible = Where (no_bits_left, up_to_own, in_branch)
+    own_rows = Where (is_prompt, {{rows}}, every_bit)
+    limits = Unsqueeze (own_rows, last)
+    causal = LessOrEqual (cache_rows, limits)
+    visible = Or (in_branch, causal)
 """
 _VISIBLE = """\
     visible_heads = Unsqueeze (visible, second)

@@ -7,12 +7,12 @@ device addresses, a simulation on the host with its own.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gta_edge.cuda.architecture import MAX_GRID_YZ, MAX_INT32, Launch, Signature
 from gta_edge.errors import BackendError
 from gta_edge.plugins.attention import tiling
-from gta_edge.plugins.attention.definition import MAX_BRANCH_TOKENS, NO_FEATURES, Features
+from gta_edge.plugins.attention.definition import NO_FEATURES, Features
 from gta_edge.plugins.attention.tiling import Program, Variant
 
 __all__ = [
@@ -110,7 +110,7 @@ class Programs:
 
     decode: Program
     prefill: tuple[Program, ...]
-    """The widest tile first; none where new tokens are a tree."""
+    """The widest tile first; they read no branches, which so many new tokens have none of."""
     wide_decode: Program | None = None
     """For more query rows than ``decode`` takes at once, where the cache is managed."""
 
@@ -162,7 +162,8 @@ def programs_for(variant: Variant, architecture: str) -> Programs:
         BackendError: the sizes do not fit the GPU's shared memory.
     """
     decodes = tiling.decode_programs(variant, architecture)
-    prefill = () if variant.features.has_branches else tiling.prefill_programs(variant, architecture)
+    causal = replace(variant, features=replace(variant.features, has_branches=False))
+    prefill = tiling.prefill_programs(causal, architecture)
     return Programs(decodes[0], prefill, decodes[1] if len(decodes) > 1 else None)
 
 
@@ -235,8 +236,6 @@ def plan_attention(programs: Programs, processors: int, *, batch: int, tokens: i
     size = 0
     launches: tuple[KernelLaunch, ...]
     if tokens > programs.decode.variant.decode_tokens:
-        if not programs.prefill:
-            raise BackendError(f"a tree has {tokens} new tokens", f"expected at most {MAX_BRANCH_TOKENS}")
         program = choose_prefill(programs.prefill, processors, batch, tokens)
         launches = prefill_launches(program, batch, tokens)
     else:

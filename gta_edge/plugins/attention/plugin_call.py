@@ -18,7 +18,6 @@ from gta_edge.numerics.dtypes import CACHES, COMPUTE_TYPES, QUANTIZED_CACHE_TYPE
 from gta_edge.plugins.attention.definition import (
     FEATURE_INPUTS,
     MAX_BIAS_ROWS,
-    MAX_BRANCH_TOKENS,
     MODEL_INPUTS,
     MODEL_OPTIONAL_INPUTS,
     OBSERVATIONS,
@@ -356,8 +355,6 @@ def describe_call(
             raise BackendError(f"{OP} has {name} of shape {list(shape)}", f"expected {wanted}")
     if t > s:
         raise BackendError(f"{OP} has {t} new tokens in caches for {s}", f"expected at most {s}: append smaller chunks")
-    if parameters.has_branches and t > MAX_BRANCH_TOKENS:
-        raise BackendError(f"{OP} has {t} new tokens with branches", f"expected at most {MAX_BRANCH_TOKENS}")
     return Call(parameters.variant(sizes, types[0]), b, t, s, named["P"], words)
 
 

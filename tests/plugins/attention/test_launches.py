@@ -141,9 +141,14 @@ def test_rows_of_a_tree_share_one_reading_of_the_cache() -> None:
         launch = plan_attention(of, 8, batch=1, tokens=tokens, capacity=1000).launches[0]
         assert (launch.program, launch.launch.grid[1]) == (program, blocks)
     assert plan_attention(of, 8, batch=1, tokens=20, capacity=4096).numbers["splits"] == 8  # one a multiprocessor
-    assert of.prefill == ()
-    with pytest.raises(BackendError, match="a tree has 65 new tokens; expected at most 64"):
-        plan_attention(of, 8, batch=1, tokens=65, capacity=1000)
+
+
+def test_more_new_tokens_than_a_word_has_bits_are_a_prompt() -> None:
+    of = programs_for(MANAGED, "sm_87")
+    launches = plan_attention(of, 8, batch=1, tokens=65, capacity=1000).launches
+    assert [each.kernel for each in launches] == ["gta_append", "gta_prefill"]
+    assert MANAGED.features.has_branches and not launches[1].program.variant.features.has_branches
+    assert "branches" not in launches[1].signature.addresses
 
 
 def test_the_border_between_the_two() -> None:

@@ -184,14 +184,6 @@ def test_shapes_that_are_refused(name: str, shape: tuple[int, ...], text: str) -
     assert message(described, features, shapes) == f"{OP} has {text}"
 
 
-def test_a_word_of_branches_has_a_bit_for_64_tokens() -> None:
-    features = Features(has_branches=True)
-    assert described(features, input_shapes(features, 1, 64, 99, 120)).tokens == 64
-    assert message(described, features, input_shapes(features, 1, 65, 99, 120)) == (
-        f"{OP} has 65 new tokens with branches; expected at most 64"
-    )
-
-
 @every_feature
 @pytest.mark.parametrize(("batch", "tokens", "capacity"), [(1, 1, 4096), (3, 64, 700)])
 def test_the_workspace_suffices_for_all_smaller_calls(
