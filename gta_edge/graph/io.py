@@ -45,6 +45,7 @@ __all__ = [
 _FIXED_BYTES, _LAYER_BYTES, _MAX_BYTES = 2**18, 2**16, 2**24
 """Of a graph's file: a layer takes a third of that at most, and parsed it may take eighty times its size."""
 _INLINE_BYTES = 1024  # tensors of no more stay in the graph's own file, as in a bundle
+_MERGED_VALUES = 64  # of constants that are compared: one for each bit of a word of branches
 _REMEDY = "export the bundle again, or copy it anew"
 
 
@@ -131,7 +132,8 @@ def run_passes(model: ir.Model, where: Path | str, *passes: ir.passes.PassBase) 
     Raises:
         GtaEdgeError: as ``rewriting`` has it.
     """
-    tidying = common.CommonSubexpressionEliminationPass(), common.RemoveUnusedNodesPass(), common.NameFixPass()
+    merging = common.CommonSubexpressionEliminationPass(size_limit=_MERGED_VALUES)
+    tidying = merging, common.RemoveUnusedNodesPass(), common.NameFixPass()
     with rewriting(where):
         ir.passes.Sequential(*passes, *tidying)(model)
 

@@ -20,6 +20,7 @@ from gta_edge.model.kv_cache import (
     PRESENT,
     ROW_BIAS,
     TOKEN_INPUTS,
+    TREES,
     managed_shapes,
     received_name,
 )
@@ -42,7 +43,7 @@ class ManageCachePass(ir.passes.InPlacePass):
 
     The graph then has the inputs of ``kv_cache.managed_shapes``: what is of all layers, shared or stacked, is behind
     the tokens' inputs, and what each layer's rows have received of attention comes last. Every layer's caches have a
-    capacity of their own, ``capacity.{i}``.
+    capacity of their own, ``capacity.{i}``, but for trees of tokens, whose rows are those of every layer.
 
     Args:
         features: of every node. A managed cache always has positions.
@@ -57,6 +58,7 @@ class ManageCachePass(ir.passes.InPlacePass):
         if not features.has_positions:
             raise ValueError("a managed cache needs positions: its rows are none")
         self.features = features
+        self._by_layer = () if features == TREES else _BY_LAYER
 
     def requires(self, model: ir.Model) -> None:
         """No node has such inputs, and nothing else asks for the length."""
@@ -75,7 +77,7 @@ class ManageCachePass(ir.passes.InPlacePass):
         graph, nodes = model.graph, attention_nodes(model.graph)
         inputs = self._add_inputs(graph, len(nodes))
         for layer, node in enumerate(nodes):
-            given = {name: _slice(node, layer, value) if name in _BY_LAYER else value for name, value in inputs.items()}
+            given = {name: _slice(node, layer, value) if name in self._by_layer else value for name, value in inputs.items()}
             self._manage(graph, node, layer, given)
         if any(identifier[1] == op.OP for identifier in model.functions):
             add_attention_function(model)
@@ -98,7 +100,7 @@ class ManageCachePass(ir.passes.InPlacePass):
     def _manage(self, graph: ir.Graph, node: ir.Node, layer: int, given: dict[str, ir.Value]) -> None:
         """Give one node its inputs, and its caches a capacity of their own."""
         caches = (node.inputs[op.INPUTS.index(name)] for name in ("past_key", "past_latent"))
-        for value in (*caches, *node.outputs[1:]):
+        for value in (*caches, *node.outputs[1:]) if self._by_layer else ():
             assert value is not None and value.shape is not None  # the graph's own
             shape = list(value.shape)
             shape[CAPACITY_AXIS] = ir.SymbolicDim(_capacity(layer))

@@ -33,6 +33,9 @@ A managed cache, whose rows are evicted or merged, has a capacity S_i for each l
     query_weight         float32 [B, T]       where attention is observed; so are the two below
     decay                float32 [B]
     past_received.{i}    float32 [B, S_i]     what the rows of a layer have received, and present_received.{i}
+
+One with positions and branches alone (``TREES``) has the same rows in every layer, and so one S for all, and
+past_length and branch_start int64 [B].
 """
 
 from __future__ import annotations
@@ -63,6 +66,7 @@ __all__ = [
     "QUERY_WEIGHT",
     "ROW_BIAS",
     "TOKEN_INPUTS",
+    "TREES",
     "CacheTensor",
     "bytes_per_token",
     "cache_bytes",
@@ -88,6 +92,9 @@ INPUT_IDS, PAST_LENGTH, LOGIT_POSITIONS = TOKEN_INPUTS = ("input_ids", "past_len
 POSITIONS, ROW_BIAS, BRANCH_START, BRANCHES = "positions", "row_bias", "branch_start", "branches"
 QUERY_WEIGHT, DECAY = "query_weight", "decay"
 """Inputs of the graph of a managed cache, named as the op's."""
+
+TREES = Features(has_positions=True, has_branches=True)
+"""Of a cache that holds trees of tokens, whose rows are those of every layer."""
 
 LOGITS = "logits"
 """The graph's first output, float32 [B, M, V]."""
@@ -214,13 +221,14 @@ def managed_shapes(
         words: W, of ``branches``.
     """
     layers = len(capacities)
-    shapes: dict[str, tuple[Size | int, ...]] = {PAST_LENGTH: (layers, batch)}
+    rows: tuple[Size | int, ...] = (batch,) if features == TREES else (layers, batch)
+    shapes: dict[str, tuple[Size | int, ...]] = {PAST_LENGTH: rows}
     if features.has_positions:
         shapes[POSITIONS] = (batch, tokens)
     if features.bias_rows:
         shapes[ROW_BIAS] = (layers, batch, features.bias_rows)
     if features.has_branches:
-        shapes |= {BRANCH_START: (layers, batch), BRANCHES: (batch, words)}
+        shapes |= {BRANCH_START: rows, BRANCHES: (batch, words)}
     if features.observe:
         shapes |= {QUERY_WEIGHT: (batch, tokens), DECAY: (batch,)}
         shapes |= {PAST + received_name(i): (batch, capacity) for i, capacity in enumerate(capacities)}

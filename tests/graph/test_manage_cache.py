@@ -11,7 +11,7 @@ from gta_edge.graph.io import add_attention_function
 from gta_edge.graph.manage_cache import ManageCachePass
 from gta_edge.model.config import parse_config
 from gta_edge.model.decoder import Decoder, ManagedInputs
-from gta_edge.model.kv_cache import cache_tensors, interface_names, managed_shapes
+from gta_edge.model.kv_cache import TREES, cache_tensors, interface_names, managed_shapes
 from gta_edge.plugins.attention.definition import Features
 from tests.helpers import reference
 from tests.helpers.managed_steps import FEATURES, Feeds, as_unmanaged, managed_step, specified
@@ -35,6 +35,8 @@ def in_torch(name: str, features: Features, feeds: Feeds) -> Feeds:
     model = Decoder(config, biases={key for key in WEIGHTS[name] if key.endswith(".bias")})
     model.load_state_dict({key: torch.from_numpy(weight) for key, weight in WEIGHTS[name].items()}, strict=True)
     tensors = {key: torch.from_numpy(value.copy()) for key, value in feeds.items()}
+    if features == TREES:
+        tensors |= {key: tensors[key].expand(LAYERS, -1) for key in ("past_length", "branch_start")}
     names = [cache.name for cache in config.caches]
     caches = [tuple(tensors[f"past_{key}.{i}"] for key in names) for i in range(LAYERS)]
     given = {key: tensors[key] for key in features.inputs if key in tensors}
@@ -57,7 +59,7 @@ def in_torch(name: str, features: Features, feeds: Feeds) -> Feeds:
 def test_the_interface_is_that_of_a_managed_cache(name: str, features: Features) -> None:
     config, graph = parse_config(MODELS[name]), managed(name, features)
     symbols = {"batch": "batch", "tokens": "tokens", "words": "words"}
-    capacities = [f"capacity.{i}" for i in range(LAYERS)]
+    capacities = ["capacity" if features == TREES else f"capacity.{i}" for i in range(LAYERS)]
     expected = managed_shapes(features, **symbols, capacities=capacities)
     shapes = {value.name: [getattr(size, "value", size) for size in value.shape] for value in graph.graph.inputs}
     assert {key: shapes[key] for key in expected} == {key: list(shape) for key, shape in expected.items()}
@@ -69,7 +71,7 @@ def test_the_interface_is_that_of_a_managed_cache(name: str, features: Features)
     for key, value in ((x.name, x) for x in graph.graph.outputs if x.name != "logits"):
         assert [getattr(size, "value", size) for size in value.shape] == shapes[key.replace("present", "past")]
     for tensor in cache_tensors(config):
-        assert shapes[tensor.past] == list(tensor.shape("batch", f"capacity.{tensor.layer}"))
+        assert shapes[tensor.past] == list(tensor.shape("batch", capacities[tensor.layer]))
     assert all(node_features(node) == features for node in attention_nodes(graph.graph))
     onnx.checker.check_model(ir.to_proto(graph), full_check=True)
 

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from gta_edge.model.config import parse_config
-from gta_edge.model.kv_cache import managed_shapes
+from gta_edge.model.kv_cache import TREES, managed_shapes
 from gta_edge.plugins.attention.definition import Features
 from tests.helpers.small_models import LAYERS, MODELS, VOCAB, P
 
@@ -15,7 +15,7 @@ CAPACITIES = (13, 17)
 FEATURES = {
     "positions": Features(has_positions=True),
     "bias": Features(None, 3, True),
-    "branches": Features(None, 0, True, True),
+    "branches": TREES,
     "mass": Features("mass", 0, True),
     "last": Features("last", 0, True),
     "all": Features("mass", 2, True, True),
@@ -26,9 +26,11 @@ FEATURES = {
 def managed_step(
     name: str, tokens: int, features: Features, capacities: tuple[int, ...] = CAPACITIES, words: int = 7
 ) -> Feeds:
-    """A step of three sequences: positions apart from rows, and rows that differ by layer."""
+    """A step of three sequences: positions apart from rows, and rows that differ by layer where they can."""
     rng, config = np.random.default_rng(tokens), parse_config(MODELS[name])
     past = np.array([[4, 0, 7], [6, 2, 1]])
+    if features == TREES:
+        past, capacities = past[0], capacities[:1] * LAYERS
     shapes: dict[str, Any] = managed_shapes(features, batch=3, tokens=tokens, capacities=capacities, words=words)
     feeds = {
         "input_ids": rng.integers(0, VOCAB, (3, tokens)),

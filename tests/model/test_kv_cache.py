@@ -6,6 +6,7 @@ import pytest
 
 from gta_edge.model.config import ModelConfig, parse_config
 from gta_edge.model.kv_cache import (
+    TREES,
     bytes_per_token,
     cache_bytes,
     cache_tensors,
@@ -153,5 +154,7 @@ def test_shapes_of_a_managed_cache() -> None:
         "past_received.0": (2, 64),
         "past_received.1": (2, 96),
     }
+    shared = {"past_length": (2,), "positions": (2, 5), "branch_start": (2,), "branches": (2, 9)}
+    assert managed_shapes(TREES, **sizes) == shared
     symbols = {"batch": "batch", "tokens": "tokens", "capacities": ("s0",)}
     assert managed_shapes(Features("last"), **symbols)["past_received.0"] == ("batch", "s0")

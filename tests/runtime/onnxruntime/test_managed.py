@@ -19,6 +19,7 @@ from gta_edge.graph.manage_cache import ManageCachePass
 from gta_edge.graph.pack_embedding import PackEmbeddingPass
 from gta_edge.graph.share_dimensions import ShareDimensionsPass
 from gta_edge.libraries.onnxruntime import EXACT_PRODUCTS, INT8_PRODUCTS
+from gta_edge.model.kv_cache import TREES
 from gta_edge.plugins.attention.definition import Features
 from gta_edge.plugins.domain import DOMAIN
 from gta_edge.runtime.onnxruntime import lowered as lowered_module
@@ -76,6 +77,15 @@ def test_against_the_formula(sizes: Sizes) -> None:
         )
 
 
+def test_more_tokens_than_a_word_has_bits_are_causal() -> None:
+    sizes = Sizes(past=(3, 0), tokens=65, capacity=70, positions=90, features=TREES)
+    inputs = arrays(sizes)
+    graph = one_attention(inputs, sizes)
+    ExpandAttentionPass()(graph)
+    found = run(graph, {name: x for name, x in inputs.items() if name in {v.name for v in graph.graph.inputs}})
+    assert reference.relative_error(found["output"], attended(inputs, sizes).output) <= TOLERANCE
+
+
 def test_a_negative_weight_of_a_query_marks_nothing() -> None:
     sizes = Sizes(features=Features("last"))
     inputs = arrays(sizes)
@@ -103,7 +113,7 @@ def test_it_means_what_the_managed_graph_does(name: str, features: Features, tok
 
 
 @pytest.mark.parametrize(
-    ("features", "nodes"), [("positions", 11), ("mass", 26), ("last", 33), ("bias", 20), ("branches", 39)]
+    ("features", "nodes"), [("positions", 11), ("mass", 26), ("last", 33), ("bias", 20), ("branches", 42)]
 )
 def test_two_layers_have_few_nodes_more(features: str, nodes: int) -> None:
     """What can be computed for all layers at once is."""

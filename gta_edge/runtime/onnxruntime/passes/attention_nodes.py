@@ -71,6 +71,10 @@ class Mask:
         """Return present_received [B, S] of the weights where it is kept; nodes may be a branch's."""
         return None
 
+    def mixed(self, nodes: Nodes, mix: ir.Value) -> ir.Value:
+        """Return the mix [B, n_q, T, d_l] as it counts: here, as it is."""
+        return mix
+
     def softmax(self, nodes: Nodes, scores: ir.Value) -> ir.Value:
         """Return weights [B, n_c, (n_q / n_c)·T, S] of scores [B, n_k, (n_q / n_k)·T, S]; nodes may be a branch's."""
         if self._shapes is None:

@@ -118,7 +118,7 @@ def _expanded(graph: ir.Graph, node: ir.Node, *, int8: bool) -> tuple[list[ir.Va
         attended = _attend(nodes, layer)
 
     width = d_l  # of a head's output
-    values = nodes("Reshape", attended.mix, nodes.constant(0, n_q, -1, d_l))
+    values = layer.mask.mixed(nodes, nodes("Reshape", attended.mix, nodes.constant(0, n_q, -1, d_l)))
     if "value_decoder" in given:
         decoder = _decoder(graph, given["value_decoder"])
         values = nodes("MatMul", values, decoder)  # [B, n_q, T, e·d_l]

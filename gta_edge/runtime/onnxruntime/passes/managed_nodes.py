@@ -86,7 +86,11 @@ class ManagedMask(Mask):
         visible = _in_branches(nodes, given, rows, tokens) if branched else _causal(nodes, given, rows, tokens)
         self._visible = visible if branched else None  # where a query may see nothing
         bias = _bias(nodes, given["row_bias"], capacity) if "row_bias" in given else no_bias
-        self._mask = nodes("Where", visible, bias, nodes.scalar(LOWEST, np.float32))  # [B, 1, T, S]
+        lowest = nodes.scalar(LOWEST, np.float32)
+        self._mask = nodes("Where", visible, bias, lowest)  # [B, 1, T, S]
+        if branched and not self.observe:
+            best = nodes("ReduceMax", self._mask, nodes.constant(-1), keepdims=1)
+            self._sees = nodes("Greater", best, lowest)  # [B, 1, T, 1]
         if self.observe:
             self._observing(nodes, places)
 
@@ -94,9 +98,15 @@ class ManagedMask(Mask):
         """Return weights [B, n_c, (n_q / n_c)·T, S] of scores [B, n_k, (n_q / n_k)·T, S]; nodes may be a branch's."""
         n_q, n_k, n_c = self._heads
         weights = nodes("Softmax", nodes("Add", _by_heads(nodes, scores, n_k, n_q), self._mask), axis=-1)
-        if self._visible is not None:  # the weights of a query that sees nothing are all equal now
+        if self._visible is not None and self.observe:  # the weights of a query that sees nothing are all equal now
             weights = nodes("Where", self._visible, weights, nodes.scalar(0, np.float32))
         return _by_heads(nodes, weights, n_q, n_c)
+
+    def mixed(self, nodes: Nodes, mix: ir.Value) -> ir.Value:
+        """Return the mix with zeros for queries that see nothing: less to write than weights of zero."""
+        if self._visible is None or self.observe:
+            return mix
+        return nodes("Where", self._sees, mix, nodes.scalar(0, np.float32))
 
     def received(self, nodes: Nodes, weights: ir.Value) -> ir.Value | None:
         """Return present_received [B, S] of the weights where it is kept; nodes may be a branch's."""
@@ -177,8 +187,13 @@ def _in_branches(nodes: Nodes, given: Given, rows: ir.Value, tokens: ir.Value) -
     """Return bool [B, 1, T, S]: rows before the branches, and those of the query's own.
 
     Every row has a word with a bit for each token: those of ``branches``, with a word of all bits in front of them, for
-    all rows before, and one without any behind them, for all rows after.
+    all rows before, and one without any behind them, for all rows after. Where there are more tokens than bits, no row
+    has a word, and queries see up to their own.
     """
+    powers = nodes("Slice", nodes.constant(*_POWERS), nodes.constant(0), tokens)
+    bitless = nodes("Sub", tokens, nodes("Shape", powers))
+    has_bits = nodes("Equal", bitless, nodes.constant(0))
+    causal = nodes("And", _causal(nodes, given, rows, tokens), nodes("Not", has_bits))
     every_bit, no_bit = nodes.scalar(-1, np.int64), nodes.scalar(0, np.int64)
     words = nodes("Pad", given["branches"], nodes.constant(0, 1, 0, 0), every_bit)
     words = nodes("Pad", words, nodes.constant(0, 0, 0, 1), no_bit)  # [B, W + 2]
@@ -192,7 +207,7 @@ def _in_branches(nodes: Nodes, given: Given, rows: ir.Value, tokens: ir.Value) -
     def words_in_use(length: ir.Value, branch_start: ir.Value) -> ir.Value:  # [B, 1, 1, W + 2]
         first, filled = start(length, branch_start)
         used = nodes("Unsqueeze", nodes("Sub", filled, first), nodes.constant(-1))
-        kept = nodes("Where", nodes("LessOrEqual", word_index, used), words, no_bit)
+        kept = nodes("Where", nodes("And", nodes("LessOrEqual", word_index, used), has_bits), words, no_bit)
         return nodes("Unsqueeze", kept, nodes.constant(-3, -2))
 
     def row_of_first_word(length: ir.Value, branch_start: ir.Value) -> ir.Value:  # [B, 1, 1, 1]
@@ -204,6 +219,6 @@ def _in_branches(nodes: Nodes, given: Given, rows: ir.Value, tokens: ir.Value) -
     offset = nodes("Sub", rows, _for_all_layers(nodes, row_of_first_word, *own))
     offset = nodes("Clip", offset, no_bit, nodes("Squeeze", last))
     word_of_row = nodes("GatherElements", kept, offset, axis=-1)  # [B, 1, 1, S]
-    bits = nodes("Slice", nodes.constant(*_POWERS), nodes.constant(0), tokens)
+    bits = nodes("Pad", powers, nodes("Concat", nodes.constant(0), bitless, axis=0))
     bits = nodes("BitwiseAnd", word_of_row, nodes("Unsqueeze", bits, nodes.constant(1)))
-    return nodes("Cast", bits, to=int(ir.DataType.BOOL))
+    return nodes("Or", nodes("Cast", bits, to=int(ir.DataType.BOOL)), causal)
