@@ -77,7 +77,9 @@ class ManageCachePass(ir.passes.InPlacePass):
         graph, nodes = model.graph, attention_nodes(model.graph)
         inputs = self._add_inputs(graph, len(nodes))
         for layer, node in enumerate(nodes):
-            given = {name: _slice(node, layer, value) if name in self._by_layer else value for name, value in inputs.items()}
+            given = {
+                name: _slice(node, layer, value) if name in self._by_layer else value for name, value in inputs.items()
+            }
             self._manage(graph, node, layer, given)
         if any(identifier[1] == op.OP for identifier in model.functions):
             add_attention_function(model)

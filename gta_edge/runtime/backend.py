@@ -97,6 +97,9 @@ class Backend(ABC):
     manages_cache: bool = False
     """Whether it can hold a cache that a policy keeps small."""
 
+    has_trees: bool = False
+    """Whether its sessions can hold trees of tokens."""
+
     cpu_kernels: bool = False
     """Whether ONNX Runtime's CPU kernels multiply, which hold and read weights in a form of their own."""
 
@@ -243,6 +246,8 @@ class Backend(ABC):
         """
         if options.get("cache") is not None and not self.manages_cache:
             raise BackendError(f"{self.name} cannot hold a cache with a policy", "leave the policy out, or take torch")
+        if options.get("trees") and not self.has_trees:
+            raise BackendError(f"{self.name} cannot hold trees of tokens", "leave trees out, or take torch")
         return self._open(bundle, Asked(threads, exact, compute, cache_dtype, progress), **options)
 
     @abstractmethod

@@ -17,6 +17,9 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from gta_edge.model.kv_cache import BRANCH_START, PAST_LENGTH, TREES
+from gta_edge.plugins.attention.definition import Features
+
 __all__ = ["CacheMemory", "Layout", "ManagedStep", "Moves", "by_layer", "lay_out", "merged"]
 
 Integers = npt.NDArray[np.int64]
@@ -38,6 +41,9 @@ class ManagedStep:
         query_weight: how much each query's attention counts in what rows receive, float32 [B, T]; None where nothing
             is observed.
         decay: what remains of what rows have received before, float32 [B]; None likewise.
+        branch_start: the first row of each layer that not every new token sees, int64 [L, B]; None without branches.
+        branches: a word for each row from there on, with a bit for each new token, int64 [B, W]; None likewise.
+        causal: whether branches and positions say what is so without them.
     """
 
     past_length: Integers
@@ -45,16 +51,27 @@ class ManagedStep:
     row_bias: Floats | None = None
     query_weight: Floats | None = None
     decay: Floats | None = None
+    branch_start: Integers | None = None
+    branches: Integers | None = None
+    causal: bool = False
 
-    def given(self) -> dict[str, npt.NDArray[Any]]:
-        """Return those that there are, by the names of the graph's inputs, which are these."""
-        values = ((field.name, getattr(self, field.name)) for field in fields(self))
-        return {name: array for name, array in values if array is not None}
+    def given(self, features: Features) -> dict[str, npt.NDArray[Any]]:
+        """Return those that there are, by the names of the graph's inputs, which are these.
+
+        Args:
+            features: of the graph; one for trees has no axis for layers, whose rows are the same.
+        """
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        if features == TREES:
+            values |= {name: values[name][0] for name in (PAST_LENGTH, BRANCH_START)}
+        return {name: array for name, array in values.items() if isinstance(array, np.ndarray)}
 
     def of_rows(self, rows: slice) -> ManagedStep:
         """Return the inputs of some rows of the batch."""
-        given = {name: array[:, rows] if name in _BY_LAYER else array[rows] for name, array in self.given().items()}
-        return ManagedStep(**given)
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        arrays = {name: array for name, array in given.items() if isinstance(array, np.ndarray)}
+        parts = {name: array[:, rows] if name in _BY_LAYER else array[rows] for name, array in arrays.items()}
+        return ManagedStep(**(given | parts))
 
 
 @dataclass(frozen=True)

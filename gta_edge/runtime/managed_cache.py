@@ -27,6 +27,7 @@ from gta_edge.runtime.block_cache import BlockCache
 from gta_edge.runtime.cache_moves import CacheMemory, Layout, ManagedStep, lay_out, merged
 from gta_edge.runtime.cache_policies.base import CachePolicy, Rows
 from gta_edge.runtime.cache_state import CacheState, Lengths, Part
+from gta_edge.runtime.tree_cache import TreeCache
 
 __all__ = ["GPU_CHUNK_SIZE", "OBSERVED_TOKENS", "SHORT_CALL", "ManagedCache", "cache_state"]
 
@@ -431,7 +432,7 @@ class ManagedCache(CacheState):
 
 
 def cache_state(
-    config: ModelConfig, dtype: str = "fp32", policy: CachePolicy | None = None, **options: Any
+    config: ModelConfig, dtype: str = "fp32", policy: CachePolicy | None = None, *, trees: bool = False, **options: Any
 ) -> CacheState:
     """Return the state of a session's cache.
 
@@ -439,11 +440,19 @@ def cache_state(
         config: the model's sizes.
         dtype: how cached values are stored, one of ``CACHES``.
         policy: which rows stay; None for all.
-        options: as ``CacheState`` takes them, and where there is a policy, ``ManagedCache``.
+        trees: whether it holds trees of tokens.
+        options: as ``CacheState`` takes them, and where there is a policy, ``ManagedCache``, or trees, ``TreeCache``.
 
     Raises:
-        InputError: an option, or a policy, that makes no sense for this model.
+        InputError: an option, or a policy, that makes no sense for this model, or a policy and trees.
     """
+    if policy is not None and trees:
+        raise InputError(
+            f"trees of tokens do not go with cache policy {policy.name}, which would drop rows of them",
+            "leave the policy or the trees out",
+        )
+    if trees:
+        return TreeCache(config, dtype, **options)
     if policy is None:
         return (BlockCache if dtype in BLOCK_CACHE_TYPES else CacheState)(config, dtype, **options)
     if dtype in BLOCK_CACHE_TYPES:

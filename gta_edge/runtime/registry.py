@@ -74,6 +74,7 @@ def load(
     compute: str | None = None,
     cache_dtype: str | None = None,
     cache: CachePolicy | None = None,
+    trees: bool = False,
     verify_hashes: bool = False,
     progress: Progress = silent,
 ) -> Session:
@@ -92,13 +93,15 @@ def load(
             built with. ``onnxruntime`` takes ``int8`` too.
         cache: policy that says which rows of the KV cache stay (``gta_edge.runtime.cache_policies.policy``), so that it
             takes the same memory however long the text; by default every token stays.
+        trees: whether the session can hold trees of tokens (``Session.tree``); not with a policy.
         verify_hashes: hash the weights even if their size and time are as recorded.
         progress: told of bytes hashed, and of weights repacked.
 
     Raises:
         BundleError: the bundle is damaged.
-        InputError: more threads than could be of use, or a cache policy that makes no sense for the model.
-        BackendError: the backend is unknown, not installed, or refuses the model or the cache policy.
+        InputError: more threads than could be of use, or a cache policy that makes no sense for the model, or trees
+            beside one.
+        BackendError: the backend is unknown, not installed, or refuses the model, the cache policy or trees.
         EngineError: there is no engine of the bundle, or it does not fit what is here.
     """
     from gta_edge.formats.bundle import Bundle
@@ -109,6 +112,8 @@ def load(
         options["chunk_size"] = chunk_size
     if cache is not None:
         options["cache"] = cache
+    if trees:
+        options["trees"] = True
     while True:
         opened = Bundle.open(bundle, verify_hashes=verify_hashes, progress=progress)
         session = open_session(opened, backend, **options)

@@ -7,21 +7,25 @@ memory is held (``_resize``) and how one chunk is run (``_run``).
 
 from __future__ import annotations
 
-import math
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
 from gta_edge.errors import BackendError, CapacityError, InputError
 from gta_edge.model.config import ModelConfig
-from gta_edge.runtime.cache_moves import ManagedStep, Moves
-from gta_edge.runtime.cache_state import CacheState
+from gta_edge.model.kv_cache import TREES
+from gta_edge.runtime.cache_moves import ManagedStep
+from gta_edge.runtime.cache_state import CacheState, Lengths, Part
+from gta_edge.runtime.claim import Claim
 from gta_edge.runtime.saved_cache import SavedCache
+from gta_edge.runtime.session_backend import Ids, Logits, SessionBackend
+from gta_edge.runtime.session_inputs import as_array, checked_ids, checked_lengths
 from gta_edge.runtime.step_costs import StepCosts
+from gta_edge.runtime.token_tree import TokenTree, TreeRows, check_new_nodes
+from gta_edge.runtime.tree_cache import TreeCache, TreeCall
 from gta_edge.support.exclusive import Exclusive
 
 if TYPE_CHECKING:
@@ -29,13 +33,10 @@ if TYPE_CHECKING:
 
     from gta_edge.formats.tokenizer import Tokenizer
 
-__all__ = ["Claim", "Session"]
-
-Ids = npt.NDArray[np.int64]
-Logits = npt.NDArray[np.float32]
+__all__ = ["Claim", "Ids", "Logits", "Session"]
 
 
-class Session(ABC):
+class Session(SessionBackend):
     """A model with a cache, ready to take tokens. Use it as a context manager, or call ``close``.
 
     Args:
@@ -48,9 +49,6 @@ class Session(ABC):
     evaluation) takes a ``claim``, and learns from an error when something else used the session meanwhile. Two threads
     never run at once: the second call is an InputError, but ``close`` waits.
     """
-
-    backend: str
-    """Name of the backend, as ``--backend`` takes it."""
 
     rounds_activations: bool = False
     """Whether matmuls round activations to int8; the option ``exact`` of such a backend turns it off."""
@@ -79,76 +77,10 @@ class Session(ABC):
         self._cache = cache or CacheState(config)
         self._closed = False
         self._calls = Exclusive("the session", "load the bundle once for each thread, or let them take turns")
-        self._first_row = 0  # of the batch, that a step computes
         self._owner: Claim | None = None  # the claim that the cache is of; None after anybody else changed it
         self._changed_by = "nothing"
 
-    # --- what a backend adds -----------------------------------------------------------------------------------
-
-    def _rows_of_step(self, first: int, stop: int, tokens: int) -> slice:
-        """Return the rows of the batch that a step computes where only rows ``first`` to ``stop - 1`` take tokens.
-
-        All of them here. A backend that can run a part of the batch returns fewer; ``_run`` then gets as many, and
-        ``_first_row`` says which of the batch their first one is.
-
-        Args:
-            first: the first row that takes tokens.
-            stop: the row behind the last.
-            tokens: T of the step.
-        """
-        return slice(None)
-
-    @abstractmethod
-    def _resize(self, batch: int, capacities: Sequence[int]) -> None:
-        """Make room for ``[batch, n, capacities[i], d]`` in layer i, keeping what is there while the batch is the same.
-
-        New memory must hold finite values: rows beyond a length are weighted with zero, not skipped.
-        """
-
-    @abstractmethod
-    def _run(
-        self, input_ids: Ids, past_length: Ids, logit_positions: Ids, managed: ManagedStep | None = None
-    ) -> Logits:
-        """Append ``input_ids`` [B, T] and return logits [B, M, V]; there is room for them.
-
-        The array is the caller's, who writes into it: no view of what a later step overwrites.
-
-        Args:
-            input_ids: int64 [B, T].
-            past_length: int64 [B], tokens in the cache.
-            logit_positions: int64 [B, M].
-            managed: inputs of a managed cache, whose ``past_length`` counts; None of a session without a policy.
-        """
-
-    # Not abstract: a backend that takes no cache policy has nothing to do in these, and is never asked. The errors are
-    # for a subclass that is given a ManagedCache and leaves one out.
-
-    def _move(self, moves: Moves) -> None:
-        """Fold and copy rows of the cache, of every tensor of their layers; see ``Moves``."""
-        raise NotImplementedError(f"{self.backend} manages no cache")
-
-    def _received(self) -> list[npt.NDArray[np.float32]]:
-        """Return what each layer's rows received, float32 [B, S] per layer, in the host's memory; only to be read."""
-        raise NotImplementedError(f"{self.backend} manages no cache")
-
-    def _rotate(self, shifts: Sequence[Ids]) -> None:
-        """Rotate keys as if their tokens' positions were larger by ``shifts[i]``, int64 [B, S], in layer i."""
-        raise NotImplementedError(f"{self.backend} manages no cache")
-
-    def _read_row(self, row: int, tokens: int) -> dict[str, npt.NDArray[Any]]:
-        """Return the first tokens of a row of the batch: by ``CacheTensor.name`` an array of its own in host memory.
-
-        Each has the extents ``CacheTensor.shape(1, tokens)``.
-        """
-        raise NotImplementedError(f"{self.backend} exports no cache")
-
-    def _write_row(self, row: int, tokens: int, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Put what ``_read_row`` returned in its place in a row of the batch, for which there is room."""
-        raise NotImplementedError(f"{self.backend} exports no cache")
-
-    def _reopen(self, sequence: int, block: int) -> None:
-        """Put what the codes of a block stand for into a sequence's open block, in every layer; see ``BlockCache``."""
-        raise NotImplementedError(f"{self.backend} has no cache in blocks")
+    # --- what a backend adds, beside what ``SessionBackend`` has -------------------------------------------------
 
     @property
     @abstractmethod
@@ -159,9 +91,6 @@ class Session(ABC):
     def cuda_graph(self) -> bool | None:
         """Whether single tokens are replays of a CUDA graph; None where there is none or before the first token."""
         return None
-
-    def _release(self) -> None:  # noqa: B027  a backend may have nothing to free
-        """Free what the session holds; called once."""
 
     # --- what everyone uses ------------------------------------------------------------------------------------
 
@@ -198,7 +127,8 @@ class Session(ABC):
     def rows(self) -> Ids:
         """Rows of memory in use, int64 [L, B], per layer and row of the batch (a copy).
 
-        Without a policy that evicts, every token has one: then they are ``length`` in each layer.
+        Without a policy that evicts, every token has one: then they are ``length`` in each layer, and where a sequence
+        has a tree, the rows of its nodes more.
         """
         return self._cache.rows.copy()
 
@@ -232,14 +162,41 @@ class Session(ABC):
         """Tokens of a prompt that are run at once, per row."""
         return self._cache.chunk_size
 
-    def forward(self, ids: Any, *, lengths: Any = None, all_logits: bool = False) -> Logits:
-        """Append tokens to the cache and return logits.
+    @property
+    def trees(self) -> bool:
+        """Whether it was loaded with ``trees=True``, and ``tree`` opens one."""
+        return isinstance(self._cache, TreeCache)
+
+    def tree(self, sequence: int = 0) -> TokenTree:
+        """Open a tree of tokens behind the text of one sequence: several continuations of it, held at once.
 
         Args:
-            ids: integers [B, T]; with ``lengths`` the rows are right-padded to T (padding must be valid ids too).
+            sequence: row of the batch.
+
+        Raises:
+            InputError: the session was loaded without trees; there is no such sequence; it has a tree with nodes.
+        """
+        with self._calls.held():
+            return self._opened_tree(sequence, None)
+
+    def forward(
+        self,
+        ids: Any,
+        *,
+        lengths: Any = None,
+        all_logits: bool = False,
+        tree: TokenTree | Sequence[TokenTree] | None = None,
+    ) -> Logits:
+        """Append tokens to the cache, or run the new nodes of trees, and return logits.
+
+        Args:
+            ids: integers [B, T]; with ``lengths``, or trees, the rows are right-padded to T (padding must be valid ids
+                too).
             lengths: integers [B], 0 to T: how many tokens of each row are real; all by default. A row without any
                 stays as it is; rows before the first and behind the last that has some need not be computed.
             all_logits: give logits for every position instead of each row's last real one.
+            tree: the tree whose new nodes these are, in the order in which they were grown; of several sequences a tree
+                for each, of which some may have none. By default the tokens continue the text.
 
         Returns:
             float32 [B, V], or [B, T, V] with ``all_logits``, where padded positions are zero. Those of a row without
@@ -247,16 +204,19 @@ class Session(ABC):
 
         Raises:
             InputError: ids that are no integers, of another shape or outside the vocabulary; lengths outside 0 to T,
-                or all 0; another number of rows than the cache holds.
+                or all 0; another number of rows than the cache holds, or of tokens than a tree has new nodes; a tree
+                that is closed, or is not given where it has nodes.
             CapacityError: a row, padding included, would pass the model's last position, or there is not as much memory
                 as it would take. The cache is unchanged.
             BackendError: the session is closed, or the backend failed.
+
+        Whatever it raises, new nodes of the trees given are taken back.
         """
         with self._calls.held():
-            return self._forward(ids, lengths, all_logits, None)
+            return self._forward(ids, lengths, all_logits, None, tree)
 
     def truncate(self, length: Any) -> None:
-        """Forget all but the first ``length`` tokens of the cache: one number, or one per row.
+        """Forget all but the first ``length`` tokens of the cache: one number, or one per row. It closes all trees.
 
         Raises:
             InputError: a length below 0 or above what the row holds.
@@ -265,14 +225,14 @@ class Session(ABC):
             self._truncate(length, None)
 
     def reset(self) -> None:
-        """Empty the cache; its memory stays for the next prompt."""
+        """Empty the cache, and close all trees; its memory stays for the next prompt."""
         with self._calls.held():
             self._empty(None)
 
     @property
     def exports_cache(self) -> bool:
         """Whether ``export_cache`` and ``import_cache`` work: on this backend, and without a cache policy."""
-        return self.reads_rows and self._cache.features is None
+        return self.reads_rows and self._cache.features in (None, TREES)
 
     def export_cache(self, row: int = 0, tokens: int | None = None) -> SavedCache:
         """Return a copy of what the cache holds of one sequence, in the host's memory.
@@ -334,37 +294,80 @@ class Session(ABC):
         self._cache.reset()
         self._changed(owner, "reset()")
 
-    def _forward(self, ids: Any, lengths: Any, all_logits: bool, owner: Claim | None) -> Logits:
+    def _forward(
+        self,
+        ids: Any,
+        lengths: Any,
+        all_logits: bool,
+        owner: Claim | None,
+        tree: TokenTree | Sequence[TokenTree] | None = None,
+    ) -> Logits:
         """``forward``, of a claim or of anybody."""
         if self._closed:
             raise BackendError("the session is closed", "load the bundle again")
         self._check_owner(owner)
-        ids = self._check_ids(ids)
+        if tree is not None:
+            return self._forward_trees(ids, lengths, all_logits, owner, tree)
+        ids = checked_ids(ids, self.config.vocab_size)
         batch, tokens = ids.shape
-        counts = self._check_lengths(lengths, batch, tokens)
+        counts = checked_lengths(lengths, batch, tokens)
         cache = self._cache
         past = cache.past_for(batch)
-        shape = (batch, tokens, self.config.vocab_size) if all_logits else (batch, self.config.vocab_size)
-        parts = cache.plan(past, counts, tokens, 4 * math.prod(shape), self._rows_of_step)
+        parts = cache.plan(past, counts, tokens, self._logits_bytes(ids, all_logits), self._rows_of_step)
 
+        def step(part: Part, past: Lengths, positions: Ids) -> tuple[Logits, Lengths]:
+            cache.reserve(batch, int(past[part.rows].max()) + part.width, self._resize)
+            found = self._computed(part, ids, past, positions, cache.prepare(part, self))
+            return found, cache.append(part, self)
+
+        self._changed(None, "a forward() that failed")  # what it leaves is nobody's
+        logits = self._run_parts(parts, ids.shape, past, all_logits, step)
+        self._changed(owner, "forward()")
+        return logits
+
+    def _logits_bytes(self, ids: Ids, all_logits: bool) -> int:
+        return 4 * self.config.vocab_size * (ids.size if all_logits else len(ids))
+
+    def _computed(self, part: Part, ids: Ids, past: Lengths, positions: Ids, managed: ManagedStep | None) -> Logits:
+        """Run a part of a call, in the rows of the batch that it computes."""
+        rows = part.rows
+        before = self._cache.past_of(part, past[rows])
+        given = ids[rows, part.start : part.stop], before, np.ascontiguousarray(positions, np.int64)
+        self._first_row = rows.start or 0
+        return self._run(*given) if managed is None else self._run(*given, managed.of_rows(rows))
+
+    def _run_parts(
+        self,
+        parts: Sequence[Part],
+        shape: tuple[int, ...],
+        past: Lengths,
+        all_logits: bool,
+        step: Callable[[Part, Lengths, Ids], tuple[Logits, Lengths]],
+    ) -> Logits:
+        """Run the parts of a call of ids [B, T] one after the other; return its logits.
+
+        Args:
+            parts: of the call.
+            shape: B, T.
+            past: rows in use before it, int64 [B].
+            all_logits: as in ``forward``.
+            step: runs a part behind ``past``, and returns the logits for positions [B', M] of the rows that it
+                computes, and the rows in use then.
+        """
+        counts = parts[0].counts
         # where one step gives all logits, as for every token of a generation, they are handed on and not copied
         at_once = len(parts) == 1 or (not all_logits and bool((counts == counts[0]).all()))
         at_once = at_once and bool(counts.all())
-        logits: Logits = np.zeros(0 if at_once else shape, np.float32)
-        self._changed(None, "a forward() that failed")  # what it leaves is nobody's
+        whole = (*shape, self.config.vocab_size) if all_logits else (shape[0], self.config.vocab_size)
+        logits: Logits = np.zeros(0 if at_once else whole, np.float32)
         for part in parts:
             rows = part.rows
-            real, ends_here, before = part.real[rows], part.ends_here[rows], past[rows]
+            real, ends_here = part.real[rows], part.ends_here[rows]
             if all_logits:
                 positions = np.broadcast_to(np.arange(part.width), (len(real), part.width))
             else:
                 positions = np.maximum(real - 1, 0)[:, None] if ends_here.any() else np.zeros((len(real), 0), np.int64)
-            cache.reserve(batch, int(before.max()) + part.width, self._resize)
-            managed = cache.prepare(part, self)
-            past_of = cache.past_of(part, before)
-            given = ids[rows, part.start : part.stop], past_of, np.ascontiguousarray(positions, np.int64)
-            self._first_row = rows.start or 0
-            found = self._run(*given) if managed is None else self._run(*given, managed.of_rows(rows))
+            found, past = step(part, past, positions)
             if all_logits:
                 found[positions >= real[:, None]] = 0
             if at_once:
@@ -374,14 +377,62 @@ class Session(ABC):
                 logits[rows, part.start : part.stop] = found
             elif found.shape[1]:
                 logits[rows][ends_here] = found[ends_here, 0]
-            past = cache.append(part, self)
+        return logits
+
+    # --- trees -----------------------------------------------------------------------------------------------------
+
+    def _tree_cache(self) -> TreeCache:
+        if not isinstance(self._cache, TreeCache):
+            raise InputError("the session was loaded without trees of tokens", "load the bundle with trees=True")
+        return self._cache
+
+    def _has_tree(self, sequence: int, rows: TreeRows) -> bool:
+        """Tell whether a sequence's tree is the one in these rows."""
+        return isinstance(self._cache, TreeCache) and self._cache.trees.get(sequence) is rows
+
+    def _opened_tree(self, sequence: int, owner: Claim | None) -> TokenTree:
+        cache = self._tree_cache()
+        self._check_owner(owner)
+        return TokenTree(self, cache.open(sequence), sequence, owner)
+
+    def _forward_trees(
+        self, ids: Any, lengths: Any, all_logits: bool, owner: Claim | None, given: TokenTree | Sequence[TokenTree]
+    ) -> Logits:
+        """``forward`` of what the trees have new."""
+        cache = self._tree_cache()
+        trees = [given] if isinstance(given, TokenTree) else list(given)
+        for tree in trees:
+            tree.check(self)
+        with cache.taking_back(self):
+            if lengths is not None:
+                raise InputError("lengths do not go with a tree, whose new nodes are known", "leave lengths out")
+            ids = checked_ids(ids, self.config.vocab_size)
+            cache.past_for(len(ids))
+            check_new_nodes(trees, ids)
+            call = TreeCall(cache, self._logits_bytes(ids, all_logits), self._rows_of_step)
+
+            def step(part: Part, past: Lengths, positions: Ids) -> tuple[Logits, Lengths]:
+                cache.reserve(len(ids), int(past[part.rows].max()) + part.width + call.spare, self._resize)
+                found = self._computed(part, ids, past, positions, call.prepare(part))
+                return found, call.append(part, ids)
+
+            self._changed(None, "a forward() that failed")
+            logits = self._run_parts(call.parts, ids.shape, call.past, all_logits, step)
         self._changed(owner, "forward()")
         return logits
+
+    def _accept(self, tree: TokenTree, node: int, owner: Claim | None) -> None:
+        """Make a tree's path to a node part of the text; see ``TokenTree.accept``."""
+        self._changed(None, "a tree's accept() that failed")
+        self._tree_cache().accept(tree.sequence, node, self)
+        self._changed(owner, "a tree's accept()")
+
+    # --- the rest --------------------------------------------------------------------------------------------------
 
     def _truncate(self, length: Any, owner: Claim | None) -> None:
         self._check_owner(owner)
         try:
-            self._cache.truncate(_as_array(length, "a length for truncate"), length, self)
+            self._cache.truncate(as_array(length, "a length for truncate"), length, self)
         except InputError:  # nothing has changed
             raise
         except BaseException:
@@ -423,86 +474,7 @@ class Session(ABC):
         self._check_owner(owner)
         if not self.reads_rows:
             raise BackendError(f"the backend {self.backend} cannot export its cache", "take another backend")
-        if self._cache.features is not None:
+        if self._cache.features not in (None, TREES):
             raise InputError("a cache that a policy manages cannot be exported", "load without a cache policy")
         if not 0 <= row < self._cache.batch:
             raise InputError(f"the cache has no row {row}", f"expected 0 to {self._cache.batch - 1}")
-
-    def _check_ids(self, ids: Any) -> Ids:
-        array = _as_array(ids, "ids")
-        if array.ndim != 2 or 0 in array.shape or array.dtype.kind not in "iu":
-            raise InputError(
-                f"ids are {array.dtype} of shape {list(array.shape)}",
-                "expected integers [B, T] with at least one token",
-            )
-        outside = array[(array < 0) | (array >= self.config.vocab_size)]
-        if outside.size:
-            raise InputError(f"token id {int(outside[0])} is outside the vocabulary: 0 to {self.config.vocab_size - 1}")
-        return np.ascontiguousarray(array, np.int64)
-
-    @staticmethod
-    def _check_lengths(lengths: Any, batch: int, tokens: int) -> Ids:
-        if lengths is None:
-            return np.full(batch, tokens, np.int64)
-        array = _as_array(lengths, "lengths")
-        if array.shape != (batch,) or array.dtype.kind not in "iu":
-            raise InputError(f"lengths are {lengths!r}", f"expected {batch} whole numbers, one per row")
-        if (array < 0).any() or (array > tokens).any():
-            raise InputError(f"lengths are {array.tolist()}", f"expected 0 to {tokens}, the width of the ids")
-        if not array.any():
-            raise InputError(f"lengths are {array.tolist()}", "expected at least one row with a token")
-        return array.astype(np.int64)
-
-
-class Claim:
-    """The right to a session's cache, from ``Session.claim`` until something else changes the cache.
-
-    Its methods are the session's, on the cache as this claim left it; once something else called one of those, they
-    raise an InputError that says what happened, and change nothing.
-    """
-
-    def __init__(self, session: Session) -> None:
-        self._session = session
-
-    @property
-    def holds(self) -> bool:
-        """Whether the cache is still as this claim left it."""
-        return self._session._owner is self
-
-    def room(self, row: int) -> int:
-        """Return how many tokens one row of the batch can take in one step, padding of rows beside it included."""
-        beside = self._session._rows_of_step(row, row + 1, 2)
-        return self._session.max_length - int(self._session._cache.length[beside].max())
-
-    def forward(self, ids: Any, *, lengths: Any = None, all_logits: bool = False) -> Logits:
-        """Append tokens; see ``Session.forward``."""
-        with self._session._calls.held():
-            return self._session._forward(ids, lengths, all_logits, self)
-
-    def truncate(self, length: Any) -> None:
-        """Forget all but the first tokens; see ``Session.truncate``."""
-        with self._session._calls.held():
-            self._session._truncate(length, self)
-
-    def export_cache(self, row: int = 0, tokens: int | None = None) -> SavedCache:
-        """Return a copy of one sequence's cache; see ``Session.export_cache``."""
-        with self._session._calls.held():
-            return self._session._export(row, tokens, self)
-
-    def import_cache(self, saved: SavedCache, row: int = 0, tokens: int | None = None) -> None:
-        """Put a sequence into the cache; see ``Session.import_cache``."""
-        with self._session._calls.held():
-            self._session._import(saved, row, tokens, self)
-
-    def reset(self) -> None:
-        """Empty the cache; see ``Session.reset``."""
-        with self._session._calls.held():
-            self._session._check_owner(self)
-            self._session._empty(self)
-
-
-def _as_array(value: Any, what: str) -> npt.NDArray[Any]:
-    try:
-        return np.asarray(value)
-    except ValueError as error:  # rows of different length
-        raise InputError(f"{what}: rows differ in length", "pad them on the right and give lengths=") from error

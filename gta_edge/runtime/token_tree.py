@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,10 @@ import numpy.typing as npt
 from gta_edge.errors import InputError
 from gta_edge.support.text import brief
 
-__all__ = ["PREFIX", "TokenTree", "TreeRows", "routed"]
+if TYPE_CHECKING:
+    from gta_edge.runtime.session import Claim, Session
+
+__all__ = ["PREFIX", "TokenTree", "TreeRows", "check_new_nodes", "routed"]
 
 PREFIX = -1
 """The parent of tokens that come right behind what the cache holds."""
@@ -149,15 +152,10 @@ class TreeRows:
 
     # --- rows move -------------------------------------------------------------------------------------------------
 
-    def accepted(self, node: int) -> tuple[int, Pairs]:
-        """Make the path to a node part of the prefix; what descends from it stays, and all other nodes go.
-
-        Returns:
-            rows that were in use behind the prefix as it was, and how they move.
-        """
+    def accepted(self, node: int) -> Pairs:
+        """Make the path to a node part of the prefix; what descends from it stays, all others go. Return the moves."""
         path = self.path(node)
         staying = set(self.below([node]))
-        rows = self.rows
         sources = {number: self.nodes[number].row for number in staying.union(path)}
         self.remove([number for number in self.nodes if number not in sources])
         first = self.start
@@ -168,14 +166,14 @@ class TreeRows:
         for number in path:
             staying.discard(number)
             del self.nodes[number]
-        return rows, pairs + self._closed_up(staying)
+        return pairs + self._closed_up(staying)
 
-    def closed_up(self, *, at_once: bool = False) -> tuple[int, Pairs]:
-        """Move the last rows into holes, where there are many or it is wanted at once; what is returned is likewise."""
-        rows, live = self.rows, [number for number in self.at if number != _HOLE]
-        if rows - len(live) <= (0 if at_once else max(_MAX_HOLES, rows // 8)):
-            return rows, []
-        return rows, self._closed_up(live)
+    def closed_up(self) -> Pairs:
+        """Move the last rows into holes, where those are many; return the moves."""
+        live = [number for number in self.at if number != _HOLE]
+        if self.rows - len(live) <= max(_MAX_HOLES, self.rows // 8):
+            return []
+        return self._closed_up(live)
 
     def _closed_up(self, live: Iterable[int]) -> Pairs:
         """Give nodes the first rows behind the prefix, most of them where they are; return the moves."""
@@ -220,3 +218,189 @@ def routed(pairs: Pairs, free: Sequence[int]) -> list[Pairs]:
         found.append(now + list(aside.items()))
         waiting = {target: aside.get(source, source) for target, source in waiting.items()}
     return found
+
+
+class TokenTree:
+    """A tree of tokens behind the text of one sequence: continuations that share what they have in common.
+
+    ``Session.tree`` or ``Claim.tree`` opens one. Nodes are numbers, counted up from 0 and never used twice. A node is
+    grown, then run by ``forward(ids, tree=…)``, and from then on a row of the cache, until it is dropped or accepted::
+
+        claim.forward(prompt)
+        tree = claim.tree()
+        a, b = tree.grow([PREFIX, PREFIX])
+        (c,) = tree.grow([a])
+        logits = claim.forward([[token_a, token_b, token_c]], tree=tree, all_logits=True)  # [1, 3, V]
+        tree.accept(c)  # the text goes on with a and c; b is gone
+
+    Each node sees the text and the nodes that lead to it, and nothing else: its logits are those of its path alone.
+    While a tree has nodes, its sequence's text cannot be continued but by ``accept``. ``truncate``, ``reset`` and
+    another ``claim`` close it.
+
+    Attributes:
+        sequence: row of the batch.
+    """
+
+    def __init__(self, session: Session, rows: TreeRows, sequence: int, owner: Claim | None) -> None:
+        self.sequence = sequence
+        self._session, self._rows, self._owner = session, rows, owner
+
+    # --- what there is ---------------------------------------------------------------------------------------------
+
+    @property
+    def closed(self) -> bool:
+        """Whether the session has let go of it."""
+        return not self._session._has_tree(self.sequence, self._rows)
+
+    @property
+    def nodes(self) -> list[int]:
+        """All nodes, in the order in which they were grown."""
+        return sorted(self._rows.nodes)
+
+    @property
+    def leaves(self) -> list[int]:
+        """Nodes that nothing descends from, likewise."""
+        return [number for number in self.nodes if not self._rows.nodes[number].children]
+
+    @property
+    def new(self) -> int:
+        """How many nodes have not run."""
+        return len(self._rows.waiting)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the cache behind the text that it takes, with those of dropped nodes that are not used again yet."""
+        return self._rows.rows
+
+    def __len__(self) -> int:
+        """How many nodes there are."""
+        return len(self._rows.nodes)
+
+    def __contains__(self, node: object) -> bool:
+        """Whether there is such a node."""
+        return node in self._rows.nodes
+
+    def path(self, node: int) -> list[int]:
+        """Return the nodes from the text to a node, itself included.
+
+        Raises:
+            InputError: there is no such node.
+        """
+        return self._rows.path(self._known(node))
+
+    def ids(self, node: int) -> list[int]:
+        """Return the token ids of ``path(node)``.
+
+        Raises:
+            InputError: there is no such node, or it has not run.
+        """
+        return [self._rows.nodes[number].token for number in self._rows.path(self._run(node))]
+
+    # --- what changes it -------------------------------------------------------------------------------------------
+
+    def grow(self, parents: Iterable[int]) -> list[int]:
+        """Add nodes that the next ``forward`` runs; return their numbers.
+
+        Args:
+            parents: of each new node: a node, which need not have run yet, or ``PREFIX``.
+
+        Raises:
+            InputError: it is closed, or there is no such node; then none is added.
+        """
+        with self._session._calls.held():
+            self.check(self._session)
+            return self._rows.grow([parent if parent == PREFIX else self._known(parent) for parent in parents])
+
+    def accept(self, node: int) -> None:
+        """Make the path to a node part of the text. What descends from the node stays, and all other nodes go.
+
+        Rows that are not in place are moved: those of a path that was grown before all others are.
+
+        Raises:
+            InputError: it is closed, something else used the session meanwhile, there is no such node, or nodes have
+                not run.
+            CapacityError, BackendError: rows could not be moved; the cache was emptied.
+        """
+        with self._session._calls.held():
+            self.check(self._session)
+            self._session._accept(self, self._run(node), self._owner)
+
+    def drop(self, nodes: Iterable[int]) -> None:
+        """Drop nodes and all that descend from them; their rows are used again.
+
+        Raises:
+            InputError: it is closed, or there is no such node; then none is dropped.
+        """
+        with self._session._calls.held():
+            self.check(self._session)
+            self._rows.remove(self._rows.below([self._known(node) for node in nodes]))
+
+    def prune(self, leaves: Iterable[int]) -> None:
+        """Drop leaves, and of the nodes that lead to them those that nothing else descends from: whole branches.
+
+        Raises:
+            InputError: it is closed, or a node is no leaf; then none is dropped.
+        """
+        with self._session._calls.held():
+            self.check(self._session)
+            nodes = self._rows.nodes
+            ended = [self._known(node) for node in leaves]
+            for node in ended:
+                if nodes[node].children:
+                    raise InputError(
+                        f"node {node} of the tree is no leaf", "drop() takes nodes with what descends from them"
+                    )
+            for node in ended:
+                while node in nodes and not nodes[node].children:
+                    parent = nodes[node].parent
+                    self._rows.remove([node])
+                    node = parent
+
+    def close(self) -> None:
+        """Drop all nodes, so that the text can be continued without it."""
+        with self._session._calls.held():
+            if not self.closed:
+                self._rows.remove(list(self._rows.nodes))
+
+    # --- how -------------------------------------------------------------------------------------------------------
+
+    def check(self, session: Session) -> None:
+        """Refuse a tree that is closed, of another session, or of a claim that has ended."""
+        if session is not self._session:
+            raise InputError("the tree is of another session", "open one with this session's tree()")
+        session._check_owner(self._owner)
+        if self.closed:
+            raise InputError(
+                "the tree is closed: the session was truncated, reset or claimed, or another tree opened",
+                "open another",
+            )
+
+    def _known(self, node: Any) -> int:
+        if isinstance(node, bool) or not isinstance(node, Integral) or int(node) not in self._rows.nodes:
+            raise InputError(f"{brief(node)} is no node of the tree", "expected the number of one that is there")
+        return int(node)
+
+    def _run(self, node: Any) -> int:
+        known = self._known(node)
+        if self._rows.waiting:
+            raise InputError(f"{self.new} nodes of the tree have not run", "run them with forward(), or drop() them")
+        return known
+
+
+def check_new_nodes(trees: Sequence[TokenTree], ids: npt.NDArray[np.int64]) -> None:
+    """Refuse trees that are not those of all rows of ids [B, T], or have other new nodes than they say.
+
+    Raises:
+        InputError: so it is.
+    """
+    if [tree.sequence for tree in trees] != list(range(len(ids))):
+        raise InputError(
+            f"there are trees of sequences {[tree.sequence for tree in trees]} for ids of {len(ids)} rows",
+            "expected a tree for each row, in order",
+        )
+    new = [tree.new for tree in trees]
+    if max(new) != ids.shape[1]:
+        raise InputError(
+            f"ids are {ids.shape[1]} tokens wide and the trees have {', '.join(map(str, new))} new nodes",
+            "grow() the tree by as many nodes as there are tokens",
+        )

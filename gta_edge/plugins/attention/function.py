@@ -75,8 +75,8 @@ _CAUSAL = """\
 _POWERS = [1 << bit if bit < 63 else -(1 << 63) for bit in range(MAX_BRANCH_TOKENS)]
 """A word for each new token with its bit alone, as int64 has it."""
 
-# A word for each row of the cache: before those of branches one with all bits, behind them one with none. In a prompt of
-# more tokens than a word has bits no row has one, and each token sees up to its own.
+# A word for each row of the cache: before those of branches one with all bits, behind them one with none. In a prompt,
+# of more tokens than a word has bits, no row has one, and each token sees up to its own.
 _BRANCHES = f"""\
     every_bit = Constant <value_int = -1> ()
     one_before = Constant <value_ints = [0, 1, 0, 0]> ()

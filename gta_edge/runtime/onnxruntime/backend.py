@@ -26,6 +26,7 @@ class _OnnxRuntime(Backend):
     device = "cpu"
     compute_types = ("fp32",)
     manages_cache = True
+    has_trees = True
     cpu_kernels = True
 
     def cache_types(self, config: ModelConfig, compute: str) -> tuple[str, ...]:
@@ -62,6 +63,7 @@ class _OnnxRuntimeCuda(Backend):
     device = "gpu"
     compute_types = FLOAT_TYPES
     manages_cache = True
+    has_trees = True
 
     def _step_sizes(self) -> tuple[int, int]:
         from gta_edge.runtime.onnxruntime.cuda_session import CHUNK_SIZE

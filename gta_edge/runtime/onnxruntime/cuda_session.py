@@ -30,6 +30,7 @@ from gta_edge.libraries.onnxruntime import (
     why_no_gpu,
 )
 from gta_edge.model.kv_cache import (
+    BRANCHES,
     INPUT_IDS,
     LOGIT_POSITIONS,
     LOGITS,
@@ -79,7 +80,7 @@ class _Step:
         graph_id: number of its CUDA graph, which is captured in its first run; ``_NO_GRAPH`` for none.
     """
 
-    shape: tuple[int, int, int]  # B, T, M
+    shape: tuple[int, ...]  # B, T, M, and W of branches
     binding: Any
     inputs: dict[str, Any]  # by name
     logits: Any
@@ -301,8 +302,8 @@ class OnnxRuntimeCudaSession(Session):
         if not wanted:  # logits for one position at least: not every kernel takes none
             logit_positions = np.zeros((len(input_ids), 1), np.int64)
         inputs: Inputs = dict(zip(TOKEN_INPUTS, (input_ids, past_length, logit_positions), strict=True))
-        if managed is not None:
-            inputs |= managed.given()
+        if managed is not None and self._features is not None:
+            inputs |= managed.given(self._features)
         try:
             return self._appended(inputs)[:, :wanted]
         except Exception as error:  # ONNX Runtime's errors have no common base
@@ -351,14 +352,15 @@ class OnnxRuntimeCudaSession(Session):
 
     def _step(self, inputs: Inputs) -> _Step:
         (batch, tokens), positions = inputs[INPUT_IDS].shape, inputs[LOGIT_POSITIONS].shape[1]
-        single, shape = (tokens, positions) == (1, 1), (batch, tokens, positions)
+        words = inputs[BRANCHES].shape[1:] if BRANCHES in inputs else ()
+        single, shape = (tokens, positions) == (1, 1), (batch, tokens, positions, *words)
         step = self._steps.get(single)
         if step is None or step.shape != shape:
             step = self._steps[single] = self._bound(shape, inputs, single and self.graph_refused is None)
         return step
 
-    def _bound(self, shape: tuple[int, int, int], inputs: Inputs, with_graph: bool) -> _Step:
-        batch, _, positions = shape
+    def _bound(self, shape: tuple[int, ...], inputs: Inputs, with_graph: bool) -> _Step:
+        batch, _, positions = shape[:3]
         if with_graph:
             self._graph_ids += 1  # never one that was used: ONNX Runtime would replay the old graph
         step = _Step(
@@ -428,6 +430,7 @@ def _managed_form(compute: str, features: Features, plain: bytes) -> Form:
         return {GRAPH: managed_cuda_graph(bundle, compute, features, plain)}
 
     name = f"{_form(compute).directory}-{features.observe or 'unobserved'}-{features.bias_rows}"
+    name += "-branches" * features.has_branches
     options = {"compute": compute, "weights_of": hashlib.sha256(plain).hexdigest()}
     return Form(name, make, _REVISION, options)
 

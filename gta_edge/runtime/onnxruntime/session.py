@@ -76,12 +76,12 @@ class OnnxRuntimeSession(Session):
         cache_dtype: type of the cache, ``fp32`` or ``int8``.
         cache: policy that says which rows of the cache stay; None for all.
         progress: told of weights that are repacked.
-        options: as ``CacheState`` takes them.
+        options: as ``cache_state`` takes them.
 
     Raises:
         BackendError: ONNX Runtime is missing, too old, or refuses the model; or the processor's products of integers
             saturate, and the cache is to be of int8.
-        InputError: more threads than could be of use, or a policy that makes no sense for the model.
+        InputError: more threads than could be of use, or a policy that makes no sense for the model or with trees.
         CapacityError: there is no memory for it, or the system lets fewer threads start than were asked for.
     """
 
@@ -242,8 +242,9 @@ class OnnxRuntimeSession(Session):
         """Return the tokens that each layer is to show for a step, from the rows in use, int64 [L, B] or [1, B].
 
         Behind a step's rows there is one for each residual row: what lies in its place is set aside before it begins.
+        Behind those of trees there is one for rows that change places.
         """
-        spare = 0 if self._features is None else self._features.bias_rows
+        spare = 0 if self._features is None else self._features.bias_rows + self._features.has_branches
         ends = (in_use.max(1) + tokens + spare).tolist()
         sizes = {end: self._cache.capacity_for(end) for end in set(ends)}
         shown = [sizes[end] for end in ends] if len(ends) > 1 else [sizes[ends[0]]] * len(self._cache.capacities)
@@ -254,13 +255,17 @@ class OnnxRuntimeSession(Session):
     ) -> Logits:
         assert self._model is not None  # it is open
         self._model.check()
-        inputs = _inputs(input_ids, past_length, logit_positions, managed)
+        inputs: dict[str, npt.NDArray[Any]] = dict(
+            zip(TOKEN_INPUTS, (input_ids, past_length, logit_positions), strict=True)
+        )
+        if managed is not None and self._features is not None:
+            inputs |= managed.given(self._features)
         in_use = past_length[None] if managed is None else managed.past_length
         self._show(self._capacities_of_step(in_use, input_ids.shape[1]))
         try:
             step = self._step
             stale = step is not None and step.first_row != self._first_row
-            if step is None or stale or any(step.inputs[name].shape != inputs[name].shape for name in TOKEN_INPUTS):
+            if step is None or stale or any(step.inputs[name].shape != array.shape for name, array in inputs.items()):
                 step = self._step = self._bind(inputs)
             for name, array in inputs.items():
                 step.inputs[name][...] = array
@@ -324,20 +329,12 @@ class OnnxRuntimeSession(Session):
             ) from error
 
 
-def _inputs(
-    input_ids: Ids, past_length: Ids, logit_positions: Ids, managed: ManagedStep | None
-) -> dict[str, npt.NDArray[Any]]:
-    """Return the inputs of a step by name, but for caches."""
-    inputs: dict[str, npt.NDArray[Any]] = dict(
-        zip(TOKEN_INPUTS, (input_ids, past_length, logit_positions), strict=True)
-    )
-    return inputs if managed is None else inputs | managed.given()
-
-
 def _cache_state(config: ModelConfig, dtype: str, policy: CachePolicy | None, options: dict[str, Any]) -> CacheState:
     """Return what a cache of a type holds, of which one in int8 has a limit of its own."""
     if dtype == "int8":
         options = {"compute": "fp32", "transposed": True} | options
+        if options.get("trees"):
+            options = {"max_rows": MAX_ROWS} | options
         if config.max_position_embeddings > MAX_ROWS:
             options = {"max_length": MAX_ROWS, "limit": f"a cache of int8 holds at most {MAX_ROWS} tokens"} | options
     return cache_state(config, dtype, policy, on_host=True, **options)

@@ -76,6 +76,8 @@ def managed_inputs(
         past_received=received if observe else None,
         query_weight=there(step.query_weight),
         decay=there(step.decay),
+        branch_start=there(step.branch_start),
+        branches=there(step.branches),
         observe=observe or "",
     )
     return torch.tensor(step.past_length, device=device), inputs

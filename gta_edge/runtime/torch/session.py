@@ -232,6 +232,8 @@ class TorchSession(Session):
     def _run(
         self, input_ids: Ids, past_length: Ids, logit_positions: Ids, managed: ManagedStep | None = None
     ) -> Logits:
+        if managed is not None and managed.causal:
+            managed = None  # as without trees, on the kernels for it
         problem = f"{self._place} has too little memory left for {input_ids.size} tokens at once"
         with _within_memory(problem, "give a smaller chunk_size or fewer rows"):
             return self._appended(input_ids, past_length, logit_positions, managed)
@@ -243,7 +245,7 @@ class TorchSession(Session):
     def _appended(self, input_ids: Ids, past_length: Ids, logit_positions: Ids, managed: ManagedStep | None) -> Logits:
         with torch.inference_mode():
             single = input_ids.shape[1] == 1 and logit_positions.shape[1] == 1
-            single = single and len(input_ids) == self._cache.batch
+            single = single and len(input_ids) == self._cache.batch and (managed is None or managed.branches is None)
             graph = self._step(len(input_ids)) if single and self.graph_refused is None else None
             if graph is not None:
                 logits = graph.replay(input_ids, past_length, managed)
@@ -319,7 +321,8 @@ class TorchSession(Session):
             try:
                 received = self._observed.layers if self._observed else []
                 step = DecodeStep(self._model)
-                self._graph = DecodeGraph(step, self._caches, batch, self._cache.features, received)
+                features = None if self.trees else self._cache.features
+                self._graph = DecodeGraph(step, self._caches, batch, features, received)
             except CaptureError as error:
                 self.graph_refused = error.problem
         return self._graph
