@@ -3,18 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from gta_edge.runtime.saved_cache import SavedCache
 from gta_edge.runtime.token_tree import TokenTree
-
-if TYPE_CHECKING:
-    from gta_edge.runtime.session import Session
+from gta_edge.support.exclusive import Exclusive
 
 __all__ = ["Claim"]
+
+Logits = npt.NDArray[np.float32]
+Trees = TokenTree | Sequence[TokenTree] | None
+
+
+class _Session(Protocol):
+    """What a claim asks of the session that it is of; each is a method of the session's, of a claim or of anybody."""
+
+    _calls: Exclusive
+
+    def _check_owner(self, owner: Claim | None) -> None: ...
+
+    def _forward(self, ids: Any, lengths: Any, all_logits: bool, owner: Claim | None, tree: Trees = None) -> Logits: ...
+
+    def _opened_tree(self, sequence: int, owner: Claim | None) -> TokenTree: ...
+
+    def _truncate(self, length: Any, owner: Claim | None) -> None: ...
+
+    def _export(self, row: int, tokens: int | None, owner: Claim | None) -> SavedCache: ...
+
+    def _import(self, saved: SavedCache, row: int, tokens: int | None, owner: Claim | None) -> None: ...
+
+    def _empty(self, owner: Claim | None) -> None: ...
 
 
 class Claim:
@@ -24,7 +45,7 @@ class Claim:
     raise an InputError that says what happened, and change nothing.
     """
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: _Session) -> None:
         self._session = session
 
     def forward(
@@ -33,8 +54,8 @@ class Claim:
         *,
         lengths: Any = None,
         all_logits: bool = False,
-        tree: TokenTree | Sequence[TokenTree] | None = None,
-    ) -> npt.NDArray[np.float32]:
+        tree: Trees = None,
+    ) -> Logits:
         """Append tokens, or run the new nodes of trees; see ``Session.forward``."""
         with self._session._calls.held():
             return self._session._forward(ids, lengths, all_logits, self, tree)

@@ -24,8 +24,9 @@ from gta_edge.runtime.saved_cache import SavedCache
 from gta_edge.runtime.session_backend import Ids, Logits, SessionBackend
 from gta_edge.runtime.session_inputs import as_array, checked_ids, checked_lengths
 from gta_edge.runtime.step_costs import StepCosts
-from gta_edge.runtime.token_tree import TokenTree, TreeRows, check_new_nodes
+from gta_edge.runtime.token_tree import TokenTree, check_new_nodes
 from gta_edge.runtime.tree_cache import TreeCache, TreeCall
+from gta_edge.runtime.tree_rows import TreeRows
 from gta_edge.support.exclusive import Exclusive
 
 if TYPE_CHECKING:

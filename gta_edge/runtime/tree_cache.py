@@ -1,7 +1,7 @@
 """The bookkeeping of a cache that holds trees of tokens beside the text of each sequence.
 
 Rows 0 to length - 1 of a sequence are its text, its prefix; behind them lie the tokens of its tree, if it has one
-(``token_tree``). All layers have the same rows. A row is no position any more: positions are below P, and rows are
+(``tree_rows``). All layers have the same rows. A row is no position any more: positions are below P, and rows are
 bounded by memory alone.
 """
 
@@ -21,7 +21,7 @@ from gta_edge.model.kv_cache import TREES
 from gta_edge.plugins.attention.definition import MAX_BRANCH_TOKENS, Features
 from gta_edge.runtime.cache_moves import CacheMemory, ManagedStep, Moves
 from gta_edge.runtime.cache_state import CacheState, Lengths, Part
-from gta_edge.runtime.token_tree import Pairs, TreeRows, routed
+from gta_edge.runtime.tree_rows import Pairs, TreeRows, routed
 
 __all__ = ["TreeCache", "TreeCall"]
 
