@@ -22,6 +22,9 @@ class _Session(Protocol):
     """What a claim asks of the session that it is of; each is a method of the session's, of a claim or of anybody."""
 
     _calls: Exclusive
+    _owner: Claim | None
+
+    def _room(self, row: int) -> int: ...
 
     def _check_owner(self, owner: Claim | None) -> None: ...
 
@@ -47,6 +50,15 @@ class Claim:
 
     def __init__(self, session: _Session) -> None:
         self._session = session
+
+    @property
+    def holds(self) -> bool:
+        """Whether the cache is still as this claim left it."""
+        return self._session._owner is self
+
+    def room(self, row: int) -> int:
+        """Return how many tokens one row of the batch can take in one step, padding of rows beside it included."""
+        return self._session._room(row)
 
     def forward(
         self,

@@ -444,20 +444,22 @@ def cache_state(
         options: as ``CacheState`` takes them, and where there is a policy, ``ManagedCache``, or trees, ``TreeCache``.
 
     Raises:
-        InputError: an option, or a policy, that makes no sense for this model, or a policy and trees.
+        InputError: an option, or a policy, that makes no sense for this model, a policy and trees, or one of them and
+            a cache in blocks.
     """
     if policy is not None and trees:
         raise InputError(
             f"trees of tokens do not go with cache policy {policy.name}, which would drop rows of them",
             "leave the policy or the trees out",
         )
+    mover = "trees of tokens move" if trees else f"cache policy {policy.name} moves" if policy is not None else None
+    if mover is not None and dtype in BLOCK_CACHE_TYPES:
+        raise InputError(
+            f"{mover} rows one by one, and a cache of {dtype} is quantised in blocks",
+            f"take a cache of {ROW_CACHE_TYPES[0]}, or leave {'trees' if trees else 'the policy'} out",
+        )
     if trees:
         return TreeCache(config, dtype, **options)
-    if policy is None:
-        return (BlockCache if dtype in BLOCK_CACHE_TYPES else CacheState)(config, dtype, **options)
-    if dtype in BLOCK_CACHE_TYPES:
-        raise InputError(
-            f"cache policy {policy.name} moves rows one by one, and a cache of {dtype} is quantised in blocks",
-            f"take a cache of {ROW_CACHE_TYPES[0]}, or leave the policy out",
-        )
-    return ManagedCache(config, policy, dtype, **options)
+    if policy is not None:
+        return ManagedCache(config, policy, dtype, **options)
+    return (BlockCache if dtype in BLOCK_CACHE_TYPES else CacheState)(config, dtype, **options)

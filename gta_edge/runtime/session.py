@@ -326,6 +326,10 @@ class Session(SessionBackend):
         self._changed(owner, "forward()")
         return logits
 
+    def _room(self, row: int) -> int:
+        beside = self._rows_of_step(row, row + 1, 2)
+        return self.max_length - int(self._cache.length[beside].max())
+
     def _logits_bytes(self, ids: Ids, all_logits: bool) -> int:
         return 4 * self.config.vocab_size * (ids.size if all_logits else len(ids))
 
