@@ -48,7 +48,7 @@ def in_torch(name: str, features: Features, feeds: Feeds) -> Feeds:
             *(tensors[key] for key in ("input_ids", "past_length", "logit_positions")), caches, step
         )
     assert all(
-        x is y for present, cache in zip(presents, caches, strict=True) for x, y in zip(present, cache, strict=True)
+        x is y for present, cache in zip(presents, caches, strict=True) for x, y in zip(present[:2], cache, strict=True)
     )
     past = {key: value for key, value in tensors.items() if key.startswith("past_") and key != "past_length"}
     return {"logits": logits.numpy()} | {key.replace("past", "present"): x.numpy() for key, x in past.items()}
