@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from gta_edge.cuda.session import Cuda
 from gta_edge.model.config import ModelConfig
-from gta_edge.model.kv_cache import CacheTensor, is_scale
+from gta_edge.model.kv_cache import CAPACITY_AXIS, CacheTensor, is_scale
 from gta_edge.model.tables import rotations
 from gta_edge.numerics.dtypes import DTYPES
 from gta_edge.runtime.cache_moves import Moves
@@ -33,10 +33,10 @@ _LARGEST = {"int8": 127.0, "fp8": 448.0}
 
 @dataclass(frozen=True)
 class DeviceTensor:
-    """One tensor of a layer's cache in the GPU's memory, [B, heads, S, width], or [B, heads, S] without a width.
+    """One tensor of a layer's cache in the GPU's memory, [B, heads, rows, …]: a row of each token, or of each block.
 
     Attributes:
-        tensor: its name, heads, width and type.
+        tensor: its name, heads, rows and type.
         address: of its first value.
         capacity: S.
     """
@@ -48,7 +48,7 @@ class DeviceTensor:
     @property
     def row_bytes(self) -> int:
         """Bytes of one row of one head."""
-        return DTYPES[self.tensor.dtype].bytes * (1 if self.tensor.width is None else self.tensor.width)
+        return DTYPES[self.tensor.dtype].bytes * prod(self.tensor.row)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -57,7 +57,8 @@ class DeviceTensor:
 
     def row(self, sequence: int, head: int, row: int) -> int:
         """Return the address of a row."""
-        return self.address + ((sequence * self.tensor.heads + head) * self.capacity + row) * self.row_bytes
+        rows = self.shape[CAPACITY_AXIS - 1]
+        return self.address + ((sequence * self.tensor.heads + head) * rows + row) * self.row_bytes
 
 
 class CudaCache:

@@ -30,11 +30,14 @@ from gta_edge.cuda.gpu import Gpu
 from gta_edge.formats.artifacts import made_from
 from gta_edge.formats.bundle import Bundle
 from gta_edge.libraries.tensorrt import TensorRT
+from gta_edge.model.kv_cache import capacity_of
+from gta_edge.numerics.dtypes import CACHES
 from gta_edge.runtime.tensorrt import session as runtime_tensorrt
 from gta_edge.runtime.tensorrt.build import profile_shapes
 from gta_edge.runtime.tensorrt.engine import EngineManifest, EngineSpec
 from gta_edge.runtime.tensorrt.lower import lower
 from gta_edge.runtime.tensorrt.session import TensorRTSession
+from tests.helpers.block_engine import PluginGraph
 from tests.helpers.engines import keep_engine
 
 driver_enums = pytest.importorskip("cuda.bindings.driver", reason="the package cuda-bindings is needed")
@@ -46,6 +49,7 @@ STREAM = 1
 _RESULT = driver_enums.CUresult
 _OK = _RESULT.CUDA_SUCCESS
 _ONNX_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
+_ONNX_TYPES |= {"tensor(int8)": np.int8}
 
 
 @dataclass
@@ -351,7 +355,11 @@ class Engine:
         options.log_severity_level = 3
         options.intra_op_num_threads = 1
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")  # no activations in int8
-        self.session = onnxruntime.InferenceSession(document["model"], options, providers=["CPUExecutionProvider"])
+        self.session: Any = (
+            PluginGraph(document["model"])
+            if document["plugin"]
+            else onnxruntime.InferenceSession(document["model"], options, providers=["CPUExecutionProvider"])
+        )
         self.inputs, self.outputs = self.session.get_inputs(), self.session.get_outputs()
         self.names = {each.name for each in (*self.inputs, *self.outputs)}
         self.kinds: list[str] = []  # of kernels that contexts want compiled
@@ -407,11 +415,17 @@ def _module(driver: Driver) -> Any:
 
 
 def build(bundle: Bundle, spec: EngineSpec, directory: Path, *, capturable: bool = True, captures: bool = True) -> None:
-    """Put an engine for the simulation into a bundle, and the model that it stands for into a directory."""
-    capacity = spec.managed.capacities if spec.managed else spec.max_length
-    features = spec.managed.features if spec.managed else None
-    model = lower(bundle, directory, form="function", compute=spec.compute, capacity=capacity, features=features)
-    document = {"model": str(model), "profiles": profile_shapes(bundle, spec)}
+    """Put an engine for the simulation into a bundle, and the model that it stands for into a directory.
+
+    That of a cache in blocks has the plugin's nodes (``block_engine``), others are standard operators.
+    """
+    plugin = CACHES[spec.cache_dtype].in_blocks
+    options = {"compute": spec.compute, "capacity": capacity_of(spec.cache_dtype, spec.max_length)}
+    if spec.managed:
+        options |= {"capacity": spec.managed.capacities, "features": spec.managed.features}
+    options |= {"form": "plugin", "cache_dtype": spec.cache_dtype} if plugin else {"form": "function"}
+    model = lower(bundle, directory, **options)
+    document = {"model": str(model), "profiles": profile_shapes(bundle, spec), "plugin": plugin}
     document |= {"capturable": capturable, "captures": captures}
     record = EngineManifest(spec, made_from(bundle), VERSION, ["8.7"])
     keep_engine(bundle, record, json.dumps(document).encode(), force=True)

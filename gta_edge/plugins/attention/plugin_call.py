@@ -23,6 +23,8 @@ from gta_edge.plugins.attention.definition import (
     OBSERVATIONS,
     OBSERVE,
     OP,
+    OPEN_INPUTS,
+    SCALE_INPUTS,
     Features,
     Sizes,
 )
@@ -37,21 +39,12 @@ __all__ = [
     "FEATURE_FLAGS",
     "FIELDS",
     "INPUT_FLAGS",
-    "OPEN_BLOCKS",
-    "SCALES",
     "Call",
     "Parameters",
     "describe_call",
     "largest_workspace_bytes",
     "read_parameters",
 ]
-
-SCALES = ("past_key_scale", "past_latent_scale")
-"""Inputs that a quantised cache has beside it: float32 [B, n_k, S] and [B, n_c, S], or, of one in blocks, float16
-[B, n_k, S/32, 2, d_k] and [B, n_c, S, 2], scale and minimum."""
-
-OPEN_BLOCKS = ("past_key_open", "past_latent_open")
-"""And a cache in blocks behind those: tokens of the block that is not full, [B, n_k, 32, d_k] and [B, n_c, 32, d_l]."""
 
 CACHE_DTYPE = "cache_dtype"
 """Attribute: how a quantised cache is stored, one of ``QUANTIZED_CACHE_TYPES``; it says which of these inputs there
@@ -154,7 +147,7 @@ class Parameters(ParametersBase[Variant]):
     def _beside(self) -> tuple[str, ...]:
         """Names of the inputs that a quantised cache has beside it."""
         cache = self.quantised
-        return SCALES * (cache is not None) + OPEN_BLOCKS * (cache is not None and cache.in_blocks)
+        return SCALE_INPUTS * (cache is not None) + OPEN_INPUTS * (cache is not None and cache.in_blocks)
 
     @cached_property
     def features(self) -> Features:
@@ -179,7 +172,7 @@ class Parameters(ParametersBase[Variant]):
     @property
     def as_computed(self) -> str:
         """Name of the input that holds latents as wide as they are computed with, [B, n_c, rows, d_l]."""
-        return OPEN_BLOCKS[1] if OPEN_BLOCKS[1] in self.inputs else "past_latent"
+        return OPEN_INPUTS[1] if OPEN_INPUTS[1] in self.inputs else "past_latent"
 
     @property
     def typed_like(self) -> tuple[int, ...]:

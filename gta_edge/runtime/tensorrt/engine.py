@@ -40,7 +40,7 @@ from gta_edge.model.kv_cache import (
     capacity_of,
     managed_shapes,
 )
-from gta_edge.numerics.dtypes import FLOAT_TYPES, cache_types
+from gta_edge.numerics.dtypes import FLOAT_TYPES, QUANTIZED_CACHE_TYPES
 from gta_edge.runtime.tensorrt.engine_cache import EngineCache
 from gta_edge.support.ownership import ARTIFACTS
 from gta_edge.support.text import one_line
@@ -368,7 +368,7 @@ def _check_types(record: EngineManifest) -> None:
         raise ValueError("a list is expected and something else found")
     if not all(isinstance(text, str) for text in texts):
         raise ValueError("a text is expected and something else found")
-    known = spec.compute in FLOAT_TYPES and spec.cache_dtype in cache_types(spec.compute, kernels=True)
+    known = spec.compute in FLOAT_TYPES and spec.cache_dtype in (spec.compute, *QUANTIZED_CACHE_TYPES)
     if not known or record.matmul not in IMPLEMENTATIONS:
         raise ValueError("a type, or a word, that there is not")
     if not all(type(number) is int and number > 0 for number in numbers):

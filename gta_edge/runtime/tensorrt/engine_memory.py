@@ -7,13 +7,20 @@ after its output is written, so there the present has a block of its own, which 
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
 from gta_edge.cuda.gpu import Gpu
 from gta_edge.cuda.session import Cuda
+from gta_edge.cuda.staging import Staging
 from gta_edge.model.config import ModelConfig
-from gta_edge.model.kv_cache import received_tensors
+from gta_edge.model.kv_cache import is_open, is_scale, open_name, received_tensors
+from gta_edge.numerics.cache_codes import BLOCK
+from gta_edge.numerics.dtypes import DTYPES
+from gta_edge.runtime.block_cache import reopened
 from gta_edge.runtime.cuda_cache import CudaCache, DeviceTensor
 from gta_edge.runtime.tensorrt.engine import EngineSpec
 from gta_edge.runtime.tensorrt.kernel_rows import KernelRows
@@ -51,12 +58,14 @@ class EngineMemory:
         self.nbytes = 0
         most = max(self.capacities)
         self._what = f"the cache of {most} tokens for {spec.max_batch} rows"
-        placed = []
+        self._staging = Staging(cuda)
+        self._tensors: list[DeviceTensor] = []
         for tensor in spec.cache_tensors(config):
             capacity = self.capacities[tensor.layer]
             address = self._allocate(tensor.nbytes(spec.max_batch, capacity))
             self.addresses |= {tensor.past: address, tensor.present: address}
-            placed.append(DeviceTensor(tensor, address, capacity))
+            self._tensors.append(DeviceTensor(tensor, address, capacity))
+        placed = list(self._tensors)
         self._received_bytes = 0
         if spec.managed is not None and spec.managed.observe is not None:
             placed += self._add_received(in_place=gpu is not None)
@@ -90,6 +99,50 @@ class EngineMemory:
             self.addresses |= {tensor.past: self._past + place, tensor.present: self._present + place}
             placed.append(DeviceTensor(tensor, self._past + place, capacity))
         return placed
+
+    # --- one sequence ----------------------------------------------------------------------------------------------
+
+    def read(self, sequence: int, first: int, tokens: int) -> dict[str, npt.NDArray[Any]]:
+        """Return what the cache holds of some tokens of a sequence, by ``CacheTensor.name``: [1, heads, rows, …].
+
+        Of a cache in blocks ``first`` is the first token of one, and open blocks are whole.
+
+        Args:
+            sequence: row of the batch.
+            first: the first of the tokens.
+            tokens: how many.
+        """
+        found = {
+            each.tensor.name: np.empty(each.tensor.shape(1, tokens), DTYPES[each.tensor.dtype].numpy)
+            for each in self._tensors
+        }
+        self._staging.read(self._parts(sequence, first, found))
+        return found
+
+    def write(self, sequence: int, first: int, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Put what ``read`` returned, or some of it, in its place."""
+        arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        self._staging.write(self._parts(sequence, first, arrays))
+
+    def _parts(
+        self, sequence: int, first: int, arrays: Mapping[str, npt.NDArray[Any]]
+    ) -> Iterator[tuple[int, npt.NDArray[Any]]]:
+        """Yield the address of each head's rows, and the part of an array that belongs there."""
+        for each in self._tensors:
+            if each.tensor.name in arrays:
+                row = first // each.tensor.block if each.tensor.block else 0
+                for head, part in enumerate(arrays[each.tensor.name][0]):
+                    yield each.row(sequence, head, row), part
+
+    def reopen(self, sequence: int, block: int) -> None:
+        """Put the values of a closed block of a sequence's cache back into its open block, as codes have them."""
+        held = self.read(sequence, BLOCK * block, BLOCK)
+        tensors = {each.tensor.name: each.tensor for each in self._tensors}
+        codes = [name for name in held if not is_scale(name) and not is_open(name)]
+        opened = {open_name(name): reopened(tensors, held, name, 0) for name in codes}
+        self.write(sequence, 0, opened)
+
+    # --- what rows received ----------------------------------------------------------------------------------------
 
     def settle(self) -> None:
         """Queue what has to follow a step on the stream: what is present is past from then on."""

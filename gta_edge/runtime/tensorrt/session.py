@@ -9,7 +9,7 @@ little: weights are the engine's, and scratch memory is one for all, as one runs
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from math import prod
@@ -25,6 +25,7 @@ from gta_edge.formats.bundle import Bundle
 from gta_edge.libraries.tensorrt import TensorRT, load
 from gta_edge.model.kv_cache import INPUT_IDS, LOGITS
 from gta_edge.model.kv_cache import LOGIT_POSITIONS as LOGIT_POSITIONS_INPUT
+from gta_edge.numerics.dtypes import CACHES
 from gta_edge.plugins import register
 from gta_edge.runtime.cache_moves import ManagedStep, Moves
 from gta_edge.runtime.cache_policies.base import CachePolicy
@@ -90,6 +91,7 @@ class TensorRTSession(Session):
     """
 
     device = "gpu"
+    reads_rows = True
 
     def __init__(
         self,
@@ -185,6 +187,18 @@ class TensorRTSession(Session):
         self._cuda.make_current()
         self._memory.rows.rotate(shifts)
 
+    def _reopen(self, sequence: int, block: int) -> None:
+        self._cuda.make_current()
+        self._memory.reopen(sequence, block)
+
+    def _read_row(self, row: int, tokens: int) -> dict[str, npt.NDArray[Any]]:
+        self._cuda.make_current()
+        return self._memory.read(row, 0, tokens)
+
+    def _write_row(self, row: int, tokens: int, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+        self._cuda.make_current()
+        self._memory.write(row, 0, arrays)
+
     def _context(self, profile: int) -> Any:
         """Return a new execution context for a profile, all its tensors bound."""
         self._log.errors.clear()
@@ -230,8 +244,10 @@ class TensorRTSession(Session):
     def _run(
         self, input_ids: Ids, past_length: Ids, logit_positions: Ids, managed: ManagedStep | None = None
     ) -> Logits:
-        self._cuda.make_current()
         rows, wanted = logit_positions.shape
+        if wanted > LOGIT_POSITIONS and CACHES[self.cache_dtype].in_blocks:
+            return self._run_in_pieces(input_ids, past_length)
+        self._cuda.make_current()
         values = step_values(self._spec.managed, self.config, input_ids, past_length, logit_positions, managed)
         if input_ids.shape[1] == 1 and wanted == 1:
             return self._step(values)
@@ -244,6 +260,20 @@ class TensorRTSession(Session):
                 positions = np.zeros((rows, 1), np.int64)
             parts.append(self._chunk(values | {LOGIT_POSITIONS_INPUT: positions}))
         result: Logits = np.concatenate(parts, axis=1)[:, :wanted]
+        return result
+
+    def _run_in_pieces(self, input_ids: Ids, past_length: Ids) -> Logits:
+        """Append tokens, of all of which logits are wanted, in runs of as many as have some.
+
+        In a second run over the same tokens a cache in blocks would have others in its open block.
+        """
+        parts = []
+        for start in range(0, input_ids.shape[1], LOGIT_POSITIONS):
+            ids = input_ids[:, start : start + LOGIT_POSITIONS]
+            positions = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
+            full = self._cache.capacity  # where idle rows are said to be
+            parts.append(self._run(ids, np.minimum(past_length + start, full), positions))
+        result: Logits = np.concatenate(parts, axis=1)
         return result
 
     def _chunk(self, values: Values) -> Logits:
@@ -353,7 +383,7 @@ def _state(bundle: Bundle, spec: EngineSpec, policy: CachePolicy | None, chunk_s
         if room < spec.max_length:
             options["limit"] = f"the engine has room for {room} rows, and without a cache policy every token keeps one"
         options["max_length"] = options["capacity_step"] = min(room, spec.max_length)
-        return CacheState(config, spec.cache_dtype, **options)
+        return cache_state(config, spec.cache_dtype, compute=spec.compute, **options)
     needed = EngineCache.of(policy, config, spec.cache_dtype, **options)
     lack = "was built without a cache policy" if managed is None else managed.lacks(needed)
     if lack is not None:

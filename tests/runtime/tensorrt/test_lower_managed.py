@@ -22,8 +22,8 @@ from gta_edge.graph.io import load_graph, run_passes
 from gta_edge.graph.manage_cache import ManageCachePass
 from gta_edge.model.config import parse_config
 from gta_edge.model.kv_cache import managed_shapes
-from gta_edge.plugins.attention.definition import FEATURE_INPUTS, MODEL_INPUTS, Features
-from gta_edge.plugins.attention.plugin_call import SCALES, read_parameters
+from gta_edge.plugins.attention.definition import FEATURE_INPUTS, MODEL_INPUTS, SCALE_INPUTS, Features
+from gta_edge.plugins.attention.plugin_call import read_parameters
 from gta_edge.runtime.tensorrt.lower import lower
 from gta_edge.runtime.tensorrt.passes.set_capacity import SetCapacityPass
 from tests.helpers import reference
@@ -164,8 +164,8 @@ def test_the_plugins_nodes(bundles: Bundles, tmp_path: Path, features: Features,
             assert inputs["past_received"] == f"past_received.{layer}"
             assert outputs["present_received"] == f"present_received.{layer}"
         if cache:
-            assert [inputs[key] for key in SCALES] == [f"past_key_scale.{layer}", f"past_{second}_scale.{layer}"]
-            scales = {outputs[key.replace("past", "present")] for key in SCALES}
+            assert [inputs[key] for key in SCALE_INPUTS] == [f"past_key_scale.{layer}", f"past_{second}_scale.{layer}"]
+            scales = {outputs[key.replace("past", "present")] for key in SCALE_INPUTS}
             assert scales == {f"present_key_scale.{layer}", f"present_{second}_scale.{layer}"} and scales < outer
             shapes = {value.name: value.type.tensor_type.shape.dim for value in graph.input}
             assert shapes[f"past_key_scale.{layer}"][2].dim_value == CAPACITIES[layer]

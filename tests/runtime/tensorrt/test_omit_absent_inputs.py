@@ -11,7 +11,7 @@ from gta_edge.graph.io import run_passes
 from gta_edge.model.config import parse_config
 from gta_edge.model.kv_cache import cache_tensors
 from gta_edge.plugins.attention import definition as op
-from gta_edge.plugins.attention.plugin_call import CACHE_DTYPE, OPEN_BLOCKS, SCALES, read_parameters
+from gta_edge.plugins.attention.plugin_call import CACHE_DTYPE, read_parameters
 from gta_edge.plugins.domain import OPSET
 from gta_edge.runtime.tensorrt.passes.omit_absent_inputs import OmitAbsentInputsPass
 from gta_edge.runtime.tensorrt.passes.quantize_cache import QuantizeCachePass
@@ -85,7 +85,7 @@ def test_the_plugins_inputs_have_no_gaps(absent: tuple[str, ...], cache: str | N
     quantize = [QuantizeCachePass(cache, cache_tensors(CONFIG, cache))] if cache else []
     node = lowered(attention(*absent, cut=cut), *quantize, OmitAbsentInputsPass())
     found = [name.removesuffix(".0") for name in node.input]
-    beside = [*SCALES, *OPEN_BLOCKS][: {None: 0, "int8": 2, "int4": 4}[cache]]
+    beside = [*op.SCALE_INPUTS, *op.OPEN_INPUTS][: {None: 0, "int8": 2, "int4": 4}[cache]]
     assert found == [name for name in op.MODEL_INPUTS if name not in absent] + beside
     attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
     added = {CACHE_DTYPE: cache} if cache else {}
