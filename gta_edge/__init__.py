@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from gta_edge.export.pipeline import export_model
     from gta_edge.model.config import GQAConfig, GTAConfig
     from gta_edge.model.presets import preset
+    from gta_edge.runtime.generation.conversation import Conversation
     from gta_edge.runtime.generation.loop import generate
     from gta_edge.runtime.registry import load
     from gta_edge.runtime.session import Session
@@ -42,6 +43,7 @@ __all__ = [
     "CapacityError",
     "CheckpointError",
     "ConfigError",
+    "Conversation",
     "EngineError",
     "ExportError",
     "GQAConfig",
@@ -58,6 +60,7 @@ __all__ = [
 ]
 
 _LAZY = {
+    "Conversation": "gta_edge.runtime.generation.conversation",
     "GQAConfig": "gta_edge.model.config",
     "GTAConfig": "gta_edge.model.config",
     "Session": "gta_edge.runtime.session",

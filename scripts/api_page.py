@@ -24,6 +24,7 @@ from gta_edge.runtime.cache_policies import policy
 from gta_edge.runtime.cache_policies.base import CachePolicy, Decision, Rows
 from gta_edge.runtime.generation.loop import Generation
 from gta_edge.runtime.generation.sampling import Sampling
+from gta_edge.runtime.saved_cache import SavedCache
 
 PAGE = Path(__file__).parents[1] / "docs" / "python.md"
 
@@ -62,7 +63,14 @@ SECTIONS: tuple[tuple[str, tuple[tuple[str, Any], ...]], ...] = (
             ("gta_edge.plugins.register", register),
         ),
     ),
-    ("Sessions", (("gta_edge.Session", gta_edge.Session),)),
+    (
+        "Sessions",
+        (
+            ("gta_edge.Session", gta_edge.Session),
+            ("gta_edge.Conversation", gta_edge.Conversation),
+            ("gta_edge.runtime.saved_cache.SavedCache", SavedCache),
+        ),
+    ),
     (
         "Cache policies of one's own",
         (

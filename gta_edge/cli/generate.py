@@ -42,6 +42,9 @@ def generate(
     draft: Annotated[
         Path | None, typer.Option(metavar="BUNDLE", help="A smaller model with the same tokenizer, to guess tokens.")
     ] = None,
+    prompt_cache: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Go on from this file's cache, and keep the new one there.")
+    ] = None,
     backend: Annotated[Backend, typer.Option(help="auto: the fastest that works.")] = Backend.AUTO,
     cache_dtype: Annotated[
         CacheDtype | None, typer.Option(help="Type of the cache; the backend's own by default.")
@@ -73,8 +76,10 @@ def generate(
             }
             session = opened.enter_context(gta_edge.load(bundle, backend.value, cache=policy_of(cache), **common))
             small = None if draft is None else opened.enter_context(gta_edge.load(draft, backend.value, **common))
-        generation = gta_edge.generate(
-            session,
+        conversation = gta_edge.Conversation(session)
+        if prompt_cache is not None:
+            conversation.resume(prompt_cache)
+        generation = conversation.generate(
             given,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
@@ -97,9 +102,18 @@ def generate(
                 _show(output, piece, generation)
         except KeyboardInterrupt as interrupt:
             generation.close()  # where it came while a piece was printed
-            _finish(output, generation, session.backend)
+            _finish(output, generation, session.backend, _kept(conversation, prompt_cache))
             sys.exit(exit_status(interrupt))
-        _finish(output, generation, session.backend)
+        _finish(output, generation, session.backend, _kept(conversation, prompt_cache))
+
+
+def _kept(conversation: Any, path: Path | None) -> dict[str, Any] | None:
+    """Keep the cache in a file, and return what is said of it."""
+    if path is None or not len(conversation.ids):
+        return None
+    size = conversation.save(path)
+    reused = conversation.reused_tokens
+    return {"tokens": size.tokens, "reused_tokens": reused, "bytes": size.nbytes, "gqa_bytes": size.gqa_bytes}
 
 
 def _prompt(text: str | None, file: Path | None, ids: str | None) -> Any:
@@ -144,7 +158,7 @@ def _shown(text: str) -> str:
     return "".join(c if c in "\n\t" or ord(c) > 0x9F else printable(c) for c in text)
 
 
-def _finish(output: Output, generation: Any, backend: str) -> None:
+def _finish(output: Output, generation: Any, backend: str, kept: dict[str, Any] | None) -> None:
     timings = generation.timings
     if output.json:
         output.document(
@@ -156,6 +170,7 @@ def _finish(output: Output, generation: Any, backend: str) -> None:
                 "seed": generation.seed,
                 "backend": backend,
                 "timings": timings,
+                **({} if kept is None else {"prompt_cache": kept}),
             }
         )
         return
@@ -169,3 +184,9 @@ def _finish(output: Output, generation: Any, backend: str) -> None:
         f"[{backend}] {generation.prompt_tokens} prompt tokens, first token after {timings['ttft_ms'] or 0:.0f} ms; "
         f"{len(generation.ids)} tokens{pace}; ended by {generation.finish_reason}"
     )
+    if kept is not None:
+        beside = f", as GQA {kept['gqa_bytes'] / 1e6:.2f} MB" if kept["gqa_bytes"] else ""
+        output.note(
+            f"prompt cache: {kept['reused_tokens']} prompt tokens were in it; now it holds {kept['tokens']}, "
+            f"{kept['bytes'] / 1e6:.2f} MB{beside}"
+        )

@@ -85,6 +85,12 @@ class Bundle:
         return {name: entry["bytes"] for name, entry in self.manifest["files"].items()}
 
     @property
+    def hash(self) -> str:
+        """SHA-256 of graph, weights and config by what the manifest says of them: the same model, the same hash."""
+        hashes = {name: self.manifest["files"].get(name, {}).get("sha256") for name in (MODEL, WEIGHTS, CONFIG)}
+        return _digest(hashes)
+
+    @property
     def block_size(self) -> int | None:
         """Weights that share a scale; None for whole output channels, and where nothing is quantised."""
         size: int | None = self.manifest.get("block_size")

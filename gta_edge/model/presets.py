@@ -6,14 +6,14 @@ Weights of a preset are random (``gta-edge init``): presets are for benchmarks a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from gta_edge.errors import InputError
 from gta_edge.model.config import GQAConfig, GTAConfig, ModelConfig
 from gta_edge.support.choices import unknown
 
-__all__ = ["DEFAULT_MAX_LENGTH", "PRESETS", "preset"]
+__all__ = ["DEFAULT_MAX_LENGTH", "PRESETS", "gqa_like", "preset"]
 
 DEFAULT_MAX_LENGTH = 32768
 
@@ -82,3 +82,14 @@ def preset(name: str) -> ModelConfig:
         num_latent_heads=n_c,
         latent_dim=128,
     )
+
+
+def gqa_like(config: ModelConfig) -> GQAConfig | None:
+    """Return GQA of a GTA model's sizes, with a key and a value for each of its groups of heads; None of other models.
+
+    It is what a GTA model's cache is compared with: the paper's baselines have about as many groups.
+    """
+    if not isinstance(config, GTAConfig):
+        return None
+    common = {field.name: getattr(config, field.name) for field in fields(ModelConfig) if field.init}
+    return GQAConfig(**common, num_key_value_heads=config.num_query_heads)

@@ -136,6 +136,7 @@ def open_session(bundle: Bundle, backend: str = "auto", **options: Any) -> Sessi
     else:
         check_backend(backend, ("auto",))
         session = BACKENDS[backend].open(bundle, **options)
+    session.bundle_hash = bundle.hash
     session.tokenizer = text.tokenizer
     session.end_token_ids = text.generation.end_token_ids
     session.chat_end_token_ids = text.generation.chat_end_token_ids

@@ -69,6 +69,7 @@ class Session(SessionBackend):
     def __init__(self, config: ModelConfig, cache: CacheState | None = None) -> None:
         self.config = config
         # for text in and out; who loads a bundle sets them from its files
+        self.bundle_hash: str | None = None
         self.tokenizer: Tokenizer | None = None
         self.end_token_ids: frozenset[int] = frozenset(config.eos_token_ids)
         self.chat_end_token_ids: frozenset[int] = frozenset()  # besides those
@@ -234,6 +235,18 @@ class Session(SessionBackend):
     def exports_cache(self) -> bool:
         """Whether ``export_cache`` and ``import_cache`` work: on this backend, and without a cache policy."""
         return self.reads_rows and self._cache.features in (None, TREES)
+
+    def require_exports(self) -> None:
+        """Raise unless ``exports_cache``.
+
+        Raises:
+            BackendError: the backend cannot.
+            InputError: a policy manages the cache.
+        """
+        if not self.reads_rows:
+            raise BackendError(f"the backend {self.backend} cannot export its cache", "take another backend")
+        if self._cache.features not in (None, TREES):
+            raise InputError("a cache that a policy manages cannot be exported", "load without a cache policy")
 
     def export_cache(self, row: int = 0, tokens: int | None = None) -> SavedCache:
         """Return a copy of what the cache holds of one sequence, in the host's memory.
@@ -477,9 +490,6 @@ class Session(SessionBackend):
         if self._closed:
             raise BackendError("the session is closed", "load the bundle again")
         self._check_owner(owner)
-        if not self.reads_rows:
-            raise BackendError(f"the backend {self.backend} cannot export its cache", "take another backend")
-        if self._cache.features not in (None, TREES):
-            raise InputError("a cache that a policy manages cannot be exported", "load without a cache policy")
+        self.require_exports()
         if not 0 <= row < self._cache.batch:
             raise InputError(f"the cache has no row {row}", f"expected 0 to {self._cache.batch - 1}")

@@ -6,6 +6,7 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from gta_edge.runtime.generation.kept_caches import KeptCaches
 from gta_edge.runtime.generation.loop import check_prompt
 from gta_edge.runtime.generation.request import Constraint, Event, RequestOptions, TokenLogprobs
 from gta_edge.runtime.generation.text import Text
+from gta_edge.runtime.prompt_cache import PromptCacheDirectory
 from gta_edge.runtime.session import Session
 from gta_edge.support.text import one_line
 
@@ -113,7 +115,14 @@ class Scheduler:
         queue: requests that wait beyond those, at most.
         kept_bytes: memory for caches of texts that have ended, from which prompts that begin like them go on; 0 keeps
             none.
+        prompt_cache: a directory for those that this memory has no room for, and for all of them when the scheduler
+            is closed; they are found there again by the next one.
         stall_ms: for how long a part of a prompt may keep the others waiting, about.
+
+    Raises:
+        InputError: less than one slot, or a prompt cache for a session with a cache policy, or of no bundle.
+        BackendError: a prompt cache for a backend that exports none.
+        OutputError: the directory cannot be made.
     """
 
     def __init__(
@@ -123,13 +132,18 @@ class Scheduler:
         queue: int = 64,
         *,
         kept_bytes: int = KEPT_BYTES,
+        prompt_cache: Path | None = None,
         stall_ms: float = 100.0,
     ) -> None:
         if slots < 1 or queue < 0:
             raise InputError(f"slots {slots} and queue {queue}", "expected at least 1 slot, and a queue from 0 up")
         self._session, self._slots, self._queue = session, slots, queue
-        self._kept = KeptCaches(kept_bytes)
-        self._batch = Batch(session, slots, stall_seconds=stall_ms / 1e3, kept=self._kept if kept_bytes else None)
+        if prompt_cache is not None:
+            session.require_exports()
+        directory = None if prompt_cache is None else PromptCacheDirectory(session, prompt_cache)
+        self._kept = KeptCaches(kept_bytes, directory)
+        keeps = kept_bytes or directory is not None
+        self._batch = Batch(session, slots, stall_seconds=stall_ms / 1e3, kept=self._kept if keeps else None)
         self._changed = threading.Condition()
         self._new: list[Request] = []
         self._cancelled: list[Request] = []
@@ -234,6 +248,7 @@ class Scheduler:
         finally:
             with self._changed:
                 self._closing = True
+            self._kept.flush()
 
     def _received(self, busy: bool) -> bool:
         """Wait for something to do and take what came; return False at the end."""

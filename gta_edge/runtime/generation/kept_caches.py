@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from gta_edge.runtime.prompt_cache import PromptCacheDirectory
 from gta_edge.runtime.saved_cache import SavedCache
 from gta_edge.runtime.session import Ids
 
@@ -24,54 +25,61 @@ class KeptCaches:
 
     Args:
         max_bytes: what they may take together.
+        directory: where those go that have to go, and come from; by default they are gone.
 
     Attributes:
-        nbytes: what they take.
+        nbytes: what they take in memory.
     """
 
-    def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
+    def __init__(self, max_bytes: int, directory: PromptCacheDirectory | None = None) -> None:
+        self._max_bytes, self._directory = max_bytes, directory
         self._kept: list[_Kept] = []  # the one used last at the end
         self.nbytes = 0
 
     def __len__(self) -> int:
         return len(self._kept)
 
-    def put(self, ids: Ids, saved: SavedCache) -> list[tuple[Ids, SavedCache]]:
-        """Keep the cache of ``ids`` [N]; return those that had to go, this one where it is too large by itself.
+    def put(self, ids: Ids, saved: SavedCache) -> None:
+        """Keep the cache of ``ids`` [N].
 
         What this one begins with is not kept beside it, and this one not beside another that begins with it.
         """
-        if any(common_prefix(ids, each.ids) == len(ids) for each in self._kept):
-            self.find(ids)  # which makes it the one used last
-            return []
+        if longest(ids, [each.ids for each in self._kept])[1] == len(ids):
+            self._use(ids)
+            return
         for each in [each for each in self._kept if common_prefix(ids, each.ids) == len(each.ids)]:
             self._remove(each)
-        gone = []
-        while self._kept and self.nbytes + saved.nbytes > self._max_bytes:
-            gone.append(self._kept[0])
-            self._remove(self._kept[0])
-        if saved.nbytes > self._max_bytes:
-            gone.append(_Kept(ids, saved))
-        else:
-            self._kept.append(_Kept(ids.copy(), saved))
-            self.nbytes += saved.nbytes
-        return [(each.ids, each.saved) for each in gone]
+        self._kept.append(_Kept(ids.copy(), saved))
+        self.nbytes += saved.nbytes
+        while self.nbytes > self._max_bytes:
+            self._give_up(self._kept[0])
 
     def find(self, ids: Ids) -> tuple[SavedCache, int] | None:
         """Return the cache with the longest prefix of ``ids`` [N], and its length; None where none has any."""
-        place, length = longest(ids, [each.ids for each in self._kept])
-        if not length:
-            return None
-        found = self._kept.pop(place)
-        self._kept.append(found)
-        return found.saved, length
+        _, length = longest(ids, [each.ids for each in self._kept])
+        if self._directory is not None:
+            place, there = longest(ids, self._directory.texts)
+            saved = self._directory.take(place) if there > length else None
+            if saved is not None:
+                self.put(self._directory.texts[-1], saved)  # where what was taken last is
+                return saved, there
+        return (self._use(ids), length) if length else None
 
-    def clear(self) -> list[tuple[Ids, SavedCache]]:
-        """Return all that is kept, and keep none of it any more."""
-        gone = [(each.ids, each.saved) for each in self._kept]
-        self._kept, self.nbytes = [], 0
-        return gone
+    def flush(self) -> None:
+        """Keep nothing in memory any more."""
+        while self._kept:
+            self._give_up(self._kept[0])
+
+    def _use(self, ids: Ids) -> SavedCache:
+        """Return the one with the longest prefix of ``ids``, which is then the one used last."""
+        found = self._kept.pop(longest(ids, [each.ids for each in self._kept])[0])
+        self._kept.append(found)
+        return found.saved
+
+    def _give_up(self, kept: _Kept) -> None:
+        self._remove(kept)
+        if self._directory is not None:
+            self._directory.put(kept.ids, kept.saved)
 
     def _remove(self, kept: _Kept) -> None:
         self._kept = [each for each in self._kept if each is not kept]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from numbers import Integral
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -19,6 +19,9 @@ from gta_edge.runtime.generation.stopping import StopStrings
 from gta_edge.runtime.session import Ids, Session
 from gta_edge.support.exclusive import Exclusive
 from gta_edge.support.text import brief, one_line
+
+if TYPE_CHECKING:
+    from gta_edge.runtime.generation.conversation import Conversation
 
 __all__ = ["FinishReason", "Generation", "Prompt", "check_prompt", "generate"]
 
@@ -44,6 +47,7 @@ def generate(
     ignore_eos: bool = False,
     speculate: Speculate | None = None,
     draft: Session | None = None,
+    conversation: Conversation | None = None,
 ) -> Generation:
     """Continue a prompt; iterate over the result for the text, piece by piece.
 
@@ -73,6 +77,7 @@ def generate(
         speculate: ``lookup`` guesses what followed the last tokens earlier in prompt or answer, ``draft`` asks another
             model, ``off`` guesses nothing. By default ``draft`` where there is one, and else ``off``.
         draft: a smaller model with the same tokenizer, which is reset too.
+        conversation: of the session; the cache is not emptied, and what it holds of the prompt is not run again.
 
     Raises:
         InputError: options or a prompt that make no sense for this model.
@@ -97,11 +102,12 @@ def generate(
     if not ignore_eos:
         ends = session.end_token_ids | session.chat_end_token_ids if is_chat else session.end_token_ids
     checked = check_prompt(session, ids)
+    claim = session.claim if conversation is None else conversation.begin
     sampler = Sampler(sampling, len(checked))
     return Generation(
         session,
         checked,
-        steps_for(session, speculate, draft, sampler, len(checked), int(limit)),
+        steps_for(session, speculate, draft, sampler, len(checked), int(limit), claim),
         sampler,
         stops,
         max_new_tokens=int(limit),

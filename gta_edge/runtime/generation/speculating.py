@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Literal, get_args
 
@@ -13,7 +14,7 @@ from gta_edge.runtime.generation.lookup import PromptLookup
 from gta_edge.runtime.generation.sampling import Sampler
 from gta_edge.runtime.generation.speculation import Proposer, SpeculativeSteps
 from gta_edge.runtime.generation.steps import PlainSteps, Steps
-from gta_edge.runtime.session import Session
+from gta_edge.runtime.session import Claim, Session
 from gta_edge.support.choices import unknown
 
 __all__ = ["Speculate", "steps_for"]
@@ -28,6 +29,7 @@ def steps_for(
     sampler: Sampler,
     prompt_tokens: int,
     max_new_tokens: int,
+    claim: Callable[[], Claim],
 ) -> Steps:
     """Return where the logits of a generation come from.
 
@@ -38,6 +40,7 @@ def steps_for(
         sampler: of the generation; guesses are chosen with its options.
         prompt_tokens: of the prompt.
         max_new_tokens: of the answer.
+        claim: returns the right to the session's cache.
 
     Raises:
         InputError: a way that there is not, a draft model that is missing, of no use or of another tokenizer, or a
@@ -53,7 +56,7 @@ def steps_for(
             f"speculate is {speculate!r} with {given}", "give draft= with speculate 'draft', and only then"
         )
     if speculate == "off":
-        return PlainSteps(session)
+        return PlainSteps(claim)
     proposer: Proposer = PromptLookup()
     if draft is not None:
         _check_draft(session, draft)
@@ -61,7 +64,7 @@ def steps_for(
         proposer = DraftModel(draft, _of_the_draft(sampler, prompt_tokens), vocabulary)
     # a prompt that fills all positions still has logits for one token more
     total = min(prompt_tokens + max_new_tokens, session.max_length + 1)
-    return SpeculativeSteps(session, proposer, total)
+    return SpeculativeSteps(session, proposer, total, claim)
 
 
 def _of_the_draft(sampler: Sampler, prompt_tokens: int) -> Sampler:

@@ -12,7 +12,7 @@ costs in this session; where guessing does not pay, nothing is guessed.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -68,16 +68,20 @@ class SpeculativeSteps:
         session: what runs the model.
         proposer: guesses.
         total: tokens of prompt and answer at most; no more are run than lead there.
+        claim: returns the right to the cache for this text; the session's own by default.
 
     Raises:
         InputError: the session's cache cannot take tokens back.
     """
 
-    def __init__(self, session: Session, proposer: Proposer, total: int) -> None:
+    def __init__(
+        self, session: Session, proposer: Proposer, total: int, claim: Callable[[], Claim] | None = None
+    ) -> None:
         session.revocable()  # raises where it can never be
         self.counts: StepCounts | None = StepCounts()
         self._counts = self.counts
         self._session, self._proposer, self._total = session, proposer, total
+        self._begin = claim or session.claim
         self._claim: Claim | None = None
         self._held = 0  # tokens in the cache
         self._wanted = 0  # ids of the last call of ``after``
@@ -100,7 +104,7 @@ class SpeculativeSteps:
             ahead: Logits = self._logits[at]
             return ahead
         if self._claim is None:
-            self._claim = self._session.claim()
+            self._claim = self._begin()
             self._run(self._claim, ids, 0)
         else:
             if self._held >= len(ids):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 from gta_edge.runtime.generation.sampling import Guess
-from gta_edge.runtime.session import Claim, Ids, Logits, Session
+from gta_edge.runtime.session import Claim, Ids, Logits
 
 __all__ = ["PlainSteps", "StepCounts", "Steps"]
 
@@ -45,19 +46,23 @@ class Steps(Protocol):
 
 
 class PlainSteps:
-    """Runs the prompt, and then each token as it is known."""
+    """Runs the prompt, and then each token as it is known.
+
+    Args:
+        claim: returns the right to the cache for this text, which its first call gives the whole prompt to.
+    """
 
     guess: Guess | None = None
     counts: StepCounts | None = None
 
-    def __init__(self, session: Session) -> None:
-        self._session = session
+    def __init__(self, claim: Callable[[], Claim]) -> None:
+        self._begin = claim
         self._claim: Claim | None = None
         self._seen = 0
 
     def after(self, ids: Ids) -> Logits:
         if self._claim is None:
-            self._claim = self._session.claim()
+            self._claim = self._begin()
         logits: Logits = self._claim.forward(ids[None, self._seen :])[0]
         self._seen = len(ids)
         return logits

@@ -1,0 +1,43 @@
+"""``generate --prompt-cache``."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.helpers.commands import Result
+
+Command = Callable[..., Result]
+
+
+def test_a_file_holds_what_was_read(command: Command, tiny_bundle: Path, tmp_path: Path) -> None:
+    file = tmp_path / "cache.safetensors"
+    common = (tiny_bundle, "--max-new-tokens", 6, "--ignore-eos", "--backend", "torch")
+    ids = ",".join(map(str, range(40)))
+    alone = [command("generate", *common, "--ids", each, "--json").content for each in (ids, f"{ids},7,8")]
+    found = [
+        command("generate", *common, "--ids", each, "--prompt-cache", file, "--json").content
+        for each in (ids, f"{ids},7,8", f"{ids},7,8", "1")
+    ]
+    assert [each["ids"] for each in found[:3]] == [alone[0]["ids"], alone[1]["ids"], alone[1]["ids"]]
+    assert [each["prompt_cache"]["reused_tokens"] for each in found] == [0, 40, 41, 0]
+    assert [each["prompt_cache"]["tokens"] for each in found] == [45, 47, 47, 6]
+    assert "prompt_cache" not in alone[0]
+    shown = command("generate", *common, "--ids", "1,2", "--prompt-cache", file)
+    assert re.search(r"\nprompt cache: 1 prompt tokens were in it; now it holds 7, 0\.\d\d MB, as GQA 0", shown.err)
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
+
+
+def test_what_cannot_be_kept_is_said_before_anything_runs(command: Command, tiny_bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("a text")
+    common = ("generate", tiny_bundle, "--ids", "1,2,3", "--backend", "torch", "--max-new-tokens", 2)
+    for file, options, message in [
+        (tmp_path / "mine", (), "mine: is no prompt cache; give another file, or remove it"),
+        (tmp_path / "nowhere" / "cache", (), "cannot be written; give a file in a directory"),
+        (tmp_path, (), "exists and is no regular file"),
+        (tmp_path / "new", ("--cache-policy", "window", "--cache-rows", 32), "a policy manages cannot be exported"),
+    ]:
+        assert message in command(*common, "--prompt-cache", file, *options).error
+    assert command(*common, "--prompt-cache", tmp_path / "new").status == 0
+    refused = command(*common, "--prompt-cache", tmp_path / "new", "--cache-dtype", "int8").error
+    assert "is of the type of the cache fp32, and the session has int8; give another file" in refused
+    assert (tmp_path / "mine").read_text() == "a text"
