@@ -119,7 +119,9 @@ class _Turn(Claim):
         of = self._conversation
         return of._turn is self and of._claim is not None and of._claim.holds
 
-    def forward(self, ids: Any, *, lengths: Any = None, all_logits: bool = False) -> Logits:
+    def forward(self, ids: Any, *, lengths: Any = None, all_logits: bool = False, tree: Any = None) -> Logits:
+        if tree is not None:
+            raise InputError("a conversation holds no trees", "generate without a conversation")
         tokens, of = np.asarray(ids, np.int64), self._conversation
         if self._begins:
             of.reused_tokens = self._rewind(tokens[0])
