@@ -277,7 +277,7 @@ def arithmetic_of(bundle: Bundle, compute: str, cache: str | None = None, *, rou
     Args:
         bundle: the model.
         compute: type of activations.
-        cache: ``int8`` or ``fp8`` where the cache is in that.
+        cache: one of ``QUANTIZED_CACHE_TYPES`` where the cache is in that.
         rounds: whether activations are rounded to int8 before they are multiplied by a quantised matrix. A matrix that
             has one scale per output channel is multiplied in blocks as long as ONNX Runtime's kernels take.
     """

@@ -19,7 +19,8 @@ from gta_edge.libraries.optional import optional
 from gta_edge.model.config import ModelConfig
 from gta_edge.model.decoder import Cache, Layer
 from gta_edge.model.tables import layer_tables, model_tables
-from gta_edge.numerics.dtypes import DTYPES
+from gta_edge.numerics.dtypes import CACHES, DTYPES
+from gta_edge.plugins.attention.torch import attention_in_blocks
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +47,7 @@ class Arithmetic:
         compute: type of activations and weights: ``fp64``, ``fp32``, ``fp16`` or ``bf16``.
         activation_blocks: by parameter, how many inputs of this matrix share a scale where activations are rounded to
             int8 before they are multiplied by it; what is not named is not rounded.
-        cache: ``int8`` or ``fp8`` where cached values are rounded to that, a scale for each head and token.
+        cache: where cached values are rounded, to which of ``QUANTIZED_CACHE_TYPES``.
     """
 
     compute: str = "fp32"
@@ -139,7 +140,8 @@ class Stream:
                 hooks.append(module.register_forward_pre_hook(_rounding_hook(block)))
         attention = layer.self_attn.attention
         if self.arithmetic.cache is not None:
-            layer.self_attn.attention = _with_rounded_cache(attention, self.config, self.arithmetic.cache)
+            rounded = _with_blocks if CACHES[self.arithmetic.cache].in_blocks else _with_rounded_rows
+            layer.self_attn.attention = rounded(attention, self.config, self.arithmetic.cache)
         try:
             yield
         finally:
@@ -232,12 +234,22 @@ def _rounded(x: Tensor, dtype: str) -> Tensor:
     return (scaled.round() if dtype == "int8" else scaled.to(torch.float8_e4m3fn).to(x.dtype)) * scale
 
 
-def _with_rounded_cache(attention: Callable[..., Any], config: ModelConfig, dtype: str) -> Callable[..., Any]:
+def _with_rounded_rows(attention: Callable[..., Any], config: ModelConfig, dtype: str) -> Callable[..., Any]:
     """Return an attention that rounds new keys and latents; before RoPE, which turns an error and leaves its size."""
     heads = [cache.heads for cache in config.caches]
 
     def rounded(query: Tensor, key: Tensor, latent: Tensor, *others: Any) -> Any:
         new = (x.reshape(*x.shape[:-1], n, -1) for x, n in zip((key, latent), heads, strict=True))
         return attention(query, *(_rounded(x, dtype).flatten(-2) for x in new), *others)
+
+    return rounded
+
+
+def _with_blocks(attention: Callable[..., Any], config: ModelConfig, dtype: str) -> Callable[..., Any]:
+    """Return an attention that reads the cache that it is given as one in blocks would, and hands it on as it is."""
+    bits = CACHES[dtype].value_bits
+
+    def rounded(*arguments: Any) -> Any:
+        return attention_in_blocks(bits, *arguments), *attention(*arguments)[1:]
 
     return rounded

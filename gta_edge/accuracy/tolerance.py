@@ -38,7 +38,7 @@ COMPUTE_BOUNDS: dict[str, float] = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 8e-2}
 FLOAT32_BOUND = COMPUTE_BOUNDS["fp32"]
 
 ROUNDED_BOUND = 2e-2
-"""The same of a backend that rounds activations to int8, or caches in 8 bits; what PyTorch is off by is mostly more."""
+"""The same of a backend that rounds activations to int8, or cached values; what PyTorch is off by is mostly more."""
 
 FACTORS: dict[str, float] = {"fp32": 16.0, "fp16": 6.0, "bf16": 6.0}
 """How many times PyTorch's own error at a position a backend may be off there.
@@ -48,17 +48,17 @@ types round where PyTorch does, so that errors have one size.
 """
 
 ROUNDED_FACTOR = 5.0
-"""The same where activations or the cache are rounded to 8 bits."""
+"""The same where activations are rounded to 8 bits, or cached values to those or fewer."""
 
 
-def allowance(compute: str, *, eight_bits: bool = False) -> tuple[float, float]:
+def allowance(compute: str, *, rounds: bool = False) -> tuple[float, float]:
     """Return what a backend may be off by at any position, and how many times PyTorch's own error it may be there.
 
     Args:
         compute: type that it computes in.
-        eight_bits: whether it rounds activations to int8, or caches in 8 bits.
+        rounds: whether it rounds activations to int8, or cached values.
     """
-    if eight_bits:
+    if rounds:
         return max(COMPUTE_BOUNDS[compute], ROUNDED_BOUND), ROUNDED_FACTOR
     return COMPUTE_BOUNDS[compute], FACTORS[compute]
 

@@ -72,6 +72,8 @@ class CacheDtype(str, Enum):
     BF16 = "bf16"
     INT8 = "int8"
     FP8 = "fp8"
+    INT4 = "int4"
+    INT4V2 = "int4v2"
 
 
 class Backend(str, Enum):

@@ -16,7 +16,7 @@ from gta_edge.formats.bundle import MANIFEST, WEIGHTS, Bundle
 from gta_edge.formats.checkpoint import Checkpoint
 from gta_edge.machine.devices import MEASURED, Device, device, device_names
 from gta_edge.model.presets import PRESETS, preset
-from gta_edge.numerics.dtypes import CHECKPOINT_DTYPES, DTYPES
+from gta_edge.numerics.dtypes import BLOCK_CACHE_TYPES, CHECKPOINT_DTYPES, ROW_CACHE_TYPES
 from gta_edge.plan.roofline import Model, Plan, largest, make_plan
 from gta_edge.runtime.registry import fastest_on
 
@@ -55,7 +55,8 @@ def plan(
     precision: Annotated[Precision | None, typer.Option(help="How weights are stored; by default as they are.")] = None,
     block_size: Annotated[int | None, typer.Option(help="Weights that share a scale, for int8 and int4.")] = None,
     cache_dtype: Annotated[
-        CacheDtype | None, typer.Option(help="fp32 or int8 on a CPU; on a GPU the type to compute in, int8 or fp8.")
+        CacheDtype | None,
+        typer.Option(help="fp32 or int8 on a CPU; on a GPU the type to compute in, or a smaller one."),
     ] = None,
     efficiency: Annotated[
         float | None, typer.Option(help="Share of bandwidth and FLOPs that kernels get; see docs/plan.md.")
@@ -80,14 +81,15 @@ def plan(
         from gta_edge.cli.plot import check
 
         check(plot, force=force, inputs=[Path(target) for target in targets])
-    models = [_model(target, value_of(precision), block_size) for target in targets]
+    models = [_model(target, value_of(precision), block_size, context) for target in targets]
     machine = _device(device, efficiency)
     kind, policy = value_of(cache_dtype), policy_of(cache)
     plans = [_plan(model, machine, kind, policy, context=context, batch=batch, prompt=prompt) for model in models]
     if plot is not None:
         from gta_edge.cli.plan_plot import draw
 
-        peers = [_model(name, plans[0].model.precision, block_size) for name in _baselines(plans[0], targets)]
+        names, precision_there = _baselines(plans[0], targets), plans[0].model.precision
+        peers = [_model(name, precision_there, block_size, context) for name in names]
         others = [_plan(peer, machine, None, policy, context=context, batch=batch) for peer in peers]
         draw(plot, [*plans, *others], force=force)
     documents = [_document(entry) for entry in plans]
@@ -146,12 +148,14 @@ def _device(name: str, efficiency: float | None) -> Device:
     return found if efficiency is None else replace(found, efficiency=efficiency)
 
 
-def _model(target: str, precision: str | None, block_size: int | None) -> Model:
+def _model(target: str, precision: str | None, block_size: int | None, context: int | None) -> Model:
     path = Path(target)
     if not path.exists():
         if target not in PRESETS:
             raise InputError(f"{target} is neither a directory nor a preset", f"presets are {', '.join(PRESETS)}")
         config = preset(target)
+        if context is not None and context > config.max_position_embeddings:  # as ``init --max-length`` makes it
+            config = config.replace(max_position_embeddings=context)
         return Model.of(target, config, precision or CHECKPOINT_DTYPES[config.dtype].name, block_size)
     if (path / MANIFEST).exists():
         bundle = Bundle.open(path)
@@ -174,13 +178,14 @@ def _plan(
 
 def _managed(execution: Execution, model: Model, machine: Device, policy: CachePolicy) -> Execution:
     """Return how a model runs whose cache a policy keeps small."""
-    from gta_edge.runtime.managed_cache import GPU_CHUNK_SIZE, ManagedCache
+    from gta_edge.runtime.managed_cache import GPU_CHUNK_SIZE, ManagedCache, cache_state
 
     path = Path(model.name)
     if (path / MANIFEST).exists():
         policy = policy.for_bundle(Bundle.open(path))
     chunk_size = execution.chunk_size if machine.kind == "cpu" else min(execution.chunk_size, GPU_CHUNK_SIZE)
-    cache = ManagedCache(model.config, policy, execution.cache_dtype, chunk_size=chunk_size)
+    cache = cache_state(model.config, execution.cache_dtype, policy, chunk_size=chunk_size)
+    assert isinstance(cache, ManagedCache)  # with a policy it is one
     return replace(execution, chunk_size=chunk_size, rows=cache.plan_rows)
 
 
@@ -200,7 +205,8 @@ def _baselines(first: Plan, targets: list[str]) -> list[str]:
 def _advice(plan: Plan, target: str, block_size: int | None, policy: CachePolicy | None) -> list[str]:
     """Return changes of the options that make a model fit which does not, the smallest first."""
     possible = fastest_on(plan.device.kind).cache_types(plan.model.config, plan.execution.compute)
-    caches = [None, *[name for name in possible if DTYPES[name].needs_scale][:1]]
+    of_kinds = (ROW_CACHE_TYPES, BLOCK_CACHE_TYPES if policy is None else ())
+    caches = [None, *(name for kind in of_kinds for name in [each for each in possible if each in kind][:1])]
     precisions = [None, *(["int4"] if plan.model.precision != "int4" else [])]
     ways, last = [], plan
     for cache_dtype in caches:
@@ -208,7 +214,7 @@ def _advice(plan: Plan, target: str, block_size: int | None, policy: CachePolicy
             words = [f"--precision {precision}"] if precision else []
             words += [f"--cache-dtype {cache_dtype}"] if cache_dtype else []
             if words:
-                model = _model(target, precision, block_size) if precision else plan.model
+                model = _model(target, precision, block_size, plan.context) if precision else plan.model
                 options = {"context": plan.context, "batch": plan.batch, "prompt": plan.prompt}
                 last = _plan(model, plan.device, cache_dtype, policy, **options)
                 ways += [" ".join(words)] if last.fits else []

@@ -102,7 +102,7 @@ class _Judge:
         if compute == "fp32" and not rounds and cache == compute:
             return compare(answers, self._expected)
         distances = self._distances_of(compute, rounds, cache if cache in QUANTIZED_CACHE_TYPES else None)
-        floor, factor = allowance(compute, eight_bits=rounds or cache in QUANTIZED_CACHE_TYPES)
+        floor, factor = allowance(compute, rounds=rounds or cache in QUANTIZED_CACHE_TYPES)
         return compare(answers, self._expected, floor, factor, distances)
 
     def _distances_of(self, compute: str, rounds: bool, cache: str | None) -> list[npt.NDArray[np.float64]]:

@@ -8,11 +8,14 @@ share a scale and a minimum, a group, are
 
 With x the group's values as the compute type holds them, all in float32, to nearest even:
 
-    scale   = float16((max x - min x) · (1 / levels)), at least 2^-24     levels = 15 of 4 bits, 3 of 2
-    minimum = float16(min x)
-    code    = round((x - minimum) · (1 / scale)), from 0 to levels
+    step    = (max x - min x) / 2^bits
+    scale   = float16(step), at least 2^-24
+    minimum = float16(min x + step / 2)
+    code    = round((x - minimum) · (1 / scale)), from 0 to 2^bits - 1
     value   = code · scale + minimum
 
+So the range is divided into as many parts as there are codes, and a value is read as the middle of its part: it is off
+by half a step, where codes at both ends of the range would have it off by up to a sixth of the range in 2 bits.
 A group whose values are all equal has the smallest scale, so nothing is divided by zero, and a log of it is finite.
 Where a value is NaN or infinite, or a scale or minimum too large for float16, both are NaN and the group's codes are 0,
 so that it reads as NaN.
@@ -37,7 +40,6 @@ __all__ = [
     "WORD_BITS",
     "dequantize_keys",
     "dequantize_values",
-    "inverse_levels",
     "levels",
     "pack",
     "unpack",
@@ -64,11 +66,6 @@ Join = Callable[..., Array]
 def levels(bits: int) -> int:
     """Return the largest code."""
     return int(2**bits - 1)
-
-
-def inverse_levels(bits: int) -> float:
-    """Return one over the largest code as float32 has it, which ranges are multiplied by."""
-    return float(np.float32(1) / np.float32(levels(bits)))
 
 
 def pack(codes: Array, bits: int, join: Join = np.concatenate) -> Array:

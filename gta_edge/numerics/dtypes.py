@@ -137,7 +137,7 @@ BLOCK_CACHE_TYPES = tuple(name for name, cache in CACHES.items() if cache.in_blo
 QUANTIZED_CACHE_TYPES = (*ROW_CACHE_TYPES, *BLOCK_CACHE_TYPES)
 """All of these."""
 
-CACHE_TYPES = (*COMPUTE_TYPES, *ROW_CACHE_TYPES)
+CACHE_TYPES = (*COMPUTE_TYPES, *QUANTIZED_CACHE_TYPES)
 """Types of the caches that the attention kernels of this package read and write."""
 
 CHECKPOINT_DTYPES = {DTYPES[name].array: DTYPES[name] for name in FLOAT_TYPES}
@@ -151,7 +151,7 @@ def cache_types(compute: str, *, kernels: bool) -> tuple[str, ...]:
         compute: type of activations.
         kernels: whether the attention kernels of this package keep the cache: they alone quantise it.
     """
-    return (compute, *ROW_CACHE_TYPES) if kernels else (compute,)
+    return (compute, *QUANTIZED_CACHE_TYPES) if kernels else (compute,)
 
 
 def integer_of(bits: int) -> DType:

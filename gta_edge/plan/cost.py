@@ -77,7 +77,7 @@ class Execution:
 
     Attributes:
         compute: ``fp32``, ``fp16`` or ``bf16``.
-        cache_dtype: ``fp32`` or one of ``CACHE_TYPES``.
+        cache_dtype: how the cache is stored, one of ``CACHES``.
         chunk_size: most tokens of a prompt in one step.
         logit_positions: for how many positions of a step there is room for logits.
         writes_scores: whether attention scores go through memory; a fused kernel keeps them on the chip.
@@ -100,7 +100,7 @@ class Execution:
     def held_bytes(self, config: ModelConfig, tokens: int, batch: int) -> int:
         """Return the bytes of a cache for so many tokens in each of ``batch`` rows."""
         if self.rows is None:
-            return cache_bytes(config, self.cache_dtype, tokens, batch)
+            return cache_bytes(config, self.cache_dtype, tokens, batch, compute=self.compute)
         width = bytes_per_token(config, self.cache_dtype) // config.num_hidden_layers
         return batch * sum(self.rows.capacities) * (width + _RECEIVED_BYTES * self.rows.observes)
 
@@ -309,7 +309,8 @@ def _attention(config: ModelConfig, execution: Execution, step: Step) -> Operato
     reads = _CPU_CACHE_READS if execution.cpu_kernels else 1
     seen = past + layers * step.tokens
     width = bytes_per_token(config, execution.cache_dtype) // layers
-    cache = step.batch * (reads * seen + layers * step.tokens) * width
+    opened = cache_bytes(config, execution.cache_dtype, 0, compute=execution.compute)  # of a cache in blocks
+    cache = step.batch * ((reads * seen + layers * step.tokens) * width + opened)
     if execution.rows is not None and execution.rows.observes:  # read and written
         cache += 2 * _RECEIVED_BYTES * step.batch * seen
     return Operator(

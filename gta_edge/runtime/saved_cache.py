@@ -25,7 +25,7 @@ class SavedCache:
 
     Attributes:
         length: tokens that it is of.
-        dtype: type of cached values, ``fp32`` or one of ``CACHE_TYPES``.
+        dtype: how cached values are stored, one of ``CACHES``.
         tensors: by ``CacheTensor.name``, each of the extents ``CacheTensor.shape(1, length)``.
     """
 

@@ -54,6 +54,7 @@ def test_wrong_usage(command: Command, arguments: list[object], reason: str) -> 
         ([*WINDOW, 64, "--cache-decay", 0.9], "^cache policy window has no option 'decay'; it has rows, interval,"),
         ([*WINDOW, 64, "--cache-interval", 0], "^cache policy window: interval is 0; give a whole number of at least"),
         ([*WINDOW, 64, "--cache-residual-rows", 9], "residual_rows is 9; give a whole number from 0 to 8$"),
+        ([*WINDOW, 64, "--cache-dtype", "int4"], "^cache policy window moves rows one by one, and a cache of int4 "),
         (["--cache-policy", "measured", "--cache-rows", 64], "^the budgets of cache policy measured are a bundle's; "),
     ],
 )  # fmt: skip

@@ -21,8 +21,9 @@ def quantised(values: Array, bits: int) -> tuple[Array, Array, Array]:
     levels = 2**bits - 1
     with np.errstate(invalid="ignore", over="ignore"):
         low, high = values.min(-1), values.max(-1)
-        scale = np.maximum((high - low) * (np.float32(1) / np.float32(levels)), np.float32(2.0**-24))
-        scale, minimum = scale.astype(np.float16), (low + np.float32(0)).astype(np.float16)
+        step = (high - low) * np.float32(2.0**-bits)
+        scale = np.maximum(step, np.float32(2.0**-24)).astype(np.float16)
+        minimum = (low + step * np.float32(0.5)).astype(np.float16)
         bad = ~(np.isfinite(scale) & np.isfinite(minimum))
         scale, minimum = (np.where(bad, np.float16(np.nan), x) for x in (scale, minimum))
         inverse = np.float32(1) / scale.astype(np.float32)

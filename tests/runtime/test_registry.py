@@ -290,11 +290,11 @@ def test_what_is_computed_in_by_default(name: str, precision: str, device: str |
 @pytest.mark.parametrize(
     ("name", "model", "caches"),
     [
-        ("tensorrt", "gta-1b", ("fp16", "int8", "fp8")),
-        ("tensorrt", "gqa-1b", ("fp16", "int8", "fp8")),
+        ("tensorrt", "gta-1b", ("fp16", "int8", "fp8", "int4", "int4v2")),
+        ("tensorrt", "gqa-1b", ("fp16", "int8", "fp8", "int4", "int4v2")),
         ("tensorrt-rtx", "gta-1b", ("fp16",)),
         ("onnxruntime-cuda", "gta-1b", ("fp16",)),
-        ("torch", "gta-1b", ("fp16",)),
+        ("torch", "gta-1b", ("fp16", "int8", "fp8", "int4", "int4v2")),
     ],
 )
 def test_what_a_cache_may_hold(name: str, model: str, caches: tuple[str, ...]) -> None:
@@ -305,6 +305,14 @@ def test_without_kernels_for_its_widths_a_model_has_no_cache_of_8_bits() -> None
     """Its attention is standard operators then."""
     wide = preset("gqa-1b").replace(num_attention_heads=5, num_key_value_heads=5, head_dim=256)
     assert BACKENDS["tensorrt"].cache_types(wide, "fp16") == ("fp16",)
+
+
+def test_codes_of_a_token_fill_whole_words() -> None:
+    """Of kernels, whole units; torch's own operations take what fills words of 16 bits."""
+    narrow = preset("gqa-1b").replace(num_attention_heads=10, num_key_value_heads=10, head_dim=32)
+    assert BACKENDS["tensorrt"].cache_types(narrow, "fp16") == ("fp16", "int8", "fp8", "int4")
+    odd = preset("gqa-1b").replace(num_attention_heads=8, num_key_value_heads=8, head_dim=36)
+    assert BACKENDS["torch"].cache_types(odd, "fp32") == ("fp32", "int8", "fp8", "int4")
 
 
 def test_a_plan_is_for_the_fastest_of_a_device() -> None:

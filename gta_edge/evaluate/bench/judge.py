@@ -58,7 +58,7 @@ def judged(
         expected = expected_at_end(bundle, probes, [len(logits) for logits in given], arithmetic)
     except GtaEdgeError:  # no memory for it, a bundle that is replaced meanwhile: what was found stands
         return found
-    floor, factor = allowance(answers.compute, eight_bits=answers.rounds or cache is not None)
+    floor, factor = allowance(answers.compute, rounds=answers.rounds or cache is not None)
     if not compare(given, expected, floor, factor).bound_fraction <= 1:
         return found
     widest = max(float(np.maximum(floor, factor * each.distance).max()) for each in expected)

@@ -31,7 +31,14 @@ from gta_edge.plugins.attention.definition import (
 )
 from gta_edge.plugins.attention.kernels import BUFFERS_OF, Buffers, attention_kernels
 from gta_edge.plugins.attention.tiling import Variant
-from gta_edge.plugins.attention.torch_cache import BlockStep, Cache, cache_name, dequantize_rows, quantize_rows
+from gta_edge.plugins.attention.torch_cache import (
+    BlockStep,
+    Cache,
+    blocks_of,
+    cache_name,
+    dequantize_rows,
+    quantize_rows,
+)
 from gta_edge.plugins.torch_registry import (
     CALLS_CACHED,
     Kind,
@@ -55,6 +62,7 @@ else:
 
 __all__ = [
     "UNMANAGED",
+    "attention_in_blocks",
     "attention_in_place",
     "differentiable_attention",
     "grouped_latent_attention",
@@ -268,6 +276,20 @@ def _latent_attention(
 def attention_in_place(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """``grouped_latent_attention``, whose new caches are the ones that it was given, updated in place."""
     return grouped_latent_attention_(*arguments), arguments[4], arguments[5]
+
+
+def attention_in_blocks(value_bits: int, *arguments: Any) -> Tensor:
+    """Return the output of ``grouped_latent_attention`` where the past in its caches is read as one in blocks is.
+
+    Args:
+        value_bits: width of a latent's codes.
+        arguments: the op's; the caches stay as they are.
+    """
+    query, key, latent, gate, past_key, past_latent, past_length, *others = arguments
+    cache = blocks_of(past_key, past_latent, past_length, value_bits, key.shape[1])
+    tensors = (cache.key, cache.latent, past_length, *others, *UNMANAGED, *cache.scales, *cache.open)
+    output: Tensor = grouped_latent_attention_(query, key, latent, gate, *tensors)
+    return output
 
 
 def differentiable_attention(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:

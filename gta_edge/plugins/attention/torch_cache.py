@@ -14,7 +14,6 @@ from gta_edge.numerics.cache_codes import (
     MIN_SCALE,
     dequantize_keys,
     dequantize_values,
-    inverse_levels,
     levels,
     pack,
 )
@@ -27,7 +26,16 @@ else:
     torch = optional("torch", "export")
     Tensor = torch.Tensor
 
-__all__ = ["BlockStep", "Cache", "cache_name", "dequantize_rows", "quantize_groups", "quantize_rows", "reopen"]
+__all__ = [
+    "BlockStep",
+    "Cache",
+    "blocks_of",
+    "cache_name",
+    "dequantize_rows",
+    "quantize_groups",
+    "quantize_rows",
+    "reopen",
+]
 
 _MIN_ROW_SCALE = 2.0**-60  # so that it can be inverted
 _LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0}
@@ -100,8 +108,8 @@ def quantize_groups(values: Tensor, bits: int, axis: int) -> tuple[Tensor, Tenso
     """
     wide = values.float()
     low, high = wide.aminmax(dim=axis, keepdim=True)
-    scales = ((high - low) * inverse_levels(bits)).clamp(min=MIN_SCALE).half()
-    minima = (low + 0.0).half()  # -0 is 0
+    step = (high - low) * 2.0**-bits
+    scales, minima = step.clamp(min=MIN_SCALE).half(), (low + step * 0.5).half()
     usable = scales.isfinite() & minima.isfinite()
     codes = ((wide - minima.float()) * scales.float().reciprocal()).round().clamp(0, levels(bits))
     unknown = torch.full_like(scales, float("nan"))
@@ -200,6 +208,32 @@ class BlockStep:
         at = (rows - self._first[:, None] * BLOCK).clamp(0, window.shape[2] - 1)
         newest = window.gather(2, at[:, None, :, None].expand_as(opened)).to(opened.dtype)
         opened.copy_(newest.where(is_new, opened))
+
+
+def blocks_of(key: Tensor, latent: Tensor, length: Tensor, value_bits: int, tokens: int) -> Cache:
+    """Return a cache in blocks that holds what others do.
+
+    Args:
+        key: [B, n_k, S, d_k].
+        latent: [B, n_c, S, d_l].
+        length: int64 [B], rows of them.
+        value_bits: width of a latent's codes.
+        tokens: that there is to be room for behind them.
+    """
+    blocks = -(-(key.shape[2] + tokens) // BLOCK)
+    (batch, n_k, _, d_k), (_, n_c, _, d_l) = key.shape, latent.shape
+    half, codes = key.new_zeros((), dtype=torch.float16), key.new_zeros((), dtype=torch.uint8)
+    cache = Cache(
+        codes.new_zeros(batch, n_k, blocks, d_k, 4 * BLOCK // 8),
+        codes.new_zeros(batch, n_c, blocks * BLOCK, d_l * value_bits // 8),
+        (half.new_zeros(batch, n_k, blocks, 2, d_k), half.new_zeros(batch, n_c, blocks * BLOCK, 2)),
+        (key.new_zeros(batch, n_k, BLOCK, d_k), latent.new_zeros(batch, n_c, BLOCK, d_l)),
+    )
+    for row, count in enumerate(length.tolist()):
+        part = Cache.of(tuple(tensor[row : row + 1] for tensor in cache.tensors))
+        if count:
+            BlockStep(part, length.new_zeros(1), key[row : row + 1, :, :count], latent[row : row + 1, :, :count])
+    return cache
 
 
 def reopen(cache: Cache, sequence: int, block: int) -> None:

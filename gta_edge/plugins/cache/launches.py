@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from gta_edge.cuda.architecture import MAX_INT32, WARP, Launch, Signature
 from gta_edge.errors import BackendError
-from gta_edge.numerics.dtypes import COMPUTE_TYPES, cache_types
+from gta_edge.numerics.dtypes import COMPUTE_TYPES, ROW_CACHE_TYPES
 
 __all__ = [
     "FOLD",
@@ -70,7 +70,7 @@ class Program:
     kernels = (MOVE, FOLD, ROTATE)
 
     def __post_init__(self) -> None:
-        if self.compute not in COMPUTE_TYPES or self.cache not in cache_types(self.compute, kernels=True):
+        if self.compute not in COMPUTE_TYPES or self.cache not in (self.compute, *ROW_CACHE_TYPES):
             raise BackendError(f"the kernels have no cache of type {self.cache} of a model in {self.compute}")
 
     def defines(self) -> dict[str, int]:

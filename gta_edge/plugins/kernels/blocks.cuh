@@ -209,8 +209,8 @@ struct Group {
     float inverse, minimum;
 
     GTA_DEVICE void set(float low, float high, bool has_nan) {
-        const float range = (high - low) * (1.0f / levels);
-        scale_and_minimum = pack_f16(range < 0x1p-24f ? 0x1p-24f : range, low + 0.0f);  // -0 becomes 0
+        const float step = (high - low) * (1.0f / (1 << bits));  // exact, as is half of it
+        scale_and_minimum = pack_f16(step < 0x1p-24f ? 0x1p-24f : step, low + step * 0.5f);
         const bool finite = (scale_and_minimum & 0x7c00u) != 0x7c00u && (scale_and_minimum & 0x7c000000u) != 0x7c000000u;
         scale_and_minimum = finite && !has_nan ? scale_and_minimum : 0x7fff7fffu;
         inverse = finite && !has_nan ? exact_reciprocal(unpack_f16(static_cast<u16>(scale_and_minimum))) : 0.0f;

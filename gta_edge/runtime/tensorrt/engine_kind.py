@@ -36,7 +36,8 @@ class EngineKind:
 
     def cache_types(self, config: ModelConfig, compute: str) -> tuple[str, ...]:
         """Return the types that the cache of a model may have beside activations in ``compute``, the default first."""
-        return cache_types(compute, kernels=self.attends_by_plugin(config))
+        types = cache_types(compute, kernels=self.attends_by_plugin(config))
+        return tuple(name for name in types if name == compute or has_kernels(config.attention, compute, name))
 
 
 TENSORRT = EngineKind("tensorrt", COMPUTE_TYPES, takes_plugins=True, builds_for_others=False)

@@ -16,11 +16,12 @@ from gta_edge.plugins.attention.torch import UNMANAGED, grouped_latent_attention
 from gta_edge.plugins.attention.torch_cache import BlockStep, Cache
 from tests.helpers import reference
 from tests.helpers.attention_models import Sizes, arrays
-from tests.helpers.block_reference import BLOCK, VALUE_BITS, Reference
+from tests.helpers.block_cases import BLOCK, VALUE_BITS
+from tests.helpers.block_reference import Reference
 
 CAPACITY = 128
-GTA = Sizes(n_q=4, n_k=2, n_c=1, d_k=16, d_l=24, e=2, capacity=CAPACITY, positions=CAPACITY + 1)
-GQA = Sizes(n_q=4, n_k=2, n_c=2, d_k=16, d_l=32, capacity=CAPACITY, positions=CAPACITY + 1, gate=False, decoder=False)
+GTA = Sizes(n_q=4, n_k=2, n_c=1, d_k=16, d_l=64, e=1, capacity=CAPACITY, positions=CAPACITY + 1)
+GQA = Sizes(n_q=4, n_k=2, n_c=2, d_k=16, d_l=64, capacity=CAPACITY, positions=CAPACITY + 1, gate=False, decoder=False)
 MODELS = {"gta": GTA, "gqa": GQA}
 TOLERANCE = 1e-5
 
@@ -220,7 +221,7 @@ def test_groups_of_equal_values_and_of_zeros_are_finite(cache: str) -> None:
 
 
 @every_cache
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e6])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e7])
 def test_what_is_not_finite_never_becomes_a_number(cache: str, value: float) -> None:
     """A value reads as NaN, and so does its group: of keys a channel of 32 tokens, of latents a token."""
     for name in ("key", "latent"):
@@ -258,7 +259,7 @@ def test_rows_of_such_a_cache_are_not_managed() -> None:
         grouped_latent_attention_(*tensors, *GTA.heads, GTA.scale, *managed, *cache.scales, *cache.open)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float16, 3e-3), (ml_dtypes.bfloat16, 3e-2)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float16, 1e-2), (ml_dtypes.bfloat16, 6e-2)])
 def test_it_computes_in_16_bits_too(dtype: type, tolerance: float) -> None:
     """What is stored follows from the values as they are then; outputs are rounded, and what codes are read as."""
     inputs = {name: x.astype(dtype) for name, x in text(GQA, 1, 70).items() if x.dtype == np.float32}
