@@ -18,8 +18,10 @@ from gta_edge.formats.bundle import Bundle
 from gta_edge.model.config import parse_config
 from gta_edge.model.decoder import Decoder
 from gta_edge.runtime.session import Session
+from gta_edge.runtime.tensorrt.engine import EngineSpec
 from gta_edge.runtime.torch.session import TorchSession
 from tests.helpers import reference
+from tests.helpers import tensorrt_simulator as simulator
 from tests.helpers.checkpoints import write_checkpoint
 
 POSITIONS, VOCAB = 160, 61
@@ -29,6 +31,7 @@ MODELS = {
     "gqa": reference.llama_entries(heads=4, n_kv=2, d_h=16, **_SIZES),
 }
 BACKENDS = ["torch", "onnxruntime"]
+ENGINE = EngineSpec("tensorrt-rtx", "fp32", "fp32", max_length=POSITIONS, max_batch=4, chunk_size=20)
 
 
 @functools.cache
@@ -51,6 +54,13 @@ def bundle_of(model: str) -> Path:
     return directory / "bundle"
 
 
+@functools.cache
+def _with_engine(model: str) -> Bundle:
+    bundle = Bundle.open(bundle_of(model))
+    simulator.build(bundle, ENGINE, bundle.directory.with_name("prepared"))
+    return bundle
+
+
 def open_session(backend: str, model: str, **options: Any) -> Session:
     if backend == "torch":
         weights = weights_of(model)
@@ -58,9 +68,15 @@ def open_session(backend: str, model: str, **options: Any) -> Session:
         decoder.load_state_dict({name: torch.from_numpy(weight) for name, weight in weights.items()}, strict=True)
         return TorchSession(decoder, **options)
     pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    from gta_edge.runtime.onnxruntime.cuda_session import OnnxRuntimeCudaSession
     from gta_edge.runtime.onnxruntime.session import OnnxRuntimeSession
 
-    return OnnxRuntimeSession(Bundle.open(bundle_of(model)), **options)
+    bundle = Bundle.open(bundle_of(model))
+    if backend == "onnxruntime-cuda":  # with its graph, on the CPU and in float32
+        return OnnxRuntimeCudaSession(bundle, device="cpu", compute="fp32", **options)
+    if backend == "tensorrt":  # what stands in for TensorRT computes on ONNX Runtime
+        return simulator.open_simulated(_with_engine(model), ENGINE.engine, chunk_size=options.get("chunk_size"))
+    return OnnxRuntimeSession(bundle, **options)
 
 
 def prompt(rows: int, tokens: int, seed: int = 3) -> np.ndarray:

@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ from gta_edge.runtime.managed_cache import OBSERVED_TOKENS, cache_state
 from gta_edge.runtime.onnxruntime.cache_rows import CacheRows
 from gta_edge.runtime.onnxruntime.lowered import GRAPH, PACKED, Form, cached_graph
 from gta_edge.runtime.onnxruntime.model import OpenModel, model_files, open_model
+from gta_edge.runtime.saved_cache import place_in
 from gta_edge.runtime.session import Ids, Logits, Session
 from gta_edge.support.files import scratch_directory
 from gta_edge.support.progress import Progress, silent
@@ -81,6 +83,7 @@ class _Step:
     """
 
     shape: tuple[int, ...]  # B, T, M, and W of branches
+    first_row: int  # of the batch
     binding: Any
     inputs: dict[str, Any]  # by name
     logits: Any
@@ -108,6 +111,7 @@ class OnnxRuntimeCudaSession(Session):
     """
 
     backend = "onnxruntime-cuda"
+    reads_rows = True
     device = "gpu"
 
     def __init__(
@@ -291,6 +295,24 @@ class OnnxRuntimeCudaSession(Session):
         buffer.update_inplace(content)
         return buffer
 
+    def _rows_of_step(self, first: int, stop: int, tokens: int) -> slice:
+        # single tokens are replays of one graph, of all rows, of which idle ones cost a GPU little
+        return slice(None) if tokens == 1 else slice(first, stop)
+
+    def _read_row(self, row: int, tokens: int) -> dict[str, npt.NDArray[Any]]:
+        return {each.name: self._on_host(each)[place_in(each, row, tokens)].copy() for each in self._tensors}
+
+    def _write_row(self, row: int, tokens: int, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+        for tensor in self._tensors:
+            whole = self._on_host(tensor)
+            whole[place_in(tensor, row, tokens)] = arrays[tensor.name]
+            self._caches[tensor.name].update_inplace(whole.view(_carried(tensor)))
+
+    def _on_host(self, tensor: CacheTensor) -> npt.NDArray[Any]:
+        """Return a copy of a tensor of the cache, of all rows: ONNX Runtime's interface copies no part of one."""
+        values: npt.NDArray[Any] = np.array(self._caches[tensor.name].numpy())
+        return values.view(DTYPES[tensor.dtype].numpy)
+
     # --- a step ----------------------------------------------------------------------------------------------------
 
     def _run(
@@ -355,7 +377,7 @@ class OnnxRuntimeCudaSession(Session):
         words = inputs[BRANCHES].shape[1:] if BRANCHES in inputs else ()
         single, shape = (tokens, positions) == (1, 1), (batch, tokens, positions, *words)
         step = self._steps.get(single)
-        if step is None or step.shape != shape:
+        if step is None or step.shape != shape or step.first_row != self._first_row:
             step = self._steps[single] = self._bound(shape, inputs, single and self.graph_refused is None)
         return step
 
@@ -365,6 +387,7 @@ class OnnxRuntimeCudaSession(Session):
             self._graph_ids += 1  # never one that was used: ONNX Runtime would replay the old graph
         step = _Step(
             shape=shape,
+            first_row=self._first_row,
             binding=self._session.io_binding(),
             inputs={name: self._buffer(np.zeros(array.shape, array.dtype)) for name, array in inputs.items()},
             logits=self._buffer(np.zeros((batch, positions, self.config.vocab_size), np.float32)),
@@ -374,9 +397,10 @@ class OnnxRuntimeCudaSession(Session):
             step.binding.bind_ortvalue_input(name, buffer)
         step.binding.bind_ortvalue_output(LOGITS, step.logits)
         for tensor in self._tensors:
-            cache = self._caches[tensor.name]
-            seen = cache.shape() if tensor.name not in self._received_names else [batch, cache.shape()[2]]
-            place = *self._device, DTYPES[tensor.dtype].onnx_number, seen, cache.data_ptr()
+            cache, dtype = self._caches[tensor.name], DTYPES[tensor.dtype]
+            rest = cache.shape()[1:] if tensor.name not in self._received_names else [cache.shape()[2]]
+            start = cache.data_ptr() + self._first_row * prod(rest) * dtype.bytes
+            place = *self._device, dtype.onnx_number, [batch, *rest], start
             step.binding.bind_input(tensor.past, *place)
             step.binding.bind_output(tensor.present, *place)
         return step

@@ -100,6 +100,21 @@ class EngineMemory:
             placed.append(DeviceTensor(tensor, self._past + place, capacity))
         return placed
 
+    def addresses_from(self, row: int) -> dict[str, int] | None:
+        """Return the addresses of the cache's inputs and outputs for a batch that begins with this row.
+
+        None where one would not be where TensorRT can have it, or is not known by rows (what rows received).
+        """
+        if self._received_bytes:
+            return dict(self.addresses) if not row else None
+        found: dict[str, int] = {}
+        for each in self._tensors:
+            start = row * each.tensor.nbytes(1, each.capacity)
+            if start % _ALIGNMENT:
+                return None
+            found |= {name: self.addresses[name] + start for name in (each.tensor.past, each.tensor.present)}
+        return found
+
     # --- one sequence ----------------------------------------------------------------------------------------------
 
     def read(self, sequence: int, first: int, tokens: int) -> dict[str, npt.NDArray[Any]]:

@@ -119,6 +119,7 @@ class TensorRTSession(Session):
         self.compute = spec.compute
         self._record, self._spec, self._directory = record, spec, bundle.directory
         self._prefill: Any = None
+        self._prefill_row = 0  # of the batch, that its caches begin with
         self._engine: Any = None
         self._runtime: Any = None
         self._kernels: RuntimeCache | None = None
@@ -190,6 +191,10 @@ class TensorRTSession(Session):
     def _reopen(self, sequence: int, block: int) -> None:
         self._cuda.make_current()
         self._memory.reopen(sequence, block)
+
+    def _rows_of_step(self, first: int, stop: int, tokens: int) -> slice:
+        # a graph of single tokens is for a number of rows, from the first; prompts may begin at another
+        return slice(0, stop) if tokens == 1 or self._memory.addresses_from(first) is None else slice(first, stop)
 
     def _read_row(self, row: int, tokens: int) -> dict[str, npt.NDArray[Any]]:
         self._cuda.make_current()
@@ -277,6 +282,8 @@ class TensorRTSession(Session):
         return result
 
     def _chunk(self, values: Values) -> Logits:
+        if self._first_row != self._prefill_row:
+            self._move_prefill(self._first_row)
         shape = (*values[INPUT_IDS].shape, values[LOGIT_POSITIONS_INPUT].shape[1])
         if shape != self._prefill_shape:
             self._prefill_shape = (0, 0, 0)
@@ -286,6 +293,13 @@ class TensorRTSession(Session):
         self._enqueue(self._prefill, logits)
         self._cuda.synchronize()
         return logits.copy()
+
+    def _move_prefill(self, row: int) -> None:
+        """Let the prefill context see the cache from this row on."""
+        for name, address in (self._memory.addresses_from(row) or {}).items():
+            if not self._prefill.set_tensor_address(name, address):
+                raise BackendError(f"TensorRT refuses {name} of row {row} ({self._reason()})", f"{self._rebuild()}")
+        self._prefill_row = row
 
     def _step(self, values: Values) -> Logits:
         rows = len(values[INPUT_IDS])
