@@ -260,7 +260,7 @@ class TreeCall:
         chunks = [(start, min(start + width, tokens)) for start in range(0, tokens, width)]
         self.parts = [Part(*chunk, self.counts, chunk).computing(choose) for chunk in chunks]
         together = max(len(self.counts[part.rows]) for part in self.parts)
-        ends = self.past + np.minimum(self.counts, self.parts[-1].start) + self.parts[-1].width
+        ends = np.max([self.past + np.minimum(self.counts, part.start) + part.width for part in self.parts], axis=0)
         cache.check_tree(ends, min(tokens, width), logits_bytes, together)
 
     def prepare(self, part: Part) -> ManagedStep:
@@ -273,7 +273,7 @@ class TreeCall:
         return self._cache._step(self._cache.in_use, self._cache.length, positions, words)
 
     def append(self, part: Part, ids: npt.NDArray[np.int64]) -> Lengths:
-        """Note that a step has run, of ids [B, T]; return the rows that are in use then, int64 [B]."""
-        for row, tree, real in zip(ids, self._trees, part.real.tolist(), strict=True):
+        """Note that a step of a call of ids [B, T] has run; return the rows that are in use then, int64 [B]."""
+        for row, tree, real in zip(ids[:, part.start :], self._trees, part.real.tolist(), strict=True):
             tree.ran(tree.waiting[:real], row[:real].tolist())
         return self._cache.in_use

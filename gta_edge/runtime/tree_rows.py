@@ -197,15 +197,14 @@ def routed(pairs: Pairs, free: Sequence[int]) -> list[Pairs]:
         free: rows of no value, at least one where rows change places; no source or target is among them.
     """
     waiting = {target: source for source, target in pairs if source != target}
-    spare = list(free)
     found = []
     while waiting:
         sources = set(waiting.values())
         now = [(source, target) for target, source in waiting.items() if target not in sources]
         for _, target in now:
             del waiting[target]
+        spare = [row for row in free if row not in sources]
         aside = dict(zip(sources & waiting.keys(), spare, strict=False))  # they stand in another's way
-        spare = spare[len(aside) :]
         found.append(now + list(aside.items()))
         waiting = {target: aside.get(source, source) for target, source in waiting.items()}
     return found
