@@ -128,6 +128,12 @@ def test_what_is_inspected_may_be_no_bundle(command: Command, tiny_checkpoint: P
     assert problems("inspect", command("inspect", "--json", what.format(checkpoint=tiny_checkpoint)).document) == []
 
 
+@pytest.mark.parametrize("options", [["--n", "2"], ["--beams", "2"]])
+def test_several_answers_are_as_documented(command: Command, tiny_bundle: Path, options: list[str]) -> None:
+    call = ["--ids", "1,2", "--max-new-tokens", "3", *options]
+    assert problems("generate", command("generate", tiny_bundle, "--json", *call).document) == []
+
+
 def test_the_list_of_devices_is_as_documented(command: Command) -> None:
     assert problems("plan --devices", command("plan", "--devices", "--json").document) == []
 

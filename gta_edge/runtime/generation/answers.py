@@ -95,11 +95,12 @@ class Answers(Iterator[tuple[int, str]]):
     @property
     def timings(self) -> dict[str, float | None]:
         """Figures as those of ``Generation``, of all answers together: ``tpot_ms`` and ``decode_tokens_per_s`` count
-        every answer's tokens; ``tokens_per_step`` is how many of them a call of the model gave.
+        every answer's tokens; ``tokens_per_step`` is how many of them a call of the model gave, None of a search.
         """
         first, rest = self._first_seconds, self._seconds - (self._first_seconds or 0.0)
         tokens = sum(len(each.ids) for each in self.answers) - len(self.answers)
         decoded = first is not None and tokens > 0 and rest > 0
+        drawn = decoded and self.answers[0].seed is not None and self._steps > 1
         return {
             "ttft_ms": None if first is None else 1e3 * first,
             "tpot_ms": 1e3 * rest / tokens if decoded else None,
@@ -108,7 +109,7 @@ class Answers(Iterator[tuple[int, str]]):
             "total_ms": 1e3 * self._seconds,
             "drafted": None,
             "accepted": None,
-            "tokens_per_step": tokens / (self._steps - 1) if decoded and self._steps > 1 else None,
+            "tokens_per_step": tokens / (self._steps - 1) if drawn else None,
         }
 
     def close(self) -> None:

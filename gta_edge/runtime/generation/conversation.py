@@ -58,7 +58,8 @@ class Conversation:
         """
         from gta_edge.runtime.generation.loop import generate
 
-        return generate(self.session, prompt, conversation=self, **options)
+        generation: Generation = generate(self.session, prompt, conversation=self, **options)
+        return generation
 
     def save(self, path: str | os.PathLike[str]) -> CacheSize:
         """Write the cache to a file, a prompt cache, in place of an older one.
