@@ -103,7 +103,7 @@ def test_texts_that_come_and_go_are_each_as_alone(backend: str, data: st.DataObj
                 run(own)
                 assert text.said == alone.said
             else:
-                generation = generate(session, ids, max_new_tokens=tokens, **sampling)
+                generation = generate(session, ids, max_new_tokens=tokens, ignore_eos=True, **sampling)
                 list(generation)
                 assert text.said[0] == generation.ids
                 assert text.said[2] == generation.finish_reason
