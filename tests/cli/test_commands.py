@@ -46,6 +46,7 @@ OPTIONS = {
         "--seed",
         "--backend",
     ],
+    "chat": ["BUNDLE", "--system", "--load", "--max-new-tokens", "--temperature", "--seed", "--backend"],
     "serve": ["BUNDLE", "--host", "--port", "--api-key-file", "--parallel", "--queue", "--timeout", "--unit"],
     "build": [
         "--engine",
@@ -196,7 +197,7 @@ def test_inspect_a_checkpoint(command: Command, tiny_checkpoint: Path) -> None:
 
 def test_inspect_a_bundle(tiny_bundle: Path) -> None:
     document = run("inspect", tiny_bundle, "--json").content
-    assert document.keys() == INSPECT | {"files", "made_with", "weight_bytes_by_part"}
+    assert document.keys() == INSPECT | {"files", "made_with", "weight_bytes_by_part", "sampling"}
     parts = document["weight_bytes_by_part"]
     assert sum(parts.values()) == document["weight_bytes"]
     assert min(parts["mlp"], parts["embedding"], parts["tables"]) > 0

@@ -1,9 +1,11 @@
 """Documents are as docs/json.md has them, key by key and type by type, and JSON on any stream."""
 
+import io
 import json
 import os
 import re
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import pytest
 
 from gta_edge.cli.app import VERBS
 from gta_edge.cli.output import SCHEMA_VERSION
+from tests.helpers.chats import with_chat_template
 from tests.helpers.commands import COMMAND, ROOT, Result, environment
 
 Command = Callable[..., Result]
@@ -94,6 +97,7 @@ CALLS = {
     "verify": ["{bundle}", "--checkpoint", "{checkpoint}"],
     "eval": ["{bundle}", "--ids", "{ids}"],
     "generate": ["{bundle}", "--ids", "1,2", "--max-new-tokens", "3"],
+    "chat": ["{chat}"],
     "serve": ["{bundle}", "--unit"],
     "bench": ["{bundle}", "--backend", "onnxruntime,tensorrt", "--contexts", "8", "--rounds", "1"],
     "doctor": [],
@@ -112,11 +116,15 @@ def test_documents_are_as_documented(
     tiny_checkpoint: Path,
     tmp_path: Path,
     ids: Path,
+    monkeypatch: pytest.MonkeyPatch,
     verb: str,
 ) -> None:
     (tmp_path / "text").write_text("A text to measure with. " * 20)
     places = {"bundle": tiny_bundle, "checkpoint": tiny_checkpoint, "tmp": tmp_path, "ids": ids}
     places |= {"copied": copied_bundle, "text": tmp_path / "text"}
+    if verb == "chat":
+        places["chat"] = with_chat_template(tiny_bundle, tmp_path / "chat")
+        monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\n"))
     document = command(verb, "--json", *(word.format(**places) for word in CALLS[verb])).document
     assert document["schema_version"] == SCHEMA_VERSION == 1
     assert next(iter(document)) == "schema_version"
