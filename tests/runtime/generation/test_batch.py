@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from gta_edge.errors import BackendError, InputError
 from gta_edge.model.decoder import Decoder
+from gta_edge.runtime.cache_policies import policy
 from gta_edge.runtime.generation.batch import Batch
 from gta_edge.runtime.generation.kept_caches import KeptCaches
 from gta_edge.runtime.generation.loop import generate
@@ -347,6 +348,23 @@ def test_a_backend_that_exports_no_cache_runs_all_rows(talker, monkeypatch) -> N
         generation = generate(talker, [i] * n, max_new_tokens=tokens)
         list(generation)
         assert texts[i].said[0] == generation.ids
+
+
+@pytest.mark.parametrize("options", [{"cache": policy("window", rows=24, interval=4)}, {"trees": True}], ids=str)
+def test_other_caches_have_texts_at_once_too(options) -> None:
+    random = np.random.default_rng(5)
+    asked = [random.integers(0, VOCAB, n).tolist() for n in (30, 4, 50, 17, 9)]
+    with open_session("onnxruntime", "gta", exact=True, chunk_size=16, **options) as session:
+        batch = Batch(session, 3, kept=KeptCaches(10**7))
+        texts = [Heard(session, ids, max_new_tokens=12 + 5 * i) for i, ids in enumerate(asked)]
+        for each in texts:
+            batch.add(each.text)
+            batch.step()
+        run(batch)
+        for i, (each, ids) in enumerate(zip(texts, asked, strict=True)):
+            generation = generate(session, ids, max_new_tokens=12 + 5 * i)
+            list(generation)
+            assert each.said[0] == generation.ids
 
 
 def test_options_that_make_no_sense_are_refused() -> None:
