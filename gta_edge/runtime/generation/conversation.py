@@ -146,7 +146,8 @@ class _Turn(Claim):
         of = self._conversation
         if of._claim is None or not of._claim.holds:
             of._claim, of._ids = of.session.claim(), of._ids[:0]
-        claim, count = self._held(), min(common_prefix(prompt, of._ids), len(prompt) - 1)
+        claim = self._held()
+        count = of.session.reusable(len(of._ids), min(common_prefix(prompt, of._ids), len(prompt) - 1))
         if count < len(of._ids):
             try:
                 claim.truncate(count)
