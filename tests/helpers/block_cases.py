@@ -170,3 +170,15 @@ def same(found: Array, expected: Array) -> bool:
         return bool((found == expected).all())
     found, expected = found.astype(np.float32), expected.astype(np.float32)
     return bool(((found.view(np.uint32) == expected.view(np.uint32)) | (np.isnan(found) & np.isnan(expected))).all())
+
+
+def check(case: cases.Case, history: dict[str, Array]) -> None:
+    """Compare a case after a call: the cache bit for bit, the output with float64, what is only read with itself."""
+    lengths = np.minimum(cases.held(case) + case.tokens, case.capacity)
+    for name, expected in stored(history, lengths, case.variant).items():
+        assert same(case.arrays[name], expected), name
+    real = cases.held(case)[:, None] + np.arange(case.tokens) < case.capacity
+    expected = attended(case, history)[real]
+    if expected.size:
+        error = cases.error(case.arrays["output"][real], expected)
+        assert error <= cases.TOLERANCE[case.variant.compute], error
