@@ -78,20 +78,27 @@ def make(
     tokens: int,
     capacity: int,
     seed: int = 0,
-    history: dict[str, Array] | None = None,
+    quarter_turns: bool = False,
 ) -> tuple[cases.Case, dict[str, Array]]:
-    """Return a case of random inputs, and the history that its cache is made of: of new rows too."""
+    """Return a case of random inputs, and the history that its cache is made of: of new rows too.
+
+    Keys that are turned by ``quarter_turns`` are exact, fused operations or not.
+    """
     plain = cases.make(Variant(of.sizes, of.compute, of.compute), lengths, tokens, capacity, seed)
     rng = np.random.default_rng(seed + 1)
-    if history is None:
-        history = {}
-        for name, heads, width in (
-            ("key", of.sizes.num_key_heads, of.sizes.key_dim),
-            ("latent", of.sizes.num_latent_heads, of.sizes.latent_dim),
-        ):
-            values = rng.standard_normal((len(lengths), heads, capacity, width)) + rng.standard_normal(width)
-            values *= rng.choice([0.03, 1.0, 4.0], (len(lengths), heads, 1, 1))
-            history[name] = values.astype(cases.TYPES[of.compute]).astype(np.float32)
+    if quarter_turns:
+        places, channels = (np.arange(n) for n in plain.arrays["cos"].shape)
+        turns = places[:, None] * (channels + 1) % 4
+        for table, values in (("cos", [1, 0, -1, 0]), ("sin", [0, 1, 0, -1])):
+            plain.arrays[table] = np.array(values)[turns].astype(plain.arrays[table].dtype)
+    history = {}
+    for name, heads, width in (
+        ("key", of.sizes.num_key_heads, of.sizes.key_dim),
+        ("latent", of.sizes.num_latent_heads, of.sizes.latent_dim),
+    ):
+        values = rng.standard_normal((len(lengths), heads, capacity, width)) + rng.standard_normal(width)
+        values *= rng.choice([0.03, 1.0, 4.0], (len(lengths), heads, 1, 1))
+        history[name] = values.astype(cases.TYPES[of.compute]).astype(np.float32)
     case = cases.Case(of, lengths, tokens, capacity, plain.scale, plain.arrays)
     history = with_new_rows(case, history)
     case.arrays |= stored(history, cases.held(case), of)
@@ -125,9 +132,17 @@ def read(values: Array, bits: int) -> Array:
         return exact.astype(np.float16).astype(np.float64)
 
 
+def read_rows(values: Array, name: str, of: Variant) -> Array:
+    """Keys or latents [..., S, d] as they are read from their codes, S a multiple of 32."""
+    blocks = values.reshape(*values.shape[:-2], -1, BLOCK, values.shape[-1])
+    if name == "key":
+        return read(blocks.swapaxes(-1, -2), 4).swapaxes(-1, -2).reshape(values.shape)
+    return read(blocks, VALUE_BITS[of.cache]).reshape(values.shape)
+
+
 def attended(case: cases.Case, history: dict[str, Array]) -> Array:
     """The output, float64 [B, T, H]: row s from its codes for the query of row p iff s // 32 < p // 32."""
-    sizes, bits = case.variant.sizes, VALUE_BITS[case.variant.cache]
+    sizes = case.variant.sizes
     query = cases.rotated(case, "query", sizes.num_query_heads).astype(np.float16).astype(np.float64)
     output = np.zeros((case.batch, case.tokens, sizes.num_query_heads, sizes.latent_dim))
     for row, start in enumerate(cases.held(case)):
@@ -137,9 +152,7 @@ def attended(case: cases.Case, history: dict[str, Array]) -> Array:
             values = history[name][row]
             with np.errstate(over="ignore"):
                 exact[name] = values.astype(np.float16).astype(np.float64)
-            blocks = values[:, :whole].reshape(values.shape[0], -1, BLOCK, values.shape[-1])
-            in_codes = read(blocks.swapaxes(2, 3), 4).swapaxes(2, 3) if name == "key" else read(blocks, bits)
-            coded[name] = in_codes.reshape(values.shape[0], whole, values.shape[2])
+            coded[name] = read_rows(values[:, :whole], name, case.variant)
         for t in range(min(case.tokens, case.capacity - start)):
             border = (start + t) // BLOCK * BLOCK
             seen = {n: np.concatenate([coded[n][:, :border], exact[n][:, border : start + t + 1]], 1) for n in exact}
@@ -172,10 +185,14 @@ def same(found: Array, expected: Array) -> bool:
     return bool(((found.view(np.uint32) == expected.view(np.uint32)) | (np.isnan(found) & np.isnan(expected))).all())
 
 
+def present(case: cases.Case) -> Array:
+    """Rows of each sequence after the call."""
+    return np.minimum(cases.held(case) + case.tokens, case.capacity)
+
+
 def check(case: cases.Case, history: dict[str, Array]) -> None:
-    """Compare a case after a call: the cache bit for bit, the output with float64, what is only read with itself."""
-    lengths = np.minimum(cases.held(case) + case.tokens, case.capacity)
-    for name, expected in stored(history, lengths, case.variant).items():
+    """Compare a case after a call: the cache bit for bit, the output with float64."""
+    for name, expected in stored(history, present(case), case.variant).items():
         assert same(case.arrays[name], expected), name
     real = cases.held(case)[:, None] + np.arange(case.tokens) < case.capacity
     expected = attended(case, history)[real]

@@ -51,11 +51,9 @@ struct Attention {
     GTA_IF_BRANCHES(Branches branches;)
     GTA_IF_OBSERVED(ObservedScores observed_scores;)
 
-    // Takes in one tile; `limit` is the last token that each of the thread's rows sees, `factor` is positive. Of a cache
-    // in blocks, `lower` is the first one.
+    // Takes in one tile; `limit` is the last token that each of the thread's rows sees, `factor` is positive.
     template <class Tile>
-    GTA_DEVICE void add(const Tile& tile, int first, const int (&limit)[2], GTA_IF_BLOCKS(const int (&lower)[2], )
-                            const Heads& heads, float factor) {
+    GTA_DEVICE void add(const Tile& tile, int first, const int (&limit)[2], const Heads& heads, float factor) {
         constexpr int tokens = Tile::tokens;
         const int pair = lane_of_warp() % 4;
         float scores[tokens / 8][4] = {};
@@ -86,8 +84,7 @@ struct Attention {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const int token = 8 * n + 2 * pair + i % 2, half = i / 2;
-                bool visible = first + token <= limit[half];
-                GTA_IF_BLOCKS(visible = visible && first + token >= lower[half];)
+                bool visible = !tile.hides(first + token, limit[half]);
                 GTA_IF_BRANCHES(visible = visible && !(hidden >> (4 * n + i) & 1u);)
                 if constexpr (quantised) {
                     const float scale = usable_scale(scales[(group_keys + heads.latent[half]) * tokens + token]);

@@ -18,7 +18,6 @@
 
 namespace gta {
 
-constexpr int block_tokens = 32;
 constexpr int unit_values = 128 / value_bits;  // of a row: channels of 16 bytes
 constexpr int key_codes_bytes = 16 * key_dim;  // of a block and head
 constexpr int key_groups_bytes = 4 * key_dim;
@@ -53,6 +52,9 @@ struct CodeTile {
     mutable u32 words[2], scales[2], minima[2];
 
     GTA_DEVICE CodeTile(const u8* keys, const u8* values) : key_blocks(keys), value_blocks(values) {}
+
+    // Rows of the query's own block are not read here.
+    GTA_DEVICE static bool hides(int row, int limit) { return row >= limit - limit % block_tokens; }
 
     // As of a CachedTile, asked in the order of the loops: what several operands are made of is kept.
     GTA_DEVICE void keys(u32 (&b)[2][2], int head, int block, int step) const {
@@ -166,7 +168,7 @@ struct RecentRows {
     template <int count, int threads, int slice_rows = count, int slice_bytes = 0>
     GTA_DEVICE void stage_keys(u8* tile, int head, int first) const {
         constexpr int units = key_dim / 16;
-#pragma unroll 2
+#pragma unroll 1
         for (int i = threadIdx.x; i < count * units; i += threads) {
             const int row = i / units, unit = i % units;
             u8* const to = tile + row / slice_rows * slice_bytes + row % slice_rows * key_pitch + 16 * unit;
@@ -180,7 +182,7 @@ struct RecentRows {
     template <int count, int threads, int slice_rows = count, int slice_bytes = 0>
     GTA_DEVICE void stage_latents(u8* tile, int head, int first) const {
         constexpr int units = latent_dim / 8;
-#pragma unroll 4
+#pragma unroll 2
         for (int i = threadIdx.x; i < count * units; i += threads) {
             const int row = i / units, unit = i % units;
             float values[8];

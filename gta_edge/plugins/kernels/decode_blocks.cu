@@ -30,7 +30,7 @@ constexpr int used_bytes = query_offset + block_rows * query_pitch;
 static_assert((used_bytes > merge_bytes ? used_bytes : merge_bytes) == GTA_DECODE_SHARED_BYTES);
 static_assert(taken_tokens == block_tokens);
 
-constexpr int always = 0x7fffffff;  // a limit that no row reaches
+constexpr int unlimited = 0x7fffffff;
 
 struct Slices {  // the codes of one group of heads
     const u8 *keys, *values;
@@ -162,21 +162,16 @@ gta_decode_split(const gta::Element* query,             // [B, T, n_q d_k]
     }
 
     if (recent) {
-        int limit[2], lower[2], codes_limit[2];
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            limit[half] = min_of(past + (row + 8 * half) / group_queries, present - 1);
-            lower[half] = limit[half] / block_tokens * block_tokens;
-            codes_limit[half] = lower[half] > in_codes ? always : -1;
-        }
+        const int limit[2] = {min_of(past + row / group_queries, present - 1),
+                              min_of(past + (row + 8) / group_queries, present - 1)};
 #pragma unroll 1
         for (int slice = warp_n; in_codes + slice * slice_tokens < present; slice += warps_n) {
             const CachedTile<slice_tokens, latents_offset> tile{shared + slice * rows_bytes};
-            attention.add(tile, in_codes + slice * slice_tokens, limit, lower, heads, scale * log2_e);
+            attention.add(tile, in_codes + slice * slice_tokens, limit, heads, scale * log2_e);
         }
         if (crosses && warp_n == warps_n - 1) {
             const CodeTile<block_tokens> tile{shared + closed_offset, shared + closed_offset + values_offset};
-            attention.add(tile, 0, codes_limit, {0, 0}, heads, scale * log2_e);
+            attention.add(tile, in_codes, limit, heads, scale * log2_e);
         }
     } else {
         for (int round = 0; round < rounds; ++round) {
@@ -190,7 +185,7 @@ gta_decode_split(const gta::Element* query,             // [B, T, n_q d_k]
             if (begin + round * round_tokens + warp_n * block_tokens < end) {  // the whole warp agrees
                 const u8* const slice = shared + (round % stages * warps_n + warp_n) * slice_bytes;
                 const CodeTile<block_tokens> tile{slice, slice + values_offset};
-                attention.add(tile, 0, {always, always}, {0, 0}, heads, scale * log2_e);
+                attention.add(tile, 0, {unlimited, unlimited}, heads, scale * log2_e);
             }
         }
     }

@@ -20,6 +20,16 @@ constexpr int cache_bytes = 2 * codes_bytes > rows_bytes ? 2 * codes_bytes : row
 static_assert(query_bytes + (2 * decoder_bytes > cache_bytes ? 2 * decoder_bytes : cache_bytes) ==
               GTA_PREFILL_SHARED_BYTES);
 
+// The last token that each of a thread's rows sees, limit[m][half]: computed where it is asked for, which is seldom.
+struct Limits {
+    struct OfTile {
+        int first, last;
+        GTA_DEVICE int operator[](int half) const { return min_of(first + 8 * half, last); }
+    };
+    int first, last;
+    GTA_DEVICE OfTile operator[](int m) const { return {first + 16 * m, last}; }
+};
+
 }  // namespace gta
 
 GTA_KERNEL(gta::warp_size* gta::append_warps)
@@ -106,22 +116,12 @@ gta_prefill(const gta::Element* query,                       // [B, T, n_q d_k]
 
     const int lane = lane_of_warp(), first_row = first_token + thread / warp_size * warp_rows;
     const u8* const query_rows = shared + thread / warp_size * warp_rows * query_pitch;
-    int limit[row_tiles][2], lower[row_tiles][2], codes_limit[row_tiles][2], none[row_tiles][2];
-#pragma unroll
-    for (int m = 0; m < row_tiles; ++m) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            limit[m][half] = min_of(past + first_row + 16 * m + lane / 4 + 8 * half, end - 1);
-            lower[m][half] = limit[m][half] / block_tokens * block_tokens;
-            codes_limit[m][half] = lower[m][half] - 1;
-            none[m][half] = 0;
-        }
-    }
-    // Of the warp's rows: the blocks of the first and of the last one.
+    const Limits limit{past + first_row + lane / 4, end - 1};
+    // The block of the warp's first row; that of its last one is this or the next.
+    static_assert(warp_rows <= block_tokens);
     const int first_block = min_of(past + first_row, end - 1) / block_tokens * block_tokens;
-    const int last_row = min_of(past + first_row + warp_rows - 1, end - 1);
-    const int last_block = last_row / block_tokens * block_tokens;
     Rows rows;
+#pragma unroll 1
     for (int tile = 0; tile < tiles; ++tile) {
         wait_for_copies<1>();  // for this tile's keys; its values may still be under way
         block_barrier();
@@ -132,9 +132,9 @@ gta_prefill(const gta::Element* query,                       // [B, T, n_q d_k]
             copy_values(tile + 1);
         };
         const int first = tile * keys;
-        if (first < last_block) {
+        if (first < first_block + block_tokens) {
             const u8* const codes = cached + tile % 2 * codes_bytes;
-            rows.add(query_rows, CodeTile<keys>{codes, codes + values_offset}, first, codes_limit, none,
+            rows.add(query_rows, CodeTile<keys>{codes, codes + values_offset}, first, limit,
                      first + keys <= first_block, scale * log2_e, wait_for_values);
         } else {
             wait_for_values();
@@ -144,13 +144,14 @@ gta_prefill(const gta::Element* query,                       // [B, T, n_q d_k]
 
     // The blocks that the queries are in, where rows before this call are in the open block.
     const RecentRows recent{key, latent, key_open, latent_open, cos, sin, tokens, positions, batch_row, past, end};
+#pragma unroll 1
     for (int first = min_of(past + first_token, end - 1) / block_tokens * block_tokens; first < end; first += keys) {
         block_barrier();  // the tile before makes room
         recent.stage_keys<keys, prefill_threads>(cached, key_head, first);
         recent.stage_latents<keys, prefill_threads>(cached + latents_offset, latent_head, first);
         block_barrier();
-        if (first <= last_row && first + keys > first_block) {  // the whole warp agrees
-            rows.add(query_rows, CachedTile<keys, latents_offset>{cached}, first, limit, lower, false,
+        if (first < first_block + 2 * block_tokens && first + keys > first_block) {  // the whole warp agrees
+            rows.add(query_rows, CachedTile<keys, latents_offset>{cached}, first, limit, false,
                      scale * log2_e, [] {});
         }
     }

@@ -47,12 +47,10 @@ struct Rows {  // what one warp works on: row_tiles tiles of 16 query rows, of o
     float mix[row_tiles][latent_dim / 8][4] = {};
     Bias bias;  // of a quantised cache in the unit of scaled scores, else of what is multiplied by `factor`
 
-    // Takes in the tile of keys and latents from token `first` on. `limit[...]` is the last token that a row sees, of a
-    // cache in blocks `lower[...]` the first one; `factor` is positive.
-    template <class Tile, class WaitForLatents>
-    GTA_DEVICE void add(const u8* query_rows, const Tile& tile, int first, const int (&limit)[row_tiles][2],
-                        GTA_IF_BLOCKS(const int (&lower)[row_tiles][2], ) bool all_visible, float factor,
-                        WaitForLatents wait_for_latents) {
+    // Takes in the tile of keys and latents from token `first` on. `limit[...]` is the last token that a row sees,
+    // `factor` is positive.
+    template <class Tile, class Limits, class WaitForLatents>
+    GTA_DEVICE void add(const u8* query_rows, const Tile& tile, int first, const Limits& limit, bool all_visible, float factor, WaitForLatents wait_for_latents) {
         static_assert(Tile::tokens == keys);
         const int pair = lane_of_warp() % 4;
         float scores[row_tiles][keys / 8][4] = {};
@@ -119,8 +117,7 @@ struct Rows {  // what one warp works on: row_tiles tiles of 16 query rows, of o
 #pragma unroll
                     for (int i = 0; i < 4; ++i) {
                         const int token = 8 * n + 2 * pair + i % 2;
-                        scores[m][n][i] = first + token > limit[m][i / 2] ? -infinity : scores[m][n][i];
-                        GTA_IF_BLOCKS(scores[m][n][i] = first + token < lower[m][i / 2] ? -infinity : scores[m][n][i];)
+                        scores[m][n][i] = tile.hides(first + token, limit[m][i / 2]) ? -infinity : scores[m][n][i];
                     }
                 }
             }

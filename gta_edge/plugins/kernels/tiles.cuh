@@ -12,6 +12,7 @@
 namespace gta {
 
 constexpr int slice_tokens = 16;  // tokens of one tensor core matmul
+constexpr int block_tokens = 32;  // that a cache in blocks quantises together
 
 // Copies rows first ... first + count - 1 of `row_bytes` each into a tile; rows from `end` on become zeros.
 //
@@ -149,6 +150,12 @@ template <int count, int latents_at, int scales_at = 0>
 struct CachedTile {
     static constexpr int tokens = count;
     const u8* memory;
+
+    // Whether a row of the cache is not for the query that sees rows up to `limit`; of a cache in blocks those before its
+    // own block are not, which are in codes.
+    GTA_DEVICE static bool hides(int row, int limit) {
+        return row > limit || (in_blocks && row < limit - limit % block_tokens);
+    }
 
     // Operands of the tokens from 16 block or 16 step on.
     GTA_DEVICE void keys(u32 (&b)[2][2], int head, int block, int step) const {
