@@ -349,7 +349,7 @@ FAULTS: dict[str, Fault] = {
     "no barrier before the next keys": ("prefill.cu", "block_barrier();\n        copy_keys", "copy_keys", 40),
     "the decoder comes too early": ("rows.cuh", "block_barrier();  // the cache's", "// the cache's", 40),
     "the decoder is not waited for": ("rows.cuh", "wait_for_copies<0>();\n                block_barrier();", "", 40),
-    "the diagonal is not masked": ("rows.cuh", "first + token > limit", "first + token > 1 + limit", 40),
+    "the diagonal is not masked": ("rows.cuh", "tile.hides(first + token,", "tile.hides(first + token - 1,", 40),
     "a row past the capacity is written": ("prefill.cu", "|| token >= capacity - past", "", 40),
 }
 
