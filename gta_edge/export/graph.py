@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import json
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +20,7 @@ from gta_edge.export.passes.tie_head import TieHeadPass
 from gta_edge.export.quantizer import Quantizer
 from gta_edge.export.trace import trace
 from gta_edge.libraries.optional import optional
-from gta_edge.model.config import ModelConfig
+from gta_edge.model.config import ModelConfig, parse_config
 from gta_edge.model.kv_cache import interface_names
 
 if TYPE_CHECKING:
@@ -40,9 +42,23 @@ def traced(config: ModelConfig, biases: Collection[str]) -> ir.Model:
     first = {name for name in biases if name.startswith("model.layers.0.")}
     layers = range(config.num_hidden_layers)
     if config.unrotated_layers or set(biases) != {name.replace(".0.", f".{i}.", 1) for name in first for i in layers}:
-        return trace(config, biases)
-    model = trace(config.replace(num_hidden_layers=1), first)
+        return _traced_once(config, biases)
+    model = _traced_once(config.replace(num_hidden_layers=1), first)
     return RepeatLayersPass(config.num_hidden_layers, interface_names(config))(model).model
+
+
+def _traced_once(config: ModelConfig, biases: Collection[str]) -> ir.Model:
+    """Return a graph that may be changed: a copy of what was traced for the same sizes, by an earlier export maybe."""
+    sizes = config.replace(dtype="float32", bos_token_id=None, eos_token_ids=())  # which no graph depends on
+    model = _traced(json.dumps(sizes.to_dict(), sort_keys=True), frozenset(biases)).clone()
+    for value in model.graph.initializers.values():
+        value.type = ir.TensorType(value.dtype) if value.dtype is not None else None  # a copy's is the original's own
+    return model
+
+
+@functools.lru_cache(maxsize=64)
+def _traced(config: str, biases: frozenset[str]) -> ir.Model:
+    return trace(parse_config(json.loads(config)), sorted(biases))
 
 
 def prepare(

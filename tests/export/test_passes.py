@@ -7,7 +7,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
-from gta_edge.export.graph import traced
+from gta_edge.export.graph import _traced, traced
 from gta_edge.export.passes.attach_functions import AttachFunctionsPass
 from gta_edge.export.passes.fold_weight_views import FoldWeightViewsPass
 from gta_edge.export.passes.stamp_layers import RepeatLayersPass
@@ -19,6 +19,7 @@ from gta_edge.model.config import parse_config
 from gta_edge.model.kv_cache import interface_names
 from gta_edge.model.rope import rope_tables
 from tests.helpers import reference
+from tests.helpers.small_models import write_bundle
 
 EMBEDDING = "model.embed_tokens.weight"
 SMALL = {"vocab_size": 61, "max_position_embeddings": 24, "num_hidden_layers": 1}
@@ -165,3 +166,15 @@ def test_nothing_is_read_before_it_is_written(case: Case) -> None:
     StoreWeightsPass(read, case.tables, "bf16")(case.model)
     with pytest.raises(AssertionError, match="was read"):
         next(v for n, v in case.model.graph.initializers.items() if n not in case.tables).const_value.numpy()
+
+
+def test_what_was_traced_for_an_earlier_export_is_as_traced(tmp_path: Path) -> None:
+    """A model is traced once for all its exports, and what passes did to the graph of one is not in the next."""
+    bundles = {}
+    for i, precision in enumerate(["fp32", "int4", "fp16", "fp32"]):
+        bundles[i] = write_bundle(tmp_path / str(i), "more keys", precision)
+    graphs = [(bundles[i] / "model.onnx").read_bytes() for i in bundles]
+    assert graphs[0] == graphs[3]
+    _traced.cache_clear()
+    again = write_bundle(tmp_path / "again", "more keys", "fp16")
+    assert (again / "model.onnx").read_bytes() == graphs[2]

@@ -8,7 +8,6 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import onnxruntime
-import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from gta_edge.export.graph import prepare, traced
@@ -17,7 +16,7 @@ from gta_edge.formats.weights import storage_for
 from gta_edge.model.config import parse_config
 from gta_edge.model.rope import rope_tables
 from tests.helpers.attention_models import Sizes, model
-from tests.helpers.small_models import MODELS, PRECISIONS, WEIGHTS, P, traced_once
+from tests.helpers.small_models import MODELS, PRECISIONS, WEIGHTS, P
 
 
 @functools.cache
@@ -26,9 +25,7 @@ def _serialised(name: str, precision: str) -> bytes:
     cos, sin = rope_tables(config.key_width, config.rope_theta, config.rope_scaling, P)
     kind, block = PRECISIONS[precision]
     quantizer = Quantizer(weights.__getitem__, storage_for(config, kind, block)) if kind.startswith("int") else None
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("gta_edge.export.graph.trace", traced_once)
-        graph = traced(config, [key for key in weights if key.endswith(".bias")])
+    graph = traced(config, [key for key in weights if key.endswith(".bias")])
     graph = prepare(graph, "model.embed_tokens.weight", weights.__getitem__, {"cos": cos, "sin": sin}, kind, quantizer)
     return serialise(graph)
 

@@ -3,20 +3,16 @@
 import functools
 import json
 import tempfile
-from collections.abc import Iterable
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
-import pytest
 
 from gta_edge.export.pipeline import export_model
-from gta_edge.export.trace import trace
 from gta_edge.formats import bundle
 from gta_edge.graph.weights import read_weights
-from gta_edge.model.config import ModelConfig, parse_config
+from gta_edge.model.config import parse_config
 from tests.helpers import reference
 from tests.helpers.checkpoints import write_checkpoint
 
@@ -61,19 +57,6 @@ WEIGHTS = {
 }
 
 
-@functools.cache
-def _traced(config: str, biases: frozenset[str]) -> ir.Model:
-    return trace(parse_config(json.loads(config)), sorted(biases))
-
-
-def traced_once(config: ModelConfig, biases: Iterable[str]) -> ir.Model:
-    """The same as ``trace``, which takes a second: so each model is traced once, and copied."""
-    copied = _traced(json.dumps(config.to_dict()), frozenset(biases)).clone()
-    for value in copied.graph.initializers.values():
-        value.type = ir.TensorType(value.dtype)  # copies share theirs with the original, and passes change it
-    return copied
-
-
 IDS = np.random.default_rng(5).integers(0, VOCAB, (2, 10))
 
 
@@ -89,8 +72,7 @@ def write_bundle_of(
     directory: Path, entries: dict[str, Any], weights: dict[str, np.ndarray], precision: str, *, force: bool = False
 ) -> Path:
     kind, block = PRECISIONS[precision]
-    with tempfile.TemporaryDirectory() as temporary, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("gta_edge.export.graph.trace", traced_once)
+    with tempfile.TemporaryDirectory() as temporary:
         checkpoint = Path(temporary, "checkpoint")
         write_checkpoint(checkpoint, entries, weights)
         export_model(checkpoint, directory, precision=kind, block_size=block, verify=False, force=force)

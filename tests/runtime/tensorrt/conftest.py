@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,13 +14,12 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture(scope="module")
-def bundles(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bundles]:
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> Bundles:
     """``bundles("gta, tied", "int4")``; made once, and not to be changed."""
     # with these come torch and ONNX Runtime, which a board need not have
     from gta_edge.export.pipeline import export_model
     from tests.helpers import reference
     from tests.helpers.checkpoints import write_checkpoint
-    from tests.helpers.small_models import traced_once
     from tests.helpers.tensorrt_graphs import TABLE
 
     directory = tmp_path_factory.mktemp("bundles")
@@ -34,9 +32,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bundles]:
             directory / name, directory / f"{name}, {precision}", precision=precision, verify=False
         ).bundle
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("gta_edge.export.graph.trace", traced_once)
-        yield bundle
+    return bundle
 
 
 @pytest.fixture(scope="module")

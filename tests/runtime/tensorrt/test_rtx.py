@@ -6,7 +6,7 @@ for chunks of a prompt, so their size also tells whether the two share the weigh
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from math import prod
 from pathlib import Path
 
@@ -23,7 +23,6 @@ from gta_edge.runtime.tensorrt.build import profile_shapes
 from gta_edge.runtime.tensorrt.builder import Target, build_plan
 from gta_edge.runtime.tensorrt.engine import EngineSpec
 from gta_edge.runtime.tensorrt.lower import lower
-from tests.helpers.small_models import traced_once
 
 pytest.importorskip("tensorrt_rtx", reason="the parser and the builder of the package tensorrt-rtx are needed")
 
@@ -61,7 +60,7 @@ Size = Callable[..., int]
 
 
 @pytest.fixture(scope="module")
-def size(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Size]:
+def size(tmp_path_factory: pytest.TempPathFactory) -> Size:
     """``size("gta-1b", "int4", "fp16")`` returns the bytes of an engine of one layer of a preset."""
     directory = tmp_path_factory.mktemp("tensorrt")
 
@@ -76,9 +75,7 @@ def size(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Size]:
             export_model(checkpoint, bundle, **options, verify=False)
         return engine_bytes(Bundle.open(bundle), bundle.with_name(f"{bundle.name}-{compute}"), compute)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("gta_edge.export.graph.trace", traced_once)
-        yield engine
+    return engine
 
 
 CONFIGS = {
