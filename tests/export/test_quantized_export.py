@@ -1,7 +1,6 @@
 """Bundles in int8 and int4: what is stored, in which form, and that the graph computes with exactly that."""
 
 import collections
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,35 +10,17 @@ import onnx
 import onnx.reference
 import onnxruntime
 import pytest
-from safetensors.numpy import load_file, save_file
 
-from gta_edge.errors import ExportError, InputError
 from gta_edge.export.pipeline import export_model
 from gta_edge.formats.bundle import Bundle
 from gta_edge.graph.weights import read_weights
 from tests.helpers import reference
 from tests.helpers.bundle_files import manifest_of
-from tests.helpers.checkpoints import write_checkpoint
 from tests.helpers.exported_graphs import TOLERANCE, empty_feeds, exact_logits, run
-from tests.helpers.exports import export_refused
+from tests.helpers.quantized_models import MODELS, POSITIONS, VOCABULARY, checkpoint_of
 from tests.helpers.stored_weights import DATA, MODEL, TABLE, Stored
 
 EXACT = ("session.qdq_matmulnbits_accuracy_level", "1")  # not with activations rounded to int8
-VOCABULARY, POSITIONS = 97, 24
-SMALL = {"vocab_size": VOCABULARY, "max_position_embeddings": POSITIONS, "intermediate_size": 256}
-
-MODELS: dict[str, dict[str, Any]] = {
-    "tied": reference.gta_entries(heads=4, n_q=2, d_l=64, **SMALL),
-    "several heads, untied": reference.gta_entries(
-        heads=8, n_q=4, n_k=2, n_c=2, d_l=32, tie_word_embeddings=False, **SMALL
-    ),
-    "without biases": reference.gta_entries(heads=4, n_q=2, d_l=32, e=2, **{**SMALL, "intermediate_size": 320}),
-    "odd widths, untied": reference.gta_entries(
-        heads=3, n_q=3, d_l=24, tie_word_embeddings=False, **{**SMALL, "intermediate_size": 180}
-    ),
-    "gqa": reference.llama_entries(heads=4, n_kv=2, d_h=16, **SMALL),
-    "mha, untied": reference.llama_entries(heads=4, n_kv=4, d_h=32, tie_word_embeddings=False, **SMALL),
-}
 # model, precision, block size asked for, and stored, precision of embedding and head
 CASES: list[tuple[str, str, int | None, int | None, str | None]] = [
     ("tied", "int4", None, 32, None),
@@ -51,13 +32,6 @@ CASES: list[tuple[str, str, int | None, int | None, str | None]] = [
     ("gqa", "int8", 16, 16, None),
     ("mha, untied", "int4", 128, 128, None),
 ]
-
-
-def checkpoint_of(name: str, directory: Path) -> dict[str, np.ndarray]:
-    weights = reference.random_weights(MODELS[name])
-    if name == "without biases":
-        weights = {n: w for n, w in weights.items() if not n.endswith(".bias")}
-    return write_checkpoint(directory, MODELS[name], weights)
 
 
 @dataclass(frozen=True)
@@ -294,69 +268,3 @@ def test_the_onnx_reference_agrees(exported: Exported) -> None:
     logits = run(evaluator, empty_feeds(plain_session(exported.bundle), 2, 4), ids, np.zeros(2, np.int64))
     exact = exact_logits(exported.entries, exported.stored.weights(), ids)
     assert reference.relative_error(logits, exact) <= TOLERANCE
-
-
-# --- refused ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
-    checkpoint_of("without biases", tmp_path / "checkpoint")  # widths of 128 and 320, and 64 in the value decoder
-    return tmp_path / "checkpoint"
-
-
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", None])
-def test_floats_have_no_blocks(checkpoint: Path, precision: str | None) -> None:
-    said = export_refused(checkpoint, InputError, precision=precision, block_size=32)
-    assert said == f"precision is {precision or 'fp32'}, which has no blocks; a block size goes with int8 or int4"
-
-
-@pytest.mark.parametrize("precision", ["int4", "int8"])
-@pytest.mark.parametrize("block_size", [-32, 0, 1, 8, 24, 48, 128, 256])
-def test_block_sizes_that_are_none(checkpoint: Path, precision: str, block_size: int) -> None:
-    said = export_refused(checkpoint, InputError, precision=precision, block_size=block_size)
-    assert said.startswith(f"block size is {block_size}; expected one of 16, 32, 64")
-    assert "64, 128" not in said  # which does not divide 320
-    if block_size == 128:
-        assert said.endswith("; model.layers.0.mlp.down_proj.weight has 320 inputs")
-
-
-def test_widths_that_no_block_divides(tmp_path: Path) -> None:
-    checkpoint_of("odd widths, untied", tmp_path / "checkpoint")
-    for precision in ("int4", "int8"):
-        said = export_refused(tmp_path / "checkpoint", InputError, precision=precision, block_size=16)
-        assert said.startswith("block size is 16; expected none fits; use a wider precision; ")
-        assert said.endswith(" inputs")
-
-
-@pytest.mark.parametrize("width", [24, 16])  # hidden 72, which no block divides, and 48, which blocks of 16 do
-def test_the_default_block_is_refused_where_it_does_not_fit(width: int, tmp_path: Path) -> None:
-    entries = reference.gta_entries(heads=3, n_q=3, d_l=width, **SMALL)
-    write_checkpoint(tmp_path / "checkpoint", entries, reference.random_weights(entries))
-    said = export_refused(tmp_path / "checkpoint", InputError, precision="int4")
-    assert f"has {3 * width} inputs" in said
-
-
-def test_widths_of_what_is_not_quantised_do_not_matter(tmp_path: Path) -> None:
-    entries = reference.gta_entries(heads=3, n_q=3, d_l=16, e=2, **SMALL)  # hidden 96, value decoder 48
-    write_checkpoint(tmp_path / "checkpoint", entries, reference.random_weights(entries))
-    result = export_model(tmp_path / "checkpoint", tmp_path / "bundle", precision="int4", block_size=32, verify=False)
-    assert result.bundle.block_size == 32
-
-
-@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", TABLE])
-def test_weights_that_no_scale_reaches(checkpoint: Path, name: str) -> None:
-    weights = load_file(checkpoint / "model.safetensors")
-    weights[name].flat[11] = 1e8
-    save_file(weights, checkpoint / "model.safetensors")
-    said = export_refused(checkpoint, ExportError, precision="int4", verify=False)
-    assert said.startswith(f"{name} cannot be quantised: ")
-    assert said.endswith("use fp32 or bf16")
-
-
-def test_a_value_decoder_beyond_half_precision(checkpoint: Path) -> None:
-    name = "model.layers.0.self_attn.v_b_proj.weight"
-    weights = load_file(checkpoint / "model.safetensors")
-    save_file({**weights, name: weights[name] * 1e6}, checkpoint / "model.safetensors")
-    said = export_refused(checkpoint, ExportError, precision="int8")
-    assert re.match(rf"{re.escape(name)} has values up to .*; use bf16 or fp32", said)

@@ -6,6 +6,7 @@ import atexit
 import functools
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from gta_edge.export.pipeline import export_model
 from gta_edge.formats.bundle import Bundle
 from gta_edge.model.config import parse_config
 from gta_edge.model.decoder import Decoder
+from gta_edge.runtime.cache_policies import policy
 from gta_edge.runtime.session import Session
 from gta_edge.runtime.tensorrt.engine import EngineSpec
 from gta_edge.runtime.torch.session import TorchSession
@@ -32,6 +34,21 @@ MODELS = {
 }
 BACKENDS = ["torch", "onnxruntime"]
 ENGINE = EngineSpec("tensorrt-rtx", "fp32", "fp32", max_length=POSITIONS, max_batch=4, chunk_size=20)
+POLICIES = {
+    "window": {"rows": 20, "sinks": 2},
+    "window, merged": {"rows": 20, "sinks": 2, "residual_rows": 2},
+    "h2o": {"rows": 20},
+    "tova": {"rows": 20},
+    "snapkv": {"rows": 20, "window": 6},
+    "corm": {"window": 3},
+    "zsmerge": {"rows": 20},
+    "zsmerge, merged twice": {"rows": 20, "residual_rows": 3},
+    "pyramid": {"rows": 20, "sinks": 1},
+}
+FEW = ["window", "zsmerge, merged twice"]
+
+Start = Callable[..., Session]
+"""Starts a session of a backend and a model with options."""
 
 
 @functools.cache
@@ -81,3 +98,8 @@ def open_session(backend: str, model: str, **options: Any) -> Session:
 
 def prompt(rows: int, tokens: int, seed: int = 3) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, VOCAB, (rows, tokens))
+
+
+def make(name: str, **changes: Any) -> Any:
+    """The policy of a name in ``POLICIES``, which evicts after five tokens."""
+    return policy(name.partition(",")[0], **{"interval": 5, **POLICIES[name], **changes})
