@@ -1,12 +1,13 @@
 """What storing the KV cache in another type costs on a CPU: perplexity, bytes per token, and speed.
 
-    python benchmarks/cache_types.py [CHECKPOINT] [--length 1024] [--windows 16] [--json FILE] [--markdown FILE] …
+    python benchmarks/cache_types.py [CHECKPOINT] [--backend torch] [--caches int4,…] [--length 1024] [--windows 16] …
     python benchmarks/cache_types.py --speed gta-1b,gqa-1b [--contexts 128,2048,8192] [--rounds 3] …
 
-Perplexity is of a text that was not calibrated for, in windows that begin with an empty cache, by ONNX Runtime in exact
-arithmetic. Each type of the cache is read twice: the window as a prompt, which dequantises the cache, and token by
-token, which multiplies by its codes. Windows are paired with the same windows on the float32 cache, so that the
-standard error of the rise is that of the difference. Without arguments it is the example model.
+Perplexity is of a text that was not calibrated for, in windows that begin with an empty cache. ``onnxruntime`` runs it
+in exact arithmetic and reads each type of the cache twice: the window as a prompt, which dequantises the cache, and
+token by token, which multiplies by its codes. ``torch`` has every type, in float32 on the CPU, and it is the same there
+either way. Windows are paired with the same windows on the float32 cache, so that the standard error of the rise is
+that of the difference. Without arguments it is the example model.
 
 Speed is of random weights in int4, measured in turns, each case in a process of its own.
 """
@@ -18,7 +19,7 @@ import math
 import platform
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -53,9 +54,11 @@ from gta_edge.errors import InputError
 from gta_edge.evaluate.perplexity import negative_log_likelihood
 from gta_edge.formats.bundle import Bundle
 from gta_edge.formats.checkpoint import Checkpoint
+from gta_edge.formats.rotated_checkpoint import RotatedCheckpoint
 from gta_edge.formats.tokenizer import Tokenizer
 from gta_edge.model.kv_cache import bytes_per_token
-from gta_edge.model.presets import preset
+from gta_edge.model.presets import gqa_like, preset
+from gta_edge.numerics.dtypes import QUANTIZED_CACHE_TYPES
 from gta_edge.runtime.session import Session
 from gta_edge.support.cores import usable_cores
 from gta_edge.support.text_files import read_text
@@ -63,7 +66,7 @@ from gta_edge.support.text_files import read_text
 EXAMPLES = Path(__file__).parents[1] / "examples"
 WORK = Path("build/cache_types")
 BACKEND = "onnxruntime"
-PACKAGES = ("onnxruntime", "numpy")
+PACKAGES = {"onnxruntime": ("onnxruntime", "numpy"), "torch": ("torch", "numpy")}
 CACHE_TYPES = ("fp32", "int8")
 PRECISION = "int4"
 _LOGITS = 2**26  # values of logits at a time
@@ -77,26 +80,33 @@ Losses = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Variant:
-    """A cache: its type, whether values were rotated, and whether it is read token by token."""
+    """A cache: its type, whether values were rotated, and whether it is read token by token, if that matters."""
 
     cache_dtype: str
     rotated: bool
-    by_token: bool
+    by_token: bool | None = None
 
     @property
     def label(self) -> str:
         """What the table calls it."""
-        read = "token by token" if self.by_token else "as a prompt"
-        return f"{self.cache_dtype}{', values rotated' if self.rotated else ''}, read {read}"
+        read = {None: "", True: ", read token by token", False: ", read as a prompt"}[self.by_token]
+        return f"{self.cache_dtype}{', values rotated' if self.rotated else ''}{read}"
 
 
-VARIANTS = (
-    Variant("fp32", rotated=False, by_token=False),
-    *(Variant("int8", rotated, by_token) for rotated in (False, True) for by_token in (False, True)),
-)
+VARIANTS = {
+    "onnxruntime": (
+        Variant("fp32", rotated=False, by_token=False),
+        *(Variant("int8", rotated, by_token) for rotated in (False, True) for by_token in (False, True)),
+    ),
+    "torch": (
+        Variant("fp32", rotated=False),
+        *(Variant(name, rotated) for name in QUANTIZED_CACHE_TYPES for rotated in (False, True)),
+    ),
+}
+"""What each backend is asked for; the first is what the others are compared with."""
 
 
-def losses(session: Session, windows: Ids, *, by_token: bool, rows: int) -> Losses:
+def losses(session: Session, windows: Ids, *, by_token: bool | None, rows: int) -> Losses:
     """Return the mean loss of each window [N, L], its first token given."""
     found: list[float] = []
     for start in range(0, len(windows), rows):
@@ -121,19 +131,17 @@ def quality(arguments: argparse.Namespace) -> Document:
     if tokenizer is None:
         raise InputError(f"{source.directory} has no tokenizer to read a text with; take a checkpoint that has one")
     windows = _windows(tokenizer, arguments)
+    base, *others = VARIANTS[arguments.backend]
+    variants = [base, *(each for each in others if each.cache_dtype in (arguments.caches or QUANTIZED_CACHE_TYPES))]
     measured: dict[Variant, Losses] = {}
-    with tempfile.TemporaryDirectory(prefix="gta-edge-cache-types-") as name:
-        for rotated in sorted({variant.rotated for variant in VARIANTS}):
-            bundle = Path(name) / ("rotated" if rotated else "bundle")
-            # verify=False: it takes longer than the export, and perplexity finds damage too
-            gta_edge.export_model(source.directory, bundle, verify=False, rotate_values=rotated)
-            for variant in (variant for variant in VARIANTS if variant.rotated == rotated):
-                say(variant.label)
-                options: dict[str, Any] = {"exact": True, "cache_dtype": variant.cache_dtype}
-                with gta_edge.load(bundle, BACKEND, threads=arguments.threads, **options) as session:
-                    found = losses(session, windows, by_token=variant.by_token, rows=arguments.rows)
-                measured[variant] = found
-    rows = [_row(variant, found, measured[VARIANTS[0]], source) for variant, found in measured.items()]
+    for rotated in sorted({variant.rotated for variant in variants}):
+        chosen = [variant for variant in variants if variant.rotated == rotated]
+        for variant, session in SESSIONS[arguments.backend](source, rotated, chosen, arguments.threads):
+            with session:
+                measured[variant] = losses(session, windows, by_token=variant.by_token, rows=arguments.rows)
+            cells = _row(variant, measured[variant], measured[base], source)
+            say(f"{variant.label}: perplexity {cells['perplexity']:.4f}, {_rise(cells)}")
+    rows = [_row(variant, measured[variant], measured[base], source) for variant in variants]
     return _document(arguments) | {
         "model": source.directory.resolve().name,
         "parameters": source.config.parameters,
@@ -141,6 +149,35 @@ def quality(arguments: argparse.Namespace) -> Document:
         "length": windows.shape[1],
         "variants": rows,
     }
+
+
+def _exported(
+    source: Checkpoint, rotated: bool, variants: Sequence[Variant], threads: int
+) -> Iterator[tuple[Variant, Session]]:
+    """Yield sessions of ONNX Runtime over a bundle of the checkpoint."""
+    with tempfile.TemporaryDirectory(prefix="gta-edge-cache-types-") as name:
+        bundle = Path(name) / "bundle"
+        # verify=False: it takes longer than the export, and perplexity finds damage too
+        gta_edge.export_model(source.directory, bundle, verify=False, rotate_values=rotated)
+        for variant in variants:
+            options: dict[str, Any] = {"exact": True, "cache_dtype": variant.cache_dtype}
+            yield variant, gta_edge.load(bundle, BACKEND, threads=threads, **options)
+
+
+def _in_torch(
+    source: Checkpoint, rotated: bool, variants: Sequence[Variant], threads: int
+) -> Iterator[tuple[Variant, Session]]:
+    """Yield sessions of PyTorch over the checkpoint itself."""
+    from gta_edge.accuracy.reference import build_decoder
+    from gta_edge.runtime.torch.session import TorchSession
+
+    checkpoint = RotatedCheckpoint.of(source) if rotated else source
+    for variant in variants:
+        model = build_decoder(checkpoint.config, ((name, checkpoint.read(name)) for name in checkpoint.names))
+        yield variant, TorchSession(model, cache_dtype=variant.cache_dtype, threads=threads)
+
+
+SESSIONS = {"onnxruntime": _exported, "torch": _in_torch}
 
 
 def _windows(tokenizer: Tokenizer, arguments: argparse.Namespace) -> Ids:
@@ -160,6 +197,7 @@ def _row(variant: Variant, found: Losses, base: Losses, source: Checkpoint) -> D
     error = float(difference.std(ddof=1) / math.sqrt(len(difference))) if len(difference) > 1 else math.nan
     rise = math.exp(float(difference.mean()))
     size, half = (bytes_per_token(source.config, dtype) for dtype in (variant.cache_dtype, "fp16"))
+    grouped = bytes_per_token(gqa_like(source.config) or source.config, "fp16")
     return {
         "label": variant.label,
         "cache_dtype": variant.cache_dtype,
@@ -170,15 +208,20 @@ def _row(variant: Variant, found: Losses, base: Losses, source: Checkpoint) -> D
         "standard_error_percent": 100 * rise * error,
         "bytes_per_token": size,
         "of_fp16": size / half,
+        "of_gqa_fp16": size / grouped,
     }
 
 
 def _quality_cells(document: Document) -> Iterator[list[str]]:
-    yield ["cache", "bytes per token", "of fp16", "perplexity", "rise"]
+    yield ["cache", "bytes per token", "of fp16", "of GQA in fp16", "perplexity", "rise"]
     for row in document["variants"]:
-        rise = f"{row['rise_percent']:+.3f}% ± {row['standard_error_percent']:.3f}"
-        cells = [f"{row['bytes_per_token']:,}", f"{row['of_fp16']:.0%}", f"{row['perplexity']:.4f}"]
-        yield [row["label"], *cells, "" if row["cache_dtype"] == "fp32" else rise]
+        shares = (f"{row[name]:.0%}" for name in ("of_fp16", "of_gqa_fp16"))
+        cells = [f"{row['bytes_per_token']:,}", *shares, f"{row['perplexity']:.4f}"]
+        yield [row["label"], *cells, "" if row["cache_dtype"] == "fp32" else _rise(row)]
+
+
+def _rise(row: Document) -> str:
+    return f"{row['rise_percent']:+.2f}% ± {row['standard_error_percent']:.2f}"
 
 
 def _quality_conditions(document: Document) -> str:
@@ -237,7 +280,8 @@ def _document(arguments: argparse.Namespace) -> Document:
         "command": _command(arguments),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "machine": this_machine(),
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in PACKAGES[arguments.backend]},
     }
 
 
@@ -254,6 +298,8 @@ def _command(arguments: argparse.Namespace) -> str:
         words += ["--layers", f"{arguments.layers}"] if arguments.layers else []
         return " ".join([*words, "--threads", f"{arguments.threads}"])
     words += [] if arguments.checkpoint == _DEFAULT else [arguments.checkpoint.name]
+    words += [] if arguments.backend == BACKEND else ["--backend", arguments.backend]
+    words += ["--caches", ",".join(arguments.caches)] if arguments.caches else []
     words += ["--text", arguments.text.name] if arguments.text else ["--kind", arguments.kind]
     return " ".join([*words, "--length", f"{arguments.length}", "--windows", f"{arguments.windows}"])
 
@@ -269,6 +315,8 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("checkpoint", type=Path, nargs="?", default=_DEFAULT, help="the example model by default")
+    parser.add_argument("--backend", choices=tuple(VARIANTS), default=BACKEND, help="torch has every type of cache")
+    parser.add_argument("--caches", type=_names, default=[], metavar="A,B", help="types to measure; all by default")
     parser.add_argument("--kind", choices=("code", "prose"), default="code", help="the text, of this Python")
     parser.add_argument("--text", type=Path, metavar="FILE", help="a text instead")
     parser.add_argument("--length", type=positive, default=1024, help="tokens of a window")

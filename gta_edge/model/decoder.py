@@ -16,7 +16,7 @@ from gta_edge.model.kv_cache import cache_tensors
 from gta_edge.model.tables import layer_tables, model_tables
 from gta_edge.numerics.dtypes import DTYPES
 from gta_edge.plugins.attention import torch as torch_ops
-from gta_edge.plugins.attention.torch_cache import Cache
+from gta_edge.plugins.torch_cache import Cache
 
 if TYPE_CHECKING:
     import torch

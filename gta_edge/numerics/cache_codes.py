@@ -32,8 +32,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
 __all__ = [
     "BLOCK",
     "MIN_SCALE",
@@ -63,12 +61,18 @@ Join = Callable[..., Array]
 """A library's own, which joins arrays along an axis: ``numpy.concatenate``, ``torch.cat``."""
 
 
+def _concatenate(arrays: list[Array], axis: int) -> Array:
+    import numpy as np  # not at once: sizes of blocks are asked for by what loads nothing
+
+    return np.concatenate(arrays, axis)
+
+
 def levels(bits: int) -> int:
     """Return the largest code."""
     return int(2**bits - 1)
 
 
-def pack(codes: Array, bits: int, join: Join = np.concatenate) -> Array:
+def pack(codes: Array, bits: int, join: Join = _concatenate) -> Array:
     """Return codes uint8 [..., N] in bytes, uint8 [..., N · bits / 8]; N · bits is a multiple of 16."""
     packed = []
     for part, words in _units(codes, WORD_BITS // bits):
@@ -81,7 +85,7 @@ def pack(codes: Array, bits: int, join: Join = np.concatenate) -> Array:
     return packed[0] if len(packed) == 1 else join(packed, -1)
 
 
-def unpack(packed: Array, bits: int, join: Join = np.concatenate) -> Array:
+def unpack(packed: Array, bits: int, join: Join = _concatenate) -> Array:
     """Undo ``pack``."""
     codes = []
     for part, words in _units(packed, WORD_BITS // 8):
@@ -99,7 +103,7 @@ def _units(array: Array, per_word: int) -> list[tuple[Array, int]]:
     return [(part, words) for part, words in parts if part.shape[-1]]
 
 
-def dequantize_keys(codes: Array, scales: Array, join: Join = np.concatenate) -> Array:
+def dequantize_keys(codes: Array, scales: Array, join: Join = _concatenate) -> Array:
     """Return keys in the scales' type.
 
     Args:
@@ -115,7 +119,7 @@ def dequantize_keys(codes: Array, scales: Array, join: Join = np.concatenate) ->
     return values.reshape(*codes.shape[:-3], -1, codes.shape[-2])
 
 
-def dequantize_values(codes: Array, scales: Array, bits: int, join: Join = np.concatenate) -> Array:
+def dequantize_values(codes: Array, scales: Array, bits: int, join: Join = _concatenate) -> Array:
     """Return values or latents in the scales' type.
 
     Args:

@@ -55,10 +55,6 @@ class BlockCache(CacheState):
     def past_of(self, part: Part, past: Lengths) -> Lengths:
         return np.where(part.real[part.rows] > 0, past, self.capacity)
 
-    def reusable(self, held: int, tokens: int) -> int:
-        in_open_block = tokens == held or tokens // BLOCK == (held - 1) // BLOCK
-        return tokens if in_open_block else tokens // BLOCK * BLOCK
-
     def put(self, row: int, tokens: int) -> None:
         held = self.held_blocks.copy()
         held[row] = tokens // BLOCK
@@ -126,5 +122,6 @@ def reopened(
         values = dequantize_keys(held, scales)
     else:
         values = dequantize_values(held, scales, 8 * held.shape[-1] // opened.row[0])
-    found: npt.NDArray[Any] = values.astype(DTYPES[opened.dtype].numpy)
+    found: npt.NDArray[Any] = np.zeros(opened.shape(1, 0), DTYPES[opened.dtype].numpy)
+    found[:, :, : values.shape[2]] = values  # fewer, where so many tokens are looked at
     return found

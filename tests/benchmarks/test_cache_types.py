@@ -47,18 +47,33 @@ def test_the_rise_is_paired(script: Script) -> None:
     assert math.isclose(row["perplexity"], math.exp(3.02))
     assert row["label"] == "int8, values rotated, read token by token"
     assert 0.5 < row["of_fp16"] < 0.6
+    # tiny-gta caches a key of 64 and a latent of 128 for 4 query heads; GQA has a key and a value of 64 for each group
+    assert math.isclose(row["of_gqa_fp16"] / row["of_fp16"], 0.75)
 
 
-def test_a_small_run(script: Script, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
-    module = script("cache_types")
-    words = ["--length", "24", "--windows", "2", "--json", tmp_path / "a.json", "--markdown", tmp_path / "a.md"]
-    monkeypatch.setattr("sys.argv", ["cache_types.py", *map(str, words)])
+@pytest.mark.parametrize(
+    ("backend", "caches"),
+    [("onnxruntime", ["int8"] * 4), ("torch", [name for name in ("int4", "int4v2") for _ in range(2)])],
+)
+def test_a_small_run(
+    backend: str,
+    caches: list[str],
+    script: Script,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module, chosen = script("cache_types"), ["--backend", "torch", "--caches", "int4,int4v2"]
+    words = [*(chosen if backend == "torch" else []), "--length", "48", "--windows", "2"]
+    written = ["--json", tmp_path / "a.json", "--markdown", tmp_path / "a.md"]
+    monkeypatch.setattr("sys.argv", ["cache_types.py", *map(str, (*words, *written))])
     module.main()
     document = json.loads((tmp_path / "a.json").read_text())
-    assert [row["cache_dtype"] for row in document["variants"]] == ["fp32", *["int8"] * 4]
-    assert document["command"] == "python benchmarks/cache_types.py --kind code --length 24 --windows 2"
+    assert [row["cache_dtype"] for row in document["variants"]] == ["fp32", *caches]
+    options = " ".join([*words[:-4], "--kind", "code", *words[-4:]])
+    assert document["command"] == f"python benchmarks/cache_types.py {options}"
     assert all(abs(row["rise_percent"]) < 5 for row in document["variants"])
-    assert (tmp_path / "a.md").read_text().count("\n| int8") == 4
+    assert (tmp_path / "a.md").read_text().count("\n| int") == 4
     assert "± is the standard error" in capsys.readouterr().out
 
 

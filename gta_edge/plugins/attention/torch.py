@@ -3,7 +3,7 @@
 It exists twice, as torch's naming has it: the plain one returns new caches and can be exported; the one with a
 trailing underscore writes into the caches it is given and returns the output alone.
 
-The latter takes caches of fewer bits too (``torch_cache``), which nobody exports.
+The latter takes caches of fewer bits too (``torch_blocks``), which nobody exports.
 
 On CUDA tensors of fp16 or bf16 it runs the CUDA kernels. What these are not made for (float32,
 widths that are no multiple of 16, caches that are views, GPUs older than Ampere) is computed in torch's own operations.
@@ -31,14 +31,8 @@ from gta_edge.plugins.attention.definition import (
 )
 from gta_edge.plugins.attention.kernels import BUFFERS_OF, Buffers, attention_kernels
 from gta_edge.plugins.attention.tiling import Variant
-from gta_edge.plugins.attention.torch_cache import (
-    BlockStep,
-    Cache,
-    blocks_of,
-    cache_name,
-    dequantize_rows,
-    quantize_rows,
-)
+from gta_edge.plugins.attention.torch_blocks import BlockStep, blocks_of
+from gta_edge.plugins.torch_cache import Cache, cache_name, dequantize_rows, quantize_rows
 from gta_edge.plugins.torch_registry import (
     CALLS_CACHED,
     Kind,

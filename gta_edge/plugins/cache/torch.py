@@ -15,7 +15,6 @@ import numpy.typing as npt
 from gta_edge.cuda.gpu import OLDEST, current_gpu
 from gta_edge.libraries.optional import optional
 from gta_edge.numerics.dtypes import COMPUTE_TYPES, DTYPES, ROW_CACHE_TYPES
-from gta_edge.plugins.attention.torch_cache import Cache, dequantize_rows, quantize_rows
 from gta_edge.plugins.cache.kernels import CacheKernels, cache_kernels
 from gta_edge.plugins.cache.launches import (
     MAX_WIDTH,
@@ -27,6 +26,7 @@ from gta_edge.plugins.cache.launches import (
     check_lines,
     fold_starts,
 )
+from gta_edge.plugins.torch_cache import Cache, dequantize_rows, quantize_rows
 from gta_edge.plugins.torch_registry import ALIGNMENT_BYTES
 
 if TYPE_CHECKING:

@@ -29,7 +29,7 @@ from gta_edge.numerics.quantization import BITS
 from gta_edge.plan.host_memory import require_memory_for_torch
 from gta_edge.plugins.attention.tiling import has_kernels
 from gta_edge.plugins.attention.torch import attention_in_place
-from gta_edge.plugins.attention.torch_cache import reopen
+from gta_edge.plugins.attention.torch_blocks import reopen
 from gta_edge.runtime.cache_moves import ManagedStep, Moves
 from gta_edge.runtime.cache_policies.base import CachePolicy
 from gta_edge.runtime.managed_cache import GPU_CHUNK_SIZE, OBSERVED_TOKENS, cache_state

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gta_edge.errors import BackendError
-from gta_edge.plugins.attention import torch_cache
+from gta_edge.plugins.attention import torch_blocks
 from gta_edge.plugins.attention.torch import UNMANAGED, grouped_latent_attention_
-from gta_edge.plugins.attention.torch_cache import BlockStep, Cache
+from gta_edge.plugins.attention.torch_blocks import BlockStep
+from gta_edge.plugins.torch_cache import Cache
 from tests.helpers import reference
 from tests.helpers.attention_models import Sizes, arrays
 from tests.helpers.block_cases import BLOCK, VALUE_BITS
@@ -119,13 +120,13 @@ def planted(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
 
         monkeypatch.setattr(BlockStep, "visible", later)
     elif fault == "halves of bytes are swapped":
-        pack = torch_cache.pack
+        pack = torch_blocks.pack
 
         def swapped(*arguments: object) -> torch.Tensor:
             packed = pack(*arguments)
             return packed >> 4 | packed << 4
 
-        monkeypatch.setattr(torch_cache, "pack", swapped)
+        monkeypatch.setattr(torch_blocks, "pack", swapped)
     elif fault == "codes are rounded down":
         monkeypatch.setattr(torch.Tensor, "round", torch.Tensor.floor)
     else:
@@ -242,7 +243,7 @@ def test_what_is_not_finite_never_becomes_a_number(cache: str, value: float) -> 
 def test_a_dequantised_value_is_off_by_half_a_step() -> None:
     values = torch.from_numpy(np.random.default_rng(0).standard_normal((500, 40)).astype(np.float32)) * 3
     for bits in (2, 4):
-        codes, scales, minima = torch_cache.quantize_groups(values, bits, -1)
+        codes, scales, minima = torch_blocks.quantize_groups(values, bits, -1)
         errors = (codes * scales.float() + minima.float() - values).abs()
         # and by what rounding scale and minimum to float16 moves the ends of the range
         assert (errors <= scales.float() * (0.5 + 2.0**-11 * 2**bits) + minima.float().abs() * 2.0**-11).all()
@@ -281,4 +282,4 @@ def torch_dtype(dtype: type) -> torch.dtype:
 
 
 def test_blocks_are_of_32_tokens() -> None:
-    assert BLOCK == torch_cache.BLOCK
+    assert BLOCK == torch_blocks.BLOCK

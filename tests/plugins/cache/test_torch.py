@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from gta_edge.errors import BackendError
-from gta_edge.plugins.attention.torch_cache import Cache
 from gta_edge.plugins.cache.launches import turned_rows
 from gta_edge.plugins.cache.torch import move_rows, rotate_keys
+from gta_edge.plugins.torch_cache import Cache
 from tests.helpers import cache_rows as rows
 
 CAPACITIES, BATCH = (20, 33, 9), 3
