@@ -71,6 +71,11 @@ class TokenTree:
         return sorted(self._rows.nodes)
 
     @property
+    def next(self) -> int:
+        """The number of the node that is grown next."""
+        return self._rows.next
+
+    @property
     def leaves(self) -> list[int]:
         """Nodes that nothing descends from, likewise."""
         return [number for number in self.nodes if not self._rows.nodes[number].children]
@@ -115,14 +120,19 @@ class TokenTree:
         """Add nodes that the next ``forward`` runs; return their numbers.
 
         Args:
-            parents: of each new node: a node, which need not have run yet, or ``PREFIX``.
+            parents: of each new node: a node, which need not have run yet, or ``PREFIX``. It may be one of those that
+                this call adds before it: their numbers go on from ``next``.
 
         Raises:
             InputError: it is closed, or there is no such node; then none is added.
         """
         with self._session._calls.held():
             self.check(self._session)
-            return self._rows.grow([parent if parent == PREFIX else self._known(parent) for parent in parents])
+            checked: list[int] = []
+            for parent in parents:
+                made = not isinstance(parent, bool) and parent in range(self.next, self.next + len(checked))
+                checked.append(int(parent) if made or parent == PREFIX else self._known(parent))
+            return self._rows.grow(checked)
 
     def accept(self, node: int) -> None:
         """Make the path to a node part of the text. What descends from the node stays, and all other nodes go.

@@ -47,6 +47,7 @@ class TreeRows:
         nodes: by number, those that have run and those that have not.
         waiting: numbers of those that have not run, in order.
         at: the node in each row behind the prefix, or -1.
+        next: number of the next node.
     """
 
     def __init__(self, start: int) -> None:
@@ -54,7 +55,7 @@ class TreeRows:
         self.nodes: dict[int, _Node] = {}
         self.waiting: list[int] = []
         self.at: list[int] = []
-        self._next = 0
+        self.next = 0
         self._paths: dict[int, npt.NDArray[np.int64]] = {}  # rows that lead to a node, itself included; of some
 
     @property
@@ -67,11 +68,11 @@ class TreeRows:
         made = []
         for parent in parents:
             position = self.start if parent == PREFIX else self.nodes[parent].position + 1
-            self.nodes[self._next] = _Node(parent, position)
+            self.nodes[self.next] = _Node(parent, position)
             if parent != PREFIX:
-                self.nodes[parent].children.add(self._next)
-            made.append(self._next)
-            self._next += 1
+                self.nodes[parent].children.add(self.next)
+            made.append(self.next)
+            self.next += 1
         self.waiting += made
         return made
 

@@ -31,7 +31,6 @@ from gta_edge.libraries.onnxruntime import (
     why_no_gpu,
 )
 from gta_edge.model.kv_cache import (
-    BRANCHES,
     INPUT_IDS,
     LOGIT_POSITIONS,
     LOGITS,
@@ -82,7 +81,7 @@ class _Step:
         graph_id: number of its CUDA graph, which is captured in its first run; ``_NO_GRAPH`` for none.
     """
 
-    shape: tuple[int, ...]  # B, T, M, and W of branches
+    shape: tuple[int, int, int]  # B, T, M
     first_row: int  # of the batch
     binding: Any
     inputs: dict[str, Any]  # by name
@@ -374,15 +373,14 @@ class OnnxRuntimeCudaSession(Session):
 
     def _step(self, inputs: Inputs) -> _Step:
         (batch, tokens), positions = inputs[INPUT_IDS].shape, inputs[LOGIT_POSITIONS].shape[1]
-        words = inputs[BRANCHES].shape[1:] if BRANCHES in inputs else ()
-        single, shape = (tokens, positions) == (1, 1), (batch, tokens, positions, *words)
+        single, shape = (tokens, positions) == (1, 1), (batch, tokens, positions)
         step = self._steps.get(single)
         if step is None or step.shape != shape or step.first_row != self._first_row:
             step = self._steps[single] = self._bound(shape, inputs, single and self.graph_refused is None)
         return step
 
-    def _bound(self, shape: tuple[int, ...], inputs: Inputs, with_graph: bool) -> _Step:
-        batch, _, positions = shape[:3]
+    def _bound(self, shape: tuple[int, int, int], inputs: Inputs, with_graph: bool) -> _Step:
+        batch, _, positions = shape
         if with_graph:
             self._graph_ids += 1  # never one that was used: ONNX Runtime would replay the old graph
         step = _Step(
@@ -454,7 +452,6 @@ def _managed_form(compute: str, features: Features, plain: bytes) -> Form:
         return {GRAPH: managed_cuda_graph(bundle, compute, features, plain)}
 
     name = f"{_form(compute).directory}-{features.observe or 'unobserved'}-{features.bias_rows}"
-    name += "-branches" * features.has_branches
     options = {"compute": compute, "weights_of": hashlib.sha256(plain).hexdigest()}
     return Form(name, make, _REVISION, options)
 
