@@ -21,7 +21,7 @@ from tests.helpers.commands import ROOT, Result
 
 EXTRAS = {"export", "ort", "ort-gpu", "tensorrt", "tensorrt-rtx", "cuda12", "cuda13", "plot", "test", "dev"}
 EXTRAS |= {"serve", "chat", "grammar"}
-VERBS = ["init", "export", "build", "inspect", "plan", "verify", "eval", "generate", "serve", "doctor"]
+VERBS = ["init", "export", "build", "inspect", "plan", "verify", "eval", "generate", "chat", "serve", "doctor"]
 OPTIONAL = ["torch", "onnx", "onnxruntime", "onnx_ir", "onnxscript", "tensorrt", "transformers"]
 OFFLINE = re.compile(r"NewConnectionError|NameResolutionError|Temporary failure in name|ProxyError|ConnectTimeout")
 

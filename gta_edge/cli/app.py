@@ -40,6 +40,7 @@ VERBS = {
     "build": Verb("Make", "Build a TensorRT engine of a bundle"),
     "calibrate-cache": Verb("Make", "Measure what rows each layer's cache needs", "calibrate_cache"),
     "generate": Verb("Run", "Continue a prompt"),
+    "chat": Verb("Run", "Talk with a model"),
     "serve": Verb("Run", "Serve OpenAI's clients, and a chat page"),
     "bench": Verb("Measure", "Time backends side by side"),
     "eval": Verb("Measure", "Loss and perplexity of a text", "evaluate"),

@@ -11,10 +11,11 @@ import typer
 
 from gta_edge.cli.cache_options import CacheChoice, policy_of, takes_cache_policy
 from gta_edge.cli.choices import Backend, CacheDtype, Speculate, value_of
-from gta_edge.cli.output import Output, current
+from gta_edge.cli.generate_text import finish, show
+from gta_edge.cli.output import current
 from gta_edge.cli.signals import exit_status
 from gta_edge.errors import InputError
-from gta_edge.support.text import brief, printable
+from gta_edge.support.text import brief
 from gta_edge.support.text_files import STANDARD_INPUT, read_text_or_stdin
 
 __all__ = ["generate"]
@@ -36,6 +37,11 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End before this text; repeatable.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the draws.")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after an end token.")] = False,
+    n: Annotated[int, typer.Option("--n", min=1, help="Answers; number i is drawn with the seed plus i.")] = 1,
+    beams: Annotated[
+        int | None, typer.Option(min=1, help="Search for the most probable answers, following so many at once.")
+    ] = None,
+    length_penalty: Annotated[float, typer.Option(help="Of that search: above 0 it favours long answers.")] = 1.0,
     speculate: Annotated[
         Speculate | None, typer.Option(help="Guess tokens: from the text so far, or by --draft; off by default.")
     ] = None,
@@ -61,11 +67,12 @@ def generate(
 
     output = current()
     given = _prompt(prompt, prompt_file, ids)
-    if (draft is None) == (speculate is Speculate.DRAFT):
-        if draft is None:
-            raise typer.BadParameter("--speculate draft needs a model: give --draft BUNDLE")
-        if speculate is not None:
-            raise typer.BadParameter("--draft is for --speculate draft")
+    several = n > 1 or beams is not None
+    _check_speculation(speculate, draft)
+    if several and (draft is not None or prompt_cache is not None or speculate not in (None, Speculate.OFF)):
+        raise typer.BadParameter(
+            "--speculate, --draft and --prompt-cache are for one answer: leave out --n and --beams"
+        )
     with ExitStack() as opened:
         with output.progress() as progress:
             common: dict[str, Any] = {
@@ -74,12 +81,16 @@ def generate(
                 "verify_hashes": verify_hashes,
                 "progress": progress,
             }
-            session = opened.enter_context(gta_edge.load(bundle, backend.value, cache=policy_of(cache), **common))
+            trees = beams is not None or (several and _holds_branches(backend, cache, cache_dtype))
+            session = opened.enter_context(
+                gta_edge.load(bundle, backend.value, cache=policy_of(cache), trees=trees, **common)
+            )
             small = None if draft is None else opened.enter_context(gta_edge.load(draft, backend.value, **common))
         conversation = gta_edge.Conversation(session)
         if prompt_cache is not None:
             conversation.resume(prompt_cache)
-        generation = conversation.generate(
+        generation: Any = gta_edge.generate(
+            session,
             given,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
@@ -93,18 +104,39 @@ def generate(
             ignore_eos=ignore_eos,
             speculate=None if speculate is None else speculate.value,
             draft=small,
+            n=n if several else None,
+            beams=beams,
+            length_penalty=length_penalty,
+            conversation=None if several else conversation,
         )
         if generation.defaults:
             taken = ", ".join(f"{name} {value:g}" for name, value in generation.defaults.items())
             output.note(f"from the model's generation_config.json: {taken}; options of the command come first")
         try:
             for piece in generation:
-                _show(output, piece, generation)
+                if not several:
+                    show(output, piece, generation)
         except KeyboardInterrupt as interrupt:
             generation.close()  # where it came while a piece was printed
-            _finish(output, generation, session.backend, _kept(conversation, prompt_cache))
+            finish(output, generation, session.backend, _kept(conversation, prompt_cache))
             sys.exit(exit_status(interrupt))
-        _finish(output, generation, session.backend, _kept(conversation, prompt_cache))
+        finish(output, generation, session.backend, _kept(conversation, prompt_cache))
+
+
+def _check_speculation(speculate: Speculate | None, draft: Path | None) -> None:
+    if speculate is Speculate.DRAFT and draft is None:
+        raise typer.BadParameter("--speculate draft needs a model: give --draft BUNDLE")
+    if speculate not in (None, Speculate.DRAFT) and draft is not None:
+        raise typer.BadParameter("--draft is for --speculate draft")
+
+
+def _holds_branches(backend: Backend, cache: CacheChoice | None, cache_dtype: CacheDtype | None) -> bool:
+    """Tell whether answers can be branches of a tree; otherwise they come one after another."""
+    from gta_edge.numerics.dtypes import BLOCK_CACHE_TYPES
+    from gta_edge.runtime.registry import BACKENDS
+
+    can = backend is Backend.AUTO or BACKENDS[backend.value].has_trees
+    return can and cache is None and value_of(cache_dtype) not in BLOCK_CACHE_TYPES
 
 
 def _kept(conversation: Any, path: Path | None) -> dict[str, Any] | None:
@@ -141,52 +173,3 @@ def _piped() -> str:
     if sys.stdin is None or sys.stdin.isatty():
         return ""
     return read_text_or_stdin(Path(STANDARD_INPUT))
-
-
-def _show(output: Output, piece: str, generation: Any) -> None:
-    """Print what is new: text, or without a tokenizer the ids."""
-    if output.json:
-        return
-    if generation.text is None and generation.ids:
-        piece = f"{',' if len(generation.ids) > 1 else ''}{generation.ids[-1]}"
-    sys.stdout.write(_shown(piece) if sys.stdout.isatty() else piece)
-    sys.stdout.flush()
-
-
-def _shown(text: str) -> str:
-    """Return a model's text as a terminal may have it: control characters escaped, but for line ends and tabs."""
-    return "".join(c if c in "\n\t" or ord(c) > 0x9F else printable(c) for c in text)
-
-
-def _finish(output: Output, generation: Any, backend: str, kept: dict[str, Any] | None) -> None:
-    timings = generation.timings
-    if output.json:
-        output.document(
-            {
-                "text": generation.text,
-                "ids": generation.ids,
-                "finish_reason": generation.finish_reason,
-                "prompt_tokens": generation.prompt_tokens,
-                "seed": generation.seed,
-                "backend": backend,
-                "timings": timings,
-                **({} if kept is None else {"prompt_cache": kept}),
-            }
-        )
-        return
-    sys.stdout.write("\n")
-    sys.stdout.flush()
-    rate, steps = timings["decode_tokens_per_s"], timings["tokens_per_step"]
-    pace = f" at {rate:.1f}/s" if rate else ""
-    if steps:
-        pace += f" ({steps:.1f} a step)"
-    output.note(
-        f"[{backend}] {generation.prompt_tokens} prompt tokens, first token after {timings['ttft_ms'] or 0:.0f} ms; "
-        f"{len(generation.ids)} tokens{pace}; ended by {generation.finish_reason}"
-    )
-    if kept is not None:
-        beside = f", as GQA {kept['gqa_bytes'] / 1e6:.2f} MB" if kept["gqa_bytes"] else ""
-        output.note(
-            f"prompt cache: {kept['reused_tokens']} prompt tokens were in it; now it holds {kept['tokens']}, "
-            f"{kept['bytes'] / 1e6:.2f} MB{beside}"
-        )

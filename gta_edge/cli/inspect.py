@@ -11,6 +11,7 @@ from gta_edge.cli.output import current, key_value_table
 from gta_edge.errors import InputError
 from gta_edge.formats.bundle import MANIFEST, Bundle
 from gta_edge.formats.checkpoint import Checkpoint
+from gta_edge.formats.generation_config import GenerationConfig
 from gta_edge.model.config import GTAConfig, ModelConfig
 from gta_edge.model.kv_cache import bytes_per_token
 from gta_edge.model.presets import PRESETS, preset
@@ -80,6 +81,7 @@ def _open(path: Path, verify_hashes: bool, progress: Any) -> tuple[ModelConfig, 
         extra: dict[str, Any] = {"kind": "bundle"}
         extra["weight_bytes_by_part"] = stored_parts(bundle.config, bundle.storage)
         extra |= {"files": bundle.file_bytes, "made_with": bundle.manifest["made_with"]}
+        extra["sampling"] = dict(GenerationConfig.load(path, bundle.config, None).sampling)
         return bundle.config, bundle.precision, bundle.weight_bytes, extra
     checkpoint = Checkpoint.open(path)
     return checkpoint.config, "+".join(checkpoint.precisions), checkpoint.weight_bytes, {"kind": "checkpoint"}
@@ -101,6 +103,9 @@ def _for_people(found: dict[str, Any]) -> dict[str, str]:
     }
     parts = {part: size for part, size in found.get("weight_bytes_by_part", {}).items() if size}
     rows |= {f"  {part}": _share(size, sum(parts.values())) for part, size in parts.items()}
+    if "sampling" in found:
+        options = ", ".join(f"{name} {value:g}" for name, value in found["sampling"].items())
+        rows["chats"] = f"sampled with {options}" if options else "greedy"
     if "files" in found:
         rows["files"] = _size(sum(found["files"].values()))
         rows |= {f"  {name}": _size(size) for name, size in found["files"].items()}

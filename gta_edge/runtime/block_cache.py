@@ -55,6 +55,10 @@ class BlockCache(CacheState):
     def past_of(self, part: Part, past: Lengths) -> Lengths:
         return np.where(part.real[part.rows] > 0, past, self.capacity)
 
+    def reusable(self, held: int, tokens: int) -> int:
+        in_open_block = tokens == held or tokens // BLOCK == (held - 1) // BLOCK
+        return tokens if in_open_block else tokens // BLOCK * BLOCK
+
     def put(self, row: int, tokens: int) -> None:
         held = self.held_blocks.copy()
         held[row] = tokens // BLOCK

@@ -231,6 +231,15 @@ class CacheState:
         """Forget all tokens; the memory stays."""
         self.length = np.zeros_like(self.length)
 
+    def reusable(self, held: int, tokens: int) -> int:
+        """Return how many of a sequence's first ``tokens`` can be kept as if no more than those had been run.
+
+        Args:
+            held: tokens of it that there are.
+            tokens: at most ``held``.
+        """
+        return tokens
+
     def put(self, row: int, tokens: int) -> None:
         """Note that a row of the batch now holds so many tokens, whatever it held before."""
         self.length = self.length.copy()

@@ -236,6 +236,18 @@ class Session(SessionBackend):
         """Whether ``export_cache`` and ``import_cache`` work: on this backend, and without a cache policy."""
         return self.reads_rows and self._cache.features in (None, TREES)
 
+    def reusable(self, held: int, tokens: int) -> int:
+        """Return how many of a sequence's first ``tokens`` can be kept as if no more than those had been run.
+
+        All of them, but for a cache in blocks of 4 bits: of a block that was quantised since, they would be rounded
+        twice, and so it is left out.
+
+        Args:
+            held: tokens of the sequence that there are, in the cache or exported.
+            tokens: those of them that are wanted.
+        """
+        return self._cache.reusable(held, tokens)
+
     def require_exports(self) -> None:
         """Raise unless ``exports_cache``.
 

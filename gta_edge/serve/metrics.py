@@ -17,7 +17,8 @@ _TOTALS = {
     "prompt_tokens_total": "Tokens of prompts.",
     "cached_tokens_total": "Of these, those that were in the cache already.",
     "generation_tokens_total": "Tokens generated.",
-    "steps_total": "Steps of the model, each of one token of every running request or of a part of a prompt.",
+    "steps_total": "Steps of the model, each of a token of every running request.",
+    "prompt_parts_total": "Parts of prompts that were read, each in a step.",
 }
 _NOW = {
     "requests_running": "Requests whose tokens are generated.",
@@ -26,6 +27,8 @@ _NOW = {
     "cache_rows_used": "Rows of the KV cache in use, a token of a sequence each.",
     "cache_rows": "Rows of the KV cache that there may be.",
     "cache_bytes": "Memory of the KV cache.",
+    "kept_caches": "Texts that have ended and whose cache is kept for what begins like them.",
+    "kept_cache_bytes": "Memory of those.",
 }
 
 

@@ -5,7 +5,7 @@ A message may quote what came from an untrusted file: of any length, with line b
 
 from __future__ import annotations
 
-__all__ = ["brief", "one_line", "printable"]
+__all__ = ["brief", "one_line", "printable", "printable_text"]
 
 MAX_QUOTED = 120
 """Characters of a quoted value."""
@@ -19,6 +19,11 @@ def printable(text: str) -> str:
     Printable characters of any script stay as they are; so does the space, and no other white space.
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def printable_text(text: str) -> str:
+    """Return a model's text as a terminal may have it: control characters escaped, but for line ends and tabs."""
+    return "".join(c if c in "\n\t" or ord(c) > 0x9F else printable(c) for c in text)
 
 
 def brief(value: object, limit: int = MAX_QUOTED) -> str:

@@ -46,6 +46,7 @@ OPTIONS = {
         "--seed",
         "--backend",
     ],
+    "chat": ["BUNDLE", "--system", "--load", "--max-new-tokens", "--temperature", "--seed", "--backend"],
     "serve": ["BUNDLE", "--host", "--port", "--api-key-file", "--parallel", "--queue", "--timeout", "--unit"],
     "build": [
         "--engine",
@@ -196,7 +197,7 @@ def test_inspect_a_checkpoint(command: Command, tiny_checkpoint: Path) -> None:
 
 def test_inspect_a_bundle(tiny_bundle: Path) -> None:
     document = run("inspect", tiny_bundle, "--json").content
-    assert document.keys() == INSPECT | {"files", "made_with", "weight_bytes_by_part"}
+    assert document.keys() == INSPECT | {"files", "made_with", "weight_bytes_by_part", "sampling"}
     parts = document["weight_bytes_by_part"]
     assert sum(parts.values()) == document["weight_bytes"]
     assert min(parts["mlp"], parts["embedding"], parts["tables"]) > 0
@@ -448,6 +449,41 @@ def test_speculation(command: Command, tiny_bundle: Path) -> None:
         (["--speculate", "guess"], "guess"),
     ):
         assert message in command("generate", tiny_bundle, "--ids", "1", *options).usage
+
+
+def test_several_answers(command: Command, tiny_bundle: Path) -> None:
+    hot = ("--ids", "1,2,3", "--temperature", 2)
+    document = generate(command, tiny_bundle, *hot, "--seed", 7, "--n", 3)
+    assert document.keys() == {"answers", "prompt_tokens", "backend", "timings"}
+    assert [each["seed"] for each in document["answers"]] == [7, 8, 9]
+    alone = generate(command, tiny_bundle, *hot, "--seed", 8)
+    assert document["answers"][1] == {key: alone[key] for key in ("text", "ids", "finish_reason", "seed")} | {
+        "score": None
+    }
+    options = ("generate", tiny_bundle, *hot, "--seed", 7, "--max-new-tokens", 20, "--ignore-eos")
+    shown = command(*options, "--n", 3)
+    texts = [each["text"] for each in document["answers"]]
+    assert shown.out == "".join(
+        f"--- {i} of 3, seed {6 + i}, ended by length\n{text}\n" for i, text in enumerate(texts, 1)
+    )
+    # a cache that drops rows has no branches
+    dropped = generate(
+        command, tiny_bundle, *hot, "--seed", 7, "--n", 2, "--cache-policy", "window", "--cache-rows", 64
+    )
+    assert [each["ids"] for each in dropped["answers"]] == [each["ids"] for each in document["answers"][:2]]
+    usage = command("generate", tiny_bundle, "--ids", "1", "--n", 2, "--speculate", "lookup").usage
+    assert "for one answer: leave out --n and --beams" in usage
+
+
+def test_beam_search(command: Command, tiny_bundle: Path) -> None:
+    document = generate(command, tiny_bundle, "--ids", "1,2,3", "--beams", 4, "--n", 2)
+    scores = [each["score"] for each in document["answers"]]
+    assert len(scores) == 2
+    assert scores == sorted(scores, reverse=True)
+    best = command("generate", tiny_bundle, "--ids", "1,2,3", "--max-new-tokens", 20, "--ignore-eos", "--beams", 4)
+    assert best.out == document["answers"][0]["text"] + "\n"
+    short = generate(command, tiny_bundle, "--ids", "1,2,3", "--beams", 4, "--length-penalty", 0)
+    assert short["answers"][0]["score"] < scores[0]
 
 
 def test_stop_strings(command: Command, tiny_bundle: Path) -> None:

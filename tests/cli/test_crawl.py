@@ -5,12 +5,14 @@ belongs to a command that is not in ``CALLS``. By default each option gets every
 else as it should be; with ``GTA_EDGE_FUZZ_CASES=N`` N random calls follow, with several wrong values each.
 """
 
+import io
 import json
 import os
 import random
 import re
 import shutil
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -20,6 +22,7 @@ import pytest
 import typer.main
 
 from gta_edge.cli.app import app, function_of
+from tests.helpers.chats import with_chat_template
 from tests.helpers.commands import Result, listing
 
 Command = Callable[..., Result]
@@ -47,6 +50,7 @@ CALLS = {
     "verify": ["{bundle}", "--checkpoint", "{checkpoint}", "--backend", "onnxruntime"],
     "eval": ["{bundle}", "--ids", "{ids}"],
     "generate": ["{bundle}", "--ids", "1,2", "--max-new-tokens", "2"],
+    "chat": ["{bundle}"],
     "serve": ["{bundle}", "--unit"],
     "bench": ["{bundle}", "--backend", "onnxruntime@{missing}/python", "--contexts", "8"],
     "doctor": [],
@@ -132,7 +136,7 @@ def places(tiny_bundle: Path, tiny_checkpoint: Path, tmp_path_factory: pytest.Te
     (directory / "loop").symlink_to(directory / "loop")
     (directory / "bytes").write_bytes(bytes(range(256)))
     (directory / "text").write_text("A text to measure with. " * 20)
-    bundle = shutil.copytree(tiny_bundle, directory / "bundle")
+    bundle = with_chat_template(tiny_bundle, directory / "bundle")
     found = {"bundle": bundle, "checkpoint": tiny_checkpoint, "ids": directory / "ids.npy", "text": directory / "text"}
     return found | {"missing": directory / "missing", "loop": directory / "loop", "bytes": directory / "bytes"}
 
@@ -145,6 +149,7 @@ def crawl(
     work.mkdir()
     monkeypatch.chdir(work)
     monkeypatch.setenv("GTA_EDGE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
     inputs = {path: listing(path) for name, path in places.items() if name in ("bundle", "checkpoint")}
 
     def over(number: int, frame: Any) -> None:

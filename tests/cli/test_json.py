@@ -1,9 +1,11 @@
 """Documents are as docs/json.md has them, key by key and type by type, and JSON on any stream."""
 
+import io
 import json
 import os
 import re
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import pytest
 
 from gta_edge.cli.app import VERBS
 from gta_edge.cli.output import SCHEMA_VERSION
+from tests.helpers.chats import with_chat_template
 from tests.helpers.commands import COMMAND, ROOT, Result, environment
 
 Command = Callable[..., Result]
@@ -94,6 +97,7 @@ CALLS = {
     "verify": ["{bundle}", "--checkpoint", "{checkpoint}"],
     "eval": ["{bundle}", "--ids", "{ids}"],
     "generate": ["{bundle}", "--ids", "1,2", "--max-new-tokens", "3"],
+    "chat": ["{chat}"],
     "serve": ["{bundle}", "--unit"],
     "bench": ["{bundle}", "--backend", "onnxruntime,tensorrt", "--contexts", "8", "--rounds", "1"],
     "doctor": [],
@@ -112,11 +116,15 @@ def test_documents_are_as_documented(
     tiny_checkpoint: Path,
     tmp_path: Path,
     ids: Path,
+    monkeypatch: pytest.MonkeyPatch,
     verb: str,
 ) -> None:
     (tmp_path / "text").write_text("A text to measure with. " * 20)
     places = {"bundle": tiny_bundle, "checkpoint": tiny_checkpoint, "tmp": tmp_path, "ids": ids}
     places |= {"copied": copied_bundle, "text": tmp_path / "text"}
+    if verb == "chat":
+        places["chat"] = with_chat_template(tiny_bundle, tmp_path / "chat")
+        monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\n"))
     document = command(verb, "--json", *(word.format(**places) for word in CALLS[verb])).document
     assert document["schema_version"] == SCHEMA_VERSION == 1
     assert next(iter(document)) == "schema_version"
@@ -126,6 +134,12 @@ def test_documents_are_as_documented(
 @pytest.mark.parametrize("what", ["gta1-160m", "{checkpoint}"])
 def test_what_is_inspected_may_be_no_bundle(command: Command, tiny_checkpoint: Path, what: str) -> None:
     assert problems("inspect", command("inspect", "--json", what.format(checkpoint=tiny_checkpoint)).document) == []
+
+
+@pytest.mark.parametrize("options", [["--n", "2"], ["--beams", "2"]])
+def test_several_answers_are_as_documented(command: Command, tiny_bundle: Path, options: list[str]) -> None:
+    call = ["--ids", "1,2", "--max-new-tokens", "3", *options]
+    assert problems("generate", command("generate", tiny_bundle, "--json", *call).document) == []
 
 
 def test_the_list_of_devices_is_as_documented(command: Command) -> None:

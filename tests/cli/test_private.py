@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import gta_edge
+from tests.helpers.chats import with_chat_template
 from tests.helpers.commands import COMMAND, ROOT, environment
 
 # Of C's functions and of Python's, which are called by them; a local socket is nobody else's business.
@@ -105,7 +106,7 @@ def places(tiny_checkpoint: Path, tiny_bundle: Path, tmp_path_factory: pytest.Te
     (directory / "text").write_text("A text to evaluate. " * 20)
     return {
         "checkpoint": tiny_checkpoint,
-        "bundle": shutil.copytree(tiny_bundle, directory / "bundle"),
+        "bundle": with_chat_template(tiny_bundle, directory / "bundle"),
         "text": directory / "text",
         "out": directory,
     }
@@ -120,6 +121,7 @@ def places(tiny_checkpoint: Path, tiny_bundle: Path, tmp_path_factory: pytest.Te
         "verify {bundle} --checkpoint {checkpoint}",
         "eval {bundle} --text {text}",
         "generate {bundle} --prompt hello --max-new-tokens 2",
+        "chat {bundle} --json",
         "serve {bundle} --unit",
         "bench {bundle} --contexts 4 --new-tokens 2 --rounds 1 --backend onnxruntime --plot {out}/bench.svg",
         "plan {bundle} --plot {out}/plan.png",

@@ -9,6 +9,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 from gta_edge.model.presets import preset
 from gta_edge.runtime.generation.incremental_decoder import IncrementalDecoder, Tokenizer
 from gta_edge.runtime.session import Session
+from gta_edge.runtime.tree_cache import TreeCache
 
 BOS, EOS = 256, 257
 
@@ -104,14 +105,18 @@ class TableSession(Session):
 
     Args:
         table: float32 [V, V, V]: the last token but one (0 before the first), the last, and logits of the next.
+        tokenizer: of its tokens.
+        positions: P.
+        trees: whether it holds trees of tokens.
     """
 
     backend = "table"
 
-    def __init__(self, table, tokenizer=None, positions=4096):
-        super().__init__(CONFIG.replace(vocab_size=len(table), max_position_embeddings=positions, eos_token_ids=()))
+    def __init__(self, table, tokenizer=None, positions=4096, *, trees=False):
+        config = CONFIG.replace(vocab_size=len(table), max_position_embeddings=positions, eos_token_ids=())
+        super().__init__(config, TreeCache(config) if trees else None)
         self.table, self.tokenizer = table, tokenizer
-        self.cached = np.zeros(positions, np.int64)
+        self.cached = np.zeros((2, positions), np.int64)  # each row's token and position
         self.widths = []  # of each call
 
     @property
@@ -121,10 +126,24 @@ class TableSession(Session):
     def _resize(self, batch, capacity):
         pass
 
-    def _run(self, input_ids, past_length, logit_positions):
+    def _move(self, moves):
+        self.cached[:, moves.target[0]] = self.cached[:, moves.source[0]]
+
+    def _run(self, input_ids, past_length, logit_positions, managed=None):
         past, width = int(past_length[0]), input_ids.shape[1]
         self.widths.append(width)
-        self.cached[past : past + width] = input_ids[0]
-        places = past + logit_positions[0]
-        before = np.where(places > 0, self.cached[places - 1], 0)
-        return self.table[before, self.cached[places]][None].copy()
+        positions = past + np.arange(width) if managed is None else managed.positions[0]
+        self.cached[:, past : past + width] = input_ids[0], positions
+        logits = [self.table[self._before(past + t, t, managed), input_ids[0, t]] for t in logit_positions[0]]
+        return np.array(logits, np.float32)[None]
+
+    def _before(self, row, query, managed):
+        """The token before that of a row: the one a position earlier among the rows that its query sees."""
+        seen = np.ones(row, bool)
+        if managed is not None and managed.branches is not None:
+            start = int(managed.branch_start.ravel()[0])
+            words = managed.branches[0, : max(0, row - start)].view(np.uint64)
+            seen[start:] = words >> np.uint64(query) & np.uint64(1)
+        places = np.flatnonzero(seen & (self.cached[1, :row] == self.cached[1, row] - 1))
+        assert len(places) == (self.cached[1, row] > 0)
+        return self.cached[0, places[0]] if len(places) else 0

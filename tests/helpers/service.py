@@ -18,15 +18,6 @@ from gta_edge.serve.scheduler import Scheduler
 from gta_edge.serve.server import listen, make_server, url_of
 from gta_edge.serve.settings import Settings
 
-TEMPLATE = r"""
-{%- if tools %}<tools>{{ tools | tojson }}</tools>{% endif -%}
-{%- for message in messages -%}
-{{ message.role }}: {{ message.content }}
-{%- if message.tool_calls %}{{ message.tool_calls[0].function.arguments.place }}{% endif -%}
-{{ '\n' }}
-{%- endfor -%}
-assistant:{{ ' ' + mood if mood else '' }}"""
-
 
 @dataclass(frozen=True)
 class Service:

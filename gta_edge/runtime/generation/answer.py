@@ -31,6 +31,8 @@ class Answer:
         ids: the new tokens, those of a stop string included, an end token not.
         finish_reason: None while there may be more; see ``Generation``.
         prompt_tokens: tokens of the prompt.
+        end_token_ids: tokens that end it, those of stop strings included.
+        max_new_tokens: tokens that there is room for, and that were asked for.
     """
 
     def __init__(
@@ -47,12 +49,18 @@ class Answer:
         self.finish_reason: FinishReason | None = None
         self.prompt_tokens = len(prompt)
         self._stops = stops
-        self._end_token_ids = end_token_ids | stops.token_ids
+        self.end_token_ids = end_token_ids | stops.token_ids
         # the prompt that fills all positions still has logits for one token more
-        self._most = min(max_new_tokens, max_length - len(prompt) + 1)
-        self._full: FinishReason = "length" if self._most == max_new_tokens else "context"
-        self._all_ids: Ids = np.concatenate([prompt, np.zeros(self._most, np.int64)])
+        self.max_new_tokens = min(max_new_tokens, max_length - len(prompt) + 1)
+        self._full: FinishReason = "length" if self.max_new_tokens == max_new_tokens else "context"
+        self._all_ids: Ids = np.concatenate([prompt, np.zeros(self.max_new_tokens, np.int64)])
         self._decoder = None if tokenizer is None else IncrementalDecoder(tokenizer, prompt.tolist())
+        self._pieces: list[str] = []
+
+    @property
+    def text(self) -> str | None:
+        """All text returned so far, None without a tokenizer; at the end with what was held back for a stop string."""
+        return None if self._decoder is None else "".join(self._pieces)
 
     @property
     def all_ids(self) -> Ids:
@@ -61,18 +69,23 @@ class Answer:
 
     def take(self, token: int) -> str:
         """Note a new token and return the text that is now certain."""
-        if token in self._end_token_ids:
-            return self._stops.feed("", token) + self.finish("stop")  # a stop string may end with it
+        if token in self.end_token_ids:
+            piece = self._said(self._stops.feed("", token))  # a stop string may end with it
+            return piece + self.finish("stop")
         self._all_ids[self.prompt_tokens + len(self.ids)] = token
         self.ids.append(token)
-        piece = self._stops.feed(self._decoder.push(token), token) if self._decoder else ""
+        piece = self._said(self._stops.feed(self._decoder.push(token), token) if self._decoder else "")
         if self._stops.found is not None:
             return piece + self.finish("stop")
-        return piece + self.finish(self._full) if len(self.ids) == self._most else piece
+        return piece + self.finish(self._full) if len(self.ids) == self.max_new_tokens else piece
 
     def finish(self, reason: FinishReason) -> str:
         """Set the reason, unless there is one, and return what was held back, which is now part of the text."""
         if self.finish_reason is not None:
             return ""
         self.finish_reason = reason
-        return self._stops.flush()
+        return self._said(self._stops.flush())
+
+    def _said(self, piece: str) -> str:
+        self._pieces.append(piece)
+        return piece

@@ -173,9 +173,13 @@ class Batch:
         prompt = text.answer.all_ids[: text.reusable]
         others = [(row, each) for row, each in self._taken if each is not text]
         place, length = longest(prompt, [each.answer.all_ids[: each.seen] for _, each in others])
+        if length:
+            length = self._session.reusable(others[place][1].seen, length)
         kept = None if self._kept is None else self._kept.find(prompt)
-        if kept is not None and kept[1] >= max(length, MIN_REUSED_TOKENS):
-            return kept
+        if kept is not None:
+            saved, there = kept[0], self._session.reusable(kept[0].length, kept[1])
+            if there >= max(length, MIN_REUSED_TOKENS):
+                return saved, there
         if length < MIN_REUSED_TOKENS:
             return None
         return self._own().export_cache(others[place][0], length), length

@@ -58,7 +58,8 @@ class Conversation:
         """
         from gta_edge.runtime.generation.loop import generate
 
-        return generate(self.session, prompt, conversation=self, **options)
+        generation: Generation = generate(self.session, prompt, conversation=self, **options)
+        return generation
 
     def save(self, path: str | os.PathLike[str]) -> CacheSize:
         """Write the cache to a file, a prompt cache, in place of an older one.
@@ -145,7 +146,8 @@ class _Turn(Claim):
         of = self._conversation
         if of._claim is None or not of._claim.holds:
             of._claim, of._ids = of.session.claim(), of._ids[:0]
-        claim, count = self._held(), min(common_prefix(prompt, of._ids), len(prompt) - 1)
+        claim = self._held()
+        count = of.session.reusable(len(of._ids), min(common_prefix(prompt, of._ids), len(prompt) - 1))
         if count < len(of._ids):
             try:
                 claim.truncate(count)

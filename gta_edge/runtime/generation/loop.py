@@ -2,33 +2,63 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, TypedDict, overload
 
 import numpy as np
 
 from gta_edge.errors import CapacityError, InputError
 from gta_edge.formats.tokenizer import NO_TOKENIZER, Tokenizer
-from gta_edge.runtime.generation.incremental_decoder import IncrementalDecoder
+from gta_edge.runtime.generation.answer import Answer, FinishReason
+from gta_edge.runtime.generation.answers import Answers
+from gta_edge.runtime.generation.generation import Generation
 from gta_edge.runtime.generation.sampling import Sampler, Sampling
+from gta_edge.runtime.generation.several import answers_for
 from gta_edge.runtime.generation.speculating import Speculate, steps_for
-from gta_edge.runtime.generation.steps import Steps
 from gta_edge.runtime.generation.stopping import StopStrings
 from gta_edge.runtime.session import Ids, Session
-from gta_edge.support.exclusive import Exclusive
 from gta_edge.support.text import brief, one_line
-
-if TYPE_CHECKING:
-    from gta_edge.runtime.generation.conversation import Conversation
 
 __all__ = ["FinishReason", "Generation", "Prompt", "check_prompt", "generate"]
 
 Prompt = str | Sequence[int] | Ids | Sequence[Mapping[str, Any]]
 """Text, token ids, or chat messages of ``role`` and ``content``."""
 
-FinishReason = Literal["stop", "length", "context", "interrupted", "error"]
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from gta_edge.runtime.generation.conversation import Conversation
+
+    class _Options(TypedDict, total=False):
+        """What ``generate`` takes in any case, for its overloads."""
+
+        max_new_tokens: int
+        temperature: float | None
+        top_k: int | None
+        top_p: float | None
+        min_p: float | None
+        repetition_penalty: float | None
+        stop: Sequence[str]
+        seed: int | None
+        chat: bool
+        ignore_eos: bool
+        speculate: Speculate | None
+        draft: Session | None
+        conversation: Conversation | None
+        length_penalty: float
+
+
+@overload
+def generate(
+    session: Session, prompt: Prompt, *, n: None = None, beams: None = None, **options: Unpack[_Options]
+) -> Generation: ...
+
+
+@overload
+def generate(
+    session: Session, prompt: Prompt, *, n: int | None = None, beams: int | None = None, **options: Unpack[_Options]
+) -> Answers: ...
 
 
 def generate(
@@ -48,7 +78,10 @@ def generate(
     speculate: Speculate | None = None,
     draft: Session | None = None,
     conversation: Conversation | None = None,
-) -> Generation:
+    n: int | None = None,
+    beams: int | None = None,
+    length_penalty: float = 1.0,
+) -> Generation | Answers:
     """Continue a prompt; iterate over the result for the text, piece by piece.
 
     The session is reset first. Nothing is run before the first piece is asked for.
@@ -78,6 +111,12 @@ def generate(
             model, ``off`` guesses nothing. By default ``draft`` where there is one, and else ``off``.
         draft: a smaller model with the same tokenizer, which is reset too.
         conversation: of the session; the cache is not emptied, and what it holds of the prompt is not run again.
+        n: give so many answers, as ``Answers``: number i is what the seed plus i gives alone. The prompt is read and
+            held once. A session loaded with ``trees=True`` generates them together, any other one after another.
+        beams: give the most probable answers, ``n`` or one, as ``Answers``: those that a search finds which follows so
+            many at once. The session has to be loaded with ``trees=True``.
+        length_penalty: of that search: the sum of an answer's log probabilities is divided by the number of its tokens
+            to this power, so that above 0 it favours long answers (as ``num_beams`` in transformers).
 
     Raises:
         InputError: options or a prompt that make no sense for this model.
@@ -95,23 +134,37 @@ def generate(
     if not isinstance(stop, Iterable):
         raise InputError(f"stop is {brief(stop)}", "expected a list of texts")
     stop = stop if isinstance(stop, str) else tuple(stop)
-    stops = StopStrings(stop, session.tokenizer.whole_tokens if session.tokenizer else None)
     if stop and session.tokenizer is None:
         raise InputError("stop strings need a tokenizer, and this model has none", "leave them out")
     ends: frozenset[int] = frozenset()
     if not ignore_eos:
         ends = session.end_token_ids | session.chat_end_token_ids if is_chat else session.end_token_ids
+
     checked = check_prompt(session, ids)
-    claim = session.claim if conversation is None else conversation.begin
-    sampler = Sampler(sampling, len(checked))
-    return Generation(
+
+    def new_answer() -> Answer:
+        stops = StopStrings(stop, session.tokenizer.whole_tokens if session.tokenizer else None)
+        lengths = {"max_new_tokens": int(limit), "max_length": session.max_length}
+        return Answer(checked, session.tokenizer, stops, end_token_ids=ends, **lengths)
+
+    if n is None and beams is None:
+        sampler = Sampler(sampling, len(checked))
+        claim = session.claim if conversation is None else conversation.begin
+        steps = steps_for(session, speculate, draft, sampler, len(checked), int(limit), claim)
+        return Generation(new_answer(), steps, sampler, defaults)
+    if conversation is not None:
+        raise InputError("a conversation goes on with one answer, and several were asked for", "leave one of both out")
+    if speculate not in (None, "off") or draft is not None:
+        raise InputError("speculation is for one answer, and several were asked for", "leave one of both out")
+    return answers_for(
         session,
         checked,
-        steps_for(session, speculate, draft, sampler, len(checked), int(limit), claim),
-        sampler,
-        stops,
-        max_new_tokens=int(limit),
-        end_token_ids=ends | stops.token_ids,
+        new_answer,
+        sampling,
+        n=n,
+        beams=beams,
+        length_penalty=length_penalty,
+        has_stop_strings=bool(stop),
         defaults=defaults,
     )
 
@@ -124,147 +177,6 @@ def _open_options(defaults: Mapping[str, float], given: Mapping[str, Any]) -> di
         for name, value in defaults.items()
         if name not in given and not (greedy and name != "repetition_penalty")
     }
-
-
-class Generation(Iterator[str]):
-    """A text in the making. Iterating gives one piece per token, joined to ``text``; a piece may be empty.
-
-    Without a tokenizer every piece is empty. Made by ``generate``; iterating runs the session, which nothing else may
-    use meanwhile. Everything here can be read at any time.
-
-    Attributes:
-        ids: the new tokens, those of a stop string included, an end token not.
-        finish_reason: None while running; ``stop`` after an end token or a stop string, ``length`` after
-            max_new_tokens, ``context`` when the model has no position left, ``interrupted`` after KeyboardInterrupt
-            or ``close``, ``error`` after any other exception.
-        prompt_tokens: tokens of the prompt.
-        seed: the seed in use, also where none was given.
-        defaults: options that were taken from the model's ``generation_config.json``.
-    """
-
-    def __init__(
-        self,
-        session: Session,
-        prompt: Ids,  # [N]
-        steps: Steps,
-        sampler: Sampler,
-        stops: StopStrings,
-        *,
-        max_new_tokens: int,
-        end_token_ids: frozenset[int],
-        defaults: Mapping[str, Any] | None = None,
-    ) -> None:
-        self.ids: list[int] = []
-        self.finish_reason: FinishReason | None = None
-        self.prompt_tokens = len(prompt)
-        self.seed = sampler.seed
-        self.defaults = dict(defaults or {})
-        self._steps = steps
-        self._calls = Exclusive("the generation", "ask one generation for its pieces from one place")
-        self._sampler = sampler
-        self._stops = stops
-        self._end_token_ids = end_token_ids
-        # the prompt that fills all positions still has logits for one token more
-        self._most = min(max_new_tokens, session.max_length - len(prompt) + 1)
-        self._full: FinishReason = "length" if self._most == max_new_tokens else "context"
-        self._all_ids: Ids = np.concatenate([prompt, np.zeros(self._most, np.int64)])
-        self._decoder = None if session.tokenizer is None else IncrementalDecoder(session.tokenizer, prompt.tolist())
-        self._pieces: list[str] = []
-        self._step_seconds: list[float] = []
-
-    @property
-    def text(self) -> str | None:
-        """All text returned so far, None without a tokenizer; at the end with what was held back for a stop string."""
-        return None if self._decoder is None else "".join(self._pieces)
-
-    @property
-    def timings(self) -> dict[str, float | None]:
-        """Figures of the time spent here, not in the caller between two pieces; None where nothing was measured yet.
-
-        ``ttft_ms`` until the first token, ``tpot_ms`` per token after it (the end token counts), ``total_ms`` of both;
-        ``prompt_tokens_per_s`` over the first and ``decode_tokens_per_s`` over the second. With speculation
-        ``drafted`` and ``accepted`` tokens, and ``tokens_per_step``, tokens after the first per call of the model.
-        """
-        first, rest = self._step_seconds[:1], self._step_seconds[1:]
-        counts = self._steps.counts
-        return {
-            "ttft_ms": 1e3 * first[0] if first else None,
-            "tpot_ms": 1e3 * sum(rest) / len(rest) if rest else None,
-            "prompt_tokens_per_s": self.prompt_tokens / first[0] if first else None,
-            "decode_tokens_per_s": len(rest) / sum(rest) if rest else None,
-            "total_ms": 1e3 * (sum(first) + sum(rest)),
-            "drafted": counts.drafted if counts else None,
-            "accepted": counts.accepted if counts else None,
-            "tokens_per_step": len(rest) / counts.calls if counts and counts.calls else None,
-        }
-
-    def close(self) -> None:
-        """Stop here; ``finish_reason`` becomes ``interrupted`` unless there is one. A step that runs is waited for."""
-        if self._calls.mine:  # a signal handler in the middle of a step
-            self._finish("interrupted")
-            return
-        with self._calls.held(wait=True):
-            self._finish("interrupted")
-
-    def __next__(self) -> str:
-        """Generate one token and return the text that is now certain.
-
-        Raises:
-            StopIteration: the text is complete.
-            InputError: something else used the session meanwhile, or another thread asks for a piece too.
-            BackendError: the model failed, the session is closed, or the logits are NaN.
-            KeyboardInterrupt: as it came, with ``text`` and ``ids`` up to there.
-        """
-        with self._calls.held():
-            piece = self._step()
-        if piece is None:
-            raise StopIteration
-        return piece
-
-    def _step(self) -> str | None:
-        """Generate one token and return its piece; None at the end."""
-        if self.finish_reason is not None:
-            return None
-        started = time.perf_counter()
-        try:
-            ids = self._all_ids[: self.prompt_tokens + len(self.ids)]
-            token = self._sampler.sample(self._steps.after(ids), ids, self._steps.guess)
-            piece = None if self.finish_reason else self._take(token)  # a signal handler may have closed it
-        except BaseException as error:
-            self._finish("interrupted" if isinstance(error, KeyboardInterrupt) else "error")
-            raise
-        self._step_seconds.append(time.perf_counter() - started)
-        return piece
-
-    def _take(self, token: int) -> str | None:
-        """Note a new token and return its piece; None for an end token that leaves nothing to say."""
-        if token in self._end_token_ids:
-            piece = self._stops.feed("", token)  # a stop string may end with it
-            self._pieces.append(piece)
-            return piece + self._complete("stop") or None
-        self._all_ids[self.prompt_tokens + len(self.ids)] = token
-        self.ids.append(token)
-        piece = self._stops.feed(self._decoder.push(token), token) if self._decoder else ""
-        self._pieces.append(piece)
-        if self._stops.found is not None:
-            return piece + self._complete("stop")
-        if len(self.ids) == self._most:
-            return piece + self._complete(self._full)
-        return piece
-
-    def _complete(self, reason: FinishReason) -> str:
-        """Finish where the text ends by itself, with the cache as it is without speculation."""
-        self._steps.settle()
-        return self._finish(reason)
-
-    def _finish(self, reason: FinishReason) -> str:
-        """Set the reason, unless there is one, and return what was held back, which is now part of the text."""
-        if self.finish_reason is not None:
-            return ""
-        self.finish_reason = reason
-        held = self._stops.flush()
-        self._pieces.append(held)
-        return held
 
 
 # --- the prompt ----------------------------------------------------------------------------------------------------

@@ -24,14 +24,14 @@ import numpy.typing as npt
 from gta_edge.errors import BackendError, InputError
 from gta_edge.support.text import brief
 
-__all__ = ["Guess", "Sampler", "Sampling", "draw"]
+__all__ = ["LARGEST_SEED", "Guess", "Sampler", "Sampling", "draw"]
 
 Ids = npt.NDArray[np.int64]
 Logits = npt.NDArray[np.float32]
 Floats = npt.NDArray[np.float64]
 Weights = npt.NDArray[np.float32]
 
-_LARGEST_SEED = 2**63 - 1
+LARGEST_SEED = 2**63 - 1
 _LARGEST_FLOAT = float(np.finfo(np.float64).max)
 
 
@@ -83,7 +83,7 @@ class Sampling:
             _check("a token of logit_bias", token, whole, "from 0 up", lambda x: x >= 0)
             _check(f"logit_bias of token {token}", bias, number, "from -100 to 100", lambda x: -100 <= x <= 100)
         if self.seed is not None:
-            _check("seed", self.seed, whole, f"from 0 to {_LARGEST_SEED}", lambda x: 0 <= x <= _LARGEST_SEED)
+            _check("seed", self.seed, whole, f"from 0 to {LARGEST_SEED}", lambda x: 0 <= x <= LARGEST_SEED)
 
     @property
     def effective_temperature(self) -> float:
@@ -189,7 +189,18 @@ class Sampler:
             result[tokens] = weights / weights.sum(dtype=np.float64)
         return result
 
-    def _scores(self, logits: Logits, ids: Ids) -> tuple[npt.NDArray[Any], int]:
+    def log_probabilities(self, logits: Logits, ids: Ids) -> Floats:
+        """Return what beam search adds up, float64 [V]: the log softmax of the logits, biased and penalised after it.
+
+        So does transformers; arguments and errors as of ``sample``.
+        """
+        scores: Floats = logits.astype(np.float64)
+        with np.errstate(invalid="ignore"):  # what is not finite is refused below
+            scores -= scores.max()
+            scores -= np.log(np.exp(scores).sum())
+        return self._scores(scores, ids)[0]
+
+    def _scores(self, logits: Logits | Floats, ids: Ids) -> tuple[npt.NDArray[Any], int]:
         """Check the logits, apply biases and penalties: [V], a new array where anything changes; and their top."""
         top = int(logits.argmax())  # NaN counts as the largest
         if not math.isfinite(logits[top]):

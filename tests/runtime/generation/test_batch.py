@@ -10,12 +10,14 @@ from hypothesis import strategies as st
 
 from gta_edge.errors import BackendError, InputError
 from gta_edge.model.decoder import Decoder
+from gta_edge.runtime.cache_policies import policy
 from gta_edge.runtime.generation.batch import Batch
 from gta_edge.runtime.generation.kept_caches import KeptCaches
 from gta_edge.runtime.generation.loop import generate
 from gta_edge.runtime.generation.request import Event, RequestOptions
 from gta_edge.runtime.generation.sampling import Sampling
 from gta_edge.runtime.generation.text import Text
+from gta_edge.runtime.registry import load
 from gta_edge.runtime.saved_cache import SavedCache
 from gta_edge.runtime.session import Session
 from gta_edge.runtime.torch.session import TorchSession
@@ -103,7 +105,7 @@ def test_texts_that_come_and_go_are_each_as_alone(backend: str, data: st.DataObj
                 run(own)
                 assert text.said == alone.said
             else:
-                generation = generate(session, ids, max_new_tokens=tokens, **sampling)
+                generation = generate(session, ids, max_new_tokens=tokens, ignore_eos=True, **sampling)
                 list(generation)
                 assert text.said[0] == generation.ids
                 assert text.said[2] == generation.finish_reason
@@ -347,6 +349,52 @@ def test_a_backend_that_exports_no_cache_runs_all_rows(talker, monkeypatch) -> N
         generation = generate(talker, [i] * n, max_new_tokens=tokens)
         list(generation)
         assert texts[i].said[0] == generation.ids
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_what_is_reused_of_a_quantised_cache_is_as_if_it_had_been_read(tiny_bundle, dtype) -> None:
+    """Of a block of 4 bits that has been closed, nothing is: it would be rounded twice."""
+    random = np.random.default_rng(6)
+    first = random.integers(0, 256, 90).tolist()
+    with load(tiny_bundle, "torch", cache_dtype=dtype) as session:
+        session.forward([[*first[:70], *first[:20]]])
+        for tokens in (89, 65, 64, 50, 32, 20):
+            saved, count = session.export_cache(), session.reusable(90, tokens)
+            assert tokens - 32 < count <= tokens
+            assert count == tokens or dtype == "int4"
+            if count:
+                session.truncate(0)
+                session.forward([first[:70][:count] + first[:20][: max(count - 70, 0)]])
+                expected = session.forward([first[20:40]], all_logits=True)
+                session.import_cache(saved, 0, count)
+                np.testing.assert_array_equal(session.forward([first[20:40]], all_logits=True), expected)
+            session.import_cache(saved)
+        batch, asked = Batch(session, 2, kept=KeptCaches(10**7)), [first, [*first[:75], 1, 2], first[:40], [*first, 7]]
+        for ids in asked:
+            text = Heard(session, ids, max_new_tokens=8)
+            batch.add(text.text)
+            run(batch)
+            generation = generate(session, ids, max_new_tokens=8, ignore_eos=True)
+            list(generation)
+            assert text.said[0] == generation.ids
+        assert batch.figures.cached_tokens >= 32 + 32 + 64
+
+
+@pytest.mark.parametrize("options", [{"cache": policy("window", rows=24, interval=4)}, {"trees": True}], ids=str)
+def test_other_caches_have_texts_at_once_too(options) -> None:
+    random = np.random.default_rng(5)
+    asked = [random.integers(0, VOCAB, n).tolist() for n in (30, 4, 50, 17, 9)]
+    with open_session("onnxruntime", "gta", exact=True, chunk_size=16, **options) as session:
+        batch = Batch(session, 3, kept=KeptCaches(10**7))
+        texts = [Heard(session, ids, max_new_tokens=12 + 5 * i) for i, ids in enumerate(asked)]
+        for each in texts:
+            batch.add(each.text)
+            batch.step()
+        run(batch)
+        for i, (each, ids) in enumerate(zip(texts, asked, strict=True)):
+            generation = generate(session, ids, max_new_tokens=12 + 5 * i)
+            list(generation)
+            assert each.said[0] == generation.ids
 
 
 def test_options_that_make_no_sense_are_refused() -> None:

@@ -1,0 +1,86 @@
+"""Which way several answers are generated, and whether it can be had."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from numbers import Integral
+from typing import Any
+
+from gta_edge.errors import InputError
+from gta_edge.runtime.generation.answer import Answer
+from gta_edge.runtime.generation.answers import Alternative, Answers, in_a_tree, in_turns
+from gta_edge.runtime.generation.beams import BeamSearch, in_beams
+from gta_edge.runtime.generation.sampling import LARGEST_SEED, Sampler, Sampling
+from gta_edge.runtime.session import Ids, Session
+from gta_edge.support.text import brief
+
+__all__ = ["answers_for"]
+
+_MAX_BEAMS = 64
+
+
+def answers_for(
+    session: Session,
+    prompt: Ids,
+    new_answer: Callable[[], Answer],
+    sampling: Sampling,
+    *,
+    n: Any,
+    beams: Any,
+    length_penalty: Any,
+    has_stop_strings: bool,
+    defaults: Mapping[str, Any],
+) -> Answers:
+    """Return the answers to a prompt, to be generated.
+
+    Args:
+        session: runs the model.
+        prompt: int64 [N].
+        new_answer: makes one that says nothing yet.
+        sampling: of all answers; each draws with a seed of its own.
+        n: how many; None for 1.
+        beams: how many are followed in a search; None to draw, or choose, each by itself.
+        length_penalty: of a search.
+        has_stop_strings: whether there are any, which a search cannot heed.
+        defaults: as ``Answers`` has it.
+
+    Raises:
+        InputError: numbers or options that make no sense, or a search in a session without trees.
+    """
+    count = 1 if n is None else _whole("n", n)
+    if beams is None:
+        seed = secrets.randbits(63) if sampling.seed is None else int(sampling.seed)
+        seeds = [(seed + i) % (LARGEST_SEED + 1) for i in range(count)]
+        samplers = [Sampler(replace(sampling, seed=each), len(prompt)) for each in seeds]
+        drawn = [Alternative(new_answer(), sampler) for sampler in samplers]
+        return Answers(session, prompt, drawn, in_a_tree if session.trees else in_turns, defaults)
+    width = _whole("beams", beams, _MAX_BEAMS)
+    if count > width:
+        raise InputError(f"n is {count} and there are {width} beams", "give at least as many beams as answers")
+    if isinstance(length_penalty, bool) or not isinstance(length_penalty, (int, float)) or not abs(length_penalty) < 99:
+        raise InputError(f"length_penalty is {brief(length_penalty)}", "expected a number, 1 by default")
+    if not sampling.greedy:
+        raise InputError(
+            "beam search draws nothing, and temperature, top_k, top_p or min_p are given", "leave them out"
+        )
+    if has_stop_strings:
+        raise InputError("beam search takes no stop strings", "leave them out, or leave beams out")
+    if not session.trees:
+        raise InputError("beams are branches of a tree, and the session was loaded without", "load it with trees=True")
+    found = [Alternative(new_answer(), None) for _ in range(count)]
+    search = BeamSearch(
+        width,
+        end_token_ids=found[0].answer.end_token_ids,
+        max_new_tokens=found[0].answer.max_new_tokens,
+        length_penalty=float(length_penalty),
+    )
+    return Answers(session, prompt, found, in_beams(search, Sampler(sampling, len(prompt))), defaults)
+
+
+def _whole(name: str, value: Any, most: int | None = None) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < 1 or int(value) > (most or value):
+        limit = "up" if most is None else f"to {most}"
+        raise InputError(f"{name} is {brief(value)}", f"expected a whole number from 1 {limit}")
+    return int(value)
