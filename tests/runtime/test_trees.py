@@ -98,6 +98,7 @@ def test_each_node_is_its_path_alone(start: Start, model: str) -> None:
     assert tree.nodes == [3, 6, 8, 9] and session.length.tolist() == [len(text)]
     third = grown(session, tree, [9, PREFIX, 8], seed=3)
     assert_alone(model, session, tree, text, {10: third[0], 11: third[1], 12: third[2]})
+    text += tree.ids(10)
     tree.accept(10)
     tree.close()
     expected = alone(model, [*text, 5])
