@@ -346,6 +346,8 @@ def describe_call(
             f and found != want for f, found, want in zip(fixed, shape, wanted, strict=True)
         ):
             raise BackendError(f"{OP} has {name} of shape {list(shape)}", f"expected {wanted}")
+    if in_blocks and s % BLOCK:
+        raise BackendError(f"{OP} has caches in blocks for {s} tokens", f"expected a multiple of {BLOCK}")
     if t > s:
         raise BackendError(f"{OP} has {t} new tokens in caches for {s}", f"expected at most {s}: append smaller chunks")
     return Call(parameters.variant(sizes, types[0]), b, t, s, named["P"], words)

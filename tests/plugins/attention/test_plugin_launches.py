@@ -90,6 +90,13 @@ ADDRESSES = {
     "output": 0xB000,
     "workspace": 0xC000,
 }
+IN_BLOCKS = {
+    "past_key_scale": 0xD000,
+    "past_latent_scale": 0xE000,
+    "past_key_open": 0x10000,
+    "past_latent_open": 0x20000,
+}
+"""Of a cache in blocks, where all are multiples of 16."""
 
 
 class Engine:
@@ -105,8 +112,9 @@ class Engine:
 
     def enqueue(self, stream: int = 7, **moved: int) -> None:
         parameters = self.plugin.parameters
-        inputs = [ADDRESSES[name] for name in parameters.inputs]
-        outputs = [moved.get(name, ADDRESSES[name.replace("present", "past")]) for name in parameters.outputs]
+        addresses = ADDRESSES | (IN_BLOCKS if "past_key_open" in parameters.inputs else {})
+        inputs = [addresses[name] for name in parameters.inputs]
+        outputs = [moved.get(name, addresses[name.replace("present", "past")]) for name in parameters.outputs]
         self.plugin.enqueue(self.descs, [], inputs, outputs, ADDRESSES["workspace"], stream)
 
 
@@ -274,3 +282,73 @@ def test_sizes_that_were_not_announced_are_taken(creator: Any, cuda: FakeCuda) -
     engine.enqueue()
     assert cuda.launches[0][2] == "gta_append"
     assert numbers_of(cuda.launches[0]) == [40, 256, 1024]
+
+
+# --- a cache in blocks -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cache", ["int4", "int4v2"])
+@pytest.mark.parametrize("tokens", [3, 300])
+def test_a_cache_in_blocks_is_launched_with_all_its_tensors(
+    creator: Any, cuda: FakeCuda, cache: str, tokens: int
+) -> None:
+    engine = Engine(make(creator, cache_dtype=cache), "bf16", cache, b=2, t=tokens, s=512, p=1024)
+    engine.enqueue()
+    variant = Variant(SIZES, "bf16", cache)
+    plan = plan_attention(programs_for(variant, "sm_87"), 8, batch=2, tokens=tokens, capacity=512)
+    named = {"key_cache": "past_key", "latent_cache": "past_latent"}
+    named |= {name: f"past_{name}" for name in ("key_scale", "latent_scale", "key_open", "latent_open")}
+    assert [launch[2] for launch in cuda.launches] == [launch.kernel for launch in plan.launches]
+    seen = set()
+    for found, planned in zip(cuda.launches, plan.launches, strict=True):
+        given = dict(zip(planned.signature.addresses, addresses_of(found), strict=True))
+        for name in named.keys() & given.keys():
+            assert given[name] == (ADDRESSES | IN_BLOCKS)[named[name]]
+            seen.add(name)
+    assert seen == named.keys()
+
+
+def test_a_present_cache_in_blocks_elsewhere_gets_the_past_first(creator: Any, cuda: FakeCuda) -> None:
+    engine = Engine(make(creator, cache_dtype="int4v2"), "fp16", "int4v2", b=2, t=3, s=512, p=1024)
+    sizes = {
+        "key": 2 * 16 * 64 * 16,
+        "latent": 2 * 512 * 128 // 4,
+        "key_scale": 2 * 16 * 2 * 64 * 2,
+        "latent_scale": 2 * 512 * 2 * 2,
+        "key_open": 2 * 32 * 64 * 2,
+        "latent_open": 2 * 32 * 128 * 2,
+    }
+    moved = {f"present_{name}": 0x100000 * (1 + place) for place, name in enumerate(sizes)}
+    engine.enqueue(**moved)
+    assert cuda.launches[: len(sizes)] == [
+        ("copy", moved[f"present_{name}"], (ADDRESSES | IN_BLOCKS)[f"past_{name}"], size, 7)
+        for name, size in sizes.items()
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "text"),
+    [
+        ("past_key", (2, 1, 15, 64, 16), "past_key of shape [2, 1, 15, 64, 16]; expected [2, 1, 16, 64, 16]"),
+        ("past_key", (2, 1, 512, 64), "past_key of shape [2, 1, 512, 64]; expected 5 axes"),
+        ("past_latent", (2, 1, 512, 128), "past_latent of shape [2, 1, 512, 128]; expected [2, 1, 512, 64]"),
+        ("past_latent_scale", (2, 1, 512), "past_latent_scale of shape [2, 1, 512]; expected [2, 1, 512, 2]"),
+        ("past_key_open", (2, 1, 31, 64), "past_key_open of shape [2, 1, 31, 64]; expected [2, 1, 32, 64]"),
+    ],
+)
+def test_shapes_of_a_cache_in_blocks_that_are_refused(
+    creator: Any, cuda: FakeCuda, name: str, shape: tuple[int, ...], text: str
+) -> None:
+    engine = Engine(make(creator, cache_dtype="int4"), "fp16", "int4", b=2, t=3, s=512, p=1024)
+    place = engine.plugin.parameters.inputs.index(name)
+    engine.descs[place].dims = trt.Dims(shape)
+    assert message(engine.plugin.on_shape_change, engine.descs, []) == f"{OP} has {text}"
+
+
+def test_a_cache_in_blocks_that_there_are_no_kernels_for(creator: Any, cuda: FakeCuda) -> None:
+    made = make(creator, cache_dtype="int4")
+    managed = make(creator, cache_dtype="int4", has_positions=1)
+    assert "takes no positions: its rows cannot be managed" in message(managed.parameters.variant, SIZES, "fp16")
+    text = message(made.configure_plugin, profile(1, 1, 80, 80, "fp16", "int4"), [])
+    assert text == f"{OP} has caches in blocks for 80 tokens; expected a multiple of 32"
+    assert configured(creator, profile(1, 1, 96, 80, "fp16", "int4"), cache_dtype="int4").built is not None
