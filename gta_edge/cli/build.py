@@ -24,7 +24,7 @@ def build(
         Compute | None, typer.Option(help="fp32 is tensorrt-rtx's alone; by default as stored, else fp16.")
     ] = None,
     cache_dtype: Annotated[
-        CacheDtype | None, typer.Option(help="--compute's type (default), or with tensorrt int8 or fp8.")
+        CacheDtype | None, typer.Option(help="--compute's type (default), or a smaller one with tensorrt.")
     ] = None,
     matmul: Annotated[
         Matmul,

@@ -35,13 +35,13 @@ TYPES = {
 
 def quantised(values: Array, bits: int) -> tuple[Array, Array]:
     """Codes uint8 [..., N] of groups along the last axis, and scale and minimum, float16 [..., 2]."""
-    levels, wide = 2**bits - 1, values.astype(np.float32)
+    wide = values.astype(np.float32)
     low, high = wide.min(-1), wide.max(-1)
-    scale = np.maximum((high - low) * (np.float32(1) / np.float32(levels)), np.float32(2**-24)).astype(np.float16)
-    minimum = low.astype(np.float16)
+    scale = np.maximum((high - low) * np.float32(2.0**-bits), np.float32(2**-24)).astype(np.float16)
+    minimum = (low + (high - low) * np.float32(2.0 ** -(bits + 1))).astype(np.float16)  # the middle of the lowest part
     inverse = np.float32(1) / scale.astype(np.float32)
     codes = np.rint((wide - minimum.astype(np.float32)[..., None]) * inverse[..., None])
-    return np.clip(codes, 0, levels).astype(np.uint8), np.stack([scale, minimum], -1)
+    return np.clip(codes, 0, 2**bits - 1).astype(np.uint8), np.stack([scale, minimum], -1)
 
 
 def packed(codes: Array, bits: int) -> Array:

@@ -254,7 +254,7 @@ class TensorRTSession(Session):
             return self._run_in_pieces(input_ids, past_length)
         self._cuda.make_current()
         values = step_values(self._spec.managed, self.config, input_ids, past_length, logit_positions, managed)
-        if input_ids.shape[1] == 1 and wanted == 1:
+        if input_ids.shape[1] == 1 and wanted == 1 and not self._first_row:
             return self._step(values)
         # A run appends the same rows to the same places every time, so more logits are had by running again. Only runs
         # of fewer tokens observe, which must not be counted twice.

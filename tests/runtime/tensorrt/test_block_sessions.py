@@ -131,6 +131,18 @@ def test_truncate(engines: Any, model: str, cache: str) -> None:
             np.testing.assert_array_equal(session.export_cache(1).tensors[name], array)
 
 
+def test_a_row_of_a_batch_whose_last_piece_is_a_token(engines: Any) -> None:
+    """A step of one token is a graph of the rows from the first on; this one is not."""
+    ids = prompt(2, 33)
+    with opened(engines("gta", "int4")) as session:
+        expected = session.forward(ids, all_logits=True)
+        session.reset()
+        session.forward(ids[:, :10], lengths=[10, 0])
+        np.testing.assert_array_equal(session.forward(ids, lengths=[0, 33], all_logits=True)[1], expected[1])
+        found = session.forward(ids[:, 10:], lengths=[23, 0], all_logits=True)
+        np.testing.assert_array_equal(found[0], expected[0, 10:])
+
+
 def test_a_sequence_is_taken_out_and_put_back(engines: Any) -> None:
     ids = prompt(2, 90)
     with opened(engines("gta", "int4")) as session:
