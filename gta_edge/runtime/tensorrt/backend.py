@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from gta_edge.errors import EngineError
+from gta_edge.numerics.dtypes import QUANTIZED_CACHE_TYPES
 from gta_edge.runtime.backend import Asked, Backend, Importing
 from gta_edge.runtime.tensorrt import engine_kind
 from gta_edge.runtime.tensorrt.engine_kind import EngineKind
@@ -78,6 +79,8 @@ class TensorRTBackend(Backend):
     def _open(self, bundle: Bundle, asked: Asked, **options: Any) -> Session:
         from gta_edge.runtime.tensorrt.session import TensorRTSession
 
+        if asked.cache_dtype in QUANTIZED_CACHE_TYPES:  # which engines of a kind have, or have not, in any type
+            self.cache_for(asked.cache_dtype, bundle.config, asked.compute or self.default_compute(bundle.precision))
         options |= {"compute": asked.compute, "cache_dtype": asked.cache_dtype}
         return TensorRTSession(bundle, engine=self.name, **options)
 

@@ -384,10 +384,11 @@ def _lowered(
 ) -> Path:
     from gta_edge.runtime.tensorrt.lower import lower
 
-    options: dict[str, Any] = {"compute": spec.compute, "capacity": spec.max_length, "newer_ops": newer_ops}
+    capacities = spec.capacities(bundle.config)
+    options: dict[str, Any] = {"compute": spec.compute, "capacity": capacities[0], "newer_ops": newer_ops}
     options["matmul"] = matmul
     if spec.managed is not None:
-        options |= {"capacity": spec.managed.capacities, "features": spec.managed.features}
+        options |= {"capacity": capacities, "features": spec.managed.features}
     plugin = ENGINES[spec.engine].attends_by_plugin(bundle.config)
     if plugin and spec.cache_dtype != spec.compute:
         options["cache_dtype"] = spec.cache_dtype

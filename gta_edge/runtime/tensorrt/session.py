@@ -25,7 +25,7 @@ from gta_edge.formats.bundle import Bundle
 from gta_edge.libraries.tensorrt import TensorRT, load
 from gta_edge.model.kv_cache import INPUT_IDS, LOGITS
 from gta_edge.model.kv_cache import LOGIT_POSITIONS as LOGIT_POSITIONS_INPUT
-from gta_edge.numerics.dtypes import CACHES
+from gta_edge.numerics.dtypes import BLOCK_CACHE_TYPES, CACHES
 from gta_edge.plugins import register
 from gta_edge.runtime.cache_moves import ManagedStep, Moves
 from gta_edge.runtime.cache_policies.base import CachePolicy
@@ -105,6 +105,8 @@ class TensorRTSession(Session):
         cache: CachePolicy | None = None,
     ) -> None:
         # First what costs nothing: TensorRT's libraries take seconds to load.
+        if cache is not None and cache_dtype in BLOCK_CACHE_TYPES:
+            cache_state(bundle.config, cache_dtype, cache)  # which refuses it: no engine is for both
         wanted = Wanted(compute, cache_dtype, policy_options(cache) if cache is not None else "")
         require_engine(bundle, engine, wanted)
         gpu = current_gpu(device_id)

@@ -7,19 +7,26 @@ given, where the tensors of the cache lie, and what truncate and rows that are t
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
-from gta_edge.errors import EngineError, InputError
+from gta_edge.errors import BackendError, CapacityError, EngineError, InputError
 from gta_edge.export.pipeline import export_model
 from gta_edge.formats.bundle import Bundle
 from gta_edge.model.config import parse_config
 from gta_edge.model.decoder import Decoder
+from gta_edge.plugins.attention.definition import Features
 from gta_edge.runtime.cache_policies import policy
+from gta_edge.runtime.registry import open_session
+from gta_edge.runtime.tensorrt.build import check_spec, lower_only, managed_spec
 from gta_edge.runtime.tensorrt.engine import EngineSpec
+from gta_edge.runtime.tensorrt.lower import lower
 from gta_edge.runtime.tensorrt.session import TensorRTSession
 from gta_edge.runtime.torch.session import TorchSession
 from tests.helpers import reference
@@ -34,6 +41,7 @@ MODELS = {
     "gqa": reference.llama_entries(heads=2, n_kv=2, d_h=64, **SIZES),
 }
 KINDS = [("gta", "int4"), ("gqa", "int4v2")]
+SPEC = EngineSpec("tensorrt", "fp16", "int4", max_length=LENGTH, max_batch=ROWS, chunk_size=CHUNK)
 
 
 @functools.cache
@@ -50,8 +58,7 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Any:
         directory = tmp_path_factory.mktemp("blocks")
         write_checkpoint(directory / "checkpoint", MODELS[model], weights_of(model))
         bundle = export_model(directory / "checkpoint", directory / "bundle", verify=False).bundle
-        spec = EngineSpec("tensorrt", "fp16", cache, max_length=LENGTH, max_batch=ROWS, chunk_size=CHUNK)
-        simulator.build(bundle, spec, directory / "lowered")
+        simulator.build(bundle, replace(SPEC, cache_dtype=cache), directory / "lowered")
         return bundle
 
     return built
@@ -170,5 +177,28 @@ def test_what_is_refused(engines: Any) -> None:
     bundle = engines("gta", "int4")
     with pytest.raises(EngineError, match=r"caches in int4, not in int8; run: gta-edge build .* --cache-dtype int8 "):
         opened(bundle, cache_dtype="int8")
-    with pytest.raises(InputError, match="int4"):
-        opened(bundle, cache=policy("h2o", rows=20))
+    for asked in ({}, {"cache_dtype": "int4"}):
+        with pytest.raises(InputError, match="h2o moves rows one by one, and a cache of int4 is quantised in blocks"):
+            opened(bundle, cache=policy("h2o", rows=20), **asked)
+    with pytest.raises(BackendError, match=r"tensorrt-rtx has no cache of int4 for GTAForCausalLM in .*; expected "):
+        open_session(bundle, "tensorrt-rtx", cache_dtype="int4")
+    with pytest.raises(
+        InputError, match=r"a cache of 'int4' is not possible with --engine tensorrt-rtx .* expected fp16"
+    ):
+        check_spec(bundle, replace(SPEC, engine="tensorrt-rtx"))
+    with pytest.raises(InputError, match="h2o moves rows one by one"):
+        managed_spec(bundle, SPEC, policy("h2o", rows=20))
+
+
+def test_a_graph_is_of_whole_blocks(engines: Any, tmp_path: Path) -> None:
+    bundle = engines("gta", "int4")
+    graph = onnx.load(lower_only(bundle, SPEC, tmp_path / "model"), load_external_data=False).graph
+    shapes = {each.name: [size.dim_value for size in each.type.tensor_type.shape.dim] for each in graph.input}
+    expected = SPEC.input_shapes(bundle.config, batch=0, tokens=0, positions=0)
+    assert shapes["past_latent.1"] == list(expected["past_latent.1"]) == [0, 1, 128, 32]
+    assert shapes["past_key.0"] == list(expected["past_key.0"]) == [0, 2, 4, 16, 16]
+    with pytest.raises(CapacityError, match="the capacity is 100 tokens; expected whole blocks of 32 in int4"):
+        lower(bundle, tmp_path / "other", compute="fp16", cache_dtype="int4", capacity=100)
+    features = Features(has_positions=True)
+    with pytest.raises(InputError, match="a cache in int4 is not managed"):
+        lower(bundle, tmp_path / "other", compute="fp16", cache_dtype="int4", capacity=96, features=features)
