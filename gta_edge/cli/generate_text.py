@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from gta_edge.cli.output import Output
-from gta_edge.support.text import printable
+from gta_edge.support.text import printable_text
 
 __all__ = ["finish", "show"]
 
@@ -18,13 +18,8 @@ def show(output: Output, piece: str, generation: Any) -> None:
         return
     if generation.text is None and generation.ids:
         piece = f"{',' if len(generation.ids) > 1 else ''}{generation.ids[-1]}"
-    sys.stdout.write(_shown(piece) if sys.stdout.isatty() else piece)
+    sys.stdout.write(printable_text(piece) if sys.stdout.isatty() else piece)
     sys.stdout.flush()
-
-
-def _shown(text: str) -> str:
-    """Return a model's text as a terminal may have it: control characters escaped, but for line ends and tabs."""
-    return "".join(c if c in "\n\t" or ord(c) > 0x9F else printable(c) for c in text)
 
 
 def finish(output: Output, generation: Any, backend: str, kept: dict[str, Any] | None) -> None:
@@ -76,7 +71,7 @@ def _print_answers(answers: Sequence[Any]) -> None:
         text = ",".join(map(str, each.ids)) if each.text is None else each.text
         if len(answers) > 1:
             sys.stdout.write(f"--- {i} of {len(answers)}, {how}, ended by {each.finish_reason}\n")
-        sys.stdout.write((_shown(text) if sys.stdout.isatty() else text) + "\n")
+        sys.stdout.write((printable_text(text) if sys.stdout.isatty() else text) + "\n")
 
 
 def _note(output: Output, generation: Any, backend: str, answers: Sequence[Any]) -> None:

@@ -33,6 +33,9 @@ def serve(
     queue: Annotated[int, typer.Option(min=0, max=10000, help="Answers that may wait for one of those to end.")] = 64,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds after which an answer ends as it is.")] = 600,
     drain_timeout: Annotated[float, typer.Option(min=0, help="Seconds that answers may take after SIGTERM.")] = 30,
+    prompt_cache: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Directory for caches of texts that have ended.")
+    ] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of an answer at most.")] = None,
     max_body: Annotated[int, typer.Option(min=1, max=1024, help="Size of a request at most, in MiB.")] = 4,
     temperature: Annotated[float | None, typer.Option(help="Where a request leaves it open; 0 is greedy.")] = None,
@@ -72,7 +75,7 @@ def serve(
     policy = policy_of(cache)
     if unit:
         Bundle.open(bundle)
-        _print_unit(bundle, api_key_file, drain_timeout)
+        _print_unit(bundle, {"--api-key-file": api_key_file, "--prompt-cache": prompt_cache}, drain_timeout)
         return
     require_modules(_MODULES, "serve", lambda name: None)
     with listen(host, port) as listening:
@@ -101,7 +104,7 @@ def serve(
                 max_requests=parallel + queue + 16,
                 answer_seconds=timeout,
             )
-            scheduler = Scheduler(session, slots=parallel, queue=queue)
+            scheduler = Scheduler(session, slots=parallel, queue=queue, prompt_cache=prompt_cache)
 
             def ready() -> None:
                 _tell_ready(url_of(listening), session, settings, parallel)
@@ -128,19 +131,22 @@ def _tell_ready(url: str, session: Any, settings: Any, slots: int) -> None:
     sys.stdout.flush()
 
 
-def _print_unit(bundle: Path, api_key_file: Path | None, drain_timeout: float) -> None:
+def _print_unit(bundle: Path, paths: dict[str, Path | None], drain_timeout: float) -> None:
     """Print the unit of this very command, with absolute paths: a unit has no directory that it is started in."""
     from gta_edge.serve.unit import systemd_unit
     from gta_edge.support.files import cache_directory
 
-    absolute = {str(path): str(path.absolute()) for path in (bundle, api_key_file) if path is not None}
-    absolute |= {f"--api-key-file={path}": f"--api-key-file={full}" for path, full in absolute.items()}
+    given = {option: path for option, path in paths.items() if path is not None}
+    absolute = {str(path): str(path.absolute()) for path in (bundle, *given.values())}
+    absolute |= {f"{option}={path}": f"{option}={path.absolute()}" for option, path in given.items()}
+    writable = [bundle, *(path for option, path in given.items() if option == "--prompt-cache")]
+    written = [path.absolute() for path in writable] + ([found] if (found := cache_directory()) else [])
     words = [absolute.get(word, word) for word in sys.argv[1:] if word != "--unit"]
     text = systemd_unit(
         [sys.executable, "-m", "gta_edge", *words],
         user=getpass.getuser(),
         description=f"gta-edge serve {bundle.absolute().name}",
-        writable=[bundle.absolute(), *([found] if (found := cache_directory()) else [])],
+        writable=written,
         stop_seconds=drain_timeout + 10,
     )
     output = current()
