@@ -30,7 +30,7 @@ def test_a_conversation(chat_bundle):
         assert re.fullmatch(
             r"\d+ tokens · [\d.]+ tokens/s · prompt \d+.*", page.value("document.getElementById('speed').textContent")
         )
-        assert page.until("document.getElementById('cache').textContent").startswith("cache ")
+        assert page.until("document.getElementById('cache').textContent").startswith("cache: ")
 
         # what was said goes with the next message; an option too
         page.value("document.getElementById('settings').querySelector('[name=max_tokens]').value = 3")
