@@ -8,6 +8,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from gta_edge.errors import BackendError, CapacityError, EngineError, InputError
 from gta_edge.formats.bundle import Bundle
 from gta_edge.graph.weights import read_weights
 from gta_edge.libraries.tensorrt import load
+from gta_edge.numerics.dtypes import QUANTIZED_CACHE_TYPES
 from gta_edge.numerics.quantization import BITS
 from gta_edge.runtime.cache_policies import policy
 from gta_edge.runtime.cache_policies.base import CachePolicy
@@ -58,11 +60,12 @@ ENGINES = [
     available("tensorrt", matmul="native"),
     available("tensorrt", cache_dtype="int8"),
     available("tensorrt", cache_dtype="fp8"),
+    available("tensorrt", cache_dtype="int4"),
     available("tensorrt-rtx"),
 ]
 LENGTH, ROWS, CHUNK = 128, 3, 32
-CACHE_BOUNDS = {"int8": 0.1, "fp8": 0.5}
-"""Of caches of 8 bits, whose rounding is in the logits too: wide, to tell rounding from wrong arithmetic."""
+CACHE_BOUNDS = {"int8": 0.1, "fp8": 0.5, "int4": 0.8}
+"""Of quantised caches, whose rounding is in the logits too: wide, to tell rounding from wrong arithmetic."""
 
 
 @pytest.fixture(scope="module", params=COMPUTE)
@@ -133,6 +136,17 @@ def test_a_prompt_and_tokens_after_it(session: Session, near: Near, expected: Lo
 def test_logits_of_every_position(session: Session, near: Near, expected: Logits) -> None:
     given = ids(1, 2 * CHUNK + LOGIT_POSITIONS + 3)
     assert near(session.forward(given, all_logits=True), expected(given))
+
+
+def test_however_tokens_come_a_row_is_read_alike(session: Session, spec: EngineSpec) -> None:
+    """Of a cache in blocks too: by the block that it is in, not by when that was quantised."""
+    given = ids(1, 100)
+    at_once = session.forward(given, all_logits=True)
+    session.reset()
+    parts = np.cumsum([0, 33, *[1] * 4, 30, 33])
+    in_parts = [session.forward(given[:, a:b], all_logits=True) for a, b in pairwise(parts)]
+    bound = COMPUTE_BOUNDS[spec.compute] * (2 if spec.cache_dtype in QUANTIZED_CACHE_TYPES else 1)
+    assert difference(np.concatenate(in_parts, axis=1), at_once).max_rel_error <= bound
 
 
 def test_rows_of_different_length(session: Session, near: Near, expected: Logits) -> None:
