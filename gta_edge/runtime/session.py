@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gta_edge.errors import BackendError, CapacityError, InputError
+from gta_edge.errors import BackendError, InputError
 from gta_edge.model.config import ModelConfig
-from gta_edge.model.kv_cache import TREES
 from gta_edge.runtime.cache_moves import ManagedStep
 from gta_edge.runtime.cache_state import CacheState, Lengths, Part
 from gta_edge.runtime.claim import Claim
-from gta_edge.runtime.saved_cache import SavedCache
-from gta_edge.runtime.session_backend import Ids, Logits, SessionBackend
+from gta_edge.runtime.session_backend import Ids, Logits
+from gta_edge.runtime.session_exports import SessionExports
 from gta_edge.runtime.session_inputs import as_array, checked_ids, checked_lengths
 from gta_edge.runtime.step_costs import StepCosts
 from gta_edge.runtime.token_tree import TokenTree, check_new_nodes
@@ -37,7 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["Claim", "Ids", "Logits", "Session"]
 
 
-class Session(SessionBackend):
+class Session(SessionExports):
     """A model with a cache, ready to take tokens. Use it as a context manager, or call ``close``.
 
     Args:
@@ -62,9 +61,6 @@ class Session(SessionBackend):
 
     weights_as_stored: bool = True
     """Whether quantised weights stay so in memory; otherwise they were dequantised when they were loaded."""
-
-    reads_rows: bool = False
-    """Whether the backend has ``_read_row`` and ``_write_row``."""
 
     def __init__(self, config: ModelConfig, cache: CacheState | None = None) -> None:
         self.config = config
@@ -230,68 +226,6 @@ class Session(SessionBackend):
         """Empty the cache, and close all trees; its memory stays for the next prompt."""
         with self._calls.held():
             self._empty(None)
-
-    @property
-    def exports_cache(self) -> bool:
-        """Whether ``export_cache`` and ``import_cache`` work: on this backend, and without a cache policy."""
-        return self.reads_rows and self._cache.features in (None, TREES)
-
-    def reusable(self, held: int, tokens: int) -> int:
-        """Return how many of a sequence's first ``tokens`` can be kept as if no more than those had been run.
-
-        All of them, but for a cache in blocks of 4 bits: of a block that was quantised since, they would be rounded
-        twice, and so it is left out.
-
-        Args:
-            held: tokens of the sequence that there are, in the cache or exported.
-            tokens: those of them that are wanted.
-        """
-        return self._cache.reusable(held, tokens)
-
-    def require_exports(self) -> None:
-        """Raise unless ``exports_cache``.
-
-        Raises:
-            BackendError: the backend cannot.
-            InputError: a policy manages the cache.
-        """
-        if not self.reads_rows:
-            raise BackendError(f"the backend {self.backend} cannot export its cache", "take another backend")
-        if self._cache.features not in (None, TREES):
-            raise InputError("a cache that a policy manages cannot be exported", "load without a cache policy")
-
-    def export_cache(self, row: int = 0, tokens: int | None = None) -> SavedCache:
-        """Return a copy of what the cache holds of one sequence, in the host's memory.
-
-        Args:
-            row: of the batch.
-            tokens: only so many, the first; all by default.
-
-        Raises:
-            InputError: no such row, no or not so many tokens in it, or a policy manages the cache.
-            BackendError: the backend cannot.
-        """
-        with self._calls.held():
-            return self._export(row, tokens, None)
-
-    def import_cache(self, saved: SavedCache, row: int = 0, tokens: int | None = None) -> None:
-        """Put a sequence in place of what a row of the batch holds, as if its tokens had been run here.
-
-        The bits are those that ``export_cache`` found, so what follows is what would have followed there: on the same
-        bundle, backend and types.
-
-        Args:
-            saved: what a session of the same model exported.
-            row: of the batch.
-            tokens: only so many, the first; all by default.
-
-        Raises:
-            InputError: no such row, the tensors are not those of this session's cache, or a policy manages the cache.
-            CapacityError: it holds more tokens than the cache can, or there is no memory for them.
-            BackendError: the backend cannot.
-        """
-        with self._calls.held():
-            self._import(saved, row, tokens, None)
 
     def __enter__(self) -> Self:
         return self
@@ -469,39 +403,3 @@ class Session(SessionBackend):
             self._changed(None, "a truncate() that failed")
             raise
         self._changed(owner, "truncate()")
-
-    def _export(self, row: int, tokens: int | None, owner: Claim | None) -> SavedCache:
-        self._check_exports(row, owner)
-        there = int(self._cache.length[row])
-        count = there if tokens is None else tokens
-        if not 0 < count <= there:
-            raise InputError(
-                f"{count} tokens of row {row} were asked for", f"expected 1 to the {there} that the cache holds of it"
-            )
-        arrays = self._cache.cut(self._read_row(row, count), there, count)
-        return SavedCache(count, self.cache_dtype, arrays)
-
-    def _import(self, saved: SavedCache, row: int, tokens: int | None, owner: Claim | None) -> None:
-        self._check_exports(row, owner)
-        cache, count = self._cache, saved.length if tokens is None else tokens
-        arrays = cache.cut(saved.checked(cache.tensors, self.cache_dtype, count), saved.length, count)
-        if count > self.max_length:
-            raise CapacityError(
-                f"the saved cache has {count} tokens, and the session has room for {self.max_length}",
-                "take back fewer of them",
-            )
-        cache.check_memory(cache.batch, count, 1, 0)
-        self._changed(None, "an import_cache() that failed")
-        cache.reserve(cache.batch, count, self._resize)
-        self._write_row(row, count, arrays)
-        cache.put(row, count)
-        self._changed(owner, "import_cache()")
-
-    def _check_exports(self, row: int, owner: Claim | None) -> None:
-        """Raise unless rows of the cache can be read and written."""
-        if self._closed:
-            raise BackendError("the session is closed", "load the bundle again")
-        self._check_owner(owner)
-        self.require_exports()
-        if not 0 <= row < self._cache.batch:
-            raise InputError(f"the cache has no row {row}", f"expected 0 to {self._cache.batch - 1}")

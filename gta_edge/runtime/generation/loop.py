@@ -77,7 +77,7 @@ def generate(
     ignore_eos: bool = False,
     speculate: Speculate | None = None,
     draft: Session | None = None,
-    conversation: Conversation | None = None,
+    conversation: Turns | None = None,
     n: int | None = None,
     beams: int | None = None,
     length_penalty: float = 1.0,
@@ -110,7 +110,7 @@ def generate(
         speculate: ``lookup`` guesses what followed the last tokens earlier in prompt or answer, ``draft`` asks another
             model, ``off`` guesses nothing. By default ``draft`` where there is one, and else ``off``.
         draft: a smaller model with the same tokenizer, which is reset too.
-        conversation: of the session; the cache is not emptied, and what it holds of the prompt is not run again.
+        conversation: a ``Conversation`` of the session; the cache is not emptied, and what it holds of the prompt is not run again.
         n: give so many answers, as ``Answers``: number i is what the seed plus i gives alone. The prompt is read and
             held once. A session loaded with ``trees=True`` generates them together, any other one after another.
         beams: give the most probable answers, ``n`` or one, as ``Answers``: those that a search finds which follows so

@@ -9,7 +9,7 @@ from typing import Protocol
 from gta_edge.runtime.generation.sampling import Guess
 from gta_edge.runtime.session import Claim, Ids, Logits
 
-__all__ = ["PlainSteps", "StepCounts", "Steps"]
+__all__ = ["PlainSteps", "StepCounts", "Steps", "Turns"]
 
 
 @dataclass
@@ -43,6 +43,13 @@ class Steps(Protocol):
 
     def settle(self) -> None:
         """Leave in the cache the ids of the last call of ``after``, and nothing that was run ahead of them."""
+
+
+class Turns(Protocol):
+    """A conversation, of which a generation is a turn: ``conversation.Conversation``."""
+
+    def begin(self) -> Claim:
+        """Return the right to go on from the cache; the first call of ``forward`` with it is a whole prompt."""
 
 
 class PlainSteps:
