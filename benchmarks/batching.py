@@ -52,7 +52,7 @@ def seconds(session: Session, prompts: np.ndarray, new_tokens: int, rows: int) -
     batch, told = Batch(session, rows), [[] for _ in prompts]
     for prompt, times in zip(prompts, told, strict=True):
         options = RequestOptions(max_new_tokens=new_tokens)
-        batch.add(Text(session, prompt, options, lambda _, times=times: times.append(time.perf_counter())))
+        batch.add(Text.asked_for(session, prompt, options, lambda _, times=times: times.append(time.perf_counter())))
     started, before = time.perf_counter(), time.process_time()
     while batch.step():
         pass

@@ -170,7 +170,7 @@ class Scheduler:
             BackendError: the scheduler is closed.
         """
         prompt = check_prompt(self._session, ids)
-        request = Request(self, lambda listener: Text(self._session, prompt, options, listener))
+        request = Request(self, lambda listener: Text.asked_for(self._session, prompt, options, listener))
         request._on_event = on_event
         with self._changed:
             if self._closing:

@@ -34,7 +34,7 @@ class Alternative:
     """
 
     def __init__(self, answer: Answer, sampler: Sampler | None) -> None:
-        self.answer, self._sampler = answer, sampler
+        self.answer, self.sampler = answer, sampler
         self.score: float | None = None
 
     @property
@@ -55,12 +55,12 @@ class Alternative:
     @property
     def seed(self) -> int | None:
         """Of its draws: ``generate`` with this seed and without ``n`` gives the same answer. None of a search."""
-        return None if self._sampler is None else self._sampler.seed
+        return None if self.sampler is None else self.sampler.seed
 
     def advance(self, logits: Logits) -> str:
         """Choose the next token by its logits [V], and return the text that is now certain."""
-        assert self._sampler is not None  # a search chooses otherwise
-        return self.answer.take(self._sampler.sample(logits, self.answer.all_ids))
+        assert self.sampler is not None  # a search chooses otherwise
+        return self.answer.take(self.sampler.sample(logits, self.answer.all_ids))
 
 
 class Answers(Iterator[tuple[int, str]]):

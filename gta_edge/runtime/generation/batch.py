@@ -12,25 +12,32 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from gta_edge.errors import BackendError, GtaEdgeError, InputError
 from gta_edge.runtime.generation.answer import FinishReason
+from gta_edge.runtime.generation.answers import Alternative
 from gta_edge.runtime.generation.kept_caches import KeptCaches, longest
+from gta_edge.runtime.generation.request import Event
 from gta_edge.runtime.generation.text import Text
 from gta_edge.runtime.saved_cache import SavedCache
-from gta_edge.runtime.session import Claim, Logits, Session
+from gta_edge.runtime.session import Claim, Ids, Logits, Session
 from gta_edge.support.text import one_line
 
-__all__ = ["Batch", "BatchFigures"]
+__all__ = ["Batch", "BatchFigures", "in_a_batch"]
 
 MIN_REUSED_TOKENS = 16
 """A prefix that is shorter is read again: that takes no longer than copying it."""
 
 _FIRST_PART = 32
 """Tokens of a prompt that are read beside others before it is known how long that takes."""
+
+_MAX_ROWS = 8
+"""Texts at once, of a list of prompts: more take more memory, and on a CPU are hardly faster."""
 
 _LOGIT_BYTES = 2**26  # logits of one call stay below this where all are asked for
 
@@ -310,3 +317,30 @@ class Batch:
             if moved.seen:
                 self._claim.import_cache(self._claim.export_cache(last, moved.seen), row)
             self._rows[row], self._rows[last] = moved, None
+
+
+def in_a_batch(session: Session, prompts: Ids, answers: Sequence[Alternative]) -> Iterator[tuple[int, str] | None]:
+    """Generate the answers to several prompts at once; see ``Answers``.
+
+    Args:
+        session: runs the model.
+        prompts: all of them, one behind the other.
+        answers: one to each.
+    """
+    batch, told = Batch(session, min(len(answers), _MAX_ROWS)), deque[tuple[int, Event]]()
+    for i, each in enumerate(answers):
+        assert each.sampler is not None  # it is no search
+        batch.add(Text(each.answer, each.sampler, partial(_tell, told, i)))
+    more = True
+    while more:
+        more = batch.step()
+        yield None
+        while told:
+            i, event = told.popleft()
+            if event.error is not None:
+                raise event.error
+            yield i, event.text
+
+
+def _tell(told: deque[tuple[int, Event]], i: int, event: Event) -> None:
+    told.append((i, event))

@@ -11,12 +11,15 @@ import numpy as np
 from gta_edge.errors import CapacityError, InputError
 from gta_edge.formats.tokenizer import NO_TOKENIZER, Tokenizer
 from gta_edge.runtime.generation.answer import Answer, FinishReason
-from gta_edge.runtime.generation.answers import Answers
+from gta_edge.runtime.generation.answers import Alternative, Answers
+from gta_edge.runtime.generation.batch import in_a_batch
 from gta_edge.runtime.generation.generation import Generation
 from gta_edge.runtime.generation.sampling import Sampler, Sampling
 from gta_edge.runtime.generation.several import answers_for
 from gta_edge.runtime.generation.speculating import Speculate, steps_for
+from gta_edge.runtime.generation.steps import Turns
 from gta_edge.runtime.generation.stopping import StopStrings
+from gta_edge.runtime.generation.text import check_biases
 from gta_edge.runtime.session import Ids, Session
 from gta_edge.support.text import brief, one_line
 
@@ -25,10 +28,11 @@ __all__ = ["FinishReason", "Generation", "Prompt", "check_prompt", "generate"]
 Prompt = str | Sequence[int] | Ids | Sequence[Mapping[str, Any]]
 """Text, token ids, or chat messages of ``role`` and ``content``."""
 
+Prompts = list[str] | list[list[int]] | list[Ids] | list[list[dict[str, Any]]]
+"""Several of one kind."""
+
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-    from gta_edge.runtime.generation.conversation import Conversation
 
     class _Options(TypedDict, total=False):
         """What ``generate`` takes in any case, for its overloads."""
@@ -39,13 +43,16 @@ if TYPE_CHECKING:
         top_p: float | None
         min_p: float | None
         repetition_penalty: float | None
+        presence_penalty: float
+        frequency_penalty: float
+        logit_bias: Mapping[int, float] | None
         stop: Sequence[str]
         seed: int | None
         chat: bool
         ignore_eos: bool
         speculate: Speculate | None
         draft: Session | None
-        conversation: Conversation | None
+        conversation: Turns | None
         length_penalty: float
 
 
@@ -61,9 +68,13 @@ def generate(
 ) -> Answers: ...
 
 
+@overload
+def generate(session: Session, prompt: Prompts, **options: Unpack[_Options]) -> Answers: ...
+
+
 def generate(
     session: Session,
-    prompt: Prompt,
+    prompt: Prompt | Prompts,
     *,
     max_new_tokens: int = 256,
     temperature: float | None = None,
@@ -71,6 +82,9 @@ def generate(
     top_p: float | None = None,
     min_p: float | None = None,
     repetition_penalty: float | None = None,
+    presence_penalty: float = 0.0,
+    frequency_penalty: float = 0.0,
+    logit_bias: Mapping[int, float] | None = None,
     stop: Sequence[str] = (),
     seed: int | None = None,
     chat: bool = False,
@@ -95,13 +109,17 @@ def generate(
 
     Args:
         session: what runs the model; its ``tokenizer`` and ``end_token_ids`` are used.
-        prompt: text, token ids, or chat messages.
+        prompt: text, token ids, or chat messages; or a list of such prompts, which are continued at once (``Answers``,
+            one for each): what each is given is what it is given alone.
         max_new_tokens: at most this many tokens are generated.
-        temperature: see ``Sampling``, as for the next four.
+        temperature: see ``Sampling``, as for the next seven.
         top_k: see there.
         top_p: see there.
         min_p: see there.
         repetition_penalty: see there.
+        presence_penalty: see there.
+        frequency_penalty: see there.
+        logit_bias: see there.
         stop: texts at which generation stops; they are not part of the result. The name of a special or added token is
             met where the token comes.
         seed: of the draws; the same seed on the same backend gives the same text.
@@ -110,7 +128,8 @@ def generate(
         speculate: ``lookup`` guesses what followed the last tokens earlier in prompt or answer, ``draft`` asks another
             model, ``off`` guesses nothing. By default ``draft`` where there is one, and else ``off``.
         draft: a smaller model with the same tokenizer, which is reset too.
-        conversation: a ``Conversation`` of the session; the cache is not emptied, and what it holds of the prompt is not run again.
+        conversation: a ``Conversation`` of the session: the cache is not emptied, and what it holds of the prompt not
+            run again.
         n: give so many answers, as ``Answers``: number i is what the seed plus i gives alone. The prompt is read and
             held once. A session loaded with ``trees=True`` generates them together, any other one after another.
         beams: give the most probable answers, ``n`` or one, as ``Answers``: those that a search finds which follows so
@@ -122,12 +141,19 @@ def generate(
         InputError: options or a prompt that make no sense for this model.
         CapacityError: the prompt is longer than the model has positions for.
     """
-    ids, is_chat = _encode(session.tokenizer, prompt, chat)
+    several = _are_several(prompt)
+    prompts: Any = prompt if several else [prompt]
+    encoded = [_encode(session.tokenizer, each, chat) for each in prompts]
+    is_chat = encoded[0][1]
+    if any(each[1] != is_chat for each in encoded):
+        raise InputError("some of the prompts are chats and some are not", "give them in calls of their own")
     given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     given["repetition_penalty"] = repetition_penalty
     options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     defaults = _open_options(session.chat_sampling, options) if is_chat else {}
-    sampling = Sampling(**defaults, **options, seed=seed)
+    options |= {"presence_penalty": presence_penalty, "frequency_penalty": frequency_penalty}
+    sampling = Sampling(**defaults, **options, logit_bias=logit_bias or {}, seed=seed)
+    check_biases(session, sampling)
     limit: Any = max_new_tokens
     if isinstance(limit, bool) or not isinstance(limit, Integral) or int(limit) < 1:
         raise InputError(f"max_new_tokens is {brief(max_new_tokens)}", "expected a whole number from 1 up")
@@ -140,26 +166,31 @@ def generate(
     if not ignore_eos:
         ends = session.end_token_ids | session.chat_end_token_ids if is_chat else session.end_token_ids
 
-    checked = check_prompt(session, ids)
+    checked = [check_prompt(session, ids) for ids, _ in encoded]
 
-    def new_answer() -> Answer:
+    def new_answer(ids: Ids) -> Answer:
         stops = StopStrings(stop, session.tokenizer.whole_tokens if session.tokenizer else None)
         lengths = {"max_new_tokens": int(limit), "max_length": session.max_length}
-        return Answer(checked, session.tokenizer, stops, end_token_ids=ends, **lengths)
+        return Answer(ids, session.tokenizer, stops, end_token_ids=ends, **lengths)
 
-    if n is None and beams is None:
-        sampler = Sampler(sampling, len(checked))
+    if n is None and beams is None and not several:
+        sampler = Sampler(sampling, len(checked[0]))
         claim = session.claim if conversation is None else conversation.begin
-        steps = steps_for(session, speculate, draft, sampler, len(checked), int(limit), claim)
-        return Generation(new_answer(), steps, sampler, defaults)
+        steps = steps_for(session, speculate, draft, sampler, len(checked[0]), int(limit), claim)
+        return Generation(new_answer(checked[0]), steps, sampler, defaults)
     if conversation is not None:
         raise InputError("a conversation goes on with one answer, and several were asked for", "leave one of both out")
     if speculate not in (None, "off") or draft is not None:
         raise InputError("speculation is for one answer, and several were asked for", "leave one of both out")
+    if several:
+        if n is not None or beams is not None:
+            raise InputError("several answers were asked for, and to several prompts", "give one prompt, or no n")
+        each = [Alternative(new_answer(ids), Sampler(sampling, len(ids))) for ids in checked]
+        return Answers(session, np.concatenate(checked), each, in_a_batch, defaults)
     return answers_for(
         session,
-        checked,
-        new_answer,
+        checked[0],
+        lambda: new_answer(checked[0]),
         sampling,
         n=n,
         beams=beams,
@@ -180,6 +211,12 @@ def _open_options(defaults: Mapping[str, float], given: Mapping[str, Any]) -> di
 
 
 # --- the prompt ----------------------------------------------------------------------------------------------------
+
+
+def _are_several(prompt: Any) -> bool:
+    """Tell whether this is a list of prompts, and not one: of texts, of lists of ids, or of lists of messages."""
+    kinds = (str, list, tuple, np.ndarray)
+    return isinstance(prompt, (list, tuple)) and bool(prompt) and all(isinstance(each, kinds) for each in prompt)
 
 
 def _encode(tokenizer: Tokenizer | None, prompt: Any, chat: bool) -> tuple[Any, bool]:

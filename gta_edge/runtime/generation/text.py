@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from gta_edge.errors import GtaEdgeError, InputError
 from gta_edge.runtime.generation.answer import Answer, FinishReason
 from gta_edge.runtime.generation.request import Event, RequestOptions, TokenLogprobs, log_probabilities
-from gta_edge.runtime.generation.sampling import Sampler
+from gta_edge.runtime.generation.sampling import Sampler, Sampling
 from gta_edge.runtime.generation.stopping import StopStrings
 from gta_edge.runtime.session import Ids, Logits, Session
 
-__all__ = ["Text"]
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["Text", "check_biases"]
 
 
 class Text:
     """One of the texts of a batch.
 
     Args:
-        session: what will run it.
-        prompt: int64 [N], checked.
-        options: what is asked of it.
+        answer: that says nothing yet.
+        sampler: chooses its tokens.
         listener: told of each event, while a step runs.
+        options: what else is asked of it.
 
     Attributes:
         answer: what it is so far.
@@ -32,20 +36,36 @@ class Text:
     """
 
     def __init__(
-        self, session: Session, prompt: Ids, options: RequestOptions, listener: Callable[[Event], None]
+        self, answer: Answer, sampler: Sampler, listener: Callable[[Event], None], options: RequestOptions | None = None
     ) -> None:
+        self.answer, self.sampler = answer, sampler
+        self.options = options or RequestOptions()
+        self.cached_tokens = self.completion_tokens = 0
+        self.error: GtaEdgeError | None = None
+        self.seen = 0  # tokens that its row of the cache holds
+        self._listener = listener
+        self._prompt_logprobs: list[TokenLogprobs | None] = [None]
+
+    @classmethod
+    def asked_for(
+        cls, session: Session, prompt: Ids, options: RequestOptions, listener: Callable[[Event], None]
+    ) -> Self:
+        """Return the text that is asked for.
+
+        Args:
+            session: what will run it.
+            prompt: int64 [N], checked.
+            options: what is asked of it.
+            listener: as of the class.
+
+        Raises:
+            InputError: options that make no sense for the model.
+        """
         names = session.tokenizer.whole_tokens if session.tokenizer else None
         if options.stop and session.tokenizer is None:
             raise InputError("stop strings need a tokenizer, and this model has none", "leave them out")
-        outside = [token for token in options.sampling.logit_bias if token >= session.config.vocab_size]
-        if outside:
-            raise InputError(
-                f"logit_bias has token id {outside[0]}",
-                f"expected 0 to {session.config.vocab_size - 1}, the vocabulary",
-            )
-        self.options = options
-        self.sampler = Sampler(options.sampling, len(prompt))
-        self.answer = Answer(
+        check_biases(session, options.sampling)
+        answer = Answer(
             prompt,
             session.tokenizer,
             StopStrings(options.stop, names),
@@ -53,11 +73,7 @@ class Text:
             max_new_tokens=max(options.max_new_tokens, 1),
             max_length=session.max_length,
         )
-        self.cached_tokens = self.completion_tokens = 0
-        self.error: GtaEdgeError | None = None
-        self.seen = 0  # tokens that its row of the cache holds
-        self._listener = listener
-        self._prompt_logprobs: list[TokenLogprobs | None] = [None]
+        return cls(answer, Sampler(options.sampling, len(prompt)), listener, options)
 
     @property
     def finish_reason(self) -> FinishReason | None:
@@ -110,3 +126,15 @@ class Text:
             self.error = error
             held = self.answer.finish(reason)
             self._listener(Event(held, finish_reason=reason, error=error))
+
+
+def check_biases(session: Session, sampling: Sampling) -> None:
+    """Refuse a bias of a token that the model does not have.
+
+    Raises:
+        InputError: there is one.
+    """
+    size = session.config.vocab_size
+    outside = [token for token in sampling.logit_bias if token >= size]
+    if outside:
+        raise InputError(f"logit_bias has token id {outside[0]}", f"expected 0 to {size - 1}, the model's vocabulary")

@@ -12,6 +12,7 @@ from gta_edge.errors import BackendError, InputError
 from gta_edge.model.decoder import Decoder
 from gta_edge.runtime.cache_policies import policy
 from gta_edge.runtime.generation.batch import Batch
+from gta_edge.runtime.generation.conversation import Conversation
 from gta_edge.runtime.generation.kept_caches import KeptCaches
 from gta_edge.runtime.generation.loop import generate
 from gta_edge.runtime.generation.request import Event, RequestOptions
@@ -37,7 +38,7 @@ class Heard:
     def __init__(self, session: Session, ids: list[int], **options: Any) -> None:
         self.events: list[Event] = []
         given = RequestOptions(**options)
-        self.text = Text(session, np.array(ids, np.int64), given, self.events.append)
+        self.text = Text.asked_for(session, np.array(ids, np.int64), given, self.events.append)
 
     @property
     def said(self) -> tuple[list[int], str, str | None]:
@@ -171,6 +172,55 @@ def test_log_probabilities_are_those_of_the_models_own_distribution(talker) -> N
     (only,) = read.events
     assert (only.ids, only.text, only.finish_reason) == ((), "", "length")
     assert [each and each.token for each in only.prompt_logprobs] == [None, *prompt[1:]]
+
+
+@pytest.mark.parametrize("kind", ["texts", "ids", "chats"])
+def test_a_list_of_prompts_is_answered_as_each_alone(talker, kind, monkeypatch) -> None:
+    texts = ["one", "two and a little more", "3", "four", "five", "one", "seven", "eight", "nine", "ten"]
+    prompts: Any = texts
+    if kind == "ids":
+        prompts = [talker.tokenizer.encode(text) for text in texts]
+    if kind == "chats":
+        prompts = [[{"role": "user", "content": text}] for text in texts]
+        monkeypatch.setattr(type(talker.tokenizer), "apply_chat_template", lambda self, chat: f"[{chat[0]['content']}]")
+        talker.chat_sampling = {"top_p": 0.9}
+    options = {"max_new_tokens": 12, "seed": 3, "temperature": 1.0, "frequency_penalty": 0.5, "logit_bias": {65: 5.0}}
+    answers = generate(talker, prompts, **options)
+    heard = [""] * len(texts)
+    for i, piece in answers:
+        heard[i] += piece
+    assert answers.prompt_tokens == sum(len(generate(talker, each, **options)._answer.all_ids) for each in prompts)
+    assert answers.timings["tokens_per_step"] > 1.5
+    for i, each in enumerate(prompts):
+        alone = generate(talker, each, **options)
+        assert heard[i] == "".join(alone) == answers.answers[i].text
+        assert (answers.answers[i].ids, answers.answers[i].seed) == (alone.ids, 3)
+        assert answers.defaults == alone.defaults
+
+
+def test_lists_of_prompts_that_make_no_sense_are_refused(talker, monkeypatch) -> None:
+    monkeypatch.setattr(type(talker.tokenizer), "apply_chat_template", lambda self, chat: "a chat")
+    for prompts, options, message in [
+        (["a", [{"role": "user", "content": "b"}]], {}, "some of the prompts are chats and some are not"),
+        (["a", "b"], {"n": 2}, "several answers were asked for, and to several prompts"),
+        (["a", "b"], {"speculate": "lookup"}, "speculation is for one answer"),
+        (["a", "b"], {"conversation": Conversation(talker)}, "a conversation goes on with one answer"),
+        ([[1], []], {}, "the prompt has no tokens"),
+        ([[1], [300]], {}, "token id 300"),
+        (["a"], {"logit_bias": {300: 1.0}}, "logit_bias has token id 300"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            generate(talker, prompts, **options)
+
+
+def test_a_failure_among_prompts_ends_them_all(talker, monkeypatch) -> None:
+    answers = generate(talker, [[1, 2], [3]], max_new_tokens=9)
+    next(answers)
+    monkeypatch.setattr(talker, "_run", lambda *arguments: (_ for _ in ()).throw(BackendError("planted")))
+    with pytest.raises(BackendError, match="planted"):
+        list(answers)
+    assert {each.finish_reason for each in answers.answers} == {"error"}
+    assert list(answers) == []
 
 
 # --- what is not read again ------------------------------------------------------------------------------------------
