@@ -147,7 +147,7 @@ class Session(SessionExports):
 
     @property
     def cache_dtype(self) -> str:
-        """Type of cached values: that of ``compute``, or ``int8`` or ``fp8``."""
+        """How cached values are stored: in the type of ``compute``, or as another of ``CACHES``."""
         return self._cache.dtype
 
     @property

@@ -3,7 +3,7 @@
 All of a bundle's backends are compared with one of them, the most exact. Compared are logits: after the prompt, and
 after each of the first tokens that both chose alike; where they chose differently, what follows has other inputs.
 
-Backends that round activations to int8, or have a cache of 8 bits, are off by far more than those that do not. Rounding
+Backends that round activations to int8, or have a quantised cache, are off by far more than those that do not. Rounding
 errs by a little everywhere, and what is wrong, a layer or the tokens before, by much: so they are held to a mean error
 too. What is off by less than rounding, such as two heads that changed places, shows only where the same backend is
 asked not to round, as ``run`` does.
@@ -32,10 +32,11 @@ wrong have nothing to do with the reference, and the largest difference is five 
 """
 
 QUANTISED_CACHE_BOUND = 0.5
-"""More for a cache in int8 or fp8, beside the bound of the type computed in.
+"""More for a quantised cache, beside the bound of the type computed in.
 
 As with ``ROUNDED_BOUND``, it tells the noise of rounding from a kernel that is wrong, which is off by several times the
-spread of the logits. How large the noise is on a GPU was not measured yet.
+spread of the logits. How large the noise is on a GPU was not measured yet. A cache of 4 bits may be off by more, and
+PyTorch judges it then (``judge``).
 """
 
 ROUNDED_MEAN_BOUND = 0.15
@@ -55,7 +56,7 @@ class Answers:
         backend: ``torch``, ``onnxruntime``, …
         compute: type that it computes in.
         rounds: whether matmuls round activations to int8.
-        quantised_cache: whether the cache is in int8 or fp8.
+        quantised_cache: whether the cache holds fewer bits than are computed in.
         cache_dtype: type of cached values, where the backend says it.
     """
 
