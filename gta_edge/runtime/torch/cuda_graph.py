@@ -18,7 +18,16 @@ from gta_edge.errors import BackendError, CapacityError
 from gta_edge.libraries.optional import optional
 from gta_edge.libraries.torch import is_out_of_memory
 from gta_edge.model.decoder import Cache, ManagedInputs
-from gta_edge.model.kv_cache import DECAY, INPUT_IDS, PAST_LENGTH, POSITIONS, QUERY_WEIGHT, ROW_BIAS
+from gta_edge.model.kv_cache import (
+    BRANCH_START,
+    BRANCHES,
+    DECAY,
+    INPUT_IDS,
+    PAST_LENGTH,
+    POSITIONS,
+    QUERY_WEIGHT,
+    ROW_BIAS,
+)
 from gta_edge.plugins.attention.definition import Features
 from gta_edge.runtime.cache_moves import ManagedStep
 from gta_edge.runtime.session import Ids
@@ -85,17 +94,21 @@ class _Packed:
 
 
 def _input_shapes(
-    batch: int, layers: int, features: Features | None
+    batch: int, layers: int, features: Features | None, tokens: int, words: int
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
     """Return the shapes of a step's integers and floats by name; names of the graph and of ``ManagedStep`` are one."""
+    integers: dict[str, tuple[int, ...]] = {INPUT_IDS: (batch, tokens), PAST_LENGTH: (batch,)}
     if features is None:
-        return {INPUT_IDS: (batch, 1), PAST_LENGTH: (batch,)}, {}
+        return integers, {}
     floats: dict[str, tuple[int, ...]] = {}
     if features.bias_rows:
         floats[ROW_BIAS] = (layers, batch, features.bias_rows)
     if features.observe:
-        floats |= {QUERY_WEIGHT: (batch, 1), DECAY: (batch,)}
-    return {INPUT_IDS: (batch, 1), PAST_LENGTH: (layers, batch), POSITIONS: (batch, 1)}, floats
+        floats |= {QUERY_WEIGHT: (batch, tokens), DECAY: (batch,)}
+    integers |= {PAST_LENGTH: (layers, batch), POSITIONS: (batch, tokens)}
+    if features.has_branches:
+        integers |= {BRANCH_START: (layers, batch), BRANCHES: (batch, words)}
+    return integers, floats
 
 
 def _managed_inputs(
@@ -107,12 +120,14 @@ def _managed_inputs(
         past_received=received if features.observe else None,
         query_weight=floats.get(QUERY_WEIGHT),
         decay=floats.get(DECAY),
+        branch_start=integers.get(BRANCH_START),
+        branches=integers.get(BRANCHES),
         observe=features.observe or "",
     )
 
 
 class DecodeGraph:
-    """The step that appends one token to each row of the caches.
+    """The step that appends one token, or a tree's, to each row of the caches.
 
     Args:
         model: what runs the step, called as a ``Decoder``: on a CUDA device, its attention in place.
@@ -120,8 +135,10 @@ class DecodeGraph:
         batch: B.
         features: of a managed cache; None without one.
         received: what its rows have received, float32 [B, S] per layer, which has to stay likewise.
+        tokens: T; logits are of all.
+        words: W, of branches.
 
-    Before it is captured, the model runs once with lengths of zero, which writes each cache's first position; what was
+    Before it is captured, the model runs once with lengths of zero, which writes each cache's first positions; what was
     there is put back.
 
     Raises:
@@ -136,21 +153,24 @@ class DecodeGraph:
         batch: int,
         features: Features | None = None,
         received: Sequence[Tensor] = (),
+        *,
+        tokens: int = 1,
+        words: int = 0,
     ) -> None:
         device = caches[0].key.device
         self._device = device
-        integers, floats = _input_shapes(batch, len(caches), features)
+        integers, floats = _input_shapes(batch, len(caches), features, tokens, words)
         self._integers, self._floats = _Packed(integers, torch.int64, device), _Packed(floats, torch.float32, device)
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         # held, as the graph holds its address alone: freed, the memory would be the next small tensor's
-        self._positions = torch.zeros(batch, 1, dtype=torch.int64, device=device)
+        self._positions = torch.arange(tokens, device=device).expand(batch, tokens)
         inputs = self._integers.on_device, self._floats.on_device
         arguments: list[Any] = [inputs[0][INPUT_IDS], inputs[0][PAST_LENGTH], self._positions, caches]
         if features is not None:
             arguments.append(_managed_inputs(*inputs, features, received))
 
         tensors = [tensor for cache in caches for tensor in cache.tensors]
-        first = [tensor[:, :, :1].clone() for tensor in tensors]
+        first = [tensor[:, :, :tokens].clone() for tensor in tensors]
         before = [each.clone() for each in received]
         self._stream.wait_stream(torch.cuda.current_stream(device))
         try:
@@ -160,7 +180,7 @@ class DecodeGraph:
             self._graph = self._captured(model, arguments)
         finally:
             for tensor, old in zip(tensors, first, strict=True):
-                tensor[:, :, :1].copy_(old)
+                tensor[:, :, :tokens].copy_(old)
             for each, old in zip(received, before, strict=True):
                 each.copy_(old)
         torch.cuda.synchronize(device)
@@ -187,7 +207,7 @@ class DecodeGraph:
         return graph
 
     def replay(self, ids: Ids, past_length: Ids, managed: ManagedStep | None = None) -> Tensor:
-        """Append ids [B, 1] at ``past_length`` [B]; returns float32 logits [B, 1, V] in host memory, a copy."""
+        """Append ids [B, T] at ``past_length`` [B]; returns float32 logits [B, T, V] in host memory, a copy."""
         self._integers.on_host[INPUT_IDS][...] = ids
         if managed is None:
             self._integers.on_host[PAST_LENGTH][...] = past_length

@@ -1,4 +1,4 @@
-"""The decoder's step of one token for each sequence, in fewer launches than the model has: for a CUDA graph.
+"""The decoder's step of one token for each sequence, or of a tree's, in few launches: for a CUDA graph.
 
 It computes what ``Decoder.forward`` does, with the same roundings. A residual's addition and the norm after it are one
 kernel, across the border of layers too. What reads the same x is one matmul where there is a single sequence: reading
@@ -47,13 +47,13 @@ class DecodeStep:
         caches: Sequence[Cache],
         managed: ManagedInputs | None = None,
     ) -> tuple[Tensor, list[Cache]]:
-        """Append a token to each row of the caches; arguments and results are those of ``Decoder.forward``, T = M = 1.
+        """Append tokens to each row of the caches; arguments and results are those of ``Decoder.forward``, with M = T.
 
-        ``logit_positions`` are all 0 then, and are not read.
+        ``logit_positions`` are 0 to T - 1 then, and are not read.
         """
         model = self._model
         presents: list[Cache] = []
-        x, addend = model.model.embed_tokens(input_ids), None  # [B, 1, H]
+        x, addend = model.model.embed_tokens(input_ids), None  # [B, T, H]
         for i, (layer, cache) in enumerate(zip(self._layers, caches, strict=True)):
             x, normed = add_norm(x, addend, layer.input_layernorm)
             length, more = (past_length, ()) if managed is None else (past_length[i], managed.of_layer(i))

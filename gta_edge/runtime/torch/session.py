@@ -27,6 +27,7 @@ from gta_edge.model.quantized_decoder import build_packed_decoder
 from gta_edge.numerics.dtypes import COMPUTE_TYPES, DTYPES
 from gta_edge.numerics.quantization import BITS
 from gta_edge.plan.host_memory import require_memory_for_torch
+from gta_edge.plugins.attention.definition import MAX_BRANCH_TOKENS
 from gta_edge.plugins.attention.tiling import has_kernels
 from gta_edge.plugins.attention.torch import attention_in_place
 from gta_edge.plugins.attention.torch_blocks import reopen
@@ -38,6 +39,7 @@ from gta_edge.runtime.session import Ids, Logits, Session
 from gta_edge.runtime.torch import managed as memory
 from gta_edge.runtime.torch.cuda_graph import CaptureError, DecodeGraph
 from gta_edge.runtime.torch.decode_step import DecodeStep, join_linears
+from gta_edge.runtime.torch.tree_graphs import TreeGraphs
 
 if TYPE_CHECKING:
     import torch
@@ -151,6 +153,8 @@ class TorchSession(Session):
             if cache is not None:
                 options["observed_tokens"] = OBSERVED_TOKENS
                 options["chunk_size"] = min(options["chunk_size"], GPU_CHUNK_SIZE)
+            if options.get("trees"):
+                options["spare"] = MAX_BRANCH_TOKENS  # that graphs pad a step with
         options |= {"compute": compute, "on_host": not on_gpu}
         super().__init__(model.config, cache_state(model.config, cache_dtype or compute, cache, **options))
         use_startable_threads(threads)
@@ -166,6 +170,7 @@ class TorchSession(Session):
         self._caches: list[Cache] = []
         self._observed: memory.Received | None = None
         self._graph: DecodeGraph | None = None
+        self._tree_graphs: TreeGraphs | None = None
         self.graph_refused: str | None = None if on_gpu else "there is no GPU"  # why no step is a CUDA graph
 
     @property
@@ -188,7 +193,7 @@ class TorchSession(Session):
         return self._graph
 
     def _resize(self, batch: int, capacities: Sequence[int]) -> None:
-        self._graph = None  # it holds the old caches' addresses
+        self._graph = self._tree_graphs = None  # they hold the old caches' addresses
         try:
             with self._cache.replacing(batch, self._release):
                 if not self._caches:
@@ -244,12 +249,16 @@ class TorchSession(Session):
 
     def _appended(self, input_ids: Ids, past_length: Ids, logit_positions: Ids, managed: ManagedStep | None) -> Logits:
         with torch.inference_mode():
-            single = input_ids.shape[1] == 1 and logit_positions.shape[1] == 1
-            single = single and len(input_ids) == self._cache.batch and (managed is None or managed.branches is None)
-            graph = self._step(len(input_ids)) if single and self.graph_refused is None else None
+            whole = len(input_ids) == self._cache.batch and self.graph_refused is None
+            single = whole and input_ids.shape[1] == 1 and logit_positions.shape[1] == 1
+            graph, logits = None, None
+            if managed is not None and managed.branches is not None:
+                logits = self._run_tree(input_ids, logit_positions, managed) if whole else None
+            elif single:
+                graph = self._step(len(input_ids))
             if graph is not None:
                 logits = graph.replay(input_ids, past_length, managed)
-            else:
+            if logits is None:
                 logits = self._run_eagerly(input_ids, past_length, logit_positions, managed)
         result: Logits = logits.numpy()
         return result
@@ -327,13 +336,23 @@ class TorchSession(Session):
                 self.graph_refused = error.problem
         return self._graph
 
+    def _run_tree(self, input_ids: Ids, logit_positions: Ids, managed: ManagedStep) -> Tensor | None:
+        """Run new nodes of trees as a CUDA graph; None where it cannot be captured, and the step runs as it is."""
+        if self._tree_graphs is None:
+            self._tree_graphs = TreeGraphs(DecodeStep(self._model), self._caches, len(input_ids))
+        try:
+            return self._tree_graphs.run(input_ids, logit_positions, managed)
+        except CaptureError as error:
+            self.graph_refused = error.problem
+        return None
+
     def _reopen(self, sequence: int, block: int) -> None:
         with torch.inference_mode():
             for layer in self._caches:
                 reopen(layer, sequence, block)
 
     def _release(self) -> None:
-        self._graph = None
+        self._graph = self._tree_graphs = None
         self._caches, self._observed = [], None
 
 

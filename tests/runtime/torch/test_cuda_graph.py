@@ -15,10 +15,14 @@ from gta_edge.model.config import parse_config
 from gta_edge.model.decoder import Cache, Decoder
 from gta_edge.plugins.attention.definition import Features
 from gta_edge.runtime.cache_moves import ManagedStep
+from gta_edge.runtime.token_tree import PREFIX
 from gta_edge.runtime.torch import session as backend
+from gta_edge.runtime.torch import tree_graphs
 from gta_edge.runtime.torch.cuda_graph import CHECKED, CaptureError, DecodeGraph
 from gta_edge.runtime.torch.session import TorchSession
+from gta_edge.runtime.torch.tree_graphs import width_of
 from tests.helpers import reference
+from tests.helpers.torch_graphs import WithoutGraph
 
 # As torch's allocator says it on Tegra, where there is no NVML to tell how much memory is free.
 TEGRA = (
@@ -255,3 +259,46 @@ def test_a_managed_step_reads_its_inputs_and_leaves_what_rows_received(
             assert (found is None) == (expected is None)
             assert expected is None or found.tolist() == expected.tolist()
         assert managed.observe == (features.observe or "")
+
+
+# --- steps of trees --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_trees_run_in_graphs_of_a_few_widths(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Padded, with the logits of a step that is not, and nothing of a capture is left in the cache."""
+    captured: list[tuple[int, int]] = []
+
+    class Noted(WithoutGraph):
+        def __init__(self, *arguments: Any, tokens: int, words: int) -> None:
+            captured.append((tokens, words))
+            super().__init__(*arguments, tokens=tokens, words=words)
+
+    monkeypatch.setattr(tree_graphs, "DecodeGraph", Noted)
+    found = []
+    for graphs in (True, False):
+        torch.manual_seed(1)
+        session = TorchSession(Decoder(parse_config(SMALL)), trees=True, spare=64)
+        if graphs:
+            session.graph_refused, session._step = None, lambda batch: None  # type: ignore[method-assign]
+        session.forward([[1, 2, 3], [4, 5, 6]], lengths=[3, 2])
+        trees = [session.tree(row) for row in range(2)]
+        rows = []
+        for parents in ([PREFIX, PREFIX, 0], [1], [2, 2, 3, 3, 3], [4] * 3):
+            for tree, own in zip(trees, (parents, parents[:1]), strict=True):
+                tree.grow([min(parent, tree.next - 1) for parent in own])
+            ids = np.arange(2 * len(parents)).reshape(2, -1)
+            rows.append(session.forward(ids, tree=trees, all_logits=True))
+        trees[0].accept(7)
+        trees[0].close()
+        trees[1].close()
+        rows.append(session.forward([[7], [8]]))
+        found.append(rows)
+        session.close()
+    for graphed, eager in zip(*found, strict=True):
+        assert reference.relative_error(graphed, eager) <= 1e-5
+    assert captured == [(4, 1024), (1, 1024), (8, 1024)]
+
+
+def test_widths_are_powers_of_two() -> None:
+    assert [width_of(tokens) for tokens in (1, 2, 3, 5, 8, 9, 33, 64)] == [1, 2, 4, 8, 8, 16, 64, 64]

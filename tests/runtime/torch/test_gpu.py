@@ -21,6 +21,7 @@ from gta_edge.model.config import parse_config
 from gta_edge.model.decoder import Decoder
 from gta_edge.numerics.dtypes import DTYPES
 from gta_edge.plugins.attention import torch as torch_ops
+from gta_edge.runtime.token_tree import PREFIX
 from gta_edge.runtime.torch import session as backend
 from gta_edge.runtime.torch.backend import TORCH
 from gta_edge.runtime.torch.cuda_graph import CHECKED
@@ -351,3 +352,25 @@ def test_logits_that_were_returned_do_not_change_later(start, model, compute):
     kept = first.copy()
     session.forward(prompt(1, 1, seed=4))
     np.testing.assert_array_equal(first, kept)
+
+
+@on_gpu
+@every_model
+@in_halves
+def test_nodes_of_a_tree_are_their_paths_alone(start, model, compute):
+    """Grown in steps of several widths, which are replays of graphs; and what an accepted path is continued by."""
+    session, ids, rng = start(trees=True), prompt(1, 120), np.random.default_rng(1)
+    session.forward(ids)
+    tree = session.tree()
+    for parents in ([PREFIX] * 3, [0, 0, 1, 2, 2], [3], [8] * 20, [PREFIX] * 40, [9, 10]):
+        tree.grow(parents)
+        tokens = rng.integers(0, VOCAB, (1, len(parents)))
+        found = session.forward(tokens, tree=tree, all_logits=True)[0]
+        for node, logits in list(zip(tree.nodes[-len(parents) :], found, strict=True))[::7]:
+            alone = np.append(ids[0], tree.ids(node))
+            assert_near(logits, expected(model, compute, alone)[-1], compute)
+        tree.drop(tree.leaves[-2:-1] if len(parents) == 40 else [])
+    text = np.append(ids[0], tree.ids(70))
+    tree.accept(70)
+    tree.close()
+    assert_near(session.forward([[5]])[0], expected(model, compute, np.append(text, 5))[-1], compute)
