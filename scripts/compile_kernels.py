@@ -1,7 +1,7 @@
 """Compiles the CUDA kernels ahead of time, into the cache that the package reads: no board waits for its first compile.
 
     python scripts/compile_kernels.py ARCH [--models NAME,...] [--ops attention,matmul,elementwise,cache]
-        [--compute fp16,bf16] [--cache-dtypes fp16,bf16,int8,fp8] [--output DIR]
+        [--compute fp16,bf16] [--cache-dtypes fp16,bf16,int8,fp8,int4,int4v2] [--output DIR]
 
 ARCH is ``sm_87`` for Orin, ``sm_110`` for Thor, ``sm_90`` for an H100; no GPU is needed, NVRTC is (the extra cuda12 or
 cuda13). NAME is a preset, or the directory of a bundle or a checkpoint. Without ``--output`` the kernels go to this
@@ -58,7 +58,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--ops", default=",".join(OPS), help="some of attention, matmul, elementwise, cache")
     parser.add_argument("--compute", default="fp16,bf16", help="types that are computed in")
-    parser.add_argument("--cache-dtypes", default="fp16,bf16,int8,fp8", help="types of the KV cache")
+    parser.add_argument(
+        "--cache-dtypes", default="fp16,bf16,int8,fp8", help="types of the KV cache; int4 and int4v2 too"
+    )
     parser.add_argument("--output", type=Path, metavar="DIR", help="instead of this machine's cache")
     return parser
 
@@ -105,7 +107,7 @@ def run(options: argparse.Namespace) -> None:
 
 def _programs(options: argparse.Namespace) -> Iterator[Compilable]:
     """Yield all that the models run; an op to come is a branch here."""
-    from gta_edge.numerics.dtypes import CACHE_TYPES, COMPUTE_TYPES
+    from gta_edge.numerics.dtypes import CACHE_TYPES, COMPUTE_TYPES, ROW_CACHE_TYPES
 
     ops = _chosen(options.ops, "--ops", OPS)
     computes = _chosen(options.compute, "--compute", COMPUTE_TYPES)
@@ -123,13 +125,14 @@ def _programs(options: argparse.Namespace) -> Iterator[Compilable]:
         from gta_edge.plugins.cache import launches
 
         for compute in computes:
-            yield from (launches.Program(compute, each) for each in caches if each in (compute, "int8", "fp8"))
+            yield from (launches.Program(compute, each) for each in caches if each in (compute, *ROW_CACHE_TYPES))
 
 
 def _attention(
     config: ModelConfig, architecture: str, computes: Iterable[str], caches: Iterable[str]
 ) -> Iterator[Compilable]:
     from gta_edge.model.config import GTAConfig
+    from gta_edge.numerics.dtypes import COMPUTE_TYPES
     from gta_edge.plugins.attention.definition import Sizes
     from gta_edge.plugins.attention.launches import programs_for
     from gta_edge.plugins.attention.tiling import Variant
@@ -143,7 +146,7 @@ def _attention(
         sizes = Sizes(*heads, key.width, value.width, width, has_gate=False, has_value_decoder=False)
     for compute in computes:
         for cache in caches:
-            if cache in (compute, "int8", "fp8"):
+            if cache == compute or cache not in COMPUTE_TYPES:
                 yield from programs_for(Variant(sizes, compute, cache), architecture).all
 
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from gta_edge.numerics.dtypes import CACHE_TYPES, COMPUTE_TYPES
+from gta_edge.numerics.dtypes import BLOCK_CACHE_TYPES, COMPUTE_TYPES, ROW_CACHE_TYPES
 from gta_edge.plugins.attention.definition import Sizes
-from gta_edge.plugins.attention.tiling import Variant
+from gta_edge.plugins.attention.tiling import BLOCK_TOKENS, Variant
 from gta_edge.plugins.matmul import tiling as matmul
 
 __all__ = [
@@ -48,10 +48,10 @@ class AttentionCase:
 
     def call(self) -> tuple[Any, float]:
         """Return the call, its memory made, and the largest error that it may have."""
-        from tests.helpers import gpu_calls
+        from tests.helpers import block_gpu_calls, gpu_calls
 
-        call = gpu_calls.Call(self.variant, self.past, self.tokens, self.capacity)
-        return call, gpu_calls.TOLERANCE[self.variant.compute]
+        of = block_gpu_calls.BlockCall if self.variant.in_blocks else gpu_calls.Call
+        return of(self.variant, self.past, self.tokens, self.capacity), gpu_calls.TOLERANCE[self.variant.compute]
 
 
 @dataclass(frozen=True)
@@ -92,21 +92,28 @@ class ElementwiseCase:
         return call, gpu_elementwise_calls.TOLERANCE[self.compute]
 
 
-def attention(tokens_of: Mapping[int, tuple[tuple[int, ...], int]], sizes: tuple[str, ...]) -> Iterator[AttentionCase]:
+def attention(
+    tokens_of: Mapping[int, tuple[tuple[int, ...], int]], sizes: tuple[str, ...], *, blocks: bool = False
+) -> Iterator[AttentionCase]:
     """Yield calls in all types, the most used first.
 
     Args:
         tokens_of: by new tokens, those in the cache of each row, and the capacity.
         sizes: keys of ``ATTENTION_SIZES``.
+        blocks: whether the cache is in blocks, whose number then follows from the capacity.
     """
-    types = [(compute, cache) for compute in reversed(COMPUTE_TYPES) for cache in CACHE_TYPES]
-    types = [(compute, cache) for compute, cache in types if cache in (compute, "int8", "fp8")]
+    types = [
+        (compute, cache)
+        for compute in reversed(COMPUTE_TYPES)
+        for cache in (BLOCK_CACHE_TYPES if blocks else (compute, *ROW_CACHE_TYPES))
+    ]
     types.sort(key=lambda each: each != ("bf16", "bf16"))
     for label in sizes:
         for compute, cache in types:
-            for tokens, (past, capacity) in tokens_of.items():
+            variant = Variant(ATTENTION_SIZES[label], compute, cache)
+            for tokens, (past, least) in tokens_of.items():
+                capacity = -(-least // BLOCK_TOKENS) * BLOCK_TOKENS if blocks else least
                 name = f"{label} {compute}/{cache}, {tokens} new of {capacity}"
-                variant = Variant(ATTENTION_SIZES[label], compute, cache)
                 yield AttentionCase(f"attention {label} {compute}/{cache}", name, variant, past, tokens, capacity)
 
 

@@ -142,10 +142,17 @@ STAGES: tuple[Stage, ...] = (
         "attention, few new tokens, against float64",
         60,
         _module("exactness", "decode"),
-        rehearsed=_module("exactness", "decode", "few", "prefill", "many"),
+        rehearsed=_module("exactness", "decode", "few", "prefill", "blocks", "many"),
     ),
     _own("exact-few", "matmuls of few rows, against float64", 60, _module("exactness", "few"), rehearsed=False),
     _own("exact-prefill", "attention, prompts, against float64", 60, _module("exactness", "prefill"), rehearsed=False),
+    _own(
+        "exact-blocks",
+        "attention with a cache in int4 and int4v2, against the bits that are to be written, and float64",
+        90,
+        _module("exactness", "blocks"),
+        rehearsed=False,
+    ),
     _own("exact-many", "matmuls of many rows, against float64", 60, _module("exactness", "many"), rehearsed=False),
     _own(
         "model-bf16",
@@ -167,6 +174,12 @@ STAGES: tuple[Stage, ...] = (
     _own("liveness", "a captured step after another prompt, and memory handed out anew", 45, _module("liveness")),
     _own("shipped", "the shipped model: export, verify, generate", 90, _module("shipped"), needs=_EXPORT),
     _tests("tests-attention", 120, "tests/plugins/attention/test_kernels_gpu.py", rehearsal=("-k", "zeros and bf16")),
+    _tests(
+        "tests-block-attention",
+        120,
+        "tests/plugins/attention/test_block_kernels_gpu.py",
+        rehearsal=("-k", "exact and gqa-9-3 and bf16 and int4v2 and past1"),
+    ),
     _tests(
         "tests-managed-attention",
         120,

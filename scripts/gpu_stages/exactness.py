@@ -1,6 +1,6 @@
 """Stages that compare single calls of the kernels with float64, memory around them included.
 
-    python -m scripts.gpu_stages.exactness decode|prefill|few|many
+    python -m scripts.gpu_stages.exactness decode|prefill|blocks|few|many
 
 A wrong result does not keep the next case from running; an error of CUDA ends the process.
 """
@@ -33,6 +33,10 @@ def cases_of(group: str) -> Iterator[Any]:
     elif group == "prefill":
         yield from cases.attention({17: ((0, 23, 5), 40), 300: ((700, 1), 1000)}, ("gta-1b", *others))
         yield from cases.attention({2048: ((0,), 2048)}, ("gta-1b",))
+    elif group == "blocks":
+        calls = {1: ((0, 4999, 2527, 32), 5000), 16: ((0, 1999, 15, 16), 2032), 300: ((700, 1), 1000)}
+        yield from cases.attention(calls, ("gta-1b", "gqa-1b"), blocks=True)
+        yield from cases.attention({2048: ((0,), 2048)}, ("gta-1b",), blocks=True)
     elif group == "few":
         yield from cases.matmuls((1, 16), _KINDS, _SHAPES)
         yield from cases.matmuls((2, 8, 9), _KINDS, _SHAPES[:1])
@@ -48,6 +52,8 @@ def _small(group: str) -> Iterator[Any]:
         yield next(cases.attention({2: ((17, 0), 40)}, ("gqa-1b",)))
     elif group == "prefill":
         yield next(cases.attention({20: ((3,), 40)}, ("gta-1b",)))
+    elif group == "blocks":
+        yield next(cases.attention({9: ((27,), 64)}, ("gqa-1b",), blocks=True))
     else:
         rows = 3 if group == "few" else 20
         yield next(cases.matmuls((rows,), ((8, 0),), ((136, (16, 21), True),)))

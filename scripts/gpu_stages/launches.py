@@ -17,12 +17,14 @@ from scripts.gpu_stages.figures import REHEARSAL, tell
 
 
 def _small() -> Iterator[Any]:
-    calls = {1: ((0, 299, 64), 300), 5: ((295, 17), 300), 40: ((3, 90), 140)}
+    calls = {1: ((0, 299, 64), 300), 5: ((285, 17), 300), 40: ((3, 90), 140)}
     if REHEARSAL:
         yield next(cases.attention({1: ((0, 29, 30), 30)}, ("gta-1b",)))
         return
-    for case in cases.attention(calls, tuple(cases.ATTENTION_SIZES)):
-        if (case.variant.compute, case.variant.cache) in (("bf16", "bf16"), ("fp16", "int8"), ("bf16", "fp8")):
+    types = (("bf16", "bf16"), ("fp16", "int8"), ("bf16", "fp8"), ("bf16", "int4"), ("fp16", "int4v2"))
+    in_blocks = cases.attention(calls, ("gta-1b", "gqa-1b"), blocks=True)
+    for case in (*cases.attention(calls, tuple(cases.ATTENTION_SIZES)), *in_blocks):
+        if (case.variant.compute, case.variant.cache) in types:
             yield case
     shapes = ((1280, (320, 64, 128, 1280), True), (136, (16, 21), True))
     yield from cases.matmuls((1, 9, 40, 130), ((4, 32), (8, 0)), shapes)

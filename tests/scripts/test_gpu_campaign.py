@@ -58,13 +58,13 @@ def test_the_rehearsal_passes(tmp_path: Path) -> None:
     }
     exact = [row for row in found if row.get("what") == "exact"]
     gta, gqa, int8 = "attention gta-1b bf16/bf16", "attention gqa-1b bf16/bf16", "matmul int8/0 bf16"
-    assert [row["group"] for row in exact] == [gta, gqa, int8, gta, int8]
+    assert [row["group"] for row in exact] == [gta, gqa, int8, gta, "attention gqa-1b bf16/int4", int8]
     models = {row["model"] for row in found if row.get("what") == "model"}
     assert models == {row["model"] for row in found if row.get("what") == "logits"}
     assert models == {"gta-1b/bf16", "gta-1b/int4", "gqa-1b/bf16"}
     assert all(row["ok"] and 0 < row["error"] <= row["bound"] for row in exact)
     passed = {row["stage"]: row["tests"]["passed"] for row in found if "tests" in row}
-    of_attention = {"tests-attention": 2, "tests-managed-attention": 1, "tests-cache": 3}
+    of_attention = {"tests-attention": 2, "tests-block-attention": 1, "tests-managed-attention": 1, "tests-cache": 3}
     assert passed == {**of_attention, "tests-matmul": 9, "tests-elementwise": 4}
     page = (tmp_path / "table.md").read_text()
     assert page.strip() in done.stdout
@@ -199,6 +199,7 @@ def test_the_simulators_choice_is_one_of_the_tests() -> None:
     rehearsed = {stage.name for stage in STAGES if stage.is_test and stage.rehearsal}
     assert rehearsed == {
         "tests-attention",
+        "tests-block-attention",
         "tests-cache",
         "tests-elementwise",
         "tests-managed-attention",

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from gta_edge.cuda.architecture import ARCHITECTURES, KIB
 from gta_edge.errors import BackendError
-from gta_edge.numerics.dtypes import CACHE_TYPES, COMPUTE_TYPES
+from gta_edge.numerics.dtypes import BLOCK_CACHE_TYPES, COMPUTE_TYPES, ROW_CACHE_TYPES
 from gta_edge.plugins.attention import tiling
 from gta_edge.plugins.attention.definition import Features, Sizes
 from gta_edge.plugins.attention.tiling import DECODE_TOKENS, ROWS, Program, Variant
@@ -219,8 +219,28 @@ def test_a_cache_type_that_is_refused_lists_what_is_allowed(compute: str, cache:
 
 def test_every_width_that_is_listed_is_taken() -> None:
     for compute in COMPUTE_TYPES:
-        for cache in set(CACHE_TYPES) - set(COMPUTE_TYPES) | {compute}:
+        for cache, step in {compute: 16, **dict.fromkeys(ROW_CACHE_TYPES, 16), "int4": 32, "int4v2": 64}.items():
             for d_k in range(16, 129, 16):
-                for d_l in range(16, 257, 16):
+                for d_l in range(step, 257, step):
                     defines = Variant(Sizes(2, 1, 2, d_k, d_l, 6 * d_l), compute, cache).defines()
                     assert defines["GTA_EXPANSION"] == 3
+
+
+@pytest.mark.parametrize(("cache", "width", "multiple"), [("int4", 48, 32), ("int4v2", 96, 64)])
+def test_values_in_blocks_fill_units_of_16_bytes(cache: str, width: int, multiple: int) -> None:
+    with pytest.raises(BackendError) as error:
+        Variant(Sizes(1, 1, 1, 16, width, width), "fp16", cache)
+    problem = f"a cache of type {cache} has no latent width of {width}"
+    assert str(error.value) == f"{problem}; expected a multiple of {multiple}"
+
+
+@pytest.mark.parametrize("cache", BLOCK_CACHE_TYPES)
+def test_rows_of_a_cache_in_blocks_are_not_managed(cache: str) -> None:
+    for features, names in (
+        (Features(None, 0, True, False), "positions"),
+        (Features("mass", 2, False, True), "row_bias, branch_start, branches, past_received, query_weight, decay"),
+    ):
+        with pytest.raises(BackendError) as error:
+            Variant(Sizes(1, 1, 1, 16, 64, 64), "bf16", cache, features)
+        problem = f"a cache of type {cache} takes no {names}: its rows cannot be managed"
+        assert str(error.value) == f"{problem}; choose one of bf16, int8, fp8"
