@@ -22,6 +22,7 @@ from gta_edge.libraries.cuda import cuda_extra, driver_cuda_version
 from gta_edge.libraries.install import install_command
 from gta_edge.model.config import GTAConfig
 from gta_edge.model.presets import PRESETS, preset
+from gta_edge.numerics.dtypes import BLOCK_CACHE_TYPES
 from gta_edge.plugins.attention.definition import Features, Sizes
 from gta_edge.plugins.attention.launches import Programs, decode_launches, prefill_launches, programs_for
 from gta_edge.plugins.attention.tiling import DECODE_TOKENS, Program, Variant
@@ -522,6 +523,19 @@ def test_the_kernels_of_a_managed_cache_do_not_spill(
         pytest.skip("GTA_EDGE_ALL_COMPILES=1 compiles it")
     variant = Variant(sizes, compute, compute if cache == "as computed" else cache, FEATURES[features])
     check_kernels(programs_for(variant, architecture), architecture)
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("architecture", BUILT_FOR)
+@pytest.mark.parametrize("compute", ["fp16", "bf16"])
+@pytest.mark.parametrize("cache", BLOCK_CACHE_TYPES)
+@pytest.mark.parametrize("sizes", [SIZES, WITHOUT[GQA_64], WITHOUT[GQA_128]], ids=["gta-1b", GQA_64, GQA_128])
+def test_the_kernels_of_a_cache_in_blocks_do_not_spill(
+    sizes: Sizes, cache: str, compute: str, architecture: str
+) -> None:
+    if not (ALL_COMPILES or (sizes, cache, compute, architecture) == (SIZES, "int4", "bf16", "sm_87")):
+        pytest.skip("GTA_EDGE_ALL_COMPILES=1 compiles it")
+    check_kernels(programs_for(Variant(sizes, compute, cache), architecture), architecture)
 
 
 @needs_nvrtc

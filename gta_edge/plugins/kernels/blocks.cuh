@@ -29,29 +29,50 @@ static_assert(in_blocks && latent_dim % unit_values == 0);
 
 // --- codes as right operands -----------------------------------------------------------------------------------------
 
-// Codes n of two words as a pair of fp16, exactly: bits are set in a number whose last bit is worth 1 (at 1024), and what
-// is too much is taken off. Bits that are 2 k places higher are worth 4^k as much.
-template <int bits>
-GTA_DEVICE u32 integers(u32 words, int n) {
-    constexpr int fitting = 10 / bits;  // codes that a number's 10 bits have place for
-    const int place = bits * (n % fitting);
-    const u32 mask = ((1u << bits) - 1) << place;
-    const u32 pair = (words >> (bits * n - place) & (mask << 16 | mask)) | 0x64006400u;
-    const u32 factor = 0x3c00u - (static_cast<u32>(place) << 10), offset = 0xe400u - (static_cast<u32>(place) << 10);
-    return fma_f16x2(pair, factor << 16 | factor, offset << 16 | offset);
-}
+// Codes of so many bits as pairs of fp16. A logical instruction takes one constant beside registers, and there are two: the
+// masks can be `kept` in registers, where these are not short.
+template <int bits, bool kept>
+struct Widen {
+    static constexpr int fitting = 10 / bits;  // that a number's 10 bits have place for
+    u32 masks[fitting];
+
+    GTA_DEVICE Widen() {
+#pragma unroll
+        for (int i = 0; i < fitting; ++i) {
+            const u32 mask = ((1u << bits) - 1) * 0x00010001u << bits * i;
+            masks[i] = kept ? in_register(mask) : mask;
+        }
+    }
+
+    // Codes n of two words, exactly: bits are set in a number whose last bit is worth 1 (at 1024), and what is too much is
+    // taken off. Bits that are k places higher are worth 2^k as much.
+    GTA_DEVICE u32 of(u32 words, int n) const {
+        const int place = bits * (n % fitting);
+        const u32 pair = (words >> (bits * n - place) & masks[n % fitting]) | 0x64006400u;
+        const u32 less = static_cast<u32>(place) << 10;
+        return fma_f16x2(pair, (0x3c00u - less) * 0x00010001u, (0xe400u - less) * 0x00010001u);
+    }
+};
+
+template <bool kept>
+struct Decoding {
+    Widen<4, kept> keys;
+    Widen<value_bits, kept> values;
+};
 
 // Rows of whole blocks in shared memory: of each key head, of each block, codes and then scales and minima; of each
 // latent head, rows of codes, and then scales and minima of them all.
-template <int count>
+template <int count, class Decoding>
 struct CodeTile {
     static constexpr int tokens = count;
     static constexpr int blocks = count / block_tokens;
     static_assert(count % block_tokens == 0);
+    const Decoding& decoding;
     const u8 *key_blocks, *value_blocks;
     mutable u32 words[2], scales[2], minima[2];
 
-    GTA_DEVICE CodeTile(const u8* keys, const u8* values) : key_blocks(keys), value_blocks(values) {}
+    GTA_DEVICE CodeTile(const Decoding& decoding, const u8* keys, const u8* values)
+        : decoding(decoding), key_blocks(keys), value_blocks(values) {}
 
     // Rows of the query's own block are not read here.
     GTA_DEVICE static bool hides(int row, int limit) { return row >= limit - limit % block_tokens; }
@@ -70,7 +91,7 @@ struct CodeTile {
         for (int half = 0; half < 2; ++half) {
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
-                b[half][i] = fma_f16x2(integers<4>(words[i], block % 2 * 2 + half), scales[i], minima[i]);
+                b[half][i] = fma_f16x2(decoding.keys.of(words[i], block % 2 * 2 + half), scales[i], minima[i]);
             }
         }
     }
@@ -100,7 +121,7 @@ struct CodeTile {
         for (int half = 0; half < 2; ++half) {
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
-                const u32 codes = integers<value_bits>(words[i], block % unit_blocks * 2 + half);
+                const u32 codes = decoding.values.of(words[i], block % unit_blocks * 2 + half);
                 b[half][i] = fma_f16x2(codes, scales[i], minima[i]);
             }
         }

@@ -155,6 +155,7 @@ gta_decode_split(const gta::Element* query,             // [B, T, n_q d_k]
 
     const int row = first_row + 16 * warp_m + lane / 4;
     const Heads heads(row);
+    const Decoding<true> decoding;
     Attention attention;
 #pragma unroll
     for (int step = 0; step < key_dim / 16; ++step) {
@@ -170,7 +171,8 @@ gta_decode_split(const gta::Element* query,             // [B, T, n_q d_k]
             attention.add(tile, in_codes + slice * slice_tokens, limit, heads, scale * log2_e);
         }
         if (crosses && warp_n == warps_n - 1) {
-            const CodeTile<block_tokens> tile{shared + closed_offset, shared + closed_offset + values_offset};
+            const u8* const slice = shared + closed_offset;
+            const CodeTile<block_tokens, Decoding<true>> tile{decoding, slice, slice + values_offset};
             attention.add(tile, in_codes, limit, heads, scale * log2_e);
         }
     } else {
@@ -184,7 +186,7 @@ gta_decode_split(const gta::Element* query,             // [B, T, n_q d_k]
             copy(round + stages - 1);  // to where the last round's slice was
             if (begin + round * round_tokens + warp_n * block_tokens < end) {  // the whole warp agrees
                 const u8* const slice = shared + (round % stages * warps_n + warp_n) * slice_bytes;
-                const CodeTile<block_tokens> tile{slice, slice + values_offset};
+                const CodeTile<block_tokens, Decoding<true>> tile{decoding, slice, slice + values_offset};
                 attention.add(tile, 0, {unlimited, unlimited}, heads, scale * log2_e);
             }
         }

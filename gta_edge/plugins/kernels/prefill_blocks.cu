@@ -120,6 +120,7 @@ gta_prefill(const gta::Element* query,                       // [B, T, n_q d_k]
     // The block of the warp's first row; that of its last one is this or the next.
     static_assert(warp_rows <= block_tokens);
     const int first_block = min_of(past + first_row, end - 1) / block_tokens * block_tokens;
+    const Decoding<false> decoding;
     Rows rows;
 #pragma unroll 1
     for (int tile = 0; tile < tiles; ++tile) {
@@ -134,8 +135,8 @@ gta_prefill(const gta::Element* query,                       // [B, T, n_q d_k]
         const int first = tile * keys;
         if (first < first_block + block_tokens) {
             const u8* const codes = cached + tile % 2 * codes_bytes;
-            rows.add(query_rows, CodeTile<keys>{codes, codes + values_offset}, first, limit,
-                     first + keys <= first_block, scale * log2_e, wait_for_values);
+            const CodeTile<keys, Decoding<false>> in_codes{decoding, codes, codes + values_offset};
+            rows.add(query_rows, in_codes, first, limit, first + keys <= first_block, scale * log2_e, wait_for_values);
         } else {
             wait_for_values();
         }

@@ -51,6 +51,9 @@ GTA_DEVICE bool any_of_warp(bool condition) {
 // constant it would put into one anew at each use.
 GTA_DEVICE u32 kept_in_register(u32 number) { return number + blockIdx.z; }
 
+// The same for grids of any shape: blocks here have threads along x alone.
+GTA_DEVICE u32 in_register(u32 number) { return number + threadIdx.z; }
+
 // --- copies from global to shared memory that run beside the computation ------------------------------------------
 
 // 16 bytes, past the L1 cache; zeros are written, and nothing is read, where `valid` is false.
