@@ -52,6 +52,7 @@ def plan(
     ] = None,
     batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
     prompt: Annotated[int | None, typer.Option(help="Tokens of the prompt; the context by default.")] = None,
+    n: Annotated[int, typer.Option("--n", help="Answers to each prompt, which is held once; give --prompt.")] = 1,
     precision: Annotated[Precision | None, typer.Option(help="How weights are stored; by default as they are.")] = None,
     block_size: Annotated[int | None, typer.Option(help="Weights that share a scale, for int8 and int4.")] = None,
     cache_dtype: Annotated[
@@ -84,7 +85,8 @@ def plan(
     models = [_model(target, value_of(precision), block_size, context) for target in targets]
     machine = _device(device, efficiency)
     kind, policy = value_of(cache_dtype), policy_of(cache)
-    plans = [_plan(model, machine, kind, policy, context=context, batch=batch, prompt=prompt) for model in models]
+    sizes = {"context": context, "batch": batch, "prompt": prompt, "answers": n}
+    plans = [_plan(model, machine, kind, policy, **sizes) for model in models]
     if plot is not None:
         from gta_edge.cli.plan_plot import draw
 
@@ -216,6 +218,7 @@ def _advice(plan: Plan, target: str, block_size: int | None, policy: CachePolicy
             if words:
                 model = _model(target, precision, block_size, plan.context) if precision else plan.model
                 options = {"context": plan.context, "batch": plan.batch, "prompt": plan.prompt}
+                options |= {"answers": plan.answers}
                 last = _plan(model, plan.device, cache_dtype, policy, **options)
                 ways += [" ".join(words)] if last.fits else []
             if not ways and last.max_context:
@@ -267,6 +270,7 @@ def _document(plan: Plan) -> dict[str, Any]:
         "context": plan.context,
         "batch": plan.batch,
         "prompt_tokens": plan.prompt,
+        "answers": plan.answers,
         "fits": plan.fits,
         "weight_bytes": model.weight_bytes,
         "weight_memory_bytes": memory.weights,
@@ -285,7 +289,7 @@ def _document(plan: Plan) -> dict[str, Any]:
         "max_context": plan.max_context,
         "max_batch": plan.max_batch,
         "decode_ms": 1e3 * plan.decode.seconds,
-        "decode_tokens_per_s": plan.batch / plan.decode.seconds,
+        "decode_tokens_per_s": plan.batch * plan.answers / plan.decode.seconds,
         "prefill_ms": 1e3 * plan.prefill.seconds,
         "prefill_tokens_per_s": plan.batch * plan.prompt / plan.prefill.seconds,
         "bound": {"decode": plan.decode.bound, "prefill": plan.prefill.bound},

@@ -23,7 +23,7 @@ def single(console: rich.console.Console, plan: Plan, document: dict[str, Any], 
     model, device, memory = plan.model, plan.device, plan.memory
     where = device.title if device.title == device.name else f"{device.title} ({device.name})"
     _print(console, f"{model.name} in {model.precision} on {where}")
-    _print(console, f"context {plan.context:,}, batch {plan.batch}\n")
+    _print(console, f"context {plan.context:,}, batch {plan.batch}{_answers(plan)}\n")
     rows = {
         "weights": f"{_gb(memory.weights)}   {_gb(model.weight_bytes)} stored",
         "cache": f"{_gb(memory.cache)}   {plan.execution.cache_dtype}, {_cached(plan)}",
@@ -54,10 +54,14 @@ def single(console: rich.console.Console, plan: Plan, document: dict[str, Any], 
             _print(console, f"  {way}")
 
 
+def _answers(plan: Plan) -> str:
+    return f", {plan.answers} answers to a prompt of {plan.prompt:,} tokens" if plan.answers > 1 else ""
+
+
 def comparison(console: rich.console.Console, plans: list[Plan], *, sources: bool) -> None:
     """Print several plans for one device side by side."""
     first = plans[0]
-    _print(console, f"{first.device.title}: context {first.context:,}, batch {first.batch}")
+    _print(console, f"{first.device.title}: context {first.context:,}, batch {first.batch}{_answers(first)}")
     _print(console, f"a bound, not a measurement: {_roofline(first)}\n")
     lines = [
         ("", [plan.model.name for plan in plans]),

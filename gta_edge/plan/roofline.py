@@ -165,7 +165,14 @@ class Phase:
 
 @dataclass(frozen=True)
 class Plan:
-    """A model on a device, at one context and batch. Figures that take a search are found when they are asked for."""
+    """A model on a device, at one context and batch. Figures that take a search are found when they are asked for.
+
+    Attributes:
+        context: tokens of each text, its prompt among them.
+        batch: texts at once, each with a prompt of its own.
+        prompt: tokens of the prompt.
+        answers: to each prompt, which is held once for all of them.
+    """
 
     model: Model
     device: Device
@@ -173,6 +180,12 @@ class Plan:
     context: int
     batch: int
     prompt: int
+    answers: int = 1
+
+    def held(self, context: int) -> int:
+        """Return the tokens in the cache for each prompt, with answers up to a context: the prompt's once."""
+        shared = min(self.prompt, context) if self.answers > 1 else 0
+        return shared + self.answers * (context - shared)
 
     @cached_property
     def memory(self) -> Memory:
@@ -201,8 +214,8 @@ class Plan:
 
     @cached_property
     def decode(self) -> Phase:
-        """One new token in every row, the last that the context holds."""
-        return self._timed([Step(self.batch, 1, self.context - 1)])
+        """One new token in every answer, the last that the context holds."""
+        return self._timed([Step(self.batch, self.answers, self.held(self.context) - self.answers, self.answers)])
 
     @cached_property
     def prefill(self) -> Phase:
@@ -220,9 +233,9 @@ class Plan:
         weights, loading = _weights(self.model, self.execution, context * batch)
         return Memory(
             weights=weights,
-            cache=self.execution.held_bytes(self.model.config, context, batch),
+            cache=self.execution.held_bytes(self.model.config, self.held(context), batch),
             activations=activation_bytes(
-                self.model.config, self.execution, batch, tokens, self.execution.longest(context)
+                self.model.config, self.execution, batch, tokens, self.execution.longest(self.held(context))
             ),
             runtime=self.device.runtime_bytes,
             loading=loading,
@@ -256,11 +269,13 @@ def make_plan(
     context: int | None = None,
     batch: int = 1,
     prompt: int | None = None,
+    answers: int = 1,
 ) -> Plan:
     """Return a plan; the context is ``DEFAULT_CONTEXT`` or the model's positions by default, the prompt as long.
 
     Raises:
-        InputError: a context beyond the model's positions, a prompt longer than the context, or a number below 1.
+        InputError: a context beyond the model's positions, a prompt longer than the context, or a number below 1;
+            several answers behind a prompt that leaves no room for them, or with a cache that drops rows.
     """
     positions = model.config.max_position_embeddings
     context = min(DEFAULT_CONTEXT, positions) if context is None else context
@@ -271,7 +286,18 @@ def make_plan(
         raise InputError(f"--prompt is {prompt}", f"expected 1 to the context, {context}")
     if not 1 <= batch <= LARGEST_BATCH:
         raise InputError(f"--batch is {batch}", f"expected 1 to {LARGEST_BATCH}")
-    return Plan(model, device, execution, context, batch, prompt)
+    if not 1 <= answers <= LARGEST_BATCH:
+        raise InputError(f"--n is {answers}", f"expected 1 to {LARGEST_BATCH}")
+    if answers > 1 and prompt + 1 > context:
+        raise InputError(
+            f"--n is {answers} with a prompt as long as the context, {context}",
+            "give --prompt: what is left of the context are the tokens of each answer",
+        )
+    if answers > 1 and execution.rows is not None:
+        raise InputError(
+            "several answers are branches of a cache that drops no rows", "leave --cache-policy or --n out"
+        )
+    return Plan(model, device, execution, context, batch, prompt, answers)
 
 
 def _sum(a: Timed, b: Timed) -> Timed:

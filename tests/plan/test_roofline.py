@@ -205,6 +205,21 @@ def test_gta_never_takes_more_cache_than_gqa(context: int) -> None:
     assert gta.memory.cache * 640 == gqa.memory.cache * 192
 
 
+def test_answers_to_one_prompt_hold_and_read_it_once() -> None:
+    one, four = planned(context=2176, prompt=2048), planned(context=2176, prompt=2048, answers=4)
+    held = 2048 + 4 * 128
+    assert four.memory.cache == planned(context=held).memory.cache
+    assert four.memory.cache < 0.35 * planned(context=2176, batch=4).memory.cache
+    assert four.prefill.seconds == one.prefill.seconds
+    weights, caches = (
+        [sum(timed.operator.__getattribute__(kind) for timed in plan.decode.operators) for plan in (one, four)]
+        for kind in ("weight_bytes", "cache_bytes")
+    )
+    assert weights[0] == pytest.approx(weights[1], rel=1e-4)  # but for rows of the embedding
+    assert caches[1] / caches[0] == pytest.approx(held / 2176, rel=0.01)
+    assert 2176 < four.max_context < one.max_context
+
+
 def test_a_cache_of_8_bits_takes_less() -> None:
     caches = [planned(cache_dtype=cache).memory.cache for cache in ("fp16", "int8", "fp8")]
     assert caches[0] > caches[1] == caches[2]
@@ -273,6 +288,8 @@ def test_the_gap_between_gta_and_gqa_opens_with_the_context() -> None:
         ({"batch": 257}, "--batch is 257"),
         ({"context": 10, "prompt": 11}, "--prompt is 11; expected 1 to the context, 10"),
         ({"prompt": 0}, "--prompt is 0"),
+        ({"answers": 0}, "--n is 0; expected 1 to 256"),
+        ({"answers": 2}, "--n is 2 with a prompt as long as the context, 4096; give --prompt"),
     ],
 )
 def test_a_number_that_is_out_of_range(options: dict[str, int], message: str) -> None:

@@ -1,0 +1,322 @@
+"""What speculation and branches save: tokens a step and time beside plain decoding, and several answers beside a batch.
+
+    python benchmarks/speculation.py [--new-tokens 160] [--rounds 3] [--parts speculation,answers] [--json FILE] …
+
+Speculation: SmolLM2-135M-Instruct in int4 edits a function, summarises with quotes, and tells a story, greedily, with
+prompt lookup and without, in turns. Then GTA-1B with random weights in int4 is led along the same tokens, which shows
+what the same guesses save at its sizes: its own logits say nothing.
+
+Answers: GTA-1B gives 4 answers to a prompt as branches of a tree, and as 4 rows of a batch that each hold the prompt.
+
+The model comes from ``make real-model``; bundles are made once under the work directory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from comparison import machine, positive
+from random_bundles import make_bundles
+
+import gta_edge
+from gta_edge.runtime.generation.lookup import PromptLookup
+from gta_edge.runtime.generation.speculation import SpeculativeSteps
+from gta_edge.runtime.generation.steps import PlainSteps, Steps
+from gta_edge.runtime.session import Ids, Session
+from gta_edge.runtime.step_costs import WIDTHS, StepCosts
+from gta_edge.runtime.token_tree import PREFIX
+
+ROOT = Path(__file__).parents[1]
+
+FUNCTION = """def read_rows(path, separator=","):
+    rows = []
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            line = line.strip()
+            if not line or line.startswith("#"):
+                continue
+            fields = line.split(separator)
+            if len(fields) != 3:
+                raise ValueError(f"{path}: expected 3 fields and found {len(fields)}")
+            name, count, price = fields
+            rows.append({"name": name, "count": int(count), "price": float(price)})
+    return rows
+"""
+ARTICLE = """The lighthouse on the northern cliff was built in 1871, after three ships had been lost in a single
+winter. Its lamp burned whale oil at first, then paraffin, and from 1924 it ran on electric current from
+the village. The keeper, Ann Marlow, kept a diary of every storm for thirty-one years, and it is the best
+record of the weather of that coast that we have. When the light was made automatic in 1983, the diary
+was given to the museum, where it was forgotten in a cupboard until a student found it last spring. She
+has since shown that the winds of the coast have turned by eleven degrees in a century."""
+PROMPTS = {
+    "edit a function": f"Rename the variable rows to items. Answer with the function.\n\n```python\n{FUNCTION}```",
+    "summarise with quotes": f"Summarise this text, and quote its two most important sentences.\n\n{ARTICLE}",
+    "tell a story": "Write a short story about a fox who wants to learn the violin.",
+}
+NO_REPETITION = "random tokens"
+"""Not a text: nothing comes again but by chance, so that what guessing costs shows alone."""
+
+PARTS, MODELS = ("speculation", "answers"), ("smollm2", "gta-1b")
+
+Row = dict[str, Any]
+
+
+# --- speculation -----------------------------------------------------------------------------------------------------
+
+
+def answers(session: Session, new_tokens: int) -> dict[str, tuple[Ids, int]]:
+    """Return what the model says to each prompt, prompt included, and how long the prompt is."""
+    found = {}
+    for name, prompt in PROMPTS.items():
+        messages = [{"role": "user", "content": prompt}]
+        assert session.tokenizer is not None  # the model has one
+        text = session.tokenizer.apply_chat_template(messages)
+        ids = session.tokenizer.encode(text, add_special_tokens=False)
+        generation = gta_edge.generate(session, ids, max_new_tokens=new_tokens)
+        list(generation)
+        found[name] = np.array([*ids, *generation.ids], np.int64), len(ids)
+    rng = np.random.default_rng(0)
+    found[NO_REPETITION] = rng.integers(0, session.config.vocab_size, 128 + new_tokens), 128
+    return found
+
+
+def led(steps: Steps, ids: Ids, prompt: int) -> tuple[float, Ids]:
+    """Lead a model along a text; return the seconds after the prompt, and what it would have said itself."""
+    said = [int(steps.after(ids[:prompt]).argmax())]
+    start = time.perf_counter()
+    said += [int(steps.after(ids[:count]).argmax()) for count in range(prompt + 1, len(ids))]
+    return time.perf_counter() - start, np.array(said)
+
+
+def speculation(session: Session, texts: dict[str, tuple[Ids, int]], rounds: int, *, own: bool) -> list[Row]:
+    """Return a row for each text: plain decoding and prompt lookup in turns, ratios within a round.
+
+    Args:
+        session: runs the model.
+        texts: to be led along, and how long their prompts are.
+        rounds: repeats, beside a first one that warms up.
+        own: whether the texts are the model's own: then it must say them in both ways.
+    """
+    found = []
+    for name, (ids, prompt) in texts.items():
+        times: dict[str, list[float]] = {"plain": [], "lookup": []}
+        counts = None
+        session.step_costs = StepCosts()
+        for _ in range(rounds + 1):
+            plain, said = led(PlainSteps(session.claim), ids, prompt)
+            steps = SpeculativeSteps(session, PromptLookup(), len(ids) + 1)
+            lookup, said_too = led(steps, ids, prompt)
+            if (
+                own
+                and name != NO_REPETITION
+                and not (np.array_equal(said, ids[prompt:]) and np.array_equal(said_too, ids[prompt:]))
+            ):
+                raise SystemExit(f"{name}: another text with speculation than without")
+            times["plain"].append(plain)
+            times["lookup"].append(lookup)
+            counts = steps.counts
+        assert counts is not None
+        tokens = len(ids) - prompt - 1
+        ratios = [a / b for a, b in zip(times["plain"][1:], times["lookup"][1:], strict=True)]
+        found.append(
+            {
+                "text": name,
+                "tokens": tokens,
+                "drafted": counts.drafted,
+                "accepted": counts.accepted,
+                "tokens_per_step": tokens / counts.calls,
+                "plain_ms": 1e3 * statistics.median(times["plain"][1:]) / tokens,
+                "lookup_ms": 1e3 * statistics.median(times["lookup"][1:]) / tokens,
+                "speed": statistics.median(ratios),
+                "speeds": ratios,
+            }
+        )
+    return found
+
+
+def measured(session: Session, texts: dict[str, tuple[Ids, int]], rounds: int, *, own: bool) -> Row:
+    """Return what calls cost by their width, and what speculation saves on each text."""
+    return {"widths_ms": widths(session, 512, rounds), "texts": speculation(session, texts, rounds, own=own)}
+
+
+def widths(session: Session, context: int, rounds: int) -> dict[int, float]:
+    """Return the milliseconds of a call of each width at a context, medians of rounds."""
+    rng, times = np.random.default_rng(1), {width: list[float]() for width in WIDTHS}
+    session.reset()
+    session.forward(rng.integers(0, session.config.vocab_size, (1, context)))
+    for _ in range(rounds):
+        for width in WIDTHS:
+            ids = rng.integers(0, session.config.vocab_size, (1, width))
+            for timed in (False, True):  # the first binds memory
+                start = time.perf_counter()
+                session.forward(ids, all_logits=True)
+                if timed:
+                    times[width].append(1e3 * (time.perf_counter() - start))
+                session.truncate(context)
+    return {width: statistics.median(each) for width, each in times.items()}
+
+
+# --- answers ---------------------------------------------------------------------------------------------------------
+
+
+def in_a_tree(session: Session, prompt: Ids, count: int, new_tokens: int) -> Row:
+    """Time answers that share a prompt as branches, each its own tokens."""
+    rng, start = np.random.default_rng(2), time.perf_counter()
+    claim = session.claim()
+    claim.forward(prompt[None])
+    read = time.perf_counter()
+    tree, nodes = claim.tree(), [PREFIX] * count
+    for _ in range(new_tokens):
+        nodes = tree.grow(nodes)
+        claim.forward(rng.integers(0, session.config.vocab_size, (1, count)), tree=tree, all_logits=True)
+    end = time.perf_counter()
+    return {
+        "prompt_s": read - start,
+        "decode_s": end - read,
+        "total_s": end - start,
+        "cache_bytes": session.cache_bytes,
+    }
+
+
+def in_a_batch(session: Session, prompt: Ids, count: int, new_tokens: int) -> Row:
+    """Time as many rows of a batch that each read and hold the prompt."""
+    rng, start = np.random.default_rng(2), time.perf_counter()
+    session.reset()
+    session.forward(np.tile(prompt, (count, 1)))
+    read = time.perf_counter()
+    for _ in range(new_tokens):
+        session.forward(rng.integers(0, session.config.vocab_size, (count, 1)))
+    end = time.perf_counter()
+    return {
+        "prompt_s": read - start,
+        "decode_s": end - read,
+        "total_s": end - start,
+        "cache_bytes": session.cache_bytes,
+    }
+
+
+def several(path: Path, options: argparse.Namespace) -> Row:
+    """Measure answers in both ways, each in a session of its own, so that its cache is its own."""
+    rng, found = np.random.default_rng(3), {}
+    for way, measure in (("tree", in_a_tree), ("batch", in_a_batch)):
+        with gta_edge.load(path, "onnxruntime", threads=options.threads, trees=way == "tree") as session:
+            prompt = rng.integers(0, session.config.vocab_size, options.context)
+            session.forward(np.zeros((1, 1), np.int64))
+            session.reset()
+            found[way] = measure(session, prompt, options.answers, options.answer_tokens)
+    ratios = {key: found["tree"][key] / found["batch"][key] for key in found["tree"]}
+    return (
+        {"answers": options.answers, "context": options.context, "tokens": options.answer_tokens}
+        | found
+        | {"ratios": ratios}
+    )
+
+
+# --- the whole -------------------------------------------------------------------------------------------------------
+
+
+def run(options: argparse.Namespace) -> Row:
+    """Measure what was asked for."""
+    found: Row = {
+        "machine": machine(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "onnxruntime": version("onnxruntime"),
+        "threads": options.threads,
+    }
+    large = make_bundles(options.work, "gta-1b", options.layers, ["int4"])["int4"]
+    if "speculation" in options.parts:
+        small = options.work / "smollm2-int4"
+        if not small.exists():
+            gta_edge.export_model(options.model, small, precision="int4", verify=False)
+        with gta_edge.load(small, "onnxruntime", threads=options.threads) as session:
+            texts = answers(session, options.new_tokens)
+            if "smollm2" in options.models:
+                found["SmolLM2-135M"] = measured(session, texts, options.rounds, own=True)
+        if "gta-1b" in options.models:
+            with gta_edge.load(large, "onnxruntime", threads=options.threads) as session:
+                found["GTA-1B"] = measured(session, texts, options.rounds, own=False)
+    if "answers" in options.parts:
+        found["answers"] = several(large, options)
+    return found
+
+
+def markdown(found: Row) -> str:
+    """Return the figures as tables."""
+    lines = []
+    for label in ("SmolLM2-135M", "GTA-1B"):
+        if label not in found:
+            continue
+        costs = found[label]["widths_ms"]
+        lines += [f"{label}, int4", "", _row("tokens of a call", *costs), _rule(len(costs) + 1)]
+        lines += [_row("ms", *(f"{ms:.1f}" for ms in costs.values())), ""]
+        lines += [_row("text", "tokens a step", "drafted, accepted", "plain ms", "lookup ms", "speed"), _rule(6)]
+        for each in found[label]["texts"]:
+            guesses = f"{each['drafted']}, {each['accepted']} of {each['tokens']}"
+            times = f"{each['plain_ms']:.1f}", f"{each['lookup_ms']:.1f}"
+            lines.append(_row(each["text"], f"{each['tokens_per_step']:.2f}", guesses, *times, f"{each['speed']:.2f}"))
+        lines.append("")
+    if "answers" in found:
+        each = found["answers"]
+        lines += [f"{each['answers']} answers of {each['tokens']} tokens to {each['context']}", ""]
+        lines += [_row("", "prompt s", "tokens s", "in all s", "cache MB"), _rule(5)]
+        for way, name in (("tree", "branches of a tree"), ("batch", "rows of a batch")):
+            own = each[way]
+            cells = (f"{own[key]:.2f}" for key in ("prompt_s", "decode_s", "total_s"))
+            lines.append(_row(name, *cells, f"{own['cache_bytes'] / 1e6:.0f}"))
+        lines.append(_row("ratio", *(f"{ratio:.2f}" for ratio in each["ratios"].values())))
+    return "\n".join(lines)
+
+
+def _row(*cells: object) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def _rule(columns: int) -> str:
+    return "|---" * columns + "|"
+
+
+def _of(*allowed: str) -> Callable[[str], Sequence[str]]:
+    def parse(text: str) -> Sequence[str]:
+        chosen = text.split(",")
+        if not set(chosen) <= set(allowed):
+            raise argparse.ArgumentTypeError(f"expected some of {', '.join(allowed)}, with commas between")
+        return chosen
+
+    return parse
+
+
+def main() -> None:
+    """Parse the command line, measure, and print."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--work", type=Path, default=ROOT / "build" / "benchmarks", help="where models are kept")
+    parser.add_argument("--model", type=Path, default=ROOT / "build" / "smollm2", help="the checkpoint of SmolLM2")
+    parser.add_argument("--parts", type=_of(*PARTS), default=PARTS)
+    parser.add_argument("--models", type=_of(*MODELS), default=MODELS, help="of the part speculation")
+    parser.add_argument("--new-tokens", type=positive, default=160, help="of each text")
+    parser.add_argument("--rounds", type=positive, default=3)
+    parser.add_argument("--threads", type=positive, default=None, help="one per core by default")
+    parser.add_argument("--layers", type=positive, default=None, help="of GTA-1B, instead of its own")
+    parser.add_argument("--context", type=positive, default=2048, help="of the prompt that is answered several times")
+    parser.add_argument("--answers", type=positive, default=4)
+    parser.add_argument("--answer-tokens", type=positive, default=128)
+    parser.add_argument("--json", type=Path, default=None, help="write all figures there")
+    options = parser.parse_args()
+    found = run(options)
+    print(markdown(found))
+    if options.json is not None:
+        options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
