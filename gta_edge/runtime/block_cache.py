@@ -42,6 +42,7 @@ class BlockCache(CacheState):
 
     def __init__(self, config: ModelConfig, dtype: str, **options: Any) -> None:
         super().__init__(config, dtype, **options)
+        self._unpacked = 3  # unpacked, without what nobody sees, and with the rows behind that are not in codes
         self._held = np.zeros(1, np.int64)  # [B], which block each open block holds, or held last
 
     @property

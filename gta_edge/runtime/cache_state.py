@@ -145,6 +145,7 @@ class CacheState:
         self.capacities = (0,) * config.num_hidden_layers
         self._on_host = on_host
         self._limit = limit or f"the model has {self.max_length} positions"
+        self._unpacked = 1  # layers' caches that there are at once in that type
         self._step_size = 0  # rows times tokens of the largest chunk that there was room for
 
     @property
@@ -336,7 +337,8 @@ class CacheState:
                 execution = Execution(self._compute, self.dtype, width, writes_scores=True)
                 needed += activation_bytes(self.config, execution, computed, width, max(capacities))
                 if self.dtype != self._compute:  # a layer's cache at a time, in the type that it is attended to in
-                    needed += cache_bytes(self.config, self._compute, max(capacities), computed) // len(capacities)
+                    layer = cache_bytes(self.config, self._compute, max(capacities), computed) // len(capacities)
+                    needed += layer * self._unpacked
         available = available_bytes()
         if available is not None and needed > available:
             raise CapacityError(

@@ -121,3 +121,21 @@ def test_a_benchmark_needs_room_for_the_rows_that_stay(tiny_bundle: Path) -> Non
     few = {"name": "h2o", "rows": 8, "interval": 8}
     sizes = [needs(bundle, 10**5, 10, 2, answers=0, cache=cache).backend for cache in (None, few)]
     assert sizes[1] < 0.1 * sizes[0]
+
+
+def test_a_text_on_a_cache_of_4_bits(command: Command, tiny_bundle: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.write_text("def main():\n    return 1\n" * 5)
+    losses = {
+        cache: command("eval", tiny_bundle, "--text", text, "--backend", "torch", "--cache-dtype", cache, "--json")
+        for cache in ("fp32", "int4")
+    }
+    exact, found = (each.document["loss"] for each in losses.values())
+    assert 0 < abs(found - exact) < 0.1 * exact
+    words = ("--ids", "1,2,3", "--max-new-tokens", 40, "--ignore-eos", "--backend")
+    made = command("generate", tiny_bundle, *words, "torch", "--cache-dtype", "int4v2", "--json").document["ids"]
+    assert len(made) == 40
+    assert command("generate", tiny_bundle, *words, "onnxruntime", "--cache-dtype", "int4").error == (
+        "onnxruntime has no cache of int4 for GTAForCausalLM in fp32; "
+        "expected fp32 or int8, or leave the type of the cache out"
+    )

@@ -43,6 +43,7 @@ class Noted:
         return 16
 
     def launch(self, stream: int, *buffers: Any, **numbers: Any) -> None:
+        self.buffers = buffers
         addresses = {"x", "weight", "scale", "bias", "outputs"} if not buffers else set()
         self.calls.append((self._variant, {n: value for n, value in numbers.items() if n not in addresses}))
 
@@ -66,12 +67,13 @@ class Call:
     decoder: bool = True
     features: Features = Features()  # noqa: RUF009  # it is frozen
     branch_rows: int = 0
+    cache: str | None = None
 
     @property
     def variant(self) -> Variant:
         hidden = self.heads[0] * self.latent_dim
         sizes = Sizes(*self.heads, self.key_dim, self.latent_dim, hidden, self.gate, self.decoder)
-        return Variant(sizes, self.compute, self.compute, self.features)
+        return Variant(sizes, self.compute, self.cache or self.compute, self.features)
 
     @property
     def numbers(self) -> dict[str, Any]:
@@ -97,9 +99,26 @@ class Call:
             torch.zeros(b, self.branch_rows, dtype=torch.int64) if f.has_branches else None,
             *((torch.zeros(b, s), torch.zeros(b, t), torch.ones(b), f.observe) if f.observe else ()),
         ]
+        if self.cache is not None:
+            inputs += attention.UNMANAGED[len(inputs) - attention._FEATURES_AT :]
+            inputs[4:6], stored = self.quantised()
+            return [*inputs, *stored]
         while inputs[-1] is None:  # as torch leaves them off
             inputs.pop()
         return inputs
+
+    def quantised(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The codes of both caches, and what is beside them."""
+        b, s, (_, n_k, n_c), d_k, d_l = self.batch, self.capacity, self.heads, self.key_dim, self.latent_dim
+        if self.cache in ("int8", "fp8"):
+            kind = torch.int8 if self.cache == "int8" else torch.float8_e4m3fn
+            codes = [torch.zeros(b, n_k, s, d_k, dtype=kind), torch.zeros(b, n_c, s, d_l, dtype=kind)]
+            return codes, [torch.zeros(b, n_k, s), torch.zeros(b, n_c, s)]
+        width = d_l // (2 if self.cache == "int4" else 4)
+        codes = [torch.zeros(b, n_k, s // 32, d_k, 16), torch.zeros(b, n_c, s, width)]
+        scales = [torch.zeros(b, n_k, s // 32, 2, d_k), torch.zeros(b, n_c, s, 2)]
+        opened = [torch.zeros(b, n, 32, d, dtype=TYPES[self.compute]) for n, d in ((n_k, d_k), (n_c, d_l))]
+        return [each.to(torch.uint8) for each in codes], [*(each.half() for each in scales), *opened]
 
 
 CALLS = [
@@ -130,6 +149,9 @@ CALLS = [
         )
     ),
     Call(features=Features(None, 0, True, True), branch_rows=10),
+    *(Call(cache=cache, compute=compute) for cache in ("int8", "fp8") for compute in TYPES),
+    *(Call(cache=cache, latent_dim=64, tokens=tokens) for cache in ("int4", "int4v2") for tokens in (1, 40)),
+    Call(cache="int8", features=Features("mass", 2, True)),
 ]
 
 
@@ -185,6 +207,17 @@ def test_caches_that_are_views_are_left_to_torch_beside_whole_ones(name, attende
         attend(call)
         attention._latent_attention_on_gpu(*arguments)
         assert len(attended.calls) == launches
+
+
+@pytest.mark.parametrize("cache", ["int8", "int4"])
+def test_kernels_get_the_scales_and_the_open_blocks(cache, attended):
+    arguments = Call(cache=cache).arguments()
+    attention._latent_attention_on_gpu(*arguments)
+    (buffers,) = attended.buffers
+    names = ("key_scale", "latent_scale", "key_open", "latent_open")
+    there = [x.data_ptr() for x in arguments[attention._STORED_AT :]]
+    assert [getattr(buffers, name) for name in names] == [*there, 0, 0][:4]
+    assert (buffers.key_cache, buffers.latent_cache) == (arguments[4].data_ptr(), arguments[5].data_ptr())
 
 
 @pytest.mark.parametrize(("place", "dtype"), [(1, torch.bfloat16), (6, torch.int32), (9, torch.float32)])

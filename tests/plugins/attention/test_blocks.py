@@ -281,5 +281,15 @@ def torch_dtype(dtype: type) -> torch.dtype:
     return torch.float16 if dtype is np.float16 else torch.bfloat16
 
 
+@every_cache
+def test_torch_knows_what_the_op_writes(cache: str) -> None:
+    inputs, held = text(GTA, 2, 3), empty(cache, GTA, 2)
+    given = {name: torch.from_numpy(array) for name, array in inputs.items()}
+    tensors = [given[name] for name in ("query", "key", "latent", "gate")]
+    tensors += [held.key, held.latent, torch.tensor([30, 5]), given["cos"], given["sin"], given["value_decoder"]]
+    arguments = (*tensors, *GTA.heads, GTA.scale, *UNMANAGED, *held.scales, *held.open)
+    torch.library.opcheck(torch.ops.gta.grouped_latent_attention_.default, arguments)
+
+
 def test_blocks_are_of_32_tokens() -> None:
     assert BLOCK == torch_blocks.BLOCK
