@@ -12,6 +12,7 @@ import typer
 from gta_edge.cli.cache_options import CacheChoice, policy_of, takes_cache_policy
 from gta_edge.cli.choices import Backend, CacheDtype, Speculate, value_of
 from gta_edge.cli.generate_text import finish, show
+from gta_edge.cli.grammar_options import given_grammar
 from gta_edge.cli.output import current
 from gta_edge.cli.signals import exit_status
 from gta_edge.errors import InputError
@@ -51,6 +52,13 @@ def generate(
     prompt_cache: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Go on from this file's cache, and keep the new one there.")
     ] = None,
+    json_schema: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Write JSON that meets this schema; @FILE for one in a file.")
+    ] = None,
+    regex: Annotated[str | None, typer.Option(metavar="TEXT", help="Write what matches this expression.")] = None,
+    grammar: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Write what this grammar allows, in Lark's notation or GBNF.")
+    ] = None,
     backend: Annotated[Backend, typer.Option(help="auto: the fastest that works.")] = Backend.AUTO,
     cache_dtype: Annotated[
         CacheDtype | None, typer.Option(help="Type of the cache; the backend's own by default.")
@@ -68,6 +76,9 @@ def generate(
     output = current()
     given = _prompt(prompt, prompt_file, ids)
     several = n > 1 or beams is not None
+    held = given_grammar(json_schema, regex, grammar)
+    if held is not None and (several or draft is not None or speculate not in (None, Speculate.OFF)):
+        raise typer.BadParameter("a grammar is for one answer without speculation: leave one of both out")
     _check_speculation(speculate, draft)
     if several and (draft is not None or prompt_cache is not None or speculate not in (None, Speculate.OFF)):
         raise typer.BadParameter(
@@ -108,6 +119,7 @@ def generate(
             beams=beams,
             length_penalty=length_penalty,
             conversation=None if several else conversation,
+            constraint=None if held is None else held.constraint(session),
         )
         if generation.defaults:
             taken = ", ".join(f"{name} {value:g}" for name, value in generation.defaults.items())

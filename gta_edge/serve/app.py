@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from gta_edge.libraries.optional import optional
+from gta_edge.runtime.generation.grammar import Grammar
 from gta_edge.runtime.session import Session
 from gta_edge.serve.answers import Answers, ChatAnswers, CompletionAnswers
 from gta_edge.serve.choices import Choices
@@ -24,6 +26,8 @@ from gta_edge.serve.settings import Settings
 from gta_edge.support.text import brief
 
 __all__ = ["make_app"]
+
+_Asked = Callable[[], Sequence[RequestOptions]]
 
 
 def make_app(session: Session, scheduler: Scheduler, settings: Settings) -> Any:
@@ -93,7 +97,7 @@ class _Service:
         names = [f"prompt[{i}]" if count > 1 else "prompt" for i in range(count)]
         prompts = await asyncio.to_thread(lambda: list(map(self._prompts.of_completion, parsed.prompts, names)))
         echoed = await asyncio.to_thread(self._echoed, parsed, prompts) if parsed.echo else []
-        asked = self._asked(options, chat=False, of_prompt=options.logprobs if parsed.echo else None)
+        asked = await self._asked(options, chat=False, of_prompt=options.logprobs if parsed.echo else None)
         answers = CompletionAnswers(self._settings.model, self._session.tokenizer, echoed)
         return self._reply(prompts, options, asked, answers, started)
 
@@ -109,46 +113,43 @@ class _Service:
         parsed = ChatRequest.parse(json_object(await read_body(request.receive, self._settings)))
         options = parsed.options
         self._check_model(options.model)
-        if parsed.response_format.get("type") != "text":
-            raise RequestError(
-                400,
-                f"response_format is {brief(dict(parsed.response_format))}",
-                'expected {"type": "text"}',
-                param="response_format",
-            )
         ids = await asyncio.to_thread(self._prompts.of_chat, parsed)
-        asked = self._asked(options, chat=True)
+        asked = await self._asked(options, chat=True)
         return self._reply([ids], options, asked, ChatAnswers(self._settings.model, self._session.tokenizer), started)
 
-    def _asked(self, options: Options, *, chat: bool, of_prompt: int | None = None) -> list[RequestOptions]:
-        """Return what is asked of the scheduler, for each answer to a prompt."""
+    async def _asked(self, options: Options, *, chat: bool, of_prompt: int | None = None) -> _Asked:
+        """Return what is asked of the scheduler, for each answer to a prompt, when it is asked for."""
         session, settings = self._session, self._settings
         wanted = session.max_length if options.max_tokens is None else options.max_tokens
         most = wanted if settings.max_tokens is None else min(wanted, settings.max_tokens)
         ends = session.end_token_ids | session.chat_end_token_ids if chat else session.end_token_ids
-        return [
-            RequestOptions(
-                sampling=options.sampling_for(i, settings.sampling, session.config.vocab_size),
-                max_new_tokens=most,
-                stop=options.stop,
-                end_token_ids=frozenset() if options.ignore_eos else ends,
-                logprobs=options.logprobs,
-                prompt_logprobs=of_prompt,
-            )
-            for i in range(options.n)
+        grammar = None
+        if options.grammar is not None:
+            grammar = await asyncio.to_thread(Grammar, session, *options.grammar)
+        common = RequestOptions(
+            max_new_tokens=most,
+            stop=options.stop,
+            end_token_ids=frozenset() if options.ignore_eos else ends,
+            logprobs=options.logprobs,
+            prompt_logprobs=of_prompt,
+        )
+        sampling = [options.sampling_for(i, settings.sampling, session.config.vocab_size) for i in range(options.n)]
+        return lambda: [
+            replace(common, sampling=each, constraint=None if grammar is None else grammar.constraint())
+            for each in sampling
         ]
 
     def _reply(
         self,
         prompts: Sequence[Sequence[int]],
         options: Options,
-        asked: Sequence[RequestOptions],
+        asked: _Asked,
         answers: Answers,
         started: float,
     ) -> Reply:
         choices = Choices(self._scheduler)
         for ids in prompts:
-            for each in asked:
+            for each in asked():
                 choices.submit(ids, each)
         return Reply(
             choices,

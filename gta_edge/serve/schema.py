@@ -77,6 +77,10 @@ _COMMON: dict[str, Check] = {
     "n": whole(1, MAX_CHOICES),
     "stream": flag,
     "stream_options": _stream_options,
+    "response_format": mapping(anything, 16),
+    "json_schema": mapping(anything, 4096),
+    "regex": text,
+    "grammar": text,
     "user": text,
 }
 
@@ -104,7 +108,6 @@ _CHAT: dict[str, Check] = {
     "tools": list_of(mapping(anything, 16), most=MAX_CHOICES),
     "tool_choice": _TOOL_CHOICE,
     "parallel_tool_calls": flag,
-    "response_format": mapping(anything, 16),
     "chat_template_kwargs": mapping(anything, 64),
     # no effect, or the value that asks for nothing
     "metadata": mapping(anything, 16),
@@ -132,6 +135,7 @@ class Options:
         logprobs: alternatives to give for each token, with their probabilities; None for no probabilities.
         stream: answer with events.
         include_usage: tell the usage in a last event.
+        grammar: kind and text of what answers are held to; None for nothing.
     """
 
     model: str | None = None
@@ -145,6 +149,7 @@ class Options:
     logprobs: int | None = None
     stream: bool = False
     include_usage: bool = False
+    grammar: tuple[str, str | Mapping[str, Any]] | None = None
 
     def sampling_for(self, index: int, defaults: Mapping[str, float], vocab_size: int) -> Sampling:
         """Return how an answer's tokens are chosen.
@@ -193,12 +198,41 @@ def _options(content: Mapping[str, Any], max_tokens: int | None, logprobs: int |
         logprobs=logprobs,
         stream=content.get("stream", False),
         include_usage=content.get("stream_options", {}).get("include_usage", False),
+        grammar=_grammar(content),
     )
 
 
-def _required(content: Mapping[str, Any], name: str) -> Any:
+def _grammar(content: Mapping[str, Any]) -> tuple[str, str | Mapping[str, Any]] | None:
+    """Return kind and text of the grammar that a body asks for, by OpenAI's field or by one of ours."""
+    given = [(kind, content[kind]) for kind in ("json_schema", "regex", "grammar") if kind in content]
+    if "response_format" in content:
+        given += _response_format(content["response_format"])
+    if len(given) > 1:
+        raise RequestError(400, f"{given[0][0]} is given beside another grammar", "give one", param=given[0][0])
+    return given[0] if given else None
+
+
+def _response_format(value: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    name = "response_format"
+    kind = one_of("text", "json_object", "json_schema")(value.get("type"), f"{name}.type")
+    found = read(
+        value, {"type": anything, **({"json_schema": mapping(anything, 16)} if kind == "json_schema" else {})}, name
+    )
+    if kind == "text":
+        return []
+    if kind == "json_object":
+        return [("json_schema", {"type": "object"})]
+    within = f"{name}.json_schema"
+    fields = {"name": text, "description": text, "schema": mapping(anything, 4096), "strict": flag}
+    return [
+        ("json_schema", read(_required(found, "json_schema", name), fields, within).get("schema", {"type": "object"}))
+    ]
+
+
+def _required(content: Mapping[str, Any], name: str, within: str = "") -> Any:
     if name not in content:
-        raise RequestError(400, f"the field {name} is missing", "give it", param=name, code="missing_field")
+        where = f"{within}.{name}" if within else name
+        raise RequestError(400, f"the field {where} is missing", "give it", param=where, code="missing_field")
     return content[name]
 
 
@@ -241,14 +275,12 @@ class ChatRequest:
     Attributes:
         messages: as chat templates take them.
         tools: functions that the model may call, for the template; None where it may call none.
-        response_format: what the answer must look like, as given.
         template_options: variables for the template.
         options: see there.
     """
 
     messages: tuple[dict[str, Any], ...]
     tools: list[dict[str, Any]] | None
-    response_format: Mapping[str, Any]
     template_options: Mapping[str, Any]
     options: Options
 
@@ -274,7 +306,6 @@ class ChatRequest:
         return cls(
             messages,
             None if found.get("tool_choice") == "none" else tools,
-            found.get("response_format", {"type": "text"}),
             found.get("chat_template_kwargs", {}),
             _options(found, found.get("max_completion_tokens", found.get("max_tokens")), logprobs),
         )

@@ -118,7 +118,17 @@ def test_fields_that_are_wrong_are_named(service: Service, change, param):
         ({"messages": [{"role": "user", "content": "a"}], "tool_choice": "required"}, "tool_choice"),
         ({"messages": [{"role": "user", "content": "a"}], "tool_choice": "auto"}, "tool_choice"),
         ({"messages": [{"role": "user", "content": "a"}], "store": True}, "store"),
-        ({"messages": [{"role": "user", "content": "a"}], "response_format": {"type": "xml"}}, "response_format"),
+        ({"messages": [{"role": "user", "content": "a"}], "response_format": {"type": "xml"}}, "response_format.type"),
+        ({"messages": [{"role": "user", "content": "a"}], "response_format": {}}, "response_format.type"),
+        ({"messages": [{"role": "user", "content": "a"}], "regex": "("}, None),
+        ({"messages": [{"role": "user", "content": "a"}], "regex": "a", "grammar": "b"}, "regex"),
+        (
+            {
+                "messages": [{"role": "user", "content": "a"}],
+                "json_schema": {"allOf": [{"type": "null"}, {"type": "array"}]},
+            },
+            None,
+        ),
     ],
 )
 def test_chats_that_are_wrong(service: Service, content, param):

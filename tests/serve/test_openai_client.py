@@ -121,6 +121,25 @@ def test_options_of_sampling_take_effect(service: Service):
         assert create(model="tiny", prompt=PROMPT, max_tokens=40, **penalty).choices[0].text != free
 
 
+def test_answers_meet_a_schema(service: Service):
+    """Of a model of random weights, several at a time, streamed or not."""
+    schema = {
+        "type": "object",
+        "properties": {"a": {"enum": [1, 22]}},
+        "required": ["a"],
+        "additionalProperties": False,
+    }
+    form = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema, "strict": True}}
+    options = {"model": "tiny", "messages": [{"role": "user", "content": "?"}], "n": 3, "temperature": 2.0}
+    answer = service.openai.chat.completions.create(**options, response_format=form)
+    for choice in answer.choices:
+        assert json.loads(choice.message.content)["a"] in (1, 22)
+        assert choice.finish_reason == "stop"
+    extra = {"regex": "(yes|no)"}
+    stream = service.openai.completions.create(model="tiny", prompt=PROMPT, stream=True, extra_body=extra)
+    assert streamed(stream)[0] in ("yes", "no")
+
+
 # --- probabilities -------------------------------------------------------------------------------------------------
 
 

@@ -7,8 +7,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from gta_edge.runtime.generation.answer import Answer, FinishReason
+from gta_edge.runtime.generation.request import Constraint
 from gta_edge.runtime.generation.sampling import Sampler
 from gta_edge.runtime.generation.steps import Steps
+from gta_edge.runtime.session import Ids, Logits
 from gta_edge.support.exclusive import Exclusive
 
 __all__ = ["Generation"]
@@ -25,6 +27,7 @@ class Generation(Iterator[str]):
         steps: gives the logits.
         sampler: chooses the tokens.
         defaults: see there.
+        constraint: what the text may be.
 
     Attributes:
         ids: the new tokens, those of a stop string included, an end token not.
@@ -37,7 +40,12 @@ class Generation(Iterator[str]):
     """
 
     def __init__(
-        self, answer: Answer, steps: Steps, sampler: Sampler, defaults: Mapping[str, Any] | None = None
+        self,
+        answer: Answer,
+        steps: Steps,
+        sampler: Sampler,
+        defaults: Mapping[str, Any] | None = None,
+        constraint: Constraint | None = None,
     ) -> None:
         self.prompt_tokens = answer.prompt_tokens
         self.seed = sampler.seed
@@ -45,6 +53,7 @@ class Generation(Iterator[str]):
         self._answer = answer
         self._steps = steps
         self._sampler = sampler
+        self._constraint = constraint
         self._calls = Exclusive("the generation", "ask one generation for its pieces from one place")
         self._step_seconds: list[float] = []
 
@@ -113,7 +122,7 @@ class Generation(Iterator[str]):
         started, before = time.perf_counter(), len(answer.ids)
         try:
             ids = answer.all_ids
-            token = self._sampler.sample(self._steps.after(ids), ids, self._steps.guess)
+            token = self._sampler.sample(self._logits(ids), ids, self._steps.guess)
             piece = self._take(token)
         except BaseException as error:
             answer.finish("interrupted" if isinstance(error, KeyboardInterrupt) else "error")
@@ -122,11 +131,23 @@ class Generation(Iterator[str]):
         # an end token often leaves nothing to say
         return None if not piece and len(answer.ids) == before else piece
 
+    def _logits(self, ids: Ids) -> Logits:
+        """Return the logits [V] of the next token, -inf for those that may not come."""
+        if self._constraint is None:
+            return self._steps.after(ids)
+        self._constraint.prepare()
+        logits = self._steps.after(ids)
+        self._constraint.apply(logits)
+        return logits
+
     def _take(self, token: int) -> str:
         """Note a new token, unless a signal handler has closed this, and return its piece."""
         if self._answer.finish_reason is not None:
             return ""
+        complete = self._constraint is not None and self._constraint.accept(token)
         piece = self._answer.take(token)
+        if complete:
+            piece += self._answer.finish("stop")
         if self.finish_reason is not None:
             self._steps.settle()  # the cache is then as it is without speculation
         return piece

@@ -14,6 +14,7 @@ from gta_edge.runtime.generation.answer import Answer, FinishReason
 from gta_edge.runtime.generation.answers import Alternative, Answers
 from gta_edge.runtime.generation.batch import in_a_batch
 from gta_edge.runtime.generation.generation import Generation
+from gta_edge.runtime.generation.request import Constraint
 from gta_edge.runtime.generation.sampling import Sampler, Sampling
 from gta_edge.runtime.generation.several import answers_for
 from gta_edge.runtime.generation.speculating import Speculate, steps_for
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
         draft: Session | None
         conversation: Turns | None
         length_penalty: float
+        constraint: Constraint | None
 
 
 @overload
@@ -95,6 +97,7 @@ def generate(
     n: int | None = None,
     beams: int | None = None,
     length_penalty: float = 1.0,
+    constraint: Constraint | None = None,
 ) -> Generation | Answers:
     """Continue a prompt; iterate over the result for the text, piece by piece.
 
@@ -136,6 +139,7 @@ def generate(
             many at once. The session has to be loaded with ``trees=True``.
         length_penalty: of that search: the sum of an answer's log probabilities is divided by the number of its tokens
             to this power, so that above 0 it favours long answers (as ``num_beams`` in transformers).
+        constraint: what the text may be, such as a ``Grammar``'s; of one answer, without speculation.
 
     Raises:
         InputError: options or a prompt that make no sense for this model.
@@ -177,7 +181,11 @@ def generate(
         sampler = Sampler(sampling, len(checked[0]))
         claim = session.claim if conversation is None else conversation.begin
         steps = steps_for(session, speculate, draft, sampler, len(checked[0]), int(limit), claim)
-        return Generation(new_answer(checked[0]), steps, sampler, defaults)
+        if constraint is not None and (draft is not None or speculate not in (None, "off")):
+            raise InputError("speculation guesses what a constraint may rule out", "leave one of both out")
+        return Generation(new_answer(checked[0]), steps, sampler, defaults, constraint)
+    if constraint is not None:
+        raise InputError("a constraint is for one answer, and several were asked for", "leave one of both out")
     if conversation is not None:
         raise InputError("a conversation goes on with one answer, and several were asked for", "leave one of both out")
     if speculate not in (None, "off") or draft is not None:
