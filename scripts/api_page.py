@@ -26,6 +26,7 @@ from gta_edge.runtime.generation.loop import Generation
 from gta_edge.runtime.generation.sampling import Sampling
 from gta_edge.runtime.saved_cache import SavedCache
 from gta_edge.runtime.session_exports import SessionExports
+from gta_edge.runtime.token_tree import TokenTree
 
 PAGE = Path(__file__).parents[1] / "docs" / "python.md"
 
@@ -68,6 +69,7 @@ SECTIONS: tuple[tuple[str, tuple[tuple[str, Any], ...]], ...] = (
         "Sessions",
         (
             ("gta_edge.Session", gta_edge.Session),
+            ("gta_edge.runtime.token_tree.TokenTree", TokenTree),
             ("gta_edge.runtime.session_exports.SessionExports", SessionExports),
             ("gta_edge.Conversation", gta_edge.Conversation),
             ("gta_edge.runtime.saved_cache.SavedCache", SavedCache),

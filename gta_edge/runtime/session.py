@@ -366,7 +366,7 @@ class Session(SessionExports):
         cache = self._tree_cache()
         trees = [given] if isinstance(given, TokenTree) else list(given)
         for tree in trees:
-            tree.check(self)
+            tree._require(self)
         with cache.taking_back(self):
             if lengths is not None:
                 raise InputError("lengths do not go with a tree, whose new nodes are known", "leave lengths out")

@@ -127,7 +127,7 @@ class TokenTree:
             InputError: it is closed, or there is no such node; then none is added.
         """
         with self._session._calls.held():
-            self.check(self._session)
+            self._require(self._session)
             checked: list[int] = []
             for parent in parents:
                 made = not isinstance(parent, bool) and parent in range(self.next, self.next + len(checked))
@@ -145,7 +145,7 @@ class TokenTree:
             CapacityError, BackendError: rows could not be moved; the cache was emptied.
         """
         with self._session._calls.held():
-            self.check(self._session)
+            self._require(self._session)
             self._session._accept(self, self._run(node), self._owner)
 
     def drop(self, nodes: Iterable[int]) -> None:
@@ -155,7 +155,7 @@ class TokenTree:
             InputError: it is closed, or there is no such node; then none is dropped.
         """
         with self._session._calls.held():
-            self.check(self._session)
+            self._require(self._session)
             self._rows.remove(self._rows.below([self._known(node) for node in nodes]))
 
     def prune(self, leaves: Iterable[int]) -> None:
@@ -165,7 +165,7 @@ class TokenTree:
             InputError: it is closed, or a node is no leaf; then none is dropped.
         """
         with self._session._calls.held():
-            self.check(self._session)
+            self._require(self._session)
             nodes = self._rows.nodes
             ended = [self._known(node) for node in leaves]
             for node in ended:
@@ -187,7 +187,7 @@ class TokenTree:
 
     # --- how -------------------------------------------------------------------------------------------------------
 
-    def check(self, session: _Session) -> None:
+    def _require(self, session: _Session) -> None:
         """Refuse a tree that is closed, of another session, or of a claim that has ended."""
         if session is not self._session:
             raise InputError("the tree is of another session", "open one with this session's tree()")
