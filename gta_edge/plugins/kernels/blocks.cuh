@@ -7,8 +7,9 @@
 //   latent_scale  fp16 [B, n_c, S, 2]             scale, minimum
 //   key_open, latent_open  [B, n, 32, d]          the latest rows in 16 bits, row r in place r % 32
 //
-// A unit is 8 words of 16 bits, the lowest first. Bits b n ... b n + b - 1 of word w are code 8 n + w: ldmatrix, transposed,
-// gives a thread of two channels (two tokens) the words of its column, and each n is the right operand of one matmul.
+// A unit is 8 words of 16 bits, the lowest first. Bits b n ... b n + b - 1 of word w are code 8 n + w: ldmatrix,
+// transposed, gives a thread the words of its column of two channels (two tokens), and each n is the right operand of
+// one matmul.
 //
 // Row s is read from its codes by the query of row p if s / 32 < p / 32, else in 16 bits. So what is read depends on
 // rows alone, and not on how they came: a prompt at once, in parts and token by token give the same cache.
@@ -29,8 +30,8 @@ static_assert(in_blocks && latent_dim % unit_values == 0);
 
 // --- codes as right operands -----------------------------------------------------------------------------------------
 
-// Codes of so many bits as pairs of fp16. A logical instruction takes one constant beside registers, and there are two: the
-// masks can be `kept` in registers, where these are not short.
+// Codes of so many bits as pairs of fp16. A logical instruction takes one constant beside registers, and there are two:
+// the masks can be `kept` in registers, where these are not short.
 template <int bits, bool kept>
 struct Widen {
     static constexpr int fitting = 10 / bits;  // that a number's 10 bits have place for
@@ -44,8 +45,8 @@ struct Widen {
         }
     }
 
-    // Codes n of two words, exactly: bits are set in a number whose last bit is worth 1 (at 1024), and what is too much is
-    // taken off. Bits that are k places higher are worth 2^k as much.
+    // Codes n of two words, exactly: bits are set in a number whose last bit is worth 1 (at 1024), and what is too much
+    // is taken off. Bits that are k places higher are worth 2^k as much.
     GTA_DEVICE u32 of(u32 words, int n) const {
         const int place = bits * (n % fitting);
         const u32 pair = (words >> (bits * n - place) & masks[n % fitting]) | 0x64006400u;
@@ -379,7 +380,7 @@ GTA_DEVICE void close_values(const Blocks& blocks, const RecentRows& rows, int h
     }
 }
 
-// Writes a head's codes of a block whose last row is new, keys counted first; the work of `warps` warps, this one's `warp`.
+// Writes the codes of a block whose last row is new, of some heads; the work of `warps` warps, of which this is `warp`.
 GTA_DEVICE void close_block(const Blocks& blocks, const RecentRows& rows, int first_key, int keys, int first_latent,
                             int latents, int block, int capacity, int warp, int warps) {
 #pragma unroll 1

@@ -1,9 +1,10 @@
-// The op for few new tokens with a cache in blocks: as in decode.cu the cache's length is split among blocks of threads.
-// All splits but the last one read codes of before this call, and mask nothing, since every query sees them all. The last
-// one has the rest in 16 bits, the open block's rows and the new ones, and writes the codes of the block that they fill.
+// The op for few new tokens with a cache in blocks: as in decode.cu the cache's length is split among blocks of
+// threads. All splits but the last one read codes of before this call, and mask nothing, since every query sees them
+// all. The last one has the rest in 16 bits, the open block's rows and the new ones, and writes the codes of the block
+// that they fill.
 //
-// What other blocks of threads read in this launch is not written in it: new rows take their places in the open block in
-// the second launch.
+// What other blocks of threads read in this launch is not written in it: new rows take their places in the open block
+// in the second launch.
 
 #include "attention.cuh"
 #include "blocks.cuh"
@@ -16,8 +17,8 @@ constexpr int stages = GTA_DECODE_STAGES;  // slices of 32 tokens per warp in fl
 constexpr int values_offset = group_keys * key_block_bytes;
 constexpr int slice_bytes = values_offset + group_latents * value_block_bytes;
 
-// Rows of 16 bits, 31 of the open block and 16 new ones at most, in slices of 16 like those of decode.cu; behind them one
-// of codes, of the first 32.
+// Rows of 16 bits, 31 of the open block and 16 new ones at most, in slices of 16 like those of decode.cu; behind them
+// one of codes, of the first 32.
 constexpr int recent_rows = 48;
 constexpr int latents_offset = group_keys * slice_tokens * key_pitch;
 constexpr int rows_bytes = latents_offset + group_latents * slice_tokens * latent_pitch;  // of a slice of 16 rows

@@ -84,13 +84,12 @@ gta_prefill(const gta::Element* query,                       // [B, T, n_q d_k]
     const int code_blocks = (end - 1) / block_tokens;  // of the last query
     const int tiles = ceil_div(code_blocks, tile_blocks);
     const int key_head = head / (query_heads / key_heads), latent_head = head / (query_heads / latent_heads);
-    const i64 key_block = (i64{batch_row} * key_heads + key_head) * (capacity / block_tokens);
-    const i64 latent_row = (i64{batch_row} * latent_heads + latent_head) * capacity;
 
     u8* const shared = shared_memory();
     u8* const cached = shared + query_bytes;
     const auto copy_keys = [&](int tile) {
         if (tile < tiles) {
+            const i64 key_block = i64{computed_anew(batch_row * key_heads + key_head)} * (capacity / block_tokens);
             copy_key_blocks<tile_blocks, prefill_threads>(
                 cached + tile % 2 * codes_bytes, key_cache + key_block * key_codes_bytes,
                 key_scale + key_block * (2 * key_dim), tile * tile_blocks, code_blocks, thread);
@@ -99,6 +98,7 @@ gta_prefill(const gta::Element* query,                       // [B, T, n_q d_k]
     };
     const auto copy_values = [&](int tile) {
         if (tile < tiles) {
+            const i64 latent_row = i64{computed_anew(batch_row * latent_heads + latent_head)} * capacity;
             copy_value_blocks<tile_blocks, prefill_threads>(
                 cached + tile % 2 * codes_bytes + values_offset, latent_cache + latent_row * value_bytes,
                 latent_scale + latent_row * 2, tile * tile_blocks, code_blocks, thread);

@@ -51,7 +51,14 @@ GTA_DEVICE bool any_of_warp(bool condition) {
 // constant it would put into one anew at each use.
 GTA_DEVICE u32 kept_in_register(u32 number) { return number + blockIdx.z; }
 
-// The same for grids of any shape: blocks here have threads along x alone.
+// The same number, of which the compiler knows nothing: what is made of it is computed there, and not ahead of a loop,
+// where it would take registers all along.
+GTA_DEVICE int computed_anew(int number) {
+    asm volatile("" : "+r"(number));
+    return number;
+}
+
+// As kept_in_register, for grids of any shape: blocks have threads along x alone.
 GTA_DEVICE u32 in_register(u32 number) { return number + threadIdx.z; }
 
 // --- copies from global to shared memory that run beside the computation ------------------------------------------

@@ -50,7 +50,8 @@ struct Rows {  // what one warp works on: row_tiles tiles of 16 query rows, of o
     // Takes in the tile of keys and latents from token `first` on. `limit[...]` is the last token that a row sees,
     // `factor` is positive.
     template <class Tile, class Limits, class WaitForLatents>
-    GTA_DEVICE void add(const u8* query_rows, const Tile& tile, int first, const Limits& limit, bool all_visible, float factor, WaitForLatents wait_for_latents) {
+    GTA_DEVICE void add(const u8* query_rows, const Tile& tile, int first, const Limits& limit, bool all_visible,
+                        float factor, WaitForLatents wait_for_latents) {
         static_assert(Tile::tokens == keys);
         const int pair = lane_of_warp() % 4;
         float scores[row_tiles][keys / 8][4] = {};

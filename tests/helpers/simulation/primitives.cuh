@@ -52,6 +52,8 @@ bool any_of_warp(bool condition, int line = __builtin_LINE());
 
 GTA_DEVICE u32 kept_in_register(u32 number) { return number + blockIdx.z; }
 
+GTA_DEVICE int computed_anew(int number) { return number; }
+
 GTA_DEVICE u32 in_register(u32 number) { return number + threadIdx.z; }
 
 // --- copies from global to shared memory, which happen at any time until they are waited for -------------------------
