@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from gta_edge.cli.cache_options import CacheChoice, policy_of, takes_cache_policy
-from gta_edge.cli.choices import BACKEND_NAMES, CacheDtype, backend_list, completed_list, value_of
+from gta_edge.cli.choices import BACKEND_NAMES, CacheDtype, Speculate, backend_list, completed_list, value_of
 from gta_edge.cli.output import FAILED, current
 from gta_edge.errors import InputError
 from gta_edge.support.text import brief, one_line, printable
@@ -40,6 +40,10 @@ def bench(
     rounds: Annotated[
         int | None, typer.Option(help="Repeats; by default at least 3, and up to 15 until medians settle.")
     ] = None,
+    speculate: Annotated[
+        Speculate | None, typer.Option(help="Time prompt lookup beside plain decoding; give a text to begin with.")
+    ] = None,
+    n: Annotated[int, typer.Option("--n", help="Time so many answers to one prompt beside it.")] = 1,
     prompt_file: Annotated[Path | None, typer.Option(help="A text to begin with; random tokens by default.")] = None,
     ids: Annotated[str | None, typer.Option(help="Token ids to begin with: 1,2,3.")] = None,
     cache_dtype: Annotated[
@@ -64,6 +68,8 @@ def bench(
     output = current()
     if markdown and output.json:
         raise typer.BadParameter("give one of --markdown and --json")
+    if speculate is Speculate.DRAFT:
+        raise typer.BadParameter("--speculate is lookup or off here: no draft model is measured")
     if prompt_file is not None and ids is not None:
         raise typer.BadParameter("give one of --prompt-file and --ids")
     if plot is not None:
@@ -80,6 +86,8 @@ def bench(
         threads=threads,
         cache_dtype=value_of(cache_dtype),
         cache=cache,
+        speculate=speculate is Speculate.LOOKUP,
+        answers=n,
         compare=cache is None,  # where a policy decides, backends that round otherwise may keep other rows
         prompt=_prompt(bundles, prompt_file, ids),
     )

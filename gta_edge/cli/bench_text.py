@@ -254,6 +254,7 @@ def _closing(report: Document, mark: str = "spread") -> Iterator[str]:
         mark: what shows a row whose rounds have not settled.
     """
     said = set()
+    yield from _beside(report)
     for row in report["results"]:
         reason = row["notes"].get("ttft_ms") or row["notes"].get("rounds")
         if reason:
@@ -276,6 +277,22 @@ def _closing(report: Document, mark: str = "spread") -> Iterator[str]:
         if line not in said:  # the same for every bundle, mostly
             said.add(line)
             yield line
+
+
+def _beside(report: Document) -> Iterator[str]:
+    """Yield what was timed beside plain decoding."""
+    for row in report["results"]:
+        where = f"{row['backend']} at {row['context']}"
+        if found := row.get("speculation"):
+            yield (
+                f"{where}: with prompt lookup {found['tokens_per_step']:.2f} tokens a step, "
+                f"{found['tpot_ms']:.2f} ms per token, {found['speed']:.2f} times as fast"
+            )
+        if found := row.get("answers"):
+            yield (
+                f"{where}: {found['n']} answers to one prompt, {found['tokens_per_s']:.1f} tokens/s in all, "
+                f"{found['speed']:.2f} times as fast as one after another, cache {_size(found['cache_bytes'])}"
+            )
 
 
 def how_wrong(row: Document) -> str:

@@ -99,7 +99,19 @@ CALLS = {
     "generate": ["{bundle}", "--ids", "1,2", "--max-new-tokens", "3"],
     "chat": ["{chat}"],
     "serve": ["{bundle}", "--unit"],
-    "bench": ["{bundle}", "--backend", "onnxruntime,tensorrt", "--contexts", "8", "--rounds", "1"],
+    "bench": [
+        "{bundle}",
+        "--backend",
+        "onnxruntime,tensorrt",
+        "--contexts",
+        "8",
+        "--rounds",
+        "1",
+        "--n",
+        "2",
+        "--speculate",
+        "lookup",
+    ],
     "doctor": [],
 }
 

@@ -35,6 +35,8 @@ class Case:
         threads: for one operator; None for the backend's own choice.
         cache_dtype: type of the cache; None for the backend's own choice.
         cache: policy that says which rows of the cache stay, as ``Settings`` has it.
+        speculate: whether prompt lookup is timed beside plain decoding.
+        answers: so many to each prompt are timed beside it, where there are more than one.
         exact: multiply by integers in float32.
         opened: what the process said of its session; None before it was open.
         failure: why it cannot be asked any more.
@@ -49,6 +51,8 @@ class Case:
     threads: int | None = None
     cache_dtype: str | None = None
     cache: Mapping[str, Any] | None = None
+    speculate: bool = False
+    answers: int = 1
     exact: bool = False
     opened: Document | None = None
     failure: str | None = None
@@ -92,7 +96,8 @@ class Case:
         Raises:
             GtaEdgeError: the backend failed.
         """
-        answer = self._ask(do="measure", prompt=str(prompt), new_tokens=new_tokens, warm_up=warm_up)
+        asked = {"speculate": self.speculate, "answers": self.answers}
+        answer = self._ask(do="measure", prompt=str(prompt), new_tokens=new_tokens, warm_up=warm_up, **asked)
         self.rounds.setdefault(context, []).append(answer)
 
     @property
@@ -145,6 +150,7 @@ class Case:
                 cache_dtype=self.cache_dtype,
                 cache=None if self.cache is None else dict(self.cache),
                 exact=self.exact,
+                answers=self.answers,
             )
         except GtaEdgeError as error:
             self.failure = str(error)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
 
+from gta_edge.evaluate.bench.beside import summarise_beside
 from gta_edge.evaluate.bench.case import Case
 from gta_edge.evaluate.bench.floor import floor_ms, step_weight_bytes
 from gta_edge.evaluate.bench.statistics import relative, settled, summarise
@@ -165,6 +166,7 @@ def _row(case: Case, static: Document, context: int, batch: int, new_tokens: int
         notes["rounds"] = f"it failed later: {case.failure}"
     row |= summarise(rounds, context, batch)
     row["new_tokens"] = len(rounds[0]["steps_ms"])
+    row |= summarise_beside(rounds, row["new_tokens"], case.answers)
     row["others_busy_cores"] = _mean_busy(rounds)
     if row["others_busy_cores"] is None:
         notes["others_busy_cores"] = "the system does not say (no /proc/stat)"

@@ -138,7 +138,8 @@ def _open_all(run: _Run, bundles: dict[str, Bundle], targets: Sequence[Target]) 
         if isinstance(environment, GtaEdgeError):
             run.absent.append(_absence(name, target, environment, bundles[name]))
         else:
-            asked = run.settings.threads, run.settings.cache_dtype, run.settings.cache
+            of = run.settings
+            asked = of.threads, of.cache_dtype, of.cache, of.speculate, of.answers
             case = Case(name, bundles[name], target, environment, run.new_directory(), *asked)
             run.cases.append(case)
     for done, case in enumerate([*run.cases]):

@@ -43,6 +43,8 @@ class Settings:
         threads: for one operator on a CPU; None for the backend's own choice.
         cache_dtype: type of the cache; None for the backend's own choice.
         cache: policy that says which rows of the cache stay, as its ``name`` and options; None for all.
+        speculate: whether prompt lookup is timed beside plain decoding.
+        answers: so many to each prompt are timed beside it, where there are more than one.
         prompt: ids to begin with, the same in every row; random ones by default.
         compare: whether backends are asked for their answers to compare them.
         warm_up: whether each context is first run once untimed, in full; its first chunks are in any case. The rest of
@@ -56,6 +58,8 @@ class Settings:
     threads: int | None = None
     cache_dtype: str | None = None
     cache: Mapping[str, Any] | None = None
+    speculate: bool = False
+    answers: int = 1
     prompt: tuple[int, ...] | None = None
     compare: bool = True
     warm_up: bool = True
@@ -66,11 +70,16 @@ class Settings:
         Raises:
             InputError: a number below 1 or beyond sense, or a prompt that is shorter than a context.
         """
-        for name, value in (("--batch", self.batch), ("--new-tokens", self.new_tokens), ("--rounds", self.rounds)):
+        numbers = ("--batch", self.batch), ("--new-tokens", self.new_tokens), ("--rounds", self.rounds)
+        for name, value in (*numbers, ("--n", self.answers)):
             if value is not None and value < 1:
                 raise InputError(f"{name} is {brief(value)}", "expected a whole number above 0")
         if self.rounds is not None and self.rounds > _MAX_ROUNDS:
             raise InputError(f"--rounds is {brief(self.rounds)}", f"expected 1 to {_MAX_ROUNDS}")
+        if self.batch > 1 and (self.speculate or self.answers > 1):
+            raise InputError(f"--batch is {self.batch}", "--speculate and --n are for a batch of 1")
+        if self.answers > 1 and self.cache is not None:
+            raise InputError("--n needs a cache that drops no rows", "leave out --n or --cache-policy")
         check_threads(self.threads)
         for context in self.contexts or ():
             if context < 1:

@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gta_edge.errors import BackendError, GtaEdgeError, InputError, OutputError
+from gta_edge.evaluate.bench.beside import answered, speculated
 from gta_edge.formats.bundle import Bundle
 from gta_edge.model.kv_cache import bytes_per_token
 from gta_edge.runtime.cache_policies import policy
@@ -83,6 +84,8 @@ class Measurer:
         options = {name: request[name] for name in ("threads", "exact", "cache_dtype")}
         if request.get("cache") is not None:
             options["cache"] = policy(**request["cache"])
+        if request.get("answers", 1) > 1:
+            options["trees"] = True
         cached = _records(bundle)
         start = time.perf_counter()
         session = self._session = open_session(bundle, request["backend"], **options)
@@ -127,7 +130,8 @@ class Measurer:
         """Time a prompt, and each greedy step after it alone. Choosing the token is part of both.
 
         Request: ``prompt``, a .npy file of ids [B, T]; ``new_tokens``; ``warm_up``, whether a prompt of another shape
-        than the last one's is first run in full, and not just its first chunks.
+        than the last one's is first run in full, and not just its first chunks; ``speculate`` and ``answers``, what is
+        timed beside it.
         """
         session, ids, before = self._ready(), np.load(request["prompt"]), self._ask_gpu()
         others = _Others()
@@ -152,7 +156,17 @@ class Measurer:
             "others_busy_s": busy,
             "cuda_graph": session.cuda_graph,
             **self._memory(),
+            **self._beside(ids, request),
         }
+
+    def _beside(self, ids: Ids, request: Document) -> Document:
+        """Time what was asked for beside plain decoding; the cache's bytes and peaks are from before it."""
+        session, steps, found = self._ready(), request["new_tokens"], Document()
+        if request.get("speculate"):
+            found["speculation"] = speculated(session, ids, steps)
+        if request.get("answers", 1) > 1:
+            found["answers"] = answered(session, ids, steps, request["answers"])
+        return found
 
     def _warm_up(self, ids: Ids, new_tokens: int) -> None:
         """Run what will be timed: the prompt in full where it is new, and else just enough steps to wake up.
