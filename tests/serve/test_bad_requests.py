@@ -9,6 +9,7 @@ import httpx
 import openai
 import pytest
 
+from gta_edge.serve import server
 from tests.helpers.service import Service, error_of, running, slow
 
 VALID = {"prompt": [1, 2, 3], "max_tokens": 2}
@@ -175,6 +176,14 @@ def test_half_a_body(service: Service):
 )
 def test_what_is_no_http(service: Service, content):
     assert service.send(content).startswith((b"HTTP/1.1 400", b""))
+
+
+@pytest.mark.parametrize("content", [b"", b"POST /v1/completions HTTP/1.1\r\nHost: 127"])
+def test_a_client_that_says_nothing_more_is_left(chat_bundle, monkeypatch, content):
+    monkeypatch.setattr(server, "_HEAD_SECONDS", 0.2)
+    with running(chat_bundle) as service:
+        assert service.send(content, wait=5) == b""
+        service.still_answers()
 
 
 @pytest.mark.parametrize("stream", [True, False])
