@@ -7,6 +7,9 @@ are random tokens and end tokens count for nothing, so every text is as long as 
 the example model, and a random model of 160M parameters in int4.
 
 Beside the time, the ratio of processor time is given, which other programs on the machine disturb less.
+
+With --history the next turn of a chat is timed as well: until its first token, with the cache of what was said before,
+and without.
 """
 
 from __future__ import annotations
@@ -38,12 +41,14 @@ from random_bundles import make_bundles
 
 import gta_edge
 from gta_edge.runtime.generation.batch import Batch
+from gta_edge.runtime.generation.kept_caches import KeptCaches
 from gta_edge.runtime.generation.request import RequestOptions
 from gta_edge.runtime.generation.text import Text
 from gta_edge.runtime.session import Session
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "tiny-gta"
 PRESET = "gta1-160m"
+TURN_TOKENS = 32
 WORK = Path("build/batching")
 
 
@@ -90,6 +95,24 @@ def measure(session: Session, counts: list[int], prompt: int, new_tokens: int, r
     return found
 
 
+def turn(session: Session, history: int, new_tokens: int, rounds: int) -> Document:
+    """Return how long the first token of a chat's next turn takes, with the cache of the history and without."""
+    random, found = np.random.default_rng(1), {"kept": [], "read": []}
+    for _ in range(rounds):
+        said, next_turn = (random.integers(0, session.config.vocab_size, n) for n in (history, new_tokens))
+        for name, kept in (("kept", KeptCaches(2**33)), ("read", None)):
+            batch, texts = Batch(session, 1, kept=kept), []
+            for prompt in (said, np.concatenate([said, next_turn])):
+                texts.append(Text.asked_for(session, prompt, RequestOptions(max_new_tokens=1), lambda _: None))
+                batch.add(texts[-1])
+                started = time.perf_counter()
+                while batch.step():
+                    pass
+            found[name].append(time.perf_counter() - started)
+            assert texts[-1].cached_tokens == (history if kept else 0)
+    return {"history": history, "new_tokens": new_tokens} | {name: spread(each) for name, each in found.items()}
+
+
 def run(arguments: argparse.Namespace) -> Document:
     """Measure every bundle."""
     models = []
@@ -105,6 +128,8 @@ def run(arguments: argparse.Namespace) -> Document:
             with gta_edge.load(bundle, arguments.backend, **options) as session:
                 rows = measure(session, arguments.requests, arguments.prompt, arguments.new_tokens, arguments.rounds)
                 models.append({"model": bundle.name, "backend": session.backend, "rows": rows})
+                if 0 < arguments.history < session.max_length - TURN_TOKENS:
+                    models[-1]["turn"] = turn(session, arguments.history, TURN_TOKENS, arguments.rounds)
     command = " ".join(["python benchmarks/batching.py", *sys.argv[1:]])
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")
     return {"command": command, "date": date, "machine": this_machine(), "models": models}
@@ -125,7 +150,19 @@ def page(document: Document) -> str:
         for model in document["models"]
         for row in model["rows"]
     ]
-    return f"{table(rows)}\n\nMedian (smallest..largest) of the rounds. {place(document)}\n"
+    turns = [
+        {
+            "model": model["model"],
+            "tokens before": str(model["turn"]["history"]),
+            "of the turn": str(model["turn"]["new_tokens"]),
+            "first token, cache kept, ms": ranged(model["turn"]["kept"], 0, 1e3),
+            "all read again, ms": ranged(model["turn"]["read"], 0, 1e3),
+        }
+        for model in document["models"]
+        if "turn" in model
+    ]
+    more = f"\n\n{table(turns)}" if turns else ""
+    return f"{table(rows)}{more}\n\nMedian (smallest..largest) of the rounds. {place(document)}\n"
 
 
 def main() -> None:
@@ -135,6 +172,7 @@ def main() -> None:
     parser.add_argument("--requests", type=context_list, default=[1, 2, 4, 8], metavar="N,…", help="texts at once")
     parser.add_argument("--prompt", type=positive, default=64, help="tokens of each prompt")
     parser.add_argument("--new-tokens", type=positive, default=64, help="tokens of each text")
+    parser.add_argument("--history", type=int, default=0, help="tokens before a chat's turn that is timed; 0 is none")
     parser.add_argument("--rounds", type=positive, default=3)
     parser.add_argument("--backend", default="onnxruntime")
     parser.add_argument("--cache-dtype")

@@ -14,7 +14,7 @@ def test_a_small_run(
     script: Script, tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
 ) -> None:
     module = script("batching")
-    words = [tiny_bundle, "--requests", "1,3", "--prompt", 5, "--new-tokens", 4, "--rounds", 2]
+    words = [tiny_bundle, "--requests", "1,3", "--prompt", 5, "--new-tokens", 4, "--rounds", 2, "--history", 40]
     monkeypatch.setattr("sys.argv", ["batching.py", *map(str, words), "--json", str(tmp_path / "a.json")])
     module.main()
     document = json.loads((tmp_path / "a.json").read_text())
@@ -23,4 +23,7 @@ def test_a_small_run(
     for row in model["rows"]:
         assert row["together_tokens_per_s"]["min"] > 0
         assert row["ratio"]["min"] <= row["ratio"]["median"] <= row["ratio"]["max"]
-    assert "| bundle, onnxruntime | 3 | " in capsys.readouterr().out
+    assert model["turn"]["read"]["median"] > 0
+    shown = capsys.readouterr().out
+    assert "| bundle, onnxruntime | 3 | " in shown
+    assert "| bundle | 40 | 32 | " in shown

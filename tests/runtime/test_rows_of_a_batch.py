@@ -45,7 +45,7 @@ def rows_computed(session: Session) -> list[tuple[int, int]]:
 
 
 @pytest.mark.parametrize(("backend", "model"), KINDS)
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(data=st.data())
 def test_rows_that_come_go_and_move_are_each_as_alone(backend: str, model: str, data: st.DataObject) -> None:
     rows = data.draw(st.integers(1, 4))

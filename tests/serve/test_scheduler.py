@@ -4,25 +4,20 @@ import threading
 import time
 
 import pytest
-import torch
 
 from gta_edge.errors import BackendError, CapacityError, InputError
-from gta_edge.model.decoder import Decoder
 from gta_edge.runtime.generation.loop import generate
 from gta_edge.runtime.generation.sampling import Sampling
 from gta_edge.runtime.torch.session import TorchSession
 from gta_edge.serve.scheduler import Event, QueueFullError, RequestOptions, Scheduler
-from tests.helpers.generation import CONFIG, byte_level, save
+from tests.helpers.batches import new_talker
 
 PATIENCE = 60  # seconds, of a machine that does something else
 
 
 @pytest.fixture
 def session(tmp_path) -> TorchSession:
-    torch.manual_seed(0)
-    session = TorchSession(Decoder(CONFIG.replace(tie_word_embeddings=False)).eval(), capacity_step=16)
-    session.tokenizer, session.end_token_ids = save(tmp_path, byte_level()), frozenset()
-    return session
+    return new_talker(tmp_path)
 
 
 class Gate:

@@ -132,6 +132,7 @@ class Batch:
 
     def step(self) -> bool:
         """Read a part of a prompt, and give each other text a token; return whether there is more to do."""
+        self._recover()
         if self._reading is None:
             self._begin()
         if self._reading is not None:
@@ -148,6 +149,8 @@ class Batch:
 
     def _begin(self) -> None:
         """Give the text that has waited longest a row, and what is known of its prompt."""
+        while self._waiting and self._waiting[0].finish_reason is not None:  # it ended when the cache was lost
+            self._waiting.popleft()
         if not self._waiting or None not in self._rows:
             return
         row, text = self._rows.index(None), self._waiting.popleft()
@@ -274,18 +277,22 @@ class Batch:
     # --- the end ---------------------------------------------------------------------------------------------------
 
     def _failed(self, text: Text, error: Exception) -> None:
-        """End a text that failed. Where the cache went with it, the others read what they have once more."""
+        """End a text that failed."""
         if not isinstance(error, GtaEdgeError):
             problem = BackendError(
-                f"a step failed ({type(error).__name__}: {one_line(error)})", "send the request again"
+                f"a step failed ({type(error).__name__}: {one_line(error)})", "try again, or with another backend"
             )
             problem.__cause__ = error
             error = problem
         text.end("error", error)
         self._leave(text)
-        if self._claim is None or not self._claim.holds:
+        self._recover()
+
+    def _recover(self) -> None:
+        """Let texts be read once more where the cache was lost, to an error or to somebody else."""
+        if self._claim is not None and not self._claim.holds:
             rest = [each for _, each in self._taken]
-            self._rows, self._reading = [None] * len(self._rows), None
+            self._rows, self._reading, self._claim = [None] * len(self._rows), None, None
             self._waiting.extendleft(reversed(rest))
 
     def _leave(self, text: Text) -> None:
@@ -300,11 +307,12 @@ class Batch:
             if self._kept is not None and text.seen >= MIN_REUSED_TOKENS and text.error is None:
                 self._kept.put(text.answer.all_ids[: text.seen], self._claim.export_cache(row, text.seen))
             self._close_gap(row)
-        except GtaEdgeError:  # for want of memory: then nothing is kept, and rows stay where they are
+        except (GtaEdgeError, MemoryError):  # for want of memory: then nothing is kept, and rows stay where they are
             pass
         if self._claim.holds:
             lengths = [0 if self._rows[each] is None else n for each, n in enumerate(self._session.length.tolist())]
             self._claim.truncate(lengths)
+        self._recover()
 
     def _close_gap(self, row: int) -> None:
         """Move the last text into a free row before it."""

@@ -4,25 +4,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gta_edge.errors import BackendError, InputError
-from gta_edge.model.decoder import Decoder
 from gta_edge.runtime.cache_policies import policy
 from gta_edge.runtime.generation.batch import Batch
 from gta_edge.runtime.generation.conversation import Conversation
 from gta_edge.runtime.generation.kept_caches import KeptCaches
 from gta_edge.runtime.generation.loop import generate
-from gta_edge.runtime.generation.request import Event, RequestOptions
 from gta_edge.runtime.generation.sampling import Sampling
-from gta_edge.runtime.generation.text import Text
 from gta_edge.runtime.registry import load
 from gta_edge.runtime.saved_cache import SavedCache
-from gta_edge.runtime.session import Session
-from gta_edge.runtime.torch.session import TorchSession
-from tests.helpers.generation import CONFIG, ScriptedSession, byte_level, save
+from tests.helpers.batches import Heard, run
 from tests.helpers.managed_sessions import VOCAB, open_session
 
 SAMPLING = {
@@ -32,40 +26,8 @@ SAMPLING = {
 }
 
 
-class Heard:
-    """A text of a batch, and what was heard of it."""
-
-    def __init__(self, session: Session, ids: list[int], **options: Any) -> None:
-        self.events: list[Event] = []
-        given = RequestOptions(**options)
-        self.text = Text.asked_for(session, np.array(ids, np.int64), given, self.events.append)
-
-    @property
-    def said(self) -> tuple[list[int], str, str | None]:
-        ids = [token for event in self.events for token in event.ids]
-        assert ids == self.text.answer.ids
-        assert [event.finish_reason for event in self.events[:-1]] == [None] * (len(self.events) - 1)
-        return ids, "".join(event.text for event in self.events), self.events[-1].finish_reason
-
-
-def run(batch: Batch, steps: int = 500) -> None:
-    for _ in range(steps):
-        if not batch.step():
-            return
-    raise AssertionError("the batch does not end")
-
-
-@pytest.fixture
-def talker(tmp_path) -> TorchSession:
-    """A random model with a tokenizer."""
-    torch.manual_seed(0)
-    session = TorchSession(Decoder(CONFIG.replace(tie_word_embeddings=False)).eval(), capacity_step=16)
-    session.tokenizer, session.end_token_ids = save(tmp_path, byte_level()), frozenset()
-    return session
-
-
 @pytest.mark.parametrize("backend", ["torch", "onnxruntime"])
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(data=st.data())
 def test_texts_that_come_and_go_are_each_as_alone(backend: str, data: st.DataObject) -> None:
     exact = {"exact": True} if backend == "onnxruntime" else {}
@@ -276,131 +238,6 @@ def test_kept_caches_stay_within_their_bytes_and_find_the_longest_prefix(texts) 
     assert (len(kept), kept.nbytes) == (0, 0)
 
 
-# --- what goes wrong -------------------------------------------------------------------------------------------------
-
-
-class Grammar:
-    """A constraint that lets one token through, and may fail."""
-
-    def __init__(self, token: int, length: int, fails: str = "") -> None:
-        self.token, self.left, self.fails, self.calls = token, length, fails, []
-
-    def _called(self, name: str) -> None:
-        self.calls.append(name)
-        if name == self.fails and self.calls.count(name) == 2:
-            raise RuntimeError("planted")
-
-    def prepare(self) -> None:
-        self._called("prepare")
-
-    def apply(self, logits) -> None:
-        self._called("apply")
-        logits[np.arange(len(logits)) != self.token] = -np.inf
-
-    def accept(self, token: int) -> bool:
-        self._called("accept")
-        assert token == self.token
-        self.left -= 1
-        return not self.left
-
-
-def test_a_constraint_rules_tokens_out_and_ends_its_text_alone(talker) -> None:
-    batch, free, grammar = Batch(talker, 3), Heard(talker, [1, 2, 3], max_new_tokens=9), Grammar(65, 4)
-    bound = Heard(talker, [1, 2, 3], constraint=grammar, logprobs=0)
-    for each in (free, bound):
-        batch.add(each.text)
-    run(batch)
-    assert bound.said == ([65] * 4, "AAAA", "stop")
-    assert grammar.calls == ["prepare", "apply", "accept"] * 4
-    assert all(event.logprobs[0].logprob > -50 for event in bound.events)  # of the model, not of what is allowed
-    generation = generate(talker, [1, 2, 3], max_new_tokens=9)
-    list(generation)
-    assert free.said[0] == generation.ids
-
-
-@pytest.mark.parametrize("fails", ["prepare", "apply", "accept"])
-def test_one_that_fails_ends_alone(talker, fails) -> None:
-    batch = Batch(talker, 3, kept=KeptCaches(10**7))
-    good = [Heard(talker, [9, i], max_new_tokens=9) for i in range(2)]
-    bad = Heard(talker, [1, 2, 3], constraint=Grammar(65, 9, fails))
-    for each in (good[0], bad, good[1]):
-        batch.add(each.text)
-    run(batch)
-    assert bad.said[2] == "error"
-    assert "RuntimeError: planted" in str(bad.text.error)
-    assert bad.events[-1].error is bad.text.error
-    for i, each in enumerate(good):
-        generation = generate(talker, [9, i], max_new_tokens=9)
-        list(generation)
-        assert each.said[0] == generation.ids
-
-
-def test_when_the_cache_is_lost_the_others_go_on(talker, monkeypatch) -> None:
-    """A step that fails for good takes one text with it; the others read what they have once more."""
-    batch = Batch(talker, 3)
-    texts = [Heard(talker, [i] * (i + 2), max_new_tokens=12) for i in range(4)]
-    for each in texts:
-        batch.add(each.text)
-    for _ in range(6):
-        batch.step()
-    longest = max(texts[:3], key=lambda each: each.text.seen)
-    whole = talker._run
-    with monkeypatch.context() as patch:
-
-        def fail(*arguments: Any) -> Any:
-            raise BackendError("planted")
-
-        patch.setattr(talker, "_run", fail)
-        batch.step()
-    assert talker._run == whole
-    run(batch)
-    assert [each.said[2] for each in texts].count("error") == 1
-    assert longest.said[2] == "error"
-    for i, each in enumerate(texts):
-        generation = generate(talker, [i] * (i + 2), max_new_tokens=12)
-        list(generation)
-        assert each.said[0] == generation.ids[: len(each.said[0])]
-        if each is not longest:
-            assert each.said[0] == generation.ids
-
-
-@pytest.mark.parametrize("kept", [None, KeptCaches(10**7)])
-def test_what_is_removed_frees_its_row_at_once(talker, kept) -> None:
-    batch = Batch(talker, 2, kept=kept)
-    texts = [Heard(talker, [i] * 20, max_new_tokens=20) for i in range(4)]
-    for each in texts:
-        batch.add(each.text)
-    for _ in range(3):
-        batch.step()
-    assert (batch.running, batch.waiting) == (2, 2)
-    batch.remove(texts[0].text)
-    batch.remove(texts[3].text)
-    assert (batch.running, batch.waiting) == (1, 1)
-    assert texts[0].said[2] == texts[3].said[2] == "interrupted"
-    assert talker.length.tolist().count(0) == 1
-    run(batch)
-    for i in (1, 2):
-        generation = generate(talker, [i] * 20, max_new_tokens=20)
-        list(generation)
-        assert texts[i].said[0] == generation.ids
-
-
-def test_a_backend_that_exports_no_cache_runs_all_rows(talker, monkeypatch) -> None:
-    monkeypatch.setattr(talker, "reads_rows", False)
-    monkeypatch.setattr(talker, "_rows_of_step", lambda first, stop, tokens: slice(None))
-    batch = Batch(talker, 3, kept=KeptCaches(10**7))
-    lengths = [(58, 6), (3, 20), (30, 3), (40, 9), (8, 8)]
-    texts = [Heard(talker, [i] * n, max_new_tokens=tokens) for i, (n, tokens) in enumerate(lengths)]
-    for each in texts:
-        batch.add(each.text)
-    run(batch)
-    assert batch.figures.cached_tokens == 0
-    for i, (n, tokens) in enumerate(lengths):
-        generation = generate(talker, [i] * n, max_new_tokens=tokens)
-        list(generation)
-        assert texts[i].said[0] == generation.ids
-
-
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
 def test_what_is_reused_of_a_quantised_cache_is_as_if_it_had_been_read(tiny_bundle, dtype) -> None:
     """Of a block of 4 bits that has been closed, nothing is: it would be rounded twice."""
@@ -445,18 +282,3 @@ def test_other_caches_have_texts_at_once_too(options) -> None:
             generation = generate(session, ids, max_new_tokens=12 + 5 * i)
             list(generation)
             assert each.said[0] == generation.ids
-
-
-def test_options_that_make_no_sense_are_refused() -> None:
-    session = ScriptedSession([])
-    for options, message in [
-        ({"max_new_tokens": -1}, "max_new_tokens is -1; expected a whole number from 0"),
-        ({"logprobs": 21}, "logprobs is 21; expected 0 to 20"),
-        ({"prompt_logprobs": -1}, "prompt_logprobs is -1"),
-        ({"stop": ("x",)}, "stop strings need a tokenizer"),
-        ({"sampling": Sampling(logit_bias={300: 1.0})}, "logit_bias has token id 300; expected 0 to 299"),
-    ]:
-        with pytest.raises(InputError, match=message):
-            Heard(session, [1], **options)
-    with pytest.raises(InputError, match="a batch of 0 rows"):
-        Batch(session, 0)
