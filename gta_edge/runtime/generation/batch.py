@@ -33,8 +33,8 @@ __all__ = ["Batch", "BatchFigures", "in_a_batch"]
 MIN_REUSED_TOKENS = 16
 """A prefix that is shorter is read again: that takes no longer than copying it."""
 
-_FIRST_PART = 32
-"""Tokens of a prompt that are read beside others before it is known how long that takes."""
+_FIRST_PART, _LEAST_PART = 32, 16
+"""Tokens of a prompt that are read beside others before it is known how long that takes; and at least."""
 
 _MAX_ROWS = 8
 """Texts at once, of a list of prompts: more take more memory, and on a CPU are hardly faster."""
@@ -61,18 +61,22 @@ class BatchFigures:
     parts: int = 0
 
 
-@dataclass
 class _Pace:
-    """How fast prompts are read, as it was last."""
+    """How many tokens of a prompt are read while others wait, so that they wait for about as long as they may.
 
-    tokens_per_second: float | None = None
+    It follows what parts have taken, by a factor of 2 at a time: a machine that does something else for a moment makes
+    the parts after it short, and not all that follow.
+    """
 
-    def tokens_for(self, seconds: float) -> int:
-        return _FIRST_PART if self.tokens_per_second is None else int(self.tokens_per_second * seconds)
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self.tokens = _FIRST_PART
 
     def note(self, tokens: int, seconds: float) -> None:
-        if seconds > 0 and (tokens >= _FIRST_PART or self.tokens_per_second is None):
-            self.tokens_per_second = tokens / seconds
+        """Heed how long a part took; a short one, such as a prompt's last, tells little."""
+        if 2 * tokens >= self.tokens:
+            fitting = tokens * self._seconds / max(seconds, 1e-6)
+            self.tokens = max(_LEAST_PART, int(min(max(fitting, self.tokens / 2), 2 * self.tokens)))
 
 
 class Batch:
@@ -93,7 +97,7 @@ class Batch:
     ) -> None:
         if rows < 1:
             raise InputError(f"a batch of {rows} rows was asked for", "expected at least 1")
-        self._session, self._stall, self._pace = session, stall_seconds, _Pace()
+        self._session, self._pace = session, _Pace(stall_seconds)
         self._kept = kept if session.exports_cache else None
         self._claim: Claim | None = None
         self._rows: list[Text | None] = [None] * rows
@@ -227,7 +231,7 @@ class Batch:
         """Return how many tokens of a prompt to read now."""
         size = self._session.chunk_size
         if len(self._taken) > 1:
-            size = min(size, max(1, self._pace.tokens_for(self._stall)))
+            size = min(size, self._pace.tokens)
         if text.options.prompt_logprobs is not None:
             size = min(size, max(1, _LOGIT_BYTES // (4 * self._session.config.vocab_size * len(self._rows))))
         return max(1, min(size, self._own().room(row)))

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from gta_edge.errors import BackendError, InputError
 from gta_edge.runtime.cache_policies import policy
+from gta_edge.runtime.generation import batch as batches
 from gta_edge.runtime.generation.batch import Batch
 from gta_edge.runtime.generation.conversation import Conversation
 from gta_edge.runtime.generation.kept_caches import KeptCaches
@@ -183,6 +184,20 @@ def test_a_failure_among_prompts_ends_them_all(talker, monkeypatch) -> None:
         list(answers)
     assert {each.finish_reason for each in answers.answers} == {"error"}
     assert list(answers) == []
+
+
+@given(st.floats(1, 1000), st.floats(0, 0.05), st.lists(st.booleans(), max_size=30))
+def test_parts_of_prompts_take_about_as_long_as_others_may_wait(rate, fixed, disturbed) -> None:
+    """Whatever the machine does, and however long it was disturbed before."""
+    pace = batches._Pace(0.1)
+    for slow in disturbed:
+        pace.note(pace.tokens, 100 * (fixed + pace.tokens / rate) if slow else fixed + pace.tokens / rate)
+    for _ in range(20):
+        pace.note(pace.tokens, fixed + pace.tokens / rate)
+        pace.note(1, 10.0)  # a prompt's last part
+    taken = fixed + pace.tokens / rate
+    assert taken < 0.11 or pace.tokens == 16
+    assert taken > 0.08
 
 
 # --- what is not read again ------------------------------------------------------------------------------------------
