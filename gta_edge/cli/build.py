@@ -42,6 +42,9 @@ def build(
         ),
     ] = None,
     max_batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 1,
+    trees: Annotated[
+        int, typer.Option(min=0, help="Rows of a sequence for trees of tokens beside its text. tensorrt only.")
+    ] = 0,
     compute_capability: Annotated[
         str | None,
         typer.Option(help="GPUs to build for, 8.6,8.9; by default the one here, else all. tensorrt-rtx only."),
@@ -84,6 +87,7 @@ def build(
             max_batch=max_batch,
             chunk_size=min(builder.CHUNK_SIZE, length),
             matmul=matmul.value,
+            tree_rows=trees,
         )
         if policy is not None:
             spec = builder.managed_spec(opened, spec, policy)

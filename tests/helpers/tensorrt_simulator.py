@@ -30,7 +30,6 @@ from gta_edge.cuda.gpu import Gpu
 from gta_edge.formats.artifacts import made_from
 from gta_edge.formats.bundle import Bundle
 from gta_edge.libraries.tensorrt import TensorRT
-from gta_edge.model.kv_cache import capacity_of
 from gta_edge.numerics.dtypes import CACHES
 from gta_edge.runtime.tensorrt import session as runtime_tensorrt
 from gta_edge.runtime.tensorrt.build import profile_shapes
@@ -420,9 +419,10 @@ def build(bundle: Bundle, spec: EngineSpec, directory: Path, *, capturable: bool
     That of a cache in blocks has the plugin's nodes (``block_engine``), others are standard operators.
     """
     plugin = CACHES[spec.cache_dtype].in_blocks
-    options = {"compute": spec.compute, "capacity": capacity_of(spec.cache_dtype, spec.max_length)}
-    if spec.managed:
-        options |= {"capacity": spec.managed.capacities, "features": spec.managed.features}
+    capacities = spec.capacities(bundle.config)
+    options = {"compute": spec.compute, "capacity": capacities[0]}
+    if spec.features:
+        options |= {"capacity": capacities, "features": spec.features}
     options |= {"form": "plugin", "cache_dtype": spec.cache_dtype} if plugin else {"form": "function"}
     model = lower(bundle, directory, **options)
     document = {"model": str(model), "profiles": profile_shapes(bundle, spec), "plugin": plugin}

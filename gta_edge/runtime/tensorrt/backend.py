@@ -36,6 +36,7 @@ class TensorRTBackend(Backend):
         self.name = self.extra = self.distribution = kind.name
         self.modules = module, "cuda.bindings"
         self.compute_types = kind.compute_types
+        self.has_trees = kind.takes_plugins  # whose attention they need
 
     def cache_types(self, config: ModelConfig, compute: str) -> tuple[str, ...]:
         return self.kind.cache_types(config, compute)

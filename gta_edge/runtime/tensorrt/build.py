@@ -21,6 +21,7 @@ from gta_edge.formats.artifacts import artifacts_directory, made_from
 from gta_edge.formats.bundle import Bundle
 from gta_edge.model.config import ModelConfig
 from gta_edge.model.kv_cache import DECAY, PAST, QUERY_WEIGHT, ROW_BIAS, TOKEN_INPUTS
+from gta_edge.numerics.dtypes import CACHES
 from gta_edge.numerics.quantization import BITS
 from gta_edge.plan.cost import words_bytes
 from gta_edge.runtime.tensorrt.engine import (
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CHUNK_SIZE",
     "LOGIT_POSITIONS",
+    "MAX_TREE_ROWS",
     "Requirement",
     "buffer_bytes",
     "build",
@@ -62,6 +64,9 @@ __all__ = [
 
 CHUNK_SIZE = 512
 """Most tokens of a prompt in one run of an engine."""
+
+MAX_TREE_ROWS = 8192
+"""Of a sequence, for trees of tokens: each has a word in every step."""
 
 LOGIT_POSITIONS = 16
 """Most positions per row that one run gives logits for: those of a whole chunk would take half a gigabyte."""
@@ -298,12 +303,28 @@ def check_spec(bundle: Bundle, spec: EngineSpec) -> None:
             )
         )
     _check_matmul_choice(bundle, spec)
+    _check_trees(config, spec)
     _check_length(config, spec)
     room = min(spec.capacities(config))
     if not 1 <= spec.chunk_size <= room:
         raise InputError(f"a chunk has {spec.chunk_size} tokens", f"expected 1 to the {room} of the cache")
     if not 1 <= spec.max_batch <= 256:
         raise InputError(f"--max-batch is {brief(spec.max_batch)}", "expected 1 to 256")
+
+
+def _check_trees(config: ModelConfig, spec: EngineSpec) -> None:
+    if not spec.tree_rows:
+        return
+    if not 1 <= spec.tree_rows <= MAX_TREE_ROWS:
+        raise InputError(f"--trees is {brief(spec.tree_rows)}", f"expected 1 to {MAX_TREE_ROWS} rows")
+    if not ENGINES[spec.engine].attends_by_plugin(config):
+        raise InputError(
+            f"trees of tokens take the attention's plugin, which {spec.engine} does not have for this model",
+            "leave out --trees, or build with --engine tensorrt",
+        )
+    if spec.managed is not None or CACHES[spec.cache_dtype].in_blocks:
+        other = "--cache-policy" if spec.managed is not None else f"--cache-dtype {spec.cache_dtype}"
+        raise InputError(f"an engine with --trees has no {other}", "leave out one of both")
 
 
 def _check_length(config: ModelConfig, spec: EngineSpec) -> None:
@@ -387,8 +408,8 @@ def _lowered(
     capacities = spec.capacities(bundle.config)
     options: dict[str, Any] = {"compute": spec.compute, "capacity": capacities[0], "newer_ops": newer_ops}
     options["matmul"] = matmul
-    if spec.managed is not None:
-        options |= {"capacity": capacities, "features": spec.managed.features}
+    if spec.features is not None:
+        options |= {"capacity": capacities, "features": spec.features}
     plugin = ENGINES[spec.engine].attends_by_plugin(bundle.config)
     if plugin and spec.cache_dtype != spec.compute:
         options["cache_dtype"] = spec.cache_dtype

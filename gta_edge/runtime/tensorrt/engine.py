@@ -35,12 +35,14 @@ from gta_edge.model.kv_cache import (
     INPUT_IDS,
     LOGIT_POSITIONS,
     PAST_LENGTH,
+    TREES,
     CacheTensor,
     cache_tensors,
     capacity_of,
     managed_shapes,
 )
 from gta_edge.numerics.dtypes import FLOAT_TYPES, QUANTIZED_CACHE_TYPES
+from gta_edge.plugins.attention.definition import MAX_BRANCH_TOKENS, Features
 from gta_edge.runtime.tensorrt.engine_cache import EngineCache
 from gta_edge.support.ownership import ARTIFACTS
 from gta_edge.support.text import one_line
@@ -66,6 +68,7 @@ IMPLEMENTATIONS = ("plugin", "native")
 CHOICES = ("auto", *IMPLEMENTATIONS)
 """What ``gta-edge build --matmul`` takes."""
 PLAN, RECORD = "engine.plan", "engine.json"
+_ROWS_STEP = 16
 _RECEIVED_BYTES = 4  # of what a row received, a float32
 
 
@@ -77,17 +80,20 @@ class Wanted:
         compute: type of activations; None for any.
         cache_dtype: how the cache is stored; None for any.
         policy: options of ``gta-edge build`` for a cache policy; empty for none.
+        tree_rows: rows for trees of tokens; 0 for none.
     """
 
     compute: str | None = None
     cache_dtype: str | None = None
     policy: str = ""
+    tree_rows: int = 0
 
     def command(self, bundle: Path, engine: str) -> str:
         """Return the command that builds such an engine, where nothing else is known of it."""
         options = f" --compute {self.compute}" if self.compute else ""
         options += f" --cache-dtype {self.cache_dtype}" if self.cache_dtype else ""
         options += f" {self.policy}" if self.policy else ""
+        options += f" --trees {self.tree_rows}" if self.tree_rows else ""
         return f"gta-edge build {shlex.quote(str(bundle))} --engine {engine}{options}"
 
     def check(self, spec: EngineSpec, bundle: Bundle) -> None:
@@ -101,6 +107,11 @@ class Wanted:
                     f"{engine_directory(bundle, spec.engine)}: the engine {what} in {found}, not in {expected}",
                     f"run: {spec.command(bundle.directory, self)}",
                 )
+        if self.tree_rows and not spec.tree_rows:
+            raise EngineError(
+                f"{engine_directory(bundle, spec.engine)}: the engine was built without room for trees of tokens",
+                f"run: {spec.command(bundle.directory, self)}",
+            )
 
 
 ANY = Wanted()
@@ -119,6 +130,7 @@ class EngineSpec:
         chunk_size: tokens of a prompt at once.
         matmul: who computes products with int4 and int8 matrices: ``plugin``, ``native``, or ``auto``, the faster.
         managed: what the cache is managed with; None keeps every token.
+        tree_rows: rows that a sequence has for trees of tokens behind its text; 0 for none.
     """
 
     engine: str
@@ -129,11 +141,27 @@ class EngineSpec:
     chunk_size: int
     matmul: str = "auto"
     managed: EngineCache | None = None
+    tree_rows: int = 0
+
+    @property
+    def features(self) -> Features | None:
+        """Inputs that the graph has for a managed cache, or for trees; None without either."""
+        if self.tree_rows:
+            return TREES
+        return self.managed.features if self.managed else None
+
+    @property
+    def tree_words(self) -> int:
+        """Words of ``branches``: of every step as many, so that single tokens have one shape."""
+        return -(-self.tree_rows // MAX_BRANCH_TOKENS) * MAX_BRANCH_TOKENS
 
     def capacities(self, config: ModelConfig) -> tuple[int, ...]:
         """Return the rows that each layer's cache has room for: whole blocks, of a cache in blocks."""
         if self.managed is not None:
             return self.managed.capacities
+        if self.tree_rows:  # and one for rows that change places
+            rows = -(-(self.max_length + self.tree_rows + 1) // _ROWS_STEP) * _ROWS_STEP
+            return (rows,) * config.num_hidden_layers
         return (capacity_of(self.cache_dtype, self.max_length),) * config.num_hidden_layers
 
     def cache_tensors(self, config: ModelConfig) -> list[CacheTensor]:
@@ -159,8 +187,9 @@ class EngineSpec:
         }
         for tensor in self.cache_tensors(config):
             shapes[tensor.past] = tensor.shape(batch, capacities[tensor.layer])
-        if self.managed is not None:
-            shapes |= managed_shapes(self.managed.features, batch=batch, tokens=tokens, capacities=capacities)
+        if self.features is not None:
+            sizes = {"batch": batch, "tokens": tokens, "words": self.tree_words}
+            shapes |= managed_shapes(self.features, **sizes, capacities=capacities)
         return shapes
 
     def cache_bytes(self, config: ModelConfig) -> int:
@@ -185,6 +214,8 @@ class EngineSpec:
         options += f" --max-length {self.max_length} --max-batch {self.max_batch}"
         policy = wanted.policy or (self.managed.policy if self.managed else "")
         options += f" {policy}" if policy else ""
+        tree_rows = wanted.tree_rows or (0 if policy else self.tree_rows)
+        options += f" --trees {tree_rows}" if tree_rows else ""
         options += f" --matmul {self.matmul} --force" if self.matmul != "auto" else " --force"
         return f"gta-edge build {shlex.quote(str(bundle))} {options}"
 
@@ -371,5 +402,7 @@ def _check_types(record: EngineManifest) -> None:
     known = spec.compute in FLOAT_TYPES and spec.cache_dtype in (spec.compute, *QUANTIZED_CACHE_TYPES)
     if not known or record.matmul not in IMPLEMENTATIONS:
         raise ValueError("a type, or a word, that there is not")
+    if type(spec.tree_rows) is not int or spec.tree_rows < 0:
+        raise ValueError("a whole number is expected and something else found")
     if not all(type(number) is int and number > 0 for number in numbers):
         raise ValueError("a positive whole number is expected and something else found")

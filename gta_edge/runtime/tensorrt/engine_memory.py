@@ -43,7 +43,7 @@ class EngineMemory:
             move rows; None of an engine without the attention's plugin.
 
     Attributes:
-        rows: the same memory by rows, to be moved; None of an engine without a policy.
+        rows: the same memory by rows, to be moved; None of an engine without a policy and trees.
         addresses: of each input and output of the engine by name.
         nbytes: of all of it.
 
@@ -70,9 +70,10 @@ class EngineMemory:
         if spec.managed is not None and spec.managed.observe is not None:
             placed += self._add_received(in_place=gpu is not None)
         self.rows: CudaCache | KernelRows | None = None
-        if spec.managed is not None and gpu is not None:
+        moves = spec.managed is not None or spec.tree_rows > 0
+        if moves and gpu is not None:
             self.rows = KernelRows(cuda, gpu, config, spec.compute, spec.max_batch, placed)
-        elif spec.managed is not None:
+        elif moves:
             self.rows = CudaCache(cuda, config, placed)
 
     def _allocate(self, size_bytes: int) -> int:

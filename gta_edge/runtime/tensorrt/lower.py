@@ -22,7 +22,7 @@ from gta_edge.graph.pack_embedding import PackEmbeddingPass
 from gta_edge.graph.retype import ConvertPrecisionPass
 from gta_edge.graph.share_dimensions import ShareDimensionsPass
 from gta_edge.libraries.optional import optional
-from gta_edge.model.kv_cache import cache_tensors, capacity_of
+from gta_edge.model.kv_cache import TREES, cache_tensors, capacity_of
 from gta_edge.numerics.cache_codes import BLOCK
 from gta_edge.numerics.dtypes import CACHES, COMPUTE_TYPES, FLOAT_TYPES, QUANTIZED_CACHE_TYPES
 from gta_edge.plugins.attention.definition import MAX_BIAS_ROWS, Features
@@ -164,7 +164,7 @@ def _check_capacities(bundle: Bundle, capacities: Sequence[int], features: Featu
     # a managed cache has a few rows more, where residual rows begin
     most = capacity_of(cache, bundle.config.max_position_embeddings) + (MAX_BIAS_ROWS if features else 0)
     for capacity in capacities:
-        if not 1 <= capacity <= most:
+        if not 1 <= capacity <= most and not (features == TREES and capacity > most):  # rows of trees are no positions
             raise CapacityError(f"the capacity is {capacity} tokens", f"expected 1 to {most}, the model's positions")
         if capacity != capacity_of(cache, capacity):
             raise CapacityError(f"the capacity is {capacity} tokens", f"expected whole blocks of {BLOCK} in {cache}")

@@ -53,6 +53,9 @@ __all__ = ["TensorRTSession"]
 _DECODE, _PREFILL = 0, 1  # the profiles, as build.py makes them
 _DECODERS_KEPT = 8
 
+TREE_ROWS = 256
+"""What a session suggests to build an engine with, where one without room for trees is asked for them."""
+
 
 @dataclass(frozen=True)
 class _Tensor:
@@ -82,6 +85,7 @@ class TensorRTSession(Session):
         device_id: CUDA's number for the GPU.
         chunk_size: tokens of a prompt at once, at most the engine's.
         cache: policy that says which rows of the cache stay, which the engine has to be built for; None for all.
+        trees: whether the engine has to have room for trees of tokens; one that has, holds them in any case.
 
     Raises:
         BackendError: TensorRT, the driver or the GPU is missing, or the engine cannot be loaded.
@@ -103,11 +107,12 @@ class TensorRTSession(Session):
         device_id: int = 0,
         chunk_size: int | None = None,
         cache: CachePolicy | None = None,
+        trees: bool = False,
     ) -> None:
         # First what costs nothing: TensorRT's libraries take seconds to load.
-        if cache is not None and cache_dtype in BLOCK_CACHE_TYPES:
-            cache_state(bundle.config, cache_dtype, cache)  # which refuses it: no engine is for both
-        wanted = Wanted(compute, cache_dtype, policy_options(cache) if cache is not None else "")
+        if trees or (cache is not None and cache_dtype in BLOCK_CACHE_TYPES):
+            cache_state(bundle.config, cache_dtype or "fp32", cache, trees=trees)  # refuses what no engine is for
+        wanted = Wanted(compute, cache_dtype, policy_options(cache) if cache is not None else "", TREE_ROWS * trees)
         require_engine(bundle, engine, wanted)
         gpu = current_gpu(device_id)
         trt = load(engine)
@@ -255,7 +260,8 @@ class TensorRTSession(Session):
         if wanted > LOGIT_POSITIONS and CACHES[self.cache_dtype].in_blocks:
             return self._run_in_pieces(input_ids, past_length)
         self._cuda.make_current()
-        values = step_values(self._spec.managed, self.config, input_ids, past_length, logit_positions, managed)
+        given = input_ids, past_length, logit_positions, managed
+        values = step_values(self._spec.managed, self.config, *given, tree_words=self._spec.tree_words)
         if input_ids.shape[1] == 1 and wanted == 1 and not self._first_row:
             return self._step(values)
         # A run appends the same rows to the same places every time, so more logits are had by running again. Only runs
@@ -394,6 +400,10 @@ def _state(bundle: Bundle, spec: EngineSpec, policy: CachePolicy | None, chunk_s
     config, managed = bundle.config, spec.managed
     options: dict[str, Any] = {"chunk_size": chunk_size, "max_length": spec.max_length}
     options["limit"] = f"the engine was built with --max-length {spec.max_length}"
+    if policy is None and spec.tree_rows:
+        rows = min(spec.capacities(config))
+        options |= {"compute": spec.compute, "capacity_step": rows, "max_rows": rows}
+        return cache_state(config, spec.cache_dtype, trees=True, **options)
     if policy is None:
         room = min(spec.capacities(config))
         if room < spec.max_length:

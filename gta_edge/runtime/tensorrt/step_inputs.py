@@ -10,8 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from gta_edge.cuda.session import Cuda
+from gta_edge.errors import CapacityError
 from gta_edge.model.config import ModelConfig
 from gta_edge.model.kv_cache import (
+    BRANCHES,
     DECAY,
     INPUT_IDS,
     LOGIT_POSITIONS,
@@ -19,6 +21,7 @@ from gta_edge.model.kv_cache import (
     POSITIONS,
     QUERY_WEIGHT,
     ROW_BIAS,
+    TREES,
 )
 from gta_edge.runtime.cache_moves import ManagedStep
 from gta_edge.runtime.session import Ids
@@ -69,6 +72,7 @@ def step_values(
     past_length: Ids,
     logit_positions: Ids,
     managed: ManagedStep | None,
+    tree_words: int = 0,
 ) -> Values:
     """Return the inputs of a step by the graph's names.
 
@@ -80,8 +84,24 @@ def step_values(
         logit_positions: int64 [B, M].
         managed: what a policy gives; None without one, where an engine that takes it is told that nothing is to be
             observed, every row stands for one token, and rows are positions.
+        tree_words: words of ``branches`` of an engine that holds trees; 0 of another.
+
+    Raises:
+        CapacityError: a tree has more rows than words.
     """
     values: Values = {INPUT_IDS: input_ids, PAST_LENGTH: past_length, LOGIT_POSITIONS: logit_positions}
+    if tree_words:
+        assert managed is not None  # a session of such an engine has a TreeCache
+        given = managed.given(TREES)
+        found = given[BRANCHES]
+        if found.shape[1] > tree_words:
+            raise CapacityError(
+                f"a tree of tokens takes {found.shape[1]} rows, and the engine was built for {tree_words}",
+                "drop nodes of it, or build with more --trees",
+            )
+        words = np.zeros((len(input_ids), tree_words), np.int64)  # a row that has none is not seen
+        words[:, : found.shape[1]] = found
+        return values | given | {BRANCHES: words}
     if cache is None:
         return values
     batch, tokens = input_ids.shape
