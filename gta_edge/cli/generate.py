@@ -147,7 +147,9 @@ def _holds_branches(backend: Backend, cache: CacheChoice | None, cache_dtype: Ca
     from gta_edge.numerics.dtypes import BLOCK_CACHE_TYPES
     from gta_edge.runtime.registry import BACKENDS
 
-    can = backend is Backend.AUTO or BACKENDS[backend.value].has_trees
+    # an engine that was built for trees holds them in any case, and one that was not gives answers one after another
+    descriptor = None if backend is Backend.AUTO else BACKENDS[backend.value]
+    can = descriptor is None or (descriptor.has_trees and not descriptor.builds_engine)
     return can and cache is None and value_of(cache_dtype) not in BLOCK_CACHE_TYPES
 
 
