@@ -4,7 +4,6 @@ What is simulated, and how a wrong kernel shows, is in `simulation/driver.cpp`. 
 sanitizers for addresses and undefined behaviour, and runs in a process of its own.
 """
 
-import atexit
 import functools
 import hashlib
 import os
@@ -19,7 +18,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-__all__ = ["LaunchSpec", "Pointer", "SimulationError", "Simulator", "Words", "available"]
+__all__ = ["LaunchSpec", "Pointer", "SimulationError", "Simulator", "Words", "available", "shared_directory"]
 
 HERE = Path(__file__).parent / "simulation"
 WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
@@ -76,6 +75,11 @@ class LaunchSpec:
     args: Sequence[Value]
 
 
+def shared_directory() -> Path:
+    """Where programs lie that all processes of a test run share."""
+    return Path(os.environ["GTA_EDGE_CACHE"], "simulation")
+
+
 @functools.cache
 def available() -> bool:
     """Whether this machine has a compiler with the sanitizers."""
@@ -100,7 +104,7 @@ class Simulator:
     races_are_faults: bool = True
 
     def compile(self, directory: Path) -> Path:
-        """Return the program; it lies in `directory` unless this process has built the same one before."""
+        """Return the program; it lies in `directory` unless this process has built the same one elsewhere."""
         driver = [_build(directory, HERE / name, DRIVER, [HERE], "-c") for name in ("arithmetic.cpp", "driver.cpp")]
         names = " ".join(f"X({name})" for name in self.kernels)
         flags = [
@@ -119,7 +123,7 @@ class Simulator:
         Returns:
             Bytes of global memory that asynchronous copies have read.
         """
-        program = self.compile(_own_directory())  # if nobody has before
+        program = self.compile(shared_directory())  # if nobody has before
         buffers = _Buffers()
         rest = b"".join(_launch(launch, buffers, seed * 1_000_003 + i) for i, launch in enumerate(launches))
         with tempfile.TemporaryDirectory(prefix="simulation-") as scratch:
@@ -202,13 +206,6 @@ def _launch(launch: LaunchSpec, buffers: _Buffers, seed: int) -> bytes:
     return head + b"".join(_argument(value, buffers) for value in launch.args)
 
 
-@functools.cache
-def _own_directory() -> Path:
-    directory = tempfile.mkdtemp(prefix="simulation-")
-    atexit.register(shutil.rmtree, directory, ignore_errors=True)
-    return Path(directory)
-
-
 def _compiler() -> str | None:
     return shutil.which(os.environ.get("CXX", "g++"))
 
@@ -248,6 +245,9 @@ def _build(
         return _builds[name]
     directory.mkdir(parents=True, exist_ok=True)
     target = (directory / f"{source.stem}-{name}").resolve()
+    if target.exists():  # another process has built it: its name says from what
+        _builds[name] = target
+        return target
     with tempfile.TemporaryDirectory(dir=directory) as scratch:
         made = Path(scratch, "made")
         done = subprocess.run([compiler, *arguments, *more, "-o", str(made)], capture_output=True, text=True)

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from tests.helpers.kernel_simulator import LaunchSpec, Pointer, SimulationError, Simulator, available
+from tests.helpers.kernel_simulator import LaunchSpec, Pointer, SimulationError, Simulator, available, shared_directory
 
 pytestmark = pytest.mark.skipif(not available(), reason="needs g++ with its sanitizers")
 
@@ -19,8 +19,8 @@ rng = np.random.default_rng(0)
 
 
 @pytest.fixture(scope="session")
-def builds(tmp_path_factory):
-    return tmp_path_factory.mktemp("builds")
+def builds():
+    return shared_directory()
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from gta_edge.plugins.domain import KERNELS
 from tests.helpers import attention_cases as cases
 from tests.helpers import block_cases as blocks
 from tests.helpers.attention_simulation import programs_of, simulate, simulator
-from tests.helpers.kernel_simulator import SimulationError, available
+from tests.helpers.kernel_simulator import SimulationError, available, shared_directory
 
 pytestmark = pytest.mark.skipif(not available(), reason="no C++ compiler with sanitizers")
 
@@ -34,8 +34,8 @@ PROMPTS = (GQA, UNEVEN, SMALL)
 
 
 @pytest.fixture(scope="session")
-def builds(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("block-kernels")
+def builds() -> Path:
+    directory = shared_directory()
     programs = [programs_of(variant, MIN_TOKENS).decode for variant in VARIANTS.values()]
     programs += [program for name in PROMPTS for program in programs_of(VARIANTS[name], MIN_TOKENS).prefill]
     with ThreadPoolExecutor(2) as pool:

@@ -15,7 +15,7 @@ from gta_edge.plugins.domain import KERNELS
 from tests.helpers import attention_cases as cases
 from tests.helpers import reference
 from tests.helpers.attention_simulation import ARCHITECTURE, check, programs_of, simulate, simulator
-from tests.helpers.kernel_simulator import LaunchSpec, SimulationError, Simulator, available
+from tests.helpers.kernel_simulator import LaunchSpec, SimulationError, Simulator, available, shared_directory
 
 pytestmark = pytest.mark.skipif(not available(), reason="no C++ compiler with sanitizers")
 
@@ -56,9 +56,9 @@ VARIANTS |= {
 
 
 @pytest.fixture(scope="session")
-def builds(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def builds() -> Path:
     """Where the programs lie: all of them, since two compilers take half the time of one."""
-    directory = tmp_path_factory.mktemp("kernels")
+    directory = shared_directory()
     programs = [program for variant in VARIANTS.values() for program in programs_of(variant).all]
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda program: simulator(program).compile(directory), programs))

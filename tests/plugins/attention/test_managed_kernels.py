@@ -13,7 +13,7 @@ from gta_edge.plugins.attention.tiling import Variant
 from gta_edge.plugins.domain import KERNELS
 from tests.helpers import attention_cases as cases
 from tests.helpers.attention_simulation import ARCHITECTURE, simulate
-from tests.helpers.kernel_simulator import SimulationError, available
+from tests.helpers.kernel_simulator import SimulationError, available, shared_directory
 from tests.helpers.managed_cases import check, make, managed
 
 pytestmark = pytest.mark.skipif(not available(), reason="no C++ compiler with sanitizers")
@@ -32,8 +32,8 @@ VARIANTS = {
 
 
 @pytest.fixture(scope="session")
-def builds(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("managed")
+def builds() -> Path:
+    return shared_directory()
 
 
 @pytest.mark.parametrize("name", VARIANTS)

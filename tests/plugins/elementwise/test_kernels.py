@@ -25,7 +25,7 @@ from gta_edge.plugins.elementwise.launches import (
 )
 from tests.helpers import elementwise_cases as cases
 from tests.helpers.fake_cuda import declared
-from tests.helpers.kernel_simulator import LaunchSpec, SimulationError, Simulator, available
+from tests.helpers.kernel_simulator import LaunchSpec, SimulationError, Simulator, available, shared_directory
 from tests.helpers.nvrtc import needs_nvrtc
 
 needs_compiler = pytest.mark.skipif(not available(), reason="no C++ compiler with sanitizers")
@@ -33,8 +33,8 @@ in_halves = pytest.mark.parametrize("compute", cases.TYPES)
 
 
 @pytest.fixture(scope="session")
-def builds(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("elementwise")
+def builds() -> Path:
+    return shared_directory()
 
 
 def simulate(

@@ -18,7 +18,7 @@ from gta_edge.plugins.matmul.launches import SIGNATURE, KernelLaunch, plan_matmu
 from gta_edge.plugins.matmul.packing import pack
 from gta_edge.plugins.matmul.tiling import Program, Variant, many_launch
 from tests.helpers import matmul_cases as cases
-from tests.helpers.kernel_simulator import LaunchSpec, SimulationError, Simulator, available
+from tests.helpers.kernel_simulator import LaunchSpec, SimulationError, Simulator, available, shared_directory
 from tests.helpers.matmul_cases import matmuls
 
 pytestmark = pytest.mark.skipif(not available(), reason="no C++ compiler with sanitizers")
@@ -32,9 +32,9 @@ def simulator(program: Program, sources: Path = KERNELS) -> Simulator:
 
 
 @pytest.fixture(scope="session")
-def builds(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def builds() -> Path:
     """Where the programs lie: all of them, since two compilers take half the time of one."""
-    directory = tmp_path_factory.mktemp("matmul")
+    directory = shared_directory()
     programs = [program for of in cases.VARIANTS.values() for program in programs_for(of, ARCHITECTURE).all]
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda program: simulator(program).compile(directory), programs))
