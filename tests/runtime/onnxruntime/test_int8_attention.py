@@ -28,9 +28,8 @@ FEW = 4
 
 @pytest.fixture(autouse=True, scope="module")
 def small_limits() -> Iterator[None]:
-    """A short cache is read as it is too, and a few more tokens are many: so small models take both ways."""
+    """A few more tokens are many, so that small models take both ways."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(int8_attention, "MIN_ROWS", 0)
         patch.setattr(int8_attention, "MAX_FEW_TOKENS", FEW)
         yield
 

@@ -35,9 +35,8 @@ SAME = 2e-3  # where the same values are rounded: a value that lies between two 
 
 @pytest.fixture(autouse=True, scope="module")
 def small_limits() -> Iterator[None]:
-    """A short cache is read as it is too, and a few more tokens are many: so small models take both ways."""
+    """A few more tokens are many, so that small models take both ways."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(int8_attention, "MIN_ROWS", 0)
         patch.setattr(int8_attention, "MAX_FEW_TOKENS", FEW)
         yield
 
@@ -286,9 +285,8 @@ def test_verified_within_the_bound_for_8_bits(name: str) -> None:
     assert report.backends["onnxruntime"].max_rel_error > 1e-3
 
 
-def test_where_the_ways_of_reading_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A text that grows past the limits, in steps of few and of many tokens."""
-    monkeypatch.setattr(int8_attention, "MIN_ROWS", 32)
+def test_where_the_ways_of_reading_meet(tmp_path: Path) -> None:
+    """A text that grows in steps of few and of many tokens."""
     write_checkpoint(tmp_path / "checkpoint", ENTRIES["gqa"], reference.random_weights(ENTRIES["gqa"]))
     export_model(tmp_path / "checkpoint", tmp_path / "bundle", verify=False)
     tokens, found = ids(2, 60), []

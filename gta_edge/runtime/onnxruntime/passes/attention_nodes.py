@@ -114,7 +114,6 @@ class Layer:
         heads: n_q, n_k, n_c.
         scale: factor of the scores.
         tokens: T, int64 [1].
-        capacity: S, int64 [1].
         mask: which rows are seen.
     """
 
@@ -126,5 +125,4 @@ class Layer:
     heads: tuple[int, int, int]
     scale: float
     tokens: ir.Value
-    capacity: ir.Value
     mask: Mask

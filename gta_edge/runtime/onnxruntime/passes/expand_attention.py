@@ -109,7 +109,6 @@ def _expanded(graph: ir.Graph, node: ir.Node, *, int8: bool) -> tuple[list[ir.Va
         heads=(n_q, n_k, n_c),
         scale=node.attributes.get_float("scale"),
         tokens=tokens,
-        capacity=capacity,
         mask=mask_of(nodes, node, (n_q, n_k, n_c), places, tokens, capacity),
     )
     if int8:
