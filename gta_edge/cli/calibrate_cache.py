@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -32,7 +32,7 @@ def calibrate_cache(
     """Measure how many rows of a managed cache each layer needs, for --cache-policy measured and --cache-budgets."""
     import rich.table
 
-    from gta_edge.evaluate.cache_budgets import calibrate
+    from gta_edge.evaluate.cache_budgets import calibrate, check_options
     from gta_edge.formats.bundle import Bundle
     from gta_edge.runtime.cache_policies.budgets import FILE, PLACE, budgets_output, write_budgets
 
@@ -40,18 +40,10 @@ def calibrate_cache(
     content = read_text_or_stdin(text)
     with output.progress() as progress:
         opened = Bundle.open(bundle, verify_hashes=verify_hashes, progress=progress)
+        measuring: dict[str, Any] = {"rule": rule, "share": share, "windows": windows, "tokens": tokens}
+        check_options(opened, **measuring)
         with budgets_output(opened, force=force) as directory:
-            found = calibrate(
-                opened,
-                content,
-                rule=rule,
-                share=share,
-                windows=windows,
-                tokens=tokens,
-                backend=backend.value,
-                threads=threads,
-                progress=progress,
-            )
+            found = calibrate(opened, content, **measuring, backend=backend.value, threads=threads, progress=progress)
             write_budgets(directory, opened, found)
     path = opened.directory / PLACE / FILE
     document = {"written": str(path), "budgets": list(found.rows), **found.measured}

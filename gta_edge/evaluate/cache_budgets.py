@@ -30,7 +30,17 @@ from gta_edge.runtime.session import Session
 from gta_edge.support.progress import Progress, silent
 from gta_edge.support.text import printable
 
-__all__ = ["SHARES", "TOKENS", "LayerProbe", "calibrate", "cheapest", "cut_windows", "loss_after", "measure_costs"]
+__all__ = [
+    "SHARES",
+    "TOKENS",
+    "LayerProbe",
+    "calibrate",
+    "cheapest",
+    "check_options",
+    "cut_windows",
+    "loss_after",
+    "measure_costs",
+]
 
 SHARES = (0.04, 0.12, 0.36)
 """Of a prompt's rows, that each layer is cut to."""
@@ -206,9 +216,7 @@ def calibrate(
         InputError: an option that makes no sense, a text that is too short, or a bundle without a tokenizer.
         BackendError: the backend does not work here, or runs engines, each of which was built for one policy.
     """
-    positions = bundle.config.max_position_embeddings
-    tokens = min(TOKENS, positions) if tokens is None else tokens
-    _check(rule, share, windows, tokens, positions)
+    tokens = check_options(bundle, rule=rule, share=share, windows=windows, tokens=tokens)
     prompt = tokens * 2 // 3
     probe = LayerProbe(rule=policy(rule, rows=prompt))
     rows = [max(round(part * prompt), probe.least_rows) for part in SHARES]
@@ -253,7 +261,14 @@ def _opened(bundle: Bundle, backend: str, **options: Any) -> Session:
     raise refused
 
 
-def _check(rule: str, share: float, windows: int, tokens: int, positions: int) -> None:
+def check_options(bundle: Bundle, *, rule: str, share: float, windows: int, tokens: int | None) -> int:
+    """Return the tokens of a window, after a look at the options of ``calibrate``.
+
+    Raises:
+        InputError: one that makes no sense.
+    """
+    positions = bundle.config.max_position_embeddings
+    tokens = min(TOKENS, positions) if tokens is None else tokens
     if rule == "measured":
         raise InputError("rule is 'measured'", "give the policy that is to decide in the budgets")
     if not SHARES[0] <= share < 1:
@@ -264,3 +279,5 @@ def _check(rule: str, share: float, windows: int, tokens: int, positions: int) -
         raise InputError(
             f"a window has {tokens} tokens", f"give from {_MIN_TOKENS} to the model's {positions} positions"
         )
+    policy(rule, rows=tokens * 2 // 3)
+    return tokens

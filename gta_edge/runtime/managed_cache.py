@@ -323,6 +323,7 @@ class ManagedCache(CacheState):
                 positions=self._times[layer, b, :count].copy(),
                 received=None if received is None else received[layer][b, :count].copy(),
                 counts=self._counts_of(layer, b, count),
+                begun=self._residual_of(layer, b, count),
             )
             layout = self._decided(seen, b)
             if layout is not None:
@@ -339,6 +340,12 @@ class ManagedCache(CacheState):
         few = min(count, self.policy.bias_rows)
         counts[:few] = self._counts[layer, b, :few]
         return counts
+
+    def _residual_of(self, layer: int, b: int, count: int) -> Mask:
+        residual = np.zeros(count, np.bool_)
+        few = min(count, self.policy.bias_rows)
+        residual[:few] = self._residual[layer, b, :few]
+        return residual
 
     def _decided(self, rows: Rows, b: int) -> Layout | None:
         """Return where rows go as the policy says; None where all stay.
@@ -373,11 +380,8 @@ class ManagedCache(CacheState):
 
     def _laid_out(self, layer: int, b: int, keep: Mask, into: Lengths | None = None) -> Layout:
         count = len(keep)
-        residual = np.zeros(count, np.bool_)
-        few = min(count, self.policy.bias_rows)
-        residual[:few] = self._residual[layer, b, :few]
         times, counts = self._times[layer, b, :count], self._counts_of(layer, b, count)
-        return lay_out(keep, into, times, counts, residual)
+        return lay_out(keep, into, times, counts, self._residual_of(layer, b, count))
 
     def _apply(self, layouts: list[tuple[int, int, Layout]], memory: CacheMemory | None) -> None:
         """Move rows, and note where they are; where moving fails, the cache is emptied."""

@@ -1,5 +1,6 @@
 """``--cache-policy`` and what belongs to it, as people give it."""
 
+import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from gta_edge.cli.app import app
 from gta_edge.evaluate.bench.settings import needs
 from gta_edge.formats.bundle import Bundle
 from gta_edge.runtime.cache_policies import OPTIONS, POLICIES
+from gta_edge.runtime.cache_policies.budgets import LayerBudgets, budgets_output, write_budgets
 from gta_edge.runtime.registry import BACKENDS
 from tests.helpers.commands import Result
 
@@ -139,3 +141,16 @@ def test_a_text_on_a_cache_of_4_bits(command: Command, tiny_bundle: Path, tmp_pa
         "onnxruntime has no cache of int4 for GTAForCausalLM in fp32; "
         "expected fp32 or int8, or leave the type of the cache out"
     )
+
+
+def test_what_makes_no_sense_is_said_before_what_lies_there(
+    command: Command, copied_bundle: Path, tmp_path: Path
+) -> None:
+    opened, text = Bundle.open(copied_bundle), tmp_path / "text"
+    text.write_text("some text")
+    with budgets_output(opened) as directory:
+        write_budgets(directory, opened, LayerBudgets((5, 5), {}))
+    calibrate = functools.partial(command, "calibrate-cache", copied_bundle, "--text", text)
+    assert calibrate("--share", 2).error.startswith("share is 2; give one from ")
+    assert calibrate("--rule", "lru").error.startswith("no cache policy is called 'lru'")
+    assert "exists" in calibrate().error

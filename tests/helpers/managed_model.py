@@ -170,6 +170,7 @@ class ManagedModel:
                 positions=np.array([row.time for row in rows]),
                 received=np.array([row.received for row in rows], np.float32) if self.policy.observe else None,
                 counts=np.array([row.count for row in rows], np.float32),
+                begun=np.array([row.residual is not None for row in rows]),
             )
             decision = self.policy.keep(seen)
             into = np.full(len(rows), -1) if decision.residual is None else decision.residual

@@ -61,6 +61,8 @@ class Rows:
         positions: of each row's token, int64 [n]; of a residual row, of the newest that was folded into it.
         received: what ``observe`` asked for, float32 [n]; None where nothing was observed.
         counts: tokens that each row stands for, float32 [n]: 1, and more for residual rows.
+        begun: which are residual rows, bool [n], one that stands for a single token so far among them; None: those that
+            stand for several.
     """
 
     layer: int
@@ -69,14 +71,15 @@ class Rows:
     positions: Integers
     received: Floats | None
     counts: Floats
+    begun: Mask | None = None
 
     def __len__(self) -> int:
         return len(self.positions)
 
     @property
     def residual(self) -> Mask:
-        """Rows that stand for several tokens, bool [n]."""
-        return self.counts > 1
+        """Rows that others are folded into, bool [n]. What they have received is of no use: it is not folded."""
+        return self.counts > 1 if self.begun is None else self.begun
 
     @property
     def age(self) -> Integers:

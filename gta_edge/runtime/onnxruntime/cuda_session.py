@@ -144,6 +144,7 @@ class OnnxRuntimeCudaSession(Session):
         self._caches: dict[str, Any] = {}
         self._steps: dict[bool, _Step] = {}  # the one of a single token, and any other
         self._graph_ids = 0
+        self._received_before: list[npt.NDArray[np.float32]] = []  # a step that a CUDA graph is captured of
 
     @property
     def cache_bytes(self) -> int:
@@ -326,12 +327,16 @@ class OnnxRuntimeCudaSession(Session):
         if managed is not None and self._features is not None:
             inputs |= managed.given(self._features)
         try:
-            return self._appended(inputs)[:, :wanted]
+            found = self._appended(inputs)[:, :wanted]
+            self._received_before = []
+            return found
         except Exception as error:  # ONNX Runtime's errors have no common base
             self._reject(error, input_ids)
             self.graph_refused = first_line(error)
-        # Again, without a graph: it writes the same rows to the same places. What is left of a capture may not be run
-        # on, so first that session goes, which the error held.
+        # Again, without a graph: it writes the same rows to the same places, and adds to what they had received before.
+        # What is left of a capture may not be run on, so first that session goes, which the error held.
+        for name, received in zip(self._received_names, self._received_before, strict=False):  # none in a replay
+            self._caches[name].update_inplace(received)
         self._forget_steps()
         self._close_model()
         self._model = self._open()
@@ -383,6 +388,7 @@ class OnnxRuntimeCudaSession(Session):
         batch, _, positions = shape
         if with_graph:
             self._graph_ids += 1  # never one that was used: ONNX Runtime would replay the old graph
+            self._received_before = [np.array(self._caches[name].numpy()) for name in self._received_names]
         step = _Step(
             shape=shape,
             first_row=self._first_row,

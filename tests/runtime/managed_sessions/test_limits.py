@@ -158,6 +158,24 @@ def test_a_residual_row_is_not_cut_in_two(start: Start) -> None:
 
 
 @one_model
+def test_a_residual_row_of_one_token_is_one(start: Start) -> None:
+    """What it has received is of the row that lay there, so that a policy must not weigh it like an ordinary one."""
+    told: list[list[bool]] = []
+
+    @dataclass(frozen=True, kw_only=True)
+    class Listening(Window):
+        def keep(self, rows: Rows) -> Decision:
+            told.append(rows.residual.tolist())
+            return super().keep(rows)
+
+    session = start(cache=Listening(rows=6, sinks=0, residual_rows=2, interval=1))
+    for _ in range(9):
+        session.forward(prompt(1, 1))
+    assert session._cache._counts[0, 0].tolist() == [3, 1]  # of the last eviction, before the ninth token
+    assert [sum(each) for each in told[:4]] == [0, 0, 2, 2]  # of two layers
+
+
+@one_model
 def test_a_claim_ends_with_a_truncation_that_fails(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     session, ids = start(cache=policy("window", rows=20, sinks=10, interval=5)), prompt(1, 60)
     claim = session.claim()

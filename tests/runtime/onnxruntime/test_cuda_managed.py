@@ -92,6 +92,27 @@ def test_each_sequence_evicts_as_if_alone() -> None:
             np.testing.assert_allclose(a[0], b[row], rtol=0, atol=1e-4 * a.std())
 
 
+def test_a_step_that_is_run_again_counts_attention_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a CUDA graph fails after its kernels have run, rows have received what they would have without it."""
+    launch, ids = OnnxRuntimeCudaSession._launch, prompt(1, 41)
+
+    def fail(session: OnnxRuntimeCudaSession, step: Any) -> None:
+        launch(session, step)
+        if step.graph_id != backend._NO_GRAPH:
+            raise RuntimeError("no graph")
+
+    with opened(bundle_of("gta"), cache=make("h2o")) as session, opened(bundle_of("gta"), cache=make("h2o")) as plain:
+        for each in (session, plain):
+            each.forward(ids[:, :40])
+        monkeypatch.setattr(OnnxRuntimeCudaSession, "_launch", fail)
+        session.graph_refused = None
+        np.testing.assert_array_equal(session.forward(ids[:, 40:]), plain.forward(ids[:, 40:]))
+        assert session.graph_refused == "no graph"
+        for found, expected in zip(session._received(), plain._received(), strict=True):
+            np.testing.assert_array_equal(found, expected)
+        assert max(received.max() for received in session._received()) > 0
+
+
 def test_past_the_last_position_keys_are_rotated() -> None:
     """As on the backend torch, whose rotation is held against the formula."""
     of = policy("window", rows=20, sinks=2, interval=5, rotate=True)
