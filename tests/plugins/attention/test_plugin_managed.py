@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from gta_edge.model.kv_cache import TREES
 from gta_edge.plugins.attention.definition import FEATURE_INPUTS, OUTPUTS, Features
 from gta_edge.plugins.attention.kernels import BUFFERS_OF
 from gta_edge.plugins.attention.launches import plan_attention, programs_for, signature
@@ -247,6 +248,17 @@ def test_kernels_get_the_inputs_that_there_are(creator: Any, cuda: FakeCuda, fea
     if features.has_branches:
         assert found["gta_decode_split"]["branch_rows"] == WORDS
     assert not [each for each in cuda.launches if each[0] == "copy"]  # past and present are one memory
+
+
+def test_a_prompt_in_an_engine_for_trees(creator: Any, cuda: FakeCuda) -> None:
+    """More tokens than a word has bits: each sees those before it, and no words are read."""
+    made = make(creator, **attributes(TREES))
+    bound = bounds(input_types(TREES), input_shapes(TREES, 1, 1, 96, 120), input_shapes(TREES, 2, 96, 96, 120))
+    made.configure_plugin(bound, [])
+    assert made.get_workspace_size(bound, []) > 0
+    found = enqueue(made, TREES, 70, cuda)
+    assert [each[2] for each in cuda.launches] == ["gta_append", "gta_prefill"]
+    assert found["gta_append"]["token_positions"] == found["addresses"]["positions"]
 
 
 def test_what_rows_received_elsewhere_gets_the_past_first(creator: Any, cuda: FakeCuda) -> None:

@@ -30,6 +30,7 @@ from gta_edge.runtime.session import Session
 from gta_edge.runtime.tensorrt.build import LOGIT_POSITIONS, build
 from gta_edge.runtime.tensorrt.engine import EngineSpec
 from gta_edge.runtime.tensorrt.engine_cache import EngineCache
+from gta_edge.runtime.token_tree import PREFIX
 from tests.helpers.engine_bundles import COMPUTE, MODEL, prepared, write
 from tests.helpers.managed_model import ManagedModel
 from tests.helpers.reference import gta_logits
@@ -258,6 +259,30 @@ def test_what_rows_receive_adds_up(managed: Any) -> None:
             heads = opened.config.attention.num_query_heads
             np.testing.assert_allclose(held.sum(1), heads * (16 + 4), rtol=1e-2)
             assert (held >= 0).all()
+
+
+# --- with trees of tokens ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spec", [available("tensorrt"), ENGINES[3]], indirect=True)
+def test_each_node_of_a_tree_is_its_path_alone(
+    bundle: tuple[Bundle, str], spec: EngineSpec, near: Near, expected: Logits
+) -> None:
+    build(bundle[0], replace(spec, tree_rows=64), force=True)
+    text = ids(1, CHUNK + 7)
+    with open_session(bundle[0], spec.engine, trees=True) as session:
+        session.forward(text)
+        tree = session.tree()
+        nodes = tree.grow([PREFIX, PREFIX, 0, 2, 1, *[3] * 20])
+        new = ids(1, len(nodes), seed=4)
+        found = session.forward(new, tree=tree, all_logits=True)[0]
+        for node in (1, 4, 15, 24):
+            whole = np.concatenate([text[0], tree.ids(node)])
+            assert near(found[node], expected(whole[None])[0, -1])
+        tree.accept(15)
+        whole = np.concatenate([text[0], new[0, [0, 2, 3, 15]], [3]])
+        assert near(session.forward([[3]])[0], expected(whole[None])[0, -1])
+        assert session.cuda_graph
 
 
 # --- without a GPU ----------------------------------------------------------------------------------------------------
