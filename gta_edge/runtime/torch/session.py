@@ -28,7 +28,7 @@ from gta_edge.numerics.dtypes import COMPUTE_TYPES, DTYPES
 from gta_edge.numerics.quantization import BITS
 from gta_edge.plan.host_memory import require_memory_for_torch
 from gta_edge.plugins.attention.definition import MAX_BRANCH_TOKENS
-from gta_edge.plugins.attention.tiling import has_kernels
+from gta_edge.plugins.attention.tiling import DECODE_TOKENS, has_kernels
 from gta_edge.plugins.attention.torch import attention_in_place
 from gta_edge.plugins.attention.torch_blocks import reopen
 from gta_edge.runtime.cache_moves import ManagedStep, Moves
@@ -39,7 +39,7 @@ from gta_edge.runtime.session import Ids, Logits, Session
 from gta_edge.runtime.torch import managed as memory
 from gta_edge.runtime.torch.cuda_graph import CaptureError, DecodeGraph
 from gta_edge.runtime.torch.decode_step import DecodeStep, join_linears
-from gta_edge.runtime.torch.tree_graphs import TreeGraphs
+from gta_edge.runtime.torch.tree_graphs import TreeGraphs, width_of
 
 if TYPE_CHECKING:
     import torch
@@ -237,11 +237,18 @@ class TorchSession(Session):
     def _run(
         self, input_ids: Ids, past_length: Ids, logit_positions: Ids, managed: ManagedStep | None = None
     ) -> Logits:
-        if managed is not None and managed.causal:
+        if managed is not None and managed.causal and not self._is_replayed(input_ids, past_length):
             managed = None  # as without trees, on the kernels for it
         problem = f"{self._place} has too little memory left for {input_ids.size} tokens at once"
         with _within_memory(problem, "give a smaller chunk_size or fewer rows"):
             return self._appended(input_ids, past_length, logit_positions, managed)
+
+    def _is_replayed(self, input_ids: Ids, past_length: Ids) -> bool:
+        """Tell whether a few tokens that continue a text are run by the graph of a tree, whose branch they are."""
+        tokens = input_ids.shape[1]
+        if self.graph_refused is not None or not 1 < tokens <= DECODE_TOKENS:
+            return False
+        return int(past_length.max()) + width_of(tokens) <= min(self._cache.capacities)
 
     @property
     def _place(self) -> str:

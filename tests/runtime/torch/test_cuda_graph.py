@@ -297,7 +297,8 @@ def test_trees_run_in_graphs_of_a_few_widths(monkeypatch: pytest.MonkeyPatch) ->
         session.close()
     for graphed, eager in zip(*found, strict=True):
         assert reference.relative_error(graphed, eager) <= 1e-5
-    assert captured == [(4, 1024), (1, 1024), (8, 1024)]
+    # the prompt is a chain; then the cache has grown
+    assert captured == [(4, 1024), (4, 1024), (1, 1024), (8, 1024)]
 
 
 def test_widths_are_powers_of_two() -> None:
