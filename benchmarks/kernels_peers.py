@@ -16,6 +16,8 @@ from gta_edge.errors import BackendError
 from gta_edge.libraries.optional import optional
 from gta_edge.model.config import GTAConfig
 from gta_edge.model.presets import preset
+from gta_edge.numerics.cache_codes import BLOCK, dequantize_keys, dequantize_values
+from gta_edge.numerics.dtypes import BLOCK_CACHE_TYPES, CACHES
 from gta_edge.plugins.attention.definition import Sizes
 from gta_edge.plugins.attention.kernels import Buffers, attention_kernels
 from gta_edge.plugins.attention.tiling import Variant
@@ -75,10 +77,19 @@ class Contender:
         return self.heads[1] * sum(self.widths)
 
     @property
+    def in_blocks(self) -> bool:
+        """Whether the cache has codes of blocks of 32 rows."""
+        return self.cache in BLOCK_CACHE_TYPES
+
+    @property
     def cache_bytes_per_token(self) -> int:
-        """The same in bytes, scales included: one for a head's key, one for its latent."""
+        """The same in bytes, scales included: one for a head's key, one for its latent; in blocks, minima too."""
         if self.cache == "bf16":
             return ITEM_BYTES * self.cached_values_per_token
+        if self.in_blocks:
+            (key, value), of = self.widths, CACHES[self.cache]
+            groups = ITEM_BYTES * (2 * key // BLOCK + 2)  # of a channel of a block of keys, of a row of values
+            return self.heads[1] * (key * of.key_bits // 8 + value * of.value_bits // 8 + groups)
         return self.cached_values_per_token + 2 * self.heads[1] * SCALE_BYTES
 
     @property
@@ -95,8 +106,19 @@ class Contender:
             context: cached ones after the call, per row.
         """
         written = tokens * self.cache_bytes_per_token if self.engine == "ours" else 0
-        per_row = context * self.cache_bytes_per_token + written + ITEM_BYTES * tokens * self.activations
-        return batch * per_row + ITEM_BYTES * self.decoder
+        read = context * self.cache_bytes_per_token
+        if self.in_blocks:
+            held, row = self.held(tokens, context), ITEM_BYTES * self.cached_values_per_token
+            read = held // BLOCK * BLOCK * self.cache_bytes_per_token + held % BLOCK * row
+            written = min(tokens, BLOCK) * row + (tokens > 1) * written
+        return batch * (read + written + ITEM_BYTES * tokens * self.activations) + ITEM_BYTES * self.decoder
+
+    def held(self, tokens: int, context: int) -> int:
+        """Return the cached tokens after a call: of a cache in blocks half a block less, if the last token fills one.
+
+        One step of 32 does; the others are what is timed.
+        """
+        return context - BLOCK // 2 if self.in_blocks and tokens == 1 and context % BLOCK == 0 else context
 
     def flops(self, batch: int, tokens: int, context: int) -> int:
         """Return the FLOPs of matrix products; a query sees the tokens up to its own."""
@@ -106,7 +128,7 @@ class Contender:
 
 def _contenders() -> Iterator[Contender]:
     for model, sizes, caches in (("GTA", GTA_SIZES, ("bf16", "int8", "fp8")), ("GQA", GQA_SIZES, ("bf16", "int8"))):
-        for cache in caches:
+        for cache in (*caches, *BLOCK_CACHE_TYPES):
             yield _own(f"{model.lower()}-{cache}", f"gta-edge {model}, {cache} cache", sizes, cache)
     for engine, name in (("sdpa", "SDPA"), ("flashinfer", "FlashInfer")):
         heads, width = (_QUERIES, _KEY.heads), _KEY.width
@@ -203,10 +225,13 @@ def _normal(*shape: int) -> Tensor:
 
 def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """Return attention [B, n_q, T, d_v] in float32; the last query sees all of the key [B, n_k, S, d_k]."""
-    n_q, tokens, context = query.shape[1], query.shape[2], key.shape[2]
-    keys, values = (x.float().repeat_interleave(n_q // x.shape[1], 1) for x in (key, value))
-    positions = torch.arange(context, device=query.device)
-    hidden = positions > positions[context - tokens :, None]  # [T, S]
+    positions = torch.arange(key.shape[2], device=query.device)
+    return _masked(query, key, value, positions > positions[key.shape[2] - query.shape[2] :, None], scale)
+
+
+def _masked(query: Tensor, key: Tensor, value: Tensor, hidden: Tensor, scale: float) -> Tensor:
+    """The same of what is not ``hidden`` [T, S]."""
+    keys, values = (x.float().repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
     return (scale * query.float() @ keys.mT).masked_fill(hidden, -torch.inf).softmax(-1) @ values
 
 
@@ -215,12 +240,12 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
 
 def _ours(contender: Contender, way: str, batch: int, tokens: int, context: int, count: int) -> Layers:
     del way
-    sizes, quantised = contender.sizes, contender.cache != "bf16"
+    sizes, quantised, held = contender.sizes, contender.cache != "bf16", contender.held(tokens, context)
     assert sizes is not None
     n_q, d_k, d_l = sizes.num_query_heads, sizes.key_dim, sizes.latent_dim
     kernels = attention_kernels(Variant(sizes, "bf16", contender.cache), current_gpu(torch.cuda.current_device()))
     workspace = torch.empty(kernels.workspace_bytes(batch, tokens, context), dtype=torch.uint8, device="cuda")
-    past_length = torch.full((batch,), context - tokens, dtype=torch.int64, device="cuda")
+    past_length = torch.full((batch,), held - tokens, dtype=torch.int64, device="cuda")
     angles = torch.arange(context, device="cuda")[:, None] / 1e4 ** (torch.arange(0, d_k, 2, device="cuda") / d_k)
     cos, sin = angles.cos().bfloat16(), angles.sin().bfloat16()
     shared = {"past_length": past_length, "cos": cos, "sin": sin, "workspace": workspace}
@@ -237,7 +262,8 @@ def _ours(contender: Contender, way: str, batch: int, tokens: int, context: int,
         if sizes.has_value_decoder:
             layer["value_decoder"] = _normal(n_q, d_l, sizes.hidden_size // n_q) / d_l**0.5
         for name, heads, width in (("key", sizes.num_key_heads, d_k), ("latent", sizes.num_latent_heads, d_l)):
-            layer |= _cache(name, (batch, heads, context, width), contender.cache)
+            shape = (batch, heads, context, width)
+            layer |= (_blocks if contender.in_blocks else _cache)(name, shape, contender.cache)
         layers.append(layer | shared)  # addresses keep nothing alive
     absent = dict.fromkeys(("key_scale", "latent_scale", "gate", "value_decoder"), 0)
     addresses = [absent | {name: x.data_ptr() for name, x in layer.items()} for layer in layers]
@@ -251,23 +277,29 @@ def _ours(contender: Contender, way: str, batch: int, tokens: int, context: int,
 
     def turned(x: Tensor, heads: int) -> Tensor:  # [B, n, T, d_k]
         a, b = x.float().unflatten(2, (heads, d_k)).transpose(1, 2).chunk(2, -1)
-        c, s = cos.float()[context - tokens :], sin.float()[context - tokens :]
+        c, s = cos.float()[held - tokens : held], sin.float()[held - tokens : held]
         return torch.cat((a * c - b * s, b * c + a * s), -1)
 
     def expected(i: int) -> Tensor:
         layer = layers[i]
         caches = {}
+        new_key = turned(layer["key"], sizes.num_key_heads)
+        new_latent = layer["latent"].float().unflatten(2, (-1, d_l)).transpose(1, 2)
+        if contender.in_blocks:
+            new = {"key": new_key, "latent": new_latent}
+            values = _in_blocks(contender, layer, new, turned(layer["query"], n_q), held, scale)
+            return finished(layer, values)
         for name in ("key", "latent"):
             scales = layer[f"{name}_scale"][..., None] if quantised else 1.0
             caches[name] = layer[f"{name}_cache"].float() * scales
-        new_key = turned(layer["key"], sizes.num_key_heads)
-        new_latent = layer["latent"].float().unflatten(2, (-1, d_l)).transpose(1, 2)
         for name, new in (("key", new_key), ("latent", new_latent)):
             if not torch.allclose(caches[name][:, :, context - tokens :], new, rtol=0.07, atol=0.05):
                 raise WrongResultError(
                     f"{contender.label}: the {name} that was appended is wrong; nothing was measured"
                 )
-        values = _causal(turned(layer["query"], n_q), caches["key"], caches["latent"], scale)
+        return finished(layer, _causal(turned(layer["query"], n_q), caches["key"], caches["latent"], scale))
+
+    def finished(layer: dict[str, Tensor], values: Tensor) -> Tensor:
         if sizes.has_value_decoder:
             decoder = layer["value_decoder"].float()
             values = values.repeat(1, 1, 1, decoder.shape[2] // d_l) + values @ decoder
@@ -286,6 +318,49 @@ def _cache(name: str, shape: tuple[int, ...], kind: str) -> dict[str, Tensor]:
         codes = torch.where((codes & 127) == 127, 0, codes).view(torch.float8_e4m3fn)  # every code but NaN
     scales = torch.full(shape[:3], 1 / 64 if kind == "int8" else 1 / 128, device="cuda")
     return {f"{name}_cache": codes, f"{name}_scale": scales}
+
+
+def _blocks(name: str, shape: tuple[int, ...], kind: str) -> dict[str, Tensor]:
+    """The same of a cache in blocks, its open block beside the codes."""
+    batch, heads, capacity, width = shape
+    bits, blocks = CACHES[kind].value_bits, capacity // BLOCK
+    codes, groups = (batch, heads, capacity, width * bits // 8), (batch, heads, capacity, 2)
+    if name == "key":
+        codes, groups = (batch, heads, blocks, width, BLOCK // 2), (batch, heads, blocks, 2, width)
+    pair = torch.tensor([0.25, -2.0], dtype=torch.float16, device="cuda")  # a scale and a minimum
+    return {
+        f"{name}_cache": torch.randint(0, 256, codes, dtype=torch.uint8, device="cuda"),
+        f"{name}_scale": (pair[:, None] if name == "key" else pair).expand(groups).contiguous(),
+        f"{name}_open": _normal(batch, heads, BLOCK, width),
+    }
+
+
+def _in_blocks(
+    contender: Contender, layer: dict[str, Tensor], new: dict[str, Tensor], query: Tensor, held: int, scale: float
+) -> Tensor:
+    """Return attention as ``_causal`` does, over a cache in blocks, both forms of whose rows stand side by side.
+
+    The open block, as the call has left it, still has all rows of 16 bits that the queries read, where these are of one
+    block or the cache was empty before.
+    """
+    both = {}
+    for name, rows in new.items():
+        codes, groups = layer[f"{name}_cache"], layer[f"{name}_scale"].float()
+        if name == "key":
+            coded = dequantize_keys(codes, groups, torch.cat)
+        else:
+            coded = dequantize_values(codes, groups, CACHES[contender.cache].value_bits, torch.cat)
+        exact = torch.zeros_like(coded)
+        first = (held - 1) // BLOCK * BLOCK
+        exact[:, :, first:held] = layer[f"{name}_open"][:, :, : held - first].float()
+        if not torch.allclose(exact[:, :, held - 1], rows[:, :, -1], rtol=0.07, atol=0.05):
+            raise WrongResultError(f"{contender.label}: the {name} that was appended is wrong; nothing was measured")
+        exact[:, :, held - rows.shape[2] : held] = rows
+        both[name] = torch.cat((coded, exact), 2)
+    places = torch.arange(both["key"].shape[2] // 2, device=query.device)
+    own = places[held - query.shape[2] : held, None]  # [T, 1]
+    hidden = torch.cat((places // BLOCK >= own // BLOCK, (places // BLOCK != own // BLOCK) | (places > own)), 1)
+    return _masked(query, both["key"], both["latent"], hidden, scale)
 
 
 # --- peers -----------------------------------------------------------------------------------------------------------

@@ -32,8 +32,9 @@ def contenders(script: Callable[[str], ModuleType]) -> dict[str, Any]:
 def test_gta_caches_192_values_where_gqa_caches_640(contenders):
     values = {key: contender.cached_values_per_token for key, contender in contenders.items()}
     assert values == {
-        **dict.fromkeys(["gta-bf16", "gta-int8", "gta-fp8"], 64 + 128),
-        **dict.fromkeys(["gqa-bf16", "gqa-int8", "gqa-sdpa", "gqa-flashinfer"], 5 * (64 + 64)),
+        **dict.fromkeys(["gta-bf16", "gta-int8", "gta-fp8", "gta-int4", "gta-int4v2"], 64 + 128),
+        **dict.fromkeys(["gqa-bf16", "gqa-int8", "gqa-int4", "gqa-int4v2"], 5 * (64 + 64)),
+        **dict.fromkeys(["gqa-sdpa", "gqa-flashinfer"], 5 * (64 + 64)),
         **dict.fromkeys(["padded-sdpa", "padded-flashinfer"], 128 + 128),
     }
 
@@ -44,6 +45,9 @@ def test_bytes_of_a_cached_token(contenders):
     assert sizes["gta-int8"] == sizes["gta-fp8"] == 192 + 2 * 4  # a scale for the key, one for the latent
     assert sizes["gqa-bf16"] == sizes["gqa-sdpa"] == 2 * 640
     assert sizes["gqa-int8"] == 640 + 5 * 2 * 4
+    # 4 bits, a scale and a minimum for a channel of 32 keys, both for a row of values of 4 or 2 bits
+    assert (sizes["gta-int4"], sizes["gta-int4v2"]) == (32 + 8 + 64 + 4, 32 + 8 + 32 + 4)
+    assert (sizes["gqa-int4"], sizes["gqa-int4v2"]) == (5 * (32 + 8 + 32 + 4), 5 * (32 + 8 + 16 + 4))
     assert sizes["padded-sdpa"] == 2 * 256
 
 
@@ -70,6 +74,10 @@ def test_bytes_of_a_decode_step(contenders):
         batch * (context * 1280 + 1280 + 2 * (1280 + 2 * 320 + 1280))  # the append, and the new key and value
     )
     assert contenders["padded-sdpa"].traffic_bytes(batch, 1, context) == batch * (context * 512 + 2 * 2 * 640)
+    # rows in codes, and those of the open block in 16 bits, of which half a one where the last token would fill it
+    for held, end in ((1000, 1000), (1008, 1024)):
+        read = 992 * 108 + (held - 992) * 384
+        assert contenders["gta-int4"].traffic_bytes(batch, 1, end) == batch * (read + 384 + 2 * new) + 2 * decoder
 
 
 def test_flops_of_a_decode_step(contenders):
