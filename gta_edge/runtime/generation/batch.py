@@ -189,7 +189,7 @@ class Batch:
         place, length = longest(prompt, [each.answer.all_ids[: each.seen] for _, each in others])
         if length:
             length = self._session.reusable(others[place][1].seen, length)
-        kept = None if self._kept is None else self._kept.find(prompt)
+        kept = None if self._kept is None else self._kept.find(prompt, MIN_REUSED_TOKENS)
         if kept is not None:
             saved, there = kept[0], self._session.reusable(kept[0].length, kept[1])
             if there >= max(length, MIN_REUSED_TOKENS):

@@ -14,10 +14,11 @@ from gta_edge.runtime.session import Ids
 __all__ = ["KeptCaches", "common_prefix", "longest"]
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Kept:
     ids: Ids
     saved: SavedCache
+    was_used: bool  # it, or what it grew from
 
 
 class KeptCaches:
@@ -25,7 +26,8 @@ class KeptCaches:
 
     Args:
         max_bytes: what they may take together.
-        directory: where those go that have to go, and come from; by default they are gone.
+        directory: where those go that have to go, and come from. In between only those that were of use, since a
+            directory is slow and wears out, in the end all. By default they are gone.
 
     Attributes:
         nbytes: what they take in memory.
@@ -47,38 +49,45 @@ class KeptCaches:
         if longest(ids, [each.ids for each in self._kept])[1] == len(ids):
             self._use(ids)
             return
-        for each in [each for each in self._kept if common_prefix(ids, each.ids) == len(each.ids)]:
+        shorter = [each for each in self._kept if common_prefix(ids, each.ids) == len(each.ids)]
+        for each in shorter:
             self._remove(each)
-        self._kept.append(_Kept(ids.copy(), saved))
+        self._kept.append(_Kept(ids.copy(), saved, any(each.was_used for each in shorter)))
         self.nbytes += saved.nbytes
         while self.nbytes > self._max_bytes:
-            self._give_up(self._kept[0])
+            self._give_up(self._kept[0], only_used=True)
 
-    def find(self, ids: Ids) -> tuple[SavedCache, int] | None:
-        """Return the cache with the longest prefix of ``ids`` [N], and its length; None where none has any."""
+    def find(self, ids: Ids, least: int = 1) -> tuple[SavedCache, int] | None:
+        """Return the cache with the longest prefix of ``ids`` [N], and its length; None where none has any.
+
+        Args:
+            ids: tokens of a prompt.
+            least: tokens of a prefix that is worth it.
+        """
         _, length = longest(ids, [each.ids for each in self._kept])
         if self._directory is not None:
             place, there = longest(ids, self._directory.texts)
-            saved = self._directory.take(place) if there > length else None
+            saved = self._directory.take(place) if there > max(length, least - 1) else None
             if saved is not None:
                 self.put(self._directory.texts[-1], saved)  # where what was taken last is
                 return saved, there
-        return (self._use(ids), length) if length else None
+        return (self._use(ids), length) if length >= least else None
 
     def flush(self) -> None:
         """Keep nothing in memory any more."""
         while self._kept:
-            self._give_up(self._kept[0])
+            self._give_up(self._kept[0], only_used=False)
 
     def _use(self, ids: Ids) -> SavedCache:
         """Return the one with the longest prefix of ``ids``, which is then the one used last."""
         found = self._kept.pop(longest(ids, [each.ids for each in self._kept])[0])
         self._kept.append(found)
+        found.was_used = True
         return found.saved
 
-    def _give_up(self, kept: _Kept) -> None:
+    def _give_up(self, kept: _Kept, *, only_used: bool) -> None:
         self._remove(kept)
-        if self._directory is not None:
+        if self._directory is not None and (kept.was_used or not only_used):
             self._directory.put(kept.ids, kept.saved)
 
     def _remove(self, kept: _Kept) -> None:

@@ -11,6 +11,7 @@ from gta_edge.formats.prompt_cache import read_prompt_cache
 from gta_edge.model.kv_cache import bytes_per_token
 from gta_edge.model.presets import gqa_like, preset
 from gta_edge.runtime.cache_policies import policy
+from gta_edge.runtime.generation.kept_caches import KeptCaches
 from gta_edge.runtime.prompt_cache import PromptCacheDirectory
 from gta_edge.serve.scheduler import RequestOptions, Scheduler
 
@@ -192,6 +193,26 @@ def test_a_scheduler_finds_its_caches_again(tiny_bundle: Path, tmp_path: Path, c
     assert caplog.text.count("a prompt cache is passed over") == 2
     assert (directory / "mine.txt").read_text() == "kept"
     assert (directory / "cut.safetensors").exists()
+
+
+def test_only_what_was_of_use_is_written_in_between(tiny_bundle: Path, tmp_path: Path) -> None:
+    with gta_edge.load(tiny_bundle, "torch") as session:
+        session.forward([list(range(20))])
+        saved = session.export_cache()
+        kept = KeptCaches(2 * saved.nbytes, PromptCacheDirectory(session, tmp_path / "caches"))
+        for i in range(4):
+            kept.put(np.full(20, i), saved)
+        assert not list((tmp_path / "caches").iterdir())
+        assert kept.find(np.array([2] * 9), 10) is None  # too little in common
+        found = kept.find(np.array([2] * 15 + [7]), 10)
+        assert found is not None
+        assert found[1] == 15
+        for i in range(4, 8):
+            kept.put(np.full(20, i), saved)
+        assert len(list((tmp_path / "caches").iterdir())) == 1
+        kept.flush()
+        assert len(list((tmp_path / "caches").iterdir())) == 3
+        assert kept.find(np.array([2] * 20)) is not None  # from there
 
 
 def test_a_directory_keeps_within_its_bytes(tiny_bundle: Path, tmp_path: Path) -> None:
