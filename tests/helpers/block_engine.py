@@ -17,12 +17,11 @@ from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
 from tests.helpers import reference
+from tests.helpers.block_cases import BLOCK, VALUE_BITS, packed, quantised
 from tests.helpers.tensorrt_graphs import RMSNormalization
 
 Array = np.ndarray
 
-BLOCK = 32
-VALUE_BITS = {"int4": 4, "int4v2": 2}
 INPUTS = ["query", "key", "latent", "gate", "past_key", "past_latent", "past_length", "cos", "sin", "value_decoder"]
 BESIDE = ["past_key_scale", "past_latent_scale", "past_key_open", "past_latent_open"]
 TYPES = {
@@ -31,24 +30,6 @@ TYPES = {
     onnx.TensorProto.INT64: "tensor(int64)",
     onnx.TensorProto.INT8: "tensor(int8)",
 }
-
-
-def quantised(values: Array, bits: int) -> tuple[Array, Array]:
-    """Codes uint8 [..., N] of groups along the last axis, and scale and minimum, float16 [..., 2]."""
-    wide = values.astype(np.float32)
-    low, high = wide.min(-1), wide.max(-1)
-    scale = np.maximum((high - low) * np.float32(2.0**-bits), np.float32(2**-24)).astype(np.float16)
-    minimum = (low + (high - low) * np.float32(2.0 ** -(bits + 1))).astype(np.float16)  # the middle of the lowest part
-    inverse = np.float32(1) / scale.astype(np.float32)
-    codes = np.rint((wide - minimum.astype(np.float32)[..., None]) * inverse[..., None])
-    return np.clip(codes, 0, 2**bits - 1).astype(np.uint8), np.stack([scale, minimum], -1)
-
-
-def packed(codes: Array, bits: int) -> Array:
-    """Codes [..., N] as bytes: units of 8 words of 16 bits, word w with values w, w + 8, ..., the lowest bits first."""
-    units = codes.reshape(*codes.shape[:-1], -1, 16 // bits, 8).astype(np.uint16)
-    words = sum(units[..., n, :] << np.uint16(bits * n) for n in range(16 // bits))
-    return np.ascontiguousarray(words, "<u2").view(np.uint8).reshape(*codes.shape[:-1], -1)
 
 
 def read(packed_codes: Array, scales: Array, bits: int) -> Array:
@@ -118,13 +99,13 @@ class GroupedLatentAttention(OpRun):
 
     @staticmethod
     def _close(place: Any, block: int, cache: str) -> None:
-        codes, scales = quantised(place.past_key_open.swapaxes(1, 2), 4)  # [n, d, 32]
+        codes, *groups = quantised(place.past_key_open.swapaxes(1, 2).astype(np.float32), 4)  # [n, d, 32]
         place.past_key[:, block] = packed(codes, 4).view(np.int8)
-        place.past_key_scale[:, block] = scales.swapaxes(1, 2)
+        place.past_key_scale[:, block] = np.stack(groups, 1)
         rows = slice(block * BLOCK, (block + 1) * BLOCK)
-        codes, scales = quantised(place.past_latent_open, VALUE_BITS[cache])
+        codes, *groups = quantised(place.past_latent_open.astype(np.float32), VALUE_BITS[cache])
         place.past_latent[:, rows] = packed(codes, VALUE_BITS[cache]).view(np.int8)
-        place.past_latent_scale[:, rows] = scales
+        place.past_latent_scale[:, rows] = np.stack(groups, -1)
 
     @staticmethod
     def _decoded(mixes: Array, given: dict[str, Array]) -> Array:
