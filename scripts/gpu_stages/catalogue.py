@@ -226,6 +226,7 @@ STAGES: tuple[Stage, ...] = (
         60,
         "tests/plugins/attention/test_plugin.py",
         "tests/plugins/attention/test_plugin_managed_gpu.py",
+        "tests/plugins/attention/test_plugin_blocks_gpu.py",
         needs=(*_EXPORT, _LEAN),
     ),
     _tests("tests-matmul-plugin", 60, "tests/plugins/matmul/test_plugin.py", needs=(*_EXPORT, _LEAN)),
