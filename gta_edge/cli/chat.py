@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from gta_edge.cli.cache_options import CacheChoice, policy_of, takes_cache_policy
-from gta_edge.cli.chat_commands import COMMANDS, Chat, EndOfChat
+from gta_edge.cli.chat_commands import COMMANDS, Chat, EndOfChat, checked_options
 from gta_edge.cli.chat_input import lines_of
 from gta_edge.cli.choices import Backend, CacheDtype, value_of
 from gta_edge.cli.output import Output, current
@@ -48,6 +48,9 @@ def chat(
     import gta_edge
 
     output = current()
+    given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
+    given |= {"repetition_penalty": repetition_penalty, "max_new_tokens": max_new_tokens}
+    options = checked_options({name: value for name, value in given.items() if value is not None})
     with output.progress() as progress:
         session = gta_edge.load(
             bundle,
@@ -59,9 +62,7 @@ def chat(
             progress=progress,
         )
     with session:
-        given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
-        given |= {"repetition_penalty": repetition_penalty, "max_new_tokens": max_new_tokens}
-        conversation = Chat(session, {name: value for name, value in given.items() if value is not None})
+        conversation = Chat(session, options)
         if load is not None:
             conversation.load(load)
         if system is not None:

@@ -17,7 +17,7 @@ from gta_edge.support.files import new_file
 from gta_edge.support.json_files import read_json
 from gta_edge.support.text import brief, printable
 
-__all__ = ["COMMANDS", "Chat", "EndOfChat"]
+__all__ = ["COMMANDS", "Chat", "EndOfChat", "checked_options"]
 
 _FORMAT = "gta-edge chat"
 _VERSION = 1
@@ -52,6 +52,18 @@ class EndOfChat(Exception):  # noqa: N818  it is no error
     """The conversation is over."""
 
 
+def checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options of ``generate`` as they are.
+
+    Raises:
+        InputError: one is out of range.
+    """
+    if (most := options.get("max_new_tokens", 1)) < 1:
+        raise InputError(f"max_new_tokens is {most}", "expected a whole number from 1 up")
+    Sampling(**{name: value for name, value in options.items() if name != "max_new_tokens"})
+    return dict(options)
+
+
 class Chat:
     """Messages to and from a model.
 
@@ -74,9 +86,7 @@ class Chat:
             raise InputError("the model has no chat template", "continue texts with it: gta-edge generate")
         self._session = session
         self._conversation = Conversation(session)
-        self._options: dict[str, Any] = {}
-        for name, value in options.items():
-            self._set(name, value)
+        self._options = checked_options(options)
         self.messages: list[dict[str, str]] = []
         self.system: str | None = None
         self.pending = False
@@ -187,12 +197,7 @@ class Chat:
     def _set(self, name: str, value: Any) -> None:
         """Set an option, or with None take it away; all stay as they are where it makes no sense."""
         options = {**self._options, name: value}
-        if value is None:
-            del options[name]
-        if options.get("max_new_tokens", 1) < 1:
-            raise InputError(f"max_new_tokens is {value}", "expected a whole number from 1 up")
-        Sampling(**{other: given for other, given in options.items() if other != "max_new_tokens"})
-        self._options = options
+        self._options = checked_options({other: given for other, given in options.items() if given is not None})
 
     def _regenerate(self, rest: str) -> str:
         if self.messages and self.messages[-1]["role"] == "assistant":

@@ -33,6 +33,9 @@ def serve(
     queue: Annotated[int, typer.Option(min=0, max=10000, help="Answers that may wait for one of those to end.")] = 64,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds after which an answer ends as it is.")] = 600,
     drain_timeout: Annotated[float, typer.Option(min=0, help="Seconds that answers may take after SIGTERM.")] = 30,
+    cache_ram: Annotated[
+        int, typer.Option(min=0, max=2**20, help="MiB for caches of texts that have ended; 0 keeps none.")
+    ] = 256,
     prompt_cache: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Directory for caches of texts that have ended.")
     ] = None,
@@ -104,7 +107,9 @@ def serve(
                 max_requests=parallel + queue + 16,
                 answer_seconds=timeout,
             )
-            scheduler = Scheduler(session, slots=parallel, queue=queue, prompt_cache=prompt_cache)
+            scheduler = Scheduler(
+                session, slots=parallel, queue=queue, kept_bytes=cache_ram * 2**20, prompt_cache=prompt_cache
+            )
 
             def ready() -> None:
                 _tell_ready(url_of(listening), session, settings, parallel)
