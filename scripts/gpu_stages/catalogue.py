@@ -201,6 +201,7 @@ STAGES: tuple[Stage, ...] = (
         "tests/runtime/torch/test_gpu.py",
         "tests/runtime/torch/test_decode_step.py",
         "tests/runtime/torch/test_managed_gpu.py",
+        "tests/runtime/torch/test_cache_types_gpu.py",
     ),
     _tests("tests-torch-int4", 90, "tests/runtime/torch/test_quantized.py"),
     _tests("tests-torch-bundles", 60, "tests/runtime/torch/test_quantized_bundles.py", needs=_EXPORT),
