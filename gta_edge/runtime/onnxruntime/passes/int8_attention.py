@@ -38,8 +38,8 @@ else:
 __all__ = ["MAX_FEW_TOKENS", "attend_in_int8"]
 
 MAX_FEW_TOKENS = 64
-"""Of each sequence, in a step that reads the cache as it is; a tree of tokens has no more. With so many it still takes a
-sixth less time than the other way, in GTA-1B and in GQA-1B (``benchmarks/attention_layer.py``)."""
+"""Of each sequence, in a step that reads the cache as it is; a tree of tokens has no more. With so many it still takes
+a sixth less time than the other way, in GTA-1B and in GQA-1B (``benchmarks/attention_layer.py``)."""
 
 _LARGEST_CODE = 127.0
 _MIDDLE = 128  # how a query's code of 0 is stored, which is unsigned
