@@ -23,7 +23,7 @@ from gta_edge.runtime.session_backend import Ids, Logits
 from gta_edge.runtime.session_exports import SessionExports
 from gta_edge.runtime.session_inputs import as_array, checked_ids, checked_lengths
 from gta_edge.runtime.step_costs import StepCosts
-from gta_edge.runtime.token_tree import TokenTree, check_new_nodes
+from gta_edge.runtime.token_tree import TokenTree, check_new_nodes, listed
 from gta_edge.runtime.tree_cache import TreeCache, TreeCall
 from gta_edge.runtime.tree_rows import TreeRows
 from gta_edge.support.exclusive import Exclusive
@@ -237,6 +237,10 @@ class Session(SessionExports):
 
     # --- how -----------------------------------------------------------------------------------------------------
 
+    def _check_open(self) -> None:
+        if self._closed:
+            raise BackendError("the session is closed", "load the bundle again")
+
     def _check_owner(self, owner: Claim | None) -> None:
         """Raise unless the cache is as this claim left it; None is anybody, who takes it as it is."""
         if owner is not None and owner is not self._owner and not self._closed:
@@ -263,8 +267,7 @@ class Session(SessionExports):
         tree: TokenTree | Sequence[TokenTree] | None = None,
     ) -> Logits:
         """``forward``, of a claim or of anybody."""
-        if self._closed:
-            raise BackendError("the session is closed", "load the bundle again")
+        self._check_open()
         self._check_owner(owner)
         if tree is not None:
             return self._forward_trees(ids, lengths, all_logits, owner, tree)
@@ -356,6 +359,7 @@ class Session(SessionExports):
 
     def _opened_tree(self, sequence: int, owner: Claim | None) -> TokenTree:
         cache = self._tree_cache()
+        self._check_open()
         self._check_owner(owner)
         return TokenTree(self, cache.open(sequence), sequence, owner)
 
@@ -363,8 +367,7 @@ class Session(SessionExports):
         self, ids: Any, lengths: Any, all_logits: bool, owner: Claim | None, given: TokenTree | Sequence[TokenTree]
     ) -> Logits:
         """``forward`` of what the trees have new."""
-        cache = self._tree_cache()
-        trees = [given] if isinstance(given, TokenTree) else list(given)
+        cache, trees = self._tree_cache(), listed(given)
         for tree in trees:
             tree._require(self)
         with cache.taking_back(self):
@@ -387,6 +390,7 @@ class Session(SessionExports):
 
     def _accept(self, tree: TokenTree, node: int, owner: Claim | None) -> None:
         """Make a tree's path to a node part of the text; see ``TokenTree.accept``."""
+        self._check_open()
         self._changed(None, "a tree's accept() that failed")
         self._tree_cache().accept(tree.sequence, node, self)
         self._changed(owner, "a tree's accept()")

@@ -18,7 +18,7 @@ from gta_edge.runtime.tree_rows import PREFIX, TreeRows
 from gta_edge.support.exclusive import Exclusive
 from gta_edge.support.text import brief
 
-__all__ = ["PREFIX", "TokenTree", "check_new_nodes"]
+__all__ = ["PREFIX", "TokenTree", "check_new_nodes", "listed"]
 
 
 class _Session(Protocol):
@@ -208,6 +208,18 @@ class TokenTree:
         if self._rows.waiting:
             raise InputError(f"{self.new} nodes of the tree have not run", "run them with forward(), or drop() them")
         return known
+
+
+def listed(trees: Any) -> list[TokenTree]:
+    """Return what was given as a tree or trees, as a list.
+
+    Raises:
+        InputError: it is neither.
+    """
+    found = list(trees) if isinstance(trees, Sequence) else [trees]
+    if not all(isinstance(tree, TokenTree) for tree in found):
+        raise InputError(f"tree is {brief(trees)}", "expected what the session's tree() returned, or a list of such")
+    return found
 
 
 def check_new_nodes(trees: Sequence[TokenTree], ids: npt.NDArray[np.int64]) -> None:

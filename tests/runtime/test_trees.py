@@ -404,6 +404,13 @@ def test_what_makes_no_sense_is_refused_in_a_line(start: Start, model: str) -> N
     tree.drop([b])
     with pytest.raises(InputError, match="there are trees of sequences"):
         session.forward([[1]], tree=[tree, tree])
+    for given in ("tree", 3, [None], {}):
+        with pytest.raises(
+            InputError, match=r"tree is .*; expected what the session's tree\(\) returned, or a list of"
+        ):
+            session.forward([[1]], tree=given)
+    with pytest.raises(InputError, match="there are trees of sequences"):
+        session.forward([[1]], tree=[])
     tree.grow([a])
     session.forward([[3]], tree=tree)
     with pytest.raises(InputError, match=f"node {a} of the tree is no leaf"):
@@ -418,6 +425,10 @@ def test_what_makes_no_sense_is_refused_in_a_line(start: Start, model: str) -> N
     deep += tree.grow(deep[-1:])
     with pytest.raises(CapacityError, match=f"sequence 0 holds 2 tokens and its tree would reach {POSITIONS + 1}; the"):
         session.forward(np.ones((1, tree.new), np.int64), tree=tree)
+    session.close()
+    for call in (session.tree, lambda: tree.accept(a)):
+        with pytest.raises(BackendError, match="the session is closed; load the bundle again"):
+            call()
 
 
 def test_a_policy_and_trees_are_refused() -> None:
