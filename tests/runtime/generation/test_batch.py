@@ -28,7 +28,7 @@ SAMPLING = {
 
 
 @pytest.mark.parametrize("backend", ["torch", "onnxruntime"])
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(data=st.data())
 def test_texts_that_come_and_go_are_each_as_alone(backend: str, data: st.DataObject) -> None:
     exact = {"exact": True} if backend == "onnxruntime" else {}
