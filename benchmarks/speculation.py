@@ -1,12 +1,10 @@
-"""What speculation and branches save: tokens a step and time beside plain decoding, and several answers beside a batch.
+"""What guessing tokens ahead saves: tokens a step and time, beside plain decoding.
 
-    python benchmarks/speculation.py [--new-tokens 160] [--rounds 3] [--parts speculation,answers] [--json FILE] …
+    python benchmarks/speculation.py [--models smollm2,gta-1b] [--new-tokens 160] [--rounds 3] [--json FILE] …
 
-Speculation: SmolLM2-135M-Instruct in int4 edits a function, summarises with quotes, and tells a story, greedily, with
+SmolLM2-135M-Instruct in int4 edits a function, summarises with quotes, and tells a story, greedily, with
 prompt lookup and without, in turns. Then GTA-1B with random weights in int4 is led along the same tokens, which shows
 what the same guesses save at its sizes: its own logits say nothing.
-
-Answers: GTA-1B gives 4 answers to a prompt as branches of a tree, and as 4 rows of a batch that each hold the prompt.
 
 The model comes from ``make real-model``; bundles are made once under the work directory.
 """
@@ -34,7 +32,6 @@ from gta_edge.runtime.generation.speculation import SpeculativeSteps
 from gta_edge.runtime.generation.steps import PlainSteps, Steps
 from gta_edge.runtime.session import Ids, Session
 from gta_edge.runtime.step_costs import WIDTHS, StepCosts
-from gta_edge.runtime.token_tree import PREFIX
 
 ROOT = Path(__file__).parents[1]
 
@@ -66,7 +63,7 @@ PROMPTS = {
 NO_REPETITION = "random tokens"
 """Not a text: nothing comes again but by chance, so that what guessing costs shows alone."""
 
-PARTS, MODELS = ("speculation", "answers"), ("smollm2", "gta-1b")
+MODELS = ("smollm2", "gta-1b")
 
 Row = dict[str, Any]
 
@@ -166,62 +163,6 @@ def widths(session: Session, context: int, rounds: int) -> dict[int, float]:
     return {width: statistics.median(each) for width, each in times.items()}
 
 
-# --- answers ---------------------------------------------------------------------------------------------------------
-
-
-def in_a_tree(session: Session, prompt: Ids, count: int, new_tokens: int) -> Row:
-    """Time answers that share a prompt as branches, each its own tokens."""
-    rng, start = np.random.default_rng(2), time.perf_counter()
-    claim = session.claim()
-    claim.forward(prompt[None])
-    read = time.perf_counter()
-    tree, nodes = claim.tree(), [PREFIX] * count
-    for _ in range(new_tokens):
-        nodes = tree.grow(nodes)
-        claim.forward(rng.integers(0, session.config.vocab_size, (1, count)), tree=tree, all_logits=True)
-    end = time.perf_counter()
-    return {
-        "prompt_s": read - start,
-        "decode_s": end - read,
-        "total_s": end - start,
-        "cache_bytes": session.cache_bytes,
-    }
-
-
-def in_a_batch(session: Session, prompt: Ids, count: int, new_tokens: int) -> Row:
-    """Time as many rows of a batch that each read and hold the prompt."""
-    rng, start = np.random.default_rng(2), time.perf_counter()
-    session.reset()
-    session.forward(np.tile(prompt, (count, 1)))
-    read = time.perf_counter()
-    for _ in range(new_tokens):
-        session.forward(rng.integers(0, session.config.vocab_size, (count, 1)))
-    end = time.perf_counter()
-    return {
-        "prompt_s": read - start,
-        "decode_s": end - read,
-        "total_s": end - start,
-        "cache_bytes": session.cache_bytes,
-    }
-
-
-def several(path: Path, options: argparse.Namespace) -> Row:
-    """Measure answers in both ways, each in a session of its own, so that its cache is its own."""
-    rng, found = np.random.default_rng(3), {}
-    for way, measure in (("tree", in_a_tree), ("batch", in_a_batch)):
-        with gta_edge.load(path, "onnxruntime", threads=options.threads, trees=way == "tree") as session:
-            prompt = rng.integers(0, session.config.vocab_size, options.context)
-            session.forward(np.zeros((1, 1), np.int64))
-            session.reset()
-            found[way] = measure(session, prompt, options.answers, options.answer_tokens)
-    ratios = {key: found["tree"][key] / found["batch"][key] for key in found["tree"]}
-    return (
-        {"answers": options.answers, "context": options.context, "tokens": options.answer_tokens}
-        | found
-        | {"ratios": ratios}
-    )
-
-
 # --- the whole -------------------------------------------------------------------------------------------------------
 
 
@@ -234,20 +175,17 @@ def run(options: argparse.Namespace) -> Row:
         "onnxruntime": version("onnxruntime"),
         "threads": options.threads,
     }
-    large = make_bundles(options.work, "gta-1b", options.layers, ["int4"])["int4"]
-    if "speculation" in options.parts:
-        small = options.work / "smollm2-int4"
-        if not small.exists():
-            gta_edge.export_model(options.model, small, precision="int4", verify=False)
-        with gta_edge.load(small, "onnxruntime", threads=options.threads) as session:
-            texts = answers(session, options.new_tokens)
-            if "smollm2" in options.models:
-                found["SmolLM2-135M"] = measured(session, texts, options.rounds, own=True)
-        if "gta-1b" in options.models:
-            with gta_edge.load(large, "onnxruntime", threads=options.threads) as session:
-                found["GTA-1B"] = measured(session, texts, options.rounds, own=False)
-    if "answers" in options.parts:
-        found["answers"] = several(large, options)
+    small = options.work / "smollm2-int4"
+    if not small.exists():
+        gta_edge.export_model(options.model, small, precision="int4", verify=False)
+    with gta_edge.load(small, "onnxruntime", threads=options.threads) as session:
+        texts = answers(session, options.new_tokens)
+        if "smollm2" in options.models:
+            found["SmolLM2-135M"] = measured(session, texts, options.rounds, own=True)
+    if "gta-1b" in options.models:
+        large = make_bundles(options.work, "gta-1b", options.layers, ["int4"])["int4"]
+        with gta_edge.load(large, "onnxruntime", threads=options.threads) as session:
+            found["GTA-1B"] = measured(session, texts, options.rounds, own=False)
     return found
 
 
@@ -266,15 +204,6 @@ def markdown(found: Row) -> str:
             times = f"{each['plain_ms']:.1f}", f"{each['lookup_ms']:.1f}"
             lines.append(_row(each["text"], f"{each['tokens_per_step']:.2f}", guesses, *times, f"{each['speed']:.2f}"))
         lines.append("")
-    if "answers" in found:
-        each = found["answers"]
-        lines += [f"{each['answers']} answers of {each['tokens']} tokens to {each['context']}", ""]
-        lines += [_row("", "prompt s", "tokens s", "in all s", "cache MB"), _rule(5)]
-        for way, name in (("tree", "branches of a tree"), ("batch", "rows of a batch")):
-            own = each[way]
-            cells = (f"{own[key]:.2f}" for key in ("prompt_s", "decode_s", "total_s"))
-            lines.append(_row(name, *cells, f"{own['cache_bytes'] / 1e6:.0f}"))
-        lines.append(_row("ratio", *(f"{ratio:.2f}" for ratio in each["ratios"].values())))
     return "\n".join(lines)
 
 
@@ -301,15 +230,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "benchmarks", help="where models are kept")
     parser.add_argument("--model", type=Path, default=ROOT / "build" / "smollm2", help="the checkpoint of SmolLM2")
-    parser.add_argument("--parts", type=_of(*PARTS), default=PARTS)
-    parser.add_argument("--models", type=_of(*MODELS), default=MODELS, help="of the part speculation")
+    parser.add_argument("--models", type=_of(*MODELS), default=MODELS)
     parser.add_argument("--new-tokens", type=positive, default=160, help="of each text")
     parser.add_argument("--rounds", type=positive, default=3)
     parser.add_argument("--threads", type=positive, default=None, help="one per core by default")
     parser.add_argument("--layers", type=positive, default=None, help="of GTA-1B, instead of its own")
-    parser.add_argument("--context", type=positive, default=2048, help="of the prompt that is answered several times")
-    parser.add_argument("--answers", type=positive, default=4)
-    parser.add_argument("--answer-tokens", type=positive, default=128)
     parser.add_argument("--json", type=Path, default=None, help="write all figures there")
     options = parser.parse_args()
     found = run(options)
