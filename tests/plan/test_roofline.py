@@ -301,8 +301,8 @@ def test_a_number_that_is_out_of_range(options: dict[str, int], message: str) ->
     ("name", "on", "precision", "cache_dtype", "allowed"),
     [
         ("gta-1b", CPU, "int4", "fp16", "fp32 or int8"),
-        ("gqa-1b", BOARD, "int4", "bf16", "fp16 or int8 or fp8"),
-        ("gta-1b", BOARD, "bf16", "fp16", "bf16 or int8 or fp8"),
+        ("gqa-1b", BOARD, "int4", "bf16", "fp16 or int8 or fp8 or int4 or int4v2"),
+        ("gta-1b", BOARD, "bf16", "fp16", "bf16 or int8 or fp8 or int4 or int4v2"),
     ],
 )
 def test_a_cache_that_is_not_possible(name: str, on: Device, precision: str, cache_dtype: str, allowed: str) -> None:
