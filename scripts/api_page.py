@@ -22,6 +22,7 @@ from gta_edge.model.model_config import CacheSpec, ModelConfig
 from gta_edge.plugins import register
 from gta_edge.runtime.cache_policies import policy
 from gta_edge.runtime.cache_policies.base import CachePolicy, Decision, Rows
+from gta_edge.runtime.generation.answers import Alternative, Answers
 from gta_edge.runtime.generation.loop import Generation
 from gta_edge.runtime.generation.sampling import Sampling
 from gta_edge.runtime.saved_cache import SavedCache
@@ -88,6 +89,8 @@ SECTIONS: tuple[tuple[str, tuple[tuple[str, Any], ...]], ...] = (
         (
             ("gta_edge.export.pipeline.Export", Export),
             ("gta_edge.runtime.generation.loop.Generation", Generation),
+            ("gta_edge.runtime.generation.answers.Answers", Answers),
+            ("gta_edge.runtime.generation.answers.Alternative", Alternative),
             ("gta_edge.runtime.generation.sampling.Sampling", Sampling),
         ),
     ),
