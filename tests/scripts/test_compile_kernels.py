@@ -70,7 +70,7 @@ def test_every_preset_s_attention_is_compiled(name: str) -> None:
         (["sm_12"], "NVRTC .* does not compile for sm_12"),
         (["sm_87", "--models", "gta-9b"], "gta-9b is neither a directory nor a preset; presets are "),
         (["sm_87", "--ops", "attention,softmax"], "--ops got 'softmax'; expected some of attention, matmul"),
-        (["sm_87", "--cache-dtypes", "int4"], "--cache-dtypes got 'int4'"),
+        (["sm_87", "--cache-dtypes", "int2"], "--cache-dtypes got 'int2'"),
         (["sm_87", "--output", "/proc/nowhere"], "/proc/nowhere/kernels cannot be made"),
     ],
 )
