@@ -57,7 +57,8 @@ class BlockCache(CacheState):
         return np.where(part.real[part.rows] > 0, past, self.capacity)
 
     def reusable(self, held: int, tokens: int) -> int:
-        in_open_block = tokens == held or tokens // BLOCK == (held - 1) // BLOCK
+        # of whole blocks it is not known whether the open block holds the last of them: it may hold a later one
+        in_open_block = tokens == held or tokens // BLOCK == held // BLOCK
         return tokens if in_open_block else tokens // BLOCK * BLOCK
 
     def put(self, row: int, tokens: int) -> None:

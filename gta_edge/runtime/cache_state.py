@@ -337,7 +337,7 @@ class CacheState:
                 execution = Execution(self._compute, self.dtype, width, writes_scores=True)
                 needed += activation_bytes(self.config, execution, computed, width, max(capacities))
                 if self.dtype != self._compute:  # a layer's cache at a time, in the type that it is attended to in
-                    layer = cache_bytes(self.config, self._compute, max(capacities), computed) // len(capacities)
+                    layer = cache_bytes(self.config, "fp32", max(capacities), computed) // len(capacities)
                     needed += layer * self._unpacked
         available = available_bytes()
         if available is not None and needed > available:

@@ -212,6 +212,24 @@ def test_a_sequence_is_put_aside_and_taken_back(cache_dtype: str) -> None:
             assert all(torch.equal(a, b) for a, b in zip(after, there, strict=True))
 
 
+@pytest.mark.parametrize("ran", [64, 70])
+def test_what_is_reused_of_whole_blocks_is_as_if_no_more_had_been_run(ran: int) -> None:
+    """The open block holds the last of 64 tokens, or, where 64 of 70 stay, a later one."""
+    with opened("int4") as session:
+        session.forward(IDS[:1, :ran])
+        session.truncate(64)
+        saved, count = session.export_cache(), session.reusable(64, 50)
+        assert count > 0
+        session.reset()
+        session.forward(IDS[:1, :count])
+        expected = session.forward(IDS[1:2, :20], all_logits=True)
+        session.import_cache(saved, 0)
+        for reused in (session.export_cache(0, count), saved):
+            session.import_cache(reused, 0, count)
+            np.testing.assert_array_equal(session.forward(IDS[1:2, :20], all_logits=True), expected)
+            session.import_cache(saved, 0)
+
+
 @pytest.mark.parametrize("cache_dtype", ROW_CACHE_TYPES)
 def test_a_policy_keeps_rows_of_8_bits(cache_dtype: str) -> None:
     window = policy("window", rows=24, interval=8, sinks=2, residual_rows=2)
