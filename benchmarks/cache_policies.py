@@ -280,8 +280,9 @@ def _command(arguments: argparse.Namespace) -> str:
     for name in ("text", "shares", "windows", "calibration_windows", "policies", "backend"):
         value = getattr(arguments, name)
         if value != getattr(defaults, name):
-            joined = ",".join(f"{each:g}" if isinstance(each, float) else each for each in value)
-            words.append(f"--{name.replace('_', '-')} {joined if isinstance(value, list) else value}")
+            parts = value if isinstance(value, list) else [value]
+            joined = ",".join(f"{each:g}" if isinstance(each, float) else str(each) for each in parts)
+            words.append(f"--{name.replace('_', '-')} {joined}")
     return " ".join(["python", f"benchmarks/{Path(__file__).name}", *words])
 
 

@@ -119,10 +119,11 @@ def test_fewer_positions_of_the_same_model(quality: ModuleType, tiny_checkpoint:
 
 
 def test_the_command_has_what_the_figures_depend_on(quality: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["there/model", "--shares", "0.2,0.5", "--policies", "window,corm", "--json", "a.json", "--threads", "1"]
+    words = ["there/model", "--shares", "0.2,0.5", "--windows", "8", "--policies", "window,corm", "--text", "prose"]
+    words += ["--json", "a.json", "--threads", "1"]
     arguments = quality.parse(words)
     assert quality._command(arguments) == (
-        "python benchmarks/cache_policies.py model --shares 0.5,0.2 --policies window,corm"
+        "python benchmarks/cache_policies.py model --text prose --shares 0.5,0.2 --windows 8 --policies window,corm"
     )
     assert quality._command(quality.parse([])) == "python benchmarks/cache_policies.py"
     for wrong in (["--shares", "1"], ["--shares", "x"], ["--policies", "lru"], ["--windows", "0"]):
