@@ -207,7 +207,8 @@ def _baselines(first: Plan, targets: list[str]) -> list[str]:
 def _advice(plan: Plan, target: str, block_size: int | None, policy: CachePolicy | None) -> list[str]:
     """Return changes of the options that make a model fit which does not, the smallest first."""
     possible = fastest_on(plan.device.kind).cache_types(plan.model.config, plan.execution.compute)
-    of_kinds = (ROW_CACHE_TYPES, BLOCK_CACHE_TYPES if policy is None else ())
+    blocks = policy is None and plan.answers == 1  # whose rows do not move alone
+    of_kinds = (ROW_CACHE_TYPES, BLOCK_CACHE_TYPES if blocks else ())
     caches = [None, *(name for kind in of_kinds for name in [each for each in possible if each in kind][:1])]
     precisions = [None, *(["int4"] if plan.model.precision != "int4" else [])]
     ways, last = [], plan

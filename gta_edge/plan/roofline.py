@@ -16,7 +16,7 @@ from gta_edge.errors import InputError
 from gta_edge.formats.weights import EMBEDDING, Storage, storage_for
 from gta_edge.machine.devices import Device
 from gta_edge.model.config import ModelConfig
-from gta_edge.numerics.dtypes import COMPUTE_TYPES, DTYPES
+from gta_edge.numerics.dtypes import CACHES, COMPUTE_TYPES, DTYPES
 from gta_edge.numerics.quantization import BITS
 from gta_edge.plan import cost
 from gta_edge.plan.cost import Execution, Operator, Step
@@ -275,7 +275,8 @@ def make_plan(
 
     Raises:
         InputError: a context beyond the model's positions, a prompt longer than the context, or a number below 1;
-            several answers behind a prompt that leaves no room for them, or with a cache that drops rows.
+            several answers behind a prompt that leaves no room for them, or with a cache that drops rows, or is in
+            blocks.
     """
     positions = model.config.max_position_embeddings
     context = min(DEFAULT_CONTEXT, positions) if context is None else context
@@ -296,6 +297,11 @@ def make_plan(
     if answers > 1 and execution.rows is not None:
         raise InputError(
             "several answers are branches of a cache that drops no rows", "leave --cache-policy or --n out"
+        )
+    if answers > 1 and CACHES[execution.cache_dtype].in_blocks:
+        raise InputError(
+            f"several answers are branches, and a cache of {execution.cache_dtype} has none",
+            "take another --cache-dtype, or leave --n out",
         )
     return Plan(model, device, execution, context, batch, prompt, answers)
 

@@ -144,8 +144,9 @@ def test_operators_are_shown(command: Command) -> None:
         assert len(re.findall(rf"^{re.escape(name)} .* (bandwidth|compute)$", found, re.MULTILINE)) == 2, name
 
 
-def test_what_does_not_fit_says_what_would(command: Command) -> None:
-    options = ("gta-1b", "--device", "orin-nano-4gb", "--context", 32768)
+@pytest.mark.parametrize("answers", [(), ("--prompt", 20000, "--n", 4)], ids=["", "answers"])
+def test_what_does_not_fit_says_what_would(command: Command, answers: tuple[str | int, ...]) -> None:
+    options = ("gta-1b", "--device", "orin-nano-4gb", "--context", 32768, *answers)
     found = command("plan", *options)
     assert found.status == 0
     assert re.search(r"^result +does not fit, [\d.]+ GB missing$", found.out, re.MULTILINE)

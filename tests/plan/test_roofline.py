@@ -3,6 +3,7 @@
 import math
 import re
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -39,7 +40,7 @@ def planned(
     on: Device = BOARD,
     precision: str = "int4",
     cache_dtype: str | None = None,
-    **options: int,
+    **options: Any,
 ) -> Plan:
     config = preset(name)
     execution = fastest_on(on.kind).execution(config, precision, cache_dtype)
@@ -290,9 +291,13 @@ def test_the_gap_between_gta_and_gqa_opens_with_the_context() -> None:
         ({"prompt": 0}, "--prompt is 0"),
         ({"answers": 0}, "--n is 0; expected 1 to 256"),
         ({"answers": 2}, "--n is 2 with a prompt as long as the context, 4096; give --prompt"),
+        (
+            {"answers": 2, "prompt": 9, "cache_dtype": "int4"},
+            "answers are branches, and a cache of int4 has none; take",
+        ),
     ],
 )
-def test_a_number_that_is_out_of_range(options: dict[str, int], message: str) -> None:
+def test_options_that_make_no_plan(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         planned(**options)
 
