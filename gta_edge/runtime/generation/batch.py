@@ -33,7 +33,7 @@ __all__ = ["Batch", "BatchFigures", "in_a_batch"]
 MIN_REUSED_TOKENS = 16
 """A prefix that is shorter is read again: that takes no longer than copying it."""
 
-_FIRST_PART, _LEAST_PART = 32, 16
+_FIRST_PART, _MIN_PART = 32, 16
 """Tokens of a prompt that are read beside others before it is known how long that takes; and at least."""
 
 _MAX_ROWS = 8
@@ -76,7 +76,7 @@ class _Pace:
         """Heed how long a part took; a short one, such as a prompt's last, tells little."""
         if 2 * tokens >= self.tokens:
             fitting = tokens * self._seconds / max(seconds, 1e-6)
-            self.tokens = max(_LEAST_PART, int(min(max(fitting, self.tokens / 2), 2 * self.tokens)))
+            self.tokens = max(_MIN_PART, int(min(max(fitting, self.tokens / 2), 2 * self.tokens)))
 
 
 class Batch:
@@ -141,6 +141,7 @@ class Batch:
             self._begin()
         if self._reading is not None:
             self._read(self._reading)
+            self._recover()
         self._write()
         return bool(self._waiting or self._taken)
 
@@ -166,7 +167,7 @@ class Batch:
             if found is not None:
                 self._own().import_cache(found[0], row, found[1])
                 text.seen = found[1]
-        except GtaEdgeError as error:
+        except Exception as error:  # whatever it is, such as no memory for a copy, it is of this text alone
             self._failed(text, error)
             return
         if not text.completion_tokens:  # and not one that has to be read once more
@@ -175,8 +176,8 @@ class Batch:
             self.figures.cached_tokens += text.seen
 
     def _own(self) -> Claim:
-        """Return the claim to the session; where it was lost, a new one, and all rows are empty."""
-        if self._claim is None or not self._claim.holds:
+        """Return the claim to the session; a lost one fails what is called on it, until texts are read once more."""
+        if self._claim is None:
             self._claim = self._session.claim(len(self._rows))
         return self._claim
 
@@ -213,7 +214,7 @@ class Batch:
             if last and text.options.constraint is not None:
                 text.options.constraint.prepare()
             logits = self._own().forward(given, lengths=lengths, all_logits=all_logits)[row]
-        except Exception as error:  # whatever a backend or a constraint raises: it is of this text alone
+        except Exception as error:  # likewise, of a backend or a constraint
             self._failed(text, error)
             return
         self._pace.note(len(part), time.perf_counter() - started)

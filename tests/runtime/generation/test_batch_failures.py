@@ -129,6 +129,48 @@ def test_whatever_else_uses_the_session_texts_go_on(talker, monkeypatch) -> None
         assert each.said[0] == generation.ids
 
 
+def test_a_listener_that_uses_the_session_changes_no_text(talker) -> None:
+    """Rows that are read after it, in the same step, would be of an empty cache."""
+    batch = Batch(talker, 3)
+    texts = [Heard(talker, [i] * (i + 2), max_new_tokens=9) for i in range(3)]
+    for each in texts:
+        batch.add(each.text)
+    for _ in range(2):
+        batch.step()
+    heard = texts[2].text._listener
+
+    def reset_once(event: Any) -> None:
+        if not texts[2].events:
+            talker.reset()
+        heard(event)
+
+    texts[2].text._listener = reset_once
+    run(batch)
+    for i, each in enumerate(texts):
+        generation = generate(talker, [i] * (i + 2), max_new_tokens=9)
+        list(generation)
+        assert each.said[0] == generation.ids
+
+
+def test_without_memory_to_copy_a_cache_one_text_ends_and_others_go_on(talker, monkeypatch) -> None:
+    batch, read = Batch(talker, 2), talker._read_row
+    good, bad = (Heard(talker, [5] * 40, max_new_tokens=9) for _ in range(2))
+    batch.add(good.text)
+    batch.step()
+
+    def fail_once(*arguments: Any) -> Any:
+        monkeypatch.setattr(talker, "_read_row", read)
+        raise MemoryError
+
+    monkeypatch.setattr(talker, "_read_row", fail_once)
+    batch.add(bad.text)
+    run(batch)
+    assert (bad.said[2], good.said[2]) == ("error", "length")
+    generation = generate(talker, [5] * 40, max_new_tokens=9)
+    list(generation)
+    assert good.said[0] == generation.ids
+
+
 @pytest.mark.parametrize("kept", [None, KeptCaches(10**7)])
 def test_what_is_removed_frees_its_row_at_once(talker, kept) -> None:
     batch = Batch(talker, 2, kept=kept)
