@@ -98,8 +98,9 @@ class GrammarConstraint:
         self._ends = ends
 
     def prepare(self) -> None:
-        """Begin to compute the mask of the next token."""
-        self._pending = _threads().submit(self._compute)
+        """Begin to compute the mask of the next token, unless that was begun for a step that failed since."""
+        if self._pending is None:
+            self._pending = _threads().submit(self._compute)
 
     def _compute(self) -> None:
         self._matcher.unsafe_compute_mask_ptr(self._mask.ctypes.data, self._mask.nbytes)
@@ -110,11 +111,10 @@ class GrammarConstraint:
         Raises:
             InputError: the grammar became too complex, or nothing may come next.
         """
-        if self._pending is None:
-            self.prepare()
+        self.prepare()
         assert self._pending is not None
-        self._pending.result()
-        self._pending = None
+        pending, self._pending = self._pending, None
+        pending.result()
         self._check()
         allowed = np.unpackbits(self._mask, bitorder="little")[: len(logits)].astype(np.bool_)
         if not allowed.any():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from gta_edge.errors import InputError
-from gta_edge.runtime.generation.grammar import Grammar
+from gta_edge.runtime.generation.grammar import Grammar, GrammarConstraint
 from gta_edge.runtime.generation.loop import generate
 from tests.helpers.generation import CONFIG, EOS, ScriptedSession, byte_level, save
 
@@ -119,6 +119,21 @@ def test_grammars_that_are_refused(tokenizer, kind, text, said):
     with pytest.raises(InputError, match=said) as caught:
         Grammar(ScriptedSession([], tokenizer), kind, text)
     assert "\n" not in str(caught.value)
+
+
+def test_a_step_that_is_run_again_computes_its_mask_once(tokenizer, monkeypatch):
+    """Two threads must not compute with one matcher."""
+    calls, compute = [], GrammarConstraint._compute
+    monkeypatch.setattr(GrammarConstraint, "_compute", lambda self: calls.append(1) or compute(self))
+    constraint = Grammar(ScriptedSession([], tokenizer), "regex", "ab").constraint()
+    for token in tokenizer.encode("ab", add_special_tokens=False):
+        logits = np.zeros(CONFIG.vocab_size, np.float32)
+        constraint.prepare()
+        constraint.prepare()
+        constraint.apply(logits)
+        assert logits[token] == 0
+        constraint.accept(token)
+    assert len(calls) == 2
 
 
 def test_what_a_grammar_needs(tokenizer):
