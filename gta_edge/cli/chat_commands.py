@@ -184,7 +184,9 @@ class Chat:
             name, _, value = text.replace("=", " ", 1).partition(" ")
             self._set(name.replace("-", "_"), self._value(name.replace("-", "_"), value.strip()))
         own = {**dict(self._session.chat_sampling), **self._options}
-        return ", ".join(f"{name} {value:g}" for name, value in own.items())
+        return ", ".join(
+            f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in own.items()
+        )
 
     def _value(self, name: str, text: str) -> Any:
         if name not in _OPTIONS:

@@ -59,17 +59,17 @@ def test_a_conversation_reads_only_what_is_new(chat, chat_bundle):
 
 
 def test_commands(chat, chat_bundle):
-    lines = ["Hi", "/regen", "/set temperature 1.5", "/set seed=3", "/regen", "/save talk.json", "/reset", "Yo"]
+    lines = ["Hi", "/regen", "/set temperature 1.5", "/set seed=30000001", "/regen", "/save talk.json", "/reset", "Yo"]
     result = chat("\n".join([*lines, "/stats", "/system S", "/exit", "never said"]))
     assert result.status == 0
     (first, _), hot, (yo, _) = (
         expected(chat_bundle, "Hi")[::-1],
-        expected(chat_bundle, "Hi", temperature=1.5, seed=3),
-        expected(chat_bundle, "Yo", temperature=1.5, seed=3)[::-1],
+        expected(chat_bundle, "Hi", temperature=1.5, seed=30000001),
+        expected(chat_bundle, "Yo", temperature=1.5, seed=30000001)[::-1],
     )
     answers = [first["content"], first["content"], hot[1]["content"], yo["content"]]
     assert result.out == "".join(f"{answer}\n" for answer in answers)
-    assert "temperature 1.5, seed 3" in result.err
+    assert "temperature 1.5, seed 30000001" in result.err
     assert "2 messages are in talk.json" in result.err
     assert re.search(r"^cache: \d+ of 128 tokens, [\d,]+ bytes$", result.err, re.MULTILINE)
     assert "ended by" in result.err
