@@ -138,7 +138,7 @@ def read_prompt_ids(path: Path) -> tuple[Ids, dict[str, str]]:
             ids = np.frombuffer(file.read(end - begin), _dtype(entry["dtype"]))
             if ids.dtype != np.int32 or [len(ids)] != entry["shape"] or not 0 < 4 * len(ids) == end - begin:
                 raise ValueError("it has no token ids")
-        except (ValueError, LookupError, TypeError, OSError, OverflowError) as error:
+        except (ValueError, LookupError, TypeError, OSError, OverflowError, MemoryError) as error:
             raise _damaged(path, one_line(error)) from error
     return ids.astype(np.int64), {name: str(value) for name, value in header["__metadata__"].items()}
 

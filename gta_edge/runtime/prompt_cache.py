@@ -115,7 +115,7 @@ class PromptCacheDirectory:
         self._session, self._directory, self._max_bytes = session, directory, max_bytes
         _origin(session)  # raises where nothing could be kept
         try:
-            directory.mkdir(exist_ok=True)
+            directory.mkdir(0o700, exist_ok=True)  # what users wrote is in it
         except OSError as error:
             raise OutputError(f"{directory} cannot be made ({error.strerror})", "give another directory") from error
         self._known: dict[Path, Ids] = {}  # the one used last at the end

@@ -203,6 +203,7 @@ def test_only_what_was_of_use_is_written_in_between(tiny_bundle: Path, tmp_path:
         for i in range(4):
             kept.put(np.full(20, i), saved)
         assert not list((tmp_path / "caches").iterdir())
+        assert not (tmp_path / "caches").stat().st_mode & 0o077  # what users wrote is nobody else's
         assert kept.find(np.array([2] * 9), 10) is None  # too little in common
         found = kept.find(np.array([2] * 15 + [7]), 10)
         assert found is not None
