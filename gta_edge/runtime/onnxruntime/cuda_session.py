@@ -148,7 +148,8 @@ class OnnxRuntimeCudaSession(Session):
 
     @property
     def cache_bytes(self) -> int:
-        return sum(int(cache.tensor_size_in_bytes()) for cache in self._caches.values())
+        held = list(self._caches.values())  # which a step of another thread may replace meanwhile
+        return sum(int(cache.tensor_size_in_bytes()) for cache in held)
 
     @property
     def cuda_graph(self) -> bool | None:

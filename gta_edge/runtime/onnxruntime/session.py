@@ -169,7 +169,7 @@ class OnnxRuntimeSession(Session):
 
     @property
     def cache_bytes(self) -> int:
-        return sum(buffer.nbytes for buffer in self._buffers.values())
+        return sum(buffer.nbytes for buffer in list(self._buffers.values()))  # which a step may replace meanwhile
 
     def _release(self) -> None:
         self._clear()
