@@ -178,7 +178,9 @@ class _Service:
         ids = await asyncio.to_thread(tokenizer.encode, parsed.content, add_special_tokens=parsed.add_special)
         if not parsed.with_pieces:
             return self._responses.JSONResponse({"tokens": ids})
-        return self._responses.JSONResponse({"tokens": [{"id": id_, "piece": self._piece(id_)} for id_ in ids]})
+        pieces = await asyncio.to_thread(lambda: list(map(self._piece, ids)))
+        found = [{"id": token, "piece": piece} for token, piece in zip(ids, pieces, strict=True)]
+        return self._responses.JSONResponse({"tokens": found})
 
     def _piece(self, token: int) -> str | list[int]:
         """Return a token's text, or its bytes where they are a part of a character."""

@@ -12,15 +12,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gta_edge.errors import InputError
+from gta_edge.runtime.generation.request import MAX_LOGPROBS
 from gta_edge.runtime.generation.sampling import Sampling
 from gta_edge.serve.fields import Check, anything, either, flag, list_of, mapping, number, one_of, read, text, whole
 from gta_edge.serve.request_error import RequestError
 from gta_edge.support.text import brief
 
-__all__ = ["MAX_LOGPROBS", "ChatRequest", "CompletionRequest", "Options", "TokenizeRequest"]
-
-MAX_LOGPROBS = 20
-"""Alternatives for each token, at most."""
+__all__ = ["ChatRequest", "CompletionRequest", "Options", "TokenizeRequest"]
 
 MAX_CHOICES = 128
 """Answers to one request, at most."""
