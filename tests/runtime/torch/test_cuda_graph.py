@@ -280,7 +280,7 @@ def test_trees_run_in_graphs_of_a_few_widths(monkeypatch: pytest.MonkeyPatch) ->
         torch.manual_seed(1)
         session = TorchSession(Decoder(parse_config(SMALL)), trees=True, spare=64)
         if graphs:
-            session.graph_refused, session._step = None, lambda batch: None  # type: ignore[method-assign]
+            session.graph_refused, session._step = None, lambda batch: None  # type: ignore[method-assign]  # no GPU here
         session.forward([[1, 2, 3], [4, 5, 6]], lengths=[3, 2])
         trees = [session.tree(row) for row in range(2)]
         rows = []
