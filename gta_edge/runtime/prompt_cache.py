@@ -12,7 +12,8 @@ from pathlib import Path
 from gta_edge.errors import GtaEdgeError, InputError, OutputError
 from gta_edge.formats.prompt_cache import read_prompt_cache, read_prompt_ids, write_prompt_cache
 from gta_edge.formats.safetensors_files import quote
-from gta_edge.model.kv_cache import bytes_per_token
+from gta_edge.model.config import ModelConfig
+from gta_edge.model.kv_cache import cache_tensors
 from gta_edge.model.presets import gqa_like
 from gta_edge.runtime.saved_cache import SavedCache
 from gta_edge.runtime.session import Ids, Session
@@ -43,9 +44,15 @@ class CacheSize:
     @classmethod
     def of(cls, session: Session, tokens: int) -> CacheSize:
         """Return that of so many tokens of a session."""
-        other, dtype = gqa_like(session.config), session.cache_dtype
-        size = bytes_per_token(session.config, dtype) * tokens
-        return cls(tokens, size, None if other is None else bytes_per_token(other, dtype) * tokens)
+        other = gqa_like(session.config)
+        grouped = None if other is None else _nbytes(other, session, tokens)
+        return cls(tokens, _nbytes(session.config, session, tokens), grouped)
+
+
+def _nbytes(config: ModelConfig, session: Session, tokens: int) -> int:
+    """Return the bytes of the cache of so many tokens of one sequence, of types as a session has them."""
+    tensors = cache_tensors(config, session.cache_dtype, compute=session.compute)
+    return sum(tensor.nbytes(1, tokens) for tensor in tensors)
 
 
 def save_prompt_cache(session: Session, path: Path, ids: Ids, saved: SavedCache) -> CacheSize:

@@ -22,6 +22,7 @@ from gta_edge.plugins.attention.torch import UNMANAGED, grouped_latent_attention
 from gta_edge.plugins.torch_cache import quantize_rows
 from gta_edge.runtime.block_cache import BlockCache
 from gta_edge.runtime.cache_policies import policy
+from gta_edge.runtime.prompt_cache import CacheSize
 from gta_edge.runtime.torch.session import TorchSession
 from tests.helpers import int8_reference, reference
 from tests.helpers.attention_models import Sizes, arrays
@@ -196,6 +197,7 @@ def test_a_sequence_is_put_aside_and_taken_back(cache_dtype: str) -> None:
     with opened(cache_dtype) as session, opened(cache_dtype) as other:
         session.forward(IDS[:2, :70])
         saved = session.export_cache(1)
+        assert CacheSize.of(session, 70).nbytes == saved.nbytes
         expected = session.forward(IDS[:2, 70:90], all_logits=True)[1]
         other.forward(IDS[:3, :10])
         other.import_cache(saved, 2)
