@@ -220,6 +220,17 @@ def test_kernels_get_the_scales_and_the_open_blocks(cache, attended):
     assert (buffers.key_cache, buffers.latent_cache) == (arguments[4].data_ptr(), arguments[5].data_ptr())
 
 
+def test_scales_of_rows_may_begin_at_any_float(attended):
+    """As those of a part of a batch do, of a capacity that is no multiple of 4."""
+    arguments = Call(cache="int8", capacity=61, heads=(4, 1, 1)).arguments()
+    arguments[4:7], beside = [x[1:] for x in arguments[4:7]], arguments[attention._STORED_AT :]
+    arguments = [x[1:] if i in (0, 1, 2, 3) else x for i, x in enumerate(arguments)]
+    arguments[attention._STORED_AT :] = [x[1:] for x in beside]
+    attention._latent_attention_on_gpu(*arguments)
+    (buffers,) = attended.buffers
+    assert buffers.latent_scale == beside[1].data_ptr() + 61 * 4
+
+
 @pytest.mark.parametrize(("place", "dtype"), [(1, torch.bfloat16), (6, torch.int32), (9, torch.float32)])
 def test_an_input_of_another_type_is_no_call_of_the_kernels(place, dtype, attended):
     attend(Call())
