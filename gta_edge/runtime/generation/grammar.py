@@ -19,6 +19,7 @@ from gta_edge.errors import BackendError, InputError
 from gta_edge.formats.tokenizer import NO_TOKENIZER, Tokenizer
 from gta_edge.libraries.optional import optional
 from gta_edge.runtime.session import Logits, Session
+from gta_edge.support.choices import unknown
 from gta_edge.support.text import one_line
 
 __all__ = ["KINDS", "Grammar", "GrammarConstraint"]
@@ -29,6 +30,7 @@ KINDS = ("json_schema", "regex", "grammar")
 _EXTRA = "grammar"
 _ONE_LINE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """How JSON is written: else a model might add white space without end."""
+_NOTHING_FOLLOWS = "NoExtensionBias"  # llguidance's word for a mask without a token
 _WORD = 32  # bits of a word of a mask
 _THREADS = 2
 
@@ -47,6 +49,8 @@ class Grammar:
     """
 
     def __init__(self, session: Session, kind: str, text: str | Mapping[str, Any]) -> None:
+        if kind not in KINDS:
+            raise InputError(*unknown("kind is {}; expected one of {}", kind, KINDS))
         self._library = optional("llguidance", _EXTRA)
         self._vocab_size = session.config.vocab_size
         self._ends = session.end_token_ids | session.chat_end_token_ids
@@ -54,6 +58,8 @@ class Grammar:
         self._grammar = self._read(kind, text)
         if problem := self._library.LLMatcher.validate_grammar(self._grammar, self._tokenizer):
             raise _refused(kind, problem)
+        if not self.constraint().can_begin():
+            raise _refused(kind, "nothing meets it")
 
     def _read(self, kind: str, text: str | Mapping[str, Any]) -> str:
         matcher = self._library.LLMatcher
@@ -97,6 +103,11 @@ class GrammarConstraint:
         self._pending: Future[None] | None = None
         self._ends = ends
 
+    def can_begin(self) -> bool:
+        """Tell whether any token may come first; to be asked before the first token."""
+        self._matcher.compute_bitmask()
+        return _NOTHING_FOLLOWS not in self._matcher.get_error()
+
     def prepare(self) -> None:
         """Begin to compute the mask of the next token, unless that was begun for a step that failed since."""
         if self._pending is None:
@@ -118,7 +129,7 @@ class GrammarConstraint:
         self._check()
         allowed = np.unpackbits(self._mask, bitorder="little")[: len(logits)].astype(np.bool_)
         if not allowed.any():
-            raise InputError("no token can follow in this grammar", "simplify it")
+            raise _nothing_follows()
         logits[~allowed] = -np.inf
 
     def accept(self, token: int) -> bool:
@@ -134,8 +145,16 @@ class GrammarConstraint:
         return bool(self._matcher.is_stopped())
 
     def _check(self) -> None:
-        if self._matcher.is_error():
-            raise InputError(f"the grammar failed ({one_line(self._matcher.get_error(), 300)})", "simplify it")
+        if not self._matcher.is_error():
+            return
+        said = self._matcher.get_error().partition("<state>")[0]  # behind it is what is of use to its developers
+        if _NOTHING_FOLLOWS in said:
+            raise _nothing_follows()
+        raise InputError(f"the grammar failed ({one_line(said, 300)})", "simplify it")
+
+
+def _nothing_follows() -> InputError:
+    return InputError("no token can follow in this grammar", "correct it")
 
 
 class _Wrapped:

@@ -111,6 +111,9 @@ def test_a_grammar_of_llama_cpp(tokenizer):
         ("json_schema", {"type": "thing"}, "Invalid type: thing"),
         ("json_schema", {"allOf": [{"type": "string"}, {"type": "number"}]}, "Unsatisfiable schema"),
         ("json_schema", {"$ref": "http://else.where/schema"}, "the JSON schema cannot be used"),
+        ("regex", r"[^\s\S]", r"the regular expression cannot be used \(nothing meets it\); correct it"),
+        ("grammar", "start: start", r"the grammar cannot be used \(nothing meets it\)"),
+        ("words", "tea", "kind is 'words'; expected one of json_schema, regex, grammar"),
         ("regex", "(", "the regular expression cannot be used"),
         ("grammar", "start: other", "the grammar cannot be used"),
     ],
@@ -134,6 +137,11 @@ def test_a_step_that_is_run_again_computes_its_mask_once(tokenizer, monkeypatch)
         assert logits[token] == 0
         constraint.accept(token)
     assert len(calls) == 2
+
+
+def test_a_grammar_that_becomes_too_complex_says_so_in_short(tokenizer):
+    with pytest.raises(InputError, match=r"the grammar failed \([^<{]*\); simplify it"):
+        constrained(RandomSession(tokenizer, 0), "regex", "(a{1000}){1000}")
 
 
 def test_what_a_grammar_needs(tokenizer):
