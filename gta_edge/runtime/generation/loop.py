@@ -170,6 +170,8 @@ def generate(
     if not ignore_eos:
         ends = session.end_token_ids | session.chat_end_token_ids if is_chat else session.end_token_ids
 
+    if conversation is not None and conversation.session is not session:
+        raise InputError("the conversation is of another session", "give the session that it was made with")
     checked = [check_prompt(session, ids) for ids, _ in encoded]
 
     def new_answer(ids: Ids) -> Answer:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from gta_edge.runtime.generation.sampling import Guess
-from gta_edge.runtime.session import Claim, Ids, Logits
+from gta_edge.runtime.session import Claim, Ids, Logits, Session
 
 __all__ = ["PlainSteps", "StepCounts", "Steps", "Turns"]
 
@@ -47,6 +47,8 @@ class Steps(Protocol):
 
 class Turns(Protocol):
     """A conversation, of which a generation is a turn: ``conversation.Conversation``."""
+
+    session: Session
 
     def begin(self) -> Claim:
         """Return the right to go on from the cache; the first call of ``forward`` with it is a whole prompt."""

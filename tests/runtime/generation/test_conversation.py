@@ -72,6 +72,11 @@ def test_another_prompt_another_user_and_an_old_generation(tiny_bundle: Path) ->
         with pytest.raises(InputError, match="holds nothing that could be saved; generate something first"):
             conversation.save("nowhere")
         assert turns(conversation, PROMPT) == after
+        with (
+            gta_edge.load(tiny_bundle, "torch") as other,
+            pytest.raises(InputError, match="the conversation is of another session; give the session that it was"),
+        ):
+            gta_edge.generate(other, PROMPT, conversation=conversation)
 
 
 @pytest.mark.parametrize("speculate", ["lookup", "off"])
