@@ -129,7 +129,7 @@ class TokenTree:
         with self._session._calls.held():
             self._require(self._session)
             checked: list[int] = []
-            for parent in parents:
+            for parent in _each(parents):
                 made = not isinstance(parent, bool) and parent in range(self.next, self.next + len(checked))
                 checked.append(int(parent) if made or parent == PREFIX else self._known(parent))
             return self._rows.grow(checked)
@@ -156,7 +156,7 @@ class TokenTree:
         """
         with self._session._calls.held():
             self._require(self._session)
-            self._rows.remove(self._rows.below([self._known(node) for node in nodes]))
+            self._rows.remove(self._rows.below([self._known(node) for node in _each(nodes)]))
 
     def prune(self, leaves: Iterable[int]) -> None:
         """Drop leaves, and of the nodes that lead to them those that nothing else descends from: whole branches.
@@ -167,7 +167,7 @@ class TokenTree:
         with self._session._calls.held():
             self._require(self._session)
             nodes = self._rows.nodes
-            ended = [self._known(node) for node in leaves]
+            ended = [self._known(node) for node in _each(leaves)]
             for node in ended:
                 if nodes[node].children:
                     raise InputError(
@@ -208,6 +208,12 @@ class TokenTree:
         if self._rows.waiting:
             raise InputError(f"{self.new} nodes of the tree have not run", "run them with forward(), or drop() them")
         return known
+
+
+def _each(nodes: Any) -> Iterable[Any]:
+    if not isinstance(nodes, Iterable):
+        raise InputError(f"nodes of the tree are {brief(nodes)}", "expected a list of their numbers")
+    return nodes
 
 
 def listed(trees: Any) -> list[TokenTree]:

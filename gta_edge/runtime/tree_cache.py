@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from gta_edge.plugins.attention.definition import MAX_BRANCH_TOKENS, Features
 from gta_edge.runtime.cache_moves import CacheMemory, ManagedStep, Moves
 from gta_edge.runtime.cache_state import CacheState, Lengths, Part
 from gta_edge.runtime.tree_rows import Pairs, TreeRows, routed
+from gta_edge.support.text import brief
 
 __all__ = ["TreeCache", "TreeCall"]
 
@@ -86,9 +88,11 @@ class TreeCache(CacheState):
         Raises:
             InputError: there is no such sequence, or its tree has nodes.
         """
-        if not 0 <= sequence < self.batch:
+        given: Any = sequence
+        if isinstance(given, bool) or not isinstance(given, Integral) or not 0 <= int(given) < self.batch:
             raise InputError(
-                f"there is no sequence {sequence}: the cache holds {self.batch}", f"expected 0 to {self.batch - 1}"
+                f"there is no sequence {brief(sequence)}: the cache holds {self.batch}",
+                f"expected 0 to {self.batch - 1}",
             )
         if sequence in self.trees and self.trees[sequence].nodes:
             raise InputError(f"sequence {sequence} has a tree with nodes", "accept a path of it, or close() it, first")

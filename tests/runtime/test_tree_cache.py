@@ -299,8 +299,9 @@ def test_a_text_with_a_tree_is_not_continued_beside_it() -> None:
         InputError, match=r"sequence 0 has a tree with nodes; accept a path of it, or close\(\) it, first"
     ):
         memory.cache.open(0)
-    with pytest.raises(InputError, match="there is no sequence 1: the cache holds 1; expected 0 to 0"):
-        memory.cache.open(1)
+    for sequence in (1, "0", True):
+        with pytest.raises(InputError, match=f"there is no sequence {sequence!r}: the cache holds 1; expected 0 to 0"):
+            memory.cache.open(sequence)
     tree.remove([node])
     assert memory.cache.open(0) is not tree
 

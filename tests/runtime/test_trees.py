@@ -395,6 +395,9 @@ def test_what_makes_no_sense_is_refused_in_a_line(start: Start, model: str) -> N
     for parents in ([0], [PREFIX, 1.5], [True], ["a"]):
         with pytest.raises(InputError, match="is no node of the tree; expected the number of one that is there"):
             tree.grow(parents)
+    for change in (tree.grow, tree.drop, tree.prune):
+        with pytest.raises(InputError, match="nodes of the tree are 5; expected a list of their numbers"):
+            change(5)
     (a,) = tree.grow([PREFIX])
     for call in (lambda: tree.accept(a), lambda: tree.ids(a)):
         with pytest.raises(InputError, match=r"1 nodes of the tree have not run; run them with forward\(\), or drop"):

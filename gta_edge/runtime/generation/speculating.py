@@ -16,6 +16,7 @@ from gta_edge.runtime.generation.speculation import Proposer, SpeculativeSteps
 from gta_edge.runtime.generation.steps import PlainSteps, Steps
 from gta_edge.runtime.session import Claim, Session
 from gta_edge.support.choices import unknown
+from gta_edge.support.text import brief
 
 __all__ = ["Speculate", "steps_for"]
 
@@ -75,6 +76,8 @@ def _of_the_draft(sampler: Sampler, prompt_tokens: int) -> Sampler:
 
 def _check_draft(session: Session, draft: Session) -> None:
     """Refuse a draft model whose ids mean something else."""
+    if not isinstance(draft, Session):
+        raise InputError(f"the draft model is {brief(draft)}", "expected a session: load its bundle")
     if draft is session:
         raise InputError("the draft model is the model itself", "load a smaller bundle for it")
     ours, its = session.tokenizer, draft.tokenizer

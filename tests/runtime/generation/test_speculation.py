@@ -300,6 +300,7 @@ def test_what_makes_no_sense_is_refused():
         ({"speculate": "lookups"}, "speculate is 'lookups'; expected one of lookup, draft, off"),
         ({"speculate": "draft"}, "speculate is 'draft' with no draft model; give draft="),
         ({"speculate": "lookup", "draft": draft}, "speculate is 'lookup' with a draft model"),
+        ({"draft": "bundle"}, "the draft model is 'bundle'; expected a session: load its bundle"),
         ({"draft": session}, "the draft model is the model itself"),
         ({"draft": TableSession(table(1, 9))}, "the draft model has 9 token ids and the model 12"),
     ):
