@@ -17,7 +17,7 @@ def systemd_unit(
         command: what it runs, the program's path first, which must be absolute.
         user: whom it runs as.
         description: of the service, in one line.
-        writable: directories that it may write into; all others are read-only to it.
+        writable: directories that it may write into, where they are there; all others are read-only to it.
         stop_seconds: that it may take to end.
     """
     return f"""\
@@ -26,7 +26,7 @@ Description={_escaped(description)}
 After=network.target
 
 [Service]
-ExecStart={" ".join(map(_quoted, command))}
+ExecStart={" ".join(_quoted(word).replace("$", "$$") for word in command)}
 User={_escaped(user)}
 Restart=on-failure
 RestartSec=2
@@ -36,7 +36,7 @@ SuccessExitStatus=143
 NoNewPrivileges=yes
 PrivateTmp=yes
 ProtectSystem=strict
-ReadWritePaths={" ".join(_quoted(str(path)) for path in writable)}
+ReadWritePaths={" ".join(_quoted(f"-{path}") for path in writable)}
 
 [Install]
 WantedBy=multi-user.target
@@ -48,7 +48,7 @@ def _escaped(text: str) -> str:
 
 
 def _quoted(word: str) -> str:
-    """Return a word of a command as systemd reads it: its own quotes, specifiers and variables."""
-    for character, escape in (("\\", "\\\\"), ('"', '\\"'), ("%", "%%"), ("$", "$$"), ("\n", "\\n")):
+    """Return a word as systemd reads it: its own quotes and specifiers. Variables are those of commands alone."""
+    for character, escape in (("\\", "\\\\"), ('"', '\\"'), ("%", "%%"), ("\n", "\\n")):
         word = word.replace(character, escape)
     return f'"{word}"'

@@ -107,3 +107,7 @@ def test_a_unit_runs_the_same_command(command: Command, tiny_bundle: Path, tmp_p
     keys = f"--api-key-file={tmp_path}/keys"
     assert words == [sys.executable, "-m", "gta_edge", "serve", name, "--port", "80", keys, "--alias", "a\\b"]
     assert lines["SuccessExitStatus"] == "143"
+    # no variables here; and a directory that is not there yet keeps no service from starting
+    writable = shlex.split(lines["ReadWritePaths"].replace("%%", "%"))
+    assert writable[0] == f"-{name}"
+    assert all(path.startswith("-/") for path in writable)
