@@ -107,9 +107,11 @@ class Session(SessionExports):
 
         Raises:
             CapacityError: there is no memory for so many.
+            BackendError: the session is closed.
         """
         claim = Claim(self)
         with self._calls.held():
+            self._check_open()
             self._empty(claim)
             if batch is not None and batch != self._cache.batch:
                 self._cache.check_memory(batch, 1, 1, 0)

@@ -106,6 +106,13 @@ def test_an_evaluation_between_whose_steps_something_else_runs(session):
         evaluate(session, np.arange(40), window=8, progress=intervene)
 
 
+def test_a_session_that_is_closed_takes_no_memory_for_a_claim(session):
+    session.close()
+    with pytest.raises(BackendError, match="the session is closed"):
+        session.claim(3)
+    assert session.cache_bytes == 0
+
+
 def test_a_batch_is_owned_as_a_single_row_is(session):
     claim = session.claim()
     claim.forward([ONE, OTHER])
