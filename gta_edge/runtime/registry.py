@@ -90,10 +90,12 @@ def load(
         compute: type that a GPU computes in, ``fp16``, ``bf16`` or ``fp32``; by default the bundle's own 16-bit type,
             or else bf16 (fp16 on ``onnxruntime-cuda``). A CPU computes in fp32.
         cache_dtype: type that keys and latents are cached in; by default the type to compute in, or what an engine was
-            built with. ``onnxruntime`` takes ``int8`` too.
+            built with. ``onnxruntime`` takes ``int8`` too; ``torch`` takes ``int8``, ``fp8``, ``int4`` and ``int4v2``,
+            for any of which an engine of ``tensorrt`` may have been built.
         cache: policy that says which rows of the KV cache stay (``gta_edge.runtime.cache_policies.policy``), so that it
             takes the same memory however long the text; by default every token stays.
-        trees: whether the session can hold trees of tokens (``Session.tree``); not with a policy.
+        trees: whether the session can hold trees of tokens (``Session.tree``); not with a policy, nor with a cache in
+            ``int4`` or ``int4v2``.
         verify_hashes: hash the weights even if their size and time are as recorded.
         progress: told of bytes hashed, and of weights repacked.
 
