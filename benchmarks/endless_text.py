@@ -67,7 +67,8 @@ def run(arguments: argparse.Namespace) -> Document:
             parts.append(figures)
             memory = figures["resident_bytes"] / 2**20
             say(f"{figures['tokens']:,} tokens: {figures['median_ms']:.2f} ms, {memory:.1f} MiB")
-    words = [f"--{key} {getattr(arguments, key)}" for key in ("tokens", "rows", "policy", "positions", "threads")]
+    options |= {key: getattr(arguments, key) for key in ("tokens", "rows", "policy", "positions")}
+    words = [f"--{key.replace('_', '-')} {value}" for key, value in options.items()]
     return {
         "command": " ".join(["python", f"benchmarks/{Path(__file__).name}", *words]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -20,13 +20,14 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
-from comparison import machine, positive
+from comparison import machine, place, positive
 
 from gta_edge.formats.bundle import Bundle
 from gta_edge.model.kv_cache import bytes_per_token
@@ -193,7 +194,10 @@ def main() -> None:
                 rows.append({"clients": clients, "service": name, **load(url, bundle, clients, options.requests).row()})
         if options.churn:
             memory = churn(many, bundle, options.churn)
-    found = {"machine": machine(), "bundle": str(options.bundle), "rows": rows, "memory_bytes": memory}
+    command = " ".join(["python benchmarks/serve_load.py", *map(str, sys.argv[1:])])
+    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    found = {"command": command, "date": date, "machine": machine(), "bundle": str(options.bundle)}
+    found |= {"rows": rows, "memory_bytes": memory}
     found["conversations"] = conversations(bundle)
     print(json.dumps(found) if options.json else table(found))
 
@@ -221,7 +225,7 @@ def table(found: dict[str, Any]) -> str:
     for row in found["conversations"]:
         beside = "" if row["gqa_fit"] is None else f", of GQA {row['gqa_fit']}"
         lines.append(f"conversations of {row['tokens']:,} tokens in 1 GB of cache: {row['fit']}{beside}")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", place(found)])
 
 
 if __name__ == "__main__":
