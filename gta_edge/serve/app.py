@@ -200,6 +200,8 @@ class _Service:
         return self._responses.Response(self._page.content, headers=self._page.headers, media_type="text/html")
 
     async def health(self, request: Any) -> Any:
+        if self._scheduler.closed:
+            raise RequestError(503, "no requests are taken any more", "restart the service")
         return self._responses.JSONResponse({"status": "ok"})
 
     async def metrics_text(self, request: Any) -> Any:

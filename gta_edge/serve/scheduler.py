@@ -202,6 +202,11 @@ class Scheduler:
                 self._changed.notify()
             self._thread.join()
 
+    @property
+    def closed(self) -> bool:
+        """Whether it takes no requests any more: it was closed, or failed."""
+        return self._closing
+
     def metrics(self) -> dict[str, float]:
         """Return figures, by name: what runs and waits now, and counts since the scheduler began."""
         figures, running = self._batch.figures, self._batch.running

@@ -252,6 +252,16 @@ def test_an_answer_ends_when_its_time_is_over(chat_bundle):
         service.still_answers()
 
 
+def test_a_service_whose_scheduler_has_failed_is_not_healthy(chat_bundle):
+    with running(chat_bundle) as service:
+        assert service.http.get("/health").status_code == 200
+        service.scheduler._batch.step = lambda: 1 / 0
+        assert service.http.post("/v1/completions", json=VALID).status_code == 500
+        service.scheduler._thread.join(10)
+        answer = service.http.get("/health")
+        assert (answer.status_code, answer.json()["error"]["type"]) == (503, "server_error")
+
+
 def test_a_model_that_fails_harms_one_request(chat_bundle):
     session = slow(chat_bundle, 0)
     run, failing = session._run, threading.Event()
