@@ -44,15 +44,20 @@ class KeptCaches:
     def put(self, ids: Ids, saved: SavedCache) -> None:
         """Keep the cache of ``ids`` [N].
 
-        What this one begins with is not kept beside it, and this one not beside another that begins with it.
+        What this one begins with is not kept beside it, and this one not beside another that begins with it. One that
+        is larger than all may be together takes no other's place.
         """
         if longest(ids, [each.ids for each in self._kept])[1] == len(ids):
             self._use(ids)
             return
         shorter = [each for each in self._kept if common_prefix(ids, each.ids) == len(each.ids)]
+        new = _Kept(ids.copy(), saved, any(each.was_used for each in shorter))
+        if saved.nbytes > self._max_bytes:
+            self._write(new, only_used=True)
+            return
         for each in shorter:
             self._remove(each)
-        self._kept.append(_Kept(ids.copy(), saved, any(each.was_used for each in shorter)))
+        self._kept.append(new)
         self.nbytes += saved.nbytes
         while self.nbytes > self._max_bytes:
             self._give_up(self._kept[0], only_used=True)
@@ -87,6 +92,9 @@ class KeptCaches:
 
     def _give_up(self, kept: _Kept, *, only_used: bool) -> None:
         self._remove(kept)
+        self._write(kept, only_used=only_used)
+
+    def _write(self, kept: _Kept, *, only_used: bool) -> None:
         if self._directory is not None and (kept.was_used or not only_used):
             self._directory.put(kept.ids, kept.saved)
 

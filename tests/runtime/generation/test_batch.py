@@ -244,6 +244,9 @@ def test_kept_caches_stay_within_their_bytes_and_find_the_longest_prefix(texts) 
         assert found is not None
         assert found[1] == len(ids)
     assert kept.find(np.array([2, 2])) is None
+    before = len(kept), kept.nbytes
+    kept.put(np.array([0, 2]), SavedCache(2, "fp32", {"key.0": np.zeros(most + 1, np.uint8)}))
+    assert (len(kept), kept.nbytes) == before  # what never has room drives nothing out
     everything = KeptCaches(10**6)
     for ids, size in texts:
         everything.put(np.array(ids), SavedCache(len(ids), "fp32", {"key.0": np.zeros(size, np.uint8)}))
