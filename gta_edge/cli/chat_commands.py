@@ -149,7 +149,7 @@ class Chat:
 
         Raises:
             EndOfChat: it ends the conversation.
-            InputError: there is no such command, or what is given with it makes no sense.
+            InputError: there is no such command, what is given with it makes no sense, or a file is there already.
             OutputError: a file cannot be written.
         """
         name, _, rest = line.partition(" ")
@@ -231,6 +231,8 @@ class Chat:
     def _save(self, name: str) -> str:
         if not name:
             raise InputError("/save needs a file's name", "give one")
+        if Path(name).is_file():  # there is no --force here
+            raise InputError(f"{printable(name)} already exists", "give another name, or remove it")
         content = {"format": _FORMAT, "version": _VERSION, "messages": self.all_messages}
         with new_file(Path(name)) as partial:
             partial.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")

@@ -75,6 +75,10 @@ def test_commands(chat, chat_bundle):
     assert "ended by" in result.err
     saved = json.loads(Path("talk.json").read_text())
     assert saved["messages"] == hot
+    again = chat("Hi\n/save talk.json\n")
+    assert again.status == 1
+    assert again.err == "error: talk.json already exists; give another name, or remove it\n"
+    assert json.loads(Path("talk.json").read_text()) == saved
     document = chat("Yo\n", "--json", "--load", "talk.json", "--temperature", 0).content
     assert document["messages"][:2] == hot
     assert len(document["messages"]) == 4
