@@ -154,8 +154,11 @@ def _holds_branches(backend: Backend, cache: CacheChoice | None, cache_dtype: Ca
 
 
 def _kept(conversation: Any, path: Path | None) -> dict[str, Any] | None:
-    """Keep the cache in a file, and return what is said of it."""
-    if path is None or not len(conversation.ids):
+    """Keep the cache in a file, and return what is said of it; None where there is none to keep."""
+    if path is None:
+        return None
+    if not len(conversation.ids):
+        current().note("prompt cache: not written, as the cache is lost where a step is interrupted; run it again")
         return None
     size = conversation.save(path)
     reused = conversation.reused_tokens

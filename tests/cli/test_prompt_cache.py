@@ -1,9 +1,14 @@
 """``generate --prompt-cache``."""
 
+import itertools
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pytest
+
+from gta_edge.runtime.torch.session import TorchSession
 from tests.helpers.commands import Result
 
 Command = Callable[..., Result]
@@ -25,6 +30,24 @@ def test_a_file_holds_what_was_read(command: Command, tiny_bundle: Path, tmp_pat
     shown = command("generate", *common, "--ids", "1,2", "--prompt-cache", file)
     assert re.search(r"\nprompt cache: 1 prompt tokens were in it; now it holds 7, 0\.\d\d MB, as GQA 0", shown.err)
     assert [path.name for path in tmp_path.iterdir()] == [file.name]
+
+
+def test_a_cache_that_an_interruption_takes_is_told(
+    command: Command, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C in the middle of a step."""
+    file, steps, run = tmp_path / "cache", itertools.count(), TorchSession._run
+
+    def interrupted(self: Any, *given: Any) -> Any:
+        if next(steps) == 2:
+            raise KeyboardInterrupt
+        return run(self, *given)
+
+    monkeypatch.setattr(TorchSession, "_run", interrupted)
+    result = command("generate", tiny_bundle, "--ids", "1,2,3", "--backend", "torch", "--prompt-cache", file)
+    assert result.status == 130
+    assert "prompt cache: not written, as the cache is lost where a step is interrupted; run it again" in result.err
+    assert not any(tmp_path.iterdir())
 
 
 def test_what_cannot_be_kept_is_said_before_anything_runs(command: Command, tiny_bundle: Path, tmp_path: Path) -> None:
