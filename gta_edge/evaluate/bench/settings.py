@@ -27,6 +27,7 @@ CHECKED_STEPS = 8
 """Tokens after the prompt whose logits are compared."""
 
 _MAX_ROUNDS = 10**6
+_MAX_ANSWERS = 256
 _FLOAT, _ID = 4, 8
 
 
@@ -76,6 +77,8 @@ class Settings:
                 raise InputError(f"{name} is {brief(value)}", "expected a whole number above 0")
         if self.rounds is not None and self.rounds > _MAX_ROUNDS:
             raise InputError(f"--rounds is {brief(self.rounds)}", f"expected 1 to {_MAX_ROUNDS}")
+        if self.answers > _MAX_ANSWERS:
+            raise InputError(f"--n is {brief(self.answers)}", f"expected 1 to {_MAX_ANSWERS}")
         if self.batch > 1 and (self.speculate or self.answers > 1):
             raise InputError(f"--batch is {self.batch}", "--speculate and --n are for a batch of 1")
         if self.answers > 1 and self.cache is not None:

@@ -256,6 +256,7 @@ def test_new_tokens_end_with_the_positions(tiny_bundle: Path) -> None:
         ({"new_tokens": 0}, "--new-tokens is 0"),
         ({"rounds": 0}, "--rounds is 0"),
         ({"rounds": 10**9}, "--rounds is 1000000000; expected 1 to"),
+        ({"answers": 10**5}, "--n is 100000; expected 1 to 256"),
         ({"threads": 0}, "0 threads were asked for"),
         ({"threads": 100_000}, "100000 threads were asked for"),
         ({"contexts": (16, 0)}, "--contexts has 0"),
