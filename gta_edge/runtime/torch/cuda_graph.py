@@ -161,7 +161,7 @@ class DecodeGraph:
         self._device = device
         integers, floats = _input_shapes(batch, len(caches), features, tokens, words)
         self._integers, self._floats = _Packed(integers, torch.int64, device), _Packed(floats, torch.float32, device)
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch has no types for it
         # held, as the graph holds its address alone: freed, the memory would be the next small tensor's
         self._positions = torch.arange(tokens, device=device).expand(batch, tokens)
         inputs = self._integers.on_device, self._floats.on_device
