@@ -22,6 +22,7 @@ __all__ = [
     "COMPUTE_TYPES",
     "DTYPES",
     "FLOAT_TYPES",
+    "LARGEST_CODES",
     "PRECISIONS",
     "QUANTIZED_CACHE_TYPES",
     "ROW_CACHE_TYPES",
@@ -130,6 +131,9 @@ CACHES = {
 
 ROW_CACHE_TYPES = tuple(name for name, cache in CACHES.items() if cache.scale and not cache.in_blocks)
 """Types of a cache of 8 bits, which has a float32 scale per head and token beside it."""
+
+LARGEST_CODES = {"int8": 127.0, "fp8": 448.0}
+"""What the value of largest magnitude of a row becomes in these, but for its sign."""
 
 BLOCK_CACHE_TYPES = tuple(name for name, cache in CACHES.items() if cache.in_blocks)
 """Types of a cache of 4 bits, or of 4 and 2, whose tokens are quantised in blocks."""

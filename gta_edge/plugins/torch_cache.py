@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from gta_edge.libraries.optional import optional
-from gta_edge.numerics.dtypes import CACHES, DTYPES
+from gta_edge.numerics.dtypes import CACHES, DTYPES, LARGEST_CODES
 
 if TYPE_CHECKING:
     import torch
@@ -17,7 +17,7 @@ else:
 __all__ = ["Cache", "cache_name", "dequantize_rows", "quantize_rows"]
 
 _MIN_ROW_SCALE = 2.0**-60  # so that it can be inverted
-_LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0}
+_LARGEST = {DTYPES[name].array: largest for name, largest in LARGEST_CODES.items()}
 
 
 class Cache(NamedTuple):

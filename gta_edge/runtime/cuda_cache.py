@@ -19,16 +19,13 @@ from gta_edge.cuda.session import Cuda
 from gta_edge.model.config import ModelConfig
 from gta_edge.model.kv_cache import CAPACITY_AXIS, CacheTensor, is_scale
 from gta_edge.model.tables import rotations
-from gta_edge.numerics.dtypes import DTYPES
+from gta_edge.numerics.dtypes import DTYPES, LARGEST_CODES
 from gta_edge.runtime.cache_moves import Moves
 
 __all__ = ["CudaCache", "DeviceTensor"]
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
-
-_LARGEST = {"int8": 127.0, "fp8": 448.0}
-"""What the largest value of a row becomes in 8 bits."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +143,7 @@ class CudaCache:
         parts: list[tuple[DeviceTensor, Array]] = [(tensor, values[:, rows])]
         if scale is not None:
             dtype = tensor.tensor.dtype
-            scales = np.abs(values[:, rows]).max(-1) / np.float32(_LARGEST[dtype])  # [n, rows]
+            scales = np.abs(values[:, rows]).max(-1) / np.float32(LARGEST_CODES[dtype])  # [n, rows]
             codes = values[:, rows] / np.where(scales == 0, 1, scales)[..., None]
             parts = [(tensor, np.rint(codes) if dtype == "int8" else codes), (scale, scales)]
         for place, content in parts:

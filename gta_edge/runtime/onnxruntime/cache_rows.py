@@ -11,11 +11,12 @@ import numpy.typing as npt
 from gta_edge.model.config import ModelConfig
 from gta_edge.model.kv_cache import CacheTensor, scale_name
 from gta_edge.model.tables import rotations
+from gta_edge.numerics.dtypes import LARGEST_CODES
 from gta_edge.runtime.cache_moves import Moves, by_layer
 
 __all__ = ["CacheRows"]
 
-_LARGEST_CODE = 127
+_LARGEST_CODE = LARGEST_CODES["int8"]
 
 Array = npt.NDArray[Any]
 

@@ -27,6 +27,7 @@ import numpy as np
 from gta_edge.graph.builder import Nodes, static_size
 from gta_edge.libraries.optional import optional
 from gta_edge.model.kv_cache import scale_name
+from gta_edge.numerics.dtypes import LARGEST_CODES
 from gta_edge.runtime.onnxruntime.passes.attention_nodes import CONTRIB, Attended, Layer
 from gta_edge.runtime.onnxruntime.passes.managed_nodes import ManagedMask
 
@@ -41,7 +42,7 @@ MAX_FEW_TOKENS = 64
 """Of each sequence, in a step that reads the cache as it is; a tree of tokens has no more. With so many it still takes
 a sixth less time than the other way, in GTA-1B and in GQA-1B (``benchmarks/attention_layer.py``)."""
 
-_LARGEST_CODE = 127.0
+_LARGEST_CODE = LARGEST_CODES["int8"]
 _MIDDLE = 128  # how a query's code of 0 is stored, which is unsigned
 _SMALLEST = 1e-18  # magnitude of a row: one of zeros has a scale too, and nothing is divided by 0
 _SMALLEST_WEIGHT = 1e-30  # that is told apart from none
