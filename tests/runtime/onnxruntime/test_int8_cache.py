@@ -264,7 +264,11 @@ def test_longer_contexts_than_32_bits_allow(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("backend", "cache_dtype", "allowed"),
-    [("onnxruntime", "fp16", "fp32 or int8"), ("torch", "int8", "fp32"), ("onnxruntime", "int3", "fp32 or int8")],
+    [
+        ("onnxruntime", "fp16", "fp32 or int8"),
+        ("torch", "fp16", "fp32 or int8 or fp8 or int4 or int4v2"),
+        ("onnxruntime", "int3", "fp32 or int8"),
+    ],
 )
 def test_a_type_that_the_backend_has_not(backend: str, cache_dtype: str, allowed: str) -> None:
     with pytest.raises(BackendError, match=f"{backend} has no cache of {cache_dtype} .* expected {allowed}, or"):
