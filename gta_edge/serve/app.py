@@ -147,6 +147,15 @@ class _Service:
         answers: Answers,
         started: float,
     ) -> Reply:
+        asked_for, room = len(prompts) * options.n, self._scheduler.room
+        if asked_for > room:  # which no waiting would change
+            raise RequestError(
+                400,
+                f"{asked_for} answers are asked for, and the service takes {room}",
+                "ask for fewer in a request, or start it with a larger --queue",
+                param="n" if options.n > 1 else "prompt",
+                code="invalid_value",
+            )
         choices = Choices(self._scheduler)
         for ids in prompts:
             for each in asked():

@@ -152,6 +152,11 @@ class Scheduler:
         self._thread = threading.Thread(target=self._run, name="gta-edge-scheduler", daemon=True)
         self._thread.start()
 
+    @property
+    def room(self) -> int:
+        """Texts that may run and wait, all together."""
+        return self._slots + self._queue
+
     def submit(
         self, ids: Sequence[int], options: RequestOptions, on_event: Callable[[Event], None] | None = None
     ) -> Request:
@@ -175,7 +180,7 @@ class Scheduler:
         with self._changed:
             if self._closing:
                 raise BackendError("the scheduler is closed", "make a new one")
-            if len(self._open) >= self._slots + self._queue:
+            if len(self._open) >= self.room:
                 raise QueueFullError(
                     f"{len(self._open) - self._slots} requests wait, as many as may", "try again later"
                 )

@@ -236,9 +236,14 @@ def test_a_full_queue_says_when_to_come_again(chat_bundle):
                 refused = httpx.post(f"{service.url}/v1/completions", json=VALID, trust_env=False)
                 assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
                 assert int(refused.headers["retry-after"]) >= 1
+            two = httpx.post(f"{service.url}/v1/completions", json=VALID | {"n": 2}, trust_env=False)
+            assert two.status_code == 429
         service.wait_until_idle()
-        too_many = service.http.post("/v1/completions", json=VALID | {"n": 100})
-        assert too_many.status_code == 429
+        assert service.http.post("/v1/completions", json=VALID | {"n": 2}).status_code == 200
+        for more in ({"n": 3}, {"prompt": [[1], [2], [3]]}):  # which no waiting would change
+            too_many = service.http.post("/v1/completions", json=VALID | more)
+            assert too_many.status_code == 400
+            assert "3 answers are asked for, and the service takes 2; ask for fewer" in too_many.text
         service.still_answers()
 
 
