@@ -64,7 +64,7 @@ def serve(
     from gta_edge.libraries.optional import require_modules
     from gta_edge.runtime.generation.sampling import Sampling
     from gta_edge.serve.app import make_app
-    from gta_edge.serve.keys import read_keys
+    from gta_edge.serve.keys import VARIABLE, read_keys
     from gta_edge.serve.scheduler import Scheduler
     from gta_edge.serve.server import listen, make_server, url_of
     from gta_edge.serve.settings import Settings
@@ -78,6 +78,8 @@ def serve(
     policy = policy_of(cache)
     if unit:
         Bundle.open(bundle)
+        if VARIABLE in os.environ:
+            output.note(f"note: the unit does not have the key of {VARIABLE}: give it a file with --api-key-file")
         _print_unit(bundle, {"--api-key-file": api_key_file, "--prompt-cache": prompt_cache}, drain_timeout)
         return
     require_modules(_MODULES, "serve", lambda name: None)

@@ -99,7 +99,12 @@ def test_a_unit_runs_the_same_command(command: Command, tiny_bundle: Path, tmp_p
     (tmp_path / 'a $100% "bundle"').symlink_to(tiny_bundle)
     monkeypatch.chdir(tmp_path)
     options = ["--unit", "--port", 80, "--api-key-file=keys", "--alias", "a\\b"]
-    unit = command("serve", 'a $100% "bundle"', *options).out
+    assert command("serve", 'a $100% "bundle"', *options).err == ""
+    monkeypatch.setenv("GTA_EDGE_API_KEY", "abcdefghij")
+    printed = command("serve", 'a $100% "bundle"', *options)
+    assert "the unit does not have the key of GTA_EDGE_API_KEY: give it a file with --api-key-file" in printed.err
+    unit = printed.out
+    assert "abcdefghij" not in unit
     lines = dict(line.split("=", 1) for line in unit.splitlines() if "=" in line)
     # what systemd undoes: specifiers and variables, then its quotes, which are those of a shell here
     words = shlex.split(lines["ExecStart"].replace("%%", "%").replace("$$", "$"))
