@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from comparison import machine, positive
+from comparison import errors_in_one_line, machine, positive
 from random_bundles import make_bundles
 
 import gta_edge
@@ -95,11 +95,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=positive, default=2)
     parser.add_argument("--threads", type=positive)
     options = parser.parse_args()
-    options.work.mkdir(parents=True, exist_ok=True)
-    path = make_bundles(options.work, options.model, options.layers, ["int4"])["int4"]
-    sizes = {"prompt": options.prompt, "answers": options.answers, "new_tokens": options.new_tokens}
+    sizes = {name: getattr(options, name) for name in ("model", "prompt", "answers", "new_tokens", "rounds", "threads")}
+    words = [f"--{name.replace('_', '-')} {value}" for name, value in sizes.items() if value is not None]
+    with errors_in_one_line():
+        options.work.mkdir(parents=True, exist_ok=True)
+        path = make_bundles(options.work, options.model, options.layers, ["int4"])["int4"]
+        found = measured(path, options)
+    command = " ".join(["python", f"benchmarks/{Path(__file__).name}", *words])
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    print(json.dumps({"model": options.model, **sizes, **measured(path, options), "machine": machine(), "date": date}))
+    print(json.dumps({"command": command, **sizes, **found, "machine": machine(), "date": date}))
 
 
 if __name__ == "__main__":

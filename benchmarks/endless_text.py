@@ -17,7 +17,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import numpy as np
-from comparison import Document, check_directories, machine, place, positive, say, table
+from comparison import Document, check_directories, errors_in_one_line, machine, place, positive, say, table
 from random_bundles import make_bundles
 
 import gta_edge
@@ -109,14 +109,15 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table for the documentation")
     arguments = parser.parse_args()
-    check_directories(arguments.json, arguments.markdown)
-    arguments.work.mkdir(parents=True, exist_ok=True)
-    document = run(arguments)
-    print(markdown(document))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    if arguments.markdown:
-        arguments.markdown.write_text(markdown(document), encoding="utf-8")
+    with errors_in_one_line():
+        check_directories(arguments.json, arguments.markdown)
+        arguments.work.mkdir(parents=True, exist_ok=True)
+        document = run(arguments)
+        print(markdown(document))
+        if arguments.json:
+            arguments.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        if arguments.markdown:
+            arguments.markdown.write_text(markdown(document), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from comparison import machine, positive
+from comparison import check_directories, errors_in_one_line, machine, place, positive
 from random_bundles import make_bundles
 
 import gta_edge
@@ -168,7 +168,13 @@ def widths(session: Session, context: int, rounds: int) -> dict[int, float]:
 
 def run(options: argparse.Namespace) -> Row:
     """Measure what was asked for."""
+    words = [
+        f"--{name.replace('_', '-')} {','.join(value) if name == 'models' else value}"
+        for name in ("models", "new_tokens", "rounds", "threads", "layers")
+        if (value := getattr(options, name)) is not None
+    ]
     found: Row = {
+        "command": " ".join(["python", f"benchmarks/{Path(__file__).name}", *words]),
         "machine": machine(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "python": platform.python_version(),
@@ -191,7 +197,7 @@ def run(options: argparse.Namespace) -> Row:
 
 def markdown(found: Row) -> str:
     """Return the figures as tables."""
-    lines = []
+    lines = [f"{place(found)}.", ""]
     for label in ("SmolLM2-135M", "GTA-1B"):
         if label not in found:
             continue
@@ -237,10 +243,12 @@ def main() -> None:
     parser.add_argument("--layers", type=positive, default=None, help="of GTA-1B, instead of its own")
     parser.add_argument("--json", type=Path, default=None, help="write all figures there")
     options = parser.parse_args()
-    found = run(options)
-    print(markdown(found))
-    if options.json is not None:
-        options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    with errors_in_one_line():
+        check_directories(options.json)
+        found = run(options)
+        print(markdown(found))
+        if options.json is not None:
+            options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -202,10 +202,11 @@ class Chat:
         self._options = checked_options({other: given for other, given in options.items() if given is not None})
 
     def _regenerate(self, rest: str) -> str:
-        if self.messages and self.messages[-1]["role"] == "assistant":
-            self.messages.pop()
-        if not self.messages:
+        answered = bool(self.messages) and self.messages[-1]["role"] == "assistant"
+        if len(self.messages) <= answered:
             raise InputError("there is no message to answer", "write one")
+        if answered:
+            self.messages.pop()
         self.pending = True
         return ""
 

@@ -22,4 +22,5 @@ def test_guesses_are_measured(script: Callable[[str], ModuleType], tmp_path: Pat
         assert [row["tokens"] for row in found["texts"]] == [33, 39]
         assert found["texts"][0]["accepted"] <= found["texts"][0]["drafted"]
         assert found["texts"][1]["drafted"] == 0
-    assert "| a loop |" in module.markdown({"GTA-1B": found})
+    whole = {"command": "python it", "machine": module.machine(), "date": "2026-11-28T01:02:03", "GTA-1B": found}
+    assert "| a loop |" in module.markdown(whole)

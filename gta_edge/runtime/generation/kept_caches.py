@@ -45,7 +45,7 @@ class KeptCaches:
         """Keep the cache of ``ids`` [N].
 
         What this one begins with is not kept beside it, and this one not beside another that begins with it. One that
-        is larger than all may be together takes no other's place.
+        is larger than all may be together takes no other's place, and goes to the directory at once.
         """
         if longest(ids, [each.ids for each in self._kept])[1] == len(ids):
             self._use(ids)
@@ -53,7 +53,7 @@ class KeptCaches:
         shorter = [each for each in self._kept if common_prefix(ids, each.ids) == len(each.ids)]
         new = _Kept(ids.copy(), saved, any(each.was_used for each in shorter))
         if saved.nbytes > self._max_bytes:
-            self._write(new, only_used=True)
+            self._write(new, only_used=False)
             return
         for each in shorter:
             self._remove(each)

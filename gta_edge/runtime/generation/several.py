@@ -56,7 +56,7 @@ def answers_for(
         samplers = [Sampler(replace(sampling, seed=each), len(prompt)) for each in seeds]
         drawn = [Alternative(new_answer(), sampler) for sampler in samplers]
         return Answers(session, prompt, drawn, in_a_tree if session.trees else in_turns, defaults)
-    width = _whole("beams", beams, _MAX_BEAMS)
+    width = _whole("beams", beams, min(_MAX_BEAMS, session.config.vocab_size))  # which begin with different tokens
     if count > width:
         raise InputError(f"n is {count} and there are {width} beams", "give at least as many beams as answers")
     if isinstance(length_penalty, bool) or not isinstance(length_penalty, (int, float)) or not abs(length_penalty) < 99:

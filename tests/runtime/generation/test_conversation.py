@@ -219,6 +219,8 @@ def test_only_what_was_of_use_is_written_in_between(tiny_bundle: Path, tmp_path:
         kept.flush()
         assert len(list((tmp_path / "caches").iterdir())) == 3
         assert kept.find(np.array([2] * 20)) is not None  # from there
+        KeptCaches(0, PromptCacheDirectory(session, tmp_path / "no memory")).put(np.full(20, 1), saved)
+        assert len(list((tmp_path / "no memory").iterdir())) == 1
 
 
 def test_a_directory_keeps_within_its_bytes(tiny_bundle: Path, tmp_path: Path) -> None:
