@@ -95,6 +95,9 @@ class GrammarConstraint:
         matcher: llguidance's, of this text.
         vocab_size: width of the logits.
         ends: end tokens.
+
+    Attributes:
+        used: whether the text has begun.
     """
 
     def __init__(self, matcher: Any, vocab_size: int, ends: frozenset[int]) -> None:
@@ -102,6 +105,7 @@ class GrammarConstraint:
         self._mask: npt.NDArray[np.uint8] = np.zeros(4 * -(-vocab_size // _WORD), np.uint8)
         self._pending: Future[None] | None = None
         self._ends = ends
+        self.used = False
 
     def can_begin(self) -> bool:
         """Tell whether any token may come first; to be asked before the first token."""
@@ -138,6 +142,7 @@ class GrammarConstraint:
         Raises:
             InputError: the grammar became too complex.
         """
+        self.used = True
         if token in self._ends:
             return True
         self._matcher.consume_token(token)

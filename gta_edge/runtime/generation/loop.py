@@ -14,6 +14,7 @@ from gta_edge.runtime.generation.answer import Answer, FinishReason
 from gta_edge.runtime.generation.answers import Alternative, Answers
 from gta_edge.runtime.generation.batch import in_a_batch
 from gta_edge.runtime.generation.generation import Generation
+from gta_edge.runtime.generation.grammar import GrammarConstraint
 from gta_edge.runtime.generation.request import Constraint
 from gta_edge.runtime.generation.sampling import Sampler, Sampling
 from gta_edge.runtime.generation.several import answers_for
@@ -179,6 +180,8 @@ def generate(
         lengths = {"max_new_tokens": int(limit), "max_length": session.max_length}
         return Answer(ids, session.tokenizer, stops, end_token_ids=ends, **lengths)
 
+    if constraint is not None:
+        _check_constraint(constraint)
     if n is None and beams is None and not several:
         sampler = Sampler(sampling, len(checked[0]))
         claim = session.claim if conversation is None else conversation.begin
@@ -208,6 +211,16 @@ def generate(
         has_stop_strings=bool(stop),
         defaults=defaults,
     )
+
+
+def _check_constraint(constraint: Any) -> None:
+    """Refuse what is no constraint, or one that another text has used: it would go on from there."""
+    if not all(hasattr(constraint, name) for name in ("prepare", "apply", "accept")):
+        raise InputError(
+            f"constraint is a {type(constraint).__name__}", "expected what a Grammar's constraint() returns"
+        )
+    if isinstance(constraint, GrammarConstraint) and constraint.used:
+        raise InputError("the constraint was used for another text", "make one for each: the grammar's constraint()")
 
 
 def _open_options(defaults: Mapping[str, float], given: Mapping[str, Any]) -> dict[str, Any]:
