@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from gta_edge.support.text import printable_text
 from tests.helpers.bundle_files import manifest_of, relist, write
 from tests.helpers.commands import COMMAND, environment, run
 
@@ -150,9 +151,7 @@ def test_ids_of_wrong_values(command, tiny_bundle, ids):
 
 
 def test_a_model_that_writes_escapes_does_not_reach_the_terminal(chatty, tmp_path):
-    from gta_edge.cli.generate import _shown
-
-    assert _shown("a\x1b[31m\x07\x9b中\u200d👩\n\tb\r") == "a\\x1b[31m\\x07\\x9b中\u200d👩\n\tb\\r"
+    assert printable_text("a\x1b[31m\x07\x9b中\u200d👩\n\tb\r") == "a\\x1b[31m\\x07\\x9b中\u200d👩\n\tb\\r"
 
 
 def test_names_with_escapes(command, tiny_bundle, tmp_path):

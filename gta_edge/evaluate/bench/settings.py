@@ -11,6 +11,7 @@ from gta_edge.errors import CapacityError, InputError
 from gta_edge.evaluate.bench.targets import Target
 from gta_edge.formats.bundle import Bundle
 from gta_edge.model.kv_cache import cache_bytes
+from gta_edge.plan.roofline import LARGEST_BATCH
 from gta_edge.runtime.cache_policies import policy
 from gta_edge.runtime.cache_state import CHUNK_SIZE
 from gta_edge.runtime.managed_cache import ManagedCache
@@ -27,7 +28,6 @@ CHECKED_STEPS = 8
 """Tokens after the prompt whose logits are compared."""
 
 _MAX_ROUNDS = 10**6
-_MAX_ANSWERS = 256
 _FLOAT, _ID = 4, 8
 
 
@@ -77,8 +77,8 @@ class Settings:
                 raise InputError(f"{name} is {brief(value)}", "expected a whole number above 0")
         if self.rounds is not None and self.rounds > _MAX_ROUNDS:
             raise InputError(f"--rounds is {brief(self.rounds)}", f"expected 1 to {_MAX_ROUNDS}")
-        if self.answers > _MAX_ANSWERS:
-            raise InputError(f"--n is {brief(self.answers)}", f"expected 1 to {_MAX_ANSWERS}")
+        if self.answers > LARGEST_BATCH:
+            raise InputError(f"--n is {brief(self.answers)}", f"expected 1 to {LARGEST_BATCH}")
         if self.batch > 1 and (self.speculate or self.answers > 1):
             raise InputError(f"--batch is {self.batch}", "--speculate and --n are for a batch of 1")
         if self.answers > 1 and self.cache is not None:

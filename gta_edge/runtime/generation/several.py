@@ -9,6 +9,7 @@ from numbers import Integral
 from typing import Any
 
 from gta_edge.errors import InputError
+from gta_edge.plan.roofline import LARGEST_BATCH
 from gta_edge.runtime.generation.answer import Answer
 from gta_edge.runtime.generation.answers import Alternative, Answers, in_a_tree, in_turns
 from gta_edge.runtime.generation.beams import BeamSearch, in_beams
@@ -49,7 +50,7 @@ def answers_for(
     Raises:
         InputError: numbers or options that make no sense, or a search in a session without trees.
     """
-    count = 1 if n is None else _whole("n", n)
+    count = 1 if n is None else _whole("n", n, LARGEST_BATCH)
     if beams is None:
         seed = secrets.randbits(63) if sampling.seed is None else int(sampling.seed)
         seeds = [(seed + i) % (LARGEST_SEED + 1) for i in range(count)]
@@ -79,8 +80,7 @@ def answers_for(
     return Answers(session, prompt, found, in_beams(search, Sampler(sampling, len(prompt))), defaults)
 
 
-def _whole(name: str, value: Any, most: int | None = None) -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < 1 or int(value) > (most or value):
-        limit = "up" if most is None else f"to {most}"
-        raise InputError(f"{name} is {brief(value)}", f"expected a whole number from 1 {limit}")
+def _whole(name: str, value: Any, most: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral) or not 1 <= int(value) <= most:
+        raise InputError(f"{name} is {brief(value)}", f"expected a whole number from 1 to {most}")
     return int(value)

@@ -119,7 +119,7 @@ def test_answers_can_be_stopped_and_fail_as_a_whole():
 def test_numbers_that_make_no_sense_are_refused():
     session = TableSession(np.zeros((9, 9, 9), np.float32))
     for options, message in (
-        ({"n": 0}, "n is 0; expected a whole number from 1 up"),
+        ({"n": 0}, "n is 0; expected a whole number from 1 to 256"),
         ({"n": 1.5}, "n is 1.5"),
         ({"beams": 10}, "beams is 10; expected a whole number from 1 to 9"),  # tokens that they can begin with
         ({"n": 4, "beams": 3}, "n is 4 and there are 3 beams"),

@@ -169,7 +169,7 @@ class Builder:
         kept, loaded = self.directory / f"{self.plans}.onnx", ir.load(model)
         attach_functions(loaded)
         ir.save(loaded, kept, external_data=f"{self.plans}.data")
-        document = {"model": str(kept), "profiles": profiles, "capturable": True, "captures": True}
+        document = {"model": str(kept), "profiles": profiles, "plugin": False, "capturable": True, "captures": True}
         return memoryview(json.dumps(document).encode())
 
 

@@ -295,11 +295,11 @@ def test_a_bundle_without_an_engine(tiny_bundle: Path, name: str) -> None:
 
 
 def test_the_command_for_an_engine_that_is_not_there_has_what_was_asked_for(tiny_bundle: Path) -> None:
-    asked = {"compute": "fp16", "cache_dtype": "int8", "cache": policy("window", rows=64, sinks=2)}
+    asked = {"compute": "fp16", "cache_dtype": "fp16", "cache": policy("window", rows=64, sinks=2)}
     with pytest.raises(EngineError) as raised:
         open_session(Bundle.open(tiny_bundle), "tensorrt", **asked)
     assert str(raised.value).endswith(
-        f"run: gta-edge build {tiny_bundle} --engine tensorrt --compute fp16 --cache-dtype int8 --cache-policy window "
+        f"run: gta-edge build {tiny_bundle} --engine tensorrt --compute fp16 --cache-dtype fp16 --cache-policy window "
         "--cache-rows 64 --cache-sinks 2"
     )
 
