@@ -48,7 +48,7 @@ def test_interrupted_generation(tiny_bundle: Path) -> None:
                 out = stream.read()[filling:]
             assert process.stderr is not None
             err = process.stderr.read().decode()
-            assert process.wait(60) == 130
+            assert process.wait(60) == 130, err
         finally:
             process.kill()
     assert 7 < len(out) < 100  # of more than a hundred
