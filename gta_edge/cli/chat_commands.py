@@ -48,7 +48,7 @@ _OPTIONS: Mapping[str, type] = {
 }
 
 
-class EndOfChat(Exception):  # noqa: N818  it is no error
+class EndOfChat(Exception):  # noqa: N818  it ends the loop as StopIteration does, and is no error
     """The conversation is over."""
 
 

@@ -62,8 +62,8 @@ class SessionBackend(ABC):
                 without trees.
         """
 
-    # Not abstract: a backend that takes no cache policy and no trees has nothing to do in these, and is never asked.
-    # The errors are for a subclass that is given such a cache and leaves one out.
+    # Not abstract: a backend without policies, trees, a cache in blocks or exports has nothing to do in these, and is
+    # never asked. The errors are for a subclass that says that it has one of them and leaves out what it takes.
 
     def _move(self, moves: Moves) -> None:
         """Fold and copy rows of the cache, of every tensor of their layers; see ``Moves``."""

@@ -167,7 +167,7 @@ class Batch:
             if found is not None:
                 self._own().import_cache(found[0], row, found[1])
                 text.seen = found[1]
-        except Exception as error:  # whatever it is, such as no memory for a copy, it is of this text alone
+        except Exception as error:  # of any backend, such as no memory for a copy: it ends this text alone
             self._failed(text, error)
             return
         if not text.completion_tokens:  # and not one that has to be read once more
@@ -214,7 +214,7 @@ class Batch:
             if last and text.options.constraint is not None:
                 text.options.constraint.prepare()
             logits = self._own().forward(given, lengths=lengths, all_logits=all_logits)[row]
-        except Exception as error:  # likewise, of a backend or a constraint
+        except Exception as error:  # of any backend or constraint: it ends this text, and no other
             self._failed(text, error)
             return
         self._pace.note(len(part), time.perf_counter() - started)
@@ -245,7 +245,7 @@ class Batch:
             try:
                 if text.options.constraint is not None:
                     text.options.constraint.prepare()
-            except Exception as error:  # likewise
+            except Exception as error:  # a caller's constraint may raise anything, and ends its text alone
                 self._failed(text, error)
         rows = {self._rows.index(text): text for text in self._writing}
         if not rows:
@@ -256,7 +256,7 @@ class Batch:
             ids[row], lengths[row] = text.answer.all_ids[text.seen], 1
         try:
             logits = self._own().forward(ids, lengths=lengths)
-        except Exception as error:  # likewise; the longest is what most likely had no room
+        except Exception as error:  # of any backend: the longest text ends, which most likely had no room
             self._failed(max(rows.values(), key=lambda text: text.seen), error)
             return
         self.figures.steps += 1
@@ -273,7 +273,7 @@ class Batch:
         before = text.completion_tokens
         try:
             text.advance(logits)
-        except Exception as error:  # likewise
+        except Exception as error:  # a caller's listener or constraint may raise anything, and ends its text alone
             self._failed(text, error)
         self.figures.generated_tokens += text.completion_tokens - before
         if text.finish_reason is not None:

@@ -254,7 +254,7 @@ class _Interrupt:
 def _monitor(trt: Any, progress: Progress, interrupt: _Interrupt) -> Any:
     """Return a progress monitor that passes outermost phases on, and ends the build at Ctrl-C."""
 
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]  # TensorRT has no types
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]  # TensorRT has no stubs, so its base class is Any
         def __init__(self) -> None:
             super().__init__()
             self._outer: dict[str, int] = {}
