@@ -518,17 +518,21 @@ def test_a_lone_backend_that_rounds_is_compared_with_exact_arithmetic(tiny_check
 
 
 def test_without_room_for_two_processes_there_is_one(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    most = 0
-    ask = Worker.ask
+    most, started = 0, list[int]()
+    ask, start = Worker.ask, Worker.__init__
 
     def counted(worker: Worker, **request: Any) -> dict[str, Any]:
         nonlocal most
-        children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
         if request["do"] != "bandwidth":  # which loads nothing
-            most = max(most, sum(is_alive(int(pid)) for pid in children))
+            most = max(most, sum(is_alive(pid) for pid in started))
         return ask(worker, **request)
 
+    def remembered(worker: Worker, *args: Any) -> None:
+        start(worker, *args)
+        started.append(worker._process.pid)
+
     monkeypatch.setattr(Worker, "ask", counted)
+    monkeypatch.setattr(Worker, "__init__", remembered)
     monkeypatch.setattr(run, "available_bytes", lambda: 0)  # a machine that is full
     targets = [Target("onnxruntime"), Target("onnxruntime", sys.executable)]
     found = bench([tiny_bundle], targets, Settings(contexts=(8,), new_tokens=2, rounds=1, prompt=tuple(range(8))))
