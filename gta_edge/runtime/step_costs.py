@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from statistics import median
 
-__all__ = ["WIDTHS", "StepCosts"]
+__all__ = ["WIDTHS", "StepCosts", "padded_width"]
 
 WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16)
 """Tokens of a call that continues a text. They are few, so that what a backend makes for a width is used again."""
@@ -13,6 +13,11 @@ WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16)
 _SAMPLES = 9  # of a width: what counts is what it costs now, at this length of the context
 _ASSUMED_SLOPE = 0.3  # of a single token, for each token more, until a second width was measured
 _FORGET_AFTER = 128  # calls
+
+
+def padded_width(tokens: int) -> int:
+    """Return the least of ``WIDTHS`` that so many tokens, at most the largest of them, go into."""
+    return next(width for width in WIDTHS if width >= tokens)
 
 
 class StepCosts:
@@ -27,11 +32,17 @@ class StepCosts:
         self._samples: dict[int, deque[float]] = {}
         self._used: dict[int, int] = {}  # when each width was used last, in calls
         self._calls = 0
+        self._leaves_out = False
+
+    def leave_out(self) -> None:
+        """Do not count the call that runs now: it makes something that the next ones of its width use."""
+        self._leaves_out = True
 
     def add(self, width: int, seconds: float) -> None:
         """Note what a call took."""
         self._calls += 1
-        if width in self._used:
+        left_out, self._leaves_out = self._leaves_out, False
+        if width in self._used and not left_out:
             self._samples.setdefault(width, deque(maxlen=_SAMPLES)).append(seconds)
         self._used[width] = self._calls
         for old in [w for w in self._samples if w > 1 and self._calls - self._used[w] > _FORGET_AFTER]:

@@ -1,4 +1,4 @@
-"""One decode step of the `torch` backend as a CUDA graph: captured once, replayed for every token.
+"""A decode step of the `torch` backend as a CUDA graph: captured once, replayed for every token, or every few.
 
 A step of a small model is hundreds of launches of a few microseconds each, which Python cannot issue as fast as the GPU
 runs them. What changes from step to step lies in device memory: ids and lengths.
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 else:
     torch = optional("torch", "export")
 
-__all__ = ["CHECKED", "CaptureError", "DecodeGraph"]
+__all__ = ["CHECKED", "CaptureError", "DecodeGraph", "GraphMemory"]
 
 Step: TypeAlias = "Callable[..., tuple[Tensor, list[Cache]]]"
 """What ``Decoder.forward`` takes, to logits and present caches."""
@@ -126,8 +126,29 @@ def _managed_inputs(
     )
 
 
+class GraphMemory:
+    """What graphs share that never run at the same time: a stream, a pool for what they compute, pinned logits.
+
+    A replay may write to what another computed, whose logits have been copied by then.
+
+    Args:
+        device: of the graphs.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch has no types for it
+        self.pool = torch.cuda.graph_pool_handle()
+        self._pinned = torch.zeros(0)
+
+    def logits(self, shape: Sequence[int]) -> Tensor:
+        """Return pinned memory for logits, the same at each call where it is large enough."""
+        if self._pinned.numel() < math.prod(shape):
+            self._pinned = torch.empty(math.prod(shape), dtype=torch.float32, pin_memory=True)
+        return self._pinned[: math.prod(shape)].view(*shape)
+
+
 class DecodeGraph:
-    """The step that appends one token, or a tree's, to each row of the caches.
+    """The step that appends one token, a few, or nodes of a tree, to each row of the caches.
 
     Args:
         model: what runs the step, called as a ``Decoder``: on a CUDA device, its attention in place.
@@ -137,6 +158,7 @@ class DecodeGraph:
         received: what its rows have received, float32 [B, S] per layer, which has to stay likewise.
         tokens: T; logits are of all.
         words: W, of branches.
+        memory: shared with other graphs.
 
     Before it is captured, the model runs once with lengths of zero, which writes each cache's first positions; what was
     there is put back.
@@ -156,12 +178,14 @@ class DecodeGraph:
         *,
         tokens: int = 1,
         words: int = 0,
+        memory: GraphMemory | None = None,
     ) -> None:
         device = caches[0].key.device
         self._device = device
         integers, floats = _input_shapes(batch, len(caches), features, tokens, words)
         self._integers, self._floats = _Packed(integers, torch.int64, device), _Packed(floats, torch.float32, device)
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch has no types for it
+        self._memory = memory or GraphMemory(device)
+        self._stream = self._memory.stream
         # held, as the graph holds its address alone: freed, the memory would be the next small tensor's
         self._positions = torch.arange(tokens, device=device).expand(batch, tokens)
         inputs = self._integers.on_device, self._floats.on_device
@@ -184,16 +208,16 @@ class DecodeGraph:
             for each, old in zip(received, before, strict=True):
                 each.copy_(old)
         torch.cuda.synchronize(device)
-        self._logits = torch.empty(self._device_logits.shape, dtype=torch.float32, pin_memory=True)
 
     def _captured(self, model: Step, arguments: Sequence[Any]) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         current = torch.cuda.current_stream(self._device)
+        place: dict[str, Any] = {"stream": self._stream, "pool": self._memory.pool}
         try:
             # around it, since a capture that fails leaves its own stream current; other threads may go on using CUDA
             with (
                 torch.cuda.stream(current),
-                torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local", **_liveness_option()),
+                torch.cuda.graph(graph, **place, capture_error_mode="thread_local", **_liveness_option()),
             ):
                 self._device_logits, _ = model(*arguments)
         except CapacityError:
@@ -220,9 +244,10 @@ class DecodeGraph:
             self._integers.copy()
             self._floats.copy()
             self._graph.replay()
-            self._logits.copy_(self._device_logits, non_blocking=True)
+            logits = self._memory.logits(self._device_logits.shape)
+            logits.copy_(self._device_logits, non_blocking=True)
         self._stream.synchronize()
-        return self._logits.clone()
+        return logits.clone()
 
     def launch(self) -> None:
         """Queue the last step once more on the current stream: for timing on the GPU.

@@ -1,8 +1,8 @@
 """The `torch` backend: the reference model, its cache updated in place; on an NVIDIA GPU, on the attention kernels.
 
 On the CPU it computes in float32. On a GPU it computes in fp16 or bf16, as ``build`` and the plugin do (softmax, norms'
-sums and logits in float32), single tokens are replayed from a CUDA graph, and the matrices of an int8 or int4 bundle
-stay in codes. Logits of a head in codes are rounded to fp16.
+sums and logits in float32), single tokens and a few at once are replayed from CUDA graphs, and the matrices of an int8
+or int4 bundle stay in codes. Logits of a head in codes are rounded to fp16.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from gta_edge.libraries.torch import is_out_of_memory
 from gta_edge.model.decoder import Cache, Decoder, SelfAttention, empty_cache
 from gta_edge.model.kv_cache import CacheTensor
 from gta_edge.model.quantized_decoder import build_packed_decoder
-from gta_edge.numerics.dtypes import COMPUTE_TYPES, DTYPES
+from gta_edge.numerics.dtypes import CACHES, COMPUTE_TYPES, DTYPES
 from gta_edge.numerics.quantization import BITS
 from gta_edge.plan.host_memory import require_memory_for_torch
 from gta_edge.plugins.attention.definition import MAX_BRANCH_TOKENS
-from gta_edge.plugins.attention.tiling import DECODE_TOKENS, has_kernels
+from gta_edge.plugins.attention.tiling import has_kernels
 from gta_edge.plugins.attention.torch import attention_in_place
 from gta_edge.plugins.attention.torch_blocks import reopen
 from gta_edge.runtime.cache_moves import ManagedStep, Moves
@@ -39,7 +39,7 @@ from gta_edge.runtime.session import Ids, Logits, Session
 from gta_edge.runtime.torch import managed as memory
 from gta_edge.runtime.torch.cuda_graph import CaptureError, DecodeGraph
 from gta_edge.runtime.torch.decode_step import DecodeStep, join_linears
-from gta_edge.runtime.torch.tree_graphs import TreeGraphs, width_of
+from gta_edge.runtime.torch.step_graphs import StepGraphs
 
 if TYPE_CHECKING:
     import torch
@@ -169,8 +169,7 @@ class TorchSession(Session):
                 join_linears(self._model)
         self._caches: list[Cache] = []
         self._observed: memory.Received | None = None
-        self._graph: DecodeGraph | None = None
-        self._tree_graphs: TreeGraphs | None = None
+        self._graphs: StepGraphs | None = None
         self.graph_refused: str | None = None if on_gpu else "there is no GPU"  # why no step is a CUDA graph
 
     @property
@@ -185,15 +184,15 @@ class TorchSession(Session):
         """
         if self.device != "cpu" and self.graph_refused is not None:
             return False
-        return None if self._graph is None else True
+        return None if self.decode_graph is None else True
 
     @property
     def decode_graph(self) -> DecodeGraph | None:
         """The step of one token as a CUDA graph; None on the CPU, where none is captured yet, or none can be."""
-        return self._graph
+        return None if self._graphs is None else self._graphs.single
 
     def _resize(self, batch: int, capacities: Sequence[int]) -> None:
-        self._graph = self._tree_graphs = None  # they hold the old caches' addresses
+        self._graphs = None  # they hold the old caches' addresses
         try:
             with self._cache.replacing(batch, self._release):
                 if not self._caches:
@@ -237,18 +236,11 @@ class TorchSession(Session):
     def _run(
         self, input_ids: Ids, past_length: Ids, logit_positions: Ids, managed: ManagedStep | None = None
     ) -> Logits:
-        if managed is not None and managed.causal and not self._is_replayed(input_ids, past_length):
+        if managed is not None and managed.causal:
             managed = None  # as without trees, on the kernels for it
         problem = f"{self._place} has too little memory left for {input_ids.size} tokens at once"
         with _within_memory(problem, "give a smaller chunk_size or fewer rows"):
             return self._appended(input_ids, past_length, logit_positions, managed)
-
-    def _is_replayed(self, input_ids: Ids, past_length: Ids) -> bool:
-        """Tell whether a few tokens that continue a text are run by the graph of a tree, whose branch they are."""
-        tokens = input_ids.shape[1]
-        if self.graph_refused is not None or not 1 < tokens <= DECODE_TOKENS:
-            return False
-        return int(past_length.max()) + width_of(tokens) <= min(self._cache.capacities)
 
     @property
     def _place(self) -> str:
@@ -256,15 +248,9 @@ class TorchSession(Session):
 
     def _appended(self, input_ids: Ids, past_length: Ids, logit_positions: Ids, managed: ManagedStep | None) -> Logits:
         with torch.inference_mode():
-            whole = len(input_ids) == self._cache.batch and self.graph_refused is None
-            single = whole and input_ids.shape[1] == 1 and logit_positions.shape[1] == 1
-            graph, logits = None, None
-            if managed is not None and managed.branches is not None:
-                logits = self._run_tree(input_ids, logit_positions, managed) if whole else None
-            elif single:
-                graph = self._step(len(input_ids))
-            if graph is not None:
-                logits = graph.replay(input_ids, past_length, managed)
+            logits = None
+            if len(input_ids) == self._cache.batch and self.graph_refused is None:
+                logits = self._replayed(input_ids, past_length, logit_positions, managed)
             if logits is None:
                 logits = self._run_eagerly(input_ids, past_length, logit_positions, managed)
         result: Logits = logits.numpy()
@@ -331,27 +317,29 @@ class TorchSession(Session):
         with _within_memory(problem, "give a smaller chunk_size or fewer rows"):
             yield
 
-    def _step(self, batch: int) -> DecodeGraph | None:
-        """Return the step of one token as a CUDA graph; None where it cannot be captured, and runs as it is."""
-        if self._graph is None:
-            try:
-                received = self._observed.layers if self._observed else []
-                step = DecodeStep(self._model)
-                features = None if self.trees else self._cache.features
-                self._graph = DecodeGraph(step, self._caches, batch, features, received)
-            except CaptureError as error:
-                self.graph_refused = error.problem
-        return self._graph
-
-    def _run_tree(self, input_ids: Ids, logit_positions: Ids, managed: ManagedStep) -> Tensor | None:
-        """Run new nodes of trees as a CUDA graph; None where it cannot be captured, and the step runs as it is."""
-        if self._tree_graphs is None:
-            self._tree_graphs = TreeGraphs(DecodeStep(self._model), self._caches, len(input_ids))
+    def _replayed(
+        self, input_ids: Ids, past_length: Ids, logit_positions: Ids, managed: ManagedStep | None
+    ) -> Tensor | None:
+        """Run a step as a CUDA graph; None where there is none for it, and it runs as it is."""
+        if self._graphs is None:
+            self._graphs = StepGraphs(
+                DecodeStep(self._model),
+                self._caches,
+                len(input_ids),
+                self._cache.capacities,
+                features=None if self.trees else self._cache.features,
+                received=self._observed.layers if self._observed else (),
+                in_blocks=CACHES[self.cache_dtype].in_blocks,
+                vocab_size=self.config.vocab_size,
+            )
+        captured, logits = self._graphs.captured, None
         try:
-            return self._tree_graphs.run(input_ids, logit_positions, managed)
+            logits = self._graphs.run(input_ids, past_length, logit_positions, managed)
         except CaptureError as error:
             self.graph_refused = error.problem
-        return None
+        if self._graphs.captured > captured:
+            self.step_costs.leave_out()
+        return logits
 
     def _reopen(self, sequence: int, block: int) -> None:
         with torch.inference_mode():
@@ -359,7 +347,7 @@ class TorchSession(Session):
                 reopen(layer, sequence, block)
 
     def _release(self) -> None:
-        self._graph = self._tree_graphs = None
+        self._graphs = None
         self._caches, self._observed = [], None
 
 

@@ -87,3 +87,21 @@ def test_a_policy_moves_rows_of_8_bits(cache_dtype: str) -> None:
             session.forward(IDS[:1, :100])
             found.append(np.stack([session.forward(IDS[:1, t : t + 1])[0] for t in range(100, TOKENS)]))
     assert difference(found[1], found[0]).max_rel_error <= NEAR[cache_dtype]
+
+
+@pytest.mark.parametrize("cache_dtype", [None, *QUANTIZED_CACHE_TYPES])
+def test_a_few_tokens_are_replays_and_what_comes_token_by_token(cache_dtype: str | None) -> None:
+    """Of widths with a graph and between them, behind tokens that were taken back."""
+    stored = cache_dtype or "fp16"
+    with opened("gta", "fp16", stored, "cuda") as session, opened("gta", "fp16", stored, "cuda") as single:
+        for each in (session, single):
+            each.forward(IDS[:1, :37])
+        for width in (2, 3, 5, 8, 11, 16, 4, 7):
+            start = int(session.length[0])
+            session.forward(IDS[:1, 40 : 40 + width], all_logits=True)
+            session.truncate(start)
+            found = session.forward(IDS[:1, start : start + width], all_logits=True)[0]
+            expected = [single.forward(IDS[:1, t : t + 1])[0] for t in range(start, start + width)]
+            assert difference(found, np.stack(expected)).max_rel_error <= NEAR.get(stored, 2e-2)
+        assert session._graphs is not None
+        assert session._graphs.captured == (5 if stored in BLOCK_CACHE_TYPES else 7)  # 2, 3, 4, 8, 16, and 6 and 12

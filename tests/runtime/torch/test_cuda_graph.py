@@ -15,14 +15,10 @@ from gta_edge.model.config import parse_config
 from gta_edge.model.decoder import Cache, Decoder
 from gta_edge.plugins.attention.definition import Features
 from gta_edge.runtime.cache_moves import ManagedStep
-from gta_edge.runtime.token_tree import PREFIX
-from gta_edge.runtime.torch import session as backend
-from gta_edge.runtime.torch import tree_graphs
+from gta_edge.runtime.torch import step_graphs
 from gta_edge.runtime.torch.cuda_graph import CHECKED, CaptureError, DecodeGraph
 from gta_edge.runtime.torch.session import TorchSession
-from gta_edge.runtime.torch.tree_graphs import width_of
 from tests.helpers import reference
-from tests.helpers.torch_graphs import WithoutGraph
 
 # As torch's allocator says it on Tegra, where there is no NVML to tell how much memory is free.
 TEGRA = (
@@ -30,21 +26,6 @@ TEGRA = (
     "a bug to PyTorch. "
 )
 SMALL = reference.gta_entries(vocab_size=31, max_position_embeddings=64)
-
-
-@pytest.fixture
-def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Streams and captures that do nothing, and host memory that cannot be pinned."""
-    stream = SimpleNamespace(wait_stream=lambda other: None, synchronize=lambda: None)
-    for name in ("Stream", "current_stream"):
-        monkeypatch.setattr(torch.cuda, name, lambda device=None: stream)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", SimpleNamespace)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
-    for name in ("stream", "graph"):
-        monkeypatch.setattr(torch.cuda, name, lambda *arguments, **options: contextlib.nullcontext())
-    for name in ("zeros", "empty"):
-        make = getattr(torch, name)
-        monkeypatch.setattr(torch, name, lambda *sizes, pin_memory=False, make=make, **kind: make(*sizes, **kind))
 
 
 @pytest.mark.usefixtures("no_gpu")
@@ -92,7 +73,7 @@ def test_torch_checks_what_a_graph_reads_where_it_is_asked_to(
 
     class Newer:
         def __init__(
-            self, graph: Any, stream: Any, capture_error_mode: str, check_input_liveness: bool = False
+            self, graph: Any, stream: Any, pool: Any, capture_error_mode: str, check_input_liveness: bool = False
         ) -> None:
             given.update(check_input_liveness=check_input_liveness)
 
@@ -153,7 +134,7 @@ def test_a_step_that_does_not_run_is_no_refusal_either() -> None:
 
 
 @pytest.fixture
-def session(monkeypatch: pytest.MonkeyPatch) -> Any:
+def session(no_gpu: None) -> Any:
     """On the CPU, taken for a GPU: every single token asks for a graph."""
     torch.manual_seed(0)
     with TorchSession(Decoder(parse_config(SMALL))) as made:
@@ -164,11 +145,11 @@ def session(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_such_a_step_runs_uncaptured(session: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     tries = []
 
-    def refuses(*arguments: Any) -> None:
-        tries.append(arguments)
+    def refuses(*arguments: Any, **options: Any) -> None:
+        tries.append(options["tokens"])
         raise CaptureError("the step cannot be captured as a CUDA graph (as a test)", "run it as it is")
 
-    monkeypatch.setattr(backend, "DecodeGraph", refuses)
+    monkeypatch.setattr(step_graphs, "DecodeGraph", refuses)
     assert session.cuda_graph is None
     whole = session.forward([[3, 5, 7, 9]], all_logits=True)[0]
     session.truncate(1)
@@ -176,30 +157,30 @@ def test_such_a_step_runs_uncaptured(session: Any, monkeypatch: pytest.MonkeyPat
         torch.testing.assert_close(session.forward([[token]])[0], whole[t], rtol=1e-4, atol=1e-5)
         assert session.cuda_graph is False
     assert session.graph_refused == "the step cannot be captured as a CUDA graph (as a test)"
-    assert len(tries) == 1  # not at every token again
+    assert tries == [4, 1]  # not at every token again
 
 
 # --- no memory left --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried…"), RuntimeError(TEGRA)])
-@pytest.mark.parametrize("where", ["DecodeGraph", "empty_cache"])
+@pytest.mark.parametrize("where", ["step_graphs.DecodeGraph", "session.empty_cache"])
 def test_want_of_memory_is_a_capacity_error(
     error: Exception, where: str, session: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(*arguments: Any, **options: Any) -> None:
         raise error
 
-    monkeypatch.setattr(backend, where, fails)
+    monkeypatch.setattr(f"gta_edge.runtime.torch.{where}", fails)
     with pytest.raises(CapacityError, match=r"too little memory left|has not that much left"):
         session.forward([[3]])
 
 
 def test_another_failure_of_the_allocator_stays_what_it_is(session: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(*arguments: Any) -> None:
+    def fails(*arguments: Any, **options: Any) -> None:
         raise RuntimeError('false INTERNAL ASSERT FAILED at "CUDACachingAllocator.cpp":1')
 
-    monkeypatch.setattr(backend, "DecodeGraph", fails)
+    monkeypatch.setattr(step_graphs, "DecodeGraph", fails)
     with pytest.raises(RuntimeError, match="INTERNAL ASSERT"):
         session.forward([[3]])
 
@@ -259,47 +240,3 @@ def test_a_managed_step_reads_its_inputs_and_leaves_what_rows_received(
             assert (found is None) == (expected is None)
             assert expected is None or found.tolist() == expected.tolist()
         assert managed.observe == (features.observe or "")
-
-
-# --- steps of trees --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.usefixtures("no_gpu")
-def test_trees_run_in_graphs_of_a_few_widths(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Padded, with the logits of a step that is not, and nothing of a capture is left in the cache."""
-    captured: list[tuple[int, int]] = []
-
-    class Noted(WithoutGraph):
-        def __init__(self, *arguments: Any, tokens: int, words: int) -> None:
-            captured.append((tokens, words))
-            super().__init__(*arguments, tokens=tokens, words=words)
-
-    monkeypatch.setattr(tree_graphs, "DecodeGraph", Noted)
-    found = []
-    for graphs in (True, False):
-        torch.manual_seed(1)
-        session = TorchSession(Decoder(parse_config(SMALL)), trees=True, spare=64)
-        if graphs:
-            session.graph_refused, session._step = None, lambda batch: None  # type: ignore[method-assign]  # no GPU here
-        session.forward([[1, 2, 3], [4, 5, 6]], lengths=[3, 2])
-        trees = [session.tree(row) for row in range(2)]
-        rows = []
-        for parents in ([PREFIX, PREFIX, 0], [1], [2, 2, 3, 3, 3], [4] * 3):
-            for tree, own in zip(trees, (parents, parents[:1]), strict=True):
-                tree.grow([min(parent, tree.next - 1) for parent in own])
-            ids = np.arange(2 * len(parents)).reshape(2, -1)
-            rows.append(session.forward(ids, tree=trees, all_logits=True))
-        trees[0].accept(7)
-        trees[0].close()
-        trees[1].close()
-        rows.append(session.forward([[7], [8]]))
-        found.append(rows)
-        session.close()
-    for graphed, eager in zip(*found, strict=True):
-        assert reference.relative_error(graphed, eager) <= 1e-5
-    # the prompt is a chain; then the cache has grown
-    assert captured == [(4, 1024), (4, 1024), (1, 1024), (8, 1024)]
-
-
-def test_widths_are_powers_of_two() -> None:
-    assert [width_of(tokens) for tokens in (1, 2, 3, 5, 8, 9, 33, 64)] == [1, 2, 4, 8, 8, 16, 64, 64]

@@ -22,7 +22,6 @@ from gta_edge.model.decoder import Decoder
 from gta_edge.numerics.dtypes import DTYPES
 from gta_edge.plugins.attention import torch as torch_ops
 from gta_edge.runtime.token_tree import PREFIX
-from gta_edge.runtime.torch import session as backend
 from gta_edge.runtime.torch.backend import TORCH
 from gta_edge.runtime.torch.cuda_graph import CHECKED
 from gta_edge.runtime.torch.session import TorchSession
@@ -305,7 +304,7 @@ def test_the_graph_is_the_step_without_it(start, model, compute, monkeypatch):
         return np.stack([session.forward(ids[:, t : t + 1]) for t in range(40, 300)], axis=1)
 
     graphed = steps()
-    monkeypatch.setattr(backend, "DecodeGraph", WithoutGraph)
+    monkeypatch.setattr("gta_edge.runtime.torch.step_graphs.DecodeGraph", WithoutGraph)
     eager = steps()
     # the same kernels but for the library's matrix products, which may be cut otherwise in a capture
     assert difference(graphed, eager).max_rel_error <= COMPUTE_BOUNDS[compute] / 2

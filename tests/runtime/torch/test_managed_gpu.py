@@ -65,7 +65,7 @@ def test_logits_are_those_of_the_formula(model: str, compute: str, cache: Any) -
         tokens = [session.forward(ids[:, t : t + 1])[0] for t in range(100, 110)]
         for t in range(110, count):
             tokens.append(session.forward(ids[:, t : t + 1])[0])
-            graphs.add(id(session._graph))
+            graphs.add(id(session.decode_graph))
             places.add(tuple(tensor.data_ptr() for layer in session._caches for tensor in layer.tensors))
         assert (session.cuda_graph, len(graphs), len(places)) == (True, 1, 1)  # captured once
         expected = np.stack([exact.forward(ids[0, t : t + 1])[0] for t in range(100, count)])

@@ -29,7 +29,6 @@ from gta_edge.model.quantized_decoder import (
     is_packable,
 )
 from gta_edge.numerics.quantization import QuantizedMatrix
-from gta_edge.runtime.torch import session as backend
 from gta_edge.runtime.torch.session import TorchSession, multiplies_codes
 from tests.helpers import reference
 from tests.helpers.stored_models import StoredModel
@@ -396,7 +395,7 @@ def test_the_graph_is_the_step_without_it(start, quantised, compute, monkeypatch
         return np.stack([session.forward(ids[:, t : t + 1]) for t in range(40, 200)], axis=1)
 
     graphed = steps()
-    monkeypatch.setattr(backend, "DecodeGraph", WithoutGraph)
+    monkeypatch.setattr("gta_edge.runtime.torch.step_graphs.DecodeGraph", WithoutGraph)
     eager = steps()
     assert difference(graphed, eager).max_rel_error <= COMPUTE_BOUNDS[compute] / 2
     for row in range(2):
