@@ -13,6 +13,7 @@ import typer.core
 import typer.main
 
 from gta_edge.cli.loading import loading
+from gta_edge.cli.option_groups import with_option_groups
 from gta_edge.cli.output import FAILED, MAX_USAGE, as_line, command
 from gta_edge.version import __version__
 
@@ -60,10 +61,9 @@ _USAGE_ERRORS: Any = typer.BadParameter.__mro__[2]
 
 
 def function_of(name: str) -> Callable[..., None]:
-    """Return the function of a verb, loading its module."""
+    """Return the function of a verb, loading its module; groups of options stand in its signature one by one."""
     module = import_module(f"gta_edge.cli.{name.replace('-', '_')}")
-    function: Callable[..., None] = getattr(module, VERBS[name].function or name)
-    return function
+    return with_option_groups(getattr(module, VERBS[name].function or name))
 
 
 class _Commands(MutableMapping[str, Any]):

@@ -8,11 +8,12 @@ from typing import Annotated, Any
 
 import typer
 
-from gta_edge.cli.cache_options import CacheChoice, policy_of, takes_cache_policy
-from gta_edge.cli.choices import BACKEND_NAMES, CacheDtype, Speculate, backend_list, completed_list, value_of
+from gta_edge.cli.cache_options import CacheOptions
+from gta_edge.cli.choices import Speculate, value_of
+from gta_edge.cli.options import Batch, CacheDtypeOption, ReplacePicture, Threads, backends_option, whole_numbers
 from gta_edge.cli.output import FAILED, current
 from gta_edge.errors import InputError
-from gta_edge.support.text import brief, one_line, printable
+from gta_edge.support.text import one_line, printable
 from gta_edge.support.text_files import read_text_or_stdin
 
 __all__ = ["bench"]
@@ -20,23 +21,18 @@ __all__ = ["bench"]
 _MAX_MESSAGE = 500
 
 
-@takes_cache_policy
 def bench(
     bundles: Annotated[list[Path], typer.Argument(metavar="BUNDLE", help="The bundles.")],
+    *,
     backend: Annotated[
         str | None,
-        typer.Option(
-            metavar="A,B@PYTHON",
-            help=f"Of {', '.join(BACKEND_NAMES)}; NAME@PYTHON runs one under another interpreter. All by default.",
-            parser=backend_list,
-            autocompletion=completed_list(BACKEND_NAMES),
-        ),
+        backends_option("A,B@PYTHON", "NAME@PYTHON runs one under another interpreter. All by default."),
     ] = None,
     contexts: Annotated[
         str | None, typer.Option(help="Tokens of the prompt: 128,2048, the default, or what fits the model.")
     ] = None,
     new_tokens: Annotated[int | None, typer.Option(help="Steps timed after it; 32, or what fits the model.")] = None,
-    batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
+    batch: Batch = 1,
     rounds: Annotated[
         int | None, typer.Option(help="Repeats; by default at least 3, and up to 15 until medians settle.")
     ] = None,
@@ -46,10 +42,8 @@ def bench(
     n: Annotated[int, typer.Option("--n", help="Time so many answers to one prompt beside it.")] = 1,
     prompt_file: Annotated[Path | None, typer.Option(help="A text to begin with; random tokens by default.")] = None,
     ids: Annotated[str | None, typer.Option(help="Token ids to begin with: 1,2,3.")] = None,
-    cache_dtype: Annotated[
-        CacheDtype | None, typer.Option(help="Type of the cache; the backend's own by default.")
-    ] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads on a CPU; one per core by default.")] = None,
+    cache_dtype: CacheDtypeOption = None,
+    threads: Threads = None,
     wide: Annotated[
         bool, typer.Option("--wide", help="Print all tables: floors, percentiles, ranks; wider than 80 columns.")
     ] = False,
@@ -57,8 +51,8 @@ def bench(
     plot: Annotated[
         Path | None, typer.Option(help="Draw latency against context, a line per backend: a .png, .svg or .pdf.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace a picture that is there.")] = False,
-    cache: CacheChoice | None = None,
+    force: ReplacePicture = False,
+    cache: CacheOptions,
 ) -> None:
     """Measure every backend at hand on the same bundles, in turns, and compare their answers."""
     from gta_edge.evaluate.bench.run import DEFAULT_NEW_TOKENS, Settings
@@ -76,19 +70,19 @@ def bench(
         from gta_edge.cli.plot import check
 
         check(plot, force=force, inputs=[*bundles, *([prompt_file] if prompt_file else [])])
-    policy_of(cache)  # what makes no sense is said before any process starts
+    cache.policy()  # what makes no sense is said before any process starts
     targets = parse_targets(backend or None)
     settings = Settings(
-        contexts=None if contexts is None else _numbers("--contexts", contexts),
+        contexts=None if contexts is None else whole_numbers("--contexts", contexts, "128,2048"),
         new_tokens=DEFAULT_NEW_TOKENS if new_tokens is None else new_tokens,
         batch=batch,
         rounds=rounds,
         threads=threads,
         cache_dtype=value_of(cache_dtype),
-        cache=cache,
+        cache=cache.choice,
         speculate=speculate is Speculate.LOOKUP,
         answers=n,
-        compare=cache is None,  # where a policy decides, backends that round otherwise may keep other rows
+        compare=cache.choice is None,  # where a policy decides, backends that round otherwise may keep other rows
         prompt=_prompt(bundles, prompt_file, ids),
     )
     with output.progress() as progress:
@@ -129,19 +123,10 @@ def _show(report: dict[str, Any], *, wide: bool, markdown: bool) -> None:
         (show_all if wide else show)(output.console, report)
 
 
-def _numbers(option: str, text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError as error:
-        raise InputError(
-            f"{option} is {brief(text)}", "expected whole numbers with commas between, such as 128,2048"
-        ) from error
-
-
 def _prompt(bundles: list[Path], file: Path | None, ids: str | None) -> tuple[int, ...] | None:
     """Return the ids to begin with; a text goes through the first bundle's tokenizer."""
     if ids is not None:
-        return _numbers("--ids", ids)
+        return whole_numbers("--ids", ids, "1,2,3")
     if file is None:
         return None
     from gta_edge.formats.bundle import Bundle

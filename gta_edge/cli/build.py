@@ -7,16 +7,17 @@ from typing import Annotated
 
 import typer
 
-from gta_edge.cli.cache_options import CacheChoice, policy_of, takes_cache_policy
+from gta_edge.cli.cache_options import CacheOptions
 from gta_edge.cli.choices import CacheDtype, Compute, Engine, Matmul, value_of
+from gta_edge.cli.options import BundleArgument, VerifyHashes
 from gta_edge.cli.output import current
 
 __all__ = ["build"]
 
 
-@takes_cache_policy
 def build(
-    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The bundle.")],
+    bundle: BundleArgument,
+    *,
     engine: Annotated[
         Engine, typer.Option(help="TensorRT with the plugin, or TensorRT-RTX, which pip alone installs.")
     ] = Engine.TENSORRT,
@@ -58,9 +59,9 @@ def build(
     output: Annotated[
         Path | None, typer.Option(help="Directory for --onnx-only; engines/ENGINE-onnx in the bundle by default.")
     ] = None,
-    verify_hashes: Annotated[bool, typer.Option("--verify-hashes", help="Hash the weights first.")] = False,
+    verify_hashes: VerifyHashes = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an engine that is there.")] = False,
-    cache: CacheChoice | None = None,
+    cache: CacheOptions,
 ) -> None:
     """Build a TensorRT engine of a bundle, or write the model for other tools."""
     from gta_edge.formats.bundle import Bundle
@@ -75,7 +76,7 @@ def build(
     out = current()
     with out.progress() as progress:
         opened = Bundle.open(bundle, verify_hashes=verify_hashes, progress=progress)
-        policy = policy_of(cache)
+        policy = cache.policy()
         positions = opened.config.max_position_embeddings
         length = max_length or (min(4096, positions) if policy is None else positions)
         computes = value_of(compute) or BACKENDS[engine.value].default_compute(opened.precision)

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from gta_edge.cli.choices import Backend
+from gta_edge.cli.options import BackendOption, Threads, VerifyHashes
 from gta_edge.cli.output import current
 from gta_edge.support.text import printable
 from gta_edge.support.text_files import read_text_or_stdin
@@ -24,9 +25,9 @@ def calibrate_cache(
     tokens: Annotated[
         int | None, typer.Option(help="Of each window; 768 by default. Two thirds of them are evicted from.")
     ] = None,
-    backend: Annotated[Backend, typer.Option(help="auto: the fastest that works.")] = Backend.AUTO,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads; one per core by default.")] = None,
-    verify_hashes: Annotated[bool, typer.Option("--verify-hashes", help="Hash the weights first.")] = False,
+    backend: BackendOption = Backend.AUTO,
+    threads: Threads = None,
+    verify_hashes: VerifyHashes = False,
     force: Annotated[bool, typer.Option("--force", help="Replace budgets that are there.")] = False,
 ) -> None:
     """Measure how many rows of a managed cache each layer needs, for --cache-policy measured and --cache-budgets."""

@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from gta_edge.cli.cache_options import CacheChoice, policy_of, takes_cache_policy
-from gta_edge.cli.choices import Backend, CacheDtype, value_of
+from gta_edge.cli.options import BundleArgument, SessionOptions
 from gta_edge.cli.output import current, key_value_table
 from gta_edge.errors import InputError
 from gta_edge.support.text import printable
@@ -17,21 +16,15 @@ from gta_edge.support.text_files import read_text_or_stdin
 __all__ = ["evaluate"]
 
 
-@takes_cache_policy
 def evaluate(
-    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The bundle.")],
+    bundle: BundleArgument,
+    *,
     text: Annotated[Path | None, typer.Option(help="A text file, UTF-8; - is standard input.")] = None,
     ids: Annotated[Path | None, typer.Option(help="Token ids: a .npy file of integers.")] = None,
     window: Annotated[
         int | None, typer.Option(help="Tokens attended at most; the model's max context by default.")
     ] = None,
-    backend: Annotated[Backend, typer.Option(help="auto: the fastest that works.")] = Backend.AUTO,
-    cache_dtype: Annotated[
-        CacheDtype | None, typer.Option(help="Type of the cache; the backend's own by default.")
-    ] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads; one per core by default.")] = None,
-    verify_hashes: Annotated[bool, typer.Option("--verify-hashes", help="Hash the weights first.")] = False,
-    cache: CacheChoice | None = None,
+    opening: SessionOptions,
 ) -> None:
     """Print the mean loss per token and the perplexity of a text."""
     import numpy as np
@@ -39,25 +32,13 @@ def evaluate(
     from gta_edge.evaluate.perplexity import evaluate as run
     from gta_edge.evaluate.perplexity import read_ids
     from gta_edge.formats.tokenizer import NO_TOKENIZER
-    from gta_edge.runtime.registry import load
 
     if (text is None) == (ids is None):
         raise typer.BadParameter("give one of --text and --ids")
     output = current()
     content = None if text is None else read_text_or_stdin(text)
     tokens = None if ids is None else read_ids(ids)
-    with (
-        output.progress() as progress,
-        load(
-            bundle,
-            backend.value,
-            threads=threads,
-            cache_dtype=value_of(cache_dtype),
-            cache=policy_of(cache),
-            verify_hashes=verify_hashes,
-            progress=progress,
-        ) as session,
-    ):
+    with output.progress() as progress, opening.load(bundle, progress=progress) as session:
         if content is not None:
             if session.tokenizer is None:
                 raise InputError(f"{printable(str(bundle))} has no tokenizer", NO_TOKENIZER)

@@ -4,37 +4,33 @@ from __future__ import annotations
 
 import sys
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from gta_edge.cli.cache_options import CacheChoice, policy_of, takes_cache_policy
-from gta_edge.cli.choices import Backend, CacheDtype, Speculate, value_of
+from gta_edge.cli.cache_options import CacheOptions
+from gta_edge.cli.choices import Backend, Speculate, value_of
 from gta_edge.cli.generate_text import finish, show
 from gta_edge.cli.grammar_options import given_grammar
+from gta_edge.cli.options import BundleArgument, SamplingOptions, SessionOptions, whole_numbers
 from gta_edge.cli.output import current
 from gta_edge.cli.signals import exit_status
-from gta_edge.errors import InputError
-from gta_edge.support.text import brief
 from gta_edge.support.text_files import STANDARD_INPUT, read_text_or_stdin
 
 __all__ = ["generate"]
 
 
-@takes_cache_policy
 def generate(
-    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The bundle.")],
+    bundle: BundleArgument,
+    *,
     prompt: Annotated[str | None, typer.Option(help="Text to continue; without one, standard input is read.")] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="A file with it; - is standard input.")] = None,
     ids: Annotated[str | None, typer.Option(help="Token ids to continue: 1,2,3.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 256,
-    temperature: Annotated[float | None, typer.Option(help="0 is greedy, the default outside chats.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Draw from the k likeliest tokens; 0 is off.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest tokens of this total.")] = None,
-    min_p: Annotated[float | None, typer.Option(help="Drop tokens below this fraction of the likeliest.")] = None,
-    repetition_penalty: Annotated[float | None, typer.Option(help="Above 1 discourages tokens seen before.")] = None,
+    sampling: SamplingOptions,
     stop: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End before this text; repeatable.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the draws.")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after an end token.")] = False,
@@ -59,13 +55,7 @@ def generate(
     grammar: Annotated[
         str | None, typer.Option(metavar="TEXT", help="Write what this grammar allows, in Lark's notation or GBNF.")
     ] = None,
-    backend: Annotated[Backend, typer.Option(help="auto: the fastest that works.")] = Backend.AUTO,
-    cache_dtype: Annotated[
-        CacheDtype | None, typer.Option(help="Type of the cache; the backend's own by default.")
-    ] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads; one per core by default.")] = None,
-    verify_hashes: Annotated[bool, typer.Option("--verify-hashes", help="Hash the weights first.")] = False,
-    cache: CacheChoice | None = None,
+    opening: SessionOptions,
 ) -> None:
     """Continue a prompt.
 
@@ -86,17 +76,10 @@ def generate(
         )
     with ExitStack() as opened:
         with output.progress() as progress:
-            common: dict[str, Any] = {
-                "threads": threads,
-                "cache_dtype": value_of(cache_dtype),
-                "verify_hashes": verify_hashes,
-                "progress": progress,
-            }
-            trees = beams is not None or (several and _holds_branches(backend, cache, cache_dtype))
-            session = opened.enter_context(
-                gta_edge.load(bundle, backend.value, cache=policy_of(cache), trees=trees, **common)
-            )
-            small = None if draft is None else opened.enter_context(gta_edge.load(draft, backend.value, **common))
+            trees = beams is not None or (several and _holds_branches(opening))
+            session = opened.enter_context(opening.load(bundle, progress=progress, trees=trees))
+            unmanaged = replace(opening, cache=CacheOptions())
+            small = None if draft is None else opened.enter_context(unmanaged.load(draft, progress=progress))
         conversation = gta_edge.Conversation(session)
         if prompt_cache is not None:
             conversation.resume(prompt_cache)
@@ -104,11 +87,7 @@ def generate(
             session,
             given,
             max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
+            **sampling.given(),
             stop=stop or (),
             seed=seed,
             chat=chat,
@@ -142,15 +121,15 @@ def _check_speculation(speculate: Speculate | None, draft: Path | None) -> None:
         raise typer.BadParameter("--draft is for --speculate draft")
 
 
-def _holds_branches(backend: Backend, cache: CacheChoice | None, cache_dtype: CacheDtype | None) -> bool:
+def _holds_branches(opening: SessionOptions) -> bool:
     """Tell whether answers can be branches of a tree; otherwise they come one after another."""
     from gta_edge.numerics.dtypes import BLOCK_CACHE_TYPES
     from gta_edge.runtime.registry import BACKENDS
 
     # an engine that was built for trees holds them in any case, and one that was not gives answers one after another
-    descriptor = None if backend is Backend.AUTO else BACKENDS[backend.value]
+    descriptor = None if opening.backend is Backend.AUTO else BACKENDS[opening.backend.value]
     can = descriptor is None or (descriptor.has_trees and not descriptor.builds_engine)
-    return can and cache is None and value_of(cache_dtype) not in BLOCK_CACHE_TYPES
+    return can and opening.cache.choice is None and value_of(opening.cache_dtype) not in BLOCK_CACHE_TYPES
 
 
 def _kept(conversation: Any, path: Path | None) -> dict[str, Any] | None:
@@ -177,12 +156,7 @@ def _prompt(text: str | None, file: Path | None, ids: str | None) -> Any:
         if str(file) == STANDARD_INPUT and sys.stdin is not None and sys.stdin.isatty():
             current().note("type the prompt; Ctrl-D on a line of its own ends it")
         return read_text_or_stdin(file)
-    try:
-        return [int(part) for part in str(ids).split(",")]
-    except ValueError as error:
-        raise InputError(
-            f"--ids is {brief(ids)}", "expected whole numbers with commas between, such as 1,2,3"
-        ) from error
+    return list(whole_numbers("--ids", str(ids), "1,2,3"))
 
 
 def _piped() -> str:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -162,12 +162,11 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
                 raise
             _fail(*((error.problem, error.remedy) if isinstance(error, GtaEdgeError) else _describe(error)))
 
-    hints = get_type_hints(function, include_extras=True)
-    own = [p.replace(annotation=hints[p.name]) for p in inspect.signature(function).parameters.values()]
-    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    own = inspect.signature(function).parameters.values()
+    kind = inspect.Parameter.KEYWORD_ONLY
     common = [inspect.Parameter(name, kind, default=False, annotation=hint) for name, hint in _COMMON.items()]
     run.__signature__ = inspect.Signature([*own, *common])  # type: ignore[attr-defined]  # what typer reads
-    run.__annotations__ = {**hints, **_COMMON}
+    run.__annotations__ = {**function.__annotations__, **_COMMON}
     return run
 
 

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gta_edge.cli.cache_options import CacheChoice, policy_of, takes_cache_policy
+from gta_edge.cli.cache_options import CacheOptions
 from gta_edge.cli.choices import CacheDtype, Precision, checked, completed, value_of
+from gta_edge.cli.options import Batch, ReplacePicture
 from gta_edge.cli.output import current
 from gta_edge.errors import InputError
 from gta_edge.formats.bundle import MANIFEST, WEIGHTS, Bundle
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 __all__ = ["plan"]
 
 
-@takes_cache_policy
 def plan(
     targets: Annotated[
         list[str] | None,
@@ -38,6 +38,7 @@ def plan(
             show_default=False,
         ),
     ] = None,
+    *,
     device: Annotated[
         str,
         typer.Option(
@@ -50,7 +51,7 @@ def plan(
     context: Annotated[
         int | None, typer.Option(help="Tokens in the cache; by default 4096, or the model's max context.")
     ] = None,
-    batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
+    batch: Batch = 1,
     prompt: Annotated[int | None, typer.Option(help="Tokens of the prompt; the context by default.")] = None,
     n: Annotated[int, typer.Option("--n", help="Answers to each prompt, which is held once; give --prompt.")] = 1,
     precision: Annotated[Precision | None, typer.Option(help="How weights are stored; by default as they are.")] = None,
@@ -68,8 +69,8 @@ def plan(
     plot: Annotated[
         Path | None, typer.Option(help="Draw memory and time against context, baselines beside it: a .png or .svg.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace a picture that is there.")] = False,
-    cache: CacheChoice | None = None,
+    force: ReplacePicture = False,
+    cache: CacheOptions,
 ) -> None:
     """Say what a model takes on a device before anything is built: memory, longest context, and a bound on speed."""
     output = current()
@@ -84,7 +85,7 @@ def plan(
         check(plot, force=force, inputs=[Path(target) for target in targets])
     models = [_model(target, value_of(precision), block_size, context) for target in targets]
     machine = _device(device, efficiency)
-    kind, policy = value_of(cache_dtype), policy_of(cache)
+    kind, policy = value_of(cache_dtype), cache.policy()
     sizes = {"context": context, "batch": batch, "prompt": prompt, "answers": n}
     plans = [_plan(model, machine, kind, policy, **sizes) for model in models]
     if plot is not None:

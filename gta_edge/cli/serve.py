@@ -5,13 +5,13 @@ from __future__ import annotations
 import getpass
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from gta_edge.cli.cache_options import CacheChoice, policy_of, takes_cache_policy
-from gta_edge.cli.choices import Backend, CacheDtype, value_of
+from gta_edge.cli.options import BundleArgument, SamplingOptions, SessionOptions
 from gta_edge.cli.output import current
 
 __all__ = ["serve"]
@@ -20,9 +20,18 @@ _MODULES = ("starlette", "uvicorn", "prometheus_client")
 _MAX_SLOTS = 256
 
 
-@takes_cache_policy
+@dataclass(frozen=True)
+class _Sampling(SamplingOptions):
+    temperature: Annotated[float | None, typer.Option(help="Where a request leaves it open; 0 is greedy.")] = None
+    top_k: Annotated[int | None, typer.Option(help="The same: draw from the k likeliest tokens.")] = None
+    top_p: Annotated[float | None, typer.Option(help="The same: from the likeliest tokens of this total.")] = None
+    min_p: Annotated[float | None, typer.Option(help="The same: drop tokens below this fraction.")] = None
+    repetition_penalty: Annotated[float | None, typer.Option(help="The same: above 1 discourages repetition.")] = None
+
+
 def serve(
-    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The bundle.")],
+    bundle: BundleArgument,
+    *,
     host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 for all of this machine.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen at; 0 takes a free one.")] = 8080,
     api_key_file: Annotated[
@@ -41,25 +50,14 @@ def serve(
     ] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of an answer at most.")] = None,
     max_body: Annotated[int, typer.Option(min=1, max=1024, help="Size of a request at most, in MiB.")] = 4,
-    temperature: Annotated[float | None, typer.Option(help="Where a request leaves it open; 0 is greedy.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="The same: draw from the k likeliest tokens.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="The same: from the likeliest tokens of this total.")] = None,
-    min_p: Annotated[float | None, typer.Option(help="The same: drop tokens below this fraction.")] = None,
-    repetition_penalty: Annotated[float | None, typer.Option(help="The same: above 1 discourages repetition.")] = None,
+    sampling: _Sampling,
     unit: Annotated[bool, typer.Option("--unit", help="Print a systemd unit of this command, and end.")] = False,
-    backend: Annotated[Backend, typer.Option(help="auto: the fastest that works.")] = Backend.AUTO,
-    cache_dtype: Annotated[
-        CacheDtype | None, typer.Option(help="Type of the cache; the backend's own by default.")
-    ] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads; one per core by default.")] = None,
-    verify_hashes: Annotated[bool, typer.Option("--verify-hashes", help="Hash the weights first.")] = False,
-    cache: CacheChoice | None = None,
+    opening: SessionOptions,
 ) -> None:
     """Serve a model to OpenAI's clients, and a chat page to browsers.
 
     It listens at this machine alone unless --host says otherwise. SIGTERM ends it when it has answered what it had.
     """
-    import gta_edge
     from gta_edge.formats.bundle import Bundle
     from gta_edge.libraries.optional import require_modules
     from gta_edge.runtime.generation.sampling import Sampling
@@ -71,11 +69,8 @@ def serve(
 
     output = current()
     keys = read_keys(api_key_file, os.environ)
-    given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-    given["repetition_penalty"] = repetition_penalty
-    sampling: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    Sampling(**sampling)  # what it refuses is told before the model is loaded
-    policy = policy_of(cache)
+    Sampling(**sampling.given())  # what it and the policy refuse is told before the model is loaded
+    opening.cache.policy()
     if unit:
         Bundle.open(bundle)
         if VARIABLE in os.environ:
@@ -88,22 +83,14 @@ def serve(
         if not (local or keys):
             output.note(f"note: anyone who reaches {host} can use this service: --api-key-file asks them for a key")
         with output.progress() as progress:
-            session = gta_edge.load(
-                bundle,
-                backend.value,
-                threads=threads,
-                cache_dtype=value_of(cache_dtype),
-                cache=policy,
-                verify_hashes=verify_hashes,
-                progress=progress,
-            )
+            session = opening.load(bundle, progress=progress)
         with session:
             name = alias or bundle.absolute().name
             settings = Settings(
                 model=name,
                 api_keys=keys,
                 local=local,
-                sampling={**session.chat_sampling, **sampling},
+                sampling={**session.chat_sampling, **sampling.given()},
                 max_tokens=max_tokens,
                 max_body_bytes=max_body * 2**20,
                 max_requests=parallel + queue + 16,

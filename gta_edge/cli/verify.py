@@ -8,29 +8,21 @@ from typing import Annotated
 
 import typer
 
-from gta_edge.cli.choices import BACKEND_NAMES, CacheDtype, backend_list, completed_list, value_of
+from gta_edge.cli.choices import value_of
 from gta_edge.cli.export import changes
+from gta_edge.cli.options import BundleArgument, CacheDtypeOption, VerifyHashes, backends_option
 from gta_edge.cli.output import FAILED, current
 
 __all__ = ["verify"]
 
 
 def verify(
-    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The bundle.")],
+    bundle: BundleArgument,
+    *,
     checkpoint: Annotated[Path, typer.Option(metavar="DIR", help="What it was exported from.")],
-    backend: Annotated[
-        str | None,
-        typer.Option(
-            metavar="A,B",
-            help=f"Of {', '.join(BACKEND_NAMES)}; all that work here by default.",
-            parser=backend_list,
-            autocompletion=completed_list(BACKEND_NAMES),
-        ),
-    ] = None,
-    cache_dtype: Annotated[
-        CacheDtype | None, typer.Option(help="Type of the cache; the backend's own by default.")
-    ] = None,
-    verify_hashes: Annotated[bool, typer.Option("--verify-hashes", help="Hash the weights first.")] = False,
+    backend: Annotated[str | None, backends_option("A,B", "all that work here by default.")] = None,
+    cache_dtype: CacheDtypeOption = None,
+    verify_hashes: VerifyHashes = False,
 ) -> None:
     """Compare logits with the PyTorch model's; the exit status is 1 when a bound does not hold."""
     import rich.table
