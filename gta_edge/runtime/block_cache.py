@@ -12,7 +12,7 @@ which each sequence has one (``model.kv_cache``). So
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +66,10 @@ class BlockCache(CacheState):
         held[row] = tokens // BLOCK
         super().put(row, tokens)
         self._held = held
+
+    def copy(self, source: int, targets: Sequence[int]) -> None:
+        super().copy(source, targets)
+        self._held[list(targets)] = self._held[source]  # an array of its own since then
 
     def cut(self, arrays: dict[str, npt.NDArray[Any]], held: int, tokens: int) -> dict[str, npt.NDArray[Any]]:
         block = tokens // BLOCK

@@ -246,6 +246,11 @@ class CacheState:
         self.length = self.length.copy()
         self.length[row] = tokens
 
+    def copy(self, source: int, targets: Sequence[int]) -> None:
+        """Note that rows of the batch now hold what another one does, whatever they held before."""
+        for target in targets:
+            self.put(target, int(self.length[source]))
+
     def cut(self, arrays: dict[str, npt.NDArray[Any]], held: int, tokens: int) -> dict[str, npt.NDArray[Any]]:
         """Return a sequence's arrays, of its first ``tokens``, where it had ``held`` of them: here, as they are."""
         return arrays

@@ -36,6 +36,8 @@ class _Session(Protocol):
 
     def _export(self, row: int, tokens: int | None, owner: Claim | None) -> SavedCache: ...
 
+    def _copy(self, source: int, targets: Sequence[int], owner: Claim | None) -> None: ...
+
     def _import(self, saved: SavedCache, row: int, tokens: int | None, owner: Claim | None) -> None: ...
 
     def _empty(self, owner: Claim | None) -> None: ...
@@ -91,6 +93,11 @@ class Claim:
         """Put a sequence into the cache; see ``Session.import_cache``."""
         with self._session._calls.held():
             self._session._import(saved, row, tokens, self)
+
+    def copy_cache(self, source: int, targets: Sequence[int]) -> None:
+        """Put what one row holds into others; see ``Session.copy_cache``."""
+        with self._session._calls.held():
+            self._session._copy(source, targets, self)
 
     def reset(self) -> None:
         """Empty the cache; see ``Session.reset``."""

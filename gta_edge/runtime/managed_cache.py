@@ -12,6 +12,7 @@ room for a chunk and an interval beside it.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,9 @@ OBSERVED_TOKENS = DECODE_TOKENS
 """Tokens of a call that observes, at most, where a backend has kernels of its own for it."""
 
 _CAPACITY_STEP = 16
+
+_OF_EACH_ROW = ("_evicted_at", "_newest_dropped", "_ahead", "_times", "_positions", "_counts", "_residual")
+"""Of ``ManagedCache``, arrays [B] and [L, B, ...] of what is known of each row of the batch."""
 
 Mask = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float32]
@@ -164,6 +168,20 @@ class ManagedCache(CacheState):
     def reset(self) -> None:
         super().reset()
         self._begin()
+
+    def copy(self, source: int, targets: Sequence[int]) -> None:
+        self._match_batch()
+        super().copy(source, targets)
+
+        def copied(array: npt.NDArray[Any]) -> npt.NDArray[Any]:  # [B], or [L, B, ...]
+            array = array.copy()
+            rows = array if array.ndim == 1 else array.swapaxes(0, 1)
+            rows[list(targets)] = rows[source]
+            return array
+
+        self._noted = copied(self._noted[0]), copied(self._noted[1])
+        for name in _OF_EACH_ROW:
+            setattr(self, name, copied(getattr(self, name)))
 
     def _match_batch(self) -> None:
         if len(self._evicted_at) != self.batch:  # the cache is empty, and of another number of rows than before

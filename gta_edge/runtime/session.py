@@ -86,6 +86,11 @@ class Session(SessionExports):
         """Bytes that the cache occupies now, over all layers."""
 
     @property
+    def max_batch(self) -> int | None:
+        """Rows of a batch at most; None where only memory limits them."""
+        return None
+
+    @property
     def cuda_graph(self) -> bool | None:
         """Whether single tokens are replays of a CUDA graph; None where there is none or before the first token."""
         return None

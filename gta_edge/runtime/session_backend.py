@@ -92,5 +92,9 @@ class SessionBackend(ABC):
         """Put what ``_read_row`` returned in its place in a row of the batch, for which there is room."""
         raise NotImplementedError(f"{self.backend} exports no cache")
 
+    def _copy_row(self, source: int, targets: Sequence[int], rows: Sequence[int]) -> None:
+        """Copy what a row of the batch holds into others, ``rows[i]`` rows of memory in every tensor of layer i."""
+        raise NotImplementedError(f"{self.backend} copies no rows of a batch")
+
     def _release(self) -> None:  # noqa: B027  a backend may have nothing to free
         """Free what the session holds; called once."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 
 from gta_edge.errors import BackendError, CapacityError, InputError
 from gta_edge.model.kv_cache import TREES
@@ -20,6 +21,9 @@ class SessionExports(SessionBackend):
 
     reads_rows: bool = False
     """Whether the backend has ``_read_row`` and ``_write_row``."""
+
+    copies_rows: bool = False
+    """Whether the backend has ``_copy_row``, and so ``copy_cache`` works, with any cache and policy."""
 
     _cache: CacheState
     _calls: Exclusive
@@ -95,6 +99,23 @@ class SessionExports(SessionBackend):
         with self._calls.held():
             self._import(saved, row, tokens, None)
 
+    def copy_cache(self, source: int, targets: Sequence[int]) -> None:
+        """Put what one row of the batch holds into others, in place of what they hold, as if it had been run there.
+
+        What follows is to the bit what would follow in the row itself: every type of cache, and what a policy knows of
+        its rows, is copied as it is, without a way over the host where the backend has one.
+
+        Args:
+            source: row of the batch; nodes of its tree are not copied.
+            targets: rows of the batch, others than that.
+
+        Raises:
+            InputError: no such row, the row itself among those to copy to, or no tokens in it.
+            BackendError: the backend cannot.
+        """
+        with self._calls.held():
+            self._copy(source, targets, None)
+
     # --- how -----------------------------------------------------------------------------------------------------
 
     def _export(self, row: int, tokens: int | None, owner: Claim | None) -> SavedCache:
@@ -124,11 +145,33 @@ class SessionExports(SessionBackend):
         cache.put(row, count)
         self._changed(owner, "import_cache()")
 
+    def _copy(self, source: int, targets: Sequence[int], owner: Claim | None) -> None:
+        if self._closed:
+            raise BackendError("the session is closed", "load the bundle again")
+        self._check_owner(owner)
+        if not self.copies_rows:
+            raise BackendError(f"the backend {self.backend} copies no rows of a batch", "take another backend")
+        cache, targets = self._cache, sorted(set(targets))
+        for row in (source, *targets):
+            self._check_row(row)
+        if source in targets:
+            raise InputError(f"row {source} would be copied to itself", "give other rows to copy it to")
+        if not cache.length[source]:
+            raise InputError(f"row {source} of the cache holds no tokens", "run some first")
+        if targets:
+            self._changed(None, "a copy_cache() that failed")
+            self._copy_row(source, targets, cache.rows[:, source].tolist())
+            cache.copy(source, targets)
+            self._changed(owner, "copy_cache()")
+
     def _check_exports(self, row: int, owner: Claim | None) -> None:
         """Raise unless rows of the cache can be read and written."""
         if self._closed:
             raise BackendError("the session is closed", "load the bundle again")
         self._check_owner(owner)
         self.require_exports()
+        self._check_row(row)
+
+    def _check_row(self, row: int) -> None:
         if not 0 <= row < self._cache.batch:
             raise InputError(f"the cache has no row {row}", f"expected 0 to {self._cache.batch - 1}")

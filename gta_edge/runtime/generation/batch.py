@@ -37,7 +37,7 @@ _FIRST_PART, _MIN_PART = 32, 16
 """Tokens of a prompt that are read beside others before it is known how long that takes; and at least."""
 
 _MAX_ROWS = 8
-"""Texts at once, of a list of prompts: more take more memory, and on a CPU are hardly faster."""
+"""Texts at once, of one call: more take more memory, and on a CPU are hardly faster."""
 
 _LOGIT_BYTES = 2**26  # logits of one call stay below this where all are asked for
 
@@ -171,9 +171,7 @@ class Batch:
             self._failed(text, error)
             return
         if not text.completion_tokens:  # and not one that has to be read once more
-            text.cached_tokens = text.seen
-            self.figures.prompt_tokens += text.answer.prompt_tokens
-            self.figures.cached_tokens += text.seen
+            self._count_prompt(text)
 
     def _own(self) -> Claim:
         """Return the claim to the session; a lost one fails what is called on it, until texts are read once more."""
@@ -226,7 +224,42 @@ class Batch:
         text.seen += len(part)
         if last:
             self._reading = None
-            self._advance(text, logits)
+            for each in [text, *self._joined(text)]:
+                self._advance(each, logits.copy())
+
+    def _joined(self, text: Text) -> list[Text]:
+        """Give texts that wait next with the very prompt that was read a row, with a copy of its cache; return them.
+
+        Those are the answers to one request, for instance: their prompt is read once.
+        """
+        found: list[Text] = []
+        while self._session.copies_rows and self._waiting and None in self._rows:
+            if self._waiting[0].finish_reason is None:
+                if not self._waiting[0].begins_as(text):
+                    break
+                found.append(self._waiting[0])
+                self._rows[self._rows.index(None)] = found[-1]
+            self._waiting.popleft()
+        if not found:
+            return []
+        try:
+            self._own().copy_cache(self._rows.index(text), [self._rows.index(each) for each in found])
+            for each in found:
+                if each.options.constraint is not None:
+                    each.options.constraint.prepare()
+        except Exception as error:  # of any backend or constraint; those that it did not reach have nothing else, too
+            for each in found:
+                self._failed(each, error)
+            return []
+        for each in found:
+            each.join(text)
+            self._count_prompt(each)
+        return found
+
+    def _count_prompt(self, text: Text) -> None:
+        text.cached_tokens = text.seen
+        self.figures.prompt_tokens += text.answer.prompt_tokens
+        self.figures.cached_tokens += text.seen
 
     def _part_size(self, row: int, text: Text) -> int:
         """Return how many tokens of a prompt to read now."""
@@ -333,21 +366,24 @@ class Batch:
 
 
 def in_a_batch(session: Session, prompts: Ids, answers: Sequence[Alternative]) -> Iterator[tuple[int, str] | None]:
-    """Generate the answers to several prompts at once; see ``Answers``.
+    """Generate the answers to several prompts, or several to one, at once; see ``Answers``.
 
     Args:
         session: runs the model.
         prompts: all of them, one behind the other.
-        answers: one to each.
+        answers: each with its own.
     """
-    batch, told = Batch(session, min(len(answers), _MAX_ROWS)), deque[tuple[int, Event]]()
+    rows = min(len(answers), _MAX_ROWS, session.max_batch or _MAX_ROWS)
+    batch, told = Batch(session, rows), deque[tuple[int, Event]]()
     for i, each in enumerate(answers):
         assert each.sampler is not None  # it is no search
         batch.add(Text(each.answer, each.sampler, partial(_tell, told, i)))
-    more = True
+    more, calls = True, 0  # of the model, all that led to a first token as one
     while more:
         more = batch.step()
-        yield None
+        if batch.figures.generated_tokens:
+            yield from [None] * (1 + batch.figures.steps - calls)
+            calls = 1 + batch.figures.steps
         while told:
             i, event = told.popleft()
             if event.error is not None:

@@ -135,7 +135,8 @@ def generate(
         conversation: a ``Conversation`` of the session: the cache is not emptied, and what it holds of the prompt not
             run again.
         n: give so many answers, as ``Answers``: number i is what the seed plus i gives alone. The prompt is read and
-            held once. A session loaded with ``trees=True`` generates them together, any other one after another.
+            held once in a session loaded with ``trees=True``; any other reads it once, and has a copy of its cache for
+            each of up to 8 answers at a time. Only where it runs no batches do they come one after another.
         beams: give the most probable answers, ``n`` or one, as ``Answers``: those that a search finds which follows so
             many at once. The session has to be loaded with ``trees=True``.
         length_penalty: of that search: the sum of an answer's log probabilities is divided by the number of its tokens

@@ -11,7 +11,8 @@ from typing import Any
 from gta_edge.errors import InputError
 from gta_edge.plan.roofline import LARGEST_BATCH
 from gta_edge.runtime.generation.answer import Answer
-from gta_edge.runtime.generation.answers import Alternative, Answers, in_a_tree, in_turns
+from gta_edge.runtime.generation.answers import Alternative, Answers, Run, in_a_tree, in_turns
+from gta_edge.runtime.generation.batch import in_a_batch
 from gta_edge.runtime.generation.beams import BeamSearch, in_beams
 from gta_edge.runtime.generation.sampling import LARGEST_SEED, Sampler, Sampling
 from gta_edge.runtime.session import Ids, Session
@@ -56,7 +57,7 @@ def answers_for(
         seeds = [(seed + i) % (LARGEST_SEED + 1) for i in range(count)]
         samplers = [Sampler(replace(sampling, seed=each), len(prompt)) for each in seeds]
         drawn = [Alternative(new_answer(), sampler) for sampler in samplers]
-        return Answers(session, prompt, drawn, in_a_tree if session.trees else in_turns, defaults)
+        return Answers(session, prompt, drawn, _way_of(session), defaults)
     width = _whole("beams", beams, min(_MAX_BEAMS, session.config.vocab_size))  # which begin with different tokens
     if count > width:
         raise InputError(f"n is {count} and there are {width} beams", "give at least as many beams as answers")
@@ -78,6 +79,13 @@ def answers_for(
         length_penalty=float(length_penalty),
     )
     return Answers(session, prompt, found, in_beams(search, Sampler(sampling, len(prompt))), defaults)
+
+
+def _way_of(session: Session) -> Run:
+    """Return how several answers are generated: each way reads the prompt once, if the session can."""
+    if session.trees:
+        return in_a_tree
+    return in_a_batch if session.copies_rows and session.max_batch != 1 else in_turns
 
 
 def _whole(name: str, value: Any, most: int) -> int:

@@ -85,6 +85,19 @@ class Text:
         """Tokens of the prompt that need not be read where their cache is there: all but the last, or none."""
         return 0 if self.options.prompt_logprobs is not None else len(self.answer.all_ids) - 1
 
+    def begins_as(self, other: Text) -> bool:
+        """Tell whether it says nothing yet, and its prompt is what another has read, of which it wants to know as much.
+
+        Then it can go on from a copy of that one's cache, and by the logits that it goes on by.
+        """
+        mine, its = self.answer.all_ids, other.answer.all_ids
+        same = self.options.prompt_logprobs == other.options.prompt_logprobs
+        return same and len(mine) == len(its) and not self.completion_tokens and bool((mine == its).all())
+
+    def join(self, other: Text) -> None:
+        """Note that its row holds a copy of what another has read of their prompt, which is all of it."""
+        self.seen, self._prompt_logprobs = other.seen, list(other._prompt_logprobs)
+
     def restart(self) -> None:
         """Note that its row holds nothing of it."""
         self.seen, self._prompt_logprobs = 0, [None]

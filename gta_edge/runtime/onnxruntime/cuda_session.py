@@ -110,7 +110,7 @@ class OnnxRuntimeCudaSession(Session):
     """
 
     backend = "onnxruntime-cuda"
-    reads_rows = True
+    reads_rows = copies_rows = True
     device = "gpu"
 
     def __init__(
@@ -307,6 +307,13 @@ class OnnxRuntimeCudaSession(Session):
         for tensor in self._tensors:
             whole = self._on_host(tensor)
             whole[place_in(tensor, row, tokens)] = arrays[tensor.name]
+            self._caches[tensor.name].update_inplace(whole.view(_carried(tensor)))
+
+    def _copy_row(self, source: int, targets: Sequence[int], rows: Sequence[int]) -> None:
+        for tensor in self._tensors:
+            whole, count = self._on_host(tensor), rows[tensor.layer]
+            for target in targets:
+                whole[place_in(tensor, target, count)] = whole[place_in(tensor, source, count)]
             self._caches[tensor.name].update_inplace(whole.view(_carried(tensor)))
 
     def _on_host(self, tensor: CacheTensor) -> npt.NDArray[Any]:

@@ -86,7 +86,7 @@ class OnnxRuntimeSession(Session):
     """
 
     backend = "onnxruntime"
-    reads_rows = True
+    reads_rows = copies_rows = True
 
     def __init__(
         self,
@@ -206,6 +206,13 @@ class OnnxRuntimeSession(Session):
         self._show(self._capacities_of_step(np.array([[tokens]]), 0))
         for tensor in self._tensors:
             self._caches[tensor.name][place_in(tensor, row, tokens)] = arrays[tensor.name]
+
+    def _copy_row(self, source: int, targets: Sequence[int], rows: Sequence[int]) -> None:
+        self._show(self._capacities_of_step(np.array(rows)[:, None], 0))
+        for tensor in self._tensors:
+            cache, count = self._caches[tensor.name], rows[tensor.layer]
+            for target in targets:
+                cache[place_in(tensor, target, count)] = cache[place_in(tensor, source, count)]
 
     def _rows_for(self, capacity: int) -> int:
         return rows_for(capacity) if self._in_int8 else capacity

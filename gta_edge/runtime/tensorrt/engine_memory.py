@@ -7,7 +7,7 @@ after its output is written, so there the present has a block of its own, which 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -69,6 +69,7 @@ class EngineMemory:
         self._received_bytes = 0
         if spec.managed is not None and spec.managed.observe is not None:
             placed += self._add_received(in_place=gpu is not None)
+        self._placed = placed
         self.rows: CudaCache | KernelRows | None = None
         moves = spec.managed is not None or spec.tree_rows > 0
         if moves and gpu is not None:
@@ -139,6 +140,13 @@ class EngineMemory:
         """Put what ``read`` returned, or some of it, in its place."""
         arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
         self._staging.write(self._parts(sequence, first, arrays))
+
+    def copy(self, source: int, targets: Sequence[int]) -> None:
+        """Queue copies of all that a sequence has into others, what its rows received included."""
+        for each in self._placed:
+            for target in targets:
+                places = each.row(target, 0, 0), each.row(source, 0, 0)
+                self._cuda.copy_within(*places, each.tensor.nbytes(1, each.capacity))
 
     def _parts(
         self, sequence: int, first: int, arrays: Mapping[str, npt.NDArray[Any]]

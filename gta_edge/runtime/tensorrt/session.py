@@ -95,7 +95,7 @@ class TensorRTSession(Session):
     """
 
     device = "gpu"
-    reads_rows = True
+    reads_rows = copies_rows = True
 
     def __init__(
         self,
@@ -210,6 +210,10 @@ class TensorRTSession(Session):
     def _write_row(self, row: int, tokens: int, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
         self._cuda.make_current()
         self._memory.write(row, 0, arrays)
+
+    def _copy_row(self, source: int, targets: Sequence[int], rows: Sequence[int]) -> None:
+        self._cuda.make_current()
+        self._memory.copy(source, targets)
 
     def _context(self, profile: int) -> Any:
         """Return a new execution context for a profile, all its tensors bound."""

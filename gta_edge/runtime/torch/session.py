@@ -130,7 +130,7 @@ class TorchSession(Session):
     """
 
     backend = "torch"
-    reads_rows = True
+    reads_rows = copies_rows = True
 
     def __init__(
         self,
@@ -227,6 +227,16 @@ class TorchSession(Session):
         with torch.inference_mode():
             for each, cache in self._by_name():
                 cache[place_in(each, row, tokens)] = _from_numpy(arrays[each.name], cache)
+
+    def _copy_row(self, source: int, targets: Sequence[int], rows: Sequence[int]) -> None:
+        received = self._observed.layers if self._observed else []
+        with torch.inference_mode():
+            for target in targets:
+                for each, cache in self._by_name():
+                    count = rows[each.layer]
+                    cache[place_in(each, target, count)] = cache[place_in(each, source, count)]
+                for each_received, count in zip(received, rows, strict=False):  # none where nothing is observed
+                    each_received[target, :count] = each_received[source, :count]
 
     def _by_name(self) -> Iterator[tuple[CacheTensor, Tensor]]:
         """Yield every tensor of the cache with what it is."""

@@ -78,10 +78,17 @@ def test_the_prompt_is_read_once_and_what_is_said_twice_is_run_once(model):
     assert generation.timings["tokens_per_step"] == 4
 
 
-def test_where_a_policy_has_dropped_the_prompt_it_is_read_again(model):
-    options = {"cache": policy("window", rows=8, interval=4), "chunk_size": 4}
-    session = TorchSession(model, **options)
-    answers = finished(generate(session, PROMPT, n=3, max_new_tokens=12, temperature=1.5, seed=1))
+@pytest.mark.parametrize("in_a_batch", [True, False])
+def test_with_a_policy_the_prompt_is_read_once_or_where_it_has_dropped_it_again(model, in_a_batch, monkeypatch):
+    session = TorchSession(model, cache=policy("window", rows=8, interval=4), chunk_size=4)
+    monkeypatch.setattr(type(session), "max_batch", None if in_a_batch else 1)
+    widths, run = [], session._run
+    monkeypatch.setattr(session, "_run", lambda ids, *rest: widths.append(ids.shape[1]) or run(ids, *rest))
+    generation = generate(session, PROMPT, n=3, max_new_tokens=12, temperature=1.5, seed=1)
+    answers = finished(generation)
+    assert widths == ([4, 4, 2] + [1] * 11 if in_a_batch else ([4, 4, 2] + [1] * 11) * 3)
+    assert generation.timings["tokens_per_step"] == pytest.approx(3 if in_a_batch else 1)
+    monkeypatch.undo()
     for each in answers:
         one = generate(session, PROMPT, max_new_tokens=12, temperature=1.5, seed=each.seed)
         list(one)

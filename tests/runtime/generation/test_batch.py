@@ -223,11 +223,14 @@ def test_a_turn_of_a_chat_costs_its_own_tokens(talker) -> None:
 
 def test_texts_with_one_prompt_share_what_is_read_of_it(talker) -> None:
     prompt, batch = list(range(40)), Batch(talker, 3)
-    texts = [Heard(talker, prompt, sampling=Sampling(temperature=1.0, seed=i), max_new_tokens=5) for i in range(3)]
+    options = {"max_new_tokens": 5, "prompt_logprobs": 1}
+    texts = [Heard(talker, prompt, sampling=Sampling(temperature=1.0, seed=i), **options) for i in range(3)]
     for text in texts:
         batch.add(text.text)
     run(batch)
-    assert [text.text.cached_tokens for text in texts] == [0, 39, 39]
+    assert [text.text.cached_tokens for text in texts] == [0, 40, 40]
+    assert len(texts[0].events[0].prompt_logprobs) == 40
+    assert all(text.events[0].prompt_logprobs == texts[0].events[0].prompt_logprobs for text in texts)
     for i, text in enumerate(texts):
         generation = generate(talker, prompt, temperature=1.0, seed=i, max_new_tokens=5)
         list(generation)
