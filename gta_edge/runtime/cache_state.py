@@ -68,7 +68,7 @@ class Part:
     @property
     def real(self) -> Lengths:
         """Tokens that count, int64 [B]."""
-        return np.clip(self.counts - self.start, 0, self.width)
+        return np.minimum(np.maximum(self.counts - self.start, 0), self.width)  # np.clip takes three times as long
 
     @property
     def ends_here(self) -> npt.NDArray[np.bool_]:

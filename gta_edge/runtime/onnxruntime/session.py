@@ -54,16 +54,18 @@ __all__ = ["OnnxRuntimeSession"]
 _DEVICE = ("cpu", 0)
 _FATAL = 4
 _RECEIVED = received_name(0).partition(".")[0]
+_KEPT_STEPS = 8  # shapes of step, so that guesses of changing width are not bound anew
+_KEPT_BYTES = 2**24  # of a step's logits
 
 
 @dataclass(frozen=True)
 class _Step:
     """Buffers bound for one shape of step; decode binds once and then only fills them."""
 
+    key: tuple[object, ...]  # what it is bound for: the first row of the batch, and the inputs' shapes
     binding: Any
     inputs: dict[str, npt.NDArray[Any]]  # by name
     logits: Logits
-    first_row: int  # of the batch
 
 
 class OnnxRuntimeSession(Session):
@@ -124,13 +126,16 @@ class OnnxRuntimeSession(Session):
             raise BackendError(f"{bundle.model_path}: the graph is not that of config.json", "export the bundle again")
         self._run_options = self._onnxruntime.RunOptions()
         self._run_options.log_severity_level = _FATAL  # likewise
+        # no graph is captured here; ONNX Runtime asks in every call, and where the entry is missing that costs an exception
+        self._run_options.add_run_config_entry("gpu_graph_id", "-1")
         self._tensors = self._cache.tensors
         if self._features is not None and self._features.observe:
             self._tensors += received_tensors(self.config.num_hidden_layers)
         self._buffers: dict[str, npt.NDArray[Any]] = {}  # with as many rows as there is memory for
         self._caches: dict[str, npt.NDArray[Any]] = {}  # at their start, with S rows, as steps see them
         self._shown: tuple[int, ...] | None = None  # tokens of each layer that they were last to show
-        self._step: _Step | None = None
+        self._step: _Step | None = None  # the last one
+        self._kept_steps: dict[tuple[object, ...], _Step] = {}
 
     def _open(self, lowered: LoweredGraph) -> OpenModel:
         """Return a graph in ONNX Runtime.
@@ -177,10 +182,16 @@ class OnnxRuntimeSession(Session):
             self._model.close()
 
     def _clear(self) -> None:
-        self._step, self._shown, self._buffers, self._caches = None, None, {}, {}
+        self._unbind()
+        self._shown, self._buffers, self._caches = None, {}, {}
+
+    def _unbind(self) -> None:
+        self._step = None
+        self._kept_steps.clear()
 
     def _resize(self, batch: int, capacities: Sequence[int]) -> None:
-        self._step = self._shown = None  # it holds addresses of the old buffers
+        self._unbind()  # steps hold addresses of the old buffers
+        self._shown = None
         try:
             with self._cache.replacing(batch, self._clear):
                 for tensor in self._tensors:  # one at a time: never twice the whole cache
@@ -235,7 +246,7 @@ class OnnxRuntimeSession(Session):
                 worth_it = 2 * rows <= before and rows >= filled and self._features is None
                 if rows == before or (rows < before and filled and not single and not worth_it):
                     continue
-                self._step = None
+                self._unbind()
                 shape, parts = tensor.shape(batch, rows), tensor.parts(batch)
                 values = self._buffers[tensor.name].reshape(-1)
                 if filled and not single:
@@ -270,16 +281,13 @@ class OnnxRuntimeSession(Session):
         in_use = past_length[None] if managed is None else managed.past_length
         self._show(self._capacities_of_step(in_use, input_ids.shape[1]))
         try:
-            step = self._step
-            stale = step is not None and step.first_row != self._first_row
-            if step is None or stale or any(step.inputs[name].shape != array.shape for name, array in inputs.items()):
-                step = self._step = self._bind(inputs)
+            step = self._step = self._bound(inputs)
             for name, array in inputs.items():
                 step.inputs[name][...] = array
             self._model.session.run_with_iobinding(step.binding, self._run_options)
             return step.logits.copy()
         except Exception as error:  # likewise
-            self._step = None
+            self._unbind()
             if is_out_of_memory(error):
                 raise CapacityError(
                     f"no memory for a step of {input_ids.size} tokens at once",
@@ -289,15 +297,29 @@ class OnnxRuntimeSession(Session):
                 f"ONNX Runtime failed in a step ({first_line(error)})", "export the bundle again"
             ) from error
 
-    def _bind(self, inputs: dict[str, npt.NDArray[Any]]) -> _Step:
+    def _bound(self, inputs: dict[str, npt.NDArray[Any]]) -> _Step:
+        """Return buffers for steps with inputs of these shapes: those of the last step, or of some before it."""
+        key = self._first_row, *[array.shape for array in inputs.values()]
+        if self._step is not None and self._step.key == key:
+            return self._step
+        if key in self._kept_steps:
+            return self._kept_steps[key]
+        step = self._bind(key, inputs)
+        if step.logits.nbytes <= _KEPT_BYTES:
+            if len(self._kept_steps) == _KEPT_STEPS:
+                del self._kept_steps[next(iter(self._kept_steps))]  # the one that was bound first
+            self._kept_steps[key] = step
+        return step
+
+    def _bind(self, key: tuple[object, ...], inputs: dict[str, npt.NDArray[Any]]) -> _Step:
         """Bind buffers for steps with inputs of these shapes."""
         assert self._model is not None  # it is open
         batch, positions = inputs[LOGIT_POSITIONS].shape
         step = _Step(
+            key=key,
             binding=self._model.session.io_binding(),
             inputs={name: np.zeros_like(array) for name, array in inputs.items()},
             logits=np.zeros((batch, positions, self.config.vocab_size), np.float32),
-            first_row=self._first_row,
         )
         for name, buffer in step.inputs.items():
             _bind(step.binding.bind_input, name, buffer)

@@ -113,6 +113,26 @@ def test_exact_makes_a_difference_for_integers_alone(bundle: Path) -> None:
         np.testing.assert_array_equal(*results)
 
 
+def test_steps_that_were_bound_before_are_used_again(session: OnnxRuntimeSession) -> None:
+    """Widths that change from call to call, as those of guesses do, give what steps bound anew give, to the bit."""
+    rng, bound, results = np.random.default_rng(3), list[object](), list[list[np.ndarray]]()
+    calls = [(*rng.integers(1, 5, 2), bool(rng.integers(2))) for _ in range(24)]  # the cache grows among them
+    bind, session._bind = session._bind, lambda key, inputs: (bound.append(key), bind(key, inputs))[1]
+    for anew in (False, True):
+        session.reset()
+        results.append([])
+        for width, back, all_logits in calls:
+            if anew:
+                session._unbind()
+            results[-1].append(session.forward(ids(2, width), all_logits=all_logits))
+            session.truncate(session.length - min(back, int(session.length[0])) // 2)
+        if not anew:
+            assert len(bound) < len(calls)
+            assert len(session._kept_steps) <= 8
+    for found, expected in zip(*results, strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
 def test_growth_keeps_what_is_there(session: OnnxRuntimeSession) -> None:
     tokens = ids(2, 40)
     grown = [session.forward(tokens[:, i : i + 5], all_logits=True) for i in range(0, 40, 5)]
