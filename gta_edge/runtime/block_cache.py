@@ -53,6 +53,9 @@ class BlockCache(CacheState):
     def capacity_for(self, tokens: int) -> int:
         return capacity_of(self.dtype, super().capacity_for(tokens))
 
+    def reached(self, part: Part, past: Lengths) -> Lengths:
+        return past + part.real
+
     def past_of(self, part: Part, past: Lengths) -> Lengths:
         return np.where(part.real[part.rows] > 0, past, self.capacity)
 

@@ -280,14 +280,23 @@ class CacheState:
         longest = together = 0
         parts = [part.computing(choose) for part in self._parts(counts, tokens)]
         for part in parts:
-            there = past + np.minimum(counts, part.start)
-            ends = there.copy()
-            ends[part.rows] += part.width
+            ends = self.reached(part, past + np.minimum(counts, part.start))
             self._check_end(past, ends)
             longest = max(longest, int(ends.max()))
             together = max(together, len(ends[part.rows]))
         self.check_memory(len(past), longest, min(tokens, self.chunk_size), logits_bytes, together)
         return parts
+
+    def reached(self, part: Part, past: Lengths) -> Lengths:
+        """Return up to where a step writes each row, int64 [B]: here, padding of the rows that it computes included.
+
+        Args:
+            part: the step.
+            past: tokens that are there before it, int64 [B].
+        """
+        ends = past.copy()
+        ends[part.rows] += part.width
+        return ends
 
     def _parts(self, counts: Lengths, tokens: int) -> list[Part]:
         """Return the steps that T tokens per row take: here, chunks."""

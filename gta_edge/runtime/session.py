@@ -286,7 +286,7 @@ class Session(SessionExports):
         parts = cache.plan(past, counts, tokens, self._logits_bytes(ids, all_logits), self._rows_of_step)
 
         def step(part: Part, past: Lengths, positions: Ids) -> tuple[Logits, Lengths]:
-            cache.reserve(batch, int(past[part.rows].max()) + part.width, self._resize)
+            cache.reserve(batch, int(cache.reached(part, past).max()), self._resize)
             found = self._computed(part, ids, past, positions, cache.prepare(part, self))
             return found, cache.append(part, self)
 

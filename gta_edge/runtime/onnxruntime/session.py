@@ -126,7 +126,7 @@ class OnnxRuntimeSession(Session):
             raise BackendError(f"{bundle.model_path}: the graph is not that of config.json", "export the bundle again")
         self._run_options = self._onnxruntime.RunOptions()
         self._run_options.log_severity_level = _FATAL  # likewise
-        # no graph is captured here; ONNX Runtime asks in every call, and where the entry is missing that costs an exception
+        # no graph is captured here; ONNX Runtime asks in every call, and a missing entry costs it an exception
         self._run_options.add_run_config_entry("gpu_graph_id", "-1")
         self._tensors = self._cache.tensors
         if self._features is not None and self._features.observe:
