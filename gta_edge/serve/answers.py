@@ -6,12 +6,14 @@ import secrets
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from gta_edge.formats.tokenizer import Tokenizer
 from gta_edge.serve.scheduler import Event, Request, TokenLogprobs
+from gta_edge.serve.schema import Options
 
-__all__ = ["Answers", "ChatAnswers", "CompletionAnswers", "usage"]
+__all__ = ["Answers", "ChatAnswers", "CompletionAnswers", "best", "usage"]
 
 _REASONS = {"stop": "stop", "length": "length", "context": "length", "interrupted": "length"}
 """OpenAI's word for why an answer ended: of those that were cut it knows one."""
@@ -36,6 +38,27 @@ def usage(requests: Sequence[Request], n: int) -> dict[str, Any]:
         "total_tokens": prompt + completion,
         "prompt_tokens_details": {"cached_tokens": cached},
     }
+
+
+def best(events: Sequence[Sequence[Event]], options: Options) -> list[Sequence[Event]]:
+    """Return the events of the answers that are given: all, or of those to each prompt the ``n`` most probable ones.
+
+    What is compared is the mean log probability of an answer's tokens, the end token among them.
+    """
+    n, count = options.n, options.best_of
+    if count == n:
+        return list(events)
+    found: list[Sequence[Event]] = []
+    for start in range(0, len(events), count):
+        found += sorted(events[start : start + count], key=_mean_logprob, reverse=True)[:n]
+    if options.logprobs is None:  # they were asked for to compare by
+        found = [[replace(event, logprobs=()) for event in each] for each in found]
+    return found
+
+
+def _mean_logprob(events: Sequence[Event]) -> float:
+    values = [each.logprob for event in events for each in event.logprobs]
+    return sum(values) / max(len(values), 1)
 
 
 class Answers(ABC):

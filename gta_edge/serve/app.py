@@ -130,10 +130,11 @@ class _Service:
             max_new_tokens=most,
             stop=options.stop,
             end_token_ids=frozenset() if options.ignore_eos else ends,
-            logprobs=options.logprobs,
+            logprobs=0 if options.logprobs is None and options.best_of > options.n else options.logprobs,
             prompt_logprobs=of_prompt,
         )
-        sampling = [options.sampling_for(i, settings.sampling, session.config.vocab_size) for i in range(options.n)]
+        vocabulary = session.config.vocab_size
+        sampling = [options.sampling_for(i, settings.sampling, vocabulary) for i in range(options.best_of)]
         return lambda: [
             replace(common, sampling=each, constraint=None if grammar is None else grammar.constraint())
             for each in sampling
@@ -147,13 +148,13 @@ class _Service:
         answers: Answers,
         started: float,
     ) -> Reply:
-        asked_for, room = len(prompts) * options.n, self._scheduler.room
+        asked_for, room = len(prompts) * options.best_of, self._scheduler.room
         if asked_for > room:  # which no waiting would change
             raise RequestError(
                 400,
                 f"{asked_for} answers are asked for, and the service takes {room}",
                 "ask for fewer in a request, or start it with a larger --queue",
-                param="n" if options.n > 1 else "prompt",
+                param="n" if options.n > 1 else "best_of" if options.best_of > 1 else "prompt",
                 code="invalid_value",
             )
         choices = Choices(self._scheduler)
@@ -163,9 +164,7 @@ class _Service:
         return Reply(
             choices,
             answers,
-            n=options.n,
-            stream=options.stream,
-            include_usage=options.include_usage,
+            options,
             seconds=self._settings.answer_seconds,
             metrics=self._metrics,
             started=started,

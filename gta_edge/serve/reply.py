@@ -7,11 +7,12 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
 
-from gta_edge.serve.answers import Answers, usage
+from gta_edge.serve.answers import Answers, best, usage
 from gta_edge.serve.choices import Choices
 from gta_edge.serve.metrics import Metrics
 from gta_edge.serve.request_error import RequestError, as_request_error, error_body
 from gta_edge.serve.scheduler import Event
+from gta_edge.serve.schema import Options
 
 __all__ = ["Reply"]
 
@@ -29,9 +30,7 @@ class Reply:
     Args:
         choices: the answers to come.
         answers: their form.
-        n: answers to each prompt.
-        stream: send events as they come.
-        include_usage: send the usage as a last event.
+        options: which of them are given, and whether events are sent as they come.
         seconds: that the answers may take.
         metrics: told of their times.
         started: when the request came, by ``time.perf_counter``.
@@ -41,23 +40,20 @@ class Reply:
         self,
         choices: Choices,
         answers: Answers,
+        options: Options,
         *,
-        n: int,
-        stream: bool,
-        include_usage: bool,
         seconds: float,
         metrics: Metrics,
         started: float,
     ) -> None:
-        self._choices, self._answers, self._n = choices, answers, n
-        self._streams, self._include_usage = stream, include_usage
+        self._choices, self._answers, self._options = choices, answers, options
         self._seconds, self._metrics, self._started = seconds, metrics, started
         self._first: dict[int, float] = {}  # when an answer's first token came
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Send the response; it ends early when the client leaves."""
         async with self._choices.bounded(receive, self._seconds):
-            await (self._stream(send) if self._streams else self._document(send))
+            await (self._stream(send) if self._options.stream else self._document(send))
 
     async def _document(self, send: Send) -> None:
         events: list[list[Event]] = [[] for _ in self._choices.requests]
@@ -65,7 +61,7 @@ class Reply:
             self._measure(index, event)
             events[index].append(event)
         self._raise_if_failed(events)
-        body = _json(self._answers.whole(events, usage(self._choices.requests, self._n)))
+        body = _json(self._answers.whole(best(events, self._options), self._usage()))
         await send(_start(200, (*_DOCUMENT, (b"content-length", str(len(body)).encode()))))
         await send({"type": "http.response.body", "body": body})
 
@@ -91,14 +87,17 @@ class Reply:
                 break
             await send(_event(_json(self._with_usage(self._answers.chunk(index, event)))))
         else:
-            if self._include_usage:
-                await send(_event(_json(self._answers.last_chunk(usage(self._choices.requests, self._n)))))
+            if self._options.include_usage:
+                await send(_event(_json(self._answers.last_chunk(self._usage()))))
             await send(_event(b"[DONE]"))
         await send({"type": "http.response.body", "body": b""})
 
     def _with_usage(self, chunk: dict[str, Any]) -> dict[str, Any]:
         """Return a chunk as it is where its stream ends with the usage: with the same key, and nothing in it."""
-        return {**chunk, "usage": None} if self._include_usage else chunk
+        return {**chunk, "usage": None} if self._options.include_usage else chunk
+
+    def _usage(self) -> dict[str, Any]:
+        return usage(self._choices.requests, self._options.best_of)
 
     def _measure(self, index: int, event: Event) -> None:
         now = time.perf_counter()

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gta_edge.errors import InputError
+from gta_edge.plan.roofline import LARGEST_BATCH
 from gta_edge.runtime.generation.request import MAX_LOGPROBS
 from gta_edge.runtime.generation.sampling import Sampling
 from gta_edge.serve.fields import Check, anything, either, flag, list_of, mapping, number, one_of, read, text, whole
@@ -20,9 +21,7 @@ from gta_edge.support.text import brief
 
 __all__ = ["ChatRequest", "CompletionRequest", "Options", "TokenizeRequest"]
 
-MAX_CHOICES = 128
-"""Answers to one request, at most."""
-
+_MAX_ENTRIES = 128  # prompts, or tools, of one request
 _COMPLETION_TOKENS = 16  # OpenAI's default, for completions that leave it open
 _MAX_STOPS = 16
 _MAX_BIASES = 1024
@@ -72,7 +71,7 @@ _COMMON: dict[str, Check] = {
     "logit_bias": _logit_bias,
     "stop": _stop,
     "ignore_eos": flag,
-    "n": whole(1, MAX_CHOICES),
+    "n": whole(1, LARGEST_BATCH),
     "stream": flag,
     "stream_options": _stream_options,
     "response_format": mapping(anything, 16),
@@ -87,12 +86,12 @@ _COMPLETION: dict[str, Check] = {
         "text, token ids, or a list of either",
         text,
         _token_ids,
-        list_of(either("text or token ids", text, _token_ids), least=1, most=MAX_CHOICES),
+        list_of(either("text or token ids", text, _token_ids), least=1, most=_MAX_ENTRIES),
     ),
     **_COMMON,
     "echo": flag,
     "logprobs": whole(0, MAX_LOGPROBS),
-    "best_of": whole(1, MAX_CHOICES),
+    "best_of": whole(1, LARGEST_BATCH),
 }
 
 _TOOL_CHOICE = one_of("auto", "none")
@@ -103,7 +102,7 @@ _CHAT: dict[str, Check] = {
     "max_completion_tokens": whole(0),
     "logprobs": flag,
     "top_logprobs": whole(0, MAX_LOGPROBS),
-    "tools": list_of(mapping(anything, 16), most=MAX_CHOICES),
+    "tools": list_of(mapping(anything, 16), most=_MAX_ENTRIES),
     "tool_choice": _TOOL_CHOICE,
     "parallel_tool_calls": flag,
     "chat_template_kwargs": mapping(anything, 64),
@@ -130,6 +129,7 @@ class Options:
         stop: texts at which an answer ends.
         ignore_eos: treat end tokens as any other.
         n: answers to each prompt.
+        best_of: answers to each prompt that are generated, of which the ``n`` most probable ones are given.
         logprobs: alternatives to give for each token, with their probabilities; None for no probabilities.
         stream: answer with events.
         include_usage: tell the usage in a last event.
@@ -144,6 +144,7 @@ class Options:
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     n: int = 1
+    best_of: int = 1
     logprobs: int | None = None
     stream: bool = False
     include_usage: bool = False
@@ -193,11 +194,24 @@ def _options(content: Mapping[str, Any], max_tokens: int | None, logprobs: int |
         stop=content.get("stop", ()),
         ignore_eos=content.get("ignore_eos", False),
         n=content.get("n", 1),
+        best_of=_best_of(content),
         logprobs=logprobs,
         stream=content.get("stream", False),
         include_usage=content.get("stream_options", {}).get("include_usage", False),
         grammar=_grammar(content),
     )
+
+
+def _best_of(content: Mapping[str, Any]) -> int:
+    """Return how many answers to each prompt are to be generated."""
+    n = int(content.get("n", 1))
+    found = int(content.get("best_of", n))
+    if found < n:
+        raise RequestError(400, f"best_of is {found} and n {n}", "give at least as many", param="best_of")
+    if found > n and content.get("stream"):
+        problem = f"best_of is {found} with stream, and the best are known in the end"
+        raise RequestError(400, problem, "leave one of both out", param="best_of")
+    return found
 
 
 def _grammar(content: Mapping[str, Any]) -> tuple[str, str | Mapping[str, Any]] | None:
@@ -259,10 +273,6 @@ class CompletionRequest:
         prompt = _required(found, "prompt")
         several = isinstance(prompt, list) and not isinstance(prompt[0], int)
         options = _options(found, found.get("max_tokens", _COMPLETION_TOKENS), found.get("logprobs"))
-        if found.get("best_of", options.n) != options.n:
-            raise RequestError(
-                400, f"best_of is {found['best_of']}", "leave it out, or give n the same", param="best_of"
-            )
         return cls(tuple(prompt) if several else (prompt,), found.get("echo", False), options)
 
 

@@ -26,6 +26,11 @@ def streamed(chunks):
     return "".join(said), choices[-1].finish_reason, chunks[-1].usage
 
 
+def mean_logprob(choice):
+    values = choice.logprobs.token_logprobs
+    return sum(values) / len(values)
+
+
 # --- the text ------------------------------------------------------------------------------------------------------
 
 
@@ -91,6 +96,18 @@ def test_several_answers_to_several_prompts(service: Service):
     for chunk in service.openai.completions.create(model="tiny", prompt=[PROMPT, [9, 8]], n=2, stream=True, **options):
         parts[chunk.choices[0].index] += chunk.choices[0].text
     assert parts == expected
+
+
+def test_of_many_answers_the_most_probable_are_given(service: Service):
+    options = {"model": "tiny", "prompt": [PROMPT, [9, 8]], "max_tokens": 9, "temperature": 1.5, "seed": 3}
+    everything = service.openai.completions.create(**options, n=5, logprobs=0)
+    expected = []
+    for start in (0, 5):
+        expected += sorted(everything.choices[start : start + 5], key=mean_logprob, reverse=True)[:2]
+    best = service.openai.completions.create(**options, n=2, best_of=5)
+    assert [choice.text for choice in best.choices] == [choice.text for choice in expected]
+    assert [(choice.index, choice.logprobs) for choice in best.choices] == [(i, None) for i in range(4)]
+    assert best.usage == everything.usage.model_copy(update={"prompt_tokens_details": best.usage.prompt_tokens_details})
 
 
 def test_stop_strings_end_an_answer(service: Service):
