@@ -102,6 +102,7 @@ def command(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
         capfd.readouterr()
         with pytest.raises(SystemExit) as exit_:
             main()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # the command leaves it as a process that ends has it
         captured = capfd.readouterr()
         return Result(exit_.value.code or 0, captured.out, captured.err)
 

@@ -8,16 +8,15 @@ import sys
 from pathlib import Path
 
 from gta_edge.cli.loading import loading
-from gta_edge.cli.signals import exit_status, handled
+from gta_edge.cli.signals import exit_status, handled, received_status
 
 __all__ = ["main"]
 
 
 def main() -> None:
     """Run ``gta-edge``; the exit status is that of the command."""
-    received: list[int] = []
     try:
-        with handled(received):
+        with handled():
             _prepare_streams()
             from gta_edge.support.threads import spare_threads
             from gta_edge.support.truncation import report_truncated_files
@@ -30,10 +29,12 @@ def main() -> None:
     except KeyboardInterrupt as interrupt:  # before or after the command proper; importing takes a second on a board
         sys.exit(exit_status(interrupt))
     except SystemExit:
-        if received:  # a library took it for Ctrl-C
-            sys.exit(128 + received[0])
+        if (status := received_status()) is not None:  # whatever became of the exception
+            sys.exit(status)
         raise
     except OSError as error:  # what is printed cannot be written
+        if (status := received_status()) is not None:
+            sys.exit(status)
         print(f"error: output: {error.strerror}; check where it goes", file=sys.stderr)
         sys.exit(1)
 

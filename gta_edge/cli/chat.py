@@ -13,7 +13,7 @@ from gta_edge.cli.chat_commands import COMMANDS, Chat, EndOfChat, checked_option
 from gta_edge.cli.chat_input import lines_of
 from gta_edge.cli.options import BundleArgument, SamplingOptions, SessionOptions
 from gta_edge.cli.output import Output, current
-from gta_edge.cli.signals import Terminated
+from gta_edge.cli.signals import Terminated, answered
 from gta_edge.errors import GtaEdgeError
 from gta_edge.support.text import printable, printable_text
 
@@ -88,6 +88,7 @@ def _answer(output: Output, conversation: Chat) -> None:
         if isinstance(interrupt, Terminated):
             raise
         generation.close()  # where it came while a piece was printed
+        answered()
     finally:
         conversation.end_answer(generation)
     _show(output, "\n")

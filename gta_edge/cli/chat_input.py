@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from gta_edge.cli.signals import Terminated
+from gta_edge.cli.signals import Terminated, answered
 from gta_edge.errors import InputError
 from gta_edge.libraries.install import install_command
 from gta_edge.libraries.optional import UnusableError, find_module
@@ -41,6 +41,7 @@ def lines_of(on_terminal: bool, note: Callable[[str], None], commands: Sequence[
         except KeyboardInterrupt as interrupt:
             if not on_terminal or isinstance(interrupt, Terminated):
                 raise
+            answered()
             note("Ctrl-D or /exit ends the conversation")
             continue
         if text.strip():

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 
+from gta_edge.cli.signals import received_status
 from gta_edge.support.text import one_line
 
 __all__ = ["load_libraries", "loading"]
@@ -24,6 +25,8 @@ def loading() -> Iterator[None]:
     except BaseException as error:
         if "--debug" in sys.argv:
             raise
+        if (status := received_status()) is not None:  # in the middle of an import in C, which makes an error of it
+            sys.exit(status)
         from gta_edge.libraries.install import reinstall_command
 
         said = f"{type(error).__name__}: {one_line(error)}"

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gta_edge.cli.loading import load_libraries
-from gta_edge.cli.signals import exit_status
+from gta_edge.cli.signals import exit_status, received_status
 from gta_edge.errors import GtaEdgeError
 from gta_edge.support.progress import Progress, silent
 from gta_edge.support.text import one_line, printable
@@ -160,6 +160,8 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         except Exception as error:  # the last resort: one line for a person, whatever went wrong
             if _current.debug:
                 raise
+            if (status := received_status()) is not None:  # a library made an error of Ctrl-C
+                sys.exit(status)
             _fail(*((error.problem, error.remedy) if isinstance(error, GtaEdgeError) else _describe(error)))
 
     own = inspect.signature(function).parameters.values()

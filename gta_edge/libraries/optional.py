@@ -126,10 +126,20 @@ def find_module(name: str) -> ModuleType | None:
     except (KeyboardInterrupt, MemoryError):
         raise
     except BaseException as error:  # whatever a library raises: SystemExit, SystemError, a Rust library's panic
+        if interrupt := _interrupt_behind(error):
+            raise interrupt from error
         raise _failed(name, error) from error
     _check_whole(name, module)
     _check_version(name)
     return module
+
+
+def _interrupt_behind(error: BaseException) -> KeyboardInterrupt | None:
+    """Return the Ctrl-C that an error was made of: modules in C report every failure of their own imports as theirs."""
+    behind: BaseException | None = error
+    while behind is not None and not isinstance(behind, KeyboardInterrupt):
+        behind = behind.__cause__ or behind.__context__
+    return behind
 
 
 @contextmanager

@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.commands import COMMAND, environment
+from gta_edge.runtime.generation.sampling import Sampler
+from tests.helpers.commands import COMMAND, Result, environment
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = 60) -> None:
@@ -127,3 +128,51 @@ main()
         [sys.executable, "-c", script, "doctor"], env=environment(), capture_output=True, text=True, check=False
     )
     assert (process.returncode, process.stdout, process.stderr) == (130, "", "")
+
+
+@pytest.mark.parametrize(
+    "lost",
+    [
+        "raise ImportError('initialization failed') from error",  # what modules in C make of it
+        "raise SystemError('something else')",
+        "sys.exit(1)",
+    ],
+)
+def test_an_interrupt_that_a_library_makes_an_error_of(
+    command: Callable[..., Result], tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, lost: str
+) -> None:
+    def sample(*arguments: Any) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(60)
+        except KeyboardInterrupt as error:
+            exec(lost, {"sys": sys, "error": error})
+
+    monkeypatch.setattr(Sampler, "sample", sample)
+    result = command("generate", tiny_bundle, "--ids", "1,2,3", "--backend", "torch")
+    assert (result.status, result.out, result.err) == (130, "", "")
+
+
+def test_an_interrupt_in_a_finalizer_is_not_lost(
+    command: Callable[..., Result], tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python prints an exception of a finalizer and goes on."""
+
+    class Finalized:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(60)
+
+    sample, drawn = Sampler.sample, []
+
+    def finalizing(*arguments: Any) -> Any:
+        drawn.append(sample(*arguments))
+        if len(drawn) == 3:
+            Finalized()
+            time.sleep(5)  # until it arrives
+        return drawn[-1]
+
+    monkeypatch.setattr(Sampler, "sample", finalizing)
+    result = command("generate", tiny_bundle, "--ids", "1,2,3", "--ignore-eos", "--backend", "torch")
+    assert result.status == 130
+    assert re.fullmatch(r"\[torch\] 3 prompt tokens, .*; \d tokens.*; ended by interrupted\n", result.err)

@@ -95,6 +95,13 @@ def test_the_first_failure_is_the_cause(library: Path) -> None:
     assert "(ImportError: try 1)" in refusal()
 
 
+def test_an_interrupt_that_a_module_makes_an_error_of_is_one(library: Path) -> None:
+    write(library, "try:\n    raise KeyboardInterrupt\nexcept BaseException as e:\n    raise ImportError('no') from e")
+    for _ in range(2):  # the library is not to blame, and may be asked for again
+        with pytest.raises(KeyboardInterrupt):
+            find_module(NAME)
+
+
 @pytest.mark.parametrize("error", ["KeyboardInterrupt", "MemoryError"])
 def test_what_is_not_the_librarys_fault(library: Path, error: str) -> None:
     write(library, f"raise {error}")
