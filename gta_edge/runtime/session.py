@@ -381,8 +381,7 @@ class Session(SessionExports):
             if lengths is not None:
                 raise InputError("lengths do not go with a tree, whose new nodes are known", "leave lengths out")
             ids = checked_ids(ids, self.config.vocab_size)
-            cache.past_for(len(ids))
-            check_new_nodes(trees, ids)
+            check_new_nodes(trees, ids, cache.batch)
             call = TreeCall(cache, self._logits_bytes(ids, all_logits), self._rows_of_step)
 
             def step(part: Part, past: Lengths, positions: Ids) -> tuple[Logits, Lengths]:

@@ -130,8 +130,9 @@ class TokenTree:
             self._require(self._session)
             checked: list[int] = []
             for parent in _each(parents):
-                made = not isinstance(parent, bool) and parent in range(self.next, self.next + len(checked))
-                checked.append(int(parent) if made or parent == PREFIX else self._known(parent))
+                number = _number(parent)
+                made = number == PREFIX or number in range(self.next, self.next + len(checked))
+                checked.append(number if number is not None and made else self._known(parent))
             return self._rows.grow(checked)
 
     def accept(self, node: int) -> None:
@@ -199,15 +200,21 @@ class TokenTree:
             )
 
     def _known(self, node: Any) -> int:
-        if isinstance(node, bool) or not isinstance(node, Integral) or int(node) not in self._rows.nodes:
+        number = _number(node)
+        if number is None or number not in self._rows.nodes:
             raise InputError(f"{brief(node)} is no node of the tree", "expected the number of one that is there")
-        return int(node)
+        return number
 
     def _run(self, node: Any) -> int:
         known = self._known(node)
         if self._rows.waiting:
             raise InputError(f"{self.new} nodes of the tree have not run", "run them with forward(), or drop() them")
         return known
+
+
+def _number(node: Any) -> int | None:
+    """Return a whole number as an int, and None of anything else."""
+    return None if isinstance(node, bool) or not isinstance(node, Integral) else int(node)
 
 
 def _each(nodes: Any) -> Iterable[Any]:
@@ -228,12 +235,14 @@ def listed(trees: Any) -> list[TokenTree]:
     return found
 
 
-def check_new_nodes(trees: Sequence[TokenTree], ids: npt.NDArray[np.int64]) -> None:
+def check_new_nodes(trees: Sequence[TokenTree], ids: npt.NDArray[np.int64], batch: int) -> None:
     """Refuse trees that are not those of all rows of ids [B, T], or have other new nodes than they say.
 
     Raises:
-        InputError: so it is.
+        InputError: so it is, or the cache holds another number of rows, ``batch``.
     """
+    if len(ids) != batch:
+        raise InputError(f"ids have {len(ids)} rows and the cache holds {batch}", "expected a row and a tree for each")
     if [tree.sequence for tree in trees] != list(range(len(ids))):
         raise InputError(
             f"there are trees of sequences {[tree.sequence for tree in trees]} for ids of {len(ids)} rows",

@@ -386,13 +386,19 @@ def test_what_makes_no_sense_is_refused_in_a_line(start: Start, model: str) -> N
     for call in (plain.tree, plain.claim().tree):
         with pytest.raises(InputError, match="loaded without trees of tokens; load the bundle with trees=True"):
             call()
+    session.claim(batch=2)  # with nothing in it
+    trees = [session.tree(sequence) for sequence in range(2)]
+    trees[0].grow([PREFIX])
+    with pytest.raises(InputError, match="ids have 1 rows and the cache holds 2; expected a row and a tree for each"):
+        session.forward([[1]], tree=trees[0])
+    session.reset()
     session.forward([[1, 2]])
     tree = session.tree()
     with pytest.raises(InputError, match="loaded without trees of tokens"):
         plain.forward([[1]], tree=tree)
     with pytest.raises(InputError, match="the tree is of another session"):
         start().forward([[1]], tree=tree)
-    for parents in ([0], [PREFIX, 1.5], [True], ["a"]):
+    for parents in ([0], [PREFIX, 1.5], [True], ["a"], [float(PREFIX)], np.array([[PREFIX, PREFIX]])):
         with pytest.raises(InputError, match="is no node of the tree; expected the number of one that is there"):
             tree.grow(parents)
     for change in (tree.grow, tree.drop, tree.prune):
