@@ -271,23 +271,31 @@ class ManagedCache(CacheState):
 
     def prepare(self, part: Part, memory: CacheMemory) -> ManagedStep:
         self._match_batch()
-        due = self.length - self._evicted_at >= self.policy.interval
-        due &= (part.start == 0) | (part.counts <= SHORT_CALL)  # within a prompt, at the end of its chunks
+        due = self._due(part)
         if due.any():
             self._evict(due, memory)
         if self._rotates:
-            beyond = self.length - self._ahead + part.width > self.max_length
+            beyond = self.length - self._ahead + part.real > self.max_length
             if beyond.any():
                 self._renumber(beyond, memory)
         rows, steps = self.rows, np.arange(part.width)
         weight, decay = self._weights(part, rows) if self.policy.observe else (None, None)
         return ManagedStep(
             past_length=rows,
-            positions=(self.length - self._ahead)[:, None] + steps,
+            positions=np.minimum((self.length - self._ahead)[:, None] + steps, self.max_length - 1),  # of padding
             row_bias=np.log(self._counts) if self.policy.bias_rows else None,
             query_weight=weight,
             decay=decay,
         )
+
+    def _due(self, part: Part) -> Mask:
+        """Return which sequences rows are evicted from before a step, bool [B]: each as if it were alone."""
+        due: Mask = self.length - self._evicted_at >= self.policy.interval
+        if part.start:  # of a prompt rows go at the end of its chunks; what a short call appended stays until the next
+            short = part.counts <= SHORT_CALL
+            no_room = (self.rows + part.width > np.array(self._full)[:, None]).any(0)  # for padding beside a prompt
+            due &= short & ((part.real > 0) | no_room)
+        return due
 
     def append(self, part: Part, memory: CacheMemory) -> Lengths:
         super().append(part, memory)

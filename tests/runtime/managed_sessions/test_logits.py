@@ -106,7 +106,7 @@ def test_rows_of_different_length_evict_as_if_alone(start: Start, name: str) -> 
     cache, ids = make(name), prompt(3, 70)
     session, alone = start(cache=cache, chunk_size=24), [start(cache=cache, chunk_size=24) for _ in range(3)]
     place = np.zeros(3, int)
-    for lengths in ([50, 3, 30], *[[1, 1, 1]] * 7, [2, 17, 1], *[[1, 1, 1]] * 6):
+    for lengths in ([50, 3, 30], *[[1, 1, 1]] * 7, [2, 17, 1], *[[1, 1, 1]] * 4, [2, 30, 2], [1, 1, 1]):
         width = max(lengths)
         given = np.zeros((3, width), int)
         for b, length in enumerate(lengths):
@@ -115,7 +115,7 @@ def test_rows_of_different_length_evict_as_if_alone(start: Start, name: str) -> 
         expected = [alone[b].forward(given[b : b + 1, :length])[0] for b, length in enumerate(lengths)]
         assert_close(found, np.stack(expected))
         place += lengths
-    np.testing.assert_array_equal(session.rows, np.concatenate([each.rows for each in alone], axis=1))
+        np.testing.assert_array_equal(session.rows, np.concatenate([each.rows for each in alone], axis=1))
 
 
 @one_model
@@ -210,8 +210,12 @@ def test_sinks_come_closer_as_positions_are_renumbered(start: Start) -> None:
 @one_model
 @pytest.mark.parametrize("name", ["zsmerge", "h2o"])
 def test_scattered_rows_go_on_too(start: Start, name: str) -> None:
-    session = start(cache=make(name, rotate=True), chunk_size=24)
-    for _ in range(4):
-        assert np.isfinite(session.forward(prompt(2, 100), lengths=[100, 61])).all()
-    assert session.length.tolist() == [400, 244]
+    """Each sequence is renumbered as if it were alone, whatever pads it."""
+    session, *alone = (start(cache=make(name, rotate=True), chunk_size=24) for _ in range(3))
+    ids = prompt(2, 100)
+    for lengths in ([100, 70], [100, 70], [100, 5], [100, 5]):
+        found = session.forward(ids, lengths=lengths)
+        expected = [each.forward(row[None, :count])[0] for each, row, count in zip(alone, ids, lengths, strict=True)]
+        assert_close(found, np.stack(expected))
+    assert session.length.tolist() == [400, 150]
     assert session.rows.max() <= 25
