@@ -13,7 +13,7 @@ import torch
 
 from gta_edge.accuracy.reference import build_decoder
 from gta_edge.accuracy.tolerance import difference
-from gta_edge.errors import InputError
+from gta_edge.errors import CapacityError, InputError
 from gta_edge.model.config import parse_config
 from gta_edge.model.kv_cache import cache_bytes
 from gta_edge.numerics.cache_codes import BLOCK
@@ -110,6 +110,23 @@ def test_memory_grows_by_whole_blocks_and_a_text_goes_on(cache_dtype: str) -> No
         assert small.capacity == 128
         after = [tensor for layer in small._caches for tensor in layer.tensors]
         assert [a.shape for a in after] == [b.shape for b in before]
+
+
+@in_blocks
+def test_a_sequence_that_takes_no_part_near_the_end_leaves_room_for_others(cache_dtype: str) -> None:
+    """What it would be padded with is not written, and so needs no positions."""
+    ids = np.random.default_rng(1).integers(0, VOCAB, (3, POSITIONS))
+    first, then = np.array([10, POSITIONS - 1, 20]), np.array([40, 1, 35])
+    with opened(cache_dtype) as session:
+        session.forward(ids, lengths=first)
+        found = session.forward(ids[:, :60], lengths=then)  # behind 40, all of it is padding
+        assert session.length.tolist() == [50, POSITIONS, 55]
+        with pytest.raises(CapacityError, match="row 1 holds 200 tokens and would reach 201"):
+            session.forward(ids[:, :1])
+        for row, (before, after) in enumerate(zip(first.tolist(), then.tolist(), strict=True)):
+            session.reset()
+            session.forward(ids[row : row + 1, :before])
+            assert error(session.forward(ids[row : row + 1, :after])[0], found[row]) <= ROUNDED
 
 
 # --- truncate --------------------------------------------------------------------------------------------------------
