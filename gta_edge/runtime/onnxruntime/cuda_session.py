@@ -64,7 +64,6 @@ CHUNK_SIZE = 512
 _CAPACITY_STEP = 2048
 """Every growth copies the cache through the host's memory and captures the step anew."""
 
-_REVISION = 1  # of what cuda_lower does
 _FATAL = 4
 _NO_GRAPH = -1  # as gpu_graph_id: run without one
 
@@ -467,7 +466,7 @@ def _managed_form(compute: str, features: Features, plain: bytes) -> Form:
 
     name = f"{_form(compute).directory}-{features.observe or 'unobserved'}-{features.bias_rows}"
     options = {"compute": compute, "weights_of": hashlib.sha256(plain).hexdigest()}
-    return Form(name, make, _REVISION, options)
+    return Form(name, make, options)
 
 
 def _form(compute: str) -> Form:
@@ -476,7 +475,7 @@ def _form(compute: str) -> Form:
 
         return {GRAPH: cuda_graph(bundle, compute, weights, location, progress)}
 
-    return Form(f"engines/onnxruntime-cuda/{compute}", make, _REVISION, {"compute": compute})
+    return Form(f"engines/onnxruntime-cuda/{compute}", make, {"compute": compute})
 
 
 def _free() -> str:

@@ -15,7 +15,8 @@ more, and no more weights:
     engines/onnxruntime-int8/                       graphs alike, and their record
     engines/onnxruntime-managed/mass-2-branches/    likewise, and mass-2-branches-int8
 
-They are artifacts (``formats.artifacts``): what another user or machine made, and what is damaged, is made anew.
+They are artifacts (``formats.artifacts``): what another user or machine made, and what is damaged, is made anew. So is
+what other code made, an earlier commit as well as another version: the record has a hash of ``SOURCES``.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +36,25 @@ from gta_edge.plugins.attention.definition import Features
 from gta_edge.support.ownership import ARTIFACTS
 from gta_edge.support.progress import Progress, silent
 
-__all__ = ["CPU", "GRAPH", "PACKED", "Form", "LoweredGraph", "cached_graph", "lower", "without_new_weights"]
+__all__ = ["CPU", "GRAPH", "PACKED", "SOURCES", "Form", "LoweredGraph", "cached_graph", "lower", "without_new_weights"]
 
 GRAPH, PACKED = "model.onnx", "weights.data"
 """Files of a form: a graph, and the weights that are its own."""
 _RECORD, _EXACT = "graph.json", "exact.onnx"
+
+SOURCES = (
+    "formats/weights.py",
+    "graph/*.py",
+    "model/*.py",
+    "numerics/*.py",
+    "plugins/*.py",
+    "plugins/*/definition.py",
+    "plugins/attention/function.py",
+    "plugins/matmul/packing.py",
+    "runtime/onnxruntime/*lower.py",
+    "runtime/onnxruntime/passes/*.py",
+)
+"""The package's files that shape a lowered graph, as patterns; what else takes part reads, checks or reports."""
 
 Make = Callable[[Bundle, Path, str, Progress], dict[str, bytes]]
 """Writes a form's new weights to a file, and returns its graphs by name, serialised.
@@ -54,13 +70,11 @@ class Form:
     Attributes:
         directory: where, from the bundle's directory: a place below ``engines``.
         make: what makes it.
-        revision: of what ``make`` does.
         options: what else the result depends on; recorded with it.
     """
 
     directory: str
     make: Make
-    revision: int = 1
     options: dict[str, str] = field(default_factory=dict)
 
 
@@ -166,7 +180,17 @@ def cached_graph(bundle: Bundle, form: Form, name: str = GRAPH, progress: Progre
         for each, content in graphs.items():
             (directory / each).write_bytes(content)
 
-    content = origin(bundle) | {"revision": form.revision} | form.options
+    content = origin(bundle) | {"sources": _sources_digest()} | form.options
     files: dict[str, Any] = {"read": (name,), "mapped": (PACKED,)}
     found = cached_artifact(bundle, form.directory, _RECORD, content, make, **files, progress=progress)
     return None if found is None else found.read[name]
+
+
+@cache
+def _sources_digest() -> str:
+    """Return the SHA-256 of ``SOURCES``, names and contents."""
+    package, digest = Path(__file__).parents[2], hashlib.sha256()
+    for path in sorted(path for pattern in SOURCES for path in package.glob(pattern)):
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(package).as_posix()} {len(content)}\n".encode() + content)
+    return digest.hexdigest()

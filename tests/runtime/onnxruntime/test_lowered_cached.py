@@ -23,8 +23,10 @@ from hypothesis import strategies as st
 from gta_edge.formats import integrity
 from gta_edge.formats.bundle import MANIFEST, MODEL, WEIGHTS, Bundle
 from gta_edge.libraries.install import install_command
+from gta_edge.runtime.onnxruntime import lowered
 from gta_edge.runtime.onnxruntime.lowered import lower
 from gta_edge.runtime.registry import load
+from scripts.structure import import_graph, modules
 from tests.helpers import reference
 from tests.helpers.commands import environment, listing
 from tests.helpers.lowered_bundles import (
@@ -98,6 +100,7 @@ import sys
 import numpy as np
 {first}
 from gta_edge.runtime.registry import load
+from scripts.structure import import_graph, modules
 with load(sys.argv[1], "onnxruntime", exact=True) as session:
     np.save(sys.argv[2], session.forward(np.load(sys.argv[3]), all_logits=True))
 print(*(name for name in ("onnx", "onnx_ir", "torch", "gta_edge.runtime.onnxruntime.lower") if sys.modules.get(name)))
@@ -120,6 +123,7 @@ import sys
 sys.modules["onnx_ir"] = None
 from gta_edge import BackendError
 from gta_edge.runtime.registry import load
+from scripts.structure import import_graph, modules
 try:
     load(sys.argv[1], "onnxruntime")
 except BackendError as error:
@@ -233,16 +237,32 @@ def test_packed_weights_of_the_same_size(kept: Path) -> None:
     assert_kept(kept)
 
 
-@pytest.mark.parametrize("field", ["gta_edge", "revision", "made_from"])
+@pytest.mark.parametrize("field", ["gta_edge", "sources", "made_from"])
 def test_a_graph_of_another_version_or_model_is_made_again(kept: Path, field: str) -> None:
     content = record_of(kept)["content"]
-    changed = {"gta_edge": "0.0.1", "revision": 0, "made_from": content["made_from"] | {MODEL: "0" * 64}}
+    changed = {"gta_edge": "0.0.1", "sources": "0" * 64, "made_from": content["made_from"] | {MODEL: "0" * 64}}
     edit(kept / KEPT / RECORD, lambda record: record["content"].update({field: changed[field]}))
     before = (kept / KEPT / GRAPH).stat().st_ino
     assert_right(kept)
     assert (kept / KEPT / GRAPH).stat().st_ino != before
     assert record_of(kept)["content"][field] == content[field]
     assert_kept(kept)
+
+
+def test_all_code_that_shapes_a_graph_is_in_its_key() -> None:
+    """Whatever lowering imports, but for what only reads, checks and reports."""
+    package = Path(lowered.__file__).parents[2]
+    graph, files = import_graph(package), modules(package)
+    seen, waiting = set(), ["gta_edge.runtime.onnxruntime.lower", "gta_edge.runtime.onnxruntime.cuda_lower"]
+    while waiting:
+        module = waiting.pop()
+        if module not in seen:
+            seen.add(module)
+            waiting += graph[module]
+    others = ("errors", "formats", "libraries", "support")
+    shaping = {files[name] for name in seen if name.split(".")[1] not in others} | {package / "formats/weights.py"}
+    assert len(shaping) > 20
+    assert shaping <= {path for pattern in lowered.SOURCES for path in package.glob(pattern)}
 
 
 JSON = st.recursive(
