@@ -81,6 +81,7 @@ __all__ = [
     "received_name",
     "received_tensors",
     "scale_name",
+    "step_bytes",
 ]
 
 PAST, PRESENT = "past_", "present_"
@@ -292,6 +293,22 @@ def cache_bytes(config: ModelConfig, dtype: str, tokens: int, batch: int = 1, *,
     """
     room = capacity_of(dtype, tokens)
     return sum(tensor.nbytes(batch, room) for tensor in cache_tensors(config, dtype, compute=compute))
+
+
+def step_bytes(config: ModelConfig, dtype: str, rows: int, batch: int = 1, *, compute: str = "fp16") -> int:
+    """Return the bytes of cache that go through memory when a step reads or writes so many rows, each once.
+
+    An open block is read whole in every step, whatever is in it.
+
+    Args:
+        config: the model's sizes.
+        dtype: how values are stored, one of ``CACHES``.
+        rows: of each sequence, those of all layers together.
+        batch: sequences.
+        compute: type of activations, in which a cache in blocks has its open block.
+    """
+    opened = cache_bytes(config, dtype, 0, compute=compute)
+    return batch * (rows * bytes_per_token(config, dtype) // config.num_hidden_layers + opened)
 
 
 def capacity_of(dtype: str, tokens: int) -> int:

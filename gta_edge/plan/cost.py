@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from gta_edge.formats.weights import EMBEDDING, HEAD, Storage, stored_dtype
 from gta_edge.model.config import ModelConfig
-from gta_edge.model.kv_cache import bytes_per_token, cache_bytes
+from gta_edge.model.kv_cache import bytes_per_token, cache_bytes, step_bytes
 from gta_edge.numerics.dtypes import DTYPES
 from gta_edge.numerics.quantization import BITS
 
@@ -308,9 +308,8 @@ def _attention(config: ModelConfig, execution: Execution, step: Step) -> Operato
         activations += _SCORE_PASSES * DTYPES[execution.compute].bytes * scores
     reads = _CPU_CACHE_READS if execution.cpu_kernels else 1
     seen = past + layers * step.tokens
-    width = bytes_per_token(config, execution.cache_dtype) // layers
-    opened = cache_bytes(config, execution.cache_dtype, 0, compute=execution.compute)  # of a cache in blocks
-    cache = step.batch * ((reads * seen + layers * step.tokens) * width + opened)
+    moved = reads * seen + layers * step.tokens
+    cache = step_bytes(config, execution.cache_dtype, moved, step.batch, compute=execution.compute)
     if execution.rows is not None and execution.rows.observes:  # read and written
         cache += 2 * _RECEIVED_BYTES * step.batch * seen
     return Operator(

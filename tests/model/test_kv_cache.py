@@ -18,6 +18,7 @@ from gta_edge.model.kv_cache import (
     managed_shapes,
     open_name,
     scale_name,
+    step_bytes,
 )
 from gta_edge.model.presets import preset
 from gta_edge.numerics.dtypes import CACHES
@@ -124,6 +125,8 @@ def test_a_cache_of_8_bits_has_scales() -> None:
 def test_a_cache_in_blocks_has_an_open_block_beside_what_tokens_take() -> None:
     gta, gqa = preset("gta-1b"), preset("gqa-1b")
     # half a byte or a quarter per value; of keys a scale and a minimum per channel and block, of values per token
+    assert step_bytes(gta, "bf16", 54 * 40, 3) == 3 * cache_bytes(gta, "bf16", 40)
+    assert step_bytes(gta, "int4", 54 * 64, 3) == 3 * cache_bytes(gta, "int4", 64)  # open blocks included
     assert bytes_per_token(gta, "int4") == 54 * ((64 * 20) // 32 + 128 // 2 + 4)
     assert bytes_per_token(gqa, "int4v2") == 54 * 5 * ((64 * 20) // 32 + 64 // 4 + 4)
     assert cache_bytes(gta, "int4", 40) == 64 * bytes_per_token(gta, "int4") + 32 * bytes_per_token(gta, "fp16")

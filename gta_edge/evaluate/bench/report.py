@@ -13,6 +13,7 @@ from gta_edge.evaluate.bench.floor import floor_ms, step_weight_bytes
 from gta_edge.evaluate.bench.statistics import relative, settled, summarise
 from gta_edge.formats.bundle import Bundle
 from gta_edge.machine import info as machine
+from gta_edge.model.kv_cache import step_bytes
 from gta_edge.version import __version__
 
 __all__ = ["UNSTEADY", "Comparison", "describe_machine", "report"]
@@ -116,6 +117,9 @@ def _static(case: Case, batch: int, rates: Mapping[str, float], bandwidth_notes:
     notes = {}
     if device not in rates:
         notes["bandwidth_bytes_per_s"] = bandwidth_notes.get(device, "the bandwidth was not measured")
+    cache_dtype = opened.get("cache_dtype")
+    if cache_dtype is None:
+        notes["cache_dtype"] = "that interpreter's release does not say"
     per_token = next((r["cache_bytes_per_token"] for rounds in case.rounds.values() for r in rounds), None)
     if per_token is None:
         notes["cache_bytes_per_token"] = case.failure or "nothing was measured"
@@ -124,6 +128,7 @@ def _static(case: Case, batch: int, rates: Mapping[str, float], bandwidth_notes:
         "backend": case.target.label,
         "precision": case.bundle.precision,
         "compute": opened["compute"],
+        "cache_dtype": cache_dtype,
         "device": device,
         "rounds_activations": opened["rounds_activations"],
         "weight_bytes_per_step": step_weight_bytes(case.bundle, opened, batch),
@@ -173,7 +178,10 @@ def _row(case: Case, static: Document, context: int, batch: int, new_tokens: int
     row |= _memory(rounds, static["device"], notes)
     # a policy leaves fewer rows than there were tokens; another interpreter's worker may be of a version without any
     rows = min(context, rounds[-1].get("cache_rows", context))
-    row |= _floor(row, static, int(rows), batch, notes, described)
+    config, compute = case.bundle.config, static["compute"]
+    of_layers = int(rows) * config.num_hidden_layers
+    cache = step_bytes(config, static["cache_dtype"] or compute, of_layers, batch, compute=compute)
+    row |= _floor(row, static, cache, notes, described)
     for name, value in row["spread"].items():
         if value is None:
             notes[f"spread.{name}"] = "one round has no spread"
@@ -217,11 +225,9 @@ def _memory(rounds: Sequence[Document], device: str, notes: dict[str, str]) -> D
     }
 
 
-def _floor(
-    row: Document, static: Document, rows: int, batch: int, notes: dict[str, str], described: Document
-) -> Document:
-    """Return the time that memory sets for a step over so many rows of cache, and how far from it the median is."""
-    cache, rate = batch * rows * static["cache_bytes_per_token"], static["bandwidth_bytes_per_s"]
+def _floor(row: Document, static: Document, cache: int, notes: dict[str, str], described: Document) -> Document:
+    """Return the time that memory sets for a step over so many bytes of cache, and how far from it the median is."""
+    rate = static["bandwidth_bytes_per_s"]
     if rate is None:
         reason = static["notes"]["bandwidth_bytes_per_s"]
         notes |= dict.fromkeys(("floor_ms", "times_floor", "bandwidth_fraction"), reason)

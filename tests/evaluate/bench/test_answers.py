@@ -109,6 +109,23 @@ def test_answers_that_have_nothing_to_do_with_the_reference(options: dict[str, b
             assert found["mean_bound"] <= ROUNDED_MEAN_BOUND < found["mean_error"]
 
 
+def test_caches_of_fewer_bits_are_held_to_their_own_noise() -> None:
+    """Noise as PyTorch's caches have it in a trained model, and answers to another prompt."""
+    rng = np.random.default_rng(0)
+    right, other = rng.normal(size=(2, 3, 1, 1000)).astype(np.float32)
+    right[..., 0] = 9  # the same choice
+    noise = rng.normal(size=right.shape).astype(np.float32)
+
+    def agrees(logits: np.ndarray, cache: str) -> bool:
+        given = Answers(logits, "torch", "fp32", quantised_cache=True, cache_dtype=cache)
+        return bool(agreement(given, Answers(right, "torch", "fp32"))["agrees"])
+
+    for cache, scale in (("int8", 0.03), ("fp8", 0.04), ("int4", 0.18), ("int4v2", 0.37)):
+        assert agrees(right + scale * noise, cache)
+        assert not agrees(right + 6 * scale * noise, cache)
+        assert not agrees(other, cache)
+
+
 def test_a_mean_is_held_to_no_more_than_the_largest() -> None:
     for compute in ("fp32", "fp16", "bf16"):
         of = Answers(np.zeros((1, 1, 1), np.float32), "tensorrt", compute)

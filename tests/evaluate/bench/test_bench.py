@@ -555,7 +555,7 @@ def test_rounds_far_apart_are_warned_of_until_they_are_many(
     memory = {"peak_host_bytes": 3, "gpu_bytes": None, "shares_memory": False, "cache_bytes": 1}
     one = {"ttft_ms": 100.0, "others_busy_s": None, **memory}
     case.rounds = {8: [one | {"steps_ms": [median]} for median in medians]}
-    static = {"device": "cpu", "cache_bytes_per_token": 1, "weight_bytes_per_step": 1, "notes": {}}
+    static = {"device": "cpu", "compute": "fp32", "cache_dtype": "fp32", "weight_bytes_per_step": 1, "notes": {}}
     row = report._row(case, static | {"bandwidth_bytes_per_s": 1e9}, 8, 1, 1, {"cpu_cache_bytes": None})
     assert ("not settled" in row["notes"].get("spread.tpot", "")) is warned
     assert "spread.ttft" not in row["notes"]
