@@ -56,11 +56,12 @@ class TensorRT:
     """Whether an engine's kernels are compiled when it runs, and can be kept."""
 
 
-def load(flavour: str | None = None) -> TensorRT:
+def load(flavour: str | None = None, *, rtx_would_do: bool = False) -> TensorRT:
     """Import TensorRT and say what it can do.
 
     Args:
         flavour: one of ``FLAVOURS``; the first that is installed, if none is given.
+        rtx_would_do: whether TensorRT-RTX can do what it is wanted for, too; then that is said where it is missing.
 
     Raises:
         BackendError: it is not installed, cannot be loaded, or is too old.
@@ -73,7 +74,10 @@ def load(flavour: str | None = None) -> TensorRT:
             if module is not None:
                 return describe(module)
     wanted = flavour or "tensorrt"
-    raise BackendError(f"the Python module {FLAVOURS[wanted][0]} is needed and not installed", f"{_install(wanted)}")
+    remedy = _install(wanted)
+    if rtx_would_do and wanted == "tensorrt" and not _on_jetson():
+        remedy += f", or use the engine tensorrt-rtx, which needs no plugin: {install_command('tensorrt-rtx')}"
+    raise BackendError(f"the Python module {FLAVOURS[wanted][0]} is needed and not installed", remedy)
 
 
 def describe(module: Any) -> TensorRT:
@@ -140,10 +144,7 @@ def _install(flavour: str) -> str:
             "it comes with JetPack 6.2 and later: run sudo apt install python3-libnvinfer, and make the environment "
             f"with --system-site-packages from JetPack's own Python (this one is {platform.python_version()})"
         )
-    return (
-        "run: pip install --upgrade tensorrt, or use the engine tensorrt-rtx, which needs no plugin: "
-        f"{install_command('tensorrt-rtx')}"
-    )
+    return "run: pip install --upgrade tensorrt"
 
 
 def _on_jetson() -> bool:

@@ -9,10 +9,14 @@ from typing import Any
 import pytest
 
 from gta_edge.errors import BackendError
+from gta_edge.formats.bundle import WEIGHTS, Bundle
 from gta_edge.libraries import optional
 from gta_edge.libraries import tensorrt as module
 from gta_edge.libraries.install import install_command
 from gta_edge.libraries.tensorrt import FLAVOURS, TensorRT, describe, load
+from gta_edge.model.presets import preset
+from gta_edge.runtime.tensorrt.build import build
+from gta_edge.runtime.tensorrt.engine import EngineSpec
 
 
 def fake(name: str = "tensorrt", version: str = "10.3.0", *missing: str, **attributes: Any) -> ModuleType:
@@ -131,10 +135,7 @@ def test_only_what_is_asked_for(nothing_installed: pytest.MonkeyPatch) -> None:
 
 # --- what is refused -------------------------------------------------------------------------------------------------
 
-PIP = (
-    "run: pip install --upgrade tensorrt, or use the engine tensorrt-rtx, which needs no plugin: "
-    f"{install_command('tensorrt-rtx')}"
-)
+PIP = "run: pip install --upgrade tensorrt"
 RTX = f"run: {install_command('tensorrt-rtx', upgrade='tensorrt-rtx')}"
 JETPACK = (
     "it comes with JetPack 6.2 and later: run sudo apt install python3-libnvinfer, and make the environment with "
@@ -154,6 +155,29 @@ JETPACK = (
 )
 def test_none_is_installed(flavour: str | None, text: str) -> None:
     assert message(load, flavour) == text
+
+
+@pytest.mark.usefixtures("nothing_installed")
+@pytest.mark.parametrize(
+    ("changes", "would_do"),
+    [
+        ({}, True),
+        ({"compute": "bf16", "cache_dtype": "bf16"}, True),
+        ({"cache_dtype": "int4"}, False),
+        ({"cache_dtype": "int8"}, False),
+        ({"tree_rows": 8}, False),
+    ],
+)
+def test_a_build_names_the_other_engine_where_that_would_do(
+    tmp_path: Path, changes: dict[str, Any], would_do: bool
+) -> None:
+    manifest = {"files": {WEIGHTS: {"bytes": 1}}, "block_size": None, "int8": []}
+    bundle = Bundle(tmp_path, preset("gta1-160m"), "bf16", manifest)  # only sizes are asked for
+    options: dict[str, Any] = {"engine": "tensorrt", "compute": "fp16", "cache_dtype": "fp16", "max_length": 64}
+    options |= {"max_batch": 1, "chunk_size": 32}
+    other = f", or use the engine tensorrt-rtx, which needs no plugin: {install_command('tensorrt-rtx')}"
+    said = message(build, bundle, EngineSpec(**options | changes))
+    assert said == f"the Python module tensorrt is needed and not installed; {PIP}{other if would_do else ''}"
 
 
 def test_none_is_installed_on_a_jetson(nothing_installed: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,7 @@ from gta_edge.runtime.tensorrt.engine import (
     write_engine,
 )
 from gta_edge.runtime.tensorrt.engine_cache import EngineCache
-from gta_edge.runtime.tensorrt.engine_kind import ENGINES
+from gta_edge.runtime.tensorrt.engine_kind import ENGINES, TENSORRT, TENSORRT_RTX
 from gta_edge.support.choices import unknown
 from gta_edge.support.files import new_directory, scratch_directory
 from gta_edge.support.memory import available_bytes
@@ -176,7 +176,7 @@ def build(
 
     from gta_edge.runtime.tensorrt.builder import Target, build_plan
 
-    target = Target.choose(spec.engine, compute_capabilities)
+    target = Target.choose(spec.engine, compute_capabilities, rtx_would_do=_builds_with_rtx(bundle, spec))
     if target.gpu:
         _check_memory(needed, needed.on_gpu, free_gpu_bytes(), f"on {target.gpu}", spec, bundle.precision)
     disk = _WRITTEN_COPIES * _lowered_bytes(bundle)
@@ -198,6 +198,15 @@ def build(
         )
         write_engine(output, record, plan)
     return directory
+
+
+def _builds_with_rtx(bundle: Bundle, spec: EngineSpec) -> bool:
+    """Tell whether TensorRT-RTX can build an engine for the same."""
+    try:
+        check_spec(bundle, replace(spec, engine=TENSORRT_RTX.name))
+    except InputError:
+        return False
+    return True
 
 
 def lower_only(
@@ -320,7 +329,7 @@ def _check_trees(config: ModelConfig, spec: EngineSpec) -> None:
     if not ENGINES[spec.engine].attends_by_plugin(config):
         raise InputError(
             f"trees of tokens take the attention's plugin, which {spec.engine} does not have for this model",
-            "leave out --trees, or build with --engine tensorrt",
+            "leave out --trees" + (", or build with --engine tensorrt" if TENSORRT.attends_by_plugin(config) else ""),
         )
     if spec.managed is not None or CACHES[spec.cache_dtype].in_blocks:
         other = "--cache-policy" if spec.managed is not None else f"--cache-dtype {spec.cache_dtype}"

@@ -51,7 +51,7 @@ class Target:
     gpu_name: str = ""
 
     @classmethod
-    def choose(cls, engine: str, asked: Sequence[str] = ()) -> Target:
+    def choose(cls, engine: str, asked: Sequence[str] = (), *, rtx_would_do: bool = False) -> Target:
         """Return the target for the GPUs asked for, else for the one here, else for all that there are.
 
         TensorRT builds on the GPU that will run the engine. TensorRT-RTX builds for any that it knows, without it, and
@@ -60,11 +60,12 @@ class Target:
         Args:
             engine: ``tensorrt`` or ``tensorrt-rtx``.
             asked: compute capabilities.
+            rtx_would_do: as ``libraries.tensorrt.load`` takes it.
 
         Raises:
             BackendError: TensorRT or the GPU is missing, or it cannot build for what was asked.
         """
-        trt, anywhere = load(engine), ENGINES[engine].builds_for_others
+        trt, anywhere = load(engine, rtx_would_do=rtx_would_do), ENGINES[engine].builds_for_others
         try:
             gpu = current_gpu()
             here = compute_capability(gpu.architecture)
