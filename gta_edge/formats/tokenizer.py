@@ -30,6 +30,9 @@ NO_TOKENIZER = (
 _SETTINGS = "tokenizer_config.json"
 _MAX_TEMPLATE_BYTES = 4 * 2**20
 
+_LONG_TEXT = 2**14
+"""Characters from which on other threads run while a text is tokenized, which takes seconds for a few MB."""
+
 
 class Tokenizer:
     """The tokenizer of one model; ``load`` makes it from files.
@@ -95,7 +98,11 @@ class Tokenizer:
                 lambda reason: InputError(f"the text cannot be tokenized ({reason})", "give valid Unicode text")
             ),
         ):
-            ids: list[int] = self._library.encode(text, add_special_tokens=add_special_tokens).ids
+            if len(text) < _LONG_TEXT:
+                encoding = self._library.encode(text, add_special_tokens=add_special_tokens)
+            else:  # ``encode`` keeps Python's lock, a batch does not, but starts threads, for which a fork warns
+                encoding = self._library.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0]
+            ids: list[int] = encoding.ids
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -1,5 +1,8 @@
 """What each token adds to a text, in bytes: joined they are the text, however it was cut."""
 
+import threading
+import time
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -32,3 +35,25 @@ def test_special_and_unknown_tokens(tokenizers):
     assert tokenizers["byte-level"].token_bytes(0xC3) == b"\xc3"
     assert tokenizers["byte-level"].token_bytes(10**6) == b""
     assert tokenizers["sentencepiece"].token_bytes(3 + 0xC3) == b"\xc3"
+
+
+def test_other_threads_run_while_a_long_text_is_tokenized(tokenizers):
+    turns, over = 0, threading.Event()
+
+    def take_turns():
+        nonlocal turns
+        while not over.wait(0.001):
+            turns += 1
+
+    thread = threading.Thread(target=take_turns)
+    thread.start()
+    try:
+        while not turns:
+            time.sleep(0.001)
+        text, before = "a tea" * 2**14, turns
+        ids = tokenizers["byte-level"].encode(text, add_special_tokens=False)
+        assert turns > before + 2
+    finally:
+        over.set()
+        thread.join()
+    assert b"".join(map(tokenizers["byte-level"].token_bytes, ids)) == text.encode()
