@@ -2,9 +2,10 @@
 
     python benchmarks/speculation.py [--models smollm2,gta-1b] [--new-tokens 160] [--rounds 3] [--json FILE] …
 
-SmolLM2-135M-Instruct in int4 edits a function, summarises with quotes, and tells a story, greedily, with
-prompt lookup and without, in turns. Then GTA-1B with random weights in int4 is led along the same tokens, which shows
-what the same guesses save at its sizes: its own logits say nothing.
+SmolLM2-135M-Instruct in int4 edits a function, summarises with quotes, and tells a story, greedily, without guesses
+and with prompt lookup, in turns: guesses that are chains, and in a session loaded with trees guesses that may be trees.
+Then GTA-1B with random weights in int4 is led along the same tokens, which shows what the same guesses save at its
+sizes: its own logits say nothing.
 
 The model comes from ``make real-model``; bundles are made once under the work directory.
 """
@@ -16,7 +17,8 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -29,7 +31,7 @@ from random_bundles import make_bundles
 import gta_edge
 from gta_edge.runtime.generation.lookup import PromptLookup
 from gta_edge.runtime.generation.speculation import SpeculativeSteps
-from gta_edge.runtime.generation.steps import PlainSteps, Steps
+from gta_edge.runtime.generation.steps import PlainSteps, StepCounts, Steps
 from gta_edge.runtime.session import Ids, Session
 from gta_edge.runtime.step_costs import WIDTHS, StepCosts
 
@@ -95,55 +97,75 @@ def led(steps: Steps, ids: Ids, prompt: int) -> tuple[float, Ids]:
     return time.perf_counter() - start, np.array(said)
 
 
-def speculation(session: Session, texts: dict[str, tuple[Ids, int]], rounds: int, *, own: bool) -> list[Row]:
+class FreeWidths(StepCosts):
+    """Costs where a call of any width takes what one of a token takes: what guesses are worth at most."""
+
+    known = True
+
+    def seconds(self, width: int, *, tree: bool = False) -> float:
+        """Return the same for all."""
+        return 1.0
+
+
+def speculation(
+    session: Session, trees: Session, texts: dict[str, tuple[Ids, int]], rounds: int, *, own: bool
+) -> list[Row]:
     """Return a row for each text: plain decoding and prompt lookup in turns, ratios within a round.
 
     Args:
         session: runs the model.
+        trees: likewise, and was loaded with trees.
         texts: to be led along, and how long their prompts are.
         rounds: repeats, beside a first one that warms up.
-        own: whether the texts are the model's own: then it must say them in both ways.
+        own: whether the texts are the model's own: then it must say them in all ways.
     """
-    found = []
+    found, sessions = [], {"chains": session, "trees": trees}
     for name, (ids, prompt) in texts.items():
-        times: dict[str, list[float]] = {"plain": [], "lookup": []}
-        counts = None
-        session.step_costs = StepCosts()
-        for _ in range(rounds + 1):
-            plain, said = led(PlainSteps(session.claim), ids, prompt)
-            steps = SpeculativeSteps(session, PromptLookup(), len(ids) + 1)
-            lookup, said_too = led(steps, ids, prompt)
-            if (
-                own
-                and name != NO_REPETITION
-                and not (np.array_equal(said, ids[prompt:]) and np.array_equal(said_too, ids[prompt:]))
-            ):
-                raise SystemExit(f"{name}: another text with speculation than without")
-            times["plain"].append(plain)
-            times["lookup"].append(lookup)
-            counts = steps.counts
-        assert counts is not None
         tokens = len(ids) - prompt - 1
-        ratios = [a / b for a, b in zip(times["plain"][1:], times["lookup"][1:], strict=True)]
-        found.append(
-            {
-                "text": name,
-                "tokens": tokens,
-                "drafted": counts.drafted,
-                "accepted": counts.accepted,
-                "tokens_per_step": tokens / counts.calls,
-                "plain_ms": 1e3 * statistics.median(times["plain"][1:]) / tokens,
-                "lookup_ms": 1e3 * statistics.median(times["lookup"][1:]) / tokens,
+        times: dict[str, list[float]] = {"plain": [], "chains": [], "trees": []}
+        counts: dict[str, StepCounts] = {}
+
+        def steps(kind: str, ids: Ids = ids, counts: dict[str, StepCounts] = counts) -> Steps:
+            made = SpeculativeSteps(sessions[kind], PromptLookup(), len(ids) + 1)
+            assert made.counts is not None  # of speculative steps
+            counts[kind] = made.counts
+            return made
+
+        free = {}
+        for kind, each in sessions.items():
+            each.step_costs = FreeWidths()
+            led(steps(kind), ids, prompt)
+            free[kind] = tokens / counts[kind].calls
+            each.step_costs = StepCosts()
+        for _ in range(rounds + 1):
+            for kind, taken in times.items():
+                seconds, said = led(PlainSteps(session.claim) if kind == "plain" else steps(kind), ids, prompt)
+                if own and name != NO_REPETITION and not np.array_equal(said, ids[prompt:]):
+                    raise SystemExit(f"{name}: another text than without speculation, of {kind}")
+                taken.append(1e3 * seconds / tokens)
+        row: Row = {"text": name, "tokens": tokens, "plain_ms": statistics.median(times["plain"][1:])}
+        for kind in sessions:
+            ratios = [a / b for a, b in zip(times["plain"][1:], times[kind][1:], strict=True)]
+            row[kind] = {
+                "drafted": counts[kind].drafted,
+                "accepted": counts[kind].accepted,
+                "tokens_per_step": tokens / counts[kind].calls,
+                "tokens_per_step_of_free_widths": free[kind],
+                "ms": statistics.median(times[kind][1:]),
                 "speed": statistics.median(ratios),
                 "speeds": ratios,
             }
-        )
+        found.append(row)
     return found
 
 
-def measured(session: Session, texts: dict[str, tuple[Ids, int]], rounds: int, *, own: bool) -> Row:
+def measured(session: Session, trees: Session, texts: dict[str, tuple[Ids, int]], rounds: int, *, own: bool) -> Row:
     """Return what calls cost by their width, and what speculation saves on each text."""
-    return {"widths_ms": widths(session, 512, rounds), "texts": speculation(session, texts, rounds, own=own)}
+    return {
+        "widths_ms": widths(session, 512, rounds),
+        "widths_ms_with_trees": widths(trees, 512, rounds),
+        "texts": speculation(session, trees, texts, rounds, own=own),
+    }
 
 
 def widths(session: Session, context: int, rounds: int) -> dict[int, float]:
@@ -170,7 +192,7 @@ def run(options: argparse.Namespace) -> Row:
     """Measure what was asked for."""
     words = [
         f"--{name.replace('_', '-')} {','.join(value) if name == 'models' else value}"
-        for name in ("models", "new_tokens", "rounds", "threads", "layers")
+        for name in ("models", "new_tokens", "rounds", "threads", "layers", "calibrate")
         if (value := getattr(options, name)) is not None
     ]
     found: Row = {
@@ -183,16 +205,27 @@ def run(options: argparse.Namespace) -> Row:
     }
     small = options.work / "smollm2-int4"
     if not small.exists():
-        gta_edge.export_model(options.model, small, precision="int4", verify=False)
-    with gta_edge.load(small, "onnxruntime", threads=options.threads) as session:
+        calibrate = {"calibrate": options.calibrate} if options.calibrate else {}
+        gta_edge.export_model(options.model, small, precision="int4", verify=False, **calibrate)
+    with loaded(small, options.threads) as (session, trees):
         texts = answers(session, options.new_tokens)
         if "smollm2" in options.models:
-            found["SmolLM2-135M"] = measured(session, texts, options.rounds, own=True)
+            found["SmolLM2-135M"] = measured(session, trees, texts, options.rounds, own=True)
     if "gta-1b" in options.models:
         large = make_bundles(options.work, "gta-1b", options.layers, ["int4"])["int4"]
-        with gta_edge.load(large, "onnxruntime", threads=options.threads) as session:
-            found["GTA-1B"] = measured(session, texts, options.rounds, own=False)
+        with loaded(large, options.threads) as (session, trees):
+            found["GTA-1B"] = measured(session, trees, texts, options.rounds, own=False)
     return found
+
+
+@contextmanager
+def loaded(bundle: Path, threads: int | None) -> Iterator[tuple[Session, Session]]:
+    """Load a bundle, without trees and with them."""
+    with (
+        gta_edge.load(bundle, "onnxruntime", threads=threads) as session,
+        gta_edge.load(bundle, "onnxruntime", threads=threads, trees=True) as trees,
+    ):
+        yield session, trees
 
 
 def markdown(found: Row) -> str:
@@ -201,14 +234,28 @@ def markdown(found: Row) -> str:
     for label in ("SmolLM2-135M", "GTA-1B"):
         if label not in found:
             continue
-        costs = found[label]["widths_ms"]
+        costs, with_trees = found[label]["widths_ms"], found[label]["widths_ms_with_trees"]
         lines += [f"{label}, int4", "", _row("tokens of a call", *costs), _rule(len(costs) + 1)]
-        lines += [_row("ms", *(f"{ms:.1f}" for ms in costs.values())), ""]
-        lines += [_row("text", "tokens a step", "drafted, accepted", "plain ms", "lookup ms", "speed"), _rule(6)]
+        lines += [_row("ms", *(f"{ms:.1f}" for ms in costs.values()))]
+        lines += [_row("ms, loaded with trees", *(f"{ms:.1f}" for ms in with_trees.values())), ""]
+        names = (
+            "text",
+            "guesses",
+            "tokens a step",
+            "were a call's width free",
+            "drafted, accepted",
+            "plain ms",
+            "ms",
+            "speed",
+        )
+        lines += [_row(*names), _rule(len(names))]
         for each in found[label]["texts"]:
-            guesses = f"{each['drafted']}, {each['accepted']} of {each['tokens']}"
-            times = f"{each['plain_ms']:.1f}", f"{each['lookup_ms']:.1f}"
-            lines.append(_row(each["text"], f"{each['tokens_per_step']:.2f}", guesses, *times, f"{each['speed']:.2f}"))
+            for kind in ("chains", "trees"):
+                one = each[kind]
+                guesses = f"{one['drafted']}, {one['accepted']} of {each['tokens']}"
+                steps = f"{one['tokens_per_step']:.2f}", f"{one['tokens_per_step_of_free_widths']:.2f}"
+                times = f"{each['plain_ms']:.1f}", f"{one['ms']:.1f}", f"{one['speed']:.2f}"
+                lines.append(_row(each["text"], kind, *steps, guesses, *times))
         lines.append("")
     return "\n".join(lines)
 
@@ -236,6 +283,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "benchmarks", help="where models are kept")
     parser.add_argument("--model", type=Path, default=ROOT / "build" / "smollm2", help="the checkpoint of SmolLM2")
+    parser.add_argument("--calibrate", choices=("none", "self"), default=None, help="as of export; self by default")
     parser.add_argument("--models", type=_of(*MODELS), default=MODELS)
     parser.add_argument("--new-tokens", type=positive, default=160, help="of each text")
     parser.add_argument("--rounds", type=positive, default=3)

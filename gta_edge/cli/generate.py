@@ -67,8 +67,8 @@ def generate(
     given = _prompt(prompt, prompt_file, ids)
     several = n > 1 or beams is not None
     held = given_grammar(json_schema, regex, grammar)
-    if held is not None and (several or draft is not None or speculate not in (None, Speculate.OFF)):
-        raise typer.BadParameter("a grammar is for one answer without speculation: leave one of both out")
+    if held is not None and several:
+        raise typer.BadParameter("a grammar is for one answer: leave out --n and --beams")
     _check_speculation(speculate, draft)
     if several and (draft is not None or prompt_cache is not None or speculate not in (None, Speculate.OFF)):
         raise typer.BadParameter(
@@ -76,7 +76,8 @@ def generate(
         )
     with ExitStack() as opened:
         with output.progress() as progress:
-            trees = beams is not None or (several and _holds_branches(opening))
+            guesses = draft is not None or speculate not in (None, Speculate.OFF)
+            trees = beams is not None or ((several or guesses) and _holds_branches(opening, free=guesses))
             session = opened.enter_context(opening.load(bundle, progress=progress, trees=trees))
             unmanaged = replace(opening, cache=CacheOptions())
             small = None if draft is None else opened.enter_context(unmanaged.load(draft, progress=progress))
@@ -121,14 +122,19 @@ def _check_speculation(speculate: Speculate | None, draft: Path | None) -> None:
         raise typer.BadParameter("--draft is for --speculate draft")
 
 
-def _holds_branches(opening: SessionOptions) -> bool:
-    """Tell whether answers can be branches of a tree; otherwise they come one after another."""
+def _holds_branches(opening: SessionOptions, *, free: bool) -> bool:
+    """Tell whether answers can be branches of a tree, and guesses where that costs other calls nothing.
+
+    Otherwise answers come one after another, and guesses are chains.
+    """
     from gta_edge.numerics.dtypes import BLOCK_CACHE_TYPES
     from gta_edge.runtime.registry import BACKENDS
 
     # an engine that was built for trees holds them in any case, and one that was not gives answers one after another
     descriptor = None if opening.backend is Backend.AUTO else BACKENDS[opening.backend.value]
     can = descriptor is None or (descriptor.has_trees and not descriptor.builds_engine)
+    if free:  # which ``auto`` may be one of is not known yet
+        can = descriptor is not None and descriptor.has_free_trees
     return can and opening.cache.choice is None and value_of(opening.cache_dtype) not in BLOCK_CACHE_TYPES
 
 

@@ -100,6 +100,9 @@ class Backend(ABC):
     has_trees: bool = False
     """Whether its sessions can hold trees of tokens."""
 
+    has_free_trees: bool = False
+    """Whether calls without a tree take no longer in a session that could hold one."""
+
     cpu_kernels: bool = False
     """Whether ONNX Runtime's CPU kernels multiply, which hold and read weights in a form of their own."""
 

@@ -79,6 +79,10 @@ class Claim:
         with self._session._calls.held():
             return self._session._opened_tree(sequence, self)
 
+    def accept(self, tree: TokenTree, node: int, *, close: bool = False) -> None:
+        """Make the path to a node of a tree of this claim part of the text; see ``TokenTree.accept``."""
+        tree.accept(node, close=close)
+
     def truncate(self, length: Any) -> None:
         """Forget all but the first tokens; see ``Session.truncate``."""
         with self._session._calls.held():

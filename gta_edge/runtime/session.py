@@ -172,6 +172,16 @@ class Session(SessionExports):
         """Whether it was loaded with ``trees=True``, and ``tree`` opens one."""
         return isinstance(self._cache, TreeCache)
 
+    def tree_room(self, sequence: int = 0) -> int:
+        """Return how many nodes a tree behind the text of one sequence could have, if none were there yet.
+
+        There are positions for fewer where they are deeper than the model has some, and perhaps memory.
+
+        Raises:
+            InputError: the session was loaded without trees; there is no such sequence.
+        """
+        return self._tree_cache().room(sequence)
+
     def tree(self, sequence: int = 0) -> TokenTree:
         """Open a tree of tokens behind the text of one sequence: several continuations of it, held at once.
 

@@ -13,6 +13,7 @@ WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16)
 _SAMPLES = 9  # of a width: what counts is what it costs now, at this length of the context
 _ASSUMED_SLOPE = 0.3  # of a single token, for each token more, until a second width was measured
 _FORGET_AFTER = 128  # calls
+_SINGLE = (False, 1)
 
 
 def padded_width(tokens: int) -> int:
@@ -26,36 +27,60 @@ class StepCosts:
     A width that was not tried is estimated from those that were: between two by a straight line, beyond them by going
     on as between the last two. The first call of a width is not counted, since it may bind memory or capture a graph,
     and one that was not used for long is forgotten, since costs grow with the context.
+
+    Calls for a tree of tokens are counted by themselves. Of a width that no tree had, they are taken to cost as much
+    more or less than others as those of the nearest width did.
     """
 
     def __init__(self) -> None:
-        self._samples: dict[int, deque[float]] = {}
-        self._used: dict[int, int] = {}  # when each width was used last, in calls
+        self._samples: dict[tuple[bool, int], deque[float]] = {}  # by whether it was a tree, and the width
+        self._used: dict[tuple[bool, int], int] = {}  # when each was used last, in calls
         self._calls = 0
         self._leaves_out = False
+        self._medians: dict[bool, dict[int, float]] = {}  # of samples, likewise; made as they are needed
 
     def leave_out(self) -> None:
         """Do not count the call that runs now: it makes something that the next ones of its width use."""
         self._leaves_out = True
 
-    def add(self, width: int, seconds: float) -> None:
+    def add(self, width: int, seconds: float, *, tree: bool = False) -> None:
         """Note what a call took."""
+        kind = tree, width
         self._calls += 1
         left_out, self._leaves_out = self._leaves_out, False
-        if width in self._used and not left_out:
-            self._samples.setdefault(width, deque(maxlen=_SAMPLES)).append(seconds)
-        self._used[width] = self._calls
-        for old in [w for w in self._samples if w > 1 and self._calls - self._used[w] > _FORGET_AFTER]:
+        if kind in self._used and not left_out:
+            self._samples.setdefault(kind, deque(maxlen=_SAMPLES)).append(seconds)
+        self._used[kind] = self._calls
+        for old in [each for each in self._samples if each != _SINGLE and self._unused(each) > _FORGET_AFTER]:
             del self._samples[old]
+        self._medians = {}
 
     @property
     def known(self) -> bool:
         """Whether a single token was measured: what others cost is compared with it."""
-        return 1 in self._samples
+        return _SINGLE in self._samples
 
-    def seconds(self, width: int) -> float:
+    def seconds(self, width: int, *, tree: bool = False) -> float:
         """Return what a call of a width takes; a single token has to be known."""
-        known = {w: median(samples) for w, samples in sorted(self._samples.items())}
+        trees = self._known(tree=True) if tree else {}
+        if not trees:
+            return self._estimate(width)
+        nearest = min(trees, key=lambda other: abs(other - width))
+        return trees[nearest] if nearest == width else trees[nearest] * self._estimate(width) / self._estimate(nearest)
+
+    def _unused(self, kind: tuple[bool, int]) -> int:
+        return self._calls - self._used[kind]
+
+    def _known(self, *, tree: bool) -> dict[int, float]:
+        """Return what was measured, by the width."""
+        if tree not in self._medians:
+            of = sorted((width, samples) for (kind, width), samples in self._samples.items() if kind == tree)
+            self._medians[tree] = {width: median(samples) for width, samples in of}
+        return self._medians[tree]
+
+    def _estimate(self, width: int) -> float:
+        """Return what a call that is no tree takes."""
+        known = self._known(tree=False)
         if width in known:
             return known[width]
         below, above = [w for w in known if w < width], [w for w in known if w > width]

@@ -135,10 +135,14 @@ class TokenTree:
                 checked.append(number if number is not None and made else self._known(parent))
             return self._rows.grow(checked)
 
-    def accept(self, node: int) -> None:
+    def accept(self, node: int, *, close: bool = False) -> None:
         """Make the path to a node part of the text. What descends from the node stays, and all other nodes go.
 
         Rows that are not in place are moved: those of a path that was grown before all others are.
+
+        Args:
+            node: that has run.
+            close: drop what descends from it too, so that the text can be continued without the tree.
 
         Raises:
             InputError: it is closed, something else used the session meanwhile, there is no such node, or nodes have
@@ -147,7 +151,10 @@ class TokenTree:
         """
         with self._session._calls.held():
             self._require(self._session)
-            self._session._accept(self, self._run(node), self._owner)
+            known = self._run(node)
+            if close:
+                self._rows.remove(self._rows.below(self._rows.nodes[known].children))
+            self._session._accept(self, known, self._owner)
 
     def drop(self, nodes: Iterable[int]) -> None:
         """Drop nodes and all that descend from them; their rows are used again.

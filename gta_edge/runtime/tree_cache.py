@@ -88,16 +88,27 @@ class TreeCache(CacheState):
         Raises:
             InputError: there is no such sequence, or its tree has nodes.
         """
-        given: Any = sequence
-        if isinstance(given, bool) or not isinstance(given, Integral) or not 0 <= int(given) < self.batch:
-            raise InputError(
-                f"there is no sequence {brief(sequence)}: the cache holds {self.batch}",
-                f"expected 0 to {self.batch - 1}",
-            )
+        self._check(sequence)
         if sequence in self.trees and self.trees[sequence].nodes:
             raise InputError(f"sequence {sequence} has a tree with nodes", "accept a path of it, or close() it, first")
         tree = self.trees[sequence] = TreeRows(int(self.length[sequence]))
         return tree
+
+    def room(self, sequence: int) -> int:
+        """Return how many nodes a tree behind a sequence's text could have.
+
+        Raises:
+            InputError: there is no such sequence.
+        """
+        self._check(sequence)
+        return max(0, self._max_rows - self._spare - int(self.length[sequence]))
+
+    def _check(self, sequence: Any) -> None:
+        if isinstance(sequence, bool) or not isinstance(sequence, Integral) or not 0 <= int(sequence) < self.batch:
+            raise InputError(
+                f"there is no sequence {brief(sequence)}: the cache holds {self.batch}",
+                f"expected 0 to {self.batch - 1}",
+            )
 
     def truncate(self, length: npt.NDArray[Any], given: Any, memory: CacheMemory | None = None) -> None:
         super().truncate(length, given, memory)

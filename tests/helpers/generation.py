@@ -127,7 +127,8 @@ class TableSession(Session):
         pass
 
     def _move(self, moves):
-        self.cached[:, moves.target[0]] = self.cached[:, moves.source[0]]
+        _, _, sources, targets = moves.moves.T
+        self.cached[:, targets] = self.cached[:, sources]
 
     def _run(self, input_ids, past_length, logit_positions, managed=None):
         past, width = int(past_length[0]), input_ids.shape[1]

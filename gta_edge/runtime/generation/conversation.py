@@ -12,6 +12,7 @@ from gta_edge.errors import InputError, OutputError
 from gta_edge.runtime.generation.kept_caches import common_prefix
 from gta_edge.runtime.prompt_cache import CacheSize, load_prompt_cache, save_prompt_cache
 from gta_edge.runtime.session import Claim, Ids, Logits, Session
+from gta_edge.runtime.token_tree import TokenTree
 from gta_edge.support.files import check_new_file
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ class _Turn(Claim):
 
     def forward(self, ids: Any, *, lengths: Any = None, all_logits: bool = False, tree: Any = None) -> Logits:
         if tree is not None:
-            raise InputError("a conversation holds no trees", "generate without a conversation")
+            return self._held().forward(ids, lengths=lengths, all_logits=all_logits, tree=tree)
         tokens, of = np.asarray(ids, np.int64), self._conversation
         if self._begins:
             of.reused_tokens = self._rewind(tokens[0])
@@ -130,6 +131,14 @@ class _Turn(Claim):
         logits = self._held().forward(tokens, lengths=lengths, all_logits=all_logits)
         of._ids = np.concatenate([of._ids, tokens[0]])
         return logits
+
+    def tree(self, sequence: int = 0) -> TokenTree:
+        return self._held().tree(sequence)
+
+    def accept(self, tree: TokenTree, node: int, *, close: bool = False) -> None:
+        claim, came = self._held(), tree.ids(node)
+        claim.accept(tree, node, close=close)
+        self._conversation._ids = np.concatenate([self._conversation._ids, came])
 
     def truncate(self, length: Any) -> None:
         self._held().truncate(length)
@@ -148,7 +157,7 @@ class _Turn(Claim):
             of._claim, of._ids = of.session.claim(), of._ids[:0]
         claim = self._held()
         count = of.session.reusable(len(of._ids), min(common_prefix(prompt, of._ids), len(prompt) - 1))
-        if count < len(of._ids):
+        if count < len(of._ids) or of.session.trees:  # a tree that an interrupted generation left is closed
             try:
                 claim.truncate(count)
             except InputError:  # a policy has dropped some of them

@@ -130,7 +130,8 @@ def generate(
         chat: wrap a prompt of text as one message of the user in the model's chat template.
         ignore_eos: treat end tokens as any other.
         speculate: ``lookup`` guesses what followed the last tokens earlier in prompt or answer, ``draft`` asks another
-            model, ``off`` guesses nothing. By default ``draft`` where there is one, and else ``off``.
+            model, ``off`` guesses nothing. By default ``draft`` where there is one, and else ``off``. In a session
+            loaded with ``trees=True`` several tokens may be guessed for the same place.
         draft: a smaller model with the same tokenizer, which is reset too.
         conversation: a ``Conversation`` of the session: the cache is not emptied, and what it holds of the prompt not
             run again.
@@ -141,7 +142,7 @@ def generate(
             many at once. The session has to be loaded with ``trees=True``.
         length_penalty: of that search: the sum of an answer's log probabilities is divided by the number of its tokens
             to this power, so that above 0 it favours long answers (as ``num_beams`` in transformers).
-        constraint: what the text may be, such as a ``Grammar``'s; of one answer, without speculation.
+        constraint: what the text may be, such as a ``Grammar``'s; of one answer.
 
     Raises:
         InputError: options or a prompt that make no sense for this model.
@@ -187,8 +188,6 @@ def generate(
         sampler = Sampler(sampling, len(checked[0]))
         claim = session.claim if conversation is None else conversation.begin
         steps = steps_for(session, speculate, draft, sampler, len(checked[0]), int(limit), claim)
-        if constraint is not None and (draft is not None or speculate not in (None, "off")):
-            raise InputError("speculation guesses what a constraint may rule out", "leave one of both out")
         return Generation(new_answer(checked[0]), steps, sampler, defaults, constraint)
     if constraint is not None:
         raise InputError("a constraint is for one answer, and several were asked for", "leave one of both out")

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any
@@ -114,11 +114,11 @@ class Guess:
     """What a draft model expects the next token to be.
 
     Attributes:
-        token: drawn from ``probabilities``.
+        tokens: drawn from ``probabilities``, one after the other without replacement.
         probabilities: the draft model's distribution, float64 [V].
     """
 
-    token: int
+    tokens: Sequence[int]
     probabilities: Floats
 
 
@@ -147,7 +147,9 @@ class Sampler:
 
         A guess g that was drawn from q is taken with probability min(1, p(g) / q(g)), where p is what is drawn from
         without one; otherwise the draw is from max(0, p - q), scaled to 1. So each token has probability p
-        (arXiv 2211.17192, theorem 1), and where q is close to p the guess is mostly taken.
+        (arXiv 2211.17192, theorem 1), and where q is close to p the guess is mostly taken. Where there are several,
+        that draw is made by the next one in the same way, with a q without those before it, scaled to 1: each token
+        still has probability p (arXiv 2402.12374, section 3.2).
 
         Args:
             logits: float32 [V] of the last position; -inf rules a token out.
@@ -169,14 +171,42 @@ class Sampler:
         """Draw from a distribution, float64 [V]."""
         return draw(probabilities, self._random.random())
 
+    def draw_several(self, probabilities: Floats, count: int) -> list[int]:
+        """Draw from a distribution, float64 [V], without replacement; fewer where fewer tokens have a probability."""
+        rest, found = probabilities, list[int]()
+        while len(found) < count and rest.any():
+            found.append(self.draw_from(rest))
+            if len(found) < count:
+                rest = _without(rest, found[-1])
+        return found
+
+    def best(self, logits: Logits, ids: Ids, count: int) -> list[int]:
+        """Return the ``count`` tokens that come first by the logits, the one that ``sample`` takes greedily at first.
+
+        Arguments and errors as of ``sample``.
+        """
+        scores, _ = self._scores(logits, ids)
+        first = int(scores.argmax())  # of equal ones the first, as there
+        if count == 1:
+            return [first]
+        top = np.argpartition(scores, -count)[-count:] if count < len(scores) else np.arange(len(scores))
+        others = sorted((token for token in top.tolist() if token != first), key=lambda token: -scores[token])
+        return [first, *(token for token in others if scores[token] > -np.inf)][:count]
+
     def _sample_by(self, guess: Guess, wanted: Floats) -> int:
-        """Choose from a distribution [V], the guess where that keeps it."""
+        """Choose from a distribution [V], one of the guess where that keeps it."""
         drafted = guess.probabilities
-        if self._random.random() * drafted[guess.token] < wanted[guess.token]:
-            return guess.token
-        rest = np.maximum(wanted - drafted, 0)
-        # nothing is left where both are equal but for rounding
-        return self.draw_from(rest if rest.any() else wanted)
+        for i, token in enumerate(guess.tokens):
+            if i:
+                drafted = _without(drafted, guess.tokens[i - 1])
+                drafted = drafted / drafted.sum()
+            if self._random.random() * drafted[token] < wanted[token]:
+                return token
+            rest = np.maximum(wanted - drafted, 0)
+            if not rest.any():  # where both are equal but for rounding
+                break
+            wanted = rest / rest.sum()
+        return self.draw_from(wanted)
 
     def probabilities(self, logits: Logits, ids: Ids) -> Floats:
         """Return the distribution that ``sample`` draws from, float64 [V]; arguments and errors as there."""
@@ -261,6 +291,13 @@ def draw(weights: Weights | Floats, uniform: float) -> int:
     rest = target - (sums[first - 1] if first else 0.0)
     drawn = min(within.searchsorted(rest, side="right"), within.searchsorted(within[-1], side="left"))
     return start + int(drawn)
+
+
+def _without(probabilities: Floats, token: int) -> Floats:
+    """Return weights [V] with one token's 0."""
+    rest = probabilities.copy()
+    rest[token] = 0
+    return rest
 
 
 def _top_k(scores: npt.NDArray[Any], top_k: int) -> Ids:

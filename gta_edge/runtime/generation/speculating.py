@@ -10,9 +10,10 @@ import numpy as np
 
 from gta_edge.errors import InputError
 from gta_edge.runtime.generation.draft_model import DraftModel
+from gta_edge.runtime.generation.guesses import Proposer
 from gta_edge.runtime.generation.lookup import PromptLookup
 from gta_edge.runtime.generation.sampling import Sampler
-from gta_edge.runtime.generation.speculation import Proposer, SpeculativeSteps
+from gta_edge.runtime.generation.speculation import SpeculativeSteps
 from gta_edge.runtime.generation.steps import PlainSteps, Steps
 from gta_edge.runtime.session import Claim, Session
 from gta_edge.support.choices import unknown

@@ -5,67 +5,34 @@ for the next ones are there already. Nothing else changes: tokens are chosen one
 logits. So what is generated is what would be generated without it; of a guess drawn at random, see ``Sampler.sample``
 (arXiv 2211.17192, 2302.01318).
 
-How many are guessed is decided anew for each call, by how often guesses came true lately and by what a wider call
-costs in this session; where guessing does not pay, nothing is guessed.
+A guess is a chain of tokens, which any session runs, or in a session that was loaded with trees a small tree of them,
+of which the path that comes is accepted (arXiv 2305.09781, 2402.12374). How many are guessed, and which, is decided
+anew for each call, by how often guesses came true lately and by what a wider call costs in this session; where
+guessing does not pay, nothing is guessed.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable
 
 import numpy as np
-import numpy.typing as npt
 
+from gta_edge.runtime.generation.guesses import NOTHING, TEXT, Draft, Proposer, nodes_that_pay
 from gta_edge.runtime.generation.sampling import Guess
 from gta_edge.runtime.generation.steps import StepCounts
 from gta_edge.runtime.session import Claim, Ids, Logits, Session
-from gta_edge.runtime.step_costs import WIDTHS, StepCosts
+from gta_edge.runtime.step_costs import WIDTHS
+from gta_edge.runtime.token_tree import PREFIX, TokenTree
 
-__all__ = ["Draft", "Proposer", "SpeculativeSteps", "width_that_pays"]
-
-_WORTH_IT = 1.02
-"""What a token is to cost less for a wider call to be made: estimates are not better than that."""
-
-
-@dataclass(frozen=True)
-class Draft:
-    """Tokens that may come.
-
-    Attributes:
-        ids: int64 [K].
-        probabilities: of a draft drawn at random, the distributions, float64 [K, V]; None of one that was not drawn.
-    """
-
-    ids: Ids
-    probabilities: Sequence[npt.NDArray[np.float64]] | None
-
-
-class Proposer(Protocol):
-    """Guesses what comes next."""
-
-    token_seconds: float
-    """What it takes to guess one token."""
-
-    def chances(self, ids: Ids, limit: int) -> Sequence[float]:
-        """Return for each token that could be guessed, at most ``limit``, how likely it comes if those before it do.
-
-        Args:
-            ids: every token so far, int64 [N]; they begin with those of the call before.
-            limit: of tokens.
-        """
-
-    def draft(self, count: int) -> Draft:
-        """Return at most ``count`` tokens to come after the ids given last."""
+__all__ = ["SpeculativeSteps"]
 
 
 class SpeculativeSteps:
     """Runs the prompt, and then each token with a guess of those that follow.
 
     Args:
-        session: what runs the model.
+        session: what runs the model; with trees a guess may be one.
         proposer: guesses.
         total: tokens of prompt and answer at most; no more are run than lead there.
         claim: returns the right to the cache for this text; the session's own by default.
@@ -83,41 +50,61 @@ class SpeculativeSteps:
         self._session, self._proposer, self._total = session, proposer, total
         self._begin = claim or session.claim
         self._claim: Claim | None = None
-        self._held = 0  # tokens in the cache
         self._wanted = 0  # ids of the last call of ``after``
-        self._start = 0  # tokens before which there are no logits any more
-        self._logits: Logits = np.zeros((0, 0), np.float32)  # [1 + K, V]: after _start tokens, and each of the draft
-        self._draft = Draft(np.zeros(0, np.int64), None)
+        self._start = 0  # tokens before the draft
+        self._draft = NOTHING
+        self._at = TEXT  # the last of the draft that has come
+        self._logits: Logits = np.zeros((0, 0), np.float32)  # [1 + K, V]: before the draft, and after each of it
+        self._tree: TokenTree | None = None
+        self._nodes: list[int] = []  # of a draft that is a tree: the node before it, and its own
+        self._width, self._seconds = 0, 0.0  # tokens of the call for it, and what it took
 
     @property
     def guess(self) -> Guess | None:
-        at = self._wanted - self._start
-        if self._draft.probabilities is None or at >= len(self._draft.ids):
+        following, drawn = self._draft.after(self._at), self._draft.probabilities
+        if drawn is None or not following:
             return None
-        return Guess(int(self._draft.ids[at]), self._draft.probabilities[at])
+        return Guess([int(self._draft.ids[i]) for i in following], drawn[self._at])
 
     def after(self, ids: Ids) -> Logits:
-        self._wanted = len(ids)
-        at = len(ids) - self._start
-        if 0 < at < len(self._logits) and np.array_equal(ids[self._start :], self._draft.ids[:at]):
-            self._counts.accepted += 1
-            ahead: Logits = self._logits[at]
-            return ahead
+        came, self._wanted = ids[self._wanted :], len(ids)
+        while len(came) and self._follow(int(came[0])):
+            came = came[1:]
         if self._claim is None:
             self._claim = self._begin()
-            self._run(self._claim, ids, 0)
-        else:
-            if self._held >= len(ids):
-                self._claim.truncate(len(ids) - 1)
-                self._held = len(ids) - 1
-            self._run(self._claim, ids, self._room(ids))
-        first: Logits = self._logits[0]
-        return first
+            self._read(self._claim, ids)
+        elif len(came):
+            self._keep(self._claim)
+            self._run(self._claim, ids, came)
+        logits: Logits = self._logits[1 + self._at]
+        return logits
 
     def settle(self) -> None:
-        if self._claim is not None and self._held > self._wanted:
-            self._claim.truncate(self._wanted)
-            self._held = self._wanted
+        if self._claim is not None:
+            self._keep(self._claim)
+
+    def _follow(self, token: int) -> bool:
+        """Go on to what was guessed to follow, where it is this token."""
+        for node in self._draft.after(self._at):
+            if self._draft.ids[node] == token:
+                self._at = node
+                self._counts.accepted += 1
+                return True
+        return False
+
+    def _keep(self, claim: Claim) -> None:
+        """Leave in the cache what has come of the draft, and nothing else of it."""
+        come = self._draft.depth(self._at)
+        if self._nodes:
+            assert self._tree is not None  # these are its nodes
+            started = time.perf_counter()
+            claim.accept(self._tree, self._nodes[1 + self._at], close=True)
+            self._seconds += time.perf_counter() - started
+            self._session.step_costs.add(self._width, self._seconds, tree=True)
+        elif come < len(self._draft.ids):
+            claim.truncate(self._start + come)
+        self._start += come
+        self._draft, self._at, self._nodes = NOTHING, TEXT, []
 
     def _room(self, ids: Ids) -> int:
         """Return how many tokens can be guessed: no more than are asked for, and than the cache can take back."""
@@ -125,46 +112,38 @@ class SpeculativeSteps:
         revocable = self._session.revocable()
         return max(0, limit if revocable is None else min(limit, revocable))
 
-    def _run(self, claim: Claim, ids: Ids, room: int) -> None:
-        """Run what is not in the cache, and a guess after it."""
-        is_prompt, costs = not self._held, self._session.step_costs
-        chances = self._proposer.chances(ids, room)  # also without room for a guess: it learns from what came
-        width = 1 if is_prompt else width_that_pays(costs, chances[:room], self._proposer.token_seconds)
-        self._draft = self._proposer.draft(width - 1) if width > 1 else Draft(np.zeros(0, np.int64), None)
-        tokens = np.concatenate([ids[self._held :], self._draft.ids])
-        started = time.perf_counter()
-        if is_prompt:
-            self._logits = claim.forward(tokens[None])
-        else:
-            self._logits = claim.forward(tokens[None], all_logits=True)[0]
+    def _read(self, claim: Claim, ids: Ids) -> None:
+        """Run the prompt, behind which nothing is guessed: of a long one only the last logits are computed."""
+        self._proposer.offer(ids, 0, branches=False)  # it learns
+        self._logits = claim.forward(ids[None])
+        self._start = len(ids)
+
+    def _run(self, claim: Claim, ids: Ids, came: Ids) -> None:
+        """Run what came, and a guess after it."""
+        costs = self._session.step_costs
+        room = self._room(ids) if costs.known else 0
+        branches = self._session.trees and len(came) + room + 1 <= self._session.tree_room()
+        offered = self._proposer.offer(ids, room, branches)
+        chosen = nodes_that_pay(costs, offered, self._proposer.seconds)
+        self._draft = self._proposer.draft(chosen) if chosen else NOTHING
+        started, tokens = time.perf_counter(), np.concatenate([came, self._draft.ids])
+        if self._draft.is_chain:
+            logits = claim.forward(tokens[None], all_logits=True)[0]
             costs.add(len(tokens), time.perf_counter() - started)
-            self._counts.calls += 1
+        else:
+            logits = self._run_tree(claim, self._draft, tokens)
+            self._width, self._seconds = len(tokens), time.perf_counter() - started
+        self._logits, self._start = logits[len(came) - 1 :], len(ids)
+        self._counts.calls += 1
         self._counts.drafted += len(self._draft.ids)
-        self._start, self._held = len(ids), len(ids) + len(self._draft.ids)
 
-
-def width_that_pays(costs: StepCosts, chances: Sequence[float], token_seconds: float = 0.0) -> int:
-    """Return the width of the next call, 1 without a guess, for which a token costs least.
-
-    A call of 1 + k tokens gives 1 + c_1 + c_1 c_2 + ... of them, with the chances c_1 to c_k of the guess.
-
-    Args:
-        costs: of calls.
-        chances: of each token of the guess, if those before it are right.
-        token_seconds: that each token of a guess takes to make.
-    """
-    if not chances or not costs.known:
-        return 1
-    single, best, gain = costs.seconds(1), 1, _WORTH_IT
-    expected, likely, tokens = 1.0, 1.0, 1
-    for width in WIDTHS[1:]:
-        if width > len(chances) + 1:
-            break
-        for chance in chances[tokens - 1 : width - 1]:
-            likely *= chance
-            expected += likely
-        tokens = width
-        seconds = costs.seconds(width) + (width - 1) * token_seconds
-        if expected * single / seconds > gain:
-            best, gain = width, expected * single / seconds
-    return best
+    def _run_tree(self, claim: Claim, draft: Draft, tokens: Ids) -> Logits:
+        """Run what came as the beginning of a tree, and a draft that is one behind it."""
+        if self._tree is None or self._tree.closed:
+            self._tree = claim.tree()
+        before, first = len(tokens) - len(draft.ids), self._tree.next
+        chain = [PREFIX, *range(first, first + before - 1)]
+        nodes = self._tree.grow([*chain, *(first + before + parent for parent in draft.parents)])
+        self._nodes = nodes[before - 1 :]
+        logits: Logits = claim.forward(tokens[None], tree=self._tree, all_logits=True)[0]
+        return logits

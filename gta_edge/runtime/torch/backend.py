@@ -25,7 +25,7 @@ class _Torch(Backend):
     compute_types = FLOAT_TYPES
     fallback_compute = "bf16"
     manages_cache = True
-    has_trees = True
+    has_trees = has_free_trees = True
     reference = True
 
     def cache_types(self, config: ModelConfig, compute: str) -> tuple[str, ...]:

@@ -1,7 +1,6 @@
 """Speculative decoding: the same text as without it, and drawn tokens with the same probabilities."""
 
 import itertools
-from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
@@ -13,13 +12,15 @@ from gta_edge.errors import InputError
 from gta_edge.formats.tokenizer import Tokenizer
 from gta_edge.model.decoder import Decoder
 from gta_edge.runtime.cache_policies import policy
+from gta_edge.runtime.generation.guesses import TEXT, nodes_that_pay
 from gta_edge.runtime.generation.lookup import PromptLookup
 from gta_edge.runtime.generation.loop import generate
 from gta_edge.runtime.generation.sampling import Guess, Sampler, Sampling
-from gta_edge.runtime.generation.speculation import Draft, SpeculativeSteps, width_that_pays
+from gta_edge.runtime.generation.speculation import SpeculativeSteps
 from gta_edge.runtime.step_costs import WIDTHS, StepCosts
 from gta_edge.runtime.torch.session import TorchSession
 from tests.helpers.generation import CONFIG, TableSession, byte_level
+from tests.helpers.speculation import Oracle, chain, chi_square, costs_of, nothing, table, with_costs
 
 OPTIONS = [
     {},
@@ -27,56 +28,6 @@ OPTIONS = [
     {"temperature": 0.7, "top_k": 5, "seed": 3},
     {"temperature": 1.3, "top_p": 0.9, "min_p": 0.02, "repetition_penalty": 1.2, "seed": 4},
 ]
-
-
-def table(seed, tokens=12, spread=2.0):
-    return (spread * np.random.default_rng(seed).standard_normal((tokens,) * 3)).astype(np.float32)
-
-
-def costs_of(slope):
-    """Costs of calls of which each token beyond the first takes ``slope`` of it."""
-    costs = StepCosts()
-    for width in WIDTHS * 2:
-        costs.add(width, 1 + slope * (width - 1))
-    return costs
-
-
-class FixedCosts(StepCosts):
-    """Costs that do not depend on this machine."""
-
-    def __init__(self, slope):
-        super().__init__()
-        self.slope = slope
-
-    known = True
-
-    def seconds(self, width):
-        return 1 + self.slope * (width - 1)
-
-
-def with_costs(session, slope=0.01):
-    session.step_costs = FixedCosts(slope)
-    return session
-
-
-@dataclass
-class Oracle:
-    """Guesses that are what comes, with some that are not."""
-
-    answer: list[int]
-    prompt: int
-    wrong_every: int
-    token_seconds: float = 0.0
-    ids: list[int] = field(default_factory=list)
-
-    def chances(self, ids, limit):
-        self.ids = ids.tolist()
-        return [0.99] * limit
-
-    def draft(self, count):
-        at = len(self.ids) - self.prompt
-        places = range(at, min(at + count, len(self.answer)))
-        return Draft(np.array([self.answer[i] ^ (i % self.wrong_every == 1) for i in places], np.int64), None)
 
 
 # --- the same text ---------------------------------------------------------------------------------------------------
@@ -185,16 +136,10 @@ class WithoutRest(Sampler):
     """A fault: after a guess was not taken, a draw as if there had been none."""
 
     def _sample_by(self, guess, wanted):
-        taken = self._random.random() * guess.probabilities[guess.token] < wanted[guess.token]
-        return guess.token if taken else self.draw_from(wanted)
-
-
-def chi_square(counts, probabilities):
-    """Return the statistic and its degrees of freedom; what cannot be must not have been."""
-    possible, draws = probabilities > 0, counts.sum()
-    assert not counts[~possible].any()
-    expected = draws * probabilities[possible]
-    return ((counts[possible] - expected) ** 2 / expected).sum(), possible.sum() - 1
+        for token in guess.tokens:
+            if self._random.random() * guess.probabilities[token] < wanted[token]:
+                return token
+        return self.draw_from(wanted)
 
 
 @pytest.mark.parametrize("options", [{"temperature": 1.0}, {"temperature": 0.6, "top_p": 0.8}, {"top_k": 3}])
@@ -205,7 +150,7 @@ def test_a_token_drawn_by_a_guess_has_its_probability(options):
     for kind in (Sampler, WithoutRest):
         sampler, drafter = kind(Sampling(**options, seed=1)), Sampler(Sampling(**options, seed=2))
         wanted, drafted = (drafter.probabilities(each, nothing) for each in (logits, others))
-        guesses = (Guess(drafter.draw_from(drafted), drafted) for _ in range(4000))
+        guesses = (Guess([drafter.draw_from(drafted)], drafted) for _ in range(4000))
         tokens = [sampler.sample(logits, nothing, guess) for guess in guesses]
         statistics.append(chi_square(np.bincount(tokens, minlength=8), wanted)[0])
     right, faulty = statistics
@@ -240,13 +185,13 @@ def test_answers_drawn_with_a_draft_model_have_their_probabilities(options):
 
 def test_the_width_of_a_call_is_the_one_of_which_a_token_costs_least():
     for slope, chance in itertools.product([0.0, 0.05, 0.2, 0.5, 1.0], [0.05, 0.5, 0.8, 0.99]):
-        found = width_that_pays(costs_of(slope), [chance] * 15)
+        found = 1 + len(nodes_that_pay(costs_of(slope), chain([chance] * 15), nothing))
         per_token = {w: (1 + slope * (w - 1)) / sum(chance**i for i in range(w)) for w in WIDTHS}
         assert per_token[found] <= 1.02 * min(per_token.values())
-        assert width_that_pays(costs_of(slope), [chance] * 15, token_seconds=2.0) == 1
-    assert width_that_pays(costs_of(0.0), [1.0] * 4) == 4  # of the widths that are used
-    assert width_that_pays(costs_of(0.0), []) == 1
-    assert width_that_pays(StepCosts(), [1.0] * 15) == 1  # nothing was measured
+        assert not nodes_that_pay(costs_of(slope), chain([chance] * 15), lambda chosen: 2.0 * len(chosen))
+    assert len(nodes_that_pay(costs_of(0.0), chain([1.0] * 4), nothing)) == 3  # of the widths that are used
+    assert not nodes_that_pay(costs_of(0.0), [], nothing)
+    assert not nodes_that_pay(StepCosts(), chain([1.0] * 15), nothing)  # nothing was measured
 
 
 def test_costs_are_those_measured_and_straight_lines_between():
@@ -264,13 +209,17 @@ def test_costs_are_those_measured_and_straight_lines_between():
 @settings(deadline=None, max_examples=100)
 @given(ids=st.lists(st.integers(0, 2), min_size=1, max_size=60), limit=st.integers(0, 6))
 def test_lookup_finds_what_followed_the_longest_match(ids, limit):
-    lookup = PromptLookup()
+    """And with branches what followed the other matches too, after what the same chain begins with."""
+    chains, trees = PromptLookup(), PromptLookup()
     for end in range(1, len(ids) + 1):
-        chances = lookup.chances(np.array(ids[:end]), limit)
-    end = len(ids)
+        offered = chains.offer(np.array(ids[:end]), limit, branches=False)
+        offered_too = trees.offer(np.array(ids[:end]), limit, branches=True)
     matches = {}  # by their length, at most 16, the last place that follows one
-    for place in [p for p in range(2, end) if ids[p - 2 : p] == ids[-2:]][-16:]:
-        length = next(n for n in range(16, 1, -1) if n <= place and ids[place - n : place] == ids[end - n :])
+    places = {
+        count: [p for p in range(count, end) if ids[p - count : p] == ids[end - count :]][-16:] for count in (1, 2)
+    }
+    for place in places[2] or places[1][-1:]:
+        length = next(n for n in range(16, 0, -1) if n <= place and ids[place - n : place] == ids[end - n :])
         matches[length] = place
     expected = []
     if matches:
@@ -279,16 +228,27 @@ def test_lookup_finds_what_followed_the_longest_match(ids, limit):
         for i in range(limit):
             whole.append(whole[source + i])
         expected = whole[end:]
-    assert lookup.draft(limit).ids.tolist() == expected
-    assert len(chances) == len(expected)
-    assert all(0 < chance < 1 for chance in chances)
+    draft = chains.draft(range(len(offered)))
+    assert draft.ids.tolist() == expected
+    assert draft.is_chain
+    assert all(0 < candidate.likelihood < 1 for candidate in [*offered, *offered_too])
+    tree, node = trees.draft(range(len(offered_too))), TEXT
+    for token in expected:
+        following = tree.after(node)
+        if not following:  # others are likelier
+            break
+        node = following[0]
+        assert tree.ids[node] == token
+    first = [int(tree.ids[node]) for node in tree.after(TEXT)]
+    assert len(first) == len(set(first))
+    assert set(first) <= {ids[place] for place in places[1] + places[2]}
 
 
 def test_guesses_that_are_not_run_are_judged_too():
     lookup, rng = PromptLookup(), np.random.default_rng(0)
     ids = rng.integers(0, 6, 600)  # pairs come again and again, and what follows is by chance
-    chances = [lookup.chances(ids[:n], 15) for n in range(1, 600)]
-    assert np.mean([each[0] for each in chances[-100:] if each]) < 0.3
+    offered = [lookup.offer(ids[:n], 15, branches=True) for n in range(1, 600)]
+    assert np.mean([each[0].likelihood for each in offered[-100:] if each]) < 0.3
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------

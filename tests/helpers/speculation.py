@@ -1,0 +1,79 @@
+"""Models, costs and guesses that the tests of speculation share."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from gta_edge.runtime.generation.guesses import Candidate, Draft
+from gta_edge.runtime.step_costs import WIDTHS, StepCosts
+
+
+def table(seed, tokens=12, spread=2.0):
+    return (spread * np.random.default_rng(seed).standard_normal((tokens,) * 3)).astype(np.float32)
+
+
+def nothing(chosen):
+    """What guesses take that take nothing."""
+    return 0.0
+
+
+def costs_of(slope):
+    """Costs of calls of which each token beyond the first takes ``slope`` of it."""
+    costs = StepCosts()
+    for width in WIDTHS * 2:
+        costs.add(width, 1 + slope * (width - 1))
+    return costs
+
+
+class FixedCosts(StepCosts):
+    """Costs that do not depend on this machine."""
+
+    def __init__(self, slope):
+        super().__init__()
+        self.slope = slope
+
+    known = True
+
+    def seconds(self, width, *, tree=False):
+        return 1 + self.slope * (width - 1)
+
+
+def with_costs(session, slope=0.01):
+    session.step_costs = FixedCosts(slope)
+    return session
+
+
+def chain(chances):
+    """Candidates that follow each other."""
+    return [Candidate(i - 1, 0, likelihood) for i, likelihood in enumerate(np.cumprod(chances))]
+
+
+@dataclass
+class Oracle:
+    """Guesses that are what comes, with some that are not."""
+
+    answer: list[int]
+    prompt: int
+    wrong_every: int
+    ids: list[int] = field(default_factory=list)
+
+    def offer(self, ids, limit, branches):
+        self.ids = ids.tolist()
+        return chain([0.99] * limit)
+
+    def seconds(self, chosen):
+        return 0.0
+
+    def draft(self, chosen):
+        at = len(self.ids) - self.prompt
+        places = range(at, min(at + len(chosen), len(self.answer)))
+        tokens = np.array([self.answer[i] ^ (i % self.wrong_every == 1) for i in places], np.int64)
+        return Draft(tokens, range(-1, len(tokens) - 1))
+
+
+def chi_square(counts, probabilities):
+    """Return the statistic and its degrees of freedom; what cannot be must not have been."""
+    possible, draws = probabilities > 0, counts.sum()
+    assert not counts[~possible].any()
+    expected = draws * probabilities[possible]
+    return ((counts[possible] - expected) ** 2 / expected).sum(), possible.sum() - 1
