@@ -55,6 +55,11 @@ class ChatTemplate:
         self._worker: _Worker | None = None
         self._turn = threading.Lock()
 
+    @property
+    def source(self) -> str:
+        """What it is, in jinja."""
+        return self._source
+
     def check(self, variables: Mapping[str, Any]) -> str | None:
         """Render one message of the user, as text or, for templates that take no text, in parts.
 

@@ -193,6 +193,11 @@ class Tokenizer:
         return {chr(b) if any(b in r for r in printable_bytes) else chr(next(others)): bytes([b]) for b in range(256)}
 
     @property
+    def chat_template(self) -> str | None:
+        """The chat template's source, in jinja; None where the model has none."""
+        return None if self._template is None else self._template.source
+
+    @property
     def has_chat_template(self) -> bool:
         """Whether the model's files have a chat template."""
         return self._template is not None

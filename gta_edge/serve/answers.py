@@ -5,13 +5,15 @@ from __future__ import annotations
 import secrets
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 from gta_edge.formats.tokenizer import Tokenizer
 from gta_edge.serve.scheduler import Event, Request, TokenLogprobs
 from gta_edge.serve.schema import Options
+from gta_edge.serve.tool_calls import CallParser, ToolCall
 
 __all__ = ["Answers", "ChatAnswers", "CompletionAnswers", "best", "usage"]
 
@@ -104,17 +106,21 @@ class Answers(ABC):
         reason = events[-1].finish_reason
         first = index not in self._begun
         self._begun.add(index)
-        content = self._content(index, text, first, whole)
+        content = self._content(index, text, first, whole, reason is not None)
         return {
             "index": index,
             **content,
             "logprobs": self._logprobs(index, events),
-            "finish_reason": None if reason is None else _REASONS[reason],
+            "finish_reason": None if reason is None else self._reason(index, _REASONS[reason]),
         }
 
+    def _reason(self, index: int, reason: str) -> str:
+        """Return why an answer ended, of which the events gave one of ``_REASONS``."""
+        return reason
+
     @abstractmethod
-    def _content(self, index: int, text: str, first: bool, whole: bool) -> dict[str, Any]:
-        """Return the part of a choice that holds its text, ``first`` where it is the first of this choice."""
+    def _content(self, index: int, text: str, first: bool, whole: bool, last: bool) -> dict[str, Any]:
+        """Return the part of a choice that holds its text; ``first`` and ``last`` are said of parts of this choice."""
 
     @abstractmethod
     def _logprobs(self, index: int, events: Sequence[Event]) -> dict[str, Any] | None:
@@ -125,14 +131,53 @@ class Answers(ABC):
 
 
 class ChatAnswers(Answers):
-    """Answers of ``/v1/chat/completions``."""
+    """Answers of ``/v1/chat/completions``.
+
+    Args:
+        model: as of ``Answers``.
+        tokenizer: likewise.
+        new_parser: makes what finds calls of functions in one answer; None where there are none.
+    """
 
     _prefix, _object, _chunk_object = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
-    def _content(self, index: int, text: str, first: bool, whole: bool) -> dict[str, Any]:
+    def __init__(
+        self, model: str, tokenizer: Tokenizer | None, new_parser: Callable[[], CallParser] | None = None
+    ) -> None:
+        super().__init__(model, tokenizer)
+        self._new_parser = new_parser
+        self._parsers: dict[int, CallParser] = {}
+        self._calls: Counter[int] = Counter()  # of each answer, so far
+
+    def _content(self, index: int, text: str, first: bool, whole: bool, last: bool) -> dict[str, Any]:
+        text, calls = self._told_apart(index, text, last)
         if whole:
-            return {"message": {"role": "assistant", "content": text, "refusal": None}}
-        return {"delta": ({"role": "assistant"} if first else {}) | {"content": text}}
+            message = {"role": "assistant", "content": text if text or not calls else None, "refusal": None}
+            return {"message": message | ({"tool_calls": calls} if calls else {})}
+        delta = ({"role": "assistant"} if first else {}) | {"content": text}
+        numbered = [{"index": self._calls[index] - len(calls) + i, **call} for i, call in enumerate(calls)]
+        return {"delta": delta | ({"tool_calls": numbered} if calls else {})}
+
+    def _told_apart(self, index: int, text: str, last: bool) -> tuple[str, list[dict[str, Any]]]:
+        """Return what is certain of an answer's text, and the calls that are complete."""
+        if self._new_parser is None:
+            return text, []
+        parser = self._parsers.setdefault(index, self._new_parser())
+        found = parser.feed(text) + (parser.finish() if last else [])
+        calls = [
+            {
+                "id": f"call_{secrets.token_hex(12)}",
+                "type": "function",
+                "function": {"name": each.name, "arguments": each.arguments},
+            }
+            for each in found
+            if isinstance(each, ToolCall)
+        ]
+        self._calls[index] += len(calls)
+        return "".join(each for each in found if isinstance(each, str)), calls
+
+    def _reason(self, index: int, reason: str) -> str:
+        return "tool_calls" if self._calls[index] and reason == "stop" else reason
 
     def _logprobs(self, index: int, events: Sequence[Event]) -> dict[str, Any] | None:
         # an end token has no part in the message
@@ -157,7 +202,7 @@ class CompletionAnswers(Answers):
         super().__init__(model, tokenizer, echoed)
         self._offsets: dict[int, int] = {}  # characters of each answer whose tokens were told of
 
-    def _content(self, index: int, text: str, first: bool, whole: bool) -> dict[str, Any]:
+    def _content(self, index: int, text: str, first: bool, whole: bool, last: bool) -> dict[str, Any]:
         return {"text": f"{self._echoed[index][0]}{text}" if first and self._echoed else text}
 
     def _logprobs(self, index: int, events: Sequence[Event]) -> dict[str, Any] | None:

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from gta_edge.libraries.optional import optional
@@ -23,6 +24,7 @@ from gta_edge.serve.request_error import RequestError
 from gta_edge.serve.scheduler import RequestOptions, Scheduler
 from gta_edge.serve.schema import ChatRequest, CompletionRequest, Options, TokenizeRequest
 from gta_edge.serve.settings import Settings
+from gta_edge.serve.tool_calls import LLAMA, CallParser, call_grammar, format_of
 from gta_edge.support.text import brief
 
 __all__ = ["make_app"]
@@ -83,6 +85,7 @@ class _Service:
         self._prompts = Prompts(session)
         self._metrics = Metrics(self._figures)
         self._page = Page()
+        self._call_format = None if session.tokenizer is None else format_of(session.tokenizer.chat_template)
         self._responses = optional("starlette.responses", "serve")
         self._created = int(time.time())
 
@@ -114,8 +117,16 @@ class _Service:
         options = parsed.options
         self._check_model(options.model)
         ids = await asyncio.to_thread(self._prompts.of_chat, parsed)
+        form = self._call_format
+        if parsed.forced:
+            form = form or LLAMA  # any will do, of a model that knows none
+            options = replace(options, grammar=("grammar", call_grammar(parsed.forced, form)))
         asked = await self._asked(options, chat=True)
-        return self._reply([ids], options, asked, ChatAnswers(self._settings.model, self._session.tokenizer), started)
+        new_parser = None
+        if form is not None and parsed.tools is not None:
+            new_parser = partial(CallParser, form, frozenset(tool["function"]["name"] for tool in parsed.tools))
+        answers = ChatAnswers(self._settings.model, self._session.tokenizer, new_parser)
+        return self._reply([ids], options, asked, answers, started)
 
     async def _asked(self, options: Options, *, chat: bool, of_prompt: int | None = None) -> _Asked:
         """Return what is asked of the scheduler, for each answer to a prompt, when it is asked for."""

@@ -7,7 +7,7 @@ here only with the value that asks for nothing (``store``: false), or have no ef
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -94,7 +94,29 @@ _COMPLETION: dict[str, Check] = {
     "best_of": whole(1, LARGEST_BATCH),
 }
 
-_TOOL_CHOICE = one_of("auto", "none")
+
+def _tools(value: Any, name: str) -> list[dict[str, Any]]:
+    """Accept functions as OpenAI's API has them; what else a tool says is for the template."""
+    tools: list[dict[str, Any]] = list_of(mapping(anything, 16), most=_MAX_ENTRIES)(value, name)
+    for i, tool in enumerate(tools):
+        where = f"{name}[{i}]"
+        one_of("function")(tool.get("type", "function"), f"{where}.type")
+        function = mapping(anything, 16)(_required(tool, "function", where), f"{where}.function")
+        if not text(_required(function, "name", f"{where}.function"), f"{where}.function.name"):
+            raise RequestError(400, f"{where}.function.name is empty", "give a name", param=f"{where}.function.name")
+        if function.get("parameters") is not None:
+            mapping(anything, 4096)(function["parameters"], f"{where}.function.parameters")
+    return tools
+
+
+def _tool_choice(value: Any, name: str) -> str | dict[str, Any]:
+    """Accept which functions may or must be called: a word, or the name of one."""
+    if not isinstance(value, dict):
+        return str(one_of("auto", "none", "required")(value, name))
+    found = read(value, {"type": one_of("function"), "function": mapping(anything, 1)}, name)
+    within = f"{name}.function"
+    return {"name": text(_required(_required(found, "function", name), "name", within), f"{within}.name")}
+
 
 _CHAT: dict[str, Check] = {
     "messages": list_of(mapping(anything, 16), least=1),
@@ -102,8 +124,8 @@ _CHAT: dict[str, Check] = {
     "max_completion_tokens": whole(0),
     "logprobs": flag,
     "top_logprobs": whole(0, MAX_LOGPROBS),
-    "tools": list_of(mapping(anything, 16), most=_MAX_ENTRIES),
-    "tool_choice": _TOOL_CHOICE,
+    "tools": _tools,
+    "tool_choice": _tool_choice,
     "parallel_tool_calls": flag,
     "chat_template_kwargs": mapping(anything, 64),
     # no effect, or the value that asks for nothing
@@ -283,12 +305,14 @@ class ChatRequest:
     Attributes:
         messages: as chat templates take them.
         tools: functions that the model may call, for the template; None where it may call none.
+        forced: those of them of which the answer must be a call; none where it may be text.
         template_options: variables for the template.
         options: see there.
     """
 
     messages: tuple[dict[str, Any], ...]
     tools: list[dict[str, Any]] | None
+    forced: tuple[Mapping[str, Any], ...]
     template_options: Mapping[str, Any]
     options: Options
 
@@ -311,12 +335,33 @@ class ChatRequest:
                 400, "top_logprobs is given without logprobs", "set logprobs to true", param="top_logprobs"
             )
         logprobs = found.get("top_logprobs", 0) if found.get("logprobs") else None
+        options = _options(found, found.get("max_completion_tokens", found.get("max_tokens")), logprobs)
+        forced = _forced(found.get("tool_choice"), tools or [])
+        if forced and options.grammar is not None:
+            problem = "tool_choice asks for a call, and another field for something else"
+            raise RequestError(400, problem, "leave one of both out", param="tool_choice")
         return cls(
             messages,
             None if found.get("tool_choice") == "none" else tools,
+            forced,
             found.get("chat_template_kwargs", {}),
-            _options(found, found.get("max_completion_tokens", found.get("max_tokens")), logprobs),
+            options,
         )
+
+
+def _forced(choice: Any, tools: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
+    """Return the functions of which the answer must be a call, by a tool_choice that was accepted."""
+    functions = tuple(tool["function"] for tool in tools)
+    if choice == "required":
+        return functions
+    if not isinstance(choice, Mapping):
+        return ()
+    named = tuple(function for function in functions if function["name"] == choice["name"])
+    if not named:
+        raise RequestError(
+            400, f"tool_choice names {brief(choice['name'])}, which is none of tools", "name one", param="tool_choice"
+        )
+    return named[:1]
 
 
 def _message(message: dict[str, Any], name: str) -> dict[str, Any]:

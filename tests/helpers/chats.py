@@ -6,7 +6,8 @@ from pathlib import Path
 from tests.helpers.bundle_files import forge, manifest_of, relist
 
 TEMPLATE = r"""
-{%- if tools %}<tools>{{ tools | tojson }}</tools>{% endif -%}
+{#- calls are written as <tool_call>{"name": ..., "arguments": ...}</tool_call> -#}
+{%- if tools and not hides_tools %}<tools>{{ tools | tojson }}</tools>{% endif -%}
 {%- for message in messages -%}
 {{ message.role }}: {{ message.content }}
 {%- if message.tool_calls %}{{ message.tool_calls[0].function.arguments.place }}{% endif -%}
