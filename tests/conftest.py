@@ -19,6 +19,7 @@ from gta_edge.cli import main
 from tests.helpers import real_model
 from tests.helpers.commands import Result
 from tests.helpers.tiny import TINY
+from tests.helpers.torch_exports import read_library_once
 
 # A shell starts background jobs with Ctrl-C ignored, and the commands that the tests interrupt would inherit that.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
@@ -29,6 +30,41 @@ if "GTA_EDGE_CACHE" not in os.environ:
     os.environ["GTA_EDGE_CACHE"] = tempfile.mkdtemp(prefix="gta-edge-tests-")
     Path(os.environ["GTA_EDGE_CACHE"]).chmod(0o1777)
     atexit.register(shutil.rmtree, os.environ["GTA_EDGE_CACHE"], ignore_errors=True)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Give each worker of xdist a core of its own: threads of one would only wait for those of the other."""
+    worker, cores = os.environ.get("PYTEST_XDIST_WORKER"), sorted(os.sched_getaffinity(0))
+    if worker is not None and int(os.environ["PYTEST_XDIST_WORKER_COUNT"]) >= len(cores):
+        os.sched_setaffinity(0, {cores[int(worker[2:]) % len(cores)]})
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of a test that is to be skipped with all its parameters, keep one, which says why.
+
+    Not with ``GTA_EDGE_REQUIRE_GPU=1``, where each of them is to have failed.
+    """
+    if os.environ.get("GTA_EDGE_REQUIRE_GPU") == "1":
+        return
+    told: set[tuple[Path, str, str]] = set()
+    kept, left_out = [], []
+    for item in items:
+        why = next(
+            (mark.kwargs.get("reason", "") for mark in item.iter_markers("skipif") if mark.args[:1] == (True,)), None
+        )
+        test = item.path, getattr(item, "originalname", item.name), why or ""
+        (left_out if why is not None and test in told else kept).append(item)
+        if why is not None:
+            told.add(test)
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = kept
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Before fixtures: some export."""
+    if "onnxscript._internal.values" in sys.modules:
+        read_library_once()
 
 
 @pytest.hookimpl(wrapper=True)

@@ -6,10 +6,13 @@ import re
 import stat
 import subprocess
 import sys
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -448,9 +451,15 @@ def preset_sizes() -> dict[Sizes, str]:
 
 
 def is_default(name: str, variant: Variant, architecture: str) -> bool:
-    """Whether this is compiled at every run of the tests, and not on demand only."""
-    published = variant.compute == variant.cache == "bf16"
-    return published or (name == "gta-1b" and architecture == "sm_87")
+    """Whether this is compiled at every run of the tests, and not on demand only.
+
+    Each preset is, for the GPU of the boards and one other; gta-1b for all, and there in every type.
+    """
+    if name == "gta-1b":
+        return architecture == "sm_87" or variant.compute == variant.cache == "bf16"
+    others = [each for each in BUILT_FOR if each != "sm_87"]
+    other = others[list(preset_sizes().values()).index(name) % len(others)]
+    return variant.compute == variant.cache == "bf16" and architecture in ("sm_87", other)
 
 
 def compiles() -> list[object]:
@@ -460,11 +469,9 @@ def compiles() -> list[object]:
             for cache in (compute, "int8", "fp8") if name == "gta-1b" else (compute,):
                 variant = Variant(sizes, compute, cache)
                 for architecture in BUILT_FOR:
-                    skipped = not ALL_COMPILES and not is_default(name, variant, architecture)
-                    reason = "GTA_EDGE_ALL_COMPILES=1 compiles it"
-                    marks = [pytest.mark.skipif(skipped, reason=reason)]
                     case = f"{name}-{compute}-{cache}-{architecture}"
-                    cases.append(pytest.param(variant, architecture, marks=marks, id=case))
+                    if ALL_COMPILES or is_default(name, variant, architecture):
+                        cases.append(pytest.param(variant, architecture, id=case))
     return cases
 
 
@@ -484,17 +491,28 @@ WITHOUT = {
 }
 
 
+def combinations(usual: Callable[..., bool], *lists: Iterable[Any]) -> list[tuple[Any, ...]]:
+    """Those that every run of the tests compiles; with ``GTA_EDGE_ALL_COMPILES=1`` all."""
+    return [each for each in product(*lists) if ALL_COMPILES or usual(*each)]
+
+
+COMPUTES, CACHES = ("bf16", "fp16"), ("as computed", "int8", "fp8")
+
+
 @needs_nvrtc
-@pytest.mark.parametrize("architecture", BUILT_FOR)
-@pytest.mark.parametrize("compute", ["fp16", "bf16"])
-@pytest.mark.parametrize("cache", ["as computed", "int8", "fp8"])
-@pytest.mark.parametrize("name", WITHOUT)
+@pytest.mark.parametrize(
+    ("name", "cache", "compute", "architecture"),
+    combinations(
+        lambda name, cache, *types: cache != "fp8" and types == ("bf16", "sm_87") and name in (GQA_64, GQA_128),
+        WITHOUT,
+        CACHES,
+        COMPUTES,
+        BUILT_FOR,
+    ),
+)
 def test_without_a_gate_or_a_value_decoder_nothing_spills(
     name: str, cache: str, compute: str, architecture: str
 ) -> None:
-    is_default = cache != "fp8" and (compute, architecture) == ("bf16", "sm_87") and name in (GQA_64, GQA_128)
-    if not (is_default or ALL_COMPILES):
-        pytest.skip("GTA_EDGE_ALL_COMPILES=1 compiles it")
     variant = Variant(WITHOUT[name], compute, compute if cache == "as computed" else cache)
     check_kernels(programs_for(variant, architecture), architecture)
 
@@ -506,44 +524,39 @@ FEATURES = {
 }
 
 
+MANAGED = {"gta-1b": SIZES, GQA_64: WITHOUT[GQA_64], GQA_128: WITHOUT[GQA_128]}
+USUALLY_MANAGED = (("gta-1b", "tree", "as computed", "bf16", "sm_87"), ("gta-1b", "policy", "int8", "fp16", "sm_87"))
+
+
 @needs_nvrtc
-@pytest.mark.parametrize("architecture", BUILT_FOR)
-@pytest.mark.parametrize("compute", ["fp16", "bf16"])
-@pytest.mark.parametrize("cache", ["as computed", "int8", "fp8"])
-@pytest.mark.parametrize("sizes", [SIZES, WITHOUT[GQA_64], WITHOUT[GQA_128]], ids=["gta-1b", GQA_64, GQA_128])
-@pytest.mark.parametrize("features", FEATURES)
+@pytest.mark.parametrize(
+    ("name", "features", "cache", "compute", "architecture"),
+    combinations(lambda *each: each in USUALLY_MANAGED, MANAGED, FEATURES, CACHES, COMPUTES, BUILT_FOR),
+)
 def test_the_kernels_of_a_managed_cache_do_not_spill(
-    features: str, sizes: Sizes, cache: str, compute: str, architecture: str
+    name: str, features: str, cache: str, compute: str, architecture: str
 ) -> None:
-    is_default = (features, cache, compute, architecture) in (
-        ("tree", "as computed", "bf16", "sm_87"),
-        ("policy", "int8", "fp16", "sm_87"),
-    )
-    if not (ALL_COMPILES or (is_default and sizes is SIZES)):
-        pytest.skip("GTA_EDGE_ALL_COMPILES=1 compiles it")
+    sizes = MANAGED[name]
     variant = Variant(sizes, compute, compute if cache == "as computed" else cache, FEATURES[features])
     check_kernels(programs_for(variant, architecture), architecture)
 
 
 @needs_nvrtc
-@pytest.mark.parametrize("architecture", BUILT_FOR)
-@pytest.mark.parametrize("compute", ["fp16", "bf16"])
-@pytest.mark.parametrize("cache", BLOCK_CACHE_TYPES)
-@pytest.mark.parametrize("sizes", [SIZES, WITHOUT[GQA_64], WITHOUT[GQA_128]], ids=["gta-1b", GQA_64, GQA_128])
-def test_the_kernels_of_a_cache_in_blocks_do_not_spill(
-    sizes: Sizes, cache: str, compute: str, architecture: str
-) -> None:
-    if not (ALL_COMPILES or (sizes, cache, compute, architecture) == (SIZES, "int4", "bf16", "sm_87")):
-        pytest.skip("GTA_EDGE_ALL_COMPILES=1 compiles it")
-    check_kernels(programs_for(Variant(sizes, compute, cache), architecture), architecture)
+@pytest.mark.parametrize(
+    ("name", "cache", "compute", "architecture"),
+    combinations(
+        lambda *each: each == ("gta-1b", "int4", "bf16", "sm_87"), MANAGED, BLOCK_CACHE_TYPES, COMPUTES, BUILT_FOR
+    ),
+)
+def test_the_kernels_of_a_cache_in_blocks_do_not_spill(name: str, cache: str, compute: str, architecture: str) -> None:
+    check_kernels(programs_for(Variant(MANAGED[name], compute, cache), architecture), architecture)
 
 
 @needs_nvrtc
-@pytest.mark.parametrize("architecture", BUILT_FOR)
-@pytest.mark.parametrize("cache", ["as computed", "int8", "fp8"])
+@pytest.mark.parametrize(
+    ("cache", "architecture"), combinations(lambda cache, architecture: architecture == "sm_87", CACHES, BUILT_FOR)
+)
 def test_the_kernels_for_rows_of_caches_do_not_spill(cache: str, architecture: str) -> None:
-    if not (ALL_COMPILES or architecture == "sm_87"):
-        pytest.skip("GTA_EDGE_ALL_COMPILES=1 compiles it")
     for compute in ("fp16", "bf16"):
         program = CacheProgram(compute, compute if cache == "as computed" else cache)
         resources = compile_program(program, architecture, KERNELS).resources

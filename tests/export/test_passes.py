@@ -1,5 +1,6 @@
 """Each graph pass: what it changes, that it changes nothing else, and that it says when there was nothing to do."""
 
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,14 @@ MODELS = {
 }
 
 
+@functools.cache
+def _traced_model(name: str, layers: int) -> ir.Model:
+    """What the tracer gives for a model; not to be changed."""
+    entries = {**MODELS[name], "num_hidden_layers": layers}
+    biases = [name for name in reference.random_weights(entries) if name.endswith(".bias")]
+    return trace(parse_config(entries), biases)
+
+
 class Case:
     """A traced model with its weights."""
 
@@ -39,7 +48,9 @@ class Case:
         self.weights = reference.random_weights(self.entries)
         cos, sin = rope_tables(16, 10000.0, self.config.rope_scaling, 24)
         self.tables = {"cos": cos, "sin": sin}
-        self.model = trace(self.config, [n for n in self.weights if n.endswith(".bias")])
+        self.model = _traced_model(name, layers).clone()
+        for value in self.model.graph.initializers.values():
+            value.type = ir.TensorType(value.dtype)  # a copy's is the original's own
 
     def attach(self) -> None:
         """Attach the weights as they are, by name: what the tracer's graph means."""
