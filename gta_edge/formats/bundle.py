@@ -26,6 +26,7 @@ from gta_edge.formats.integrity import describe_file, is_entry, problem_of
 from gta_edge.formats.weights import Storage, is_kept
 from gta_edge.model.config import ModelConfig, read_config
 from gta_edge.numerics.quantization import BLOCK_SIZES
+from gta_edge.support.arguments import path_argument
 from gta_edge.support.files import bundle_file, plain_name
 from gta_edge.support.json_files import read_json
 from gta_edge.support.progress import Progress, silent
@@ -123,7 +124,7 @@ class Bundle:
         Raises:
             BundleError: no bundle, a newer format, or a file that is missing, changed or outside the directory.
         """
-        directory = Path(directory)
+        directory = path_argument(directory, "the bundle")
         for remaining in reversed(range(_TRIES)):
             identity = _identity(directory)
             try:

@@ -41,6 +41,7 @@ from gta_edge.model.config import ModelConfig, read_config
 from gta_edge.model.weight_scheme import WeightScheme, weight_scheme
 from gta_edge.numerics.dtypes import CHECKPOINT_DTYPES, DTYPES, PRECISIONS
 from gta_edge.numerics.quantization import BITS
+from gta_edge.support.arguments import path_argument
 from gta_edge.support.floats import all_finite, first_not_finite
 from gta_edge.support.json_files import read_json
 from gta_edge.support.text import brief
@@ -107,7 +108,7 @@ class Checkpoint:
             CheckpointError: no such directory, a file that is missing, damaged, a pickle or unreadable, or tensors that
                 are not the ones that the config asks for.
         """
-        root = Path(directory)
+        root = path_argument(directory, "the checkpoint")
         _check_directory(root)
         regular_file(root / "config.json")
         config = read_config(root / "config.json")

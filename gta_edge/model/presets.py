@@ -58,7 +58,7 @@ def preset(name: str) -> ModelConfig:
     Raises:
         InputError: no preset of this name.
     """
-    if name not in PRESETS:
+    if name not in tuple(PRESETS):  # which any object may be asked of
         raise InputError(*unknown("no preset is called {}; there are {}", name, PRESETS))
     family = (_GTA.get(name) or _BASELINES[name])[0]
     common: dict[str, Any] = {

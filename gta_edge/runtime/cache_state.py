@@ -22,6 +22,7 @@ from gta_edge.model.kv_cache import CacheTensor, cache_bytes, cache_tensors
 from gta_edge.numerics.dtypes import COMPUTE_TYPES, FLOAT_TYPES
 from gta_edge.plan.cost import Execution
 from gta_edge.plan.roofline import activation_bytes
+from gta_edge.support.arguments import whole_argument
 from gta_edge.support.memory import available_bytes
 
 if TYPE_CHECKING:
@@ -135,7 +136,7 @@ class CacheState:
         max_length: int | None = None,
         limit: str = "",
     ) -> None:
-        if chunk_size < 1 or capacity_step < 1:
+        if whole_argument(chunk_size, "chunk_size") < 1 or whole_argument(capacity_step, "capacity_step") < 1:
             raise InputError(f"chunk_size {chunk_size} and capacity_step {capacity_step} must be at least 1")
         self.config, self.dtype = config, dtype
         self._compute, self._transposed = compute or (dtype if dtype in FLOAT_TYPES else COMPUTE_TYPES[0]), transposed

@@ -168,7 +168,7 @@ def check_backend(name: str, more: tuple[str, ...] = ()) -> None:
     Raises:
         BackendError: it is unknown; those that there are.
     """
-    if name not in BACKENDS and name not in more:
+    if name not in (*BACKENDS, *more):  # which any object may be asked of
         raise BackendError(*unknown("no backend is called {}; there are {}", name, (*BACKENDS, *more)))
 
 

@@ -27,13 +27,14 @@ from gta_edge.runtime.token_tree import TokenTree, check_new_nodes, listed
 from gta_edge.runtime.tree_cache import TreeCache, TreeCall
 from gta_edge.runtime.tree_rows import TreeRows
 from gta_edge.support.exclusive import Exclusive
+from gta_edge.support.text import brief
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
     from gta_edge.formats.tokenizer import Tokenizer
 
-__all__ = ["Claim", "Ids", "Logits", "Session"]
+__all__ = ["Claim", "Ids", "Logits", "Session", "checked_session"]
 
 
 class Session(SessionExports):
@@ -423,3 +424,14 @@ class Session(SessionExports):
             self._changed(None, "a truncate() that failed")
             raise
         self._changed(owner, "truncate()")
+
+
+def checked_session(value: object, name: str) -> Session:
+    """Return a session that was given.
+
+    Raises:
+        InputError: it is something else.
+    """
+    if not isinstance(value, Session):
+        raise InputError(f"{name} is {brief(value)}", "expected a session: load its bundle")
+    return value

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from gta_edge.errors import InputError
+from gta_edge.support.arguments import whole_argument
 from gta_edge.support.cgroups import PROC, Group, groups
 from gta_edge.support.text import brief
 
@@ -49,7 +50,7 @@ def check_threads(asked: int | None) -> None:
         InputError: less than 1, or far more than the machine has cores.
     """
     most = max(_MAX_AT_LEAST, _MAX_PER_CORE * installed_cores())
-    if asked is not None and not 1 <= asked <= most:
+    if asked is not None and not 1 <= whole_argument(asked, "threads") <= most:
         raise InputError(
             f"{brief(asked)} threads were asked for, and of the machine's {installed_cores()} cores {usable_cores()} "
             f"may be used",

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TypeGuard
 
 from gta_edge.errors import BundleError, OutputError
+from gta_edge.support.arguments import path_argument
 from gta_edge.support.ownership import check_inputs, foreign_entry
 from gta_edge.support.partials import Partial, remove_stale, replace_directory, replace_file, restore
 from gta_edge.support.text import printable
@@ -247,7 +248,7 @@ def scratch_directory(parent: str | os.PathLike[str] | None = None, *, needed_by
 
 def _resolve(path: str | os.PathLike[str]) -> Path:
     try:
-        return Path(path).resolve()
+        return path_argument(path, "the path to write").resolve()
     except (OSError, RuntimeError, ValueError) as error:  # a loop of links, or a NUL
         raise OutputError(f"{str(path)!r} is no usable path ({error})", "choose another one") from error
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,8 +10,9 @@ import numpy as np
 from gta_edge.errors import InputError, OutputError
 from gta_edge.runtime.generation.kept_caches import common_prefix
 from gta_edge.runtime.prompt_cache import CacheSize, load_prompt_cache, save_prompt_cache
-from gta_edge.runtime.session import Claim, Ids, Logits, Session
+from gta_edge.runtime.session import Claim, Ids, Logits, Session, checked_session
 from gta_edge.runtime.token_tree import TokenTree
+from gta_edge.support.arguments import path_argument
 from gta_edge.support.files import check_new_file
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class Conversation:
     """
 
     def __init__(self, session: Session) -> None:
-        self.session = session
+        self.session = checked_session(session, "the session")
         self.reused_tokens = 0
         self._claim: Claim | None = None
         self._ids: Ids = np.zeros(0, np.int64)
@@ -70,9 +70,10 @@ class Conversation:
             OutputError: it cannot be written.
             BackendError: the backend exports no cache.
         """
+        place = path_argument(path, "the prompt cache")
         if self._claim is None or not self._claim.holds or not len(self._ids):
             raise InputError("the cache holds nothing that could be saved", "generate something first")
-        return save_prompt_cache(self.session, Path(path), self._ids, self._claim.export_cache())
+        return save_prompt_cache(self.session, place, self._ids, self._claim.export_cache())
 
     def load(self, path: str | os.PathLike[str]) -> CacheSize:
         """Take a prompt cache from a file in place of what the cache holds; going on is then as if never stopped.
@@ -82,7 +83,7 @@ class Conversation:
             CapacityError: there is no memory for it.
             BackendError: the backend imports no cache.
         """
-        ids, saved = load_prompt_cache(self.session, Path(path))
+        ids, saved = load_prompt_cache(self.session, path_argument(path, "the prompt cache"))
         self._claim, self._turn = self.session.claim(1), None
         self._ids = ids[:0]
         self._claim.import_cache(saved)

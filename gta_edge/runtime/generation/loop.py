@@ -22,7 +22,7 @@ from gta_edge.runtime.generation.speculating import Speculate, steps_for
 from gta_edge.runtime.generation.steps import Turns
 from gta_edge.runtime.generation.stopping import StopStrings
 from gta_edge.runtime.generation.text import check_biases
-from gta_edge.runtime.session import Ids, Session
+from gta_edge.runtime.session import Ids, Session, checked_session
 from gta_edge.support.text import brief, one_line
 
 __all__ = ["FinishReason", "Generation", "Prompt", "check_prompt", "generate"]
@@ -148,6 +148,7 @@ def generate(
         InputError: options or a prompt that make no sense for this model.
         CapacityError: the prompt is longer than the model has positions for.
     """
+    checked_session(session, "the session")
     several = _are_several(prompt)
     prompts: Any = prompt if several else [prompt]
     encoded = [_encode(session.tokenizer, each, chat) for each in prompts]
@@ -173,6 +174,8 @@ def generate(
     if not ignore_eos:
         ends = session.end_token_ids | session.chat_end_token_ids if is_chat else session.end_token_ids
 
+    if conversation is not None and not hasattr(conversation, "begin"):
+        raise InputError(f"conversation is {brief(conversation)}", "expected a Conversation of the session")
     if conversation is not None and conversation.session is not session:
         raise InputError("the conversation is of another session", "give the session that it was made with")
     checked = [check_prompt(session, ids) for ids, _ in encoded]

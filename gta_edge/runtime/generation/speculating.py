@@ -15,9 +15,8 @@ from gta_edge.runtime.generation.lookup import PromptLookup
 from gta_edge.runtime.generation.sampling import Sampler
 from gta_edge.runtime.generation.speculation import SpeculativeSteps
 from gta_edge.runtime.generation.steps import PlainSteps, Steps
-from gta_edge.runtime.session import Claim, Session
+from gta_edge.runtime.session import Claim, Session, checked_session
 from gta_edge.support.choices import unknown
-from gta_edge.support.text import brief
 
 __all__ = ["Speculate", "steps_for"]
 
@@ -77,9 +76,7 @@ def _of_the_draft(sampler: Sampler, prompt_tokens: int) -> Sampler:
 
 def _check_draft(session: Session, draft: Session) -> None:
     """Refuse a draft model whose ids mean something else."""
-    if not isinstance(draft, Session):
-        raise InputError(f"the draft model is {brief(draft)}", "expected a session: load its bundle")
-    if draft is session:
+    if checked_session(draft, "the draft model") is session:
         raise InputError("the draft model is the model itself", "load a smaller bundle for it")
     ours, its = session.tokenizer, draft.tokenizer
     if ours is None and its is None:
