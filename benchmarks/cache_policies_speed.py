@@ -1,10 +1,13 @@
 """What cache policies save: time per token, prompts and memory at long contexts, beside a cache of every token.
 
-    python benchmarks/cache_policies_speed.py [--contexts 8192,32000] [--rows 1024] [--rounds 1] [--json FILE] …
+    python benchmarks/cache_policies_speed.py [--whole] [--contexts 8192] [--rows 1024] [--rounds 1] [--json FILE] …
 
 GTA-1B and GQA-1B with random weights in int4, on ONNX Runtime, in turns, each in a process of its own. Every prompt is
 read in full, through the public session, since what it costs is part of the answer: without a policy one of 32,000
-tokens takes a quarter of an hour with GQA. Models are made once under the work directory.
+tokens takes a quarter of an hour with GQA. So by default it is GTA-1B with a ninth of its layers, at one context, with
+ZSMerge beside every token: minutes. Layers are alike, so what a policy saves of them shows, and the head, which is
+whole, hides some of it. ``--whole`` takes both models with all layers, all policies and two contexts: most of an hour
+on two cores. Models are made once under the work directory.
 """
 
 from __future__ import annotations
@@ -47,6 +50,11 @@ PRESETS = {"gta-1b": "GTA-1B", "gqa-1b": "GQA-1B"}
 POLICIES = {"none": "every token", "window": "window", "zsmerge": "ZSMerge"}
 
 
+LAYERS = 54
+SMALL: Document = {"contexts": [8192], "policies": ["none", "zsmerge"], "models": ["gta-1b"], "layers": LAYERS // 9}
+WHOLE: Document = {"contexts": [8192, 32000], "policies": list(POLICIES), "models": list(PRESETS), "layers": LAYERS}
+
+
 @dataclass(frozen=True)
 class System:
     """A model with a policy.
@@ -80,6 +88,9 @@ class Tables(Comparison):
         cells = [self._line(row, key, figures) for row in rows for key, figures in row["systems"].items() if figures]
         return "\n\n".join([conditions, *([table(cells)] if cells else []), *self._failures(rows)]) + "\n"
 
+    def show(self, rows: list[Document], conditions: str) -> None:
+        print(self.markdown(rows, conditions), end="")
+
     def plot(self, rows: list[Document], path: Path) -> None:
         measured = {key: label for key, label in self.labels.items() if all(key in row["systems"] for row in rows)}
         Comparison(measured, {}).plot(rows, path)
@@ -94,6 +105,8 @@ class Tables(Comparison):
             "prompt, tokens/s": ranged(figures["prefill_tokens_per_s"], 0),
             "peak GB": ranged(figures["peak_bytes"], 2, 1e-9),
             "tokens/s over every token's": ranged(ratios and ratios["decode"], 2),
+            "prompt over every token's": ranged(ratios and ratios["prefill"], 2),
+            "policy's share of a step": ranged(figures["policy_share"], 1, 100) + " %",
         }
 
 
@@ -149,7 +162,7 @@ def run(arguments: argparse.Namespace) -> Document:
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "machine": machine(),
         "versions": _versions(),
-        "options": {"rows": arguments.rows, "rounds": arguments.rounds, "threads": arguments.threads},
+        "options": {name: getattr(arguments, name) for name in ("rows", "rounds", "threads", "layers")},
         "systems": systems,
         "bandwidth_bytes_per_s": rate | {"values": rates},
         "rounds": measured,
@@ -177,8 +190,9 @@ def conditions(document: Document) -> str:
     options = document["options"]
     versions = ", ".join(f"{name} {number}" for name, number in document["versions"].items())
     return (
-        f"Random weights in int4 on ONNX Runtime, {options['threads']} threads; policies keep {options['rows']} rows "
-        f"of each layer. Medians of {options['rounds']} rounds (smallest..largest). {place(document)}; {versions}. "
+        f"Random weights in int4, {options['layers']} of {LAYERS} layers, on ONNX Runtime, {options['threads']} "
+        f"threads; policies keep {options['rows']} rows of each layer. Medians of {options['rounds']} rounds "
+        f"(smallest..largest). {place(document)}; {versions}. "
         f"Memory reads at {ranged(document['bandwidth_bytes_per_s'], 1, 1e-9)} GB/s."
     )
 
@@ -188,7 +202,7 @@ def conditions(document: Document) -> str:
 
 def _command(arguments: argparse.Namespace) -> str:
     """Return the options that decide the figures, without this machine's paths."""
-    defaults, words = parse([]), []
+    defaults, words = parse(["--whole"] * arguments.whole), ["--whole"] * arguments.whole
     for name in ("contexts", "rows", "new_tokens", "rounds", "policies", "models", "layers", "threads"):
         value = getattr(arguments, name)
         if value != getattr(defaults, name):
@@ -212,16 +226,21 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--work", type=Path, default=Path("build/cache_policies"), help="where models are kept")
-    parser.add_argument("--contexts", type=context_list, default=[8192, 32000], help="tokens of the prompts")
+    parser.add_argument("--whole", action="store_true", help="all models, layers, policies, and two contexts")
+    parser.add_argument("--contexts", type=context_list, help="tokens of the prompts; 8192")
     parser.add_argument("--rows", type=positive, default=1024, help="of each layer, that policies keep")
-    parser.add_argument("--new-tokens", type=positive, default=96, help="tokens that are timed after each prompt")
+    parser.add_argument("--new-tokens", type=positive, default=128, help="tokens timed after each prompt")
     parser.add_argument("--rounds", type=positive, default=1, help="times that every system is measured")
-    parser.add_argument("--policies", type=_chosen(POLICIES), default=list(POLICIES), help="these alone")
-    parser.add_argument("--models", type=_chosen(PRESETS), default=list(PRESETS), help="these alone")
-    parser.add_argument("--layers", type=positive, help="layers, instead of the models' own 54")
+    parser.add_argument("--policies", type=_chosen(POLICIES), help=f"of {', '.join(POLICIES)}; none,zsmerge")
+    parser.add_argument("--models", type=_chosen(PRESETS), help=f"of {', '.join(PRESETS)}; gta-1b")
+    parser.add_argument("--layers", type=positive, help=f"of the models' {LAYERS}; {LAYERS // 9}")
     parser.add_argument("--threads", type=positive, default=usable_cores(), help="one per core")
     add_outputs(parser)
-    return parser.parse_args(words)
+    arguments = parser.parse_args(words)
+    for name, value in (WHOLE if arguments.whole else SMALL).items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, value)
+    return arguments
 
 
 def main() -> None:

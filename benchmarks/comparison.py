@@ -40,6 +40,7 @@ METRICS = (
     "peak_bytes",
     "end_bytes",
     "growth_bytes",
+    "policy_share",
 )
 RATIO_METRICS = {"decode": "decode_tokens_per_s", "prefill": "prefill_tokens_per_s", "memory": "peak_bytes"}
 MISSING = "n/a"

@@ -142,6 +142,14 @@ def test_a_policy_is_divided_by_its_own_model(speed: ModuleType) -> None:
     assert speed.cache_options(speed.System("gta-1b", "window"), 64) == {"name": "window", "rows": 64}
 
 
+def test_by_default_little_is_measured_and_all_on_demand(speed: ModuleType) -> None:
+    small, whole = speed.parse([]), speed.parse(["--whole", "--layers", "3"])
+    assert (small.contexts, small.models, small.layers) == ([8192], ["gta-1b"], 6)
+    assert (whole.contexts, whole.models, whole.layers) == ([8192, 32000], list(speed.PRESETS), 3)
+    command = "python benchmarks/cache_policies_speed.py"
+    assert (speed._command(small), speed._command(whole)) == (command, f"{command} --whole --layers 3")
+
+
 def test_the_worker_runs_a_policy(script: Callable[[str], ModuleType], tiny_bundle: Path) -> None:
     worker = script("cpu_peer_worker")
     worker._SPECIAL_IDS = 0
@@ -149,6 +157,7 @@ def test_the_worker_runs_a_policy(script: Callable[[str], ModuleType], tiny_bund
     spec |= {"vocab_size": 250, "cache": {"name": "window", "rows": 16, "interval": 4}}
     figures = worker.measure(spec)
     assert len(figures["steps_ms"]) == 3 and figures["cache_bytes"] > 0
+    assert 0 < figures["policy_share"] < 1
 
 
 def test_the_table_of_speeds(speed: ModuleType, tmp_path: Path) -> None:
