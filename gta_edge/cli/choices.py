@@ -15,6 +15,7 @@ from gta_edge.support.choices import unknown
 __all__ = [
     "BACKEND_NAMES",
     "Backend",
+    "BatchSpeculate",
     "CacheDtype",
     "Compute",
     "Dtype",
@@ -107,6 +108,13 @@ class Speculate(str, Enum):
 
     LOOKUP = "lookup"
     DRAFT = "draft"
+    OFF = "off"
+
+
+class BatchSpeculate(str, Enum):
+    """What guesses tokens of several texts at once."""
+
+    LOOKUP = "lookup"
     OFF = "off"
 
 

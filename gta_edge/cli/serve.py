@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from gta_edge.cli.choices import BatchSpeculate
 from gta_edge.cli.options import BundleArgument, SamplingOptions, SessionOptions
 from gta_edge.cli.output import current
 
@@ -49,6 +50,9 @@ def serve(
         Path | None, typer.Option(metavar="DIR", help="Directory for caches of texts that have ended.")
     ] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of an answer at most.")] = None,
+    speculate: Annotated[
+        BatchSpeculate, typer.Option(help="Guess tokens of each answer from its text so far.")
+    ] = BatchSpeculate.OFF,
     max_body: Annotated[int, typer.Option(min=1, max=1024, help="Size of a request at most, in MiB.")] = 4,
     sampling: _Sampling,
     unit: Annotated[bool, typer.Option("--unit", help="Print a systemd unit of this command, and end.")] = False,
@@ -97,7 +101,12 @@ def serve(
                 answer_seconds=timeout,
             )
             scheduler = Scheduler(
-                session, slots=parallel, queue=queue, kept_bytes=cache_ram * 2**20, prompt_cache=prompt_cache
+                session,
+                slots=parallel,
+                queue=queue,
+                kept_bytes=cache_ram * 2**20,
+                prompt_cache=prompt_cache,
+                speculate=speculate is BatchSpeculate.LOOKUP,
             )
 
             def ready() -> None:

@@ -34,12 +34,18 @@ def usage(requests: Sequence[Request], n: int) -> dict[str, Any]:
     prompt = sum(request.prompt_tokens for request in requests[::n])
     completion = sum(request.completion_tokens for request in requests)
     cached = sum(request.cached_tokens for request in requests[::n])
-    return {
+    found: dict[str, Any] = {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
         "prompt_tokens_details": {"cached_tokens": cached},
     }
+    guessed = [each for each in (request.guessed for request in requests) if each is not None]
+    if guessed:
+        drafted, accepted = map(sum, zip(*guessed, strict=True))
+        counts = {"accepted_prediction_tokens": accepted, "rejected_prediction_tokens": drafted - accepted}
+        found["completion_tokens_details"] = counts
+    return found
 
 
 def best(events: Sequence[Sequence[Event]], options: Options) -> list[Sequence[Event]]:

@@ -17,6 +17,8 @@ _TOTALS = {
     "prompt_tokens_total": "Tokens of prompts.",
     "cached_tokens_total": "Of these, those that were in the cache already.",
     "generation_tokens_total": "Tokens generated.",
+    "drafted_tokens_total": "Tokens that were guessed, and run before they were known.",
+    "accepted_tokens_total": "Of these, those that came.",
     "steps_total": "Steps of the model, each of a token of every running request.",
     "prompt_parts_total": "Parts of prompts that were read, each in a step.",
 }

@@ -16,6 +16,7 @@ from gta_edge.runtime.generation.batch import Batch
 from gta_edge.runtime.generation.kept_caches import KeptCaches
 from gta_edge.runtime.generation.loop import check_prompt
 from gta_edge.runtime.generation.request import Constraint, Event, RequestOptions, TokenLogprobs
+from gta_edge.runtime.generation.steps import StepCounts
 from gta_edge.runtime.generation.text import Text
 from gta_edge.runtime.prompt_cache import PromptCacheDirectory
 from gta_edge.runtime.session import Session
@@ -81,6 +82,11 @@ class Request:
         """Tokens that were generated, the end token among them."""
         return self._text.completion_tokens
 
+    @property
+    def guessed(self) -> tuple[int, int] | None:
+        """Tokens that were guessed, and those of them that came; None without speculation."""
+        return (self._text.drafted, self._text.accepted) if self._scheduler.speculates else None
+
     def cancel(self) -> None:
         """End it; its row is free before the next step. From any thread."""
         self._scheduler._cancel(self)
@@ -118,9 +124,11 @@ class Scheduler:
         prompt_cache: a directory for those that this memory has no room for, and for all of them when the scheduler
             is closed; they are found there again by the next one.
         stall_ms: for how long a part of a prompt may keep the others waiting, about.
+        speculate: guess tokens of each text by lookup; see ``BatchGuesses``.
 
     Raises:
-        InputError: less than one slot, or a prompt cache for a session with a cache policy, or of no bundle.
+        InputError: less than one slot, a prompt cache for a session with a cache policy, or of no bundle, or
+            speculation with a cache that cannot take tokens back.
         BackendError: a prompt cache for a backend that exports none.
         OutputError: the directory cannot be made.
     """
@@ -134,6 +142,7 @@ class Scheduler:
         kept_bytes: int = KEPT_BYTES,
         prompt_cache: Path | None = None,
         stall_ms: float = 100.0,
+        speculate: bool = False,
     ) -> None:
         if slots < 1 or queue < 0:
             raise InputError(f"slots {slots} and queue {queue}", "expected at least 1 slot, and a queue from 0 up")
@@ -143,7 +152,9 @@ class Scheduler:
         directory = None if prompt_cache is None else PromptCacheDirectory(session, prompt_cache)
         self._kept = KeptCaches(kept_bytes, directory)
         keeps = kept_bytes or directory is not None
-        self._batch = Batch(session, slots, stall_seconds=stall_ms / 1e3, kept=self._kept if keeps else None)
+        kept = self._kept if keeps else None
+        guesses = StepCounts() if speculate else None
+        self._batch = Batch(session, slots, stall_seconds=stall_ms / 1e3, kept=kept, guesses=guesses)
         self._changed = threading.Condition()
         self._new: list[Request] = []
         self._cancelled: list[Request] = []
@@ -156,6 +167,11 @@ class Scheduler:
     def room(self) -> int:
         """Texts that may run and wait, all together."""
         return self._slots + self._queue
+
+    @property
+    def speculates(self) -> bool:
+        """Whether tokens are guessed."""
+        return self._batch.guesses is not None
 
     def submit(
         self, ids: Sequence[int], options: RequestOptions, on_event: Callable[[Event], None] | None = None
@@ -214,8 +230,8 @@ class Scheduler:
 
     def metrics(self) -> dict[str, float]:
         """Return figures, by name: what runs and waits now, and counts since the scheduler began."""
-        figures, running = self._batch.figures, self._batch.running
-        return {
+        figures, running, guesses = self._batch.figures, self._batch.running, self._batch.guesses
+        found: dict[str, float] = {
             "requests_running": running,
             "requests_waiting": max(0, len(self._open) - running),
             "slots": self._slots,
@@ -229,6 +245,9 @@ class Scheduler:
             "steps_total": figures.steps,
             "prompt_parts_total": figures.parts,
         }
+        if guesses is not None:
+            found |= {"drafted_tokens_total": guesses.drafted, "accepted_tokens_total": guesses.accepted}
+        return found
 
     def __enter__(self) -> Self:
         return self

@@ -9,6 +9,7 @@ from typing import Any
 from gta_edge.errors import InputError
 from gta_edge.runtime.generation.answer import Answer, FinishReason
 from gta_edge.runtime.generation.sampling import Sampler
+from gta_edge.runtime.generation.steps import StepCounts
 from gta_edge.runtime.session import Claim, Ids, Logits, Session
 from gta_edge.runtime.token_tree import PREFIX, TokenTree
 from gta_edge.support.exclusive import Exclusive
@@ -82,8 +83,10 @@ class Answers(Iterator[tuple[int, str]]):
         answers: Sequence[Alternative],
         run: Run,
         defaults: Mapping[str, Any],
+        guesses: StepCounts | None = None,
     ) -> None:
         self.answers = list(answers)
+        self._guesses = guesses
         self.prompt_tokens = len(prompt)
         self.defaults = dict(defaults)
         self._calls = Exclusive("the answers", "ask for their pieces from one place")
@@ -107,8 +110,8 @@ class Answers(Iterator[tuple[int, str]]):
             "prompt_tokens_per_s": None if first is None else self.prompt_tokens / first,
             "decode_tokens_per_s": tokens / rest if decoded else None,
             "total_ms": 1e3 * self._seconds,
-            "drafted": None,
-            "accepted": None,
+            "drafted": None if self._guesses is None else self._guesses.drafted,
+            "accepted": None if self._guesses is None else self._guesses.accepted,
             "tokens_per_step": tokens / (self._steps - 1) if drawn else None,
         }
 

@@ -21,8 +21,10 @@ import numpy as np
 from gta_edge.errors import BackendError, GtaEdgeError, InputError
 from gta_edge.runtime.generation.answer import FinishReason
 from gta_edge.runtime.generation.answers import Alternative
+from gta_edge.runtime.generation.batch_guesses import BatchGuesses
 from gta_edge.runtime.generation.kept_caches import KeptCaches, longest
 from gta_edge.runtime.generation.request import Event
+from gta_edge.runtime.generation.steps import StepCounts
 from gta_edge.runtime.generation.text import Text
 from gta_edge.runtime.saved_cache import SavedCache
 from gta_edge.runtime.session import Claim, Ids, Logits, Session
@@ -87,13 +89,25 @@ class Batch:
         rows: texts at once, at most; more wait.
         stall_seconds: for how long a part of a prompt may keep the others waiting, about.
         kept: where caches of texts that have ended go, and come from; None keeps none.
+        guesses: told how it goes, where tokens of each text are guessed by lookup and run in the same step; None to
+            guess nothing.
 
     Attributes:
         figures: counts.
+        guesses: the same.
+
+    Raises:
+        InputError: no rows, or speculation with a cache that cannot take tokens back.
     """
 
     def __init__(
-        self, session: Session, rows: int, *, stall_seconds: float = 0.1, kept: KeptCaches | None = None
+        self,
+        session: Session,
+        rows: int,
+        *,
+        stall_seconds: float = 0.1,
+        kept: KeptCaches | None = None,
+        guesses: StepCounts | None = None,
     ) -> None:
         if rows < 1:
             raise InputError(f"a batch of {rows} rows was asked for", "expected at least 1")
@@ -104,6 +118,8 @@ class Batch:
         self._reading: Text | None = None  # the one whose prompt is being read
         self._waiting: deque[Text] = deque()
         self.figures = BatchFigures()
+        self.guesses = guesses
+        self._guesses = None if guesses is None else BatchGuesses(session, guesses)
 
     @property
     def running(self) -> int:
@@ -224,8 +240,12 @@ class Batch:
         text.seen += len(part)
         if last:
             self._reading = None
-            for each in [text, *self._joined(text)]:
+            began = [text, *self._joined(text)]
+            for each in began:
                 self._advance(each, logits.copy())
+            for each in began:
+                if each.finish_reason is not None:
+                    self._leave(each)
 
     def _joined(self, text: Text) -> list[Text]:
         """Give texts that wait next with the very prompt that was read a row, with a copy of its cache; return them.
@@ -283,55 +303,78 @@ class Batch:
         rows = {self._rows.index(text): text for text in self._writing}
         if not rows:
             return
-        ids = np.zeros((len(self._rows), 1), np.int64)
+        drafts = dict.fromkeys(rows, np.zeros(0, np.int64)) if self._guesses is None else self._guesses.drafts(rows)
+        ids = np.zeros((len(self._rows), 1 + max(map(len, drafts.values()))), np.int64)
         lengths = np.zeros(len(ids), np.int64)
         for row, text in rows.items():
-            ids[row], lengths[row] = text.answer.all_ids[text.seen], 1
+            new = [text.answer.all_ids[text.seen], *drafts[row]]
+            ids[row, : len(new)], lengths[row] = new, len(new)
+        started = time.perf_counter()
         try:
-            logits = self._own().forward(ids, lengths=lengths)
+            logits = self._own().forward(ids, lengths=lengths, all_logits=ids.shape[1] > 1)
         except Exception as error:  # of any backend: the longest text ends, which most likely had no room
             self._failed(max(rows.values(), key=lambda text: text.seen), error)
             return
         self.figures.steps += 1
-        for text in rows.values():
-            text.seen += 1
+        if self._guesses is not None:
+            self._guesses.note(rows, drafts, time.perf_counter() - started)
         for row, text in rows.items():
-            self._advance(text, logits[row])
+            self._say(text, logits[row].reshape(-1, logits.shape[-1]), drafts[row])
+        if ids.shape[1] > 1:
+            self._take_back()
+        for text in rows.values():
+            if text.finish_reason is not None:
+                self._leave(text)
+
+    def _say(self, text: Text, logits: Logits, draft: Ids) -> None:
+        """Give a text the next token, and those after it while they are the guessed ones, by logits [1 + K, V]."""
+        for i in range(1 + len(draft)):
+            text.seen += 1
+            self._advance(text, logits[i])
+            if text.finish_reason is not None or i == len(draft) or text.answer.ids[-1] != draft[i]:
+                return
+            if self._guesses is not None:
+                self._guesses.accept(text)
+
+    def _take_back(self) -> None:
+        """Drop from the cache what was guessed and has not come."""
+        held = self._session.length
+        wanted = [n if text is None else text.seen for text, n in zip(self._rows, held.tolist(), strict=True)]
+        try:
+            self._own().truncate(wanted)
+        except Exception:  # of any backend
+            self._read_again()
 
     @property
     def _writing(self) -> list[Text]:
         return [text for _, text in self._taken if text is not self._reading]
 
     def _advance(self, text: Text, logits: Logits) -> None:
+        """Give a text its next token by logits [V]; it keeps its row where it ends."""
         before = text.completion_tokens
         try:
             text.advance(logits)
         except Exception as error:  # a caller's listener or constraint may raise anything, and ends its text alone
-            self._failed(text, error)
+            text.end("error", _told(error))
         self.figures.generated_tokens += text.completion_tokens - before
-        if text.finish_reason is not None:
-            self._leave(text)
 
     # --- the end ---------------------------------------------------------------------------------------------------
 
     def _failed(self, text: Text, error: Exception) -> None:
         """End a text that failed."""
-        if not isinstance(error, GtaEdgeError):
-            problem = BackendError(
-                f"a step failed ({type(error).__name__}: {one_line(error)})", "try again, or with another backend"
-            )
-            problem.__cause__ = error
-            error = problem
-        text.end("error", error)
+        text.end("error", _told(error))
         self._leave(text)
         self._recover()
 
     def _recover(self) -> None:
         """Let texts be read once more where the cache was lost, to an error or to somebody else."""
         if self._claim is not None and not self._claim.holds:
-            rest = [each for _, each in self._taken]
-            self._rows, self._reading, self._claim = [None] * len(self._rows), None, None
-            self._waiting.extendleft(reversed(rest))
+            self._read_again()
+
+    def _read_again(self) -> None:
+        rest = [each for _, each in self._taken]
+        self._rows, self._reading, self._claim = [None] * len(self._rows), None, None
+        self._waiting.extendleft(reversed(rest))
 
     def _leave(self, text: Text) -> None:
         """Free a text's row, if it has one: its cache is kept, and the last row moves into its place."""
@@ -365,16 +408,30 @@ class Batch:
             self._rows[row], self._rows[last] = moved, None
 
 
-def in_a_batch(session: Session, prompts: Ids, answers: Sequence[Alternative]) -> Iterator[tuple[int, str] | None]:
+def _told(error: Exception) -> GtaEdgeError:
+    """Return an error as it is told of."""
+    if isinstance(error, GtaEdgeError):
+        return error
+    problem = BackendError(
+        f"a step failed ({type(error).__name__}: {one_line(error)})", "try again, or with another backend"
+    )
+    problem.__cause__ = error
+    return problem
+
+
+def in_a_batch(
+    session: Session, prompts: Ids, answers: Sequence[Alternative], guesses: StepCounts | None = None
+) -> Iterator[tuple[int, str] | None]:
     """Generate the answers to several prompts, or several to one, at once; see ``Answers``.
 
     Args:
         session: runs the model.
         prompts: all of them, one behind the other.
         answers: each with its own.
+        guesses: as of ``Batch``.
     """
     rows = min(len(answers), _MAX_ROWS, session.max_batch or _MAX_ROWS)
-    batch, told = Batch(session, rows), deque[tuple[int, Event]]()
+    batch, told = Batch(session, rows, guesses=guesses), deque[tuple[int, Event]]()
     for i, each in enumerate(answers):
         assert each.sampler is not None  # it is no search
         batch.add(Text(each.answer, each.sampler, partial(_tell, told, i)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, TypedDict, overload
 
@@ -17,7 +18,7 @@ from gta_edge.runtime.generation.generation import Generation
 from gta_edge.runtime.generation.grammar import GrammarConstraint
 from gta_edge.runtime.generation.request import Constraint
 from gta_edge.runtime.generation.sampling import Sampler, Sampling
-from gta_edge.runtime.generation.several import answers_for
+from gta_edge.runtime.generation.several import answers_for, guesses_of_several
 from gta_edge.runtime.generation.speculating import Speculate, steps_for
 from gta_edge.runtime.generation.steps import Turns
 from gta_edge.runtime.generation.stopping import StopStrings
@@ -131,7 +132,8 @@ def generate(
         ignore_eos: treat end tokens as any other.
         speculate: ``lookup`` guesses what followed the last tokens earlier in prompt or answer, ``draft`` asks another
             model, ``off`` guesses nothing. By default ``draft`` where there is one, and else ``off``. In a session
-            loaded with ``trees=True`` several tokens may be guessed for the same place.
+            loaded with ``trees=True`` several tokens may be guessed for the same place. Several texts, or answers that
+            are no branches of a tree, take ``lookup`` only.
         draft: a smaller model with the same tokenizer, which is reset too.
         conversation: a ``Conversation`` of the session: the cache is not emptied, and what it holds of the prompt not
             run again.
@@ -196,13 +198,12 @@ def generate(
         raise InputError("a constraint is for one answer, and several were asked for", "leave one of both out")
     if conversation is not None:
         raise InputError("a conversation goes on with one answer, and several were asked for", "leave one of both out")
-    if speculate not in (None, "off") or draft is not None:
-        raise InputError("speculation is for one answer, and several were asked for", "leave one of both out")
+    guesses = guesses_of_several(speculate, draft)
     if several:
         if n is not None or beams is not None:
             raise InputError("several answers were asked for, and to several prompts", "give one prompt, or no n")
         each = [Alternative(new_answer(ids), Sampler(sampling, len(ids))) for ids in checked]
-        return Answers(session, np.concatenate(checked), each, in_a_batch, defaults)
+        return Answers(session, np.concatenate(checked), each, partial(in_a_batch, guesses=guesses), defaults, guesses)
     return answers_for(
         session,
         checked[0],
@@ -213,6 +214,7 @@ def generate(
         length_penalty=length_penalty,
         has_stop_strings=bool(stop),
         defaults=defaults,
+        guesses=guesses,
     )
 
 

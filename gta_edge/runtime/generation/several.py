@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from numbers import Integral
 from typing import Any
 
@@ -15,10 +16,11 @@ from gta_edge.runtime.generation.answers import Alternative, Answers, Run, in_a_
 from gta_edge.runtime.generation.batch import in_a_batch
 from gta_edge.runtime.generation.beams import BeamSearch, in_beams
 from gta_edge.runtime.generation.sampling import LARGEST_SEED, Sampler, Sampling
+from gta_edge.runtime.generation.steps import StepCounts
 from gta_edge.runtime.session import Ids, Session
 from gta_edge.support.text import brief
 
-__all__ = ["answers_for"]
+__all__ = ["answers_for", "guesses_of_several"]
 
 _MAX_BEAMS = 64
 
@@ -34,6 +36,7 @@ def answers_for(
     length_penalty: Any,
     has_stop_strings: bool,
     defaults: Mapping[str, Any],
+    guesses: StepCounts | None,
 ) -> Answers:
     """Return the answers to a prompt, to be generated.
 
@@ -47,9 +50,11 @@ def answers_for(
         length_penalty: of a search.
         has_stop_strings: whether there are any, which a search cannot heed.
         defaults: as ``Answers`` has it.
+        guesses: likewise.
 
     Raises:
-        InputError: numbers or options that make no sense, or a search in a session without trees.
+        InputError: numbers or options that make no sense, a search in a session without trees, or speculation where
+            answers are no batch.
     """
     count = 1 if n is None else _whole("n", n, LARGEST_BATCH)
     if beams is None:
@@ -57,7 +62,9 @@ def answers_for(
         seeds = [(seed + i) % (LARGEST_SEED + 1) for i in range(count)]
         samplers = [Sampler(replace(sampling, seed=each), len(prompt)) for each in seeds]
         drawn = [Alternative(new_answer(), sampler) for sampler in samplers]
-        return Answers(session, prompt, drawn, _way_of(session), defaults)
+        return Answers(session, prompt, drawn, _way_of(session, guesses), defaults, guesses)
+    if guesses is not None:
+        raise InputError("a search guesses nothing, and speculation was asked for", "leave one of both out")
     width = _whole("beams", beams, min(_MAX_BEAMS, session.config.vocab_size))  # which begin with different tokens
     if count > width:
         raise InputError(f"n is {count} and there are {width} beams", "give at least as many beams as answers")
@@ -81,11 +88,30 @@ def answers_for(
     return Answers(session, prompt, found, in_beams(search, Sampler(sampling, len(prompt))), defaults)
 
 
-def _way_of(session: Session) -> Run:
+def guesses_of_several(speculate: str | None, draft: Session | None) -> StepCounts | None:
+    """Return what is told of guesses in several texts; None where nothing is guessed.
+
+    Raises:
+        InputError: a way of speculation that there is not, or is for one text.
+    """
+    if draft is not None or speculate == "draft":
+        raise InputError("a draft model is for one answer, and several were asked for", "take speculate='lookup'")
+    if speculate not in (None, "off", "lookup"):
+        raise InputError(f"speculate is {brief(speculate)}", "expected 'lookup' or 'off' for several answers")
+    return StepCounts() if speculate == "lookup" else None
+
+
+def _way_of(session: Session, guesses: StepCounts | None) -> Run:
     """Return how several answers are generated: each way reads the prompt once, if the session can."""
-    if session.trees:
-        return in_a_tree
-    return in_a_batch if session.copies_rows and session.max_batch != 1 else in_turns
+    if not session.trees and session.copies_rows and session.max_batch != 1:
+        return partial(in_a_batch, guesses=guesses)
+    if guesses is not None:
+        if session.trees:
+            raise InputError("answers are branches of a tree here, of which none is guessed", "load without trees=True")
+        raise InputError(
+            "tokens of several answers are guessed in a batch, which the session cannot run", "leave n out"
+        )
+    return in_a_tree if session.trees else in_turns
 
 
 def _whole(name: str, value: Any, most: int) -> int:

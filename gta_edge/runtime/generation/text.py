@@ -31,6 +31,8 @@ class Text:
         answer: what it is so far.
         cached_tokens: tokens of the prompt that were not read, since their cache was there.
         completion_tokens: tokens that were generated, the end token among them.
+        drafted: tokens that were guessed, and run before they were known.
+        accepted: those of them that came.
         finish_reason: None while it runs.
         error: what ended it, where the reason is ``error``.
     """
@@ -40,7 +42,7 @@ class Text:
     ) -> None:
         self.answer, self.sampler = answer, sampler
         self.options = options or RequestOptions()
-        self.cached_tokens = self.completion_tokens = 0
+        self.cached_tokens = self.completion_tokens = self.drafted = self.accepted = 0
         self.error: GtaEdgeError | None = None
         self.seen = 0  # tokens that its row of the cache holds
         self._listener = listener

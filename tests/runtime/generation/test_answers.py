@@ -133,7 +133,10 @@ def test_numbers_that_make_no_sense_are_refused():
         ({"beams": 2, "length_penalty": "1"}, "length_penalty is '1'"),
         ({"beams": 2, "temperature": 1.0}, "beam search draws nothing"),
         ({"beams": 2}, "the session was loaded without; load it with trees=True"),
-        ({"n": 2, "speculate": "lookup"}, "speculation is for one answer"),
+        ({"n": 2, "speculate": "lookup"}, "in a batch, and the session runs none"),
+        ({"beams": 2, "speculate": "lookup"}, "a search guesses nothing"),
+        ({"n": 2, "speculate": "draft"}, "a draft model is for one answer"),
+        ({"n": 2, "speculate": "look"}, "speculate is 'look'"),
     ):
         with pytest.raises(InputError, match=message):
             generate(session, [1], **options)

@@ -166,7 +166,7 @@ def test_lists_of_prompts_that_make_no_sense_are_refused(talker, monkeypatch) ->
     for prompts, options, message in [
         (["a", [{"role": "user", "content": "b"}]], {}, "some of the prompts are chats and some are not"),
         (["a", "b"], {"n": 2}, "several answers were asked for, and to several prompts"),
-        (["a", "b"], {"speculate": "lookup"}, "speculation is for one answer"),
+        (["a", "b"], {"speculate": "draft"}, "a draft model is for one answer"),
         (["a", "b"], {"conversation": Conversation(talker)}, "a conversation goes on with one answer"),
         ([[1], []], {}, "the prompt has no tokens"),
         ([[1], [300]], {}, "token id 300"),
