@@ -13,7 +13,7 @@ from gta_edge.libraries.optional import optional
 from gta_edge.runtime.generation.grammar import Grammar
 from gta_edge.runtime.session import Session
 from gta_edge.serve.answers import Answers, ChatAnswers, CompletionAnswers
-from gta_edge.serve.choices import Choices
+from gta_edge.serve.choices import Choices, Mailbox
 from gta_edge.serve.fields import json_object
 from gta_edge.serve.guard import Guard, read_body
 from gta_edge.serve.metrics import Metrics
@@ -84,6 +84,7 @@ class _Service:
         self._session, self._scheduler, self._settings = session, scheduler, settings
         self._prompts = Prompts(session)
         self._metrics = Metrics(self._figures)
+        self._mailbox: Mailbox | None = None  # of the loop that the requests come in
         self._page = Page()
         self._call_format = None if session.tokenizer is None else format_of(session.tokenizer.chat_template)
         self._responses = optional("starlette.responses", "serve")
@@ -168,7 +169,8 @@ class _Service:
                 param="n" if options.n > 1 else "best_of" if options.best_of > 1 else "prompt",
                 code="invalid_value",
             )
-        choices = Choices(self._scheduler)
+        self._mailbox = self._mailbox or Mailbox(asyncio.get_running_loop())
+        choices = Choices(self._scheduler, self._mailbox)
         for ids in prompts:
             for each in asked():
                 choices.submit(ids, each)

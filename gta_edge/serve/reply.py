@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 from gta_edge.serve.answers import Answers, best, usage
@@ -57,9 +57,10 @@ class Reply:
 
     async def _document(self, send: Send) -> None:
         events: list[list[Event]] = [[] for _ in self._choices.requests]
-        async for index, event in self._choices.events():
-            self._measure(index, event)
-            events[index].append(event)
+        async for arrived in self._choices.events():
+            for index, event in arrived:
+                self._measure(index, event)
+                events[index].append(event)
         self._raise_if_failed(events)
         body = _json(self._answers.whole(best(events, self._options), self._usage()))
         await send(_start(200, (*_DOCUMENT, (b"content-length", str(len(body)).encode()))))
@@ -80,16 +81,22 @@ class Reply:
 
     async def _stream(self, send: Send) -> None:
         await send(_start(200, _STREAM))
-        async for index, event in self._choices.events():
-            self._measure(index, event)
-            if event.error is not None:
-                await send(_event(_json(error_body(as_request_error(event.error)))))
+        failed = False
+        async for arrived in self._choices.events():
+            told = []
+            for index, event in arrived:
+                self._measure(index, event)
+                failed = event.error is not None
+                if event.error is not None:
+                    told.append(_json(error_body(as_request_error(event.error))))
+                    break
+                told.append(_json(self._with_usage(self._answers.chunk(index, event))))
+            await send(_events(told))
+            if failed:
                 break
-            await send(_event(_json(self._with_usage(self._answers.chunk(index, event)))))
-        else:
-            if self._options.include_usage:
-                await send(_event(_json(self._answers.last_chunk(self._usage()))))
-            await send(_event(b"[DONE]"))
+        if not failed:
+            used = [_json(self._answers.last_chunk(self._usage()))] if self._options.include_usage else []
+            await send(_events([*used, b"[DONE]"]))
         await send({"type": "http.response.body", "body": b""})
 
     def _with_usage(self, chunk: dict[str, Any]) -> dict[str, Any]:
@@ -113,8 +120,9 @@ def _start(status: int, headers: tuple[tuple[bytes, bytes], ...]) -> Message:
     return {"type": "http.response.start", "status": status, "headers": list(headers)}
 
 
-def _event(data: bytes) -> Message:
-    return {"type": "http.response.body", "body": b"data: " + data + b"\n\n", "more_body": True}
+def _events(data: Sequence[bytes]) -> Message:
+    body = b"".join(b"data: " + each + b"\n\n" for each in data)
+    return {"type": "http.response.body", "body": body, "more_body": True}
 
 
 def _json(content: Mapping[str, Any]) -> bytes:

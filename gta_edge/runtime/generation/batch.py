@@ -300,7 +300,7 @@ class Batch:
                     text.options.constraint.prepare()
             except Exception as error:  # a caller's constraint may raise anything, and ends its text alone
                 self._failed(text, error)
-        rows = {self._rows.index(text): text for text in self._writing}
+        rows = {row: text for row, text in self._taken if text is not self._reading}
         if not rows:
             return
         drafts = dict.fromkeys(rows, np.zeros(0, np.int64)) if self._guesses is None else self._guesses.drafts(rows)
