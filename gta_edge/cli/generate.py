@@ -70,14 +70,15 @@ def generate(
     if held is not None and several:
         raise typer.BadParameter("a grammar is for one answer: leave out --n and --beams")
     _check_speculation(speculate, draft)
-    if several and (draft is not None or prompt_cache is not None or speculate not in (None, Speculate.OFF)):
-        raise typer.BadParameter(
-            "--speculate, --draft and --prompt-cache are for one answer: leave out --n and --beams"
-        )
+    if several and (draft is not None or prompt_cache is not None):
+        raise typer.BadParameter("--draft and --prompt-cache are for one answer: leave out --n and --beams")
+    if beams is not None and speculate not in (None, Speculate.OFF):
+        raise typer.BadParameter("--beams guesses nothing: leave out --speculate")
     with ExitStack() as opened:
         with output.progress() as progress:
             guesses = draft is not None or speculate not in (None, Speculate.OFF)
-            trees = beams is not None or ((several or guesses) and _holds_branches(opening, free=guesses))
+            # guesses of several answers are run in a batch
+            trees = beams is not None or (several != guesses and _holds_branches(opening, free=guesses))
             session = opened.enter_context(opening.load(bundle, progress=progress, trees=trees))
             unmanaged = replace(opening, cache=CacheOptions())
             small = None if draft is None else opened.enter_context(unmanaged.load(draft, progress=progress))

@@ -474,8 +474,15 @@ def test_several_answers(command: Command, tiny_bundle: Path) -> None:
         command, tiny_bundle, *hot, "--seed", 7, "--n", 2, "--cache-policy", "window", "--cache-rows", 64
     )
     assert [each["ids"] for each in dropped["answers"]] == [each["ids"] for each in document["answers"][:2]]
-    usage = command("generate", tiny_bundle, "--ids", "1", "--n", 2, "--speculate", "lookup").usage
+    guessed = generate(command, tiny_bundle, *hot, "--seed", 7, "--n", 2, "--speculate", "lookup")
+    assert [each["ids"] for each in guessed["answers"]] == [each["ids"] for each in document["answers"][:2]]
+    assert guessed["timings"]["drafted"] >= guessed["timings"]["accepted"] >= 0
+    usage = command("generate", tiny_bundle, "--ids", "1", "--n", 2, "--draft", tiny_bundle).usage
     assert "for one answer: leave out --n and --beams" in usage
+    assert (
+        "--beams guesses nothing"
+        in command("generate", tiny_bundle, "--ids", 1, "--beams", 2, "--speculate", "lookup").usage
+    )
 
 
 def test_beam_search(command: Command, tiny_bundle: Path) -> None:

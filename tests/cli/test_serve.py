@@ -39,7 +39,7 @@ def started(*arguments: object, **variables: str) -> Iterator[tuple[subprocess.P
 
 def test_a_service_ends_when_it_has_answered(tiny_bundle: Path) -> None:
     body = {"prompt": [1, 2], "max_tokens": 110, "ignore_eos": True, "stream": True}
-    with started(tiny_bundle, "--threads", 1) as (process, said):
+    with started(tiny_bundle, "--threads", 1, "--speculate", "lookup") as (process, said):
         assert said.keys() == DOCUMENT
         assert (said["model"], said["pid"]) == ("bundle", process.pid)
         with httpx.stream("POST", f"{said['url']}/v1/completions", json=body, trust_env=False) as answer:

@@ -11,8 +11,18 @@ from gta_edge.runtime.generation.batch import Batch
 from gta_edge.runtime.generation.request import Event, RequestOptions
 from gta_edge.runtime.generation.text import Text
 from gta_edge.runtime.session import Session
+from gta_edge.runtime.step_costs import StepCosts
 from gta_edge.runtime.torch.session import TorchSession
 from tests.helpers.generation import CONFIG, byte_level, save
+
+
+class Cheap(StepCosts):
+    """Of a machine on which a token more costs next to nothing."""
+
+    known = True
+
+    def seconds(self, width: int, tree: bool = False) -> float:
+        return 1 + 0.01 * width
 
 
 class Heard:

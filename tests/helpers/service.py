@@ -72,11 +72,13 @@ class Service:
 
 
 @contextmanager
-def running(bundle, *, slots: int = 2, queue: int = 64, session=None, **settings) -> Iterator[Service]:
+def running(
+    bundle, *, slots: int = 2, queue: int = 64, session=None, speculate: bool = False, **settings
+) -> Iterator[Service]:
     """Run a service of a bundle, or of a session; further arguments are those of ``Settings``."""
     own = session or load(bundle, "onnxruntime", threads=1)
     with listen("127.0.0.1", 0) as listening, own:
-        scheduler = Scheduler(own, slots=slots, queue=queue)
+        scheduler = Scheduler(own, slots=slots, queue=queue, speculate=speculate)
         ready = threading.Event()
         app = make_app(own, scheduler, Settings(model="tiny", **settings))
         server = make_server(app, drain_seconds=5, ready=ready.set)

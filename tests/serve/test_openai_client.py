@@ -1,13 +1,17 @@
 """OpenAI's own client, against answers that the session gives directly."""
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import openai
 import pytest
 
+from gta_edge.runtime.generation import batch_guesses
 from gta_edge.runtime.generation.loop import generate
-from tests.helpers.service import Service
+from tests.helpers.batches import Cheap
+from tests.helpers.service import Service, running
 
 PROMPT = [5, 17, 203, 96, 44]
 
@@ -221,6 +225,26 @@ def test_tokens_of_a_text(service: Service):
     assert b"".join(part.encode() if isinstance(part, str) else bytes(part) for part in parts) == content.encode()
     special = service.http.post("/tokenize", json={"content": content, "add_special": True}).json()["tokens"]
     assert special == service.session.tokenizer.encode(content)
+
+
+def test_guesses_are_told_and_change_nothing(service: Service, chat_bundle: Path, monkeypatch):
+    monkeypatch.setattr(batch_guesses, "StepCosts", Cheap)
+    said = '{"a": [1, 2, 3, 1, 2, 3, 1, 2, 3, 1, 2, 3], "b": [1, 2, 3, 1, 2, 3]}'
+    options = {"model": "tiny", "prompt": PROMPT * 4, "max_tokens": 100, "extra_body": {"regex": re.escape(said)}}
+    plain = service.openai.completions.create(**options)
+    assert plain.usage.completion_tokens_details is None
+    with running(chat_bundle, speculate=True) as guessing:
+        answer = guessing.openai.completions.create(**options)
+        assert answer.choices[0].text == plain.choices[0].text == said
+        stream = guessing.openai.completions.create(**options, stream=True, stream_options={"include_usage": True}, n=2)
+        usage = list(stream)[-1].usage
+        counts = [each.completion_tokens_details for each in (answer.usage, usage)]
+        metrics = guessing.http.get("/metrics").text
+    accepted = sum(each.accepted_prediction_tokens for each in counts)
+    drafted = accepted + sum(each.rejected_prediction_tokens for each in counts)
+    assert accepted > 60
+    assert f"gta_edge_accepted_tokens_total {float(accepted)}" in metrics
+    assert f"gta_edge_drafted_tokens_total {float(drafted)}" in metrics
 
 
 def test_health_and_metrics(service: Service):

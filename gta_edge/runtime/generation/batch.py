@@ -330,7 +330,7 @@ class Batch:
         """Give a text the next token, and those after it while they are the guessed ones, by logits [1 + K, V]."""
         for i in range(1 + len(draft)):
             text.seen += 1
-            self._advance(text, logits[i])
+            self._advance(text, logits[i], ahead=i > 0)
             if text.finish_reason is not None or i == len(draft) or text.answer.ids[-1] != draft[i]:
                 return
             if self._guesses is not None:
@@ -349,10 +349,12 @@ class Batch:
     def _writing(self) -> list[Text]:
         return [text for _, text in self._taken if text is not self._reading]
 
-    def _advance(self, text: Text, logits: Logits) -> None:
-        """Give a text its next token by logits [V]; it keeps its row where it ends."""
+    def _advance(self, text: Text, logits: Logits, *, ahead: bool = False) -> None:
+        """Give a text its next token by logits [V], which may be there ahead; it keeps its row where it ends."""
         before = text.completion_tokens
         try:
+            if ahead and text.options.constraint is not None:
+                text.options.constraint.prepare()
             text.advance(logits)
         except Exception as error:  # a caller's listener or constraint may raise anything, and ends its text alone
             text.end("error", _told(error))

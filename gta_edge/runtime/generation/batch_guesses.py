@@ -84,9 +84,7 @@ class BatchGuesses:
         return max(0, limit if revocable is None else min(limit, revocable))
 
     def _offered(self, text: Text, room: int) -> Sequence[Candidate]:
-        """Return what could come of a text, each after the one before it; nothing where a constraint has a say."""
-        if text.options.constraint is not None:
-            return ()
+        """Return what could come of a text, each after the one before it."""
         left = text.answer.max_new_tokens - len(text.answer.ids) - 1
         lookup = self._lookups.setdefault(text, PromptLookup())
         return lookup.offer(text.answer.all_ids, max(0, min(room, left)), branches=False)

@@ -108,9 +108,7 @@ def _way_of(session: Session, guesses: StepCounts | None) -> Run:
     if guesses is not None:
         if session.trees:
             raise InputError("answers are branches of a tree here, of which none is guessed", "load without trees=True")
-        raise InputError(
-            "tokens of several answers are guessed in a batch, which the session cannot run", "leave n out"
-        )
+        raise InputError("tokens of several answers are guessed in a batch, and the session runs none", "leave n out")
     return in_a_tree if session.trees else in_turns
 
 

@@ -17,7 +17,7 @@ from gta_edge.runtime.generation.sampling import Sampling
 from gta_edge.runtime.generation.steps import StepCounts
 from gta_edge.runtime.session import Session
 from gta_edge.runtime.step_costs import WIDTHS, StepCosts
-from tests.helpers.batches import Heard, run
+from tests.helpers.batches import Cheap, Heard, run
 from tests.helpers.managed_sessions import VOCAB, make, open_session
 
 CACHES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -26,15 +26,6 @@ CACHES: dict[str, tuple[str, dict[str, Any]]] = {
     "torch, int4": ("torch", {"cache_dtype": "int4"}),
     "torch, window": ("torch", {"cache": "window"}),
 }
-
-
-class Cheap(StepCosts):
-    """Of a machine on which a token more costs next to nothing."""
-
-    known = True
-
-    def seconds(self, width: int, tree: bool = False) -> float:
-        return 1 + 0.01 * width
 
 
 def opened(kind: str) -> Session:
