@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from gta_edge.cli.cache_options import CacheOptions
 from gta_edge.cli.choices import value_of
 from gta_edge.cli.export import changes
 from gta_edge.cli.options import BundleArgument, CacheDtypeOption, VerifyHashes, backends_option
@@ -23,6 +24,7 @@ def verify(
     backend: Annotated[str | None, backends_option("A,B", "all that work here by default.")] = None,
     cache_dtype: CacheDtypeOption = None,
     verify_hashes: VerifyHashes = False,
+    cache: CacheOptions,
 ) -> None:
     """Compare logits with the PyTorch model's; the exit status is 1 when a bound does not hold."""
     import rich.table
@@ -37,6 +39,7 @@ def verify(
             checkpoint,
             names,
             cache_dtype=value_of(cache_dtype),
+            cache=cache.policy(),
             verify_hashes=verify_hashes,
             progress=progress,
         )

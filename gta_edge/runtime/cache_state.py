@@ -155,6 +155,11 @@ class CacheState:
         return None
 
     @property
+    def observed_tokens(self) -> int | None:
+        """Tokens of a chunk, its last, whose attention alone decides which rows stay; None where all of them do."""
+        return None
+
+    @property
     def batch(self) -> int:
         """Rows that the cache holds."""
         return len(self.length)

@@ -169,6 +169,11 @@ class Session(SessionExports):
         return self._cache.chunk_size
 
     @property
+    def observed_tokens(self) -> int | None:
+        """Tokens of a chunk, its last, whose attention alone a cache policy is told of; None where all are."""
+        return self._cache.observed_tokens
+
+    @property
     def trees(self) -> bool:
         """Whether it was loaded with ``trees=True``, and ``tree`` opens one."""
         return isinstance(self._cache, TreeCache)

@@ -9,9 +9,12 @@ import pytest
 
 from gta_edge.accuracy.probes import RANDOM, encoder, probes
 from gta_edge.accuracy.tolerance import FLOAT32_BOUND
+from gta_edge.errors import BackendError
 from gta_edge.evaluate.verify import verify
 from gta_edge.export.pipeline import export_model
 from gta_edge.formats.checkpoint import Checkpoint
+from gta_edge.runtime.cache_policies import policy
+from gta_edge.runtime.onnxruntime.session import OnnxRuntimeSession
 from gta_edge.runtime.registry import BACKENDS
 from tests.helpers.commands import ROOT
 
@@ -144,3 +147,16 @@ def test_a_cache_in_blocks_is_off_by_what_pytorch_is(int4: tuple[Path, Path]) ->
     assert report.passed
     assert found.max_rel_error > 100 * FLOAT32_BOUND
     assert found.bound_fraction > 0.05  # which is no bound that everything keeps
+
+
+@pytest.mark.parametrize("int4", ["random"], indirect=True)
+def test_a_cache_policy_is_compared_with_pytorchs(int4: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    window, observing = policy("window", rows=20), policy("zsmerge", rows=20)
+    found = verify(*int4, ["onnxruntime"], cache=window)
+    assert found.passed and found.int8_activations
+    found = verify(*int4, ["onnxruntime"], cache=observing)
+    assert found.passed and not found.int8_activations  # which may keep other rows
+    with pytest.raises(BackendError, match="goes by attention, which onnxruntime in fp32 with a cache of int8 rounds"):
+        verify(*int4, ["onnxruntime"], cache=observing, cache_dtype="int8")
+    monkeypatch.setattr(OnnxRuntimeSession, "_move", lambda *_: None)
+    assert not verify(*int4, ["onnxruntime"], cache=observing).passed
