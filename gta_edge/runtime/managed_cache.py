@@ -89,6 +89,10 @@ class ManagedCache(CacheState):
     def features(self) -> Features:
         return Features(self.policy.observe, self.policy.bias_rows, has_positions=True)
 
+    @property
+    def observed_tokens(self) -> int | None:
+        return self._observed_tokens
+
     # --- sizes -----------------------------------------------------------------------------------------------------
 
     def _checked_budgets(self) -> tuple[Lengths, bool]:
@@ -292,9 +296,9 @@ class ManagedCache(CacheState):
         """Return which sequences rows are evicted from before a step, bool [B]: each as if it were alone."""
         due: Mask = self.length - self._evicted_at >= self.policy.interval
         if part.start:  # of a prompt rows go at the end of its chunks; what a short call appended stays until the next
-            short = part.counts <= SHORT_CALL
+            goes_on = (part.real > 0) & (part.start == part.chunk[0])
             no_room = (self.rows + part.width > np.array(self._full)[:, None]).any(0)  # for padding beside a prompt
-            due &= short & ((part.real > 0) | no_room)
+            due &= (part.counts <= SHORT_CALL) & (goes_on | no_room)
         return due
 
     def append(self, part: Part, memory: CacheMemory) -> Lengths:

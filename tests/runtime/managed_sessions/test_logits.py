@@ -166,9 +166,13 @@ def test_the_last_tokens_of_a_chunk_observe_for_all_of_it(start: Start, model: s
             np.testing.assert_allclose(
                 np.sort(received[b, : len(held)]), np.sort(held), rtol=1e-3, atol=1e-5, err_msg=f"{layer}, {b}"
             )
-    for t in range(100, 110):
-        expected = [each.forward(row[t : t + 1])[0] for each, row in zip(exact, ids, strict=True)]
-        assert_close(session.forward(ids[:, t : t + 1]), np.stack(expected))
+    for widths in ([1, 1, 1],) * 4 + ([2, 1, 3], [1, 1, 1], [2, 2, 2]):  # some of which lengths cut in parts
+        width = max(widths)
+        found = session.forward(ids[:, 100 : 100 + width], lengths=widths)
+        expected = [each.forward(row[100 : 100 + n])[-1] for each, row, n in zip(exact, ids, widths, strict=True)]
+        assert_close(found, np.stack(expected))
+        for b, each in enumerate(exact):
+            assert session.rows[:, b].tolist() == [len(rows) for rows in each.layers]
 
 
 # --- past the last position ------------------------------------------------------------------------------------------
