@@ -80,6 +80,7 @@ class Execution:
         cache_dtype: how the cache is stored, one of ``CACHES``.
         chunk_size: most tokens of a prompt in one step.
         logit_positions: for how many positions of a step there is room for logits.
+        logits_bytes: room that is filled with those of more positions, as far as it goes.
         writes_scores: whether attention scores go through memory; a fused kernel keeps them on the chip.
         cpu_kernels: whether ONNX Runtime's CPU kernels run it, which hold quantised weights in a form of their own.
         rows: of a cache that a policy keeps small; None where every token stays.
@@ -89,6 +90,7 @@ class Execution:
     cache_dtype: str
     chunk_size: int
     logit_positions: int = 1
+    logits_bytes: int = 0
     writes_scores: bool = False
     cpu_kernels: bool = False
     rows: CacheRows | None = None

@@ -381,7 +381,8 @@ def activation_bytes(config: ModelConfig, execution: Execution, batch: int, toke
     value_bytes = DTYPES[execution.compute].bytes
     attention = sum(shape[0] for name, shape in config.attention_shapes().items() if len(shape) == 2)
     per_token = 4 * config.hidden_size + 2 * attention + 3 * config.intermediate_size
-    logits = _FLOAT_BYTES * batch * config.vocab_size * min(tokens, execution.logit_positions)
+    position = _FLOAT_BYTES * batch * config.vocab_size
+    logits = max(position * min(tokens, execution.logit_positions), min(position * tokens, execution.logits_bytes))
     size = value_bytes * batch * tokens * per_token + 2 * logits
     if execution.writes_scores:
         # scores, masked, weights, and the mask laid out for every query head

@@ -186,21 +186,22 @@ class Backend(ABC):
                 f"{self.name}",
                 f"expected {' or '.join(allowed)}",
             )
-        chunk_size, logit_positions = self._step_sizes()
+        chunk_size, logit_positions, logits_bytes = self._step_sizes()
         return Execution(
             compute,
             cache_dtype or compute,
             chunk_size,
             logit_positions,
+            logits_bytes,
             writes_scores=self.writes_scores,
             cpu_kernels=self.cpu_kernels,
         )
 
-    def _step_sizes(self) -> tuple[int, int]:
-        """Return how many tokens of a prompt are run at once, and for how many there is room for logits."""
+    def _step_sizes(self) -> tuple[int, int, int]:
+        """Return how many tokens of a prompt are run at once, and room for logits, as ``Execution`` has all three."""
         from gta_edge.runtime.cache_state import CHUNK_SIZE
 
-        return CHUNK_SIZE, 1
+        return CHUNK_SIZE, 1, 0
 
     # --- here, and now -----------------------------------------------------------------------------------------
 

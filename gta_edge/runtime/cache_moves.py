@@ -11,16 +11,16 @@ behind the rows in use first, for which a cache has as many spare rows.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from gta_edge.model.kv_cache import BRANCH_START, PAST_LENGTH, TREES
-from gta_edge.plugins.attention.definition import Features
+from gta_edge.plugins.attention.definition import MAX_BRANCH_TOKENS, Features
 
-__all__ = ["CacheMemory", "Layout", "ManagedStep", "Moves", "by_layer", "lay_out", "merged"]
+__all__ = ["CacheMemory", "Layout", "ManagedStep", "Moves", "by_layer", "causal_words", "lay_out", "merged"]
 
 Integers = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -28,6 +28,13 @@ Mask = npt.NDArray[np.bool_]
 
 _BY_LAYER = frozenset({"past_length", "row_bias", "branch_start"})
 """Inputs of a step whose first axis is the layer, and whose second is the row of the batch."""
+
+
+def causal_words(tokens: int) -> Integers:
+    """Return the words of new tokens that each see those before them: none of more than a word has bits."""
+    steps = np.arange(tokens if tokens <= MAX_BRANCH_TOKENS else 0)
+    words: Integers = np.full(len(steps), -1, np.int64) << steps
+    return words
 
 
 @dataclass(frozen=True)
@@ -72,6 +79,42 @@ class ManagedStep:
         arrays = {name: array for name, array in given.items() if isinstance(array, np.ndarray)}
         parts = {name: array[:, rows] if name in _BY_LAYER else array[rows] for name, array in arrays.items()}
         return ManagedStep(**(given | parts))
+
+    def of_tokens(self, start: int, stop: int) -> ManagedStep:
+        """Return the inputs of some of the tokens, where those before them have been run.
+
+        Once all have been run so, the cache is as if they had been at once: what was received before decays with the
+        first of them. Tokens of trees are at most as many as a word has bits.
+        """
+        weight, decay, branches = self.query_weight, self.decay, self.branches
+        past, branch_start = self.past_length + start, self.branch_start
+        if self.causal:
+            chain = causal_words(stop - start)
+            branch_start = past if len(chain) else past + stop - start
+            branches = np.broadcast_to(chain, (past.shape[1], len(chain)))
+        elif branches is not None:
+            branches = (branches.view(np.uint64) >> np.uint64(start)).view(np.int64)
+        return replace(
+            self,
+            past_length=past,
+            positions=self.positions[:, start:stop],
+            query_weight=None if weight is None else weight[:, start:stop],
+            decay=np.ones_like(decay) if decay is not None and start else decay,
+            branch_start=branch_start,
+            branches=branches,
+        )
+
+    def padded(self, tokens: int, words: int = 0) -> ManagedStep:
+        """Return the inputs with so many tokens more, and words up to so many: of what sees and weighs nothing."""
+        weight, branches = self.query_weight, self.branches
+        if branches is not None:
+            branches = np.pad(branches, ((0, 0), (0, max(0, words - branches.shape[1]))))
+        return replace(
+            self,
+            positions=np.pad(self.positions, ((0, 0), (0, tokens))),
+            query_weight=None if weight is None else np.pad(weight, ((0, 0), (0, tokens))),
+            branches=branches,
+        )
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from gta_edge.errors import CapacityError, InputError
 from gta_edge.model.config import ModelConfig
 from gta_edge.model.kv_cache import TREES
 from gta_edge.plugins.attention.definition import MAX_BRANCH_TOKENS, Features
-from gta_edge.runtime.cache_moves import CacheMemory, ManagedStep, Moves
+from gta_edge.runtime.cache_moves import CacheMemory, ManagedStep, Moves, causal_words
 from gta_edge.runtime.cache_state import CacheState, Lengths, Part
 from gta_edge.runtime.tree_rows import Pairs, TreeRows, routed
 from gta_edge.support.text import brief
@@ -168,11 +168,10 @@ class TreeCache(CacheState):
     def prepare(self, part: Part, memory: CacheMemory) -> ManagedStep:
         """Return the inputs of a step in which each token sees those before it."""
         width, steps = part.width, np.arange(part.width)
-        has_bits = width <= MAX_BRANCH_TOKENS
-        chain = np.full(width, -1, np.int64) << steps if has_bits else np.zeros(0, np.int64)
+        chain = causal_words(width)
         return self._step(
             self.length,
-            self.length if has_bits else self.length + width,
+            self.length if len(chain) else self.length + width,
             self.length[:, None] + steps,
             [chain] * self.batch,
             causal=True,

@@ -64,10 +64,10 @@ class _OnnxRuntimeCuda(Backend):
     compute_types = FLOAT_TYPES
     manages_cache = True
 
-    def _step_sizes(self) -> tuple[int, int]:
+    def _step_sizes(self) -> tuple[int, int, int]:
         from gta_edge.runtime.onnxruntime.cuda_session import CHUNK_SIZE
 
-        return CHUNK_SIZE, 1
+        return CHUNK_SIZE, 1, 0
 
     def _check(self, found: dict[str, Any], importing: Importing) -> None:
         from gta_edge.libraries.onnxruntime import load_onnxruntime_cuda

@@ -41,10 +41,10 @@ class TensorRTBackend(Backend):
     def cache_types(self, config: ModelConfig, compute: str) -> tuple[str, ...]:
         return self.kind.cache_types(config, compute)
 
-    def _step_sizes(self) -> tuple[int, int]:
-        from gta_edge.runtime.tensorrt.build import CHUNK_SIZE, LOGIT_POSITIONS
+    def _step_sizes(self) -> tuple[int, int, int]:
+        from gta_edge.runtime.tensorrt.build import CHUNK_SIZE, LOGIT_POSITIONS, LOGITS_BYTES
 
-        return CHUNK_SIZE, LOGIT_POSITIONS
+        return CHUNK_SIZE, LOGIT_POSITIONS, LOGITS_BYTES
 
     def _check(self, found: dict[str, Any], importing: Importing) -> None:
         from gta_edge.cuda.compiler import check_compiler

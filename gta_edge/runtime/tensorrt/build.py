@@ -1,7 +1,8 @@
 """Builds a TensorRT engine from a bundle: what ``gta-edge build`` does.
 
-One engine holds the weights once and two profiles: single tokens, and chunks of a prompt. The graph is made for
-TensorRT first (``lower.py``), then parsed, then built; the engine and its record appear in the bundle at once.
+One engine holds the weights once and three profiles: single tokens, chunks of a prompt, and a few tokens at once, as
+speculation runs them. TensorRT chooses kernels for each: those for 512 rows leave a GPU idle with 8. The graph is made
+for TensorRT first (``lower.py``), then parsed, then built; the engine and its record appear in the bundle at once.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ from gta_edge.numerics.quantization import BITS
 from gta_edge.plan.cost import words_bytes
 from gta_edge.runtime.tensorrt.engine import (
     CHOICES,
+    DECODE,
+    FEW,
     IMPLEMENTATIONS,
+    PREFILL,
     EngineManifest,
     EngineSpec,
     engine_directory,
@@ -48,12 +52,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CHUNK_SIZE",
+    "LOGITS_BYTES",
     "LOGIT_POSITIONS",
     "MAX_TREE_ROWS",
     "Requirement",
     "buffer_bytes",
     "build",
     "check_spec",
+    "logit_positions",
     "lower_only",
     "managed_spec",
     "matmul_of",
@@ -69,7 +75,11 @@ MAX_TREE_ROWS = 8192
 """Of a sequence, for trees of tokens: each has a word in every step."""
 
 LOGIT_POSITIONS = 16
-"""Most positions per row that one run gives logits for: those of a whole chunk would take half a gigabyte."""
+"""Positions per row, of so many tokens, that one run gives logits for at least."""
+
+LOGITS_BYTES = 2**24
+"""Logits that there is room for if those of ``LOGIT_POSITIONS`` take less. Those of a whole chunk of GTA-1B would take
+a quarter of a gigabyte on the GPU, and as much on the host."""
 
 # TensorRT-RTX 1.7 took, without a GPU (x86_64, 2026-11-21): 0.42 GB for 2 MB of weights in 5 layers, 1.15 GB for
 # 0.19 GB in one, 2.36 GB for 0.20 GB in 54, and 4.35 GB for 0.74 GB in 54, a GTA-1B in int4. That is 0.4 GB, 3.7 times
@@ -116,7 +126,7 @@ def requirement(bundle: Bundle, spec: EngineSpec) -> Requirement:
     return Requirement(
         weights=_WEIGHT_COPIES * _lowered_bytes(bundle),
         cache=2 * spec.cache_bytes(bundle.config),
-        logits=4 * spec.max_batch * LOGIT_POSITIONS * bundle.config.vocab_size,
+        logits=4 * spec.max_batch * logit_positions(bundle.config, spec) * bundle.config.vocab_size,
         builder=int(_BUILDER_BYTES + _LAYER_BYTES * bundle.config.num_hidden_layers),
         buffers=buffer_bytes(bundle.config, spec),
     )
@@ -125,12 +135,18 @@ def requirement(bundle: Bundle, spec: EngineSpec) -> Requirement:
 def buffer_bytes(config: ModelConfig, spec: EngineSpec) -> int:
     """Return the bytes of a session's inputs beside the caches, and of logits, which it has on the GPU and pinned."""
     inputs = sum(prod(shape) * np.dtype(dtype).itemsize for shape, dtype in step_inputs(config, spec).values())
-    return inputs + _LOGIT_BYTES * spec.max_batch * LOGIT_POSITIONS * config.vocab_size
+    return inputs + _LOGIT_BYTES * spec.max_batch * logit_positions(config, spec) * config.vocab_size
+
+
+def logit_positions(config: ModelConfig, spec: EngineSpec) -> int:
+    """Return the positions of each row that a run gives logits for at most, and that sessions have buffers for."""
+    room = LOGITS_BYTES // (_LOGIT_BYTES * spec.max_batch * config.vocab_size)
+    return min(max(room // LOGIT_POSITIONS, 1) * LOGIT_POSITIONS, spec.chunk_size)
 
 
 def step_inputs(config: ModelConfig, spec: EngineSpec) -> dict[str, tuple[tuple[int, ...], type]]:
     """Return of each of an engine's inputs beside the caches its largest shape and its numpy type, by name."""
-    sizes = {"batch": spec.max_batch, "tokens": spec.chunk_size, "positions": LOGIT_POSITIONS}
+    sizes = {"batch": spec.max_batch, "tokens": spec.chunk_size, "positions": logit_positions(config, spec)}
     shapes = spec.input_shapes(config, **sizes)
     floats = (ROW_BIAS, QUERY_WEIGHT, DECAY)
     return {
@@ -254,14 +270,18 @@ def _lowered_bytes(bundle: Bundle) -> int:
 
 
 def profile_shapes(bundle: Bundle, spec: EngineSpec) -> list[dict[str, tuple[tuple[int, ...], ...]]]:
-    """Return, for decode and for prefill, the least, usual and largest shape of every input by name."""
-    chunk = (1, spec.chunk_size, spec.chunk_size)
-    positions = (1, 1, min(LOGIT_POSITIONS, spec.chunk_size))
+    """Return the least, usual and largest shape of every input by name, for each of the engine's profiles."""
+    few, chunk, positions = spec.few_tokens, spec.chunk_size, logit_positions(bundle.config, spec)
+    sizes = {  # tokens and logits
+        DECODE: ((1, 1, 1), (1, 1, 1)),
+        PREFILL: ((1, chunk, chunk), (1, 1, positions)),
+        FEW: ((2, min(8, few), few), (2, min(8, few), few)),
+    }
     profiles: list[dict[str, tuple[tuple[int, ...], ...]]] = []
-    for tokens, logits in (((1, 1, 1), (1, 1, 1)), (chunk, positions)):
+    for profile in (DECODE, PREFILL, FEW)[: 3 if few else 2]:
         least, usual, largest = (
             spec.input_shapes(bundle.config, batch=b, tokens=t, positions=m)
-            for b, t, m in zip((1, 1, spec.max_batch), tokens, logits, strict=True)
+            for b, t, m in zip((1, 1, spec.max_batch), *sizes[profile], strict=True)
         )
         profiles.append({name: (shape, usual[name], largest[name]) for name, shape in least.items()})
     return profiles

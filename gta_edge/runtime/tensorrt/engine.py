@@ -43,6 +43,7 @@ from gta_edge.model.kv_cache import (
 )
 from gta_edge.numerics.dtypes import FLOAT_TYPES, QUANTIZED_CACHE_TYPES
 from gta_edge.plugins.attention.definition import MAX_BRANCH_TOKENS, Features
+from gta_edge.runtime.step_costs import WIDTHS
 from gta_edge.runtime.tensorrt.engine_cache import EngineCache
 from gta_edge.support.ownership import ARTIFACTS
 from gta_edge.support.text import one_line
@@ -50,7 +51,10 @@ from gta_edge.version import __version__
 
 __all__ = [
     "CHOICES",
+    "DECODE",
+    "FEW",
     "IMPLEMENTATIONS",
+    "PREFILL",
     "EngineManifest",
     "EngineSpec",
     "Wanted",
@@ -67,7 +71,10 @@ IMPLEMENTATIONS = ("plugin", "native")
 """Who multiplies by quantised matrices."""
 CHOICES = ("auto", *IMPLEMENTATIONS)
 """What ``gta-edge build --matmul`` takes."""
+DECODE, PREFILL, FEW = range(3)
+"""The profiles: single tokens, chunks of a prompt, and a few tokens that continue a text."""
 PLAN, RECORD = "engine.plan", "engine.json"
+_REVISION = 2  # of the profiles that engines have: before 2 there were two, and logits of 16 positions
 _ROWS_STEP = 16
 _RECEIVED_BYTES = 4  # of what a row received, a float32
 
@@ -149,6 +156,11 @@ class EngineSpec:
         if self.tree_rows:
             return TREES
         return self.managed.features if self.managed else None
+
+    @property
+    def few_tokens(self) -> int:
+        """Most tokens of the profile for a few at once; 0 of an engine for single ones, which has no such profile."""
+        return min(WIDTHS[-1], self.chunk_size) if self.chunk_size > 1 else 0
 
     @property
     def tree_words(self) -> int:
@@ -234,6 +246,7 @@ class EngineManifest:
         matmul_timings: what that was decided by, if it was: of each kind of matmul, see ``Timing.document``; or who
             could not multiply here, and why.
         gpu: name of the GPU that kernels were timed on; empty where there was none.
+        revision: which profiles it has.
     """
 
     spec: EngineSpec
@@ -244,6 +257,7 @@ class EngineManifest:
     matmul: str = "native"
     matmul_timings: list[dict[str, Any]] = field(default_factory=list)
     gpu: str = ""
+    revision: int = _REVISION
 
 
 def engine_directory(bundle: Bundle, engine: str) -> Path:
@@ -315,10 +329,17 @@ def load_engine(
     """
     directory = engine_directory(bundle, engine)
     artifact, record = _open_engine(bundle, engine, wanted)
-    names = "the bundle's files", "gta-edge", "TensorRT", "the GPU's compute capability", "the GPU"
-    now = made_from(bundle), __version__, tensorrt, compute_capability, gpu or record.gpu
+    names = (
+        "the bundle's files",
+        "gta-edge",
+        "TensorRT",
+        "the GPU's compute capability",
+        "the GPU",
+        "the revision of engines",
+    )
+    now = made_from(bundle), __version__, tensorrt, compute_capability, gpu or record.gpu, str(_REVISION)
     built_for = _built_for(record, compute_capability)
-    then = record.made_from, record.gta_edge, record.tensorrt, built_for, record.gpu or gpu
+    then = record.made_from, record.gta_edge, record.tensorrt, built_for, record.gpu or gpu, str(record.revision)
     found = difference(dict(zip(names, now, strict=True)), dict(zip(names, then, strict=True)))
     if found is not None:
         remedy = record.spec.command(bundle.directory, wanted)
@@ -382,7 +403,7 @@ def _read(entries: Mapping[str, Any]) -> EngineManifest:
     spec = dict(entries["spec"])
     if spec.get("managed") is not None:
         spec["managed"] = EngineCache(**spec["managed"])
-    return EngineManifest(**{**entries, "spec": EngineSpec(**spec)})
+    return EngineManifest(**{"revision": 1, **entries, "spec": EngineSpec(**spec)})
 
 
 def _check_types(record: EngineManifest) -> None:
@@ -390,7 +411,7 @@ def _check_types(record: EngineManifest) -> None:
     spec, lists = record.spec, record.compute_capabilities
     texts = [record.tensorrt, record.gta_edge, record.gpu, spec.engine, spec.compute, spec.cache_dtype]
     texts += [*record.made_from, *record.made_from.values(), *lists, spec.matmul, record.matmul]
-    numbers = [spec.max_length, spec.max_batch, spec.chunk_size]
+    numbers = [spec.max_length, spec.max_batch, spec.chunk_size, record.revision]
     if spec.managed is not None:
         texts.append(spec.managed.policy)
         numbers += spec.managed.capacities

@@ -1,10 +1,12 @@
 """The backends `tensorrt` and `tensorrt-rtx`: an engine that ``gta-edge build`` made, token by token, without torch.
 
-The engine's two profiles share its weights. The cache has its full capacity from the start, and past inputs and present
+The engine's profiles share its weights. The cache has its full capacity from the start, and past inputs and present
 outputs of every layer are bound to one address, so no step copies it. A step of one token per row is a CUDA graph,
-captured once for a number of rows: ids and lengths in, logits out, all through pinned memory. Each number of rows has
-an execution context of its own for that, since a graph is only good while its context's shapes do not change. They cost
-little: weights are the engine's, and scratch memory is one for all, as one runs after the other.
+captured once for a number of rows: ids and lengths in, logits out, all through pinned memory. So is one of a few tokens
+that continue a text, or are nodes of a tree, of each of the widths that speculation uses, to which others are padded
+(not in a cache in blocks, which padding would close). Each shape has an execution context of its own for that, since a
+graph is only good while its context's shapes do not change. They cost little: weights are the engine's, and scratch
+memory is one for all, as one runs after the other.
 """
 
 from __future__ import annotations
@@ -23,8 +25,7 @@ from gta_edge.cuda.session import Cuda
 from gta_edge.errors import BackendError, CapacityError, EngineError, InputError
 from gta_edge.formats.bundle import Bundle
 from gta_edge.libraries.tensorrt import TensorRT, load
-from gta_edge.model.kv_cache import INPUT_IDS, LOGITS
-from gta_edge.model.kv_cache import LOGIT_POSITIONS as LOGIT_POSITIONS_INPUT
+from gta_edge.model.kv_cache import INPUT_IDS, LOGIT_POSITIONS, LOGITS
 from gta_edge.numerics.dtypes import BLOCK_CACHE_TYPES, CACHES
 from gta_edge.plugins import register
 from gta_edge.runtime.cache_moves import ManagedStep, Moves
@@ -32,8 +33,12 @@ from gta_edge.runtime.cache_policies.base import CachePolicy
 from gta_edge.runtime.cache_state import CacheState
 from gta_edge.runtime.managed_cache import OBSERVED_TOKENS, cache_state
 from gta_edge.runtime.session import Ids, Logits, Session
-from gta_edge.runtime.tensorrt.build import LOGIT_POSITIONS, buffer_bytes, step_inputs
+from gta_edge.runtime.step_costs import padded_width
+from gta_edge.runtime.tensorrt.build import buffer_bytes, logit_positions, step_inputs
 from gta_edge.runtime.tensorrt.engine import (
+    DECODE,
+    FEW,
+    PREFILL,
     EngineSpec,
     Wanted,
     compute_capability,
@@ -50,8 +55,7 @@ from gta_edge.runtime.tensorrt.step_inputs import StepInputs, Values, step_value
 
 __all__ = ["TensorRTSession"]
 
-_DECODE, _PREFILL = 0, 1  # the profiles, as build.py makes them
-_DECODERS_KEPT = 8
+_DECODERS_KEPT = 8  # of single tokens, for as many numbers of rows, and again of a few
 
 TREE_ROWS = 256
 """What a session suggests to build an engine with, where one without room for trees is asked for them."""
@@ -67,7 +71,7 @@ class _Tensor:
 
 @dataclass
 class _Decoder:
-    """A context for one token of each of a number of rows, and its run as a CUDA graph."""
+    """A context for one token, or a few, of each of a number of rows, and its run as a CUDA graph."""
 
     context: Any
     graph: Any = None
@@ -130,7 +134,7 @@ class TensorRTSession(Session):
         self._engine: Any = None
         self._runtime: Any = None
         self._kernels: RuntimeCache | None = None
-        self._decoders: dict[int, _Decoder] = {}
+        self._decoders: dict[tuple[int, int], _Decoder] = {}  # by rows and tokens of each
         self._addresses: dict[str, int] = {}
         self._cuda = Cuda(device_id)
         try:
@@ -154,14 +158,16 @@ class TensorRTSession(Session):
         spec = self._record.spec
         self._inputs = StepInputs(self._cuda, step_inputs(self.config, spec))
         self._addresses |= self._inputs.addresses
-        self._logits = self._tensor(LOGITS, spec.max_batch * LOGIT_POSITIONS * self.config.vocab_size, np.float32)
+        self._positions = logit_positions(self.config, spec)
+        self._logits = self._tensor(LOGITS, spec.max_batch * self._positions * self.config.vocab_size, np.float32)
         attends_by_plugin = ENGINES[spec.engine].attends_by_plugin(self.config)
         self._memory = EngineMemory(self._cuda, self.config, spec, gpu if attends_by_plugin else None)
         self._addresses |= self._memory.addresses
-        sizes = [int(self._engine.get_device_memory_size_for_profile_v2(each)) for each in (_DECODE, _PREFILL)]
+        profiles = (DECODE, PREFILL, FEW)[: 3 if spec.few_tokens else 2]
+        sizes = [int(self._engine.get_device_memory_size_for_profile_v2(each)) for each in profiles]
         self._scratch_bytes = max(*sizes, 1)
         self._scratch = self._cuda.allocate(self._scratch_bytes, "TensorRT's scratch memory")
-        self._prefill = self._context(_PREFILL)
+        self._prefill = self._context(PREFILL)
         self._prefill_shape = (0, 0, 0)
         self._cuda.synchronize()
 
@@ -220,7 +226,7 @@ class TensorRTSession(Session):
         self._log.errors.clear()
         how, strategy = self._user_managed, self._user_managed
         if self._kernels:
-            how = self._kernels.configure(self._engine, strategy, eager=profile == _DECODE)
+            how = self._kernels.configure(self._engine, strategy, eager=profile != PREFILL)
         context = self._engine.create_execution_context(how)
         if context is None:
             raise BackendError(f"TensorRT cannot make an execution context ({self._reason()})", f"{self._rebuild()}")
@@ -243,7 +249,8 @@ class TensorRTSession(Session):
 
     @property
     def cuda_graph(self) -> bool | None:
-        return all(each.graph is not None for each in self._decoders.values()) if self._decoders else None
+        single = [each.graph is not None for (_, tokens), each in self._decoders.items() if tokens == 1]
+        return all(single) if single else None
 
     def _tensor(self, name: str, values: int, dtype: Any) -> _Tensor:
         host = self._cuda.host_array((values,), dtype, f"a buffer for {name}")
@@ -260,43 +267,48 @@ class TensorRTSession(Session):
     def _run(
         self, input_ids: Ids, past_length: Ids, logit_positions: Ids, managed: ManagedStep | None = None
     ) -> Logits:
-        rows, wanted = logit_positions.shape
-        if wanted > LOGIT_POSITIONS and CACHES[self.cache_dtype].in_blocks:
-            return self._run_in_pieces(input_ids, past_length)
         self._cuda.make_current()
+        (rows, tokens), wanted = input_ids.shape, logit_positions.shape[1]
+        if wanted > self._positions:
+            return self._run_in_pieces(input_ids, past_length, managed)
+        if not wanted:  # the engine gives logits for one position at least
+            logit_positions = np.zeros((rows, 1), np.int64)
+        width = self._width(tokens, wanted, past_length, managed)
+        if width > tokens:
+            input_ids = np.pad(input_ids, ((0, 0), (0, width - tokens)))
+            logit_positions = np.broadcast_to(np.arange(width), input_ids.shape)
+            managed = managed and managed.padded(width - tokens)
         given = input_ids, past_length, logit_positions, managed
         values = step_values(self._spec.managed, self.config, *given, tree_words=self._spec.tree_words)
-        if input_ids.shape[1] == 1 and wanted == 1 and not self._first_row:
-            return self._step(values)
-        # A run appends the same rows to the same places every time, so more logits are had by running again. Only runs
-        # of fewer tokens observe, which must not be counted twice.
-        parts = []
-        for start in range(0, max(wanted, 1), LOGIT_POSITIONS):
-            positions = logit_positions[:, start : start + LOGIT_POSITIONS]
-            if not wanted:  # the engine gives logits for one position at least
-                positions = np.zeros((rows, 1), np.int64)
-            parts.append(self._chunk(values | {LOGIT_POSITIONS_INPUT: positions}))
-        result: Logits = np.concatenate(parts, axis=1)[:, :wanted]
-        return result
+        logits = self._step(values) if width else self._chunk(values)
+        return logits[:, :wanted]
 
-    def _run_in_pieces(self, input_ids: Ids, past_length: Ids) -> Logits:
-        """Append tokens, of all of which logits are wanted, in runs of as many as have some.
+    def _width(self, tokens: int, wanted: int, past_length: Ids, managed: ManagedStep | None) -> int:
+        """Return the tokens per row of the graph that runs a step, padded to it; 0 where there is none for it."""
+        if wanted != tokens or self._first_row or tokens > max(self._spec.few_tokens, 1):
+            return 0
+        width = min(padded_width(tokens), max(self._spec.few_tokens, 1))
+        rows = past_length[None] if managed is None else managed.past_length  # [1 or L, B]
+        no_room = (rows + width > np.array(self._memory.capacities)[:, None]).any()
+        return 0 if width > tokens and (no_room or CACHES[self.cache_dtype].in_blocks) else width
 
-        In a second run over the same tokens a cache in blocks would have others in its open block.
-        """
+    def _run_in_pieces(self, input_ids: Ids, past_length: Ids, managed: ManagedStep | None) -> Logits:
+        """Append tokens, of all of which logits are wanted, in runs of as many as have some."""
         parts = []
-        for start in range(0, input_ids.shape[1], LOGIT_POSITIONS):
-            ids = input_ids[:, start : start + LOGIT_POSITIONS]
+        for start in range(0, input_ids.shape[1], self._positions):
+            ids = input_ids[:, start : start + self._positions]
             positions = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
-            full = self._cache.capacity  # where idle rows are said to be
-            parts.append(self._run(ids, np.minimum(past_length + start, full), positions))
+            full = self._cache.capacity  # where idle rows of a cache in blocks are said to be
+            past = np.minimum(past_length + start, full)
+            part = managed and managed.of_tokens(start, start + ids.shape[1])
+            parts.append(self._run(ids, past, positions, part))
         result: Logits = np.concatenate(parts, axis=1)
         return result
 
     def _chunk(self, values: Values) -> Logits:
         if self._first_row != self._prefill_row:
             self._move_prefill(self._first_row)
-        shape = (*values[INPUT_IDS].shape, values[LOGIT_POSITIONS_INPUT].shape[1])
+        shape = (*values[INPUT_IDS].shape, values[LOGIT_POSITIONS].shape[1])
         if shape != self._prefill_shape:
             self._prefill_shape = (0, 0, 0)
             self._set_shapes(self._prefill, *shape)
@@ -314,14 +326,16 @@ class TensorRTSession(Session):
         self._prefill_row = row
 
     def _step(self, values: Values) -> Logits:
-        rows = len(values[INPUT_IDS])
-        logits = self._fill(values | {LOGIT_POSITIONS_INPUT: np.zeros((rows, 1), np.int64)})
-        decoder = self._decoders.get(rows)
+        rows, tokens = shape = values[INPUT_IDS].shape
+        logits = self._fill(values)
+        decoder = self._decoders.get(shape)
         if decoder is None:
-            result, decoder = self._first_step(rows, logits)
-            if len(self._decoders) == _DECODERS_KEPT:
-                self._cuda.forget(self._decoders.pop(next(iter(self._decoders))).graph)
-            self._decoders[rows] = decoder
+            self.step_costs.leave_out()
+            result, decoder = self._first_step(rows, tokens, logits)
+            alike = [each for each in self._decoders if (each[1] == 1) == (tokens == 1)]
+            if len(alike) == _DECODERS_KEPT:
+                self._cuda.forget(self._decoders.pop(alike[0]).graph)
+            self._decoders[rows, tokens] = decoder
             return result
         if decoder.graph is None:
             self._enqueue(decoder.context, logits)
@@ -330,10 +344,10 @@ class TensorRTSession(Session):
         self._cuda.synchronize()
         return logits.copy()
 
-    def _first_step(self, rows: int, logits: Logits) -> tuple[Logits, _Decoder]:
+    def _first_step(self, rows: int, tokens: int, logits: Logits) -> tuple[Logits, _Decoder]:
         """Run a step, which TensorRT wants before it is captured, and capture the next one like it."""
-        context = self._context(_DECODE)
-        self._set_shapes(context, rows, 1, 1)
+        context = self._context(DECODE if tokens == 1 else FEW)
+        self._set_shapes(context, rows, tokens, tokens)
         self._enqueue(context, logits)
         self._cuda.synchronize()
         decoder, result = _Decoder(context), logits.copy()
@@ -350,7 +364,7 @@ class TensorRTSession(Session):
     def _fill(self, values: Values) -> Logits:
         """Put inputs into pinned memory; return where the logits will be, float32 [B, M, V]."""
         self._inputs.fill(values)
-        shape = (*values[LOGIT_POSITIONS_INPUT].shape, self.config.vocab_size)
+        shape = (*values[LOGIT_POSITIONS].shape, self.config.vocab_size)
         result: Logits = self._logits.host[: prod(shape)].reshape(shape)
         return result
 

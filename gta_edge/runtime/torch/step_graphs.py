@@ -9,7 +9,6 @@ as many launches as one of a single token, and takes hardly longer while weights
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -115,7 +114,7 @@ class StepGraphs:
         graph = self._graph(key, None if managed is None else self._features or TREES)
         if graph is None:
             return None
-        given = managed and _padded(managed, key[0] - tokens, key[1])
+        given = managed and managed.padded(key[0] - tokens, key[1])
         logits = graph.replay(np.pad(ids, ((0, 0), (0, key[0] - tokens))), past_length, given)
         if wanted == tokens:  # of all of them
             return logits[:, :tokens]
@@ -170,14 +169,3 @@ class StepGraphs:
         ):
             del self._graphs[others.pop(0)]
         return True
-
-
-def _padded(managed: ManagedStep, tokens: int, words: int) -> ManagedStep:
-    """Return a step's inputs with so many tokens more, and so many words in all: of what sees and weighs nothing."""
-    weight, branches = managed.query_weight, managed.branches
-    return replace(
-        managed,
-        positions=np.pad(managed.positions, ((0, 0), (0, tokens))),
-        query_weight=None if weight is None else np.pad(weight, ((0, 0), (0, tokens))),
-        branches=None if branches is None else np.pad(branches, ((0, 0), (0, words - branches.shape[1]))),
-    )

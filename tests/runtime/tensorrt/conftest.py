@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,6 +12,14 @@ import pytest
 if TYPE_CHECKING:
     from gta_edge.formats.bundle import Bundle
     from tests.helpers.tensorrt_graphs import Bundles, Exact
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_logits() -> Iterator[None]:
+    """A run gives logits for as few positions as of a model with a large vocabulary: there is room for no more."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gta_edge.runtime.tensorrt.build.LOGITS_BYTES", 0)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -477,12 +477,13 @@ def test_a_model_that_tensorrt_refuses(bundle: Bundle, no_gpu: None, monkeypatch
 
 
 def test_profiles_cover_what_sessions_run(bundle: Bundle) -> None:
-    decode, prefill = profile_shapes(bundle, replace(PLUGIN, cache_dtype="int8"))
+    decode, prefill, few = profile_shapes(bundle, replace(PLUGIN, cache_dtype="int8"))
     assert decode["input_ids"] == ((1, 1), (1, 1), (2, 1))
     assert prefill["input_ids"] == ((1, 1), (1, 32), (2, 32))
     assert prefill["logit_positions"][2] == (2, LOGIT_POSITIONS)
     first, second = bundle.config.caches
-    for profile in (decode, prefill):
+    assert few["input_ids"] == few["logit_positions"] == ((1, 2), (1, 8), (2, 16))
+    for profile in (decode, prefill, few):
         assert profile["past_key.1"][2] == (2, first.heads, 64, first.width)
         assert profile["past_latent_scale.0"] == tuple((n, second.heads, 64) for n in (1, 1, 2))
 

@@ -62,6 +62,35 @@ def test_a_token_is_one_replay_of_a_graph(session: TensorRTSession, driver: Driv
     assert len(driver.graphs) == 1
 
 
+def test_a_few_tokens_are_replays_of_a_few_graphs(session: TensorRTSession, driver: Driver) -> None:
+    """Padded to their widths, with the logits of single tokens; what pads them is not seen later."""
+    given = ids(session, 2, 70)
+    session.forward(given[:, :20])
+    single = {t: session.forward(given[:, t : t + 1]) for t in range(20, 70)}
+    assert len(driver.graphs) == 1
+    session.truncate(20)
+    at = 20
+    for count, queued in (
+        (2, "capture"),
+        (2, "replay"),
+        (5, "capture"),
+        (6, "replay"),
+        (13, "capture"),
+        (16, "replay"),
+    ):
+        before = len(driver.calls)
+        found = session.forward(given[:, at : at + count], all_logits=True)
+        assert (queued == "replay") == (driver.calls[before:] == ["replay"])
+        for t in range(count):
+            np.testing.assert_allclose(found[:, t], single[at + t], rtol=0.05, atol=0.05)
+        at += count
+    assert len(driver.graphs) == 4  # of 1, 2, 6 and 16 tokens
+    session.truncate(LENGTH - 60)
+    session.forward(given[:, : 60 - 5])
+    session.forward(given[:, :5], all_logits=True)  # no room for what would pad them
+    assert len(driver.graphs) == 4
+
+
 def test_each_number_of_rows_has_its_graph_and_keeps_it(session: TensorRTSession, driver: Driver) -> None:
     found = {}
     for seed, rows in enumerate((1, 3, 2, 1, 3, 2)):
@@ -137,14 +166,16 @@ def test_scratch_memory_is_one_for_all(session: TensorRTSession) -> None:
         session.forward(ids(session, rows, 1))
     contexts = session._engine.alive
     assert len(contexts) == 3
-    assert {context.scratch for context in contexts} == {(session._scratch, session._engine.scratch_bytes(1))}
+    largest = max(map(session._engine.scratch_bytes, range(3)))
+    assert {context.scratch for context in contexts} == {(session._scratch, largest)}
 
 
 def test_more_logits_than_one_run_gives(session: TensorRTSession, driver: Driver) -> None:
-    """The chunk runs again for the rest: it writes the same rows to the same places."""
+    """A chunk is run in pieces of as many tokens as there is room for logits of, each of them once."""
     given = ids(session, 2, CHUNK)
-    assert CHUNK > LOGIT_POSITIONS
+    assert CHUNK == 2 * LOGIT_POSITIONS
     every = session.forward(given, all_logits=True)
+    assert driver.calls.count("replay") == 1  # of the first piece's graph: the second is another like it
     session.reset()
     for stop in (1, LOGIT_POSITIONS, LOGIT_POSITIONS + 1, CHUNK):
         session.reset()
