@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from statistics import median
 
-__all__ = ["WIDTHS", "StepCosts", "padded_width"]
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["WIDTHS", "StepCosts", "graph_width", "padded_width"]
 
 WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16)
 """Tokens of a call that continues a text. They are few, so that what a backend makes for a width is used again."""
@@ -19,6 +23,34 @@ _SINGLE = (False, 1)
 def padded_width(tokens: int) -> int:
     """Return the least of ``WIDTHS`` that so many tokens, at most the largest of them, go into."""
     return next(width for width in WIDTHS if width >= tokens)
+
+
+def graph_width(
+    tokens: int,
+    rows: npt.NDArray[np.int64],
+    capacities: Sequence[int],
+    *,
+    limit: int = WIDTHS[-1],
+    padding: bool = True,
+) -> int:
+    """Return the width of the CUDA graph that appends so many tokens, padded to it; 0 where there can be none.
+
+    What pads them is written to rows behind theirs, for which there has to be room.
+
+    Args:
+        tokens: of each row of the batch.
+        rows: in use, int64 [B], or by layer [L, B].
+        capacities: rows that each layer has room for.
+        limit: most tokens that there are graphs for, at most the largest of ``WIDTHS``.
+        padding: whether tokens may be padded, which would close blocks of a cache in blocks.
+    """
+    if tokens > limit:
+        return 0
+    width = min(padded_width(tokens), limit)
+    if width == tokens:
+        return width
+    room = np.array(capacities)[:, None] - width  # [L, 1]
+    return width if padding and (rows.reshape(-1, rows.shape[-1]) <= room).all() else 0
 
 
 class StepCosts:

@@ -171,6 +171,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     _own("logits-int4", "the same in int4", 90, _module("agreement", "gta-1b/int4"), rehearsed=False),
     _own("logits-gqa-bf16", "GQA-1B's logits in bf16", 60, _module("agreement", "gqa-1b/bf16"), rehearsed=False),
+    _own("widths", "calls of 1 to 16 tokens of GTA-1B as graphs, guesses", 60, _module("widths", "gta-1b/int4")),
     _own("liveness", "a captured step after another prompt, and memory handed out anew", 45, _module("liveness")),
     _own("shipped", "the shipped model: export, verify, generate", 90, _module("shipped"), needs=_EXPORT),
     _tests("tests-attention", 120, "tests/plugins/attention/test_kernels_gpu.py", rehearsal=("-k", "zeros and bf16")),
@@ -247,6 +248,7 @@ STAGES: tuple[Stage, ...] = (
         120,
         "tests/runtime/onnxruntime/test_cuda_session.py",
         "tests/runtime/onnxruntime/test_cuda_managed.py",
+        "tests/runtime/onnxruntime/test_cuda_trees.py",
         needs=(*_EXPORT, "distribution:onnxruntime-gpu"),
     ),
 )

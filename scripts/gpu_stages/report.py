@@ -23,7 +23,7 @@ def table(rows: Sequence[Row], directory: Path | None = None) -> str:
         directory: where benchmarks have left tables of their own (``*.md``).
     """
     parts = [*_head(rows), _stages(rows), _programs(rows), _exactness(rows), *_wrong(rows), _models(rows)]
-    parts += [_logits(rows), *_kernels(rows), _shipped(rows), _profile(rows)]
+    parts += [_widths(rows), _speculation(rows), _logits(rows), *_kernels(rows), _shipped(rows), _profile(rows)]
     for page in sorted(directory.glob("*.md")) if directory else ():
         if page.name != "table.md":
             parts.append(page.read_text(encoding="utf-8", errors="replace").strip())
@@ -124,6 +124,20 @@ def _models(rows: Sequence[Row]) -> str:
     heads = ("model", "context", "ms per token", "GPU ms", "floor ms", "floor / measured", "prefill tokens/s")
     found = _picked(_of(rows, "model", "model", "context"), *names, "peak_GiB")
     return _grid((*heads, "peak GiB"), found)
+
+
+def _widths(rows: Sequence[Row]) -> str:
+    names = ("model", "context", "width", "ms", "of_single", "ms_eager", "graph_MiB")
+    heads = ("model", "context", "tokens of a call", "ms", "of a single one's", "ms without a graph", "graph MiB")
+    return _grid(heads, _picked(_of(rows, "width", "model", "width"), *names))
+
+
+def _speculation(rows: Sequence[Row]) -> str:
+    names = ("model", "speculate", "ms_per_token", "tokens_per_step")
+    return _grid(
+        ("model", "speculate", "ms per token", "tokens per step"),
+        _picked(_of(rows, "speculation", "model", "speculate"), *names),
+    )
 
 
 def _logits(rows: Sequence[Row]) -> str:

@@ -54,7 +54,7 @@ def test_the_rehearsal_passes(tmp_path: Path) -> None:
     told = {row["what"] for row in found if "what" in row}
     assert told == {
         *("campaign", "versions", "constants", "program", "launch", "exact", "load", "model", "token", "prompt"),
-        *("kernel", "logits", "liveness", "shipped", "ran"),
+        *("kernel", "width", "speculation", "logits", "liveness", "shipped", "ran"),
     }
     exact = [row for row in found if row.get("what") == "exact"]
     gta, gqa, int8 = "attention gta-1b bf16/bf16", "attention gqa-1b bf16/bf16", "matmul int8/0 bf16"

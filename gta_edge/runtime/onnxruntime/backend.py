@@ -63,6 +63,7 @@ class _OnnxRuntimeCuda(Backend):
     device = "gpu"
     compute_types = FLOAT_TYPES
     manages_cache = True
+    has_trees = True
 
     def _step_sizes(self) -> tuple[int, int, int]:
         from gta_edge.runtime.onnxruntime.cuda_session import CHUNK_SIZE

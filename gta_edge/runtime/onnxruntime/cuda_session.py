@@ -1,13 +1,13 @@
 """The `onnxruntime-cuda` backend: a bundle's graph in fp16 or bf16 on an NVIDIA GPU, by ONNX Runtime alone.
 
 Past input and present output of every layer are bound to one buffer on the GPU, so no step copies the cache. A step of
-one token per row is a CUDA graph, captured by ONNX Runtime once for each number of rows and capacity: its inputs and
-logits have memory of their own that stays where it is.
+one token per row, or of a few that continue a text or are nodes of a tree, is a CUDA graph, captured by ONNX Runtime
+once for each shape and capacity: its inputs and logits have memory of their own that stays where it is. A few tokens
+are padded to the widths that speculation uses, so that shapes are few.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -31,6 +31,7 @@ from gta_edge.libraries.onnxruntime import (
     why_no_gpu,
 )
 from gta_edge.model.kv_cache import (
+    BRANCHES,
     INPUT_IDS,
     LOGIT_POSITIONS,
     LOGITS,
@@ -42,15 +43,16 @@ from gta_edge.model.kv_cache import (
     received_tensors,
 )
 from gta_edge.numerics.dtypes import DTYPES
-from gta_edge.plugins.attention.definition import Features
 from gta_edge.runtime.cache_moves import ManagedStep, Moves
 from gta_edge.runtime.cache_policies.base import CachePolicy
 from gta_edge.runtime.managed_cache import OBSERVED_TOKENS, cache_state
 from gta_edge.runtime.onnxruntime.cache_rows import CacheRows
-from gta_edge.runtime.onnxruntime.lowered import GRAPH, PACKED, Form, cached_graph
+from gta_edge.runtime.onnxruntime.cuda_forms import form_of, managed_form
+from gta_edge.runtime.onnxruntime.lowered import PACKED, cached_graph
 from gta_edge.runtime.onnxruntime.model import OpenModel, model_files, open_model
 from gta_edge.runtime.saved_cache import place_in
 from gta_edge.runtime.session import Ids, Logits, Session
+from gta_edge.runtime.step_costs import graph_width
 from gta_edge.support.files import scratch_directory
 from gta_edge.support.progress import Progress, silent
 from gta_edge.support.text import one_line
@@ -66,10 +68,15 @@ _CAPACITY_STEP = 2048
 
 _FATAL = 4
 _NO_GRAPH = -1  # as gpu_graph_id: run without one
+_GRAPHS_KEPT = 12  # with their inputs, logits, and what ONNX Runtime allocates for each
 
 
 Inputs = dict[str, npt.NDArray[Any]]
 """Inputs of a step by name, but for caches."""
+
+
+_Shape = tuple[int, int, int, int]
+"""B, T, M and W of a step; W is 0 without trees."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +87,7 @@ class _Step:
         graph_id: number of its CUDA graph, which is captured in its first run; ``_NO_GRAPH`` for none.
     """
 
-    shape: tuple[int, int, int]  # B, T, M
+    shape: _Shape
     first_row: int  # of the batch
     binding: Any
     inputs: dict[str, Any]  # by name
@@ -105,7 +112,7 @@ class OnnxRuntimeCudaSession(Session):
         BackendError: ONNX Runtime or its CUDA provider is missing, there is no GPU, or the model is refused.
         EngineError: a weight is beyond float16's range.
         CapacityError: the GPU has no room for the weights.
-        InputError: the policy makes no sense for the model.
+        InputError: the policy makes no sense for the model, or with trees.
     """
 
     backend = "onnxruntime-cuda"
@@ -141,7 +148,7 @@ class OnnxRuntimeCudaSession(Session):
         self.graph_refused: str | None = None if on_gpu else "there is no GPU"  # why no step is a CUDA graph
         self._model: OpenModel | None = self._open()
         self._caches: dict[str, Any] = {}
-        self._steps: dict[bool, _Step] = {}  # the one of a single token, and any other
+        self._steps: dict[_Shape | None, _Step] = {}  # those with a graph, the last used at the end; None: any other
         self._graph_ids = 0
         self._received_before: list[npt.NDArray[np.float32]] = []  # a step that a CUDA graph is captured of
 
@@ -155,18 +162,20 @@ class OnnxRuntimeCudaSession(Session):
         """Whether single tokens are replays of a CUDA graph; if False, ``graph_refused`` says why. None on the CPU, and
         before the first token after the cache was made or grew.
         """
-        step = self._steps.get(True)
-        return None if step is None or self._device[0] == "cpu" else step.graph_id != _NO_GRAPH
+        if self._device[0] == "cpu":
+            return None
+        single = any(step.shape[1:3] == (1, 1) for shape, step in self._steps.items() if shape)
+        return False if self.graph_refused is not None and self._steps else (single or None)
 
     # --- the model -------------------------------------------------------------------------------------------------
 
     def _open(self) -> OpenModel:
         """Return the model in ONNX Runtime: of the graph that is cached in the bundle, or of one made for now."""
         bundle, compute = self._bundle, self.compute
-        form = _form(compute)
+        form = form_of(compute)
         graph = cached_graph(bundle, form, progress=self._progress)
         if graph is not None and self._features is not None:
-            graph = cached_graph(bundle, _managed_form(compute, self._features, graph), progress=self._progress)
+            graph = cached_graph(bundle, managed_form(compute, self._features, graph), progress=self._progress)
         if graph is not None:
             try:
                 return self._created(graph, model_files(bundle, form.directory))
@@ -330,26 +339,34 @@ class OnnxRuntimeCudaSession(Session):
             self._model.check()
         if not wanted:  # logits for one position at least: not every kernel takes none
             logit_positions = np.zeros((len(input_ids), 1), np.int64)
+        tokens = input_ids.shape[1]
+        width = 0
+        if logit_positions.shape[1] == tokens and self.graph_refused is None:
+            rows = past_length if managed is None else managed.past_length
+            width = graph_width(tokens, rows, self._cache.capacities)
+        if width > tokens:
+            input_ids = np.pad(input_ids, ((0, 0), (0, width - tokens)))
+            logit_positions = np.broadcast_to(np.arange(width), input_ids.shape)
+            managed = managed and managed.padded(width - tokens)
         inputs: Inputs = dict(zip(TOKEN_INPUTS, (input_ids, past_length, logit_positions), strict=True))
         if managed is not None and self._features is not None:
             inputs |= managed.given(self._features)
         try:
-            found = self._appended(inputs)[:, :wanted]
+            found = self._appended(inputs, with_graph=width > 0)[:, :wanted]
             self._received_before = []
             return found
         except Exception as error:  # ONNX Runtime's errors have no common base
-            self._reject(error, input_ids)
+            self._reject(error, input_ids, width)
             self.graph_refused = first_line(error)
         # Again, without a graph: it writes the same rows to the same places, and adds to what they had received before.
         # What is left of a capture may not be run on, so first that session goes, which the error held.
-        for name, received in zip(self._received_names, self._received_before, strict=False):  # none in a replay
-            self._caches[name].update_inplace(received)
+        self._restore_received()
         self._forget_steps()
         self._close_model()
         self._model = self._open()
         return self._run(input_ids, past_length, logit_positions, managed)[:, :wanted]
 
-    def _reject(self, error: Exception, input_ids: Ids) -> None:
+    def _reject(self, error: Exception, input_ids: Ids, width: int) -> None:
         """Raise our error for one of ONNX Runtime's, unless a CUDA graph may be what failed."""
         if is_out_of_memory(error):
             self._forget_steps()
@@ -357,17 +374,22 @@ class OnnxRuntimeCudaSession(Session):
                 f"the GPU has too little memory left for {input_ids.size} tokens at once{_free()}",
                 "give a smaller chunk_size or fewer rows",
             ) from error
-        if self.graph_refused is not None or input_ids.shape[1] != 1:
+        if not width:
             raise BackendError(
                 f"ONNX Runtime failed in a step ({first_line(error)})", "export the bundle again"
             ) from error
 
-    def _appended(self, inputs: Inputs) -> Logits:
-        step = self._step(inputs)
+    def _appended(self, inputs: Inputs, *, with_graph: bool) -> Logits:
+        step, is_new = self._step(inputs, with_graph)
         for name, buffer in step.inputs.items():
-            if name != LOGIT_POSITIONS or step.graph_id == _NO_GRAPH:  # of a single token the position is known
+            if name != LOGIT_POSITIONS or inputs[name].any():  # of a single token the position is known
                 buffer.update_inplace(np.ascontiguousarray(inputs[name]))
         self._launch(step)
+        if is_new and step.graph_id != _NO_GRAPH:
+            self.step_costs.leave_out()
+            if self._received_before:  # ONNX Runtime has run it more than once, and attention would count as often
+                self._restore_received()
+                self._launch(step)
         logits: Logits = step.logits.numpy()
         return logits.copy() if self._device[0] == "cpu" else logits  # a GPU's are copied as they are brought here
 
@@ -377,22 +399,40 @@ class OnnxRuntimeCudaSession(Session):
         options.add_run_config_entry("gpu_graph_id", str(step.graph_id))
         self._session.run_with_iobinding(step.binding, options)
 
+    def _restore_received(self) -> None:
+        """Put back what rows had received before the graph at hand was captured; nothing in a replay."""
+        for name, received in zip(self._received_names, self._received_before, strict=False):
+            self._caches[name].update_inplace(received)
+
     def _forget_steps(self) -> None:
         for step in self._steps.values():
-            if step.graph_id != _NO_GRAPH and hasattr(self._session, "release_captured_graph"):
-                self._session.release_captured_graph(step.graph_id)
+            self._release_graph(step)
         self._steps = {}
 
-    def _step(self, inputs: Inputs) -> _Step:
-        (batch, tokens), positions = inputs[INPUT_IDS].shape, inputs[LOGIT_POSITIONS].shape[1]
-        single, shape = (tokens, positions) == (1, 1), (batch, tokens, positions)
-        step = self._steps.get(single)
-        if step is None or step.shape != shape or step.first_row != self._first_row:
-            step = self._steps[single] = self._bound(shape, inputs, single and self.graph_refused is None)
-        return step
+    def _release_graph(self, step: _Step) -> None:
+        if step.graph_id != _NO_GRAPH and hasattr(self._session, "release_captured_graph"):
+            self._session.release_captured_graph(step.graph_id)
 
-    def _bound(self, shape: tuple[int, int, int], inputs: Inputs, with_graph: bool) -> _Step:
-        batch, _, positions = shape
+    def _step(self, inputs: Inputs, with_graph: bool) -> tuple[_Step, bool]:
+        """Return a step with its buffers, and whether it is new."""
+        (batch, tokens), positions = inputs[INPUT_IDS].shape, inputs[LOGIT_POSITIONS].shape[1]
+        words = inputs[BRANCHES].shape[1] if BRANCHES in inputs else 0
+        shape = batch, tokens, positions, words
+        key = shape if with_graph else None
+        step = self._steps.pop(key, None)
+        is_new = step is None or step.shape != shape or step.first_row != self._first_row
+        if step is None or is_new:
+            if step is not None:
+                self._release_graph(step)
+            graphs = [each for each in self._steps if each]
+            if with_graph and len(graphs) >= _GRAPHS_KEPT:
+                self._release_graph(self._steps.pop(graphs[0]))
+            step = self._bound(shape, inputs, with_graph)
+        self._steps[key] = step
+        return step, is_new
+
+    def _bound(self, shape: _Shape, inputs: Inputs, with_graph: bool) -> _Step:
+        batch, _, positions, _ = shape
         if with_graph:
             self._graph_ids += 1  # never one that was used: ONNX Runtime would replay the old graph
             self._received_before = [np.array(self._caches[name].numpy()) for name in self._received_names]
@@ -454,28 +494,6 @@ class OnnxRuntimeCudaSession(Session):
 def _carried(tensor: CacheTensor) -> npt.DTypeLike:
     """Return the type of arrays that carry a tensor's values: the 16 bits of bf16 as float16."""
     return np.float32 if tensor.dtype == "fp32" else np.float16
-
-
-def _managed_form(compute: str, features: Features, plain: bytes) -> Form:
-    """Return the form of a managed cache, beside that of ``plain``, whose weights it reads."""
-
-    def make(bundle: Bundle, weights: Path, location: str, progress: Progress) -> dict[str, bytes]:
-        from gta_edge.runtime.onnxruntime.cuda_lower import managed_cuda_graph
-
-        return {GRAPH: managed_cuda_graph(bundle, compute, features, plain)}
-
-    name = f"{_form(compute).directory}-{features.observe or 'unobserved'}-{features.bias_rows}"
-    options = {"compute": compute, "weights_of": hashlib.sha256(plain).hexdigest()}
-    return Form(name, make, options)
-
-
-def _form(compute: str) -> Form:
-    def make(bundle: Bundle, weights: Path, location: str, progress: Progress) -> dict[str, bytes]:
-        from gta_edge.runtime.onnxruntime.cuda_lower import cuda_graph
-
-        return {GRAPH: cuda_graph(bundle, compute, weights, location, progress)}
-
-    return Form(f"engines/onnxruntime-cuda/{compute}", make, {"compute": compute})
 
 
 def _free() -> str:

@@ -33,7 +33,7 @@ from gta_edge.runtime.cache_policies.base import CachePolicy
 from gta_edge.runtime.cache_state import CacheState
 from gta_edge.runtime.managed_cache import OBSERVED_TOKENS, cache_state
 from gta_edge.runtime.session import Ids, Logits, Session
-from gta_edge.runtime.step_costs import padded_width
+from gta_edge.runtime.step_costs import graph_width
 from gta_edge.runtime.tensorrt.build import buffer_bytes, logit_positions, step_inputs
 from gta_edge.runtime.tensorrt.engine import (
     DECODE,
@@ -285,12 +285,11 @@ class TensorRTSession(Session):
 
     def _width(self, tokens: int, wanted: int, past_length: Ids, managed: ManagedStep | None) -> int:
         """Return the tokens per row of the graph that runs a step, padded to it; 0 where there is none for it."""
-        if wanted != tokens or self._first_row or tokens > max(self._spec.few_tokens, 1):
+        if wanted != tokens or self._first_row:
             return 0
-        width = min(padded_width(tokens), max(self._spec.few_tokens, 1))
-        rows = past_length[None] if managed is None else managed.past_length  # [1 or L, B]
-        no_room = (rows + width > np.array(self._memory.capacities)[:, None]).any()
-        return 0 if width > tokens and (no_room or CACHES[self.cache_dtype].in_blocks) else width
+        rows = past_length if managed is None else managed.past_length
+        limit, padding = max(self._spec.few_tokens, 1), not CACHES[self.cache_dtype].in_blocks
+        return graph_width(tokens, rows, self._memory.capacities, limit=limit, padding=padding)
 
     def _run_in_pieces(self, input_ids: Ids, past_length: Ids, managed: ManagedStep | None) -> Logits:
         """Append tokens, of all of which logits are wanted, in runs of as many as have some."""

@@ -20,7 +20,7 @@ from gta_edge.model.kv_cache import TREES
 from gta_edge.plugins.attention.definition import MAX_BRANCH_TOKENS, Features
 from gta_edge.runtime.cache_moves import ManagedStep
 from gta_edge.runtime.session import Ids
-from gta_edge.runtime.step_costs import WIDTHS, padded_width
+from gta_edge.runtime.step_costs import graph_width
 from gta_edge.runtime.torch.cuda_graph import CaptureError, DecodeGraph, GraphMemory, Step
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class StepGraphs:
         vocab_size: int,
     ) -> None:
         self._step, self._caches, self._batch = step, caches, batch
-        self._room = np.array(capacities)[:, None]  # [L, 1]
+        self._capacities = capacities
         self._features, self._received, self._in_blocks = features, received, in_blocks
         self._logits_bytes = 4 * batch * vocab_size  # of a token of each sequence
         self._graphs: dict[_Key, DecodeGraph] = {}  # the last used at the end
@@ -128,13 +128,14 @@ class StepGraphs:
             words = -(-managed.branches.shape[1] // _WORDS_STEP) * _WORDS_STEP
         if tokens == 1 and not words:
             return _SINGLE
-        if self._only_single or tokens > (MAX_BRANCH_TOKENS if words else WIDTHS[-1]):
+        if self._only_single or tokens > MAX_BRANCH_TOKENS:
             return None
-        width = tree_width(tokens) if words else padded_width(tokens)
-        rows = past_length[None] if managed is None else managed.past_length  # [1 or L, B]
-        if width > tokens and (self._in_blocks or (rows + width > self._room).any()):
-            return None
-        return width, words
+        rows = past_length if managed is None else managed.past_length
+        if words:
+            width = tree_width(tokens)
+            return (width, words) if (rows.max(1) + width <= self._capacities).all() else None
+        width = graph_width(tokens, rows, self._capacities, padding=not self._in_blocks)
+        return (width, 0) if width else None
 
     def _graph(self, key: _Key, features: Features | None) -> DecodeGraph | None:
         """Return the graph of a width, the last used from now on; None where there can be none but of single tokens."""

@@ -202,7 +202,7 @@ def graph_of(build: Callable[[Nodes, ir.Value], ir.Value]) -> ir.Model:
 @pytest.mark.parametrize(
     "build",
     [
-        lambda nodes, x: nodes("Pad", x, nodes.constant(0, 0, 0, 1)),
+        lambda nodes, x: nodes("Pad", x, nodes.constant(0, 1, 0, 1)),
         lambda nodes, x: nodes("ReduceMax", x, nodes.constant(1)),
         lambda nodes, x: nodes("Mul", nodes("ReduceMax", x, nodes.constant(1)), x),
     ],

@@ -29,7 +29,7 @@ from gta_edge.graph.types import types_of_outputs
 from gta_edge.libraries import onnxruntime as ort
 from gta_edge.libraries.install import install_command
 from gta_edge.model.config import parse_config
-from gta_edge.model.kv_cache import cache_bytes
+from gta_edge.model.kv_cache import TREES, cache_bytes
 from gta_edge.numerics.dtypes import FLOAT_TYPES
 from gta_edge.plugins.attention.definition import Features
 from gta_edge.runtime.onnxruntime import cuda_session as backend
@@ -167,18 +167,18 @@ def used(model: ir.Model) -> set[tuple[str, str]]:
     return found
 
 
-MANAGED = [Features("mass", 2, has_positions=True), Features("last", has_positions=True)]
-"""What a cache policy may ask of a graph."""
+MANAGED = [Features("mass", 2, has_positions=True), Features("last", has_positions=True), TREES]
+"""What a cache policy may ask of a graph, and trees do."""
 
 
-@pytest.mark.parametrize("features", MANAGED, ids=lambda of: of.observe)
+@pytest.mark.parametrize("features", MANAGED, ids=lambda of: of.observe or "trees")
 @pytest.mark.parametrize("compute", FLOAT_TYPES)
 @pytest.mark.parametrize("name", ["more keys", "baseline"])
 def test_every_operator_of_a_managed_cache_has_a_kernel_on_the_gpu(name: str, compute: str, features: Features) -> None:
     table = documented()
     found = used(cuda_model(bundle_of(name, "int4"), compute, features))
     assert {operator for operator, kind in found if kind not in table.get(operator, set())} == set()
-    assert ("ReduceSum", "float") in found
+    assert ("ReduceSum", "float") in found or features == TREES
 
 
 @every_model

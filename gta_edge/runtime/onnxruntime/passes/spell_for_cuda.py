@@ -1,4 +1,4 @@
-"""Say what a managed cache takes in operators that ONNX Runtime's CUDA provider has in opset 24."""
+"""Say what a managed cache and trees of tokens take in operators that ONNX Runtime's CUDA provider has in opset 24."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 from gta_edge.errors import BundleError
 from gta_edge.graph.builder import Nodes, take_place
 from gta_edge.libraries.optional import optional
+from gta_edge.plugins.attention.definition import MAX_BRANCH_TOKENS
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -17,16 +18,23 @@ else:
 
 __all__ = ["SpellForCudaPass"]
 
+_HALF = MAX_BRANCH_TOKENS // 2
+"""Bits of half a word: a number of so many is not negative, and neither is twice it."""
+
 
 class SpellForCudaPass(ir.passes.InPlacePass):
-    """Replace Pad and ReduceMax, of which the provider has kernels of older opsets alone.
+    """Replace Pad and ReduceMax, of which the provider has kernels of older opsets alone, BitwiseAnd, and GatherND.
 
-    Biases of rows [B, R] are followed by zeros. Where the largest of something is asked for in "last", a sum gives it:
-    a query found a row important if the number of its heads that did is not 0; and since a step's positions ascend, the
-    last query that did is the one behind which nobody did.
+    What a Pad gives is gathered, and what it is padded with put in its place. Where the largest of something is asked
+    for in "last", a sum gives it: a query found a row important if the number of its heads that did is not 0; and since
+    a step's positions ascend, the last query that did is the one behind which nobody did. A bit of a row's word is read
+    off the half of the word that it is in: bit t of h is set if h modulo 2^(t+1) is at least 2^t.
+
+    Nor is there a GatherND, or a Concat of what lies in the GPU's memory: their kernels copy sizes from the host's,
+    which a CUDA graph reads again in each replay, whatever lies there by then.
 
     Precondition: functions are inlined.
-    Postcondition: there is neither.
+    Postcondition: there is none of them.
 
     Raises:
         BundleError: one of them stands elsewhere.
@@ -35,32 +43,113 @@ class SpellForCudaPass(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrite ``model``."""
         modified = False
-        for node in list(model.graph):
-            if node.op_type == "Pad" and node.graph is not None:
-                _follow_with_zeros(model.graph, node)
-            elif node.op_type == "ReduceMax" and node.graph is not None:
-                _sum(model.graph, node)
-            else:
-                continue
-            modified = True
+        for op_type, rewrite in _SPELT.items():
+            for node in [node for node in model.graph if node.op_type == op_type]:
+                if node.graph is not None:  # with one before it, it may have gone
+                    rewrite(model.graph, node)
+                    modified = True
         return ir.passes.PassResult(model, modified)
 
     def ensures(self, model: ir.Model) -> None:
-        """There is neither."""
-        if any(node.op_type in ("Pad", "ReduceMax") for node in model.graph):
-            raise ir.passes.PostconditionError("a Pad or a ReduceMax is left")
+        """There is none of them."""
+        left = next((node.op_type for node in model.graph if node.op_type in _SPELT), None)
+        if left is not None:
+            raise ir.passes.PostconditionError(f"a {left} is left")
 
 
-def _follow_with_zeros(graph: ir.Graph, node: ir.Node) -> None:
-    """Replace Pad (row_bias, Concat (0, 0, 0, rows)) by zeros behind it."""
-    bias, pads = node.inputs[0], node.inputs[1]
-    makes_pads = None if pads is None else pads.producer()
-    if makes_pads is None or makes_pads.op_type != "Concat" or len(makes_pads.inputs) != 4:
+def _gather(graph: ir.Graph, node: ir.Node) -> None:
+    """Replace a Pad of the last axis, in front or behind, of at least one number."""
+    data, filled_with = node.inputs[0], node.inputs[2] if len(node.inputs) > 2 else None
+    amounts = [] if node.inputs[1] is None else _entries(node.inputs[1])
+    axes = len(amounts) // 2
+    places = [i for i, amount in enumerate(amounts) if amount != 0]
+    if data is None or len(places) != 1 or places[0] not in (axes - 1, 2 * axes - 1):
+        raise _elsewhere(node)
+    nodes, amount = Nodes(), amounts[places[0]]
+    amount = nodes.constant(amount) if isinstance(amount, int) else amount
+    size, one = nodes("Shape", data, start=axes - 1, end=axes), nodes.scalar(1, np.int64)
+    whole = nodes("Squeeze", nodes("Add", size, amount))
+    index = nodes("Range", nodes.scalar(0, np.int64), whole, one)
+    if places[0] < axes:
+        kept = nodes("GreaterOrEqual", index, amount)
+        index = nodes("Max", nodes("Sub", index, amount), nodes.constant(0))
+    else:
+        kept = nodes("Less", index, size)
+        index = nodes("Min", index, nodes("Sub", size, one))
+    if filled_with is None:
+        filled_with = nodes.scalar(0, _kind(data).numpy().type)
+    values = nodes("Gather", data, index, axis=axes - 1)
+    _replace(graph, node, nodes, nodes("Where", kept, values, filled_with))
+
+
+def _gather_elements(graph: ir.Graph, node: ir.Node) -> None:
+    """Replace GatherND (words [B, W], Unsqueeze (index [B, S])) of the words of each sequence."""
+    words, indices = node.inputs
+    column = None if indices is None else indices.producer()
+    if node.attributes.get_int("batch_dims", 0) != 1 or column is None or column.op_type != "Unsqueeze":
         raise _elsewhere(node)
     nodes = Nodes()
-    shape = nodes("Concat", nodes("Shape", bias, start=0, end=1), makes_pads.inputs[3], axis=0)
-    zeros = nodes("Expand", nodes.scalar(0, np.float32), shape)
-    _replace(graph, node, nodes, nodes("Concat", bias, zeros, axis=1))
+    _replace(graph, node, nodes, nodes("GatherElements", words, column.inputs[0], axis=1))
+    graph.remove(column, safe=True)
+
+
+def _entries(value: ir.Value) -> list[int | ir.Value]:
+    """Return the numbers of a list that is written down, or concatenated from such and others of one number."""
+    stored = ir.convenience.get_const_tensor(value)
+    if stored is not None:
+        return [int(number) for number in stored.numpy().reshape(-1)]
+    made = value.producer()
+    if made is None or made.op_type != "Concat":
+        return [value]
+    return [entry for part in made.inputs if part is not None for entry in _entries(part)]
+
+
+def _kind(value: ir.Value) -> ir.DataType:
+    """Return a value's type: where that is not noted, what it was sliced or padded from has the same."""
+    while value.dtype is None:
+        stored, made = ir.convenience.get_const_tensor(value), value.producer()
+        if stored is not None:
+            return stored.dtype
+        before = None if made is None else made.inputs[0]
+        assert before is not None  # the graph's inputs have types
+        value = before
+    return value.dtype
+
+
+def _compare(graph: ir.Graph, node: ir.Node) -> None:
+    """Replace Cast (BitwiseAnd (words [B, 1, S], powers [T, 1])), where powers are padded to the tokens with zeros."""
+    words = node.inputs[0]
+    assert words is not None  # it has two inputs
+    chain = [node]  # and what makes the powers
+    for op_type, index in (("Unsqueeze", 1), ("Pad", 0), ("Slice", 0)):
+        value = chain[-1].inputs[index]
+        made = None if value is None else value.producer()
+        if made is None or made.op_type != op_type:
+            raise _elsewhere(node)
+        chain.append(made)
+    _, column, padded, taken = chain
+    users, tokens = [use.node for use in node.outputs[0].uses()], taken.inputs[2]
+    if [user.op_type for user in users] != ["Cast"]:
+        raise _elsewhere(node)
+    nodes = Nodes()
+    axis, one, bits = nodes.constant(-1), nodes.scalar(1, np.int64), nodes.scalar(1 << _HALF, np.int64)
+    token = nodes("Range", nodes.scalar(0, np.int64), nodes("Squeeze", tokens), one)
+    table = nodes.constant(*(1 << token % _HALF for token in range(MAX_BRANCH_TOKENS)))
+    place = nodes("Min", token, nodes.scalar(MAX_BRANCH_TOKENS - 1, np.int64))  # of more tokens words are 0
+    bit = nodes("Unsqueeze", nodes("Gather", table, place), axis)  # [T, 1]
+    in_upper = nodes("GreaterOrEqual", nodes("Unsqueeze", token, axis), nodes.constant(_HALF))
+
+    def half(x: ir.Value) -> ir.Value:
+        """Return the lower half of integers, whose remainder may have either sign."""
+        return nodes("Mod", nodes("Add", nodes("Mod", x, bits), bits), bits)
+
+    lower = half(words)
+    upper = half(nodes("Div", nodes("Sub", words, lower), bits))
+    own = nodes("Where", in_upper, upper, lower)  # [B, T, S]
+    seen = nodes("GreaterOrEqual", nodes("Mod", own, nodes("Add", bit, bit)), bit)
+    _replace(graph, users[0], nodes, seen)
+    for each in (node, column, padded):
+        graph.remove(each, safe=True)
 
 
 def _sum(graph: ir.Graph, node: ir.Node) -> None:
@@ -97,3 +186,7 @@ def _replace(graph: ir.Graph, node: ir.Node, nodes: Nodes, result: ir.Value) -> 
 
 def _elsewhere(node: ir.Node) -> BundleError:
     return BundleError(f"a {node.op_type} is not where export writes one", "export the bundle again")
+
+
+_SPELT = {"BitwiseAnd": _compare, "GatherND": _gather_elements, "Pad": _gather, "ReduceMax": _sum}
+"""What is replaced, and by what, in this order: the powers of a BitwiseAnd are padded."""
