@@ -9,7 +9,6 @@ are padded to the widths that speculation uses, so that shapes are few.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -48,6 +47,7 @@ from gta_edge.runtime.cache_policies.base import CachePolicy
 from gta_edge.runtime.managed_cache import OBSERVED_TOKENS, cache_state
 from gta_edge.runtime.onnxruntime.cache_rows import CacheRows
 from gta_edge.runtime.onnxruntime.cuda_forms import form_of, managed_form
+from gta_edge.runtime.onnxruntime.cuda_steps import NO_GRAPH, Shape, Step, Steps
 from gta_edge.runtime.onnxruntime.lowered import PACKED, cached_graph
 from gta_edge.runtime.onnxruntime.model import OpenModel, model_files, open_model
 from gta_edge.runtime.saved_cache import place_in
@@ -67,32 +67,10 @@ _CAPACITY_STEP = 2048
 """Every growth copies the cache through the host's memory and captures the step anew."""
 
 _FATAL = 4
-_NO_GRAPH = -1  # as gpu_graph_id: run without one
-_GRAPHS_KEPT = 12  # with their inputs, logits, and what ONNX Runtime allocates for each
 
 
 Inputs = dict[str, npt.NDArray[Any]]
 """Inputs of a step by name, but for caches."""
-
-
-_Shape = tuple[int, int, int, int]
-"""B, T, M and W of a step; W is 0 without trees."""
-
-
-@dataclass(frozen=True)
-class _Step:
-    """Buffers bound for one shape of step, which are only filled from then on.
-
-    Attributes:
-        graph_id: number of its CUDA graph, which is captured in its first run; ``_NO_GRAPH`` for none.
-    """
-
-    shape: _Shape
-    first_row: int  # of the batch
-    binding: Any
-    inputs: dict[str, Any]  # by name
-    logits: Any
-    graph_id: int
 
 
 class OnnxRuntimeCudaSession(Session):
@@ -148,7 +126,7 @@ class OnnxRuntimeCudaSession(Session):
         self.graph_refused: str | None = None if on_gpu else "there is no GPU"  # why no step is a CUDA graph
         self._model: OpenModel | None = self._open()
         self._caches: dict[str, Any] = {}
-        self._steps: dict[_Shape | None, _Step] = {}  # those with a graph, the last used at the end; None: any other
+        self._steps = Steps(self._release_graph)
         self._graph_ids = 0
         self._received_before: list[npt.NDArray[np.float32]] = []  # a step that a CUDA graph is captured of
 
@@ -164,8 +142,9 @@ class OnnxRuntimeCudaSession(Session):
         """
         if self._device[0] == "cpu":
             return None
-        single = any(step.shape[1:3] == (1, 1) for shape, step in self._steps.items() if shape)
-        return False if self.graph_refused is not None and self._steps else (single or None)
+        if self.graph_refused is not None:
+            return False
+        return True if any(shape[1] == 1 for shape in self._steps.shapes) else None
 
     # --- the model -------------------------------------------------------------------------------------------------
 
@@ -278,10 +257,11 @@ class OnnxRuntimeCudaSession(Session):
     # --- the cache -------------------------------------------------------------------------------------------------
 
     def _clear(self) -> None:
-        self._steps, self._caches = {}, {}
+        self._caches = {}
+        self._steps.clear()
 
     def _resize(self, batch: int, capacities: Sequence[int]) -> None:
-        self._forget_steps()  # they hold addresses of the old buffers
+        self._steps.forget()  # they hold addresses of the old buffers
         # zeroed: rows that are not visible get weight zero, and zero times garbage could be NaN
         try:
             with self._cache.replacing(batch, self._clear):
@@ -361,7 +341,7 @@ class OnnxRuntimeCudaSession(Session):
         # Again, without a graph: it writes the same rows to the same places, and adds to what they had received before.
         # What is left of a capture may not be run on, so first that session goes, which the error held.
         self._restore_received()
-        self._forget_steps()
+        self._steps.forget()
         self._close_model()
         self._model = self._open()
         return self._run(input_ids, past_length, logit_positions, managed)[:, :wanted]
@@ -369,7 +349,7 @@ class OnnxRuntimeCudaSession(Session):
     def _reject(self, error: Exception, input_ids: Ids, width: int) -> None:
         """Raise our error for one of ONNX Runtime's, unless a CUDA graph may be what failed."""
         if is_out_of_memory(error):
-            self._forget_steps()
+            self._steps.forget()
             raise CapacityError(
                 f"the GPU has too little memory left for {input_ids.size} tokens at once{_free()}",
                 "give a smaller chunk_size or fewer rows",
@@ -380,12 +360,15 @@ class OnnxRuntimeCudaSession(Session):
             ) from error
 
     def _appended(self, inputs: Inputs, *, with_graph: bool) -> Logits:
-        step, is_new = self._step(inputs, with_graph)
+        (batch, tokens), positions = inputs[INPUT_IDS].shape, inputs[LOGIT_POSITIONS].shape[1]
+        shape = batch, tokens, positions, inputs[BRANCHES].shape[1] if BRANCHES in inputs else 0
+        bind = partial(self._bound, shape, inputs, with_graph)
+        step, is_new = self._steps.find(shape, self._first_row, bind, with_graph=with_graph)
         for name, buffer in step.inputs.items():
             if name != LOGIT_POSITIONS or inputs[name].any():  # of a single token the position is known
                 buffer.update_inplace(np.ascontiguousarray(inputs[name]))
         self._launch(step)
-        if is_new and step.graph_id != _NO_GRAPH:
+        if is_new and step.graph_id != NO_GRAPH:
             self.step_costs.leave_out()
             if self._received_before:  # ONNX Runtime has run it more than once, and attention would count as often
                 self._restore_received()
@@ -393,7 +376,7 @@ class OnnxRuntimeCudaSession(Session):
         logits: Logits = step.logits.numpy()
         return logits.copy() if self._device[0] == "cpu" else logits  # a GPU's are copied as they are brought here
 
-    def _launch(self, step: _Step) -> None:
+    def _launch(self, step: Step) -> None:
         options = self._onnxruntime.RunOptions()
         options.log_severity_level = _FATAL
         options.add_run_config_entry("gpu_graph_id", str(step.graph_id))
@@ -404,45 +387,22 @@ class OnnxRuntimeCudaSession(Session):
         for name, received in zip(self._received_names, self._received_before, strict=False):
             self._caches[name].update_inplace(received)
 
-    def _forget_steps(self) -> None:
-        for step in self._steps.values():
-            self._release_graph(step)
-        self._steps = {}
+    def _release_graph(self, graph_id: int) -> None:
+        if hasattr(self._session, "release_captured_graph"):
+            self._session.release_captured_graph(graph_id)
 
-    def _release_graph(self, step: _Step) -> None:
-        if step.graph_id != _NO_GRAPH and hasattr(self._session, "release_captured_graph"):
-            self._session.release_captured_graph(step.graph_id)
-
-    def _step(self, inputs: Inputs, with_graph: bool) -> tuple[_Step, bool]:
-        """Return a step with its buffers, and whether it is new."""
-        (batch, tokens), positions = inputs[INPUT_IDS].shape, inputs[LOGIT_POSITIONS].shape[1]
-        words = inputs[BRANCHES].shape[1] if BRANCHES in inputs else 0
-        shape = batch, tokens, positions, words
-        key = shape if with_graph else None
-        step = self._steps.pop(key, None)
-        is_new = step is None or step.shape != shape or step.first_row != self._first_row
-        if step is None or is_new:
-            if step is not None:
-                self._release_graph(step)
-            graphs = [each for each in self._steps if each]
-            if with_graph and len(graphs) >= _GRAPHS_KEPT:
-                self._release_graph(self._steps.pop(graphs[0]))
-            step = self._bound(shape, inputs, with_graph)
-        self._steps[key] = step
-        return step, is_new
-
-    def _bound(self, shape: _Shape, inputs: Inputs, with_graph: bool) -> _Step:
+    def _bound(self, shape: Shape, inputs: Inputs, with_graph: bool) -> Step:
         batch, _, positions, _ = shape
         if with_graph:
             self._graph_ids += 1  # never one that was used: ONNX Runtime would replay the old graph
             self._received_before = [np.array(self._caches[name].numpy()) for name in self._received_names]
-        step = _Step(
+        step = Step(
             shape=shape,
             first_row=self._first_row,
             binding=self._session.io_binding(),
             inputs={name: self._buffer(np.zeros(array.shape, array.dtype)) for name, array in inputs.items()},
             logits=self._buffer(np.zeros((batch, positions, self.config.vocab_size), np.float32)),
-            graph_id=self._graph_ids if with_graph else _NO_GRAPH,
+            graph_id=self._graph_ids if with_graph else NO_GRAPH,
         )
         for name, buffer in step.inputs.items():
             step.binding.bind_ortvalue_input(name, buffer)

@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from inspect import signature
 from typing import TYPE_CHECKING, Any, TypeAlias
+from weakref import WeakSet
 
 import numpy as np
 
@@ -137,8 +138,15 @@ class GraphMemory:
 
     def __init__(self, device: torch.device) -> None:
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch has no types for it
-        self.pool = torch.cuda.graph_pool_handle()
+        self.graphs: WeakSet[DecodeGraph] = WeakSet()  # that have been captured, and are still there
+        self._pool: Any = None
         self._pinned = torch.zeros(0)
+
+    def pool(self) -> Any:
+        """Return torch's handle of the pool to capture in, which goes with the last of its graphs."""
+        if self._pool is None or not self.graphs:
+            self._pool = torch.cuda.graph_pool_handle()
+        return self._pool
 
     def logits(self, shape: Sequence[int]) -> Tensor:
         """Return pinned memory for logits, the same at each call where it is large enough."""
@@ -208,11 +216,12 @@ class DecodeGraph:
             for each, old in zip(received, before, strict=True):
                 each.copy_(old)
         torch.cuda.synchronize(device)
+        self._memory.graphs.add(self)
 
     def _captured(self, model: Step, arguments: Sequence[Any]) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         current = torch.cuda.current_stream(self._device)
-        place: dict[str, Any] = {"stream": self._stream, "pool": self._memory.pool}
+        place: dict[str, Any] = {"stream": self._stream, "pool": self._memory.pool()}
         try:
             # around it, since a capture that fails leaves its own stream current; other threads may go on using CUDA
             with (

@@ -24,6 +24,7 @@ from gta_edge.runtime.cache_policies.base import CachePolicy
 from gta_edge.runtime.cache_policies.measured import LayerRows
 from gta_edge.runtime.onnxruntime import cuda_session as backend
 from gta_edge.runtime.onnxruntime.cuda_session import OnnxRuntimeCudaSession
+from gta_edge.runtime.onnxruntime.cuda_steps import NO_GRAPH
 from gta_edge.runtime.onnxruntime.passes.spell_for_cuda import SpellForCudaPass
 from tests.helpers.managed_model import ManagedModel
 from tests.helpers.managed_sessions import MODELS, POSITIONS, bundle_of, open_session, prompt, weights_of
@@ -98,7 +99,7 @@ def test_a_step_that_is_run_again_counts_attention_once(monkeypatch: pytest.Monk
 
     def fail(session: OnnxRuntimeCudaSession, step: Any) -> None:
         launch(session, step)
-        if step.graph_id != backend._NO_GRAPH:
+        if step.graph_id != NO_GRAPH:
             raise RuntimeError("no graph")
 
     with opened(bundle_of("gta"), cache=make("h2o")) as session, opened(bundle_of("gta"), cache=make("h2o")) as plain:

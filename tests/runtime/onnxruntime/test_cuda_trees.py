@@ -14,8 +14,9 @@ from gta_edge.errors import BackendError
 from gta_edge.formats.bundle import Bundle
 from gta_edge.libraries import onnxruntime as ort
 from gta_edge.runtime.cache_policies import policy
-from gta_edge.runtime.onnxruntime import cuda_session as backend
+from gta_edge.runtime.onnxruntime import cuda_steps
 from gta_edge.runtime.onnxruntime.cuda_session import OnnxRuntimeCudaSession
+from gta_edge.runtime.onnxruntime.cuda_steps import NO_GRAPH
 from gta_edge.runtime.token_tree import PREFIX
 from tests.helpers import reference
 from tests.helpers.managed_model import ManagedModel
@@ -62,7 +63,7 @@ def check_trees(session: OnnxRuntimeCudaSession, model: str, compute: str) -> No
 def test_each_node_is_its_path_alone(model: str, compute: str) -> None:
     with opened(model, compute, trees=True, chunk_size=128) as session:
         check_trees(session, model, compute)
-        shapes = [shape[1:3] for shape in session._steps if shape]
+        shapes = [shape[1:3] for shape in session._steps.shapes]
         assert shapes == [(6, 6), (3, 3), (1, 1)]  # of 64 there is none
     assert (bundle_of(model) / "engines" / "onnxruntime-cuda" / f"{compute}-trees").is_dir()
 
@@ -88,7 +89,7 @@ def test_a_few_tokens_run_in_a_few_shapes(monkeypatch: pytest.MonkeyPatch) -> No
     launch, launched = OnnxRuntimeCudaSession._launch, []
 
     def twice(session: OnnxRuntimeCudaSession, step: Any) -> None:
-        if step.graph_id not in (*launched, backend._NO_GRAPH):
+        if step.graph_id not in (*launched, NO_GRAPH):
             launch(session, step)
         launched.append(step.graph_id)
         launch(session, step)
@@ -107,17 +108,17 @@ def test_a_few_tokens_run_in_a_few_shapes(monkeypatch: pytest.MonkeyPatch) -> No
             start += count
         for found, expected in zip(session._received(), plain._received(), strict=True):
             np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
-        assert [shape[1] for shape in session._steps if shape] == [1, 6, 2, 16]
-        assert len({number for number in launched if number != backend._NO_GRAPH}) == 4
+        assert [shape[1] for shape in session._steps.shapes] == [1, 6, 2, 16]
+        assert len({number for number in launched if number != NO_GRAPH}) == 4
 
 
 def test_so_many_graphs_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "_GRAPHS_KEPT", 2)
+    monkeypatch.setattr(cuda_steps, "_GRAPHS_KEPT", 2)
     with opened("gqa") as session:
         session.forward(prompt(1, 7))
         for count in (1, 2, 1, 4):
             session.forward(prompt(1, count), all_logits=True)
-        assert [shape[1] for shape in session._steps if shape] == [1, 4]
+        assert [shape[1] for shape in session._steps.shapes] == [1, 4]
 
 
 # --- on a GPU --------------------------------------------------------------------------------------------------------
@@ -160,6 +161,6 @@ def test_on_a_gpu_a_few_tokens_are_replays(cache: Any) -> None:
             assert np.abs(found - expected).max() <= 1e-3 * expected.std()
             start += count
         assert session.cuda_graph is True, session.graph_refused
-        assert len([shape for shape in session._steps if shape]) == 4
+        assert len(session._steps.shapes) == 4
         for found, expected in zip(session._received(), plain._received(), strict=True):
             np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)

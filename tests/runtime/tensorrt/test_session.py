@@ -134,6 +134,18 @@ def test_a_prompt_and_tokens_after_it(session: Session, near: Near, expected: Lo
     assert session.length.tolist() == [90, 90]
 
 
+def test_a_few_tokens_at_once(session: Session, near: Near, expected: Logits) -> None:
+    """Of widths that graphs are made for and of others, behind tokens that were taken back."""
+    given, other = ids(2, 90), ids(2, 90, seed=1)
+    logits, at = expected(given), 20
+    session.forward(given[:, :at])
+    for count in (2, 3, 5, 8, 16, 11, 2, 5, 1, 8):  # the first of each shape is run and captured
+        session.forward(other[:, :count], all_logits=True)
+        session.truncate(at)
+        assert near(session.forward(given[:, at : at + count], all_logits=True), logits[:, at : at + count])
+        at += count
+
+
 def test_logits_of_every_position(session: Session, near: Near, expected: Logits) -> None:
     given = ids(1, 2 * CHUNK + LOGIT_POSITIONS + 3)
     assert near(session.forward(given, all_logits=True), expected(given))

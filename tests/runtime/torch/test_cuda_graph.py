@@ -16,7 +16,7 @@ from gta_edge.model.decoder import Cache, Decoder
 from gta_edge.plugins.attention.definition import Features
 from gta_edge.runtime.cache_moves import ManagedStep
 from gta_edge.runtime.torch import step_graphs
-from gta_edge.runtime.torch.cuda_graph import CHECKED, CaptureError, DecodeGraph
+from gta_edge.runtime.torch.cuda_graph import CHECKED, CaptureError, DecodeGraph, GraphMemory
 from gta_edge.runtime.torch.session import TorchSession
 from tests.helpers import reference
 
@@ -240,3 +240,25 @@ def test_a_managed_step_reads_its_inputs_and_leaves_what_rows_received(
             assert (found is None) == (expected is None)
             assert expected is None or found.tolist() == expected.tolist()
         assert managed.observe == (features.observe or "")
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_graphs_share_a_pool_as_long_as_one_of_them_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its last graph torch's pool goes, and its handle is no good any more."""
+    given: list[Any] = []
+    handles = iter(range(9))
+
+    def graph(*arguments: Any, pool: Any, **options: Any) -> Any:
+        given.append(pool)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(handles))
+    memory = GraphMemory(torch.device("cpu"))
+    first = DecodeGraph(step, [cache()], 1, memory=memory)
+    second = DecodeGraph(step, [cache()], 1, memory=memory)
+    del first
+    third = DecodeGraph(step, [cache()], 1, memory=memory)
+    del second, third
+    DecodeGraph(step, [cache()], 1, memory=memory)
+    assert given == [0, 0, 0, 1]
