@@ -14,7 +14,6 @@ from gta_edge.support.progress import Progress
 __all__ = ["form_of", "managed_form"]
 
 
-
 def managed_form(compute: str, features: Features, plain: bytes) -> Form:
     """Return the form of a managed cache, beside that of ``plain``, whose weights it reads."""
 

@@ -158,15 +158,17 @@ def test_where_there_is_no_graph_of_a_few_there_are_those_of_one(
 
 
 def test_a_call_that_captures_is_no_measure_of_the_next(captured: list[Key]) -> None:
-    with opened(graphs=True, capacity_step=40) as session:
-        costs, known = session.step_costs, []
+    """Neither when a width is first used, nor when the cache has grown and all graphs are made anew."""
+    with opened(graphs=True, capacity_step=24) as session:
+        costs = session.step_costs
         session.forward(IDS[:1, :20])
-        for start in range(20, 68, 4):  # at 40 the cache grows
+        for _ in range(2):
+            costs.add(1, 1.0)
+        for start, seconds in ((20, 70.0), (24, 50.0), (28, 2.0)):  # the second call lets the cache grow
             session.forward(IDS[:1, start : start + 4], all_logits=True)
-            costs.add(4, 1.0)
-            known.append(len(costs._samples.get(4, ())))
+            costs.add(4, seconds)
         assert captured == [(4, 0), (4, 0)]
-        assert known[:7] == [0, 1, 2, 3, 4, 4, 5]
+        assert costs.seconds(4) == 2.0
 
 
 # --- nodes of trees --------------------------------------------------------------------------------------------------
