@@ -325,6 +325,19 @@ def test_a_type_that_a_backend_does_not_compute_in(tiny_bundle: Path, compute: s
         open_session(Bundle.open(tiny_bundle), "onnxruntime", compute=compute)
 
 
+@pytest.mark.parametrize(
+    ("types", "said"),
+    [
+        ({"cache_dtype": "fp16"}, "there is no engine; run: gta-edge build .* --compute fp16 --cache-dtype fp16$"),
+        ({"cache_dtype": "fp32"}, "tensorrt has no cache of fp32 for GTAForCausalLM in bf16; expected bf16, or leave "),
+        ({"compute": "fp32"}, "tensorrt computes in fp16, bf16, not in fp32; "),
+    ],
+)
+def test_an_engine_is_asked_for_only_where_it_can_be_built(tiny_bundle: Path, types: dict[str, str], said: str) -> None:
+    with pytest.raises((BackendError, EngineError), match=said):
+        open_session(Bundle.open(tiny_bundle), "tensorrt", **types)
+
+
 # --- names --------------------------------------------------------------------------------------------------------
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from gta_edge.errors import EngineError
-from gta_edge.numerics.dtypes import QUANTIZED_CACHE_TYPES
 from gta_edge.runtime.backend import Asked, Backend, Importing
 from gta_edge.runtime.tensorrt import engine_kind
 from gta_edge.runtime.tensorrt.engine_kind import EngineKind
@@ -80,9 +79,12 @@ class TensorRTBackend(Backend):
     def _open(self, bundle: Bundle, asked: Asked, **options: Any) -> Session:
         from gta_edge.runtime.tensorrt.session import TensorRTSession
 
-        if asked.cache_dtype in QUANTIZED_CACHE_TYPES:  # which engines of a kind have, or have not, in any type
-            self.cache_for(asked.cache_dtype, bundle.config, asked.compute or self.default_compute(bundle.precision))
-        options |= {"compute": asked.compute, "cache_dtype": asked.cache_dtype}
+        compute, cache_dtype = asked.compute, asked.cache_dtype
+        if compute is None and cache_dtype in self.compute_types:  # a cache in such a type is in the one to compute in
+            compute = cache_dtype
+        # types that no engine of the kind has are no reason to build one
+        self.cache_for(cache_dtype, bundle.config, self.compute_for(compute, bundle.precision))
+        options |= {"compute": compute, "cache_dtype": cache_dtype}
         return TensorRTSession(bundle, engine=self.name, **options)
 
 
