@@ -13,6 +13,7 @@ The model comes from ``make real-model``; bundles are made once under the work d
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import platform
 import statistics
@@ -29,11 +30,14 @@ from comparison import check_directories, errors_in_one_line, machine, place, po
 from random_bundles import make_bundles
 
 import gta_edge
+from gta_edge.model.config import ModelConfig
+from gta_edge.runtime.cache_moves import Moves
 from gta_edge.runtime.generation.lookup import PromptLookup
 from gta_edge.runtime.generation.speculation import SpeculativeSteps
 from gta_edge.runtime.generation.steps import PlainSteps, StepCounts, Steps
-from gta_edge.runtime.session import Ids, Session
+from gta_edge.runtime.session import Ids, Logits, Session
 from gta_edge.runtime.step_costs import WIDTHS, StepCosts
+from gta_edge.runtime.tree_cache import TreeCache
 
 ROOT = Path(__file__).parents[1]
 
@@ -66,6 +70,9 @@ NO_REPETITION = "random tokens"
 """Not a text: nothing comes again but by chance, so that what guessing costs shows alone."""
 
 MODELS = ("smollm2", "gta-1b")
+KINDS = ("chains", "trees")
+SLOPES = (0.0, 0.05, 0.15)
+"""Of a single token's time, what each further one of a call takes: nothing, where reading the weights is all of it."""
 
 Row = dict[str, Any]
 
@@ -97,14 +104,58 @@ def led(steps: Steps, ids: Ids, prompt: int) -> tuple[float, Ids]:
     return time.perf_counter() - start, np.array(said)
 
 
-class FreeWidths(StepCosts):
-    """Costs where a call of any width takes what one of a token takes: what guesses are worth at most."""
+class Counting(Session):
+    """A session that computes nothing: of guesses without a model the text alone says what is accepted."""
+
+    backend = "none"
+
+    def __init__(self, config: ModelConfig, *, trees: bool) -> None:
+        super().__init__(config, TreeCache(config) if trees else None)
+        self.widths: list[int] = []
+
+    @property
+    def cache_bytes(self) -> int:
+        """Nothing is cached."""
+        return 0
+
+    def _resize(self, batch: int, capacities: Sequence[int]) -> None:
+        """Hold nothing."""
+
+    def _move(self, moves: Moves) -> None:
+        """Move nothing."""
+
+    def _run(self, input_ids: Ids, past_length: Ids, logit_positions: Ids, managed: Any = None) -> Logits:
+        self.widths.append(input_ids.shape[1])
+        return np.zeros((*logit_positions.shape, self.config.vocab_size), np.float32)
+
+
+class Slope(StepCosts):
+    """Costs of which each token of a call beyond the first takes a fraction of it."""
 
     known = True
 
+    def __init__(self, slope: float) -> None:
+        super().__init__()
+        self.slope = slope
+
     def seconds(self, width: int, *, tree: bool = False) -> float:
-        """Return the same for all."""
-        return 1.0
+        """Return them, a single token's as 1."""
+        return 1 + self.slope * (width - 1)
+
+
+def counted(config: ModelConfig, texts: dict[str, tuple[Ids, int]]) -> list[Row]:
+    """Return what guesses save on texts by what a wider call costs, counted: no model runs, and nothing is timed."""
+    found = []
+    for (name, (ids, prompt)), slope in itertools.product(texts.items(), SLOPES):
+        row: Row = {"text": name, "slope": slope}
+        for kind in KINDS:
+            session, tokens = Counting(config, trees=kind == "trees"), len(ids) - prompt - 1
+            session.step_costs = costs = Slope(slope)
+            led(SpeculativeSteps(session, PromptLookup(), len(ids) + 1), ids, prompt)
+            calls = session.widths[1:]  # the first reads the prompt
+            row[kind] = {"tokens_per_step": tokens / len(calls), "speed": tokens / sum(map(costs.seconds, calls))}
+        found.append(row)
+    return found
 
 
 def speculation(
@@ -119,10 +170,10 @@ def speculation(
         rounds: repeats, beside a first one that warms up.
         own: whether the texts are the model's own: then it must say them in all ways.
     """
-    found, sessions = [], {"chains": session, "trees": trees}
+    found, sessions = [], dict(zip(KINDS, (session, trees), strict=True))
     for name, (ids, prompt) in texts.items():
         tokens = len(ids) - prompt - 1
-        times: dict[str, list[float]] = {"plain": [], "chains": [], "trees": []}
+        times: dict[str, list[float]] = {kind: [] for kind in ("plain", *KINDS)}
         counts: dict[str, StepCounts] = {}
 
         def steps(kind: str, ids: Ids = ids, counts: dict[str, StepCounts] = counts) -> Steps:
@@ -131,11 +182,7 @@ def speculation(
             counts[kind] = made.counts
             return made
 
-        free = {}
-        for kind, each in sessions.items():
-            each.step_costs = FreeWidths()
-            led(steps(kind), ids, prompt)
-            free[kind] = tokens / counts[kind].calls
+        for each in sessions.values():
             each.step_costs = StepCosts()
         for _ in range(rounds + 1):
             for kind, taken in times.items():
@@ -150,7 +197,6 @@ def speculation(
                 "drafted": counts[kind].drafted,
                 "accepted": counts[kind].accepted,
                 "tokens_per_step": tokens / counts[kind].calls,
-                "tokens_per_step_of_free_widths": free[kind],
                 "ms": statistics.median(times[kind][1:]),
                 "speed": statistics.median(ratios),
                 "speeds": ratios,
@@ -165,6 +211,7 @@ def measured(session: Session, trees: Session, texts: dict[str, tuple[Ids, int]]
         "widths_ms": widths(session, 512, rounds),
         "widths_ms_with_trees": widths(trees, 512, rounds),
         "texts": speculation(session, trees, texts, rounds, own=own),
+        "counted": counted(session.config, texts),
     }
 
 
@@ -238,24 +285,19 @@ def markdown(found: Row) -> str:
         lines += [f"{label}, int4", "", _row("tokens of a call", *costs), _rule(len(costs) + 1)]
         lines += [_row("ms", *(f"{ms:.1f}" for ms in costs.values()))]
         lines += [_row("ms, loaded with trees", *(f"{ms:.1f}" for ms in with_trees.values())), ""]
-        names = (
-            "text",
-            "guesses",
-            "tokens a step",
-            "were a call's width free",
-            "drafted, accepted",
-            "plain ms",
-            "ms",
-            "speed",
-        )
+        names = "text", "guesses", "tokens a step", "drafted, accepted", "plain ms", "ms", "speed"
         lines += [_row(*names), _rule(len(names))]
         for each in found[label]["texts"]:
-            for kind in ("chains", "trees"):
+            for kind in KINDS:
                 one = each[kind]
                 guesses = f"{one['drafted']}, {one['accepted']} of {each['tokens']}"
-                steps = f"{one['tokens_per_step']:.2f}", f"{one['tokens_per_step_of_free_widths']:.2f}"
                 times = f"{each['plain_ms']:.1f}", f"{one['ms']:.1f}", f"{one['speed']:.2f}"
-                lines.append(_row(each["text"], kind, *steps, guesses, *times))
+                lines.append(_row(each["text"], kind, f"{one['tokens_per_step']:.2f}", guesses, *times))
+        names = "text", "each further token takes", "tokens a step: chains", "trees", "counted speed: chains", "trees"
+        lines += ["", _row(*names), _rule(len(names))]
+        for each in found[label]["counted"]:
+            figures = [f"{each[kind][name]:.2f}" for name in ("tokens_per_step", "speed") for kind in KINDS]
+            lines.append(_row(each["text"], f"{100 * each['slope']:.0f}%", *figures))
         lines.append("")
     return "\n".join(lines)
 

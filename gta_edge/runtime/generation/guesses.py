@@ -157,15 +157,19 @@ def nodes_that_pay(
     for i, candidate in enumerate(offered):
         if candidate.rank == 0 and candidate.parent == (chain[-1] if chain else TEXT):
             chain.append(i)
-    single, best, gain = costs.seconds(1), list[int](), _WORTH_IT
-    for width in WIDTHS[1:]:
-        for nodes in (chain[: width - 1], list(range(len(offered)))[: width - 1]):
+    single, best, gain = costs.seconds(1), list[int](), 1.0
+    for kind in (chain, list(range(len(offered)))):
+        chosen, bound = best, _WORTH_IT * gain  # a tree has to beat the best chain as that has to beat no guess
+        for width in WIDTHS[1:]:
+            nodes = kind[: width - 1]
             if len(nodes) < width - 1:
-                continue
+                break
             expected = 1.0 + sum(offered[i].likelihood for i in nodes)
             taken = costs.seconds(width, tree=nodes != chain[: width - 1]) + seconds(nodes)
-            if expected * single / taken > gain:
-                best, gain = nodes, expected * single / taken
+            if expected * single / taken > bound:
+                chosen, bound = nodes, expected * single / taken
+        if chosen is not best:
+            best, gain = chosen, bound
     return _chains_first(best, offered)
 
 

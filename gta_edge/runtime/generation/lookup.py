@@ -94,10 +94,9 @@ class PromptLookup:
         self._places: dict[tuple[int, ...], list[int]] = {}  # what comes after one token, or two: where it stands
         self._indexed = 1  # places before this one are noted
         self._branches = False
-        # tokens that all matches agree on, the first and the others of those that they do not
-        self._sole, self._first, self._other = _Counts(_EXPECTED), _Counts(_EXPECTED), _Counts(_EXPECTED_OTHERS)
+        self._first, self._others = _Counts(_EXPECTED), _Counts(_EXPECTED_OTHERS)
         self._end = 0  # of the text that was guessed for last
-        self._text = _Guess((), [], 0, self._sole)
+        self._text = _Guess((), [], 0, self._first)
         self._offered: list[tuple[Candidate, _Guess]] = []
 
     def offer(self, ids: Ids, limit: int, branches: bool) -> list[Candidate]:
@@ -105,7 +104,7 @@ class PromptLookup:
         self._judge()
         self._index()
         self._branches, self._end = branches, len(self._ids)
-        self._text = _Guess((), self._matches(), 0, self._sole)
+        self._text = _Guess((), self._matches(), 0, self._first)
         self._offered = likeliest(limit, self._text, self._chances) if limit else []
         return [candidate for candidate, _ in self._offered]
 
@@ -141,10 +140,9 @@ class PromptLookup:
             at = match.place + len(path)
             # a source that runs into the guess itself goes on in it: a loop of any period
             found.setdefault(ids[at] if at < end else path[at - end], []).append(match)
-        kinds = [self._sole] if len(found) == 1 else [self._first, *[self._other] * (len(found) - 1)]
         return [
-            _Guess((*path, token), matches, matches[0].length + len(path), counts)
-            for (token, matches), counts in zip(found.items(), kinds, strict=False)
+            _Guess((*path, token), matches, matches[0].length + len(path), self._others if rank else self._first)
+            for rank, (token, matches) in enumerate(found.items())
         ]
 
     def _index(self) -> None:
