@@ -40,6 +40,31 @@ def test_attention_for_training_is_the_op(examples: ModuleType, kind: str) -> No
     assert (found.argmax(-1) == expected.argmax(-1)).float().mean() > 0.95
 
 
+def test_a_draft_learns_what_the_shipped_model_expects(examples: ModuleType) -> None:
+    torch.manual_seed(0)
+    teacher = examples.load(EXAMPLES / "tiny-gta")
+    config = examples.make_config("draft")
+    assert config.weight_bytes + (EXAMPLES / "tiny-gta" / "tokenizer.json").stat().st_size < 2_000_000
+    model = Decoder(config, attention=examples.attention)
+    examples.initialise(model)
+    examples.take_embedding(model, teacher)
+    windows = torch.randint(config.vocab_size, (1, 9))
+    with torch.no_grad():
+        p, q = (examples.all_logits(each, windows[:, :-1]).double() for each in (teacher, model))
+        divergence = (p.softmax(-1) * (p.log_softmax(-1) - q.log_softmax(-1))).sum(-1)
+        torch.testing.assert_close(examples.distillation(teacher)(model, windows).double(), divergence, rtol=1e-4, atol=0)
+        assert examples.distillation(teacher)(teacher, windows).abs().max() < 1e-4
+        rejected = [
+            1 - sum(min(float(a), float(b)) for a, b in zip(row, other, strict=True))
+            for row, other in zip((p / 0.8).softmax(-1), (q / 0.8).softmax(-1), strict=True)
+        ]
+        found = examples.disagreement(teacher, 0.8)(model, windows)
+        torch.testing.assert_close(found.double(), torch.tensor(rejected, dtype=torch.float64), rtol=1e-4, atol=0)
+        assert set(examples.disagreement(teacher, 0.0)(teacher, windows).tolist()) == {0.0}
+    examples.distillation(teacher)(model, windows).mean().backward()
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
 def test_both_models_have_one_size(examples: ModuleType) -> None:
     gta, gqa = examples.make_config("gta"), examples.make_config("gqa")
     assert abs(gta.parameters - gqa.parameters) < 0.02 * gqa.parameters
