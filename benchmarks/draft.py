@@ -1,4 +1,4 @@
-"""Whether a draft model pays beside the shipped model: what calls cost, how often it has to be right, and how often it is.
+"""Whether a draft model pays beside the shipped one: what calls cost, how often it must be right, and how often it is.
 
     python benchmarks/draft.py [--rounds 200] [--threads N]
     python benchmarks/draft.py --draft CHECKPOINT [--prompts 6] [--new-tokens 96] …
@@ -52,11 +52,11 @@ def of_shape(model: GTAConfig, layers: int, hidden: int, intermediate: int) -> G
     return model.replace(**sizes, **attention, num_attention_heads=heads, num_query_heads=heads)
 
 
-# --- what calls cost ---------------------------------------------------------------------------------------------------
+# --- what calls cost -------------------------------------------------------------------------------------------------
 
 
 def milliseconds(sessions: dict[str, tuple[Session, Sequence[int]]], rounds: int) -> dict[str, dict[int, float]]:
-    """Return what calls of some widths take in each session, in turns: the lowest tenth, since others may run beside."""
+    """Return what calls of some widths take in each session, in turns: the lowest tenth, as others may run beside."""
     rng, times = np.random.default_rng(1), dict[tuple[str, int], list[float]]()
     for session, _ in sessions.values():
         session.reset()
@@ -90,7 +90,7 @@ def needed(calls: dict[int, float], guess: float, speed: float) -> float | None:
 
 
 def costs(options: argparse.Namespace) -> list[Row]:
-    """Return a row for each precision of the model: its calls, guesses of each shape, and what these would have to be."""
+    """Return a row for each precision of the model: its calls, guesses of each shape, and how good these must be."""
     model, found = read_config(MODEL / "config.json"), []
     assert isinstance(model, GTAConfig)
     shapes = {name: of_shape(model, *shape) for name, shape in SHAPES.items()}
@@ -124,7 +124,7 @@ def opened(options: argparse.Namespace, checkpoint: Path, precision: str) -> Ses
     return gta_edge.load(bundle, "onnxruntime", threads=options.threads)
 
 
-# --- how often guesses come true ---------------------------------------------------------------------------------------
+# --- how often guesses come true -------------------------------------------------------------------------------------
 
 
 def agreement(model: Session, draft: Session, texts: Sequence[Ids], temperature: float) -> float:
@@ -198,7 +198,7 @@ def with_draft(options: argparse.Namespace) -> Row:
     return found
 
 
-# --- the whole ---------------------------------------------------------------------------------------------------------
+# --- the whole -------------------------------------------------------------------------------------------------------
 
 
 def run(options: argparse.Namespace) -> Row:
