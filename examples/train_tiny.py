@@ -272,16 +272,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("kind", choices=("gta", "gqa", "draft"))
     parser.add_argument("output", type=Path)
-    parser.add_argument("--steps", type=int, help="1600 by default, 650 of the draft")
-    parser.add_argument("--batch", type=int, help="windows of 1024 tokens a step; 8 by default, 2 of the draft")
+    parser.add_argument("--steps", type=int, default=1600)
+    parser.add_argument("--batch", type=int, default=8, help="windows of 1024 tokens a step")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
-    is_draft = arguments.kind == "draft"
-    steps, batch = arguments.steps or (650 if is_draft else 1600), arguments.batch or (2 if is_draft else 8)
     torch.manual_seed(0)
     torch.set_num_threads(arguments.threads)
 
     texts, held_out_texts = corpus.read(held_out=False), corpus.read(held_out=True)
+    is_draft = arguments.kind == "draft"
     tokenizer = Tokenizer.from_file(str(TEACHER / "tokenizer.json")) if is_draft else train_tokenizer(texts)
     ids, held_out = encode(tokenizer, texts), encode(tokenizer, held_out_texts)
     model = Decoder(make_config(arguments.kind), attention=attention)
@@ -292,7 +291,7 @@ def main() -> None:
     if teacher is not None:
         take_embedding(model, teacher)
     loss_of = losses if teacher is None else distillation(teacher)
-    train(model, ids, held_out, steps, batch, arguments.output.with_suffix(".log"), loss_of)
+    train(model, ids, held_out, arguments.steps, arguments.batch, arguments.output.with_suffix(".log"), loss_of)
     save(model, tokenizer, arguments.output)
 
     loss = evaluate(model, held_out)
@@ -301,7 +300,7 @@ def main() -> None:
         "kind": arguments.kind,
         "parameters": model.config.parameters,
         "cache_values_per_token_per_layer": model.config.cache_values_per_token_per_layer,
-        "training_tokens": steps * batch * CONTEXT,
+        "training_tokens": arguments.steps * arguments.batch * CONTEXT,
         "held_out_loss": loss,
         "held_out_perplexity": math.exp(loss),
         "bits_per_byte": loss / math.log(2) * len(held_out) / held_out_bytes,
