@@ -35,6 +35,7 @@ from gta_edge.runtime.cache_moves import Moves
 from gta_edge.runtime.generation.lookup import PromptLookup
 from gta_edge.runtime.generation.speculation import SpeculativeSteps
 from gta_edge.runtime.generation.steps import PlainSteps, StepCounts, Steps
+from gta_edge.runtime.registry import BACKENDS
 from gta_edge.runtime.session import Ids, Logits, Session
 from gta_edge.runtime.step_costs import WIDTHS, StepCosts
 from gta_edge.runtime.tree_cache import TreeCache
@@ -71,6 +72,7 @@ NO_REPETITION = "random tokens"
 
 MODELS = ("smollm2", "gta-1b")
 KINDS = ("chains", "trees")
+TREES = tuple(name for name, backend in BACKENDS.items() if backend.has_trees)
 SLOPES = (0.0, 0.05, 0.15)
 """Of a single token's time, what each further one of a call takes: nothing, where reading the weights is all of it."""
 
@@ -239,7 +241,7 @@ def run(options: argparse.Namespace) -> Row:
     """Measure what was asked for."""
     words = [
         f"--{name.replace('_', '-')} {','.join(value) if name == 'models' else value}"
-        for name in ("models", "new_tokens", "rounds", "threads", "layers", "calibrate")
+        for name in ("models", "new_tokens", "rounds", "backend", "threads", "layers", "calibrate")
         if (value := getattr(options, name)) is not None
     ]
     found: Row = {
@@ -254,23 +256,23 @@ def run(options: argparse.Namespace) -> Row:
     if not small.exists():
         calibrate = {"calibrate": options.calibrate} if options.calibrate else {}
         gta_edge.export_model(options.model, small, precision="int4", verify=False, **calibrate)
-    with loaded(small, options.threads) as (session, trees):
+    with loaded(small, options.backend, options.threads) as (session, trees):
         texts = answers(session, options.new_tokens)
         if "smollm2" in options.models:
-            found["SmolLM2-135M"] = measured(session, trees, texts, options.rounds, own=True)
+            found["SmolLM2-135M"] = measured(session, trees, texts, options.rounds, own=session.device == "cpu")
     if "gta-1b" in options.models:
         large = make_bundles(options.work, "gta-1b", options.layers, ["int4"])["int4"]
-        with loaded(large, options.threads) as (session, trees):
+        with loaded(large, options.backend, options.threads) as (session, trees):
             found["GTA-1B"] = measured(session, trees, texts, options.rounds, own=False)
     return found
 
 
 @contextmanager
-def loaded(bundle: Path, threads: int | None) -> Iterator[tuple[Session, Session]]:
+def loaded(bundle: Path, backend: str, threads: int | None) -> Iterator[tuple[Session, Session]]:
     """Load a bundle, without trees and with them."""
     with (
-        gta_edge.load(bundle, "onnxruntime", threads=threads) as session,
-        gta_edge.load(bundle, "onnxruntime", threads=threads, trees=True) as trees,
+        gta_edge.load(bundle, backend, threads=threads) as session,
+        gta_edge.load(bundle, backend, threads=threads, trees=True) as trees,
     ):
         yield session, trees
 
@@ -329,6 +331,7 @@ def main() -> None:
     parser.add_argument("--models", type=_of(*MODELS), default=MODELS)
     parser.add_argument("--new-tokens", type=positive, default=160, help="of each text")
     parser.add_argument("--rounds", type=positive, default=3)
+    parser.add_argument("--backend", choices=TREES, default="onnxruntime", help="those that hold trees of tokens")
     parser.add_argument("--threads", type=positive, default=None, help="one per core by default")
     parser.add_argument("--layers", type=positive, default=None, help="of GTA-1B, instead of its own")
     parser.add_argument("--json", type=Path, default=None, help="write all figures there")

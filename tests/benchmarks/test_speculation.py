@@ -15,7 +15,7 @@ EXAMPLE = BENCHMARKS.parent / "examples" / "tiny-gta"
 def test_guesses_are_measured(script: Callable[[str], ModuleType], tmp_path: Path) -> None:
     module, bundle = script("speculation"), tmp_path / "bundle"
     gta_edge.export_model(EXAMPLE, bundle, verify=False)
-    with module.loaded(bundle, None) as (session, trees):
+    with module.loaded(bundle, "onnxruntime", None) as (session, trees):
         loop, noise = np.tile(np.arange(40, 46), 9), np.random.default_rng(0).permutation(2000)[:60]
         texts = {"a loop": (loop, 20), module.NO_REPETITION: (noise, 20)}
         found = module.measured(session, trees, texts, 1, own=False)

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from gta_edge.runtime.generation.guesses import Candidate, Draft
+from gta_edge.runtime.generation.guesses import TEXT, Candidate, Draft
 from gta_edge.runtime.step_costs import WIDTHS, StepCosts
 
 
@@ -69,6 +69,22 @@ class Oracle:
         places = range(at, min(at + len(chosen), len(self.answer)))
         tokens = np.array([self.answer[i] ^ (i % self.wrong_every == 1) for i in places], np.int64)
         return Draft(tokens, range(-1, len(tokens) - 1))
+
+
+class TreeOracle(Oracle):
+    """Of each token two guesses, the first of them wrong; what follows the second is right too, in places."""
+
+    def offer(self, ids, limit, branches):
+        self.ids = ids.tolist()
+        return [Candidate(i - 1, 0, 0.9) for i in range(limit if branches else 0)]
+
+    def draft(self, chosen):
+        at, tokens, parents, node = len(self.ids) - self.prompt, [], [], TEXT
+        for i, right in enumerate(self.answer[at : at + len(chosen) // 2], at):
+            tokens += [(right + 1) % 64, (right + 2) % 64 if i % self.wrong_every == 1 else right]
+            parents += [node, node]
+            node = len(tokens) - 1
+        return Draft(np.array(tokens, np.int64), parents)
 
 
 def chi_square(counts, probabilities):

@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 
 from gta_edge.errors import InputError
 from gta_edge.runtime.generation.conversation import Conversation
-from gta_edge.runtime.generation.guesses import TEXT, Candidate, Draft, likeliest, nodes_that_pay
+from gta_edge.runtime.generation.guesses import TEXT, likeliest, nodes_that_pay
 from gta_edge.runtime.generation.loop import generate
 from gta_edge.runtime.generation.sampling import Guess, Sampler, Sampling
 from gta_edge.runtime.generation.speculation import SpeculativeSteps
 from gta_edge.runtime.step_costs import WIDTHS
 from tests.helpers.generation import TableSession
 from tests.helpers.managed_sessions import open_session
-from tests.helpers.speculation import Oracle, chi_square, costs_of, nothing, table, with_costs
+from tests.helpers.speculation import TreeOracle, chi_square, costs_of, nothing, table, with_costs
 
 OPTIONS = [
     {},
@@ -41,22 +41,6 @@ class EveryThird:
     def accept(self, token):
         self.taken += 1
         return False
-
-
-class TreeOracle(Oracle):
-    """Of each token two guesses, the first of them wrong; what follows the second is right too, in places."""
-
-    def offer(self, ids, limit, branches):
-        self.ids = ids.tolist()
-        return [Candidate(i - 1, 0, 0.9) for i in range(limit if branches else 0)]
-
-    def draft(self, chosen):
-        at, tokens, parents, node = len(self.ids) - self.prompt, [], [], TEXT
-        for i, right in enumerate(self.answer[at : at + len(chosen) // 2], at):
-            tokens += [right ^ 1, right ^ 2 * (i % self.wrong_every == 1)]
-            parents += [node, node]
-            node = len(tokens) - 1
-        return Draft(np.array(tokens, np.int64), parents)
 
 
 def run(session, prompt, **options):

@@ -21,11 +21,13 @@ from gta_edge.model.config import parse_config
 from gta_edge.model.decoder import Decoder
 from gta_edge.numerics.dtypes import DTYPES
 from gta_edge.plugins.attention import torch as torch_ops
+from gta_edge.runtime.generation.speculation import SpeculativeSteps
 from gta_edge.runtime.token_tree import PREFIX
 from gta_edge.runtime.torch.backend import TORCH
 from gta_edge.runtime.torch.cuda_graph import CHECKED
 from gta_edge.runtime.torch.session import TorchSession
 from tests.helpers import reference
+from tests.helpers.speculation import TreeOracle, with_costs
 from tests.helpers.torch_graphs import WithoutGraph
 
 P = 400
@@ -373,3 +375,18 @@ def test_nodes_of_a_tree_are_their_paths_alone(start, model, compute):
     tree.accept(70)
     tree.close()
     assert_near(session.forward([[5]])[0], expected(model, compute, np.append(text, 5))[-1], compute)
+
+
+@on_gpu
+@in_halves
+@pytest.mark.parametrize("model", ["gta", "gqa"])
+def test_a_text_that_trees_of_guesses_are_accepted_for_has_its_logits(start, model, compute):
+    """Rows of accepted paths are moved into place: what comes after each token follows from them."""
+    session, ids = with_costs(start(trees=True), 0.0), prompt(1, 60)[0]
+    steps = SpeculativeSteps(session, TreeOracle(ids[20:].tolist(), 20, 4), len(ids))
+    for count in range(20, len(ids)):
+        assert_near(steps.after(ids[:count]), expected(model, compute, ids[:count])[-1], compute)
+    steps.settle()
+    assert session.length.tolist() == [len(ids) - 1]
+    assert steps.counts.calls < 20
+    assert_near(session.forward([[5]])[0], expected(model, compute, np.append(ids[:-1], 5))[-1], compute)
