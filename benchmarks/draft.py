@@ -203,6 +203,8 @@ def with_draft(options: argparse.Namespace) -> Row:
 
 def run(options: argparse.Namespace) -> Row:
     """Measure what was asked for."""
+    if options.draft is not None:
+        read_config(options.draft / "config.json")  # what is no checkpoint is refused before the long part
     words = [
         f"--{name.replace('_', '-')} {value}"
         for name in ("draft", "rounds", "prompts", "new_tokens", "turns", "threads")

@@ -55,7 +55,7 @@ _DEVICE = ("cpu", 0)
 _FATAL = 4
 _RECEIVED = received_name(0).partition(".")[0]
 _KEPT_STEPS = 8  # shapes of step, so that guesses of changing width are not bound anew
-_KEPT_BYTES = 2**24  # of a step's logits
+_KEPT_BYTES = 2**22  # of a step's logits at most: beside larger ones it takes no time to bind
 
 
 @dataclass(frozen=True)
