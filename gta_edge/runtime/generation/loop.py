@@ -187,6 +187,8 @@ def generate(
         lengths = {"max_new_tokens": int(limit), "max_length": session.max_length}
         return Answer(ids, session.tokenizer, stops, end_token_ids=ends, **lengths)
 
+    if beams is None and length_penalty != 1:
+        raise InputError(f"length_penalty is {brief(length_penalty)}, and there is no search", "give beams with it")
     if constraint is not None:
         _check_constraint(constraint)
     if n is None and beams is None and not several:

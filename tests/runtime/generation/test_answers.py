@@ -131,6 +131,7 @@ def test_numbers_that_make_no_sense_are_refused():
         ({"beams": 10}, "beams is 10; expected a whole number from 1 to 9"),  # tokens that they can begin with
         ({"n": 4, "beams": 3}, "n is 4 and there are 3 beams"),
         ({"beams": 2, "length_penalty": "1"}, "length_penalty is '1'"),
+        ({"length_penalty": 2.0}, "length_penalty is 2.0, and there is no search; give beams with it"),
         ({"beams": 2, "temperature": 1.0}, "beam search draws nothing"),
         ({"beams": 2}, "the session was loaded without; load it with trees=True"),
         ({"n": 2, "speculate": "lookup"}, "in a batch, and the session runs none"),
