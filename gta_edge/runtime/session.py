@@ -26,6 +26,7 @@ from gta_edge.runtime.step_costs import StepCosts
 from gta_edge.runtime.token_tree import TokenTree, check_new_nodes, listed
 from gta_edge.runtime.tree_cache import TreeCache, TreeCall
 from gta_edge.runtime.tree_rows import TreeRows
+from gta_edge.support.arguments import whole_argument
 from gta_edge.support.exclusive import Exclusive
 from gta_edge.support.text import brief
 
@@ -112,9 +113,12 @@ class Session(SessionExports):
             batch: rows that the cache is to have from now on; by default the first ``forward`` says how many.
 
         Raises:
+            InputError: a number of rows that makes no sense.
             CapacityError: there is no memory for so many.
             BackendError: the session is closed.
         """
+        if batch is not None and whole_argument(batch, "batch") < 1:
+            raise InputError(f"batch is {batch}", "expected at least one row")
         claim = Claim(self)
         with self._calls.held():
             self._check_open()

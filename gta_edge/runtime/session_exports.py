@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from gta_edge.errors import BackendError, CapacityError, InputError
 from gta_edge.model.kv_cache import TREES
@@ -11,7 +11,9 @@ from gta_edge.runtime.cache_state import CacheState
 from gta_edge.runtime.claim import Claim
 from gta_edge.runtime.saved_cache import SavedCache
 from gta_edge.runtime.session_backend import SessionBackend
+from gta_edge.support.arguments import whole_argument
 from gta_edge.support.exclusive import Exclusive
+from gta_edge.support.text import brief
 
 __all__ = ["SessionExports"]
 
@@ -119,9 +121,9 @@ class SessionExports(SessionBackend):
     # --- how -----------------------------------------------------------------------------------------------------
 
     def _export(self, row: int, tokens: int | None, owner: Claim | None) -> SavedCache:
-        self._check_exports(row, owner)
+        row = self._checked_row(row, owner)
         there = int(self._cache.length[row])
-        count = there if tokens is None else tokens
+        count = there if tokens is None else whole_argument(tokens, "tokens")
         if not 0 < count <= there:
             raise InputError(
                 f"{count} tokens of row {row} were asked for", f"expected 1 to the {there} that the cache holds of it"
@@ -130,8 +132,10 @@ class SessionExports(SessionBackend):
         return SavedCache(count, self._cache.dtype, arrays)
 
     def _import(self, saved: SavedCache, row: int, tokens: int | None, owner: Claim | None) -> None:
-        self._check_exports(row, owner)
-        cache, count = self._cache, saved.length if tokens is None else tokens
+        row = self._checked_row(row, owner)
+        if not isinstance(saved, SavedCache):
+            raise InputError(f"the saved cache is {brief(saved)}", "expected what export_cache() returned")
+        cache, count = self._cache, saved.length if tokens is None else whole_argument(tokens, "tokens")
         arrays = cache.cut(saved.checked(cache.tensors, cache.dtype, count), saved.length, count)
         if count > cache.max_length:
             raise CapacityError(
@@ -151,9 +155,10 @@ class SessionExports(SessionBackend):
         self._check_owner(owner)
         if not self.copies_rows:
             raise BackendError(f"the backend {self.backend} copies no rows of a batch", "take another backend")
-        cache, targets = self._cache, sorted(set(targets))
-        for row in (source, *targets):
-            self._check_row(row)
+        cache, source = self._cache, self._row(source)
+        if not isinstance(targets, Iterable):
+            raise InputError(f"rows to copy to are {brief(targets)}", "expected a list of their numbers")
+        targets = sorted({self._row(target) for target in targets})
         if source in targets:
             raise InputError(f"row {source} would be copied to itself", "give other rows to copy it to")
         if not cache.length[source]:
@@ -164,14 +169,16 @@ class SessionExports(SessionBackend):
             cache.copy(source, targets)
             self._changed(owner, "copy_cache()")
 
-    def _check_exports(self, row: int, owner: Claim | None) -> None:
-        """Raise unless rows of the cache can be read and written."""
+    def _checked_row(self, row: int, owner: Claim | None) -> int:
+        """Return a row of the batch that can be read and written; raise unless it can."""
         if self._closed:
             raise BackendError("the session is closed", "load the bundle again")
         self._check_owner(owner)
         self.require_exports()
-        self._check_row(row)
+        return self._row(row)
 
-    def _check_row(self, row: int) -> None:
+    def _row(self, given: object) -> int:
+        row = whole_argument(given, "the row")
         if not 0 <= row < self._cache.batch:
             raise InputError(f"the cache has no row {row}", f"expected 0 to {self._cache.batch - 1}")
+        return row

@@ -53,6 +53,27 @@ def test_what_follows_in_a_copy_is_what_follows_in_the_row(kind: str) -> None:
         assert np.abs(found[[0, 2]] - expected).max() > 1e-2
 
 
+def test_what_is_no_row_and_no_number_is_said_in_one_line() -> None:
+    session: Any = opened("torch, trees")
+    session.forward([[1, 2, 3], [4, 0, 0]], lengths=[3, 1])
+    saved = session.export_cache()
+    for call, problem in (
+        (lambda: session.copy_cache("a", [1]), "the row is 'a'; expected a whole number"),
+        (lambda: session.copy_cache(0, [1.0]), "the row is 1.0; expected a whole number"),
+        (lambda: session.copy_cache(0, 1), "rows to copy to are 1; expected a list of their numbers"),
+        (lambda: session.export_cache(True), "the row is True; expected a whole number"),
+        (lambda: session.export_cache(0, 1.5), "tokens is 1.5; expected a whole number"),
+        (lambda: session.import_cache(None), r"the saved cache is None; expected what export_cache\(\) returned"),
+        (lambda: session.import_cache(saved, "0"), "the row is '0'; expected a whole number"),
+        (lambda: session.import_cache(saved, 0, "2"), "tokens is '2'; expected a whole number"),
+        (lambda: session.claim(0), "batch is 0; expected at least one row"),
+        (lambda: session.claim(1.5), "batch is 1.5; expected a whole number"),
+    ):
+        with pytest.raises(InputError, match=problem):
+            call()
+        assert session.length.tolist() == [3, 1]
+
+
 def test_copies_that_make_no_sense_are_refused_and_change_nothing(monkeypatch) -> None:
     session = opened("torch, int4")
     assert isinstance(session, TorchSession)
