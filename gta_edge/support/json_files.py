@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import stat
 from pathlib import Path
 from typing import Any
 
 from gta_edge.errors import GtaEdgeError
+from gta_edge.support.bounded_files import read_bounded
 from gta_edge.support.text import brief, one_line, printable
 
 __all__ = ["MAX_JSON_BYTES", "parse_json", "read_json"]
@@ -37,22 +37,11 @@ def read_json(
         GtaEdgeError: of class ``raises``: no such file (``__cause__`` is the FileNotFoundError), not a regular one, too
             large, not UTF-8, not JSON, nested too deeply, or with a key that comes twice.
     """
-    name = printable(str(path))
+    text = read_bounded(path, raises, remedy, max_bytes=max_bytes)
     try:
-        info = path.stat()
-        if not stat.S_ISREG(info.st_mode):  # reading a pipe would wait for ever
-            raise raises(f"{name}: is not a regular file", remedy)
-        if info.st_size > max_bytes:
-            raise raises(f"{name}: has {info.st_size} bytes; expected at most {max_bytes}", remedy)
-        with path.open("rb") as file:
-            text = file.read(max_bytes + 1)  # and not all of it: it may grow meanwhile
-        if len(text) > max_bytes:
-            raise raises(f"{name}: has more than {max_bytes} bytes", remedy)
         return parse_json(text, unique_keys=unique_keys)
-    except OSError as error:
-        raise raises(f"{name}: cannot be read ({error.strerror or error})", remedy) from error
     except ValueError as error:
-        raise raises(f"{name}: is not valid JSON ({one_line(error)})", remedy) from error
+        raise raises(f"{printable(str(path))}: is not valid JSON ({one_line(error)})", remedy) from error
 
 
 def parse_json(text: bytes, *, unique_keys: bool = False) -> Any:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import codecs
-import errno
-import os
-import stat
 import sys
 from pathlib import Path
 
 from gta_edge.errors import GtaEdgeError, InputError
+from gta_edge.support.bounded_files import read_bounded
 from gta_edge.support.text import one_line, printable
 
 __all__ = ["MAX_TEXT_BYTES", "STANDARD_INPUT", "read_text", "read_text_or_stdin"]
@@ -43,22 +41,8 @@ def read_text(
         GtaEdgeError: of class ``raises``: no such file (``__cause__`` is the FileNotFoundError), not a regular one, too
             large, or not UTF-8.
     """
-    name = printable(str(path))
-    try:
-        info = path.stat()
-        if stat.S_ISDIR(info.st_mode):
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        if not (pipes or stat.S_ISREG(info.st_mode)):  # reading a pipe would wait for ever
-            raise raises(f"{name}: is not a regular file", remedy)
-        if info.st_size > max_bytes:
-            raise raises(f"{name}: has {info.st_size} bytes; expected at most {max_bytes}", remedy)
-        with path.open("rb") as file:
-            content = file.read(max_bytes + 1)  # and not all of it: it may grow meanwhile
-    except OSError as error:
-        raise raises(f"{name}: cannot be read ({error.strerror or one_line(error)})", remedy) from error
-    except ValueError as error:  # a NUL in the path
-        raise raises(f"{name}: is no path ({one_line(error)})", remedy) from error
-    return _decoded(content, name, raises, remedy, max_bytes)
+    content = read_bounded(path, raises, remedy, max_bytes=max_bytes, pipes=pipes)
+    return _decoded(content, printable(str(path)), raises, remedy)
 
 
 def read_text_or_stdin(path: Path) -> str:
@@ -76,12 +60,12 @@ def read_text_or_stdin(path: Path) -> str:
         content = sys.stdin.buffer.read(MAX_TEXT_BYTES + 1)
     except (OSError, ValueError) as error:  # ValueError: closed since
         raise InputError(f"standard input cannot be read ({one_line(error)})", remedy) from error
-    return _decoded(content, "standard input", InputError, remedy, MAX_TEXT_BYTES)
+    if len(content) > MAX_TEXT_BYTES:
+        raise InputError(f"standard input: has more than {MAX_TEXT_BYTES} bytes", remedy)
+    return _decoded(content, "standard input", InputError, remedy)
 
 
-def _decoded(content: bytes, name: str, raises: type[GtaEdgeError], remedy: str, max_bytes: int) -> str:
-    if len(content) > max_bytes:
-        raise raises(f"{name}: has more than {max_bytes} bytes", remedy)
+def _decoded(content: bytes, name: str, raises: type[GtaEdgeError], remedy: str) -> str:
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -589,8 +589,8 @@ def test_figures_of_absurdly_many_layers_are_computed_at_once():
 
 
 def test_a_file_that_cannot_be_read_is_refused_with_its_path(tmp_path):
-    for path, said in ((tmp_path / "config.json", "cannot be read"), (tmp_path, "is not a regular file")):
-        with pytest.raises(ConfigError, match=f"^{re.escape(str(path))}: {said}"):
+    for path in (tmp_path / "config.json", tmp_path):
+        with pytest.raises(ConfigError, match=f"^{re.escape(str(path))}: cannot be read"):
             read_config(path)
 
 
