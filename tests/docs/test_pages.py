@@ -7,6 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import typer.main
+
+from gta_edge.cli.app import app
 
 ROOT = Path(__file__).parents[2]
 PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "examples" / "README.md", *(ROOT / "docs").rglob("*.md"))
@@ -19,6 +22,9 @@ LINK = re.compile(r"\]\(([^)\s]+)\)")
 # a file with its ending, or a folder with its slash; not in an address, nor below another folder
 PATH = re.compile(rf"(?<![\w/.-])(?:{FOLDERS})/(?:[\w.-]+/)*(?:[\w-]+\.[a-z]\w*\b|(?<=/)(?![\w.*…-]))")
 SOURCE = re.compile(r"`((?:[\w-]+/)*[\w-]+\.(?:py|cu|cuh|toml|sh))`")
+COMMAND = re.compile(r"(?<![\w/.-])gta-edge ([a-z][a-z-]+)((?:[^`#&|\\\n]|\\\n)*)")
+SCRIPT = re.compile(r"\b((?:benchmarks|scripts|examples)/[\w/]+\.py)((?:[^`#&|\\\n]|\\\n)*)")
+OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 MODULE = re.compile(r"(?<![\w./-])(?:gta_edge|tests)(?!\.json\b)(?:\.\w+)+")  # gta_edge.json is a file
 
 
@@ -76,6 +82,23 @@ def unknown_names(text: str) -> list[str]:
     return found
 
 
+def unknown_options(text: str) -> list[str]:
+    """Commands that a page shows, with verbs or options that there are not."""
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]  # a group
+    found = []
+    for verb, words in COMMAND.findall(text):
+        known = (
+            {flag for p in commands[verb].params for flag in (*p.opts, *p.secondary_opts)} if verb in commands else {""}
+        )
+        found += [f"{verb} {flag}" for flag in OPTION.findall(words) if flag not in known]
+    for script, words in SCRIPT.findall(text):
+        if (ROOT / script).exists():  # or a former one
+            folder = (ROOT / script).parent  # the modules that it is made of lie beside it
+            sources = "".join(path.read_text(encoding="utf-8") for path in folder.rglob("*.py"))
+            found += [f"{script} {flag}" for flag in OPTION.findall(words) if f'"{flag}"' not in sources]
+    return found
+
+
 def title(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
@@ -86,6 +109,7 @@ def test_files_and_modules_that_a_page_names_are_there(page: Path) -> None:
     assert missing_paths(text) == []
     assert unknown_sources(text) == []
     assert unknown_names(text) == []
+    assert unknown_options(text) == []
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=title)
@@ -132,6 +156,19 @@ def test_source_files_that_would_be_missed(name: str) -> None:
 @pytest.mark.parametrize("name", ["gta_edge.nowhere", "gta_edge.formats.weights.nowhere", "tests.helpers.nowhere"])
 def test_names_that_would_be_missed(name: str) -> None:
     assert unknown_names(f"see `{name}`.") == [name]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "gta-edge chat bundle --grammar x",
+        "`gta-edge generate b \\\n    --no-such 1`",
+        "`gta-edge nothing --json`",
+        "    python scripts/structure.py --sideways",
+    ],
+)
+def test_options_that_would_be_missed(text: str) -> None:
+    assert len(unknown_options(text)) == 1
 
 
 def test_links_that_would_be_missed(tmp_path: Path) -> None:
