@@ -100,6 +100,11 @@ class StepCosts:
         nearest = min(trees, key=lambda other: abs(other - width))
         return trees[nearest] if nearest == width else trees[nearest] * self._estimate(width) / self._estimate(nearest)
 
+    def least_of_a_token(self) -> float:
+        """Return what a token more of a call takes at least, as a part of a call of a single token."""
+        single = self.seconds(1)
+        return min((self.seconds(width) / single - 1) / (width - 1) for width in WIDTHS[1:])
+
     def _unused(self, kind: tuple[bool, int]) -> int:
         return self._calls - self._used[kind]
 

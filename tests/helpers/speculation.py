@@ -57,7 +57,7 @@ class Oracle:
     wrong_every: int
     ids: list[int] = field(default_factory=list)
 
-    def offer(self, ids, limit, branches):
+    def offer(self, ids, limit, branches, least=0.0):
         self.ids = ids.tolist()
         return chain([0.99] * limit)
 
@@ -74,7 +74,7 @@ class Oracle:
 class TreeOracle(Oracle):
     """Of each token two guesses, the first of them wrong; what follows the second is right too, in places."""
 
-    def offer(self, ids, limit, branches):
+    def offer(self, ids, limit, branches, least=0.0):
         self.ids = ids.tolist()
         return [Candidate(i - 1, 0, 0.9) for i in range(limit if branches else 0)]
 

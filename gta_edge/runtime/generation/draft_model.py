@@ -61,7 +61,7 @@ class DraftModel:
         self._asked = self._lost = False
         self._pause, self._left = _FIRST_PAUSE, 0  # calls
 
-    def offer(self, ids: Ids, limit: int, branches: bool) -> list[Candidate]:
+    def offer(self, ids: Ids, limit: int, branches: bool, least: float = 0.0) -> list[Candidate]:
         self._judge(ids)
         unknown = ids[len(self._ids) :] >= self._session.config.vocab_size  # ids of no token, which may be padding
         self._lost = self._lost or bool(unknown.any())

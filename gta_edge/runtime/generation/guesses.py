@@ -77,7 +77,7 @@ NOTHING = Draft(np.zeros(0, np.int64), ())
 class Proposer(Protocol):
     """Guesses what comes next."""
 
-    def offer(self, ids: Ids, limit: int, branches: bool) -> Sequence[Candidate]:
+    def offer(self, ids: Ids, limit: int, branches: bool, least: float = 0.0) -> Sequence[Candidate]:
         """Return what could be guessed, at most ``limit`` tokens, the likeliest first and none before what it follows.
 
         It is called before every call of the model, also where nothing can be guessed: it learns from what came.
@@ -86,6 +86,7 @@ class Proposer(Protocol):
             ids: every token so far, int64 [N]; they begin with those of the call before.
             limit: of tokens.
             branches: whether several may follow the same token; otherwise each follows the one before it.
+            least: what the first is to be as likely as for any to be worth a wider call.
         """
 
     def seconds(self, chosen: Sequence[int]) -> float:

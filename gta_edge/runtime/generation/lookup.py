@@ -99,13 +99,14 @@ class PromptLookup:
         self._text = _Guess((), [], 0, self._first)
         self._offered: list[tuple[Candidate, _Guess]] = []
 
-    def offer(self, ids: Ids, limit: int, branches: bool) -> list[Candidate]:
+    def offer(self, ids: Ids, limit: int, branches: bool, least: float = 0.0) -> list[Candidate]:
         self._ids.extend(ids[len(self._ids) :].tolist())
         self._judge()
         self._index()
         self._branches, self._end = branches, len(self._ids)
         self._text = _Guess((), self._matches(), 0, self._first)
-        self._offered = likeliest(limit, self._text, self._chances) if limit else []
+        pays = any(chance >= least for chance, _ in self._chances(self._text)[:1])
+        self._offered = likeliest(limit, self._text, self._chances) if limit and pays else []
         return [candidate for candidate, _ in self._offered]
 
     def seconds(self, chosen: Sequence[int]) -> float:

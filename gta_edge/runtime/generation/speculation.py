@@ -123,7 +123,7 @@ class SpeculativeSteps:
         costs = self._session.step_costs
         room = self._room(ids) if costs.known else 0
         branches = self._session.trees and len(came) + room + 1 <= self._session.tree_room()
-        offered = self._proposer.offer(ids, room, branches)
+        offered = self._proposer.offer(ids, room, branches, costs.least_of_a_token() if room else 0.0)
         chosen = nodes_that_pay(costs, offered, self._proposer.seconds)
         self._draft = self._proposer.draft(chosen) if chosen else NOTHING
         started, tokens = time.perf_counter(), np.concatenate([came, self._draft.ids])
