@@ -151,6 +151,7 @@ class Case:
                 cache=None if self.cache is None else dict(self.cache),
                 exact=self.exact,
                 answers=self.answers,
+                speculate=self.speculate,
             )
         except GtaEdgeError as error:
             self.failure = str(error)

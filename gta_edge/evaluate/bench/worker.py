@@ -26,6 +26,7 @@ from gta_edge.errors import BackendError, GtaEdgeError, InputError, OutputError
 from gta_edge.evaluate.bench.beside import answered, speculated
 from gta_edge.formats.bundle import Bundle
 from gta_edge.model.kv_cache import bytes_per_token
+from gta_edge.numerics.dtypes import BLOCK_CACHE_TYPES
 from gta_edge.runtime.cache_policies import policy
 from gta_edge.runtime.registry import BACKENDS, open_session
 from gta_edge.runtime.session import Session
@@ -84,7 +85,9 @@ class Measurer:
         options = {name: request[name] for name in ("threads", "exact", "cache_dtype")}
         if request.get("cache") is not None:
             options["cache"] = policy(**request["cache"])
-        if request.get("answers", 1) > 1:
+        guesses = bool(request.get("speculate")) and BACKENDS[request["backend"]].has_free_trees
+        guesses = guesses and "cache" not in options and options["cache_dtype"] not in BLOCK_CACHE_TYPES
+        if request.get("answers", 1) > 1 or guesses:  # as ``generate`` does
             options["trees"] = True
         cached = _records(bundle)
         start = time.perf_counter()

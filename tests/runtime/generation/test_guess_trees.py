@@ -14,6 +14,7 @@ from gta_edge.runtime.generation.loop import generate
 from gta_edge.runtime.generation.sampling import Guess, Sampler, Sampling
 from gta_edge.runtime.generation.speculation import SpeculativeSteps
 from gta_edge.runtime.step_costs import WIDTHS
+from gta_edge.runtime.tree_cache import TreeCache
 from tests.helpers.generation import TableSession
 from tests.helpers.managed_sessions import open_session
 from tests.helpers.speculation import TreeOracle, chi_square, costs_of, nothing, table, with_costs
@@ -99,6 +100,20 @@ def test_a_tree_accepts_what_a_chain_does_not():
         calls[trees] = len(session.widths) - 1
         assert set(session.widths[1:]) <= set(WIDTHS)
     assert calls == {False: 2, True: 1}
+
+
+def test_where_there_is_no_room_for_a_tree_guesses_are_chains():
+    """As in an engine, which was built for so many rows."""
+    session, plain = TableSession(table(3, 5, 3.0), trees=True), TableSession(table(3, 5, 3.0))
+    session._cache = TreeCache(session.config, max_rows=41)
+    prompt = [1, 2, 3, 1, 2, 4, 1, 2, 0, 1, 2]
+    found, kept = run(with_costs(session, 0.0), prompt, speculate="lookup", max_new_tokens=30)
+    assert session.tree_room() == 0  # one row is for rows that change places
+    wanted, kept_too = run(plain, prompt, max_new_tokens=30)
+    assert found.ids == wanted.ids
+    assert kept == kept_too
+    with pytest.raises(InputError, match="there is no sequence 1: the cache holds 1"):
+        session.tree_room(1)
 
 
 @pytest.mark.parametrize("backend", ["torch", "onnxruntime"])
