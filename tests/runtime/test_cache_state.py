@@ -1,4 +1,4 @@
-"""When a cache grows, and what is left of it where growing fails; what sessions do with it is ``test_session.py``'s."""
+"""When a cache grows, and what is left of it where growing fails; what sessions do is in tests/runtime/sessions."""
 
 from collections.abc import Callable, Sequence
 

@@ -1,8 +1,8 @@
 """The onnxruntime-cuda backend: its graph, its session, and what both do on a GPU.
 
 Without a GPU the graph runs in float16 on ONNX Runtime's CPU kernels and in bfloat16 in ONNX's reference, and the
-session on the CPU provider; test_session.py runs it there too. What every operator's kernel takes on a GPU is written
-down in docs/onnxruntime-cuda.md, and the graphs are held against that.
+session on the CPU provider; tests/runtime/sessions runs it there too. What every operator's kernel takes on a GPU is
+written down in docs/onnxruntime-cuda.md, and the graphs are held against that.
 """
 
 import functools
@@ -181,12 +181,17 @@ def test_every_operator_of_a_managed_cache_has_a_kernel_on_the_gpu(name: str, co
     assert ("ReduceSum", "float") in found or features == TREES
 
 
+@functools.cache
+def used_by(name: str, precision: str, compute: str) -> frozenset[tuple[str, str]]:
+    return frozenset(used(cuda_model(bundle_of(name, precision), compute)))
+
+
 @every_model
 @every_precision
 @pytest.mark.parametrize("compute", FLOAT_TYPES)
 def test_every_operator_has_a_kernel_on_the_gpu(name: str, precision: str, compute: str) -> None:
     table = documented()
-    found = used(cuda_model(bundle_of(name, precision), compute))
+    found = used_by(name, precision, compute)
     assert {operator for operator, kind in found if kind not in table.get(operator, set())} == set()
     assert ("TensorScatter", {"fp16": "float16", "bf16": "bfloat16", "fp32": "float"}[compute]) in found
 
@@ -196,7 +201,7 @@ def test_the_table_has_nothing_that_is_not_used() -> None:
     for name in MODELS:
         for precision in PRECISIONS:
             for compute in FLOAT_TYPES:
-                found |= used(cuda_model(bundle_of(name, precision), compute))
+                found |= used_by(name, precision, compute)
     for features in MANAGED:
         found |= used(cuda_model(bundle_of("more keys", "int4"), "fp16", features))
     assert documented().keys() == {operator for operator, _ in found}

@@ -1,4 +1,4 @@
-"""The onnxruntime backend: what only it promises; what every session promises is in test_session.py."""
+"""The onnxruntime backend: what only it promises; what every session promises is in tests/runtime/sessions."""
 
 import tracemalloc
 from collections.abc import Iterator

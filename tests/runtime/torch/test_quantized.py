@@ -148,8 +148,9 @@ def assert_a_session_is_right(start: Callable[..., TorchSession], quantised: Sto
 # --- on the CPU ------------------------------------------------------------------------------------------------------
 
 
-@every_case
-@pytest.mark.parametrize("compute", ["fp32", *HALVES])
+@pytest.mark.parametrize(
+    ("case", "compute"), [(case, each) for i, case in enumerate(CASES) for each in ("fp32", HALVES[i % len(HALVES)])]
+)
 def test_codes_give_the_logits_of_the_dequantised_model(quantised, compute):
     def start(**options: Any) -> TorchSession:
         return TorchSession(packed(quantised), compute=compute, **options)
