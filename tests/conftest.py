@@ -14,12 +14,17 @@ from pathlib import Path
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 import pytest
+from hypothesis import settings
 
 from gta_edge.cli import main
 from tests.helpers import real_model
 from tests.helpers.commands import Result
 from tests.helpers.tiny import TINY
 from tests.helpers.torch_exports import read_library_once
+
+# The same examples in every run, however slow the machine: what fails, fails again. ``make fuzz`` looks further.
+settings.register_profile("tests", deadline=None, derandomize=True, database=None)
+settings.load_profile("tests")
 
 # A shell starts background jobs with Ctrl-C ignored, and the commands that the tests interrupt would inherit that.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:

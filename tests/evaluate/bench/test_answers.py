@@ -132,6 +132,7 @@ def test_a_mean_is_held_to_no_more_than_the_largest() -> None:
         assert mean_bound(of) == bound(of)
 
 
+@pytest.mark.parametrize("quantised", ["int4"], indirect=True)
 def test_a_run_finds_what_rounding_hides(quantised: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
     """Two heads that changed places move logits by less than rounding does."""
     other = damaged(tiny_checkpoint, tmp_path, *DAMAGE["two heads swapped"], precision=quantised.name)
