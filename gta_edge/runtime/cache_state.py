@@ -372,9 +372,13 @@ class CacheState:
         return batch != self.batch or tokens > self.capacity
 
     def capacity_for(self, tokens: int) -> int:
-        """Return the capacity for ``tokens`` per row: in steps, larger ones for more tokens, never past P."""
+        """Return the capacity for ``tokens`` per row: in steps, never past P."""
+        return min(self._in_steps(tokens), self.max_length)
+
+    def _in_steps(self, tokens: int) -> int:
+        """Round tokens up to whole steps, which are larger for more tokens."""
         step = self.capacity_step * max(1, tokens // (16 * self.capacity_step))
-        return min(-(-tokens // step) * step, self.max_length)
+        return -(-tokens // step) * step
 
     def capacities_for(self, tokens: int) -> tuple[int, ...]:
         """Return the capacity of each layer for ``tokens`` per row."""

@@ -77,8 +77,7 @@ class TreeCache(CacheState):
     def capacity_for(self, tokens: int) -> int:
         """Return the capacity for ``tokens`` per row, which may be more than there are positions."""
         found = super().capacity_for(tokens)
-        step = self.capacity_step * max(1, tokens // (16 * self.capacity_step))
-        return found if found >= tokens else -(-tokens // step) * step
+        return found if found >= tokens else self._in_steps(tokens)
 
     # --- what it holds ---------------------------------------------------------------------------------------------
 

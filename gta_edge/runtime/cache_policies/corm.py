@@ -17,9 +17,10 @@ __all__ = ["CORM"]
 class CORM(CachePolicy):
     """Keep the newest tokens, and every row that one of their queries gave at least its share in any head.
 
-    A query's share is 1/n, n being the rows that it sees. What a row has received is the position of the last query
-    that gave it as much, so one number a row stands for the paper's window of bits. The paper decides for each head
-    alone; a row here is shared by all heads of a layer, and stays where one of them wants it.
+    A query's share is 1/n, n being the rows that it sees, in the mean over the layers. What a row has received is the
+    position of the last query that gave it as much, so one number a row stands for the paper's window of bits. The
+    paper decides for each head alone; a row here is shared by all heads of a layer, and stays where one of them wants
+    it.
 
     Args:
         rows: None evicts whatever is not important. A number evicts once there are more rows than that, and is an upper
