@@ -22,7 +22,7 @@ from gta_edge.runtime.session import Logits, Session
 from gta_edge.support.choices import unknown
 from gta_edge.support.text import one_line
 
-__all__ = ["KINDS", "Grammar", "GrammarConstraint"]
+__all__ = ["KINDS", "Grammar", "GrammarConstraint", "check_constraint"]
 
 KINDS = ("json_schema", "regex", "grammar")
 """What a grammar can be given as: a JSON schema, a regular expression, or Lark's notation, GBNF too."""
@@ -54,7 +54,7 @@ class Grammar:
         self._library = optional("llguidance", _EXTRA)
         self._vocab_size = session.config.vocab_size
         self._ends = session.end_token_ids | session.chat_end_token_ids
-        self._tokenizer = _tokenizer_of(session, self._ends)
+        self._tokenizer, self._of = _tokenizer_of(session, self._ends), session.tokenizer
         self._grammar = self._read(kind, text)
         if problem := self._library.LLMatcher.validate_grammar(self._grammar, self._tokenizer):
             raise _refused(kind, problem)
@@ -80,7 +80,7 @@ class Grammar:
     def constraint(self) -> GrammarConstraint:
         """Return what holds one text to the grammar."""
         matcher = self._library.LLMatcher(self._tokenizer, self._grammar, log_level=0)
-        return GrammarConstraint(matcher, self._vocab_size, self._ends)
+        return GrammarConstraint(matcher, self._vocab_size, self._ends, self._of)
 
 
 def _refused(kind: str, reason: str) -> InputError:
@@ -95,17 +95,24 @@ class GrammarConstraint:
         matcher: llguidance's, of this text.
         vocab_size: width of the logits.
         ends: end tokens.
+        tokenizer: whose ids it knows.
 
     Attributes:
         used: whether the text has begun.
     """
 
-    def __init__(self, matcher: Any, vocab_size: int, ends: frozenset[int]) -> None:
-        self._matcher = matcher
+    def __init__(self, matcher: Any, vocab_size: int, ends: frozenset[int], tokenizer: Tokenizer | None = None) -> None:
+        self._matcher, self._vocab_size, self._tokenizer = matcher, vocab_size, tokenizer
         self._mask: npt.NDArray[np.uint8] = np.zeros(4 * -(-vocab_size // _WORD), np.uint8)
         self._pending: Future[None] | None = None
         self._ends = ends
         self.used = False
+
+    def fits(self, session: Session) -> bool:
+        """Tell whether ids of a session mean what they mean to the grammar."""
+        its, own = session.tokenizer, self._tokenizer
+        same = its is own or (its is not None and own is not None and its.has_ids_of(own))
+        return same and session.config.vocab_size == self._vocab_size
 
     def can_begin(self) -> bool:
         """Tell whether any token may come first; to be asked before the first token."""
@@ -156,6 +163,27 @@ class GrammarConstraint:
         if _NOTHING_FOLLOWS in said:
             raise _nothing_follows()
         raise InputError(f"the grammar failed ({one_line(said, 300)})", "simplify it")
+
+
+def check_constraint(session: Session, constraint: Any) -> None:
+    """Refuse what can hold no text of a session.
+
+    Raises:
+        InputError: it is no constraint, one that another text has used, which would go on from there, or one that was
+            made for another model's tokens.
+    """
+    if not all(hasattr(constraint, name) for name in ("prepare", "apply", "accept")):
+        raise InputError(
+            f"constraint is a {type(constraint).__name__}", "expected what a Grammar's constraint() returns"
+        )
+    if not isinstance(constraint, GrammarConstraint):
+        return
+    if constraint.used:
+        raise InputError("the constraint was used for another text", "make one for each: the grammar's constraint()")
+    if not constraint.fits(session):
+        raise InputError(
+            "the grammar was compiled for another tokenizer than the session's", "make a Grammar of this session"
+        )
 
 
 def _nothing_follows() -> InputError:

@@ -15,7 +15,7 @@ from gta_edge.runtime.generation.answer import Answer, FinishReason
 from gta_edge.runtime.generation.answers import Alternative, Answers
 from gta_edge.runtime.generation.batch import in_a_batch
 from gta_edge.runtime.generation.generation import Generation
-from gta_edge.runtime.generation.grammar import GrammarConstraint
+from gta_edge.runtime.generation.grammar import check_constraint
 from gta_edge.runtime.generation.request import Constraint
 from gta_edge.runtime.generation.sampling import Sampler, Sampling
 from gta_edge.runtime.generation.several import answers_for, guesses_of_several
@@ -190,7 +190,7 @@ def generate(
     if beams is None and length_penalty != 1:
         raise InputError(f"length_penalty is {brief(length_penalty)}, and there is no search", "give beams with it")
     if constraint is not None:
-        _check_constraint(constraint)
+        check_constraint(session, constraint)
     if n is None and beams is None and not several:
         sampler = Sampler(sampling, len(checked[0]))
         claim = session.claim if conversation is None else conversation.begin
@@ -218,16 +218,6 @@ def generate(
         defaults=defaults,
         guesses=guesses,
     )
-
-
-def _check_constraint(constraint: Any) -> None:
-    """Refuse what is no constraint, or one that another text has used: it would go on from there."""
-    if not all(hasattr(constraint, name) for name in ("prepare", "apply", "accept")):
-        raise InputError(
-            f"constraint is a {type(constraint).__name__}", "expected what a Grammar's constraint() returns"
-        )
-    if isinstance(constraint, GrammarConstraint) and constraint.used:
-        raise InputError("the constraint was used for another text", "make one for each: the grammar's constraint()")
 
 
 def _open_options(defaults: Mapping[str, float], given: Mapping[str, Any]) -> dict[str, Any]:

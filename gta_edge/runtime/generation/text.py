@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from gta_edge.errors import GtaEdgeError, InputError
 from gta_edge.runtime.generation.answer import Answer, FinishReason
+from gta_edge.runtime.generation.grammar import check_constraint
 from gta_edge.runtime.generation.request import Event, RequestOptions, TokenLogprobs, log_probabilities
 from gta_edge.runtime.generation.sampling import Sampler, Sampling
 from gta_edge.runtime.generation.stopping import StopStrings
@@ -67,6 +68,8 @@ class Text:
         if options.stop and session.tokenizer is None:
             raise InputError("stop strings need a tokenizer, and this model has none", "leave them out")
         check_biases(session, options.sampling)
+        if options.constraint is not None:
+            check_constraint(session, options.constraint)
         answer = Answer(
             prompt,
             session.tokenizer,

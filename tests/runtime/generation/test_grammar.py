@@ -9,6 +9,7 @@ import pytest
 from gta_edge.errors import InputError
 from gta_edge.runtime.generation.grammar import Grammar, GrammarConstraint
 from gta_edge.runtime.generation.loop import generate
+from tests.helpers.batches import Heard
 from tests.helpers.generation import CONFIG, EOS, ScriptedSession, byte_level, save
 
 SCHEMA = {
@@ -40,10 +41,13 @@ class RandomSession(ScriptedSession):
         return self.random.standard_normal(shape).astype(np.float32) * 3
 
 
+# they reach over what a grammar parts: the mask must take them by their bytes
+WORDS = ['": "', "tea", '"kind', 'coffee", ', "1, 1", "]}"]
+
+
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    # words that reach over what a grammar parts: the mask must take them by their bytes
-    return save(tmp_path_factory.mktemp("tokenizer"), byte_level(['": "', "tea", '"kind', 'coffee", ', "1, 1", "]}"]))
+    return save(tmp_path_factory.mktemp("tokenizer"), byte_level(WORDS))
 
 
 def constrained(session, kind, text, **options):
@@ -159,3 +163,20 @@ def test_what_a_grammar_needs(tokenizer):
     list(generate(RandomSession(tokenizer, 0), [1], constraint=constraint))
     with pytest.raises(InputError, match="the constraint was used for another text; make one for each"):
         generate(session, [1], constraint=constraint)
+
+
+def test_a_grammar_of_another_tokenizer_is_refused(tokenizer, tmp_path):
+    session = RandomSession(tokenizer, 0)
+    constraint = Grammar(session, "regex", "a|b").constraint()
+    same = save(tmp_path, byte_level(WORDS))
+    list(generate(RandomSession(same, 0), "?", constraint=Grammar(session, "regex", "a").constraint()))
+    larger, other = RandomSession(same, 0), RandomSession(same, 0)
+    larger.config = CONFIG.replace(vocab_size=301)
+    other.tokenizer = save(tmp_path, byte_level(["word"]))
+    for each in (larger, other):
+        for use in (
+            lambda each=each: generate(each, [1], constraint=constraint),
+            lambda each=each: Heard(each, [1], constraint=constraint),
+        ):
+            with pytest.raises(InputError, match="compiled for another tokenizer than the session's; make a Grammar"):
+                use()
