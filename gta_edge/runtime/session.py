@@ -79,6 +79,7 @@ class Session(SessionExports):
         self._calls = Exclusive("the session", "load the bundle once for each thread, or let them take turns")
         self._owner: Claim | None = None  # the claim that the cache is of; None after anybody else changed it
         self._changed_by = "nothing"
+        self._holds_nan = False  # in the cache's memory, in rows of tokens or behind them
 
     # --- what a backend adds, beside what ``SessionBackend`` has -------------------------------------------------
 
@@ -283,6 +284,7 @@ class Session(SessionExports):
 
     def _empty(self, owner: Claim | None) -> None:
         self._cache.reset()
+        self._clean()
         self._changed(owner, "reset()")
 
     def _forward(
@@ -328,7 +330,16 @@ class Session(SessionExports):
         before = self._cache.past_of(part, past[rows])
         given = ids[rows, part.start : part.stop], before, np.ascontiguousarray(positions, np.int64)
         self._first_row = rows.start or 0
-        return self._run(*given) if managed is None else self._run(*given, managed.of_rows(rows))
+        logits = self._run(*given) if managed is None else self._run(*given, managed.of_rows(rows))
+        # a state that holds one NaN, or is infinite, makes NaN of every logit, and so of the first
+        self._holds_nan |= not np.isfinite(logits[:, -1:, 0]).all()
+        return logits
+
+    def _clean(self) -> None:
+        """Let nothing be left of tokens whose logits were NaN, now that some of the cache's rows hold no token."""
+        if self._holds_nan and not self._closed:
+            self._zero_free_rows()
+        self._holds_nan = False  # or what is left shows with the next token
 
     def _run_parts(
         self,
@@ -427,6 +438,7 @@ class Session(SessionExports):
         self._check_owner(owner)
         try:
             self._cache.truncate(as_array(length, "a length for truncate"), length, self)
+            self._clean()
         except InputError:  # nothing has changed
             raise
         except BaseException:

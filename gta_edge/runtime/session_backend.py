@@ -96,5 +96,8 @@ class SessionBackend(ABC):
         """Copy what a row of the batch holds into others, ``rows[i]`` rows of memory in every tensor of layer i."""
         raise NotImplementedError(f"{self.backend} copies no rows of a batch")
 
+    def _zero_free_rows(self) -> None:  # noqa: B027  where kernels read no more rows than there are, nothing is to be done
+        """Make zeros of all rows of the cache that hold no token: their weight is zero, and zero times NaN is NaN."""
+
     def _release(self) -> None:  # noqa: B027  a backend may have nothing to free
         """Free what the session holds; called once."""

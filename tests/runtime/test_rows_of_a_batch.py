@@ -147,6 +147,27 @@ def test_attention_is_cheap_again_when_a_long_row_has_left() -> None:
         assert shown == [128, 16]
 
 
+@pytest.mark.parametrize(("backend", "model"), [("torch", "gta"), ("onnxruntime", "gqa"), *KINDS[-2:]])
+def test_nothing_stays_of_tokens_whose_logits_were_no_numbers(backend: str, model: str) -> None:
+    """What rows without a token hold has no weight, but zero times NaN would be NaN."""
+    ids = prompt(2, 6)
+    with open_session(backend, model, **EXACT.get(backend, {}), capacity_step=8) as session:
+        for ends in (lambda: session.truncate([5, 0]), session.reset):
+            session.reset()
+            session.forward(ids[:, :4])
+            saved = session.export_cache(1)
+            nan = {name: np.full_like(array, np.nan) for name, array in saved.tensors.items()}
+            session.import_cache(SavedCache(4, saved.dtype, nan), 1)
+            found = session.forward(ids[:, 4:5])
+            assert np.isfinite(found).all(-1).tolist() == [True, False]
+            ends()
+            held = session.length.tolist()
+            found = session.forward(ids[:, 5:])
+            for row, count in enumerate(held):
+                expected = exact_logits(model, [*ids[row, :count].tolist(), int(ids[row, 5])])
+                assert reference.relative_error(found[row], expected) <= TOLERANCE
+
+
 def test_what_cannot_be_put_into_a_cache_is_refused_and_changes_nothing() -> None:
     with open_session("torch", "gta") as session, open_session("torch", "gqa") as other:
         session.forward(prompt(2, 6))

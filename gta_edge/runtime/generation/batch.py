@@ -235,7 +235,11 @@ class Batch:
         self.figures.parts += 1
         if all_logits:
             following = ids[text.seen + 1 : text.seen + len(part) + 1]
-            text.note_prompt(logits[: len(following)], following)
+            try:
+                text.note_prompt(logits[: len(following)], following)
+            except BackendError as error:  # they are no numbers
+                self._failed(text, error)
+                return
             logits = logits[-1]
         text.seen += len(part)
         if last:

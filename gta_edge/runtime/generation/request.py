@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from gta_edge.errors import GtaEdgeError, InputError
 from gta_edge.runtime.generation.answer import FinishReason
-from gta_edge.runtime.generation.sampling import Sampling
+from gta_edge.runtime.generation.sampling import Sampling, finite_top
 from gta_edge.runtime.session import Logits
 
 __all__ = ["MAX_LOGPROBS", "Constraint", "Event", "RequestOptions", "TokenLogprobs", "log_probabilities"]
@@ -108,9 +108,13 @@ class Event:
 
 
 def log_probabilities(logits: Logits, token: int, count: int) -> TokenLogprobs:
-    """Return the log probability of a token under ``logits`` [V], and those of the ``count`` most probable ones."""
+    """Return the log probability of a token under ``logits`` [V], and those of the ``count`` most probable ones.
+
+    Raises:
+        BackendError: the largest logit is no finite number.
+    """
     scores: npt.NDArray[np.float64] = logits.astype(np.float64)
-    scores -= scores.max()
+    scores -= scores[finite_top(logits)]
     scores -= np.log(np.exp(scores).sum())
     count = min(count, len(scores))
     top = np.argpartition(-scores, count - 1)[:count] if count else np.zeros(0, np.int64)

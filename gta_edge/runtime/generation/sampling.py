@@ -24,7 +24,7 @@ import numpy.typing as npt
 from gta_edge.errors import BackendError, InputError
 from gta_edge.support.text import brief
 
-__all__ = ["LARGEST_SEED", "Guess", "Sampler", "Sampling", "draw"]
+__all__ = ["LARGEST_SEED", "Guess", "Sampler", "Sampling", "draw", "finite_top"]
 
 Ids = npt.NDArray[np.int64]
 Logits = npt.NDArray[np.float32]
@@ -232,14 +232,7 @@ class Sampler:
 
     def _scores(self, logits: Logits | Floats, ids: Ids) -> tuple[npt.NDArray[Any], int]:
         """Check the logits, apply biases and penalties: [V], a new array where anything changes; and their top."""
-        top = int(logits.argmax())  # NaN counts as the largest
-        if not math.isfinite(logits[top]):
-            found = "NaN" if math.isnan(logits[top]) else str(float(logits[top]))
-            raise BackendError(
-                f"the model's logits hold {found} at token id {top}; expected finite numbers: "
-                "the weights are damaged, or too large for the type they are computed in",
-                "try another backend",
-            )
+        top = finite_top(logits)
         penalty, options = float(self.sampling.repetition_penalty), self.sampling
         if penalty == 1 and not (options.presence_penalty or options.frequency_penalty or options.logit_bias):
             return logits, top
@@ -323,3 +316,20 @@ def _top_p(scores: npt.NDArray[Any], weights: Weights, top_p: float) -> npt.NDAr
     keep = np.zeros(len(weights), np.bool_)
     keep[order[~within]] = True
     return keep
+
+
+def finite_top(logits: Logits | Floats) -> int:
+    """Return the token with the largest of some logits [V].
+
+    Raises:
+        BackendError: it is no finite number.
+    """
+    top = int(logits.argmax())  # NaN counts as the largest
+    if not math.isfinite(logits[top]):
+        found = "NaN" if math.isnan(logits[top]) else str(float(logits[top]))
+        raise BackendError(
+            f"the model's logits hold {found} at token id {top}; expected finite numbers: "
+            "the weights are damaged, or too large for the type they are computed in",
+            "try another backend",
+        )
+    return top

@@ -304,6 +304,15 @@ class OnnxRuntimeCudaSession(Session):
                 whole[place_in(tensor, target, count)] = whole[place_in(tensor, source, count)]
             self._caches[tensor.name].update_inplace(whole.view(_carried(tensor)))
 
+    def _zero_free_rows(self) -> None:
+        for tensor in self._tensors:
+            held = self._on_host(tensor)
+            whole = np.zeros_like(held)
+            for row, count in enumerate(self._cache.rows[tensor.layer].tolist()):
+                place = place_in(tensor, row, count)
+                whole[place] = held[place]
+            self._caches[tensor.name].update_inplace(whole.view(_carried(tensor)))
+
     def _on_host(self, tensor: CacheTensor) -> npt.NDArray[Any]:
         """Return a copy of a tensor of the cache, of all rows: ONNX Runtime's interface copies no part of one."""
         values: npt.NDArray[Any] = np.array(self._caches[tensor.name].numpy())

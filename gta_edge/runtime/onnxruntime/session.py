@@ -225,6 +225,15 @@ class OnnxRuntimeSession(Session):
             for target in targets:
                 cache[place_in(tensor, target, count)] = cache[place_in(tensor, source, count)]
 
+    def _zero_free_rows(self) -> None:
+        for tensor in self._tensors:
+            cache, rows = self._caches[tensor.name], self._cache.rows[tensor.layer].tolist()
+            places = [place_in(tensor, row, count) for row, count in enumerate(rows)]
+            kept = [cache[place].copy() for place in places]
+            self._buffers[tensor.name].fill(0)  # which is more than steps are shown
+            for place, values in zip(places, kept, strict=True):
+                cache[place] = values
+
     def _rows_for(self, capacity: int) -> int:
         return rows_for(capacity) if self._in_int8 else capacity
 

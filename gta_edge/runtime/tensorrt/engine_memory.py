@@ -141,6 +141,19 @@ class EngineMemory:
         arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
         self._staging.write(self._parts(sequence, first, arrays))
 
+    def zero_behind(self, counts: npt.NDArray[np.int64]) -> None:
+        """Make zeros of rows that hold no token, where the attention may read them: of no cache in blocks.
+
+        Args:
+            counts: rows in use, int64 [L, B]; of sequences beyond those, none are.
+        """
+        for each in self._tensors:
+            tensor, dtype = each.tensor, DTYPES[each.tensor.dtype].numpy
+            for sequence in range(self._spec.max_batch if tensor.block == 1 else 0):
+                first = int(counts[tensor.layer, sequence]) if sequence < counts.shape[1] else 0
+                if first < each.capacity:
+                    self.write(sequence, first, {tensor.name: np.zeros(tensor.shape(1, each.capacity - first), dtype)})
+
     def copy(self, source: int, targets: Sequence[int]) -> None:
         """Queue copies of all that a sequence has into others, what its rows received included."""
         for each in self._placed:

@@ -221,6 +221,10 @@ class TensorRTSession(Session):
         self._cuda.make_current()
         self._memory.copy(source, targets)
 
+    def _zero_free_rows(self) -> None:
+        self._cuda.make_current()
+        self._memory.zero_behind(self._cache.rows)
+
     def _context(self, profile: int) -> Any:
         """Return a new execution context for a profile, all its tensors bound."""
         self._log.errors.clear()

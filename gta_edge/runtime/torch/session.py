@@ -238,6 +238,15 @@ class TorchSession(Session):
                 for each_received, count in zip(received, rows, strict=False):  # none where nothing is observed
                     each_received[target, :count] = each_received[source, :count]
 
+    def _zero_free_rows(self) -> None:
+        with torch.inference_mode():
+            for each, cache in self._by_name():
+                for row, count in enumerate(self._cache.rows[each.layer].tolist()):
+                    place = place_in(each, row, count)
+                    kept = cache[place].clone()
+                    cache[row].zero_()
+                    cache[place] = kept
+
     def _by_name(self) -> Iterator[tuple[CacheTensor, Tensor]]:
         """Yield every tensor of the cache with what it is."""
         layers = [iter(layer.tensors) for layer in self._caches]  # in the same order within a layer

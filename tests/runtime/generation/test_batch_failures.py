@@ -70,6 +70,29 @@ def test_one_that_fails_ends_alone(talker, fails) -> None:
         assert each.said[0] == generation.ids
 
 
+def test_a_text_whose_probabilities_are_no_numbers_ends_alone(talker, monkeypatch) -> None:
+    """Also where no token is chosen by them."""
+    whole = talker._run
+
+    def damaged(ids, *others):
+        logits = whole(ids, *others)
+        logits[(ids == 77).any(1)] = np.nan
+        return logits
+
+    monkeypatch.setattr(talker, "_run", damaged)
+    batch, good = Batch(talker, 3), Heard(talker, [1, 2, 3], max_new_tokens=9)
+    bad = [Heard(talker, [1, 77, i], max_new_tokens=i, prompt_logprobs=1) for i in range(2)]
+    for each in (bad[0], good, bad[1]):
+        batch.add(each.text)
+    run(batch)
+    for each in bad:
+        assert each.said[2] == "error"
+        assert "the model's logits hold NaN" in str(each.text.error)
+    generation = generate(talker, [1, 2, 3], max_new_tokens=9)
+    list(generation)
+    assert good.said[0] == generation.ids
+
+
 def test_when_the_cache_is_lost_the_others_go_on(talker, monkeypatch) -> None:
     """A step that fails for good takes one text with it; the others read what they have once more."""
     batch = Batch(talker, 3)
