@@ -25,7 +25,37 @@ __all__ = ["BatchGuesses", "width_that_pays"]
 _WORTH_IT = 1.02
 """What a token is to cost less for a wider step to be made: estimates are not better than that."""
 
+_PATIENCE = 8
+_SHORTEST_PAUSE, _LONGEST_PAUSE = 4, 32
+"""Steps in which a text is looked at without a guess that pays, and then left alone: a look takes 50 microseconds, some
+percent of a small model's step. Each pause is twice as long as the one before, until a guess pays again."""
+
 _NOTHING: Ids = np.zeros(0, np.int64)
+
+
+class _Guesser:
+    """Guesses the tokens of one text, and leaves it alone for a while where that does not pay."""
+
+    def __init__(self) -> None:
+        self._lookup = PromptLookup()
+        self._looks = 0  # since a guess paid
+        self._left_alone, self._pause = 0, _SHORTEST_PAUSE
+
+    def offer(self, ids: Ids, limit: int) -> Sequence[Candidate]:
+        """Return what could come after ``ids`` [N], each after the one before it."""
+        if self._left_alone:
+            self._left_alone -= 1
+            return ()
+        if self._looks == _PATIENCE:
+            self._looks, self._left_alone, self._pause = 0, self._pause - 1, min(2 * self._pause, _LONGEST_PAUSE)
+            return ()
+        self._looks += 1
+        return self._lookup.offer(ids, limit, branches=False)
+
+    def draft(self, count: int) -> Ids:
+        """Return the first tokens of what was offered last."""
+        self._looks, self._pause = 0, _SHORTEST_PAUSE
+        return self._lookup.draft(range(count)).ids
 
 
 class BatchGuesses:
@@ -42,7 +72,7 @@ class BatchGuesses:
     def __init__(self, session: Session, counts: StepCounts) -> None:
         session.revocable()  # raises where it can never be
         self._session, self._counts = session, counts
-        self._lookups: WeakKeyDictionary[Text, PromptLookup] = WeakKeyDictionary()
+        self._guessers: WeakKeyDictionary[Text, _Guesser] = WeakKeyDictionary()
         self._costs: dict[int, StepCosts] = {}  # of steps, by the rows that they compute
 
     def drafts(self, rows: Mapping[int, Text]) -> dict[int, Ids]:
@@ -57,7 +87,7 @@ class BatchGuesses:
         found = dict.fromkeys(rows, _NOTHING)
         for row, candidates in offered.items():
             if width > 1 and candidates:
-                found[row] = self._lookups[rows[row]].draft(range(min(width - 1, len(candidates)))).ids
+                found[row] = self._guessers[rows[row]].draft(min(width - 1, len(candidates)))
         return found
 
     def note(self, rows: Mapping[int, Text], drafts: Mapping[int, Ids], seconds: float) -> None:
@@ -86,8 +116,8 @@ class BatchGuesses:
     def _offered(self, text: Text, room: int) -> Sequence[Candidate]:
         """Return what could come of a text, each after the one before it."""
         left = text.answer.max_new_tokens - len(text.answer.ids) - 1
-        lookup = self._lookups.setdefault(text, PromptLookup())
-        return lookup.offer(text.answer.all_ids, max(0, min(room, left)), branches=False)
+        guesser = self._guessers.setdefault(text, _Guesser())
+        return guesser.offer(text.answer.all_ids, max(0, min(room, left)))
 
 
 def width_that_pays(costs: StepCosts, offered: Sequence[Sequence[Candidate]]) -> int:

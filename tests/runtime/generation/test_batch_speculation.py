@@ -12,6 +12,7 @@ from gta_edge.runtime.generation import batch_guesses
 from gta_edge.runtime.generation.batch import Batch
 from gta_edge.runtime.generation.batch_guesses import width_that_pays
 from gta_edge.runtime.generation.guesses import Candidate
+from gta_edge.runtime.generation.lookup import PromptLookup
 from gta_edge.runtime.generation.loop import generate
 from gta_edge.runtime.generation.sampling import Sampling
 from gta_edge.runtime.generation.steps import StepCounts
@@ -104,6 +105,23 @@ def test_where_taking_back_fails_the_texts_are_read_once_more(monkeypatch) -> No
         monkeypatch.setattr(session._cache, "truncate", fail_twice)
         assert [text.said for text in heard(session, StepCounts(), 5)] == expected
         assert next(failures, None) is None
+
+
+def test_a_text_that_does_not_repeat_is_looked_at_rarely_and_again_when_it_does(monkeypatch) -> None:
+    looks, offer = [], PromptLookup.offer
+    monkeypatch.setattr(PromptLookup, "offer", lambda *given, **rest: looks.append(1) or offer(*given, **rest))
+    guesser, random = batch_guesses._Guesser(), np.random.default_rng(0)
+    ids = random.permutation(1000).tolist()
+    for length in range(20, 400):
+        assert not guesser.offer(np.array(ids[:length]), 15)
+    assert len(looks) < 100
+    text, found = [*ids[:400], *ids[:100]], 0
+    for length in range(402, 500):
+        if offered := guesser.offer(np.array(text[:length]), 15):
+            draft = guesser.draft(len(offered)).tolist()
+            assert draft[: 500 - length] == text[length : length + len(draft)]
+            found += 1
+    assert found > 60
 
 
 @given(
