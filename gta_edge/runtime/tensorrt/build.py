@@ -1,8 +1,9 @@
 """Builds a TensorRT engine from a bundle: what ``gta-edge build`` does.
 
-One engine holds the weights once and three profiles: single tokens, chunks of a prompt, and a few tokens at once, as
-speculation runs them. TensorRT chooses kernels for each: those for 512 rows leave a GPU idle with 8. The graph is made
-for TensorRT first (``lower.py``), then parsed, then built; the engine and its record appear in the bundle at once.
+One engine holds the weights once and two profiles, single tokens and chunks of a prompt. TensorRT chooses kernels for
+each, and those for 512 rows leave a GPU idle with 8: its engines have a third, of a few tokens at once, as speculation
+runs them. TensorRT-RTX compiles kernels for the sizes at hand when it runs, and needs none. The graph is made for
+TensorRT first (``lower.py``), then parsed, then built; the engine and its record appear in the bundle at once.
 """
 
 from __future__ import annotations
@@ -278,7 +279,7 @@ def profile_shapes(bundle: Bundle, spec: EngineSpec) -> list[dict[str, tuple[tup
         FEW: ((2, min(8, few), few), (2, min(8, few), few)),
     }
     profiles: list[dict[str, tuple[tuple[int, ...], ...]]] = []
-    for profile in (DECODE, PREFILL, FEW)[: 3 if few else 2]:
+    for profile in sorted({DECODE, PREFILL, spec.few_profile}):
         least, usual, largest = (
             spec.input_shapes(bundle.config, batch=b, tokens=t, positions=m)
             for b, t, m in zip((1, 1, spec.max_batch), *sizes[profile], strict=True)

@@ -45,6 +45,7 @@ from gta_edge.numerics.dtypes import FLOAT_TYPES, QUANTIZED_CACHE_TYPES
 from gta_edge.plugins.attention.definition import MAX_BRANCH_TOKENS, Features
 from gta_edge.runtime.step_costs import WIDTHS
 from gta_edge.runtime.tensorrt.engine_cache import EngineCache
+from gta_edge.runtime.tensorrt.engine_kind import ENGINES
 from gta_edge.support.ownership import ARTIFACTS
 from gta_edge.support.text import one_line
 from gta_edge.version import __version__
@@ -72,7 +73,7 @@ IMPLEMENTATIONS = ("plugin", "native")
 CHOICES = ("auto", *IMPLEMENTATIONS)
 """What ``gta-edge build --matmul`` takes."""
 DECODE, PREFILL, FEW = range(3)
-"""The profiles: single tokens, chunks of a prompt, and a few tokens that continue a text."""
+"""The profiles: single tokens, chunks of a prompt, and, of some engines, a few tokens that continue a text."""
 PLAN, RECORD = "engine.plan", "engine.json"
 _REVISION = 2  # of the profiles that engines have: before 2 there were two, and logits of 16 positions
 _ROWS_STEP = 16
@@ -159,8 +160,13 @@ class EngineSpec:
 
     @property
     def few_tokens(self) -> int:
-        """Most tokens of the profile for a few at once; 0 of an engine for single ones, which has no such profile."""
-        return min(WIDTHS[-1], self.chunk_size) if self.chunk_size > 1 else 0
+        """Most tokens of a call that continues a text for which there are CUDA graphs."""
+        return min(WIDTHS[-1], self.chunk_size)
+
+    @property
+    def few_profile(self) -> int:
+        """The profile that such calls of more than one token are run with."""
+        return FEW if ENGINES[self.engine].chooses_kernels and self.few_tokens > 1 else PREFILL
 
     @property
     def tree_words(self) -> int:

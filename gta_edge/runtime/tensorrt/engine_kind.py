@@ -23,12 +23,15 @@ class EngineKind:
         compute_types: types that engines can compute in.
         takes_plugins: whether engines hold this package's plugins; otherwise attention is standard operators.
         builds_for_others: whether engines can be built for GPUs other than the one here, and without any.
+        chooses_kernels: whether kernels are chosen when an engine is built, for the usual size of a profile, and not
+            made for the sizes at hand when it runs.
     """
 
     name: str
     compute_types: tuple[str, ...]
     takes_plugins: bool
     builds_for_others: bool
+    chooses_kernels: bool
 
     def attends_by_plugin(self, config: ModelConfig) -> bool:
         """Tell whether this package's kernels are a model's attention, and keep its cache."""
@@ -40,8 +43,8 @@ class EngineKind:
         return tuple(name for name in types if name == compute or has_kernels(config.attention, compute, name))
 
 
-TENSORRT = EngineKind("tensorrt", COMPUTE_TYPES, takes_plugins=True, builds_for_others=False)
-TENSORRT_RTX = EngineKind("tensorrt-rtx", FLOAT_TYPES, takes_plugins=False, builds_for_others=True)
+TENSORRT = EngineKind("tensorrt", COMPUTE_TYPES, takes_plugins=True, builds_for_others=False, chooses_kernels=True)
+TENSORRT_RTX = EngineKind("tensorrt-rtx", FLOAT_TYPES, False, builds_for_others=True, chooses_kernels=False)
 
 ENGINES = {kind.name: kind for kind in (TENSORRT, TENSORRT_RTX)}
 """By name."""

@@ -37,7 +37,6 @@ from gta_edge.runtime.step_costs import graph_width
 from gta_edge.runtime.tensorrt.build import buffer_bytes, logit_positions, step_inputs
 from gta_edge.runtime.tensorrt.engine import (
     DECODE,
-    FEW,
     PREFILL,
     EngineSpec,
     Wanted,
@@ -163,11 +162,11 @@ class TensorRTSession(Session):
         attends_by_plugin = ENGINES[spec.engine].attends_by_plugin(self.config)
         self._memory = EngineMemory(self._cuda, self.config, spec, gpu if attends_by_plugin else None)
         self._addresses |= self._memory.addresses
-        profiles = (DECODE, PREFILL, FEW)[: 3 if spec.few_tokens else 2]
+        profiles = {DECODE, PREFILL, spec.few_profile}
         sizes = [int(self._engine.get_device_memory_size_for_profile_v2(each)) for each in profiles]
         self._scratch_bytes = max(*sizes, 1)
         self._scratch = self._cuda.allocate(self._scratch_bytes, "TensorRT's scratch memory")
-        self._prefill = self._context(PREFILL)
+        self._prefill = self._context(PREFILL, eager=False)
         self._prefill_shape = (0, 0, 0)
         self._cuda.synchronize()
 
@@ -225,12 +224,17 @@ class TensorRTSession(Session):
         self._cuda.make_current()
         self._memory.zero_behind(self._cache.rows)
 
-    def _context(self, profile: int) -> Any:
-        """Return a new execution context for a profile, all its tensors bound."""
+    def _context(self, profile: int, *, eager: bool) -> Any:
+        """Return a new execution context for a profile, all its tensors bound.
+
+        Args:
+            profile: of the engine.
+            eager: whether a run waits for kernels that are compiled for its sizes, where they are.
+        """
         self._log.errors.clear()
         how, strategy = self._user_managed, self._user_managed
         if self._kernels:
-            how = self._kernels.configure(self._engine, strategy, eager=profile != PREFILL)
+            how = self._kernels.configure(self._engine, strategy, eager=eager)
         context = self._engine.create_execution_context(how)
         if context is None:
             raise BackendError(f"TensorRT cannot make an execution context ({self._reason()})", f"{self._rebuild()}")
@@ -292,7 +296,7 @@ class TensorRTSession(Session):
         if wanted != tokens or self._first_row:
             return 0
         rows = past_length if managed is None else managed.past_length
-        limit, padding = max(self._spec.few_tokens, 1), not CACHES[self.cache_dtype].in_blocks
+        limit, padding = self._spec.few_tokens, not CACHES[self.cache_dtype].in_blocks
         return graph_width(tokens, rows, self._memory.capacities, limit=limit, padding=padding)
 
     def _run_in_pieces(self, input_ids: Ids, past_length: Ids, managed: ManagedStep | None) -> Logits:
@@ -349,7 +353,7 @@ class TensorRTSession(Session):
 
     def _first_step(self, rows: int, tokens: int, logits: Logits) -> tuple[Logits, _Decoder]:
         """Run a step, which TensorRT wants before it is captured, and capture the next one like it."""
-        context = self._context(DECODE if tokens == 1 else FEW)
+        context = self._context(DECODE if tokens == 1 else self._spec.few_profile, eager=True)
         self._set_shapes(context, rows, tokens, tokens)
         self._enqueue(context, logits)
         self._cuda.synchronize()

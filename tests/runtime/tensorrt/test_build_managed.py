@@ -67,10 +67,10 @@ def test_capacity_is_what_stays_and_what_comes_before_the_next_eviction(bundle: 
     check_spec(bundle, spec)
 
 
-def test_inputs_have_the_shapes_of_both_profiles(bundle: Bundle) -> None:
+def test_inputs_have_the_shapes_of_every_profile(bundle: Bundle) -> None:
     spec = managed_spec(bundle, SPEC, policy("zsmerge", rows=20, interval=8, residual_rows=3))
     (capacity, *_), layers = spec.managed.capacities, bundle.config.num_hidden_layers
-    for profile, tokens in zip(profile_shapes(bundle, spec), ((1, 1, 1), (1, 32, 32)), strict=True):
+    for profile, tokens in zip(profile_shapes(bundle, spec), ((1, 1, 1), (1, 32, 32), (2, 8, 16)), strict=True):
         batches = (1, 1, 2)
         assert profile["past_length"] == tuple((layers, b) for b in batches)
         assert profile["positions"] == tuple(zip(batches, tokens, strict=True)) == profile["query_weight"]
