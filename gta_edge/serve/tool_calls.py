@@ -173,12 +173,14 @@ class CallParser:
         arguments = value.get("arguments", value.get("parameters", {}))
         if isinstance(arguments, str):
             try:
-                arguments = json.loads(arguments)
+                arguments = json.loads(arguments, parse_constant=_no_constant)
             except (ValueError, RecursionError):
                 return None
         if not isinstance(arguments, dict):
             return None
-        return ToolCall(name, json.dumps(arguments, ensure_ascii=False))
+        # half of a surrogate pair, which JSON can name and UTF-8 cannot, stays as JSON names it
+        sent = json.dumps(arguments, ensure_ascii=False).encode(errors="backslashreplace")
+        return ToolCall(name, sent.decode())
 
 
 def _no_constant(name: str) -> None:

@@ -24,6 +24,8 @@ HIDDEN = {"chat_template_kwargs": {"hides_tools": True}}  # in the prompt, for w
 CALL = '{"name": "sun", "arguments": {"at": "Ré"}}'
 FOUND = ToolCall("sun", '{"at": "Ré"}')
 MOON = ToolCall("moon", "{}")
+HALF = '{"name": "sun", "parameters": {"at": "\\ud83d"}}'
+NO_JSON = '{"name": "sun", "parameters": "{\\"at\\": NaN}"}'
 SAID = [
     (TAGGED, f"<tool_call>\n{CALL}\n</tool_call>", [FOUND]),
     (TAGGED, f" See.\n\n<tool_call>{CALL}</tool_call>\n<tool_call>\n{CALL}\n</tool_call>\n", [" See.", FOUND, FOUND]),
@@ -45,6 +47,8 @@ SAID = [
     (LLAMA, f"{CALL} is it", [f"{CALL} is it"]),
     (LLAMA, "[" * 100_000, ["[" * 100_000]),
     (LLAMA, "", []),
+    (LLAMA, HALF, [ToolCall("sun", '{"at": "\\ud83d"}')]),  # of a pair of surrogates, which UTF-8 cannot send
+    (LLAMA, NO_JSON, [NO_JSON]),
     (MISTRAL, f"[{CALL}]", [FOUND]),
     (MISTRAL, f' [TOOL_CALLS][{CALL}, {{"name": "moon", "arguments": {{}}}}]', [FOUND, MOON]),
 ]  # fmt: skip
