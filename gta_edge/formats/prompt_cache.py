@@ -67,8 +67,8 @@ class PromptCacheFile:
     origin: Mapping[str, str]
 
 
-def write_prompt_cache(path: Path, ids: Ids, tensors: Mapping[str, Array], origin: Mapping[str, str]) -> int:
-    """Write a prompt cache, all of it or nothing, in place of an older one; return its bytes.
+def write_prompt_cache(path: Path, ids: Ids, tensors: Mapping[str, Array], origin: Mapping[str, str]) -> None:
+    """Write a prompt cache, all of it or nothing, in place of an older one.
 
     Args:
         path: the file.
@@ -92,7 +92,6 @@ def write_prompt_cache(path: Path, ids: Ids, tensors: Mapping[str, Array], origi
             save_file(content, partial, metadata)
         except SafetensorError as error:  # it wraps what the system says, such as a full disk
             raise OSError(None, one_line(error), str(partial)) from error
-    return path.stat().st_size
 
 
 def read_prompt_cache(path: Path) -> PromptCacheFile:
