@@ -67,6 +67,7 @@ _CAPACITY_STEP = 2048
 """Every growth copies the cache through the host's memory and captures the step anew."""
 
 _FATAL = 4
+_WORDS_STEP = 1024  # of trees: words are padded to as many, so that a graph outlives a tree's growth
 
 
 Inputs = dict[str, npt.NDArray[Any]]
@@ -336,7 +337,9 @@ class OnnxRuntimeCudaSession(Session):
         if width > tokens:
             input_ids = np.pad(input_ids, ((0, 0), (0, width - tokens)))
             logit_positions = np.broadcast_to(np.arange(width), input_ids.shape)
-            managed = managed and managed.padded(width - tokens)
+        if managed is not None and width:
+            words = 0 if managed.branches is None else -(-managed.branches.shape[1] // _WORDS_STEP) * _WORDS_STEP
+            managed = managed.padded(width - tokens, words)
         inputs: Inputs = dict(zip(TOKEN_INPUTS, (input_ids, past_length, logit_positions), strict=True))
         if managed is not None and self._features is not None:
             inputs |= managed.given(self._features)
