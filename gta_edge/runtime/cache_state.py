@@ -72,6 +72,12 @@ class Part:
         return np.minimum(np.maximum(self.counts - self.start, 0), self.width)  # np.clip takes three times as long
 
     @property
+    def left(self) -> Lengths:
+        """Tokens that count from the first of these to the end of their chunk, int64 [B]."""
+        left: Lengths = np.maximum(np.minimum(self.counts, self.chunk[1]) - self.start, 0)
+        return left
+
+    @property
     def ends_here(self) -> npt.NDArray[np.bool_]:
         """Rows whose last token is among them, bool [B]."""
         return (self.counts > self.start) & (self.counts <= self.stop)

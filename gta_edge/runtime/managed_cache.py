@@ -279,7 +279,7 @@ class ManagedCache(CacheState):
         if due.any():
             self._evict(due, memory)
         if self._rotates:
-            beyond = self.length - self._ahead + part.real > self.max_length
+            beyond = self.length - self._ahead + part.left > self.max_length
             if beyond.any():
                 self._renumber(beyond, memory)
         rows, steps = self.rows, np.arange(part.width)

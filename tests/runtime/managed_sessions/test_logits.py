@@ -214,12 +214,12 @@ def test_sinks_come_closer_as_positions_are_renumbered(start: Start) -> None:
 @one_model
 @pytest.mark.parametrize("name", ["zsmerge", "h2o"])
 def test_scattered_rows_go_on_too(start: Start, name: str) -> None:
-    """Each sequence is renumbered as if it were alone, whatever pads it."""
-    session, *alone = (start(cache=make(name, rotate=True), chunk_size=24) for _ in range(3))
+    """Each sequence is renumbered as if it were alone, whatever pads it, and into whatever parts a call is cut."""
+    session, *alone = (start(cache=make(name, rotate=True), chunk_size=24, observed_tokens=16) for _ in range(3))
     ids = prompt(2, 100)
-    for lengths in ([100, 70], [100, 70], [100, 5], [100, 5]):
-        found = session.forward(ids, lengths=lengths)
+    for lengths in ([100, 70], [100, 70], [100, 5], [5, 16]):
+        found = session.forward(ids[:, : max(lengths)], lengths=lengths)
         expected = [each.forward(row[None, :count])[0] for each, row, count in zip(alone, ids, lengths, strict=True)]
         assert_close(found, np.stack(expected))
-    assert session.length.tolist() == [400, 150]
-    assert session.rows.max() <= 25
+    assert session.length.tolist() == [305, 161]
+    assert session.rows.max() <= 20 + 21
