@@ -92,6 +92,18 @@ def test_rows_that_come_go_and_move_are_each_as_alone(backend: str, model: str, 
             assert session.length.tolist() == [len(text) for text in texts]
 
 
+@pytest.mark.parametrize("backend", [*BACKENDS, "onnxruntime-cuda"])
+def test_where_a_row_ends_is_heeded_anew_in_each_step_of_a_shape(backend: str) -> None:
+    ids, lengths = prompt(2, 5), [[5, 3], [1, 1], [2, 1], [1, 1]]
+    with open_session(backend, "gqa", **EXACT.get(backend, {})) as session:
+        for counts in lengths:
+            session.reset()
+            logits = session.forward(ids, lengths=counts)
+            for row, count in enumerate(counts):
+                expected = exact_logits("gqa", ids[row, :count].tolist())
+                assert reference.relative_error(logits[row], expected) <= TOLERANCE
+
+
 @pytest.mark.parametrize("name", ["window", "tova"])
 def test_rows_without_tokens_do_not_disturb_a_policy(name: str) -> None:
     """Rows that join later and rest in between are evicted from as if each were alone."""

@@ -377,7 +377,7 @@ class OnnxRuntimeCudaSession(Session):
         bind = partial(self._bound, shape, inputs, with_graph)
         step, is_new = self._steps.find(shape, self._first_row, bind, with_graph=with_graph)
         for name, buffer in step.inputs.items():
-            if name != LOGIT_POSITIONS or inputs[name].any():  # of a single token the position is known
+            if name != LOGIT_POSITIONS or inputs[INPUT_IDS].shape[1] > 1:  # of a single token the position is known
                 buffer.update_inplace(np.ascontiguousarray(inputs[name]))
         self._launch(step)
         if is_new and step.graph_id != NO_GRAPH:

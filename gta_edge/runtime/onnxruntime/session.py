@@ -327,7 +327,7 @@ class OnnxRuntimeSession(Session):
         step = _Step(
             key=key,
             binding=self._model.session.io_binding(),
-            inputs={name: np.zeros_like(array) for name, array in inputs.items()},
+            inputs={name: np.zeros(array.shape, array.dtype) for name, array in inputs.items()},  # in C order
             logits=np.zeros((batch, positions, self.config.vocab_size), np.float32),
         )
         for name, buffer in step.inputs.items():
