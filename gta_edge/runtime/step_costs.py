@@ -17,6 +17,8 @@ WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16)
 _SAMPLES = 9  # of a width: what counts is what it costs now, at this length of the context
 _ASSUMED_SLOPE = 0.3  # of a single token, for each token more, until a second width was measured
 _FORGET_AFTER = 128  # calls
+_SINGLE_EVERY = 48  # calls
+_SINGLE_KEPT = 2  # samples of a single token that count beside a new one, after so many calls
 _SINGLE = (False, 1)
 
 
@@ -80,6 +82,8 @@ class StepCosts:
         kind = tree, width
         self._calls += 1
         left_out, self._leaves_out = self._leaves_out, False
+        if kind == _SINGLE and self.due:  # what it took before may be what something else made it take
+            self._samples[kind] = deque(list(self._samples[kind])[-_SINGLE_KEPT:], maxlen=_SAMPLES)
         if kind in self._used and not left_out:
             self._samples.setdefault(kind, deque(maxlen=_SAMPLES)).append(seconds)
         self._used[kind] = self._calls
@@ -91,6 +95,11 @@ class StepCosts:
     def known(self) -> bool:
         """Whether a single token was measured: what others cost is compared with it."""
         return _SINGLE in self._samples
+
+    @property
+    def due(self) -> bool:
+        """Whether all calls were wider for so long that the next one had better be of a single token, to measure it."""
+        return _SINGLE in self._samples and self._unused(_SINGLE) > _SINGLE_EVERY
 
     def seconds(self, width: int, *, tree: bool = False) -> float:
         """Return what a call of a width takes; a single token has to be known."""

@@ -128,7 +128,7 @@ def width_that_pays(costs: StepCosts, offered: Sequence[Sequence[Candidate]]) ->
         offered: of each text, what could be guessed: each follows the one before it, with the likelihood that it comes.
     """
     longest = max(map(len, offered))
-    if not longest or not costs.known:
+    if not longest or not costs.known or costs.due:
         return 1
     single, best, gain = costs.seconds(1) / len(offered), 1, _WORTH_IT
     for width in WIDTHS[1:]:

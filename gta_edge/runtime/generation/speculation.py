@@ -121,7 +121,7 @@ class SpeculativeSteps:
     def _run(self, claim: Claim, ids: Ids, came: Ids) -> None:
         """Run what came, and a guess after it."""
         costs = self._session.step_costs
-        room = self._room(ids) if costs.known else 0
+        room = self._room(ids) if costs.known and not costs.due else 0
         branches = self._session.trees and len(came) + room + 1 <= self._session.tree_room()
         offered = self._proposer.offer(ids, room, branches, costs.least_of_a_token() if room else 0.0)
         chosen = nodes_that_pay(costs, offered, self._proposer.seconds)

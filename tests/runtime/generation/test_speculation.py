@@ -12,6 +12,7 @@ from gta_edge.errors import InputError
 from gta_edge.formats.tokenizer import Tokenizer
 from gta_edge.model.decoder import Decoder
 from gta_edge.runtime.cache_policies import policy
+from gta_edge.runtime.generation.batch_guesses import width_that_pays
 from gta_edge.runtime.generation.guesses import TEXT, nodes_that_pay
 from gta_edge.runtime.generation.lookup import PromptLookup
 from gta_edge.runtime.generation.loop import generate
@@ -204,6 +205,28 @@ def test_costs_are_those_measured_and_straight_lines_between():
     costs.add(2, 7.0)
     costs.add(2, 1.1)
     assert costs.seconds(4) == pytest.approx(1.3)  # what 4 took is too long ago
+
+
+def test_a_single_token_is_measured_anew_where_all_calls_are_wider():
+    """Where something else had the machine while single tokens were measured, guesses seem to pay that do not."""
+    costs, offered = costs_of(1.0), chain([0.5] * 15)
+    assert not nodes_that_pay(costs, offered, nothing)
+    for _ in range(9):
+        costs.add(1, 50.0)
+    widths = []
+    for _ in range(150):
+        assert width_that_pays(costs, [offered]) == 1 or not costs.due
+        widths.append(1 if costs.due else 1 + len(nodes_that_pay(costs, offered, nothing)))
+        costs.add(widths[-1], float(widths[-1]))
+    assert min(widths[:40]) > 1
+    assert set(widths[-10:]) == {1}
+    assert not nodes_that_pay(costs, offered, nothing)
+    session = with_costs(TableSession(np.eye(8, dtype=np.float32)[None].repeat(8, 0)))  # it says the same for ever
+    for _ in range(2):
+        session.step_costs.add(1, 1.0)
+    list(generate(session, [1, 1, 1], max_new_tokens=1200, speculate="lookup"))
+    assert 1 not in session.widths[1:40]
+    assert 1 in session.widths[40:60]
 
 
 @settings(deadline=None, max_examples=100)
