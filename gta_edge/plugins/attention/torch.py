@@ -238,7 +238,7 @@ def _latent_attention(
         _check_features(shapes, s, observe, in_blocks=past_key_open is not None)
     rows = past_length[:, None] + torch.arange(t, device=query.device)  # [B, T]
     if positions is None:
-        positions = rows if past_key_open is None else rows.clamp(max=len(cos) - 1)  # of who has no new tokens
+        positions = rows.clamp(max=len(cos) - 1)  # of padding, and of who has no new tokens
     cos, sin = cos[positions][:, None], sin[positions][:, None]  # [B, 1, T, d_k/2]
     q = _rotate(_heads(query, num_query_heads), cos, sin)
     k = _rotate(_heads(key, num_key_heads), cos, sin)

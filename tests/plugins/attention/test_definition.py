@@ -159,6 +159,16 @@ def test_slack_in_the_capacity_does_not_matter(run, form):
 
 
 @forms
+def test_padding_may_lie_beyond_the_last_position(form):
+    sizes = replace(form, past=(8,), tokens=4, capacity=12, positions=9)
+    inputs = arrays(sizes)
+    outputs = [run(inputs, sizes)[0] for run in (in_torch, in_torch_in_place)]
+    alone = {n: a[:, :1] if n in {"query", "key", "latent", "gate"} else a for n, a in inputs.items()}
+    for output in outputs:
+        np.testing.assert_allclose(output[:, :1], in_torch(alone, replace(sizes, tokens=1))[0], rtol=1e-5, atol=1e-6)
+
+
+@forms
 @implementations
 def test_later_tokens_do_not_matter(run, form):
     inputs = arrays(form)
