@@ -337,7 +337,7 @@ class Session(SessionExports):
 
     def _clean(self) -> None:
         """Let nothing be left of tokens whose logits were NaN, now that some of the cache's rows hold no token."""
-        if self._holds_nan and not self._closed:
+        if self._holds_nan and not self._closed and self.capacity:  # there is memory
             self._zero_free_rows()
         self._holds_nan = False  # or what is left shows with the next token
 
