@@ -8,13 +8,13 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Generator, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 # Many tests import ONNX Runtime themselves, which must not write into a home directory nor ask a name server.
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 import pytest
-from hypothesis import settings
 
 from gta_edge.cli import main
 from tests.helpers import real_model
@@ -23,8 +23,11 @@ from tests.helpers.tiny import TINY
 from tests.helpers.torch_exports import read_library_once
 
 # The same examples in every run, however slow the machine: what fails, fails again. ``make fuzz`` looks further.
-settings.register_profile("tests", deadline=None, derandomize=True, database=None)
-settings.load_profile("tests")
+if find_spec("hypothesis"):  # a board need not have it
+    from hypothesis import settings
+
+    settings.register_profile("tests", deadline=None, derandomize=True, database=None)
+    settings.load_profile("tests")
 
 # A shell starts background jobs with Ctrl-C ignored, and the commands that the tests interrupt would inherit that.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
