@@ -8,6 +8,7 @@ Which format a model was trained on is seen in its chat template. Hermes and Qwe
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -107,25 +108,27 @@ class CallParser:
 
     def finish(self) -> list[str | ToolCall]:
         """Return the rest; the answer has ended."""
+        found = self._tagged(ended=True) if self._form.tagged else []
         held, self._held = self._held, ""
         if self._form.tagged and not self._within:
-            return [held] if held.strip() or (held and not self._has_called) else []
+            return found + ([held] if held.strip() or (held and not self._has_called) else [])
         content = held.removeprefix(_OPEN)
         for mark in _BEFORE_JSON:
             content = content.strip().removeprefix(mark)
-        return self._calls_of(content) or ([held] if held else [])
+        return found + (self._calls_of(content) or ([held] if held else []))
 
-    def _tagged(self) -> list[str | ToolCall]:
+    def _tagged(self, *, ended: bool = False) -> list[str | ToolCall]:
         found: list[str | ToolCall] = []
         while True:
             if self._within:
-                content, closed, rest = self._held.partition(_CLOSE)
-                if not closed:
+                end = self._closing(ended)
+                if end < 0:
                     return found
-                calls = self._calls_of(content.removeprefix(_OPEN))
+                calls = self._calls_of(self._held[len(_OPEN) : end])
                 self._has_called |= bool(calls)
-                found += calls or [content + closed]
-                self._held, self._within = rest, False
+                end += len(_CLOSE)
+                found += calls or [self._held[:end]]
+                self._held, self._within = self._held[end:], False
                 continue
             text, opened, rest = self._held.partition(_OPEN)
             if opened:
@@ -138,6 +141,18 @@ class CallParser:
                 found.append(text[:certain])
                 self._held = text[certain:]
             return found
+
+    def _closing(self, ended: bool) -> int:
+        """Return where the tag is closed; -1 where that is not known yet, or nowhere.
+
+        In a string of a call ``</tool_call>`` is a part of that; where there is no such call, it closes the tag.
+        """
+        first = end = self._held.find(_CLOSE)
+        while end >= 0 and _ends_in_string(self._held[len(_OPEN) : end]):
+            end = self._held.find(_CLOSE, end + 1)
+        if end < 0:
+            return first if ended and not self._calls_of(self._held[len(_OPEN) :]) else -1
+        return end if end == first or self._calls_of(self._held[len(_OPEN) : end]) else first
 
     def _whole(self) -> list[str | ToolCall]:
         begin = self._held.lstrip()
@@ -178,13 +193,21 @@ class CallParser:
                 return None
         if not isinstance(arguments, dict):
             return None
+        try:
+            sent = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+        except (ValueError, RecursionError):  # 1e999 is JSON, and read as infinity
+            return None
         # half of a surrogate pair, which JSON can name and UTF-8 cannot, stays as JSON names it
-        sent = json.dumps(arguments, ensure_ascii=False).encode(errors="backslashreplace")
-        return ToolCall(name, sent.decode())
+        return ToolCall(name, sent.encode(errors="backslashreplace").decode())
 
 
 def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON")
+
+
+def _ends_in_string(text: str) -> bool:
+    """Tell whether the beginning of some JSON ends within a string."""
+    return re.sub(r"\\.", "", text, flags=re.DOTALL).count('"') % 2 == 1
 
 
 def _begins_at_end(text: str) -> int:

@@ -25,7 +25,9 @@ CALL = '{"name": "sun", "arguments": {"at": "Ré"}}'
 FOUND = ToolCall("sun", '{"at": "Ré"}')
 MOON = ToolCall("moon", "{}")
 HALF = '{"name": "sun", "parameters": {"at": "\\ud83d"}}'
+INFINITE = '{"name": "sun", "parameters": {"at": 1e999}}'
 NO_JSON = '{"name": "sun", "parameters": "{\\"at\\": NaN}"}'
+TAG_IN_TEXT = '{"name": "sun", "arguments": {"at": "a\\"</tool_call>b"}}'
 SAID = [
     (TAGGED, f"<tool_call>\n{CALL}\n</tool_call>", [FOUND]),
     (TAGGED, f" See.\n\n<tool_call>{CALL}</tool_call>\n<tool_call>\n{CALL}\n</tool_call>\n", [" See.", FOUND, FOUND]),
@@ -40,6 +42,10 @@ SAID = [
     (TAGGED, '<tool_call>{"name": "star"}</tool_call>', ['<tool_call>{"name": "star"}</tool_call>']),
     (TAGGED, '<tool_call>{"name": "sun", "n": NaN}</tool_call>', ['<tool_call>{"name": "sun", "n": NaN}</tool_call>']),
     (TAGGED, '<tool_call>{"name": ["sun"]}</tool_call>', ['<tool_call>{"name": ["sun"]}</tool_call>']),
+    (TAGGED, f"<tool_call>{TAG_IN_TEXT}</tool_call>.", [ToolCall("sun", '{"at": "a\\"</tool_call>b"}'), "."]),
+    (TAGGED, f"<tool_call>{TAG_IN_TEXT}", [ToolCall("sun", '{"at": "a\\"</tool_call>b"}')]),
+    (TAGGED, f'<tool_call>"</tool_call><tool_call>{CALL}</tool_call>', ['<tool_call>"</tool_call>', FOUND]),
+    (TAGGED, '<tool_call>"</tool_call> x', ['<tool_call>"</tool_call> x']),
     (LLAMA, '{"name": "sun", "parameters": {"at": "Ré"}}', [FOUND]),
     (LLAMA, f'<|python_tag|>{CALL}; {{"name": "moon", "parameters": {{}}}}', [FOUND, MOON]),
     (LLAMA, f"It is {CALL}", [f"It is {CALL}"]),
@@ -49,6 +55,7 @@ SAID = [
     (LLAMA, "", []),
     (LLAMA, HALF, [ToolCall("sun", '{"at": "\\ud83d"}')]),  # of a pair of surrogates, which UTF-8 cannot send
     (LLAMA, NO_JSON, [NO_JSON]),
+    (LLAMA, INFINITE, [INFINITE]),
     (MISTRAL, f"[{CALL}]", [FOUND]),
     (MISTRAL, f' [TOOL_CALLS][{CALL}, {{"name": "moon", "arguments": {{}}}}]', [FOUND, MOON]),
 ]  # fmt: skip
