@@ -84,7 +84,7 @@ class _Service:
         self._session, self._scheduler, self._settings = session, scheduler, settings
         self._prompts = Prompts(session)
         self._metrics = Metrics(self._figures)
-        self._mailbox: Mailbox | None = None  # of the loop that the requests come in
+        self._mailbox: Mailbox | None = None  # of the loop that the last request came in
         self._page = Page()
         self._call_format = None if session.tokenizer is None else format_of(session.tokenizer.chat_template)
         self._responses = optional("starlette.responses", "serve")
@@ -169,7 +169,9 @@ class _Service:
                 param="n" if options.n > 1 else "best_of" if options.best_of > 1 else "prompt",
                 code="invalid_value",
             )
-        self._mailbox = self._mailbox or Mailbox(asyncio.get_running_loop())
+        loop = asyncio.get_running_loop()
+        if self._mailbox is None or self._mailbox.loop is not loop:  # an ASGI application may outlive a loop
+            self._mailbox = Mailbox(loop)
         choices = Choices(self._scheduler, self._mailbox)
         for ids in prompts:
             for each in asked():

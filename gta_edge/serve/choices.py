@@ -21,12 +21,12 @@ class Mailbox:
 
     Each time it is woken it takes the interpreter's lock from the thread that runs the model.
 
-    Args:
+    Attributes:
         loop: makes the calls.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
+        self.loop = loop
         self._calls: deque[Callable[[], None]] = deque()
         self._woken = False
 
@@ -36,7 +36,7 @@ class Mailbox:
         if not self._woken:
             self._woken = True
             with suppress(RuntimeError):  # the loop has ended, and nobody waits any more
-                self._loop.call_soon_threadsafe(self._deliver)
+                self.loop.call_soon_threadsafe(self._deliver)
 
     def _deliver(self) -> None:
         self._woken = False  # before the calls are looked at: what is posted from now on wakes it again

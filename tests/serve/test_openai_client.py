@@ -1,15 +1,19 @@
 """OpenAI's own client, against answers that the session gives directly."""
 
+import asyncio
 import json
 import re
 from pathlib import Path
 
+import httpx
 import numpy as np
 import openai
 import pytest
 
 from gta_edge.runtime.generation import batch_guesses
 from gta_edge.runtime.generation.loop import generate
+from gta_edge.serve.app import make_app
+from gta_edge.serve.settings import Settings
 from tests.helpers.batches import Cheap
 from tests.helpers.service import Service, running
 
@@ -266,3 +270,17 @@ def test_health_and_metrics(service: Service):
     assert counted["gta_edge_time_to_first_token_seconds_count"] == 1
     assert after["gta_edge_requests_running"] == 0
     assert after["process_resident_memory_bytes"] > 0
+
+
+def test_the_application_outlives_an_event_loop(service: Service):
+    """As where an application is asked without a server, by ``asyncio.run`` for each request."""
+    app = make_app(service.session, service.scheduler, Settings(model="tiny"))
+
+    async def ask() -> httpx.Response:
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
+            body = {"prompt": [1, 2, 3], "max_tokens": 2, "ignore_eos": True}
+            return await asyncio.wait_for(client.post("/v1/completions", json=body), 20)
+
+    for _ in range(2):
+        assert asyncio.run(ask()).json()["usage"]["completion_tokens"] == 2
