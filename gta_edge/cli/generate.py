@@ -126,12 +126,12 @@ def _check_speculation(speculate: Speculate | None, draft: Path | None) -> None:
 def _holds_branches(opening: SessionOptions, *, free: bool) -> bool:
     """Tell whether answers can be branches of a tree, and guesses where that costs other calls nothing.
 
-    Otherwise answers come one after another, and guesses are chains.
+    Otherwise answers are rows of a batch, and guesses are chains.
     """
     from gta_edge.numerics.dtypes import BLOCK_CACHE_TYPES
     from gta_edge.runtime.registry import BACKENDS
 
-    # an engine that was built for trees holds them in any case, and one that was not gives answers one after another
+    # an engine that was built for trees holds them in any case, and one that was not has none
     descriptor = None if opening.backend is Backend.AUTO else BACKENDS[opening.backend.value]
     can = descriptor is None or (descriptor.has_trees and not descriptor.builds_engine)
     if free:  # which ``auto`` may be one of is not known yet
