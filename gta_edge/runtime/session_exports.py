@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 from gta_edge.errors import BackendError, CapacityError, InputError
 from gta_edge.model.kv_cache import TREES
@@ -86,7 +87,7 @@ class SessionExports(SessionBackend):
         """Put a sequence in place of what a row of the batch holds, as if its tokens had been run here.
 
         The bits are those that ``export_cache`` found, so what follows is what would have followed there: on the same
-        bundle, backend and types.
+        bundle, backend and types. Where writing it fails, the cache is emptied.
 
         Args:
             saved: what a session of the same model exported.
@@ -105,7 +106,8 @@ class SessionExports(SessionBackend):
         """Put what one row of the batch holds into others, in place of what they hold, as if it had been run there.
 
         What follows is to the bit what would follow in the row itself: every type of cache, and what a policy knows of
-        its rows, is copied as it is, without a way over the host where the backend has one.
+        its rows, is copied as it is, without a way over the host where the backend has one. Where copying fails, the cache is
+        emptied.
 
         Args:
             source: row of the batch; nodes of its tree are not copied.
@@ -145,8 +147,9 @@ class SessionExports(SessionBackend):
         cache.check_memory(cache.batch, count, 1, 0)
         self._changed(None, "an import_cache() that failed")
         cache.reserve(cache.batch, count, self._resize)
-        self._write_row(row, count, arrays)
-        cache.put(row, count)
+        with self._replacing_rows():
+            self._write_row(row, count, arrays)
+            cache.put(row, count)
         self._changed(owner, "import_cache()")
 
     def _copy(self, source: int, targets: Sequence[int], owner: Claim | None) -> None:
@@ -165,9 +168,19 @@ class SessionExports(SessionBackend):
             raise InputError(f"row {source} of the cache holds no tokens", "run some first")
         if targets:
             self._changed(None, "a copy_cache() that failed")
-            self._copy_row(source, targets, cache.rows[:, source].tolist())
-            cache.copy(source, targets)
+            with self._replacing_rows():
+                self._copy_row(source, targets, cache.rows[:, source].tolist())
+                cache.copy(source, targets)
             self._changed(owner, "copy_cache()")
+
+    @contextmanager
+    def _replacing_rows(self) -> Iterator[None]:
+        """Replace what rows hold within this; the cache is emptied where that fails."""
+        try:
+            yield
+        except BaseException:  # they may hold part of the one and part of the other
+            self._cache.reset()
+            raise
 
     def _checked_row(self, row: int, owner: Claim | None) -> int:
         """Return a row of the batch that can be read and written; raise unless it can."""

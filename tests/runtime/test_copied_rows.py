@@ -1,5 +1,6 @@
 """Rows of a batch copied to others: what follows there is what follows in the row itself, with every kind of cache."""
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -97,3 +98,20 @@ def test_copies_that_make_no_sense_are_refused_and_change_nothing(monkeypatch) -
     session.reset()
     with pytest.raises(InputError, match="something else used it"):
         claim.copy_cache(0, [1])
+
+
+@pytest.mark.parametrize("step", ["_copy_row", "_write_row"])
+def test_no_row_is_left_half_replaced(step: str, monkeypatch) -> None:
+    with opened("torch, trees") as session:
+        session.forward([[1, 2, 3], [4, 5, 6]])
+        saved, whole = session.export_cache(0), getattr(session, step)
+
+        def interrupted(*given: Any) -> None:
+            whole(*given)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(session, step, interrupted)
+        call = partial(session.copy_cache, 0, [1]) if step == "_copy_row" else partial(session.import_cache, saved, 1)
+        with pytest.raises(KeyboardInterrupt):
+            call()
+        assert session.length.tolist() == [0, 0]
