@@ -106,8 +106,8 @@ class SessionExports(SessionBackend):
         """Put what one row of the batch holds into others, in place of what they hold, as if it had been run there.
 
         What follows is to the bit what would follow in the row itself: every type of cache, and what a policy knows of
-        its rows, is copied as it is, without a way over the host where the backend has one. Where copying fails, the cache is
-        emptied.
+        its rows, is copied as it is, without a way over the host where the backend has one. Where copying fails, the
+        cache is emptied.
 
         Args:
             source: row of the batch; nodes of its tree are not copied.
