@@ -107,7 +107,10 @@ def _way_of(session: Session, guesses: StepCounts | None) -> Run:
         return partial(in_a_batch, guesses=guesses)
     if guesses is not None:
         if session.trees:
-            raise InputError("answers are branches of a tree here, of which none is guessed", "load without trees=True")
+            raise InputError(
+                "answers are branches of a tree here, of which none is guessed",
+                "leave speculation out, or load without trees=True, an engine that was not built for trees",
+            )
         raise InputError("tokens of several answers are guessed in a batch, and the session runs none", "leave n out")
     return in_a_tree if session.trees else in_turns
 
