@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
-from gta_edge.errors import BackendError, GtaEdgeError, InputError
+from gta_edge.errors import BackendError, CapacityError, GtaEdgeError, InputError
 from gta_edge.runtime.generation.answer import FinishReason
 from gta_edge.runtime.generation.answers import Alternative
 from gta_edge.runtime.generation.batch_guesses import BatchGuesses
@@ -307,15 +307,17 @@ class Batch:
         rows = {row: text for row, text in self._taken if text is not self._reading}
         if not rows:
             return
-        drafts = dict.fromkeys(rows, np.zeros(0, np.int64)) if self._guesses is None else self._guesses.drafts(rows)
-        ids = np.zeros((len(self._rows), 1 + max(map(len, drafts.values()))), np.int64)
-        lengths = np.zeros(len(ids), np.int64)
-        for row, text in rows.items():
-            new = [text.answer.all_ids[text.seen], *drafts[row]]
-            ids[row, : len(new)], lengths[row] = new, len(new)
+        nothing = dict.fromkeys(rows, np.zeros(0, np.int64))
+        drafts = nothing if self._guesses is None else self._guesses.drafts(rows)
         started = time.perf_counter()
         try:
-            logits = self._own().forward(ids, lengths=lengths, all_logits=ids.shape[1] > 1)
+            try:
+                logits = self._run(rows, drafts)
+            except CapacityError:  # which what is guessed may be too much for
+                if not any(map(len, drafts.values())) or not self._own().holds:
+                    raise
+                drafts, started = nothing, time.perf_counter()
+                logits = self._run(rows, drafts)
         except Exception as error:  # of any backend: the longest text ends, which most likely had no room
             self._failed(max(rows.values(), key=lambda text: text.seen), error)
             return
@@ -324,11 +326,20 @@ class Batch:
             self._guesses.note(rows, drafts, time.perf_counter() - started)
         for row, text in rows.items():
             self._say(text, logits[row].reshape(-1, logits.shape[-1]), drafts[row])
-        if ids.shape[1] > 1:
+        if any(map(len, drafts.values())):
             self._take_back()
         for text in rows.values():
             if text.finish_reason is not None:
                 self._leave(text)
+
+    def _run(self, rows: Mapping[int, Text], drafts: Mapping[int, Ids]) -> Logits:
+        """Run the last token of texts, by their row, and what is guessed of each; return logits [B, V] or [B, T, V]."""
+        ids = np.zeros((len(self._rows), 1 + max(map(len, drafts.values()))), np.int64)
+        lengths = np.zeros(len(ids), np.int64)
+        for row, text in rows.items():
+            new = [text.answer.all_ids[text.seen], *drafts[row]]
+            ids[row, : len(new)], lengths[row] = new, len(new)
+        return self._own().forward(ids, lengths=lengths, all_logits=ids.shape[1] > 1)
 
     def _say(self, text: Text, logits: Logits, draft: Ids) -> None:
         """Give a text the next token, and those after it while they are the guessed ones, by logits [1 + K, V]."""

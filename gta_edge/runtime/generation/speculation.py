@@ -18,6 +18,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from gta_edge.errors import CapacityError
 from gta_edge.runtime.generation.guesses import NOTHING, TEXT, Draft, Proposer, nodes_that_pay
 from gta_edge.runtime.generation.sampling import Guess
 from gta_edge.runtime.generation.steps import StepCounts
@@ -126,16 +127,27 @@ class SpeculativeSteps:
         offered = self._proposer.offer(ids, room, branches, costs.least_of_a_token() if room else 0.0)
         chosen = nodes_that_pay(costs, offered, self._proposer.seconds)
         self._draft = self._proposer.draft(chosen) if chosen else NOTHING
-        started, tokens = time.perf_counter(), np.concatenate([came, self._draft.ids])
-        if self._draft.is_chain:
-            logits = claim.forward(tokens[None], all_logits=True)[0]
-            costs.add(len(tokens), time.perf_counter() - started)
-        else:
-            logits = self._run_tree(claim, self._draft, tokens)
-            self._width, self._seconds = len(tokens), time.perf_counter() - started
+        try:
+            logits = self._run_draft(claim, came)
+        except CapacityError:  # which what is guessed may be too much for
+            if not len(self._draft.ids) or not claim.holds:
+                raise
+            self._draft, self._nodes = NOTHING, []
+            logits = self._run_draft(claim, came)
         self._logits, self._start = logits[len(came) - 1 :], len(ids)
         self._counts.calls += 1
         self._counts.drafted += len(self._draft.ids)
+
+    def _run_draft(self, claim: Claim, came: Ids) -> Logits:
+        """Run what came and the draft; return the logits of all of it, [T, V]."""
+        started, tokens = time.perf_counter(), np.concatenate([came, self._draft.ids])
+        if self._draft.is_chain:
+            logits: Logits = claim.forward(tokens[None], all_logits=True)[0]
+            self._session.step_costs.add(len(tokens), time.perf_counter() - started)
+        else:
+            logits = self._run_tree(claim, self._draft, tokens)
+            self._width, self._seconds = len(tokens), time.perf_counter() - started
+        return logits
 
     def _run_tree(self, claim: Claim, draft: Draft, tokens: Ids) -> Logits:
         """Run what came as the beginning of a tree, and a draft that is one behind it."""

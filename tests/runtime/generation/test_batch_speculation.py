@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gta_edge.errors import InputError
+from gta_edge.errors import CapacityError, InputError
 from gta_edge.runtime.generation import batch_guesses
 from gta_edge.runtime.generation.batch import Batch
 from gta_edge.runtime.generation.batch_guesses import width_that_pays
@@ -66,6 +66,33 @@ def test_each_text_is_what_it_is_without_guesses(kind: str, monkeypatch) -> None
         for text in texts:
             told = [each.token for event in text.events for each in event.logprobs]
             assert told[: len(text.said[0])] == text.said[0]
+
+
+@pytest.mark.parametrize("trees", [False, True])
+def test_where_there_is_no_room_for_guesses_texts_go_on_without(trees: bool, monkeypatch) -> None:
+    monkeypatch.setattr(batch_guesses, "StepCosts", Cheap)
+    with open_session("torch", "gta", trees=trees) as session:
+        session.step_costs = Cheap()
+        expected = [text.said for text in heard(session, None, 5)]
+        alone = generate(session, [5, 6, 7] * 9, max_new_tokens=30)
+        list(alone)
+        check, refused = session._cache.check_memory, []
+
+        def full(batch, tokens, width, logits_bytes, together=None):
+            if logits_bytes > 4 * VOCAB * batch:
+                refused.append(width)
+                raise CapacityError("full", "close other programs")
+            check(batch, tokens, width, logits_bytes, together)
+
+        monkeypatch.setattr(session._cache, "check_memory", full)
+        assert [text.said for text in heard(session, StepCounts(), 5)] == expected
+        assert refused
+        refused.clear()
+        guessed = generate(session, [5, 6, 7] * 9, max_new_tokens=30, speculate="lookup")
+        list(guessed)
+        assert guessed.ids == alone.ids
+        assert refused
+        assert guessed.timings["drafted"] == 0
 
 
 def test_several_answers_are_guessed_too(monkeypatch) -> None:
