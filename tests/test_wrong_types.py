@@ -44,6 +44,8 @@ def test_what_is_wrong_is_named(
         calls["conversation is"] = lambda: gta_edge.generate(session, [1], conversation=wrong)
         calls["draft model is"] = lambda: gta_edge.generate(session, [1], draft=wrong)
         calls["lengths are"] = lambda: session.forward([[1]], lengths=wrong)
+        if wrong != {}:
+            calls["logit_bias is"] = lambda: gta_edge.generate(session, [1], logit_bias=wrong)
     if wrong not in (5, None):
         calls["threads is"] = lambda: gta_edge.load(tiny_bundle, "onnxruntime", threads=wrong)
         calls["chunk_size is"] = lambda: gta_edge.load(tiny_bundle, "onnxruntime", chunk_size=wrong)
@@ -52,3 +54,10 @@ def test_what_is_wrong_is_named(
             call()
         assert told.strip() in raised.value.problem
         assert "\n" not in str(raised.value)
+
+
+def test_ids_beyond_64_bits_are_named(session: Any) -> None:
+    for large in (2**64, 10**5000):
+        for call in (lambda x=large: session.forward([[1, x]]), lambda x=large: gta_edge.generate(session, [1, x])):
+            with pytest.raises(GtaEdgeError, match="token id"):
+                call()

@@ -30,7 +30,7 @@ def evaluate(
     import numpy as np
 
     from gta_edge.evaluate.perplexity import evaluate as run
-    from gta_edge.evaluate.perplexity import read_ids
+    from gta_edge.evaluate.perplexity import read_ids, tokens_at_once
     from gta_edge.formats.tokenizer import NO_TOKENIZER
 
     if (text is None) == (ids is None):
@@ -45,7 +45,12 @@ def evaluate(
             tokens = np.asarray(session.tokenizer.encode(content), np.int64)
         assert tokens is not None  # one of the two was given
         result = run(session, tokens, window=window, progress=progress)
-        name = session.backend
+        name, chunk = session.backend, tokens_at_once(session)
+        if opening.cache.choice is not None and min(window or session.max_length, result.tokens) <= chunk:
+            output.note(
+                f"note: the cache policy changed nothing: rows are evicted after each chunk of {chunk} tokens, and no "
+                "window of the text is longer"
+            )
     document = {"tokens": result.tokens, "loss": result.loss, "perplexity": result.perplexity, "backend": name}
     if content:
         document["bits_per_byte"] = result.loss * result.tokens / np.log(2) / len(content.encode())

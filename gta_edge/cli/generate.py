@@ -17,6 +17,7 @@ from gta_edge.cli.grammar_options import given_grammar
 from gta_edge.cli.options import BundleArgument, SamplingOptions, SessionOptions, whole_numbers
 from gta_edge.cli.output import current
 from gta_edge.cli.signals import exit_status
+from gta_edge.numerics.dtypes import BLOCK_CACHE_TYPES
 from gta_edge.support.text_files import STANDARD_INPUT, read_text_or_stdin
 
 __all__ = ["generate"]
@@ -74,6 +75,10 @@ def generate(
         raise typer.BadParameter("--draft and --prompt-cache are for one answer: leave out --n and --beams")
     if beams is not None and speculate not in (None, Speculate.OFF):
         raise typer.BadParameter("--beams guesses nothing: leave out --speculate")
+    if beams is not None and opening.cache.choice is not None:
+        raise typer.BadParameter("--beams needs every row of the cache: leave out --cache-policy")
+    if beams is not None and value_of(opening.cache_dtype) in BLOCK_CACHE_TYPES:
+        raise typer.BadParameter("--beams copies single rows of the cache: take another --cache-dtype, such as int8")
     with ExitStack() as opened:
         with output.progress() as progress:
             guesses = draft is not None or speculate not in (None, Speculate.OFF)
@@ -128,7 +133,6 @@ def _holds_branches(opening: SessionOptions, *, free: bool) -> bool:
 
     Otherwise answers are rows of a batch, and guesses are chains.
     """
-    from gta_edge.numerics.dtypes import BLOCK_CACHE_TYPES
     from gta_edge.runtime.registry import BACKENDS
 
     # an engine that was built for trees holds them in any case, and one that was not has none

@@ -17,9 +17,10 @@ from gta_edge.runtime.session import Session
 from gta_edge.support.progress import Progress, silent
 from gta_edge.support.text import brief, one_line, printable
 
-__all__ = ["Evaluation", "evaluate", "negative_log_likelihood", "read_ids"]
+__all__ = ["Evaluation", "evaluate", "negative_log_likelihood", "read_ids", "tokens_at_once"]
 
 _LOGIT_BYTES = 2**27  # logits of one call stay below this
+_BEGINNINGS = (b"\x93N", b"PK", b"")  # of an array, of an archive, of an empty file
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def evaluate(
     if outside.size:
         raise InputError(f"token id {int(outside[0])} is outside the vocabulary: 0 to {session.config.vocab_size - 1}")
     predicted = len(ids) - 1
-    step = max(1, min(session.chunk_size, _LOGIT_BYTES // (4 * session.config.vocab_size)))
+    step = tokens_at_once(session)
     total = 0.0
     claim = session.claim()
     for start in range(0, predicted, window):
@@ -88,6 +89,11 @@ def evaluate(
     return Evaluation(predicted, total / predicted)
 
 
+def tokens_at_once(session: Session) -> int:
+    """Return how many tokens ``evaluate`` runs at once: a cache policy evicts rows after so many."""
+    return max(1, min(session.chunk_size, _LOGIT_BYTES // (4 * session.config.vocab_size)))
+
+
 def read_ids(path: Path) -> npt.NDArray[np.integer]:
     """Read token ids from a ``.npy`` file of integers [N].
 
@@ -99,6 +105,9 @@ def read_ids(path: Path) -> npt.NDArray[np.integer]:
         if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe would wait for ever
             raise InputError(f"{name}: is not a regular file", "give a .npy file of integers")
         with path.open("rb") as file:  # numpy does not close what it opened where it fails
+            if file.read(2) not in _BEGINNINGS:  # what numpy takes for a pickle, and tells how to trust
+                raise InputError(f"{name}: is no .npy file", "give one of integers, written with numpy.save")
+            file.seek(0)
             ids = np.load(file, allow_pickle=False)
             if not isinstance(ids, np.ndarray):
                 ids.close()

@@ -142,8 +142,9 @@ class CacheState:
         max_length: int | None = None,
         limit: str = "",
     ) -> None:
-        if whole_argument(chunk_size, "chunk_size") < 1 or whole_argument(capacity_step, "capacity_step") < 1:
-            raise InputError(f"chunk_size {chunk_size} and capacity_step {capacity_step} must be at least 1")
+        for name, tokens in (("chunk_size", chunk_size), ("capacity_step", capacity_step)):
+            if whole_argument(tokens, name) < 1:
+                raise InputError(f"{name} is {tokens}", "expected at least 1 token")
         self.config, self.dtype = config, dtype
         self._compute, self._transposed = compute or (dtype if dtype in FLOAT_TYPES else COMPUTE_TYPES[0]), transposed
         self.chunk_size, self.capacity_step = chunk_size, capacity_step

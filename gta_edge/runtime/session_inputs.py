@@ -8,8 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 from gta_edge.errors import InputError
+from gta_edge.support.text import brief
 
-__all__ = ["as_array", "checked_ids", "checked_lengths"]
+__all__ = ["are_integers", "as_array", "checked_ids", "checked_lengths"]
 
 Integers = npt.NDArray[np.int64]
 
@@ -21,14 +22,14 @@ def checked_ids(ids: Any, vocab_size: int) -> Integers:
         InputError: they are no integers, of another shape, or outside the vocabulary.
     """
     array = as_array(ids, "ids")
-    if array.ndim != 2 or 0 in array.shape or array.dtype.kind not in "iu":
+    if array.ndim != 2 or 0 in array.shape or not are_integers(array):
         raise InputError(
             f"ids are {array.dtype} of shape {list(array.shape)}",
             "expected integers [B, T] with at least one token",
         )
     outside = array[(array < 0) | (array >= vocab_size)]
     if outside.size:
-        raise InputError(f"token id {int(outside[0])} is outside the vocabulary: 0 to {vocab_size - 1}")
+        raise InputError(f"token id {brief(int(outside[0]))} is outside the vocabulary: 0 to {vocab_size - 1}")
     return np.ascontiguousarray(array, np.int64)
 
 
@@ -48,6 +49,11 @@ def checked_lengths(lengths: Any, batch: int, tokens: int) -> Integers:
     if not array.any():
         raise InputError(f"lengths are {array.tolist()}", "expected at least one row with a token")
     return array.astype(np.int64)
+
+
+def are_integers(array: npt.NDArray[Any]) -> bool:
+    """Tell whether an array holds integers; those beyond 64 bits make it one of objects, and are to be named."""
+    return array.dtype.kind in "iu" or (array.dtype.kind == "O" and all(type(entry) is int for entry in array.flat))
 
 
 def as_array(value: Any, what: str) -> npt.NDArray[Any]:

@@ -72,6 +72,8 @@ def test_a_text_with_a_policy(command: Command, tiny_bundle: Path, tmp_path: Pat
     common, few, most = ("--backend", "onnxruntime", "--json"), (*WINDOW, 16, "--cache-interval", 4), (*WINDOW, 128)
     losses = [command("eval", tiny_bundle, "--text", text, *common, *some).document["loss"] for some in ((), most, few)]
     assert losses[0] == losses[1]  # a budget that is never reached
+    told = command("eval", tiny_bundle, "--text", text, "--backend", "onnxruntime", *few).err
+    assert told.startswith("note: the cache policy changed nothing: rows are evicted after each chunk of 256 tokens")
     prompt = "--ids", "1,2,3,4,5,6,7,8", "--max-new-tokens", 40, "--ignore-eos"
     made = [command("generate", tiny_bundle, *prompt, *common, *some).document["ids"] for some in ((), most, few)]
     assert made[0] == made[1]

@@ -137,10 +137,13 @@ def test_several_answers(command: Command, tiny_bundle: Path) -> None:
     assert guessed["timings"]["drafted"] >= guessed["timings"]["accepted"] >= 0
     usage = command("generate", tiny_bundle, "--ids", "1", "--n", 2, "--draft", tiny_bundle).usage
     assert "for one answer: leave out --n and --beams" in usage
-    assert (
-        "--beams guesses nothing"
-        in command("generate", tiny_bundle, "--ids", 1, "--beams", 2, "--speculate", "lookup").usage
-    )
+    for told, *beside in (
+        ("--beams guesses nothing", "--speculate", "lookup"),
+        ("leave out --cache-policy", "--cache-policy", "window", "--cache-rows", 64),
+        ("take another --cache-dtype", "--cache-dtype", "int4", "--backend", "torch"),
+    ):
+        assert told in command("generate", tiny_bundle, "--ids", 1, "--beams", 2, *beside).usage
+    assert "token id a whole number of more than 20 digits" in command("generate", tiny_bundle, "--ids", 10**30).error
 
 
 def test_beam_search(command: Command, tiny_bundle: Path) -> None:

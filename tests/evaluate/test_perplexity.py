@@ -86,9 +86,11 @@ def test_ids_from_a_file(tmp_path: Path) -> None:
     np.savez(tmp_path / "archive.npz", ids=np.array([1]))
     (tmp_path / "cut.npy").write_bytes((tmp_path / "good.npy").read_bytes()[:-4])
     (tmp_path / "empty.npy").write_bytes(b"")
-    for name in ("float.npy", "object.npy", "archive.npz", "cut.npy", "empty.npy", "none.npy"):
-        with pytest.raises(InputError, match=name):
+    (tmp_path / "text.npy").write_text("{}")
+    for name in ("float.npy", "object.npy", "archive.npz", "cut.npy", "empty.npy", "none.npy", "text.npy"):
+        with pytest.raises(InputError, match=name) as raised:
             read_ids(tmp_path / name)
+        assert "unsafely" not in str(raised.value)  # as numpy says how to load what is a program
 
 
 def test_verify_passes_and_says_what_storage_changed(directory: Path) -> None:

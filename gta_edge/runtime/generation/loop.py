@@ -24,6 +24,7 @@ from gta_edge.runtime.generation.steps import Turns
 from gta_edge.runtime.generation.stopping import StopStrings
 from gta_edge.runtime.generation.text import check_biases
 from gta_edge.runtime.session import Ids, Session, checked_session
+from gta_edge.runtime.session_inputs import are_integers
 from gta_edge.support.text import brief, one_line
 
 __all__ = ["FinishReason", "Generation", "Prompt", "check_prompt", "generate"]
@@ -162,7 +163,7 @@ def generate(
     options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     defaults = _open_options(session.chat_sampling, options) if is_chat else {}
     options |= {"presence_penalty": presence_penalty, "frequency_penalty": frequency_penalty}
-    sampling = Sampling(**defaults, **options, logit_bias=logit_bias or {}, seed=seed)
+    sampling = Sampling(**defaults, **options, logit_bias={} if logit_bias is None else logit_bias, seed=seed)
     check_biases(session, sampling)
     limit: Any = max_new_tokens
     if isinstance(limit, bool) or not isinstance(limit, Integral) or int(limit) < 1:
@@ -269,7 +270,7 @@ def check_prompt(session: Session, ids: Any) -> Ids:
         ) from error
     if array.ndim == 1 and not array.size:
         raise InputError("the prompt has no tokens", "give text or at least one id, for instance the begin token's")
-    if array.ndim != 1 or array.dtype.kind not in "iu":
+    if array.ndim != 1 or not are_integers(array):
         raise InputError(
             f"the prompt is {array.dtype} of shape {list(array.shape)}",
             "expected text, a flat list of token ids, or chat messages",
@@ -278,7 +279,7 @@ def check_prompt(session: Session, ids: Any) -> Ids:
     outside = array[(array < 0) | (array >= vocabulary)]
     if outside.size:
         raise InputError(
-            f"the prompt has token id {int(outside[0])}",
+            f"the prompt has token id {brief(int(outside[0]))}",
             f"expected 0 to {vocabulary - 1}, the model's vocabulary: "
             "check the ids, or that the tokenizer belongs to the model",
         )

@@ -79,6 +79,8 @@ class Sampling:
         _check("repetition_penalty", self.repetition_penalty, number, "above 0", lambda x: 0 < x < math.inf)
         for name in ("presence_penalty", "frequency_penalty"):
             _check(name, getattr(self, name), number, "from -2 to 2", lambda x: -2 <= x <= 2)
+        if not isinstance(self.logit_bias, Mapping):
+            raise InputError(f"logit_bias is {brief(self.logit_bias)}", "expected a mapping of token ids to numbers")
         for token, bias in self.logit_bias.items():
             _check("a token of logit_bias", token, whole, "from 0 up", lambda x: x >= 0)
             _check(f"logit_bias of token {token}", bias, number, "from -100 to 100", lambda x: -100 <= x <= 100)
