@@ -106,7 +106,7 @@ def read_ids(path: Path) -> npt.NDArray[np.integer]:
             raise InputError(f"{name}: is not a regular file", "give a .npy file of integers")
         with path.open("rb") as file:  # numpy does not close what it opened where it fails
             if file.read(2) not in _BEGINNINGS:  # what numpy takes for a pickle, and tells how to trust
-                raise InputError(f"{name}: is no .npy file", "give one of integers, written with numpy.save")
+                raise InputError(f"{name}: is not a readable .npy file of integers", "write one with numpy.save")
             file.seek(0)
             ids = np.load(file, allow_pickle=False)
             if not isinstance(ids, np.ndarray):

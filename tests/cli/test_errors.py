@@ -151,7 +151,7 @@ def test_names_of_what_there_is_not(
     [
         (["--ids", "300"], "300"),
         (["--ids=-1"], "-1"),
-        (["--ids", "1,99999999999999999999999"], "token ids"),
+        (["--ids", "1,99999999999999999999999"], "token id a whole number of more than 20 digits"),
         (["--ids", "1,,2"], "1,,2"),
         (["--ids", ""], "whole numbers"),
         (["--ids", "1.5"], "1.5"),
