@@ -17,6 +17,7 @@ from gta_edge.cli.grammar_options import given_grammar
 from gta_edge.cli.options import BundleArgument, SamplingOptions, SessionOptions, whole_numbers
 from gta_edge.cli.output import current
 from gta_edge.cli.signals import exit_status
+from gta_edge.errors import GtaEdgeError
 from gta_edge.numerics.dtypes import BLOCK_CACHE_TYPES
 from gta_edge.support.text_files import STANDARD_INPUT, read_text_or_stdin
 
@@ -116,9 +117,19 @@ def generate(
                     show(output, piece, generation)
         except KeyboardInterrupt as interrupt:
             generation.close()  # where it came while a piece was printed
-            finish(output, generation, session.backend, _kept(conversation, prompt_cache))
+            _finish(generation, session.backend, conversation, prompt_cache)
             sys.exit(exit_status(interrupt))
-        finish(output, generation, session.backend, _kept(conversation, prompt_cache))
+        _finish(generation, session.backend, conversation, prompt_cache)
+
+
+def _finish(generation: Any, backend: str, conversation: Any, prompt_cache: Path | None) -> None:
+    """Keep the cache and print what is left to say: an answer that is there is not lost with a file that cannot be."""
+    try:
+        kept = _kept(conversation, prompt_cache)
+    except GtaEdgeError:
+        finish(current(), generation, backend, None)
+        raise
+    finish(current(), generation, backend, kept)
 
 
 def _check_speculation(speculate: Speculate | None, draft: Path | None) -> None:

@@ -1,7 +1,9 @@
 """``generate --prompt-cache``."""
 
 import itertools
+import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,6 +50,25 @@ def test_a_cache_that_an_interruption_takes_is_told(
     assert result.status == 130
     assert "prompt cache: not written, as the cache is lost where a step is interrupted; run it again" in result.err
     assert not any(tmp_path.iterdir())
+
+
+def test_an_answer_is_not_lost_with_a_file_that_cannot_be_written(
+    command: Command, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its directory goes while tokens are generated."""
+    file, run = tmp_path / "gone" / "cache", TorchSession._run
+    file.parent.mkdir()
+
+    def removed(self: Any, *given: Any) -> Any:
+        shutil.rmtree(file.parent, ignore_errors=True)
+        return run(self, *given)
+
+    common = ("generate", tiny_bundle, "--ids", "1,2,3", "--backend", "torch", "--max-new-tokens", 4, "--json")
+    expected = command(*common).content["ids"]
+    monkeypatch.setattr(TorchSession, "_run", removed)
+    result = command(*common, "--prompt-cache", file)
+    assert (result.status, json.loads(result.out)["ids"]) == (1, expected)
+    assert "cannot be written" in result.err
 
 
 def test_what_cannot_be_kept_is_said_before_anything_runs(command: Command, tiny_bundle: Path, tmp_path: Path) -> None:
