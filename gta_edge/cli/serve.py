@@ -113,7 +113,8 @@ def serve(
                 _tell_ready(url_of(listening), session, settings, parallel)
 
             try:
-                server = make_server(make_app(session, scheduler, settings), drain_seconds=drain_timeout, ready=ready)
+                app = make_app(session, scheduler, settings)
+                server = make_server(app, drain_seconds=drain_timeout, ready=ready, expire=scheduler.stop)
                 server.run(sockets=[listening])
             finally:
                 scheduler.close(drain=False)

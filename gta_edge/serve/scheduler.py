@@ -212,16 +212,21 @@ class Scheduler:
             drain: let those run to their end that there are; otherwise they are cancelled.
             timeout: seconds after which those that still run are cancelled.
         """
-        with self._changed:
-            self._closing = True
-            self._stopping = self._stopping or not drain
-            self._changed.notify()
+        self._end(stopping=not drain)
         self._thread.join(timeout)
         if self._thread.is_alive():
-            with self._changed:
-                self._stopping = True
-                self._changed.notify()
+            self.stop()
             self._thread.join()
+
+    def stop(self) -> None:
+        """Take no more requests and cancel those that there are, without waiting for their end."""
+        self._end(stopping=True)
+
+    def _end(self, *, stopping: bool) -> None:
+        with self._changed:
+            self._closing = True
+            self._stopping = self._stopping or stopping
+            self._changed.notify()
 
     @property
     def closed(self) -> bool:

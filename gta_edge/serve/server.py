@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import math
 import os
 import socket
 from collections.abc import Callable
@@ -19,6 +21,9 @@ _HEAD_SECONDS = 20.0
 
 _TAKEN_SECONDS = 60
 """Time in which a client takes something of what it is sent."""
+
+_LAST_SECONDS = 2
+"""Time in which answers that are ended at the end of the service tell so."""
 
 _BACKLOG = 256
 _MAX_CONNECTIONS = 1024
@@ -55,7 +60,9 @@ def url_of(listening: socket.socket) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
-def make_server(app: Any, *, drain_seconds: float, ready: Callable[[], None] | None = None) -> Any:
+def make_server(
+    app: Any, *, drain_seconds: float, ready: Callable[[], None] | None = None, expire: Callable[[], None] | None = None
+) -> Any:
     """Return a server of uvicorn; ``run(sockets=[…])`` returns when it has ended.
 
     SIGTERM and Ctrl-C end it: it takes no more requests and answers those that it has, for some time.
@@ -64,6 +71,7 @@ def make_server(app: Any, *, drain_seconds: float, ready: Callable[[], None] | N
         app: the ASGI application.
         drain_seconds: that answers may still take then.
         ready: called when requests are taken.
+        expire: called when that time is over, to end the answers that are still made; what they had is sent.
 
     Raises:
         BackendError: uvicorn is not installed.
@@ -79,7 +87,7 @@ def make_server(app: Any, *, drain_seconds: float, ready: Callable[[], None] | N
         server_header=False,
         proxy_headers=False,
         limit_concurrency=_MAX_CONNECTIONS,
-        timeout_graceful_shutdown=max(1, round(drain_seconds)),
+        timeout_graceful_shutdown=math.ceil(drain_seconds) + _LAST_SECONDS,
     )
     # what it would tell is told by the app in one line, or is that a client has left
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
@@ -89,6 +97,11 @@ def make_server(app: Any, *, drain_seconds: float, ready: Callable[[], None] | N
             await super().startup(sockets=sockets)
             if self.started and ready is not None:
                 ready()
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            if expire is not None:
+                asyncio.get_running_loop().call_later(drain_seconds, expire)
+            await super().shutdown(sockets=sockets)
 
     return Server(config)
 

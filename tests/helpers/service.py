@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import Any
 
 import httpx
 import openai
@@ -29,6 +30,7 @@ class Service:
         session: another one of the same bundle, to compare with.
         http: asks it.
         openai: asks it as OpenAI's users do.
+        server: uvicorn's; ``should_exit`` ends it.
     """
 
     url: str
@@ -36,6 +38,7 @@ class Service:
     session: Session
     http: httpx.Client
     openai: openai.OpenAI
+    server: Any
 
     @property
     def address(self) -> tuple[str, int]:
@@ -73,7 +76,14 @@ class Service:
 
 @contextmanager
 def running(
-    bundle, *, slots: int = 2, queue: int = 64, session=None, speculate: bool = False, **settings
+    bundle,
+    *,
+    slots: int = 2,
+    queue: int = 64,
+    session=None,
+    speculate: bool = False,
+    drain_seconds: float = 5,
+    **settings,
 ) -> Iterator[Service]:
     """Run a service of a bundle, or of a session; further arguments are those of ``Settings``."""
     own = session or load(bundle, "onnxruntime", threads=1)
@@ -81,7 +91,7 @@ def running(
         scheduler = Scheduler(own, slots=slots, queue=queue, speculate=speculate)
         ready = threading.Event()
         app = make_app(own, scheduler, Settings(model="tiny", **settings))
-        server = make_server(app, drain_seconds=5, ready=ready.set)
+        server = make_server(app, drain_seconds=drain_seconds, ready=ready.set, expire=scheduler.stop)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
         try:
@@ -92,7 +102,7 @@ def running(
                 httpx.Client(base_url=url, timeout=60, trust_env=False) as http,
                 openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60) as client,
             ):
-                yield Service(url, scheduler, other, http, client)
+                yield Service(url, scheduler, other, http, client, server)
         finally:
             server.should_exit = True
             thread.join(20)

@@ -258,6 +258,18 @@ def test_an_answer_ends_when_its_time_is_over(chat_bundle):
         service.still_answers()
 
 
+def test_a_stream_that_the_end_of_the_service_cuts_has_its_last_events(chat_bundle):
+    with running(chat_bundle, slots=1, session=slow(chat_bundle, 0.05), drain_seconds=0.2) as service:
+        stream = service.openai.completions.create(
+            model="tiny", prompt=[1, 2], max_tokens=100, stream=True, extra_body={"ignore_eos": True}
+        )
+        next(stream)
+        service.server.should_exit = True
+        events = list(stream)  # which raises where the connection is cut
+        assert len(events) < 90
+        assert events[-1].choices[0].finish_reason == "length"
+
+
 def test_a_service_whose_scheduler_has_failed_is_not_healthy(chat_bundle):
     with running(chat_bundle) as service:
         assert service.http.get("/health").status_code == 200
