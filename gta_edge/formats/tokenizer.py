@@ -213,6 +213,11 @@ class Tokenizer:
         """
         return None if self._template is None else self._template.check(self._variables)
 
+    @property
+    def template_names(self) -> frozenset[str]:
+        """Variables that a chat template has from ``apply_chat_template``, whose ``options`` do not change them."""
+        return frozenset({"messages", "tools", *self._variables})
+
     def apply_chat_template(
         self,
         messages: Sequence[Mapping[str, Any]],

@@ -98,9 +98,11 @@ class Answers(ABC):
         choices = [self._choice(index, each, whole=True) for index, each in enumerate(events)]
         return {**self._head, "object": self._object, "choices": choices, "usage": used}
 
-    def chunk(self, index: int, event: Event) -> dict[str, Any]:
-        """Return the body of one event of an answer."""
+    def chunk(self, index: int, event: Event) -> dict[str, Any] | None:
+        """Return the body of one event of an answer; None where there is nothing to tell of it yet."""
         choice = self._choice(index, [event], whole=False)
+        if choice.get("delta") == {} and choice["logprobs"] is None and choice["finish_reason"] is None:
+            return None  # its token is held, since it may be a part of a call
         return {**self._head, "object": self._chunk_object, "choices": [choice]}
 
     def last_chunk(self, used: dict[str, Any]) -> dict[str, Any]:
@@ -160,7 +162,9 @@ class ChatAnswers(Answers):
         if whole:
             message = {"role": "assistant", "content": text if text or not calls else None, "refusal": None}
             return {"message": message | ({"tool_calls": calls} if calls else {})}
-        delta = ({"role": "assistant"} if first else {}) | {"content": text}
+        delta: dict[str, Any] = {"role": "assistant"} if first else {}
+        if text or self._new_parser is None:
+            delta["content"] = text
         numbered = [{"index": self._calls[index] - len(calls) + i, **call} for i, call in enumerate(calls)]
         return {"delta": delta | ({"tool_calls": numbered} if calls else {})}
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from gta_edge.errors import GtaEdgeError, InputError
 from gta_edge.libraries.optional import optional
 from gta_edge.runtime.generation.grammar import Grammar
 from gta_edge.runtime.session import Session
@@ -122,12 +123,25 @@ class _Service:
         if parsed.forced:
             form = form or LLAMA  # any will do, of a model that knows none
             options = replace(options, grammar=("grammar", call_grammar(parsed.forced, form)))
-        asked = await self._asked(options, chat=True)
+        try:
+            asked = await self._asked(options, chat=True)
+        except InputError as error:
+            raise await asyncio.to_thread(self._blamed, parsed.forced, error) from error
         new_parser = None
         if form is not None and parsed.tools is not None:
             new_parser = partial(CallParser, form, frozenset(tool["function"]["name"] for tool in parsed.tools))
         answers = ChatAnswers(self._settings.model, self._session.tokenizer, new_parser)
         return self._reply([ids], options, asked, answers, started)
+
+    def _blamed(self, functions: Sequence[Mapping[str, Any]], error: GtaEdgeError) -> GtaEdgeError:
+        """Return what is told of a grammar of calls that cannot be used: of which function the schema is wrong."""
+        for function in functions:
+            try:
+                Grammar(self._session, "json_schema", function.get("parameters") or {})
+            except InputError as wrong:
+                problem = f"tool {brief(function['name'])}: {wrong.problem}"
+                return RequestError(400, problem, wrong.remedy, param="tools", code="invalid_value")
+        return error
 
     async def _asked(self, options: Options, *, chat: bool, of_prompt: int | None = None) -> _Asked:
         """Return what is asked of the scheduler, for each answer to a prompt, when it is asked for."""

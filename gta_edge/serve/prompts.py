@@ -9,6 +9,7 @@ from gta_edge.formats.tokenizer import NO_TOKENIZER, Tokenizer
 from gta_edge.runtime.session import Session
 from gta_edge.serve.request_error import RequestError
 from gta_edge.serve.schema import ChatRequest
+from gta_edge.support.text import brief
 
 __all__ = ["Prompts"]
 
@@ -63,10 +64,15 @@ class Prompts:
         """Return the ids that ask for an answer to a chat, by the model's chat template.
 
         Raises:
+            RequestError: a variable for the template that it has from elsewhere.
             CapacityError: more tokens than the model has positions for.
             InputError: no chat template, or messages that it refuses.
         """
         tokenizer = self.tokenizer
+        if taken := [name for name in request.template_options if name in tokenizer.template_names]:
+            name = "chat_template_kwargs"
+            problem = f"{name} has {brief(taken[0])}, which the service gives the template itself"
+            raise RequestError(400, problem, "leave it out", param=f"{name}.{taken[0]}", code="invalid_value")
         text = tokenizer.apply_chat_template(request.messages, tools=request.tools, options=request.template_options)
         return self._checked(tokenizer.encode(text, add_special_tokens=False), "messages")
 

@@ -90,8 +90,10 @@ class Reply:
                 if event.error is not None:
                     told.append(_json(error_body(as_request_error(event.error))))
                     break
-                told.append(_json(self._with_usage(self._answers.chunk(index, event))))
-            await send(_events(told))
+                if (chunk := self._answers.chunk(index, event)) is not None:
+                    told.append(_json(self._with_usage(chunk)))
+            if told:
+                await send(_events(told))
             if failed:
                 break
         if not failed:

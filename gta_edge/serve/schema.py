@@ -98,12 +98,16 @@ _COMPLETION: dict[str, Check] = {
 def _tools(value: Any, name: str) -> list[dict[str, Any]]:
     """Accept functions as OpenAI's API has them; what else a tool says is for the template."""
     tools: list[dict[str, Any]] = list_of(mapping(anything, 16), most=_MAX_ENTRIES)(value, name)
+    places: dict[str, str] = {}
     for i, tool in enumerate(tools):
         where = f"{name}[{i}]"
         one_of("function")(tool.get("type", "function"), f"{where}.type")
         function = mapping(anything, 16)(_required(tool, "function", where), f"{where}.function")
         if not text(_required(function, "name", f"{where}.function"), f"{where}.function.name"):
             raise RequestError(400, f"{where}.function.name is empty", "give a name", param=f"{where}.function.name")
+        if (before := places.setdefault(function["name"], where)) != where:
+            problem = f"{where}.function.name is {brief(function['name'])}, as {before}'s"
+            raise RequestError(400, problem, "give each function a name of its own", param=f"{where}.function.name")
         if function.get("parameters") is not None:
             mapping(anything, 4096)(function["parameters"], f"{where}.function.parameters")
     return tools

@@ -185,12 +185,14 @@ class CallParser:
         name = value.get("name") if isinstance(value, dict) else None
         if not isinstance(name, str) or name not in self._names:
             return None
-        arguments = value.get("arguments", value.get("parameters", {}))
+        arguments = value.get("arguments", value.get("parameters"))
         if isinstance(arguments, str):
             try:
                 arguments = json.loads(arguments, parse_constant=_no_constant)
             except (ValueError, RecursionError):
                 return None
+        if arguments is None:
+            arguments = {}
         if not isinstance(arguments, dict):
             return None
         try:

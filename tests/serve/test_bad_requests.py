@@ -120,6 +120,10 @@ def test_fields_that_are_wrong_are_named(service: Service, change, param):
         ({"messages": [{"role": "user", "content": "a"}], "tool_choice": "required"}, "tool_choice"),
         ({"messages": [{"role": "user", "content": "a"}], "tool_choice": "auto"}, "tool_choice"),
         ({"messages": [{"role": "user", "content": "a"}], "store": True}, "store"),
+        (
+            {"messages": [{"role": "user", "content": "a"}], "chat_template_kwargs": {"tools": []}},
+            "chat_template_kwargs.tools",
+        ),
         ({"messages": [{"role": "user", "content": "a"}], "response_format": {"type": "xml"}}, "response_format.type"),
         ({"messages": [{"role": "user", "content": "a"}], "response_format": {}}, "response_format.type"),
         ({"messages": [{"role": "user", "content": "a"}], "regex": "("}, None),

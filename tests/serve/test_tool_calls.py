@@ -56,6 +56,8 @@ SAID = [
     (LLAMA, HALF, [ToolCall("sun", '{"at": "\\ud83d"}')]),  # of a pair of surrogates, which UTF-8 cannot send
     (LLAMA, NO_JSON, [NO_JSON]),
     (LLAMA, INFINITE, [INFINITE]),
+    (LLAMA, '{"name": "moon", "arguments": null}', [MOON]),
+    (LLAMA, '{"name": "moon", "parameters": "null"}', [MOON]),
     (MISTRAL, f"[{CALL}]", [FOUND]),
     (MISTRAL, f' [TOOL_CALLS][{CALL}, {{"name": "moon", "arguments": {{}}}}]', [FOUND, MOON]),
 ]  # fmt: skip
@@ -151,7 +153,9 @@ def test_an_answer_must_be_a_call_where_that_is_asked(service: Service):
     assert (call.index, call.type, call.function.name) == (0, "function", "sun")
     assert json.loads(call.function.arguments)["at"] in ("Ré", 7)
     assert pieces[-1].finish_reason == "tool_calls"
-    assert "".join(piece.delta.content or "" for piece in pieces) == ""
+    # nothing is sent of a token that is held
+    assert [(piece.delta.role, piece.delta.content) for piece in pieces[:-1]] == [("assistant", None)]
+    assert pieces[-1].delta.content is None
 
 
 def test_calls_among_text_are_given_as_such(service: Service):
@@ -178,6 +182,7 @@ def test_calls_among_text_are_given_as_such(service: Service):
         ({"tools": [{"type": "function"}]}, "tools[0].function"),
         ({"tools": [{"function": {"name": ""}}]}, "tools[0].function.name"),
         ({"tools": [{"function": {"name": "a", "parameters": 3}}]}, "tools[0].function.parameters"),
+        ({"tools": [*TOOLS, {"function": {"name": "sun"}}]}, "tools[2].function.name"),
         ({"tools": TOOLS, "tool_choice": "sun"}, "tool_choice"),
         ({"tools": TOOLS, "tool_choice": {"function": {"name": "star"}}}, "tool_choice"),
         ({"tools": TOOLS, "tool_choice": {"function": {}}}, "tool_choice.function.name"),
@@ -193,7 +198,9 @@ def test_what_is_wrong_about_tools_is_named(service: Service, change, param):
 def test_a_schema_that_cannot_be_met_is_refused(service: Service):
     function = {"name": "a", "parameters": {"type": "number", "minimum": 2, "maximum": 1}}
     options = {"model": "tiny", "messages": MESSAGES, "extra_body": HIDDEN}
-    with pytest.raises(openai.BadRequestError, match="the grammar cannot be used"):
+    said = r"tool 'a': the JSON schema cannot be used \(Unsatisfiable schema: minimum \(2\) is greater than maximum"
+    with pytest.raises(openai.BadRequestError, match=said) as caught:
         service.openai.chat.completions.create(
-            **options, tools=[{"type": "function", "function": function}], tool_choice="required"
+            **options, tools=[TOOLS[0], {"type": "function", "function": function}], tool_choice="required"
         )
+    assert caught.value.param == "tools"
