@@ -146,7 +146,8 @@ def run() -> None:
         status = app(standalone_mode=False)
     except _USAGE_ERRORS as error:
         if not error.message.startswith("Usage:"):  # without a command it is the help
-            error.message = as_line(error.message, MAX_USAGE)
+            # before what is wrong with a value some versions of typer have pydantic's word for that
+            error.message = as_line(error.message.removeprefix("Value error, "), MAX_USAGE)
         error.show()
         status = error.exit_code
     except typer.Abort:

@@ -45,6 +45,11 @@ class CacheOptions(OptionGroup):
             raise typer.BadParameter(f"{_flag(next(iter(options)))} is for a cache policy: give --cache-policy too")
         return cls()
 
+    def require_whole(self, option: str) -> None:
+        """Refuse a policy, as wrong usage, beside an option that keeps the cache in files."""
+        if self.choice is not None:
+            raise typer.BadParameter(f"{option} needs every row of the cache: leave out --cache-policy")
+
     def policy(self) -> CachePolicy | None:
         """Return the policy that was asked for.
 

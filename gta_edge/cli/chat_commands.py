@@ -7,17 +7,17 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from gta_edge.cli.options import checked_options
 from gta_edge.errors import InputError
 from gta_edge.runtime.generation.conversation import Conversation
 from gta_edge.runtime.generation.loop import Generation
-from gta_edge.runtime.generation.sampling import Sampling
 from gta_edge.runtime.session import Session
 from gta_edge.support.choices import unknown
 from gta_edge.support.files import new_file
 from gta_edge.support.json_files import read_json
 from gta_edge.support.text import brief, printable
 
-__all__ = ["COMMANDS", "Chat", "EndOfChat", "checked_options"]
+__all__ = ["COMMANDS", "Chat", "EndOfChat"]
 
 _FORMAT = "gta-edge chat"
 _VERSION = 1
@@ -50,18 +50,6 @@ _OPTIONS: Mapping[str, type] = {
 
 class EndOfChat(Exception):  # noqa: N818  it ends the loop as StopIteration does, and is no error
     """The conversation is over."""
-
-
-def checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return options of ``generate`` as they are.
-
-    Raises:
-        InputError: one is out of range.
-    """
-    if (most := options.get("max_new_tokens", 1)) < 1:
-        raise InputError(f"max_new_tokens is {most}", "expected a whole number from 1 up")
-    Sampling(**{name: value for name, value in options.items() if name != "max_new_tokens"})
-    return dict(options)
 
 
 class Chat:

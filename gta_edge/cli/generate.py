@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +15,15 @@ from gta_edge.cli.cache_options import CacheOptions
 from gta_edge.cli.choices import Backend, Speculate, value_of
 from gta_edge.cli.generate_text import finish, show
 from gta_edge.cli.grammar_options import given_grammar
-from gta_edge.cli.options import BundleArgument, SamplingOptions, SessionOptions, whole_numbers
+from gta_edge.cli.options import BundleArgument, SamplingOptions, SessionOptions, checked_options, whole_numbers
 from gta_edge.cli.output import current
 from gta_edge.cli.signals import exit_status
 from gta_edge.errors import GtaEdgeError
 from gta_edge.numerics.dtypes import BLOCK_CACHE_TYPES
+from gta_edge.plan.roofline import LARGEST_BATCH
+from gta_edge.runtime.generation.sampling import Sampling
+from gta_edge.runtime.generation.several import MAX_BEAMS, check_answers
+from gta_edge.runtime.generation.stopping import StopStrings
 from gta_edge.support.text_files import STANDARD_INPUT, read_text_or_stdin
 
 __all__ = ["generate"]
@@ -36,9 +41,12 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End before this text; repeatable.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the draws.")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after an end token.")] = False,
-    n: Annotated[int, typer.Option("--n", min=1, help="Answers; number i is drawn with the seed plus i.")] = 1,
+    n: Annotated[
+        int, typer.Option("--n", min=1, max=LARGEST_BATCH, help="Answers; number i is drawn with the seed plus i.")
+    ] = 1,
     beams: Annotated[
-        int | None, typer.Option(min=1, help="Search for the most probable answers, following so many at once.")
+        int | None,
+        typer.Option(min=1, max=MAX_BEAMS, help="Search for the most probable answers, following so many at once."),
     ] = None,
     length_penalty: Annotated[float, typer.Option(help="Of that search: above 0 it favours long answers.")] = 1.0,
     speculate: Annotated[
@@ -80,6 +88,9 @@ def generate(
         raise typer.BadParameter("--beams needs every row of the cache: leave out --cache-policy")
     if beams is not None and value_of(opening.cache_dtype) in BLOCK_CACHE_TYPES:
         raise typer.BadParameter("--beams copies single rows of the cache: take another --cache-dtype, such as int8")
+    if prompt_cache is not None:
+        opening.cache.require_whole("--prompt-cache")
+    _check_options(sampling, max_new_tokens, seed, stop or (), n if several else None, beams, length_penalty)
     with ExitStack() as opened:
         with output.progress() as progress:
             guesses = draft is not None or speculate not in (None, Speculate.OFF)
@@ -111,6 +122,8 @@ def generate(
         if generation.defaults:
             taken = ", ".join(f"{name} {value:g}" for name, value in generation.defaults.items())
             output.note(f"from the model's generation_config.json: {taken}; options of the command come first")
+        if n > 1 and beams is None and Sampling(**generation.defaults | sampling.given()).greedy:
+            output.note("note: greedy answers are all the same; --temperature draws others")
         try:
             for piece in generation:
                 if not several:
@@ -130,6 +143,21 @@ def _finish(generation: Any, backend: str, conversation: Any, prompt_cache: Path
         finish(current(), generation, backend, None)
         raise
     finish(current(), generation, backend, kept)
+
+
+def _check_options(
+    sampling: SamplingOptions,
+    max_new_tokens: int,
+    seed: int | None,
+    stop: Sequence[str],
+    n: int | None,
+    beams: int | None,
+    length_penalty: float,
+) -> None:
+    """Refuse what makes no sense with any model, before one is loaded."""
+    checked_options({"max_new_tokens": max_new_tokens, **sampling.given(), "seed": seed})
+    StopStrings(stop, {})
+    check_answers(n, beams, length_penalty, Sampling(**sampling.given()), has_stop_strings=bool(stop))
 
 
 def _check_speculation(speculate: Speculate | None, draft: Path | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -29,6 +30,7 @@ __all__ = [
     "Threads",
     "VerifyHashes",
     "backends_option",
+    "checked_options",
     "whole_numbers",
 ]
 
@@ -63,6 +65,20 @@ def whole_numbers(option: str, text: str, example: str) -> tuple[int, ...]:
         raise InputError(
             f"{option} is {brief(text)}", f"expected whole numbers with commas between, such as {example}"
         ) from error
+
+
+def checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options of ``generate`` as they are, by its names.
+
+    Raises:
+        InputError: one is out of range.
+    """
+    from gta_edge.runtime.generation.loop import checked_limit
+    from gta_edge.runtime.generation.sampling import Sampling
+
+    checked_limit(options.get("max_new_tokens", 1))
+    Sampling(**{name: value for name, value in options.items() if name != "max_new_tokens"})
+    return dict(options)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -75,6 +75,8 @@ def plan(
     """Say what a model takes on a device before anything is built: memory, longest context, and a bound on speed."""
     output = current()
     if devices:
+        if targets:
+            raise typer.BadParameter(f"--devices lists devices and plans nothing: leave out {targets[0]}, or --devices")
         _list_devices()
         return
     if not targets:

@@ -72,6 +72,10 @@ def serve(
     from gta_edge.serve.settings import Settings
 
     output = current()
+    if alias is not None and not alias.strip():
+        raise typer.BadParameter("--alias is empty: give a name, or leave it out for the bundle's")
+    if prompt_cache is not None:
+        opening.cache.require_whole("--prompt-cache")
     keys = read_keys(api_key_file, os.environ)
     Sampling(**sampling.given())  # what it and the policy refuse is told before the model is loaded
     opening.cache.policy()

@@ -55,6 +55,13 @@ Command = Callable[..., Result]
         ("bench bundle --backend onnxruntim@python", "did you mean onnxruntime?"),
         ("plan gta-1b --device orin-nano-8g", "did you mean orin-nano-8gb?"),
         ("plan gta-1b --cache-dtype fp9", "'int8', 'fp8'"),
+        ("serve bundle --speculate draft", "Invalid value for '--speculate': 'draft' is not one of 'lookup', 'off'."),
+        ("serve bundle --alias=", "--alias is empty"),
+        ("serve bundle --prompt-cache c --cache-policy window", "--prompt-cache needs every row of the cache"),
+        ("generate bundle --ids 1 --prompt-cache c --cache-policy window", "leave out --cache-policy"),
+        ("generate bundle --ids 1 --n 257", "256"),
+        ("generate bundle --ids 1 --beams 65", "64"),
+        ("plan gta-1b --devices", "leave out gta-1b, or --devices"),
         ("eval bundle", "one of --text and --ids"),
         ("eval bundle --text a --ids b", "one of --text and --ids"),
     ],
@@ -184,6 +191,19 @@ def test_prompts_and_options_that_make_no_sense(
     failing: Callable[..., str], tiny_bundle: Path, tmp_path: Path, options: list[str], expected: str
 ) -> None:
     assert expected in failing("generate", tiny_bundle, *(word.replace("{tmp}", str(tmp_path)) for word in options))
+
+
+def test_values_that_make_no_sense_with_any_model_are_told_before_one_is_opened(failing: Callable[..., str]) -> None:
+    for option, expected in (
+        ("--temperature=-1", "temperature is -1"),
+        ("--seed=-1", "seed is -1"),
+        ("--max-new-tokens=0", "max_new_tokens is 0"),
+        ("--stop=", "stop string"),
+        ("--length-penalty=2", "there is no search"),
+        ("--beams=2 --n=3", "n is 3 and there are 2 beams"),
+        ("--beams=2 --top-p=0.5", "beam search draws nothing"),
+    ):
+        assert expected in failing("generate", "missing", "--ids", "1", *option.split())
 
 
 @pytest.mark.parametrize(("content", "expected"), [(b"", "no tokens"), (b"a\xff", "not UTF-8")])

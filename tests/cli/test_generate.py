@@ -135,6 +135,9 @@ def test_several_answers(command: Command, tiny_bundle: Path) -> None:
     guessed = generate(command, tiny_bundle, *hot, "--seed", 7, "--n", 2, "--speculate", "lookup")
     assert [each["ids"] for each in guessed["answers"]] == [each["ids"] for each in document["answers"][:2]]
     assert guessed["timings"]["drafted"] >= guessed["timings"]["accepted"] >= 0
+    assert "greedy" not in shown.err
+    same = command("generate", tiny_bundle, "--ids", "1,2,3", "--max-new-tokens", 2, "--n", 2)
+    assert "note: greedy answers are all the same; --temperature draws others\n" in same.err
     usage = command("generate", tiny_bundle, "--ids", "1", "--n", 2, "--draft", tiny_bundle).usage
     assert "for one answer: leave out --n and --beams" in usage
     for told, *beside in (

@@ -78,7 +78,6 @@ def test_what_cannot_be_kept_is_said_before_anything_runs(command: Command, tiny
         (tmp_path / "mine", (), "mine: is no prompt cache; give another file, or remove it"),
         (tmp_path / "nowhere" / "cache", (), "cannot be written; give a file in a directory"),
         (tmp_path, (), "exists and is no regular file"),
-        (tmp_path / "new", ("--cache-policy", "window", "--cache-rows", 32), "a policy manages cannot be exported"),
     ]:
         assert message in command(*common, "--prompt-cache", file, *options).error
     assert command(*common, "--prompt-cache", tmp_path / "new").status == 0

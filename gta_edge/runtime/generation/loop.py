@@ -18,7 +18,7 @@ from gta_edge.runtime.generation.generation import Generation
 from gta_edge.runtime.generation.grammar import check_constraint
 from gta_edge.runtime.generation.request import Constraint
 from gta_edge.runtime.generation.sampling import Sampler, Sampling
-from gta_edge.runtime.generation.several import answers_for, guesses_of_several
+from gta_edge.runtime.generation.several import answers_for, check_answers, guesses_of_several
 from gta_edge.runtime.generation.speculating import Speculate, steps_for
 from gta_edge.runtime.generation.steps import Turns
 from gta_edge.runtime.generation.stopping import StopStrings
@@ -27,7 +27,7 @@ from gta_edge.runtime.session import Ids, Session, checked_session
 from gta_edge.runtime.session_inputs import are_integers
 from gta_edge.support.text import brief, one_line
 
-__all__ = ["FinishReason", "Generation", "Prompt", "check_prompt", "generate"]
+__all__ = ["FinishReason", "Generation", "Prompt", "check_prompt", "checked_limit", "generate"]
 
 Prompt = str | Sequence[int] | Ids | Sequence[Mapping[str, Any]]
 """Text, token ids, or chat messages of ``role`` and ``content``."""
@@ -165,9 +165,7 @@ def generate(
     options |= {"presence_penalty": presence_penalty, "frequency_penalty": frequency_penalty}
     sampling = Sampling(**defaults, **options, logit_bias={} if logit_bias is None else logit_bias, seed=seed)
     check_biases(session, sampling)
-    limit: Any = max_new_tokens
-    if isinstance(limit, bool) or not isinstance(limit, Integral) or int(limit) < 1:
-        raise InputError(f"max_new_tokens is {brief(max_new_tokens)}", "expected a whole number from 1 up")
+    limit = checked_limit(max_new_tokens)
     if not isinstance(stop, Iterable):
         raise InputError(f"stop is {brief(stop)}", "expected a list of texts")
     stop = stop if isinstance(stop, str) else tuple(stop)
@@ -185,17 +183,16 @@ def generate(
 
     def new_answer(ids: Ids) -> Answer:
         stops = StopStrings(stop, session.tokenizer.whole_tokens if session.tokenizer else None)
-        lengths = {"max_new_tokens": int(limit), "max_length": session.max_length}
+        lengths = {"max_new_tokens": limit, "max_length": session.max_length}
         return Answer(ids, session.tokenizer, stops, end_token_ids=ends, **lengths)
 
-    if beams is None and length_penalty != 1:
-        raise InputError(f"length_penalty is {brief(length_penalty)}, and there is no search", "give beams with it")
+    check_answers(n, beams, length_penalty, sampling, has_stop_strings=bool(stop))
     if constraint is not None:
         check_constraint(session, constraint)
     if n is None and beams is None and not several:
         sampler = Sampler(sampling, len(checked[0]))
         claim = session.claim if conversation is None else conversation.begin
-        steps = steps_for(session, speculate, draft, sampler, len(checked[0]), int(limit), claim)
+        steps = steps_for(session, speculate, draft, sampler, len(checked[0]), limit, claim)
         return Generation(new_answer(checked[0]), steps, sampler, defaults, constraint)
     if constraint is not None:
         raise InputError("a constraint is for one answer, and several were asked for", "leave one of both out")
@@ -215,10 +212,21 @@ def generate(
         n=n,
         beams=beams,
         length_penalty=length_penalty,
-        has_stop_strings=bool(stop),
         defaults=defaults,
         guesses=guesses,
     )
+
+
+def checked_limit(max_new_tokens: Any) -> int:
+    """Return how many tokens are generated at most.
+
+    Raises:
+        InputError: no whole number, or one below 1.
+    """
+    limit = max_new_tokens
+    if isinstance(limit, bool) or not isinstance(limit, Integral) or int(limit) < 1:
+        raise InputError(f"max_new_tokens is {brief(limit)}", "expected a whole number from 1 up")
+    return int(limit)
 
 
 def _open_options(defaults: Mapping[str, float], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,52 +20,31 @@ from gta_edge.runtime.generation.steps import StepCounts
 from gta_edge.runtime.session import Ids, Session
 from gta_edge.support.text import brief
 
-__all__ = ["answers_for", "guesses_of_several"]
+__all__ = ["MAX_BEAMS", "answers_for", "check_answers", "guesses_of_several"]
 
-_MAX_BEAMS = 64
+MAX_BEAMS = 64
+"""Answers that a search follows at once, at most."""
 
 
-def answers_for(
-    session: Session,
-    prompt: Ids,
-    new_answer: Callable[[], Answer],
-    sampling: Sampling,
-    *,
-    n: Any,
-    beams: Any,
-    length_penalty: Any,
-    has_stop_strings: bool,
-    defaults: Mapping[str, Any],
-    guesses: StepCounts | None,
-) -> Answers:
-    """Return the answers to a prompt, to be generated.
+def check_answers(n: Any, beams: Any, length_penalty: Any, sampling: Sampling, *, has_stop_strings: bool) -> None:
+    """Refuse what makes no sense of several answers, whatever the model.
 
     Args:
-        session: runs the model.
-        prompt: int64 [N].
-        new_answer: makes one that says nothing yet.
-        sampling: of all answers; each draws with a seed of its own.
         n: how many; None for 1.
-        beams: how many are followed in a search; None to draw, or choose, each by itself.
+        beams: how many are followed in a search; None for no search.
         length_penalty: of a search.
+        sampling: of all answers.
         has_stop_strings: whether there are any, which a search cannot heed.
-        defaults: as ``Answers`` has it.
-        guesses: likewise.
 
     Raises:
-        InputError: numbers or options that make no sense, a search in a session without trees, or speculation where
-            answers are no batch.
+        InputError: numbers or options that make no sense, or not together.
     """
     count = 1 if n is None else _whole("n", n, LARGEST_BATCH)
     if beams is None:
-        seed = secrets.randbits(63) if sampling.seed is None else int(sampling.seed)
-        seeds = [(seed + i) % (LARGEST_SEED + 1) for i in range(count)]
-        samplers = [Sampler(replace(sampling, seed=each), len(prompt)) for each in seeds]
-        drawn = [Alternative(new_answer(), sampler) for sampler in samplers]
-        return Answers(session, prompt, drawn, _way_of(session, guesses), defaults, guesses)
-    if guesses is not None:
-        raise InputError("a search guesses nothing, and speculation was asked for", "leave one of both out")
-    width = _whole("beams", beams, min(_MAX_BEAMS, session.config.vocab_size))  # which begin with different tokens
+        if length_penalty != 1:
+            raise InputError(f"length_penalty is {brief(length_penalty)}, and there is no search", "give beams with it")
+        return
+    width = _whole("beams", beams, MAX_BEAMS)
     if count > width:
         raise InputError(f"n is {count} and there are {width} beams", "give at least as many beams as answers")
     if isinstance(length_penalty, bool) or not isinstance(length_penalty, (int, float)) or not abs(length_penalty) < 99:
@@ -76,6 +55,49 @@ def answers_for(
         )
     if has_stop_strings:
         raise InputError("beam search takes no stop strings", "leave them out, or leave beams out")
+
+
+def answers_for(
+    session: Session,
+    prompt: Ids,
+    new_answer: Callable[[], Answer],
+    sampling: Sampling,
+    *,
+    n: int | None,
+    beams: int | None,
+    length_penalty: float,
+    defaults: Mapping[str, Any],
+    guesses: StepCounts | None,
+) -> Answers:
+    """Return the answers to a prompt, to be generated.
+
+    What ``check_answers`` refuses has been refused.
+
+    Args:
+        session: runs the model.
+        prompt: int64 [N].
+        new_answer: makes one that says nothing yet.
+        sampling: of all answers; each draws with a seed of its own.
+        n: how many; None for 1.
+        beams: how many are followed in a search; None to draw, or choose, each by itself.
+        length_penalty: of a search.
+        defaults: as ``Answers`` has it.
+        guesses: likewise.
+
+    Raises:
+        InputError: more beams than the model has tokens, a search in a session without trees, or speculation where
+            answers are no batch.
+    """
+    count = 1 if n is None else int(n)
+    if beams is None:
+        seed = secrets.randbits(63) if sampling.seed is None else int(sampling.seed)
+        seeds = [(seed + i) % (LARGEST_SEED + 1) for i in range(count)]
+        samplers = [Sampler(replace(sampling, seed=each), len(prompt)) for each in seeds]
+        drawn = [Alternative(new_answer(), sampler) for sampler in samplers]
+        return Answers(session, prompt, drawn, _way_of(session, guesses), defaults, guesses)
+    if guesses is not None:
+        raise InputError("a search guesses nothing, and speculation was asked for", "leave one of both out")
+    width = _whole("beams", beams, min(MAX_BEAMS, session.config.vocab_size))  # which begin with different tokens
     if not session.trees:
         raise InputError("beams are branches of a tree, and the session was loaded without", "load it with trees=True")
     found = [Alternative(new_answer(), None) for _ in range(count)]
