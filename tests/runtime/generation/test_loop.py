@@ -361,7 +361,7 @@ def test_a_chat_takes_the_models_sampling_where_it_is_left_open(options, taken):
         ([[[1], [1, 2]]], {}, "cannot be read as token ids"),
         (b"text", {}, "expected text"),
         (None, {}, "expected text"),
-        ([2**80], {}, "the prompt is object"),
+        ([2**80], {}, "the prompt has token id a whole number of more than 20 digits"),
         ([1], {"chat": True}, "chat needs a prompt of text or messages"),
         ("Hi", {"chat": True}, "no chat template"),
         ([{"role": "user", "content": "Hi"}], {}, "no chat template"),
