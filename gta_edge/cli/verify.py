@@ -44,7 +44,7 @@ def verify(
             progress=progress,
         )
     if output.json:
-        output.document(report.to_dict())
+        output.document(report.to_dict() | {"cache_policy": cache.choice})
     else:
         table = rich.table.Table("", "max abs error", "max rel error", "top-1 agreement", box=None)
         rounded = {f"{name}, int8 activations": d for name, d in report.int8_activations.items()}

@@ -35,8 +35,10 @@ def test_verify(tiny_bundle: Path, tiny_checkpoint: Path) -> None:
         "unavailable",
         "weights",
         "failures",
+        "cache_policy",
     }
     assert document["passed"] is True
+    assert document["cache_policy"] is None
     assert document["backends"].keys() >= {"onnxruntime", "torch"}
     assert all(difference.keys() == OF_A_BACKEND for difference in document["backends"].values())
     assert document["quantisation"].keys() == DIFFERENCE | {"mean_kl_divergence", "tokens"}
@@ -51,6 +53,9 @@ def test_verify_for_people_and_by_name(command: Command, tiny_bundle: Path, tiny
     assert result.out.rstrip().endswith("passed")
     assert "onnxruntime" in result.out
     assert "torch" not in result.out
+    managed = ("--backend", "onnxruntime", "--cache-policy", "window", "--cache-rows", 64, "--json")
+    document = command("verify", tiny_bundle, "--checkpoint", tiny_checkpoint, *managed).content
+    assert document["cache_policy"] == {"name": "window", "rows": 64}
 
 
 def test_verify_that_fails(command: Command, tiny_bundle: Path, copied_checkpoint: Path) -> None:

@@ -20,7 +20,7 @@ from gta_edge.formats.tokenizer import NO_TOKENIZER, Tokenizer
 from gta_edge.libraries.optional import optional
 from gta_edge.runtime.session import Logits, Session
 from gta_edge.support.choices import unknown
-from gta_edge.support.text import one_line
+from gta_edge.support.text import brief, one_line
 
 __all__ = ["KINDS", "Grammar", "GrammarConstraint", "check_constraint"]
 
@@ -173,9 +173,7 @@ def check_constraint(session: Session, constraint: Any) -> None:
             made for another model's tokens.
     """
     if not all(hasattr(constraint, name) for name in ("prepare", "apply", "accept")):
-        raise InputError(
-            f"constraint is a {type(constraint).__name__}", "expected what a Grammar's constraint() returns"
-        )
+        raise InputError(f"constraint is {brief(constraint)}", "expected what a Grammar's constraint() returns")
     if not isinstance(constraint, GrammarConstraint):
         return
     if constraint.used:

@@ -179,7 +179,8 @@ def generate(
         raise InputError(f"conversation is {brief(conversation)}", "expected a Conversation of the session")
     if conversation is not None and conversation.session is not session:
         raise InputError("the conversation is of another session", "give the session that it was made with")
-    checked = [check_prompt(session, ids) for ids, _ in encoded]
+    names = [f"prompt[{i}]" for i in range(len(encoded))] if several else ["the prompt"]
+    checked = [check_prompt(session, ids, name) for (ids, _), name in zip(encoded, names, strict=True)]
 
     def new_answer(ids: Ids) -> Answer:
         stops = StopStrings(stop, session.tokenizer.whole_tokens if session.tokenizer else None)
@@ -268,31 +269,31 @@ def _encode(tokenizer: Tokenizer | None, prompt: Any, chat: bool) -> tuple[Any, 
     return tokenizer.encode(tokenizer.apply_chat_template(messages), add_special_tokens=False), True
 
 
-def check_prompt(session: Session, ids: Any) -> Ids:
-    """Return ids as int64 [N], checked as ``generate`` promises."""
+def check_prompt(session: Session, ids: Any, name: str = "the prompt") -> Ids:
+    """Return ids as int64 [N], checked as ``generate`` promises; ``name`` is what an error calls them."""
     try:
         array = np.asarray(ids)
     except ValueError as error:
         raise InputError(
-            f"the prompt cannot be read as token ids ({one_line(error)})", "expected a flat list of them"
+            f"{name} cannot be read as token ids ({one_line(error)})", "expected a flat list of them"
         ) from error
     if array.ndim == 1 and not array.size:
-        raise InputError("the prompt has no tokens", "give text or at least one id, for instance the begin token's")
+        raise InputError(f"{name} has no tokens", "give text or at least one id, for instance the begin token's")
     if array.ndim != 1 or not are_integers(array):
         raise InputError(
-            f"the prompt is {array.dtype} of shape {list(array.shape)}",
+            f"{name} is {array.dtype} of shape {list(array.shape)}",
             "expected text, a flat list of token ids, or chat messages",
         )
     vocabulary = session.config.vocab_size
     outside = array[(array < 0) | (array >= vocabulary)]
     if outside.size:
         raise InputError(
-            f"the prompt has token id {brief(int(outside[0]))}",
+            f"{name} has token id {brief(int(outside[0]))}",
             f"expected 0 to {vocabulary - 1}, the model's vocabulary: "
             "check the ids, or that the tokenizer belongs to the model",
         )
     if array.size > session.max_length:
         raise CapacityError(
-            f"the prompt has {array.size} tokens and the model {session.max_length} positions", "shorten the prompt"
+            f"{name} has {array.size} tokens and the model {session.max_length} positions", "shorten the prompt"
         )
     return np.array(array, np.int64)

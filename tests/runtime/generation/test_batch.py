@@ -168,8 +168,8 @@ def test_lists_of_prompts_that_make_no_sense_are_refused(talker, monkeypatch) ->
         (["a", "b"], {"n": 2}, "several answers were asked for, and to several prompts"),
         (["a", "b"], {"speculate": "draft"}, "a draft model is for one answer"),
         (["a", "b"], {"conversation": Conversation(talker)}, "a conversation goes on with one answer"),
-        ([[1], []], {}, "the prompt has no tokens"),
-        ([[1], [300]], {}, "token id 300"),
+        ([[1], []], {}, r"^prompt\[1\] has no tokens"),
+        ([[1], [300]], {}, r"^prompt\[1\] has token id 300"),
         (["a"], {"logit_bias": {300: 1.0}}, "logit_bias has token id 300"),
     ]:
         with pytest.raises(InputError, match=message):
