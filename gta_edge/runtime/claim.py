@@ -26,8 +26,6 @@ class _Session(Protocol):
 
     def _room(self, row: int) -> int: ...
 
-    def _lengths(self) -> npt.NDArray[np.int64]: ...
-
     def _check_owner(self, owner: Claim | None) -> None: ...
 
     def _forward(self, ids: Any, lengths: Any, all_logits: bool, owner: Claim | None, tree: Trees = None) -> Logits: ...
@@ -59,11 +57,6 @@ class Claim:
     def holds(self) -> bool:
         """Whether the cache is still as this claim left it."""
         return self._session._owner is self
-
-    @property
-    def length(self) -> npt.NDArray[np.int64]:
-        """Tokens in the cache, int64 [B], per row (a copy); of a session that was closed what they were."""
-        return self._session._lengths()
 
     def room(self, row: int) -> int:
         """Return how many tokens one row of the batch can take in one step, padding of rows beside it included."""

@@ -101,10 +101,7 @@ class Session(SessionExports):
     # --- what everyone uses ------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Free what the session holds; it cannot run afterwards, and has no cache to tell of.
-
-        A step that another thread runs is waited for.
-        """
+        """Free what the session holds; it cannot run afterwards. A step that another thread runs is waited for."""
         with self._calls.held(wait=True):
             if not self._closed:
                 self._closed = True
@@ -134,13 +131,8 @@ class Session(SessionExports):
 
     @property
     def length(self) -> Ids:
-        """Tokens in the cache, int64 [B], per row (a copy).
-
-        Raises:
-            BackendError: the session is closed.
-        """
-        self._check_open()
-        return self._lengths()
+        """Tokens in the cache, int64 [B], per row (a copy)."""
+        return self._cache.length.copy()
 
     @property
     def rows(self) -> Ids:
@@ -148,11 +140,7 @@ class Session(SessionExports):
 
         Without a policy that evicts, every token has one: then they are ``length`` in each layer, and where a sequence
         has a tree, the rows of its nodes more.
-
-        Raises:
-            BackendError: the session is closed.
         """
-        self._check_open()
         return self._cache.rows.copy()
 
     @property
@@ -258,20 +246,13 @@ class Session(SessionExports):
 
         Raises:
             InputError: a length below 0 or above what the row holds.
-            BackendError: the session is closed.
         """
         with self._calls.held():
-            self._check_open()
             self._truncate(length, None)
 
     def reset(self) -> None:
-        """Empty the cache, and close all trees; its memory stays for the next prompt.
-
-        Raises:
-            BackendError: the session is closed.
-        """
+        """Empty the cache, and close all trees; its memory stays for the next prompt."""
         with self._calls.held():
-            self._check_open()
             self._empty(None)
 
     def __enter__(self) -> Self:
@@ -335,9 +316,6 @@ class Session(SessionExports):
         logits = self._run_parts(parts, ids.shape, past, all_logits, step)
         self._changed(owner, "forward()")
         return logits
-
-    def _lengths(self) -> Ids:
-        return self._cache.length.copy()
 
     def _room(self, row: int) -> int:
         beside = self._rows_of_step(row, row + 1, 2)

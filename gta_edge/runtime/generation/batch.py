@@ -178,7 +178,7 @@ class Batch:
         self._rows[row] = self._reading = text
         text.restart()
         try:
-            self._own().truncate([0 if each == row else n for each, n in enumerate(self._own().length.tolist())])
+            self._own().truncate([0 if each == row else n for each, n in enumerate(self._session.length.tolist())])
             found = self._known(text)
             if found is not None:
                 self._own().import_cache(found[0], row, found[1])
@@ -308,9 +308,7 @@ class Batch:
         if not rows:
             return
         nothing = dict.fromkeys(rows, np.zeros(0, np.int64))
-        drafts = nothing
-        if self._guesses is not None:
-            drafts = self._guesses.drafts(rows, int(self._own().length.max()))
+        drafts = nothing if self._guesses is None else self._guesses.drafts(rows)
         started = time.perf_counter()
         try:
             try:
@@ -355,7 +353,7 @@ class Batch:
 
     def _take_back(self) -> None:
         """Drop from the cache what was guessed and has not come."""
-        held = self._own().length
+        held = self._session.length
         wanted = [n if text is None else text.seen for text, n in zip(self._rows, held.tolist(), strict=True)]
         try:
             self._own().truncate(wanted)
@@ -410,7 +408,7 @@ class Batch:
         except (GtaEdgeError, MemoryError):  # for want of memory: then nothing is kept, and rows stay where they are
             pass
         if self._claim.holds:
-            lengths = [0 if self._rows[each] is None else n for each, n in enumerate(self._claim.length.tolist())]
+            lengths = [0 if self._rows[each] is None else n for each, n in enumerate(self._session.length.tolist())]
             self._claim.truncate(lengths)
         self._recover()
 

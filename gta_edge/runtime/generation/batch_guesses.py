@@ -75,14 +75,13 @@ class BatchGuesses:
         self._guessers: WeakKeyDictionary[Text, _Guesser] = WeakKeyDictionary()
         self._costs: dict[int, StepCosts] = {}  # of steps, by the rows that they compute
 
-    def drafts(self, rows: Mapping[int, Text], held: int) -> dict[int, Ids]:
+    def drafts(self, rows: Mapping[int, Text]) -> dict[int, Ids]:
         """Return what to guess of each text, int64 [K] for its row, none to the most of ``WIDTHS``.
 
         Args:
             rows: the texts that the next step gives a token, by their row of the batch.
-            held: tokens in the longest row.
         """
-        room = self._room(held)
+        room = self._room()
         offered = {row: self._offered(text, room) for row, text in rows.items()}
         width = width_that_pays(self._of(rows), list(offered.values()))
         found = dict.fromkeys(rows, _NOTHING)
@@ -107,10 +106,10 @@ class BatchGuesses:
     def _of(self, rows: Mapping[int, Text]) -> StepCosts:
         return self._costs.setdefault(max(rows) + 1 - min(rows), StepCosts())
 
-    def _room(self, held: int) -> int:
+    def _room(self) -> int:
         """Return how many tokens can be guessed: none that would pass the last position, or could not be taken back."""
         session = self._session
-        limit = min(WIDTHS[-1], session.max_length - held) - 1
+        limit = min(WIDTHS[-1], session.max_length - int(session.length.max())) - 1
         revocable = session.revocable()
         return max(0, limit if revocable is None else min(limit, revocable))
 

