@@ -9,9 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
-from gta_edge.cli.chat_commands import COMMANDS, Chat, EndOfChat, checked_options
+from gta_edge.cli.chat_commands import COMMANDS, Chat, EndOfChat
 from gta_edge.cli.chat_input import lines_of
-from gta_edge.cli.options import BundleArgument, SamplingOptions, SessionOptions
+from gta_edge.cli.options import BundleArgument, SamplingOptions, SessionOptions, checked_options
 from gta_edge.cli.output import Output, current
 from gta_edge.cli.signals import Terminated, answered
 from gta_edge.errors import GtaEdgeError

@@ -51,12 +51,12 @@ class Exclusive:
         if self.mine:
             raise InputError(f"{self._what} is called from within one of its own calls", self._remedy)
         try:
-            free = self._lock.acquire(blocking=wait)
+            if self._lock.acquire(blocking=wait):
+                return
         except BaseException:  # Ctrl-C may come when it has been acquired
             self._leave()
             raise
-        if not free:
-            raise InputError(f"{self._what} is in use by another thread", self._remedy)
+        raise InputError(f"{self._what} is in use by another thread", self._remedy)
 
     def _leave(self) -> None:
         if self.mine:

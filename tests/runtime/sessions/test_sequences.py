@@ -1,8 +1,10 @@
 """Calls of every session in any order, and those that Ctrl-C ends."""
 
+import dis
 import itertools
 import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -64,6 +66,13 @@ def test_any_sequence_of_calls_gives_what_the_tokens_in_the_cache_give(name, mod
 # --- Ctrl-C ----------------------------------------------------------------------------------------------------------
 
 
+def leaves_with(frame: FrameType) -> bool:
+    """Tell whether a ``with`` calls ``__exit__`` next: its line comes once more, and no signal is looked for before."""
+    ahead = frame.f_code.co_code[frame.f_lasti : frame.f_lasti + 8 : 2]
+    names = [dis.opname[code] for code in ahead]
+    return names[names[0] == "SWAP" :][:3] == ["LOAD_CONST"] * 3 or names[:2] == ["PUSH_EXC_INFO", "WITH_EXCEPT_START"]
+
+
 def interrupted(call: Callable[[], Any], line: int) -> bool:
     """Let Ctrl-C come before the given line that runs in a session's own modules; tell whether there were so many."""
     left = line
@@ -72,8 +81,10 @@ def interrupted(call: Callable[[], Any], line: int) -> bool:
         nonlocal left
         if "/gta_edge/runtime/" not in frame.f_code.co_filename:
             return None
-        left -= event == "line"
-        if left == 0 and event == "line":
+        if event != "line" or leaves_with(frame):
+            return trace
+        left -= 1
+        if left == 0:
             raise KeyboardInterrupt
         return trace
 

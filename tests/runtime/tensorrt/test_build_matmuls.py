@@ -156,7 +156,7 @@ class Gpu:
             gpu=None, gpu_name="", newer_ops=True, compute_capabilities=("8.7",), tensorrt=HERE["tensorrt"]
         )
         monkeypatch.setattr(building, "available_bytes", lambda: None)
-        monkeypatch.setattr(tensorrt_builder.Target, "choose", lambda *arguments: target)
+        monkeypatch.setattr(tensorrt_builder.Target, "choose", lambda *arguments, **options: target)
         monkeypatch.setattr(tensorrt_builder, "build_plan", self.build_plan)
         monkeypatch.setattr(matmul_timing, "time_matmuls", self.time_matmuls)
         return self
