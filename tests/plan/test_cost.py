@@ -46,7 +46,10 @@ def by_name(config: ModelConfig, step: Step, execution: Execution = GPU, precisi
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8", "int4"])
 def test_stored_bytes_are_those_of_an_export(precision: str, tmp_path: Path) -> None:
-    bundle = gta_edge.export_model(EXAMPLE, tmp_path / "bundle", precision=precision, verify=False).bundle
+    options = {"precision": precision, "verify": False}
+    if precision == "int4":
+        options["calibrate"] = "none"  # which changes codes, not their number, and takes most of an export
+    bundle: Bundle = gta_edge.export_model(EXAMPLE, tmp_path / "bundle", **options).bundle
     assert stored_bytes(bundle.config, bundle.storage) == bundle.weight_bytes
     assert bundle.weight_bytes == (tmp_path / "bundle" / "model.onnx.data").stat().st_size
 
@@ -85,7 +88,7 @@ def test_stored_bytes_of_an_untied_model_in_blocks(
 
 @pytest.mark.parametrize("embedding", ["int8", "int4"])
 def test_stored_bytes_of_an_int4_model_by_its_embedding(embedding: str, tmp_path: Path) -> None:
-    options = {"precision": "int4", "embedding_precision": embedding, "verify": False}
+    options = {"precision": "int4", "embedding_precision": embedding, "calibrate": "none", "verify": False}
     bundle: Bundle = gta_edge.export_model(EXAMPLE, tmp_path / "bundle", **options).bundle
     assert bundle.storage == storage_for(bundle.config, "int4", None, embedding)
     assert stored_bytes(bundle.config, bundle.storage) == bundle.weight_bytes
