@@ -5,6 +5,7 @@ import runpy
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer.main
@@ -84,7 +85,10 @@ def unknown_names(text: str) -> list[str]:
 
 def unknown_options(text: str) -> list[str]:
     """Commands that a page shows, with verbs or options that there are not."""
-    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]  # a group
+    group: Any = typer.main.get_command(
+        app
+    )  # of click, whose classes some versions of typer have as a part of their own
+    commands = group.commands
     found = []
     for verb, words in COMMAND.findall(text):
         known = (

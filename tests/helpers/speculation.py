@@ -1,15 +1,28 @@
 """Models, costs and guesses that the tests of speculation share."""
 
+import itertools
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from gta_edge.runtime.generation.guesses import TEXT, Candidate, Draft
+from gta_edge.runtime.generation.sampling import Sampler, Sampling
 from gta_edge.runtime.step_costs import WIDTHS, StepCosts
 
 
 def table(seed, tokens=12, spread=2.0):
     return (spread * np.random.default_rng(seed).standard_normal((tokens,) * 3)).astype(np.float32)
+
+
+def probabilities_of_three(table, prompt, options):
+    """Return how likely each answer of three tokens is behind a prompt, [V, V, V], by a table of logits [V, V, V]."""
+    sampler, found = Sampler(Sampling(**options)), np.zeros_like(table, dtype=float)
+    for answer in itertools.product(range(len(table)), repeat=3):
+        ids, probability = np.array([*prompt, *answer]), 1.0
+        for n in range(len(prompt), len(ids)):
+            probability *= sampler.probabilities(table[ids[n - 2], ids[n - 1]], ids[:n])[ids[n]]
+        found[answer] = probability
+    return found
 
 
 def nothing(chosen):

@@ -357,7 +357,7 @@ class Batch:
         wanted = [n if text is None else text.seen for text, n in zip(self._rows, held.tolist(), strict=True)]
         try:
             self._own().truncate(wanted)
-        except Exception:  # of any backend
+        except Exception:  # of any backend, whose cache then holds what nobody can tell: its texts are read again
             self._read_again()
 
     @property

@@ -18,7 +18,15 @@ from gta_edge.runtime.step_costs import WIDTHS
 from gta_edge.runtime.tree_cache import TreeCache
 from tests.helpers.generation import TableSession
 from tests.helpers.managed_sessions import open_session
-from tests.helpers.speculation import TreeOracle, chi_square, costs_of, nothing, table, with_costs
+from tests.helpers.speculation import (
+    TreeOracle,
+    chi_square,
+    costs_of,
+    nothing,
+    probabilities_of_three,
+    table,
+    with_costs,
+)
 
 OPTIONS = [
     {},
@@ -206,12 +214,7 @@ def test_answers_drawn_with_a_tree_of_a_draft_model_have_their_probabilities(mon
     options, prompt = {"temperature": 0.9, "top_p": 0.95}, [1, 2]
     target, draft = TableSession(table(1, 4, 1.2), trees=True), TableSession(table(2, 4, 1.0))
     with_costs(target, 0.0)
-    sampler, wanted = Sampler(Sampling(**options)), np.zeros((4, 4, 4))
-    for answer in itertools.product(range(4), repeat=3):
-        ids, probability = np.array([*prompt, *answer]), 1.0
-        for n in range(2, 5):
-            probability *= sampler.probabilities(target.table[ids[n - 2], ids[n - 1]], ids[:n])[ids[n]]
-        wanted[answer] = probability
+    wanted = probabilities_of_three(target.table, prompt, options)
     counts = np.zeros((4, 4, 4), int)
     for seed in range(1000):
         generation = generate(target, prompt, max_new_tokens=8, draft=draft, seed=seed, **options)

@@ -21,7 +21,16 @@ from gta_edge.runtime.generation.speculation import SpeculativeSteps
 from gta_edge.runtime.step_costs import WIDTHS, StepCosts
 from gta_edge.runtime.torch.session import TorchSession
 from tests.helpers.generation import CONFIG, TableSession, byte_level
-from tests.helpers.speculation import Oracle, chain, chi_square, costs_of, nothing, table, with_costs
+from tests.helpers.speculation import (
+    Oracle,
+    chain,
+    chi_square,
+    costs_of,
+    nothing,
+    probabilities_of_three,
+    table,
+    with_costs,
+)
 
 OPTIONS = [
     {},
@@ -164,12 +173,7 @@ def test_answers_drawn_with_a_draft_model_have_their_probabilities(options):
     """Of all three tokens together, so that what one of them leaves behind would show in the next."""
     target, draft, prompt = TableSession(table(1, 4, 1.0)), TableSession(table(2, 4, 1.0)), [1, 2]
     with_costs(target, 0.0)
-    sampler, wanted = Sampler(Sampling(**options)), np.zeros((4, 4, 4))
-    for answer in itertools.product(range(4), repeat=3):
-        ids, probability = np.array([*prompt, *answer]), 1.0
-        for n in range(2, 5):
-            probability *= sampler.probabilities(target.table[ids[n - 2], ids[n - 1]], ids[:n])[ids[n]]
-        wanted[answer] = probability
+    wanted = probabilities_of_three(target.table, prompt, options)
     counts, accepted, drafted = np.zeros((4, 4, 4), int), 0, 0
     for seed in range(1500):
         generation = generate(target, prompt, max_new_tokens=3, draft=draft, seed=seed, **options)
